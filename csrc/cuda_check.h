@@ -1,0 +1,39 @@
+// What every .cu needs around its launch: no CUDA error swallowed, and the right device current.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "tensor_view.h"
+
+namespace dit4dit {
+
+inline void check_cuda(cudaError_t error, const std::string& where) {
+    if (error != cudaSuccess) throw std::runtime_error(where + ": " + cudaGetErrorString(error));
+}
+
+// The device of a tensor on CUDA, "cuda:N".
+inline std::string expect_cuda(const TensorView& t) {
+    if (t.device.rfind("cuda:", 0) != 0) refuse(t.name, "a cuda device such as cuda:0", t.device);
+    return t.device;
+}
+
+// Makes the tensor's device current for as long as it lives.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(const TensorView& t) {
+        const int wanted = std::stoi(expect_cuda(t).substr(5));
+        check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+        if (wanted != before_) check_cuda(cudaSetDevice(wanted), "cudaSetDevice");
+    }
+    ~DeviceGuard() { cudaSetDevice(before_); }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int before_ = 0;
+};
+
+}  // namespace dit4dit

@@ -1,0 +1,34 @@
+"""DiT4DiT: a robot policy made of a video diffusion transformer and an action diffusion transformer.
+
+Importing this package imports neither torch nor anything else heavy; the names below load on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit4dit.policy import Policy
+    from dit4dit.types import ActionChunk, Noise, Observation
+
+__version__ = "0.1.0"
+
+__all__ = ["ActionChunk", "Noise", "Observation", "Policy", "__version__"]
+
+_HOME = {
+    "ActionChunk": "dit4dit.types",
+    "Noise": "dit4dit.types",
+    "Observation": "dit4dit.types",
+    "Policy": "dit4dit.policy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dit4dit' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

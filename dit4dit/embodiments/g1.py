@@ -1,0 +1,52 @@
+"""Unitree G1, whole body: arms, three-finger hands, torso and a walking command, one head camera, 30 Hz.
+
+The published whole-body stack fixes the sizes (36 actions; a raw state that is q01/q99-normalised and padded to 64) but
+publishes no list of keys; this is the usual layout of that width. A robot laid out otherwise is another `Embodiment`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dit4dit.embodiments.embodiment import Array, Embodiment, Key, field_of
+from dit4dit.types import Observation
+
+BODY = (("left_arm", 7), ("right_arm", 7), ("left_hand", 7), ("right_hand", 7), ("torso_rpy", 3), ("base_height", 1))
+WALK = (("base_velocity", 3), ("target_yaw", 1))
+ACTION = BODY + WALK
+
+
+def observe(raw: Mapping[str, Any]) -> Observation:
+    """{"ego_view": uint8 [H, W, 3], "state.<key>": [d], ...} -> named data; joints in radians, height in metres."""
+    state = {name: np.asarray(field_of(raw, f"state.{name}", "G1"), dtype=np.float32) for name, _ in BODY}
+    return Observation(images={"ego_view": np.asarray(field_of(raw, "ego_view", "G1"))}, state=state)
+
+
+def command(action: Array) -> dict[str, Array]:
+    """[36] -> {"action.left_arm": [7], ...}: absolute joint targets, torso angles, height, velocities (m/s, rad/s)."""
+    cuts = np.cumsum([dim for _, dim in ACTION])[:-1]
+    parts = np.split(np.asarray(action, dtype=np.float32), cuts)
+    return {f"action.{name}": part for (name, _), part in zip(ACTION, parts, strict=True)}
+
+
+def record(sent: Mapping[str, Any]) -> Array:
+    """The inverse of `command`."""
+    return np.concatenate([np.asarray(sent[f"action.{name}"], dtype=np.float32) for name, _ in ACTION])
+
+
+G1 = Embodiment(
+    name="g1",
+    tag="new_embodiment",
+    views=("ego_view",),
+    state=tuple(Key(name, dim, "q99") for name, dim in BODY),
+    action=tuple(Key(name, dim) for name, dim in ACTION),
+    state_encoding="normalized",
+    rate_hz=30.0,
+    observe=observe,
+    command=command,
+    record=record,
+    notes=("the state is normalised with q01 and q99, clipped to [-1, 1], and padded",),
+)

@@ -1,0 +1,38 @@
+"""The errors a user can cause. Each message says where, what was wanted, what came, and what to do.
+
+The command line turns any of these into one line and a non-zero exit code; everything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class Dit4DitError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class InputError(Dit4DitError, ValueError):
+    """An observation, instruction, noise or file given to the policy does not fit it."""
+
+
+class ConfigError(Dit4DitError, ValueError):
+    """A configuration names something unknown, lacks something needed, or contradicts itself."""
+
+
+class CheckpointError(Dit4DitError, ValueError):
+    """A checkpoint or backbone folder is missing, truncated, or holds other tensors than its configuration says."""
+
+
+class BackendError(Dit4DitError, RuntimeError):
+    """An implementation or device that was asked for by name cannot run here."""
+
+
+class MissingExtra(Dit4DitError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """`"; did you mean 'libero'?"` for the nearest of `known`, or an empty string when nothing is near."""
+    import difflib
+
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

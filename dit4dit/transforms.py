@@ -1,0 +1,138 @@
+"""Steps between robot units and model values, each with its inverse; training and serving use the same objects.
+
+All act on the last axis of float32 arrays. `forward` goes from the robot to the model, `inverse` back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit4dit.stats import VectorStats
+
+Array = NDArray[np.float32]
+Mode = Literal["min_max", "q99", "mean_std", "binary", "none"]
+
+
+class Transform(Protocol):
+    def forward(self, x: Array) -> Array: ...
+    def inverse(self, y: Array) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Transforms in forward order; the inverse runs them backwards."""
+
+    steps: tuple[Transform, ...]
+
+    def forward(self, x: Array) -> Array:
+        for step in self.steps:
+            x = step.forward(x)
+        return x
+
+    def inverse(self, y: Array) -> Array:
+        for step in reversed(self.steps):
+            y = step.inverse(y)
+        return y
+
+
+@dataclass(frozen=True)
+class SinCos:
+    """[sin(v), cos(v)] of each key's vector, keys concatenated: one-dimensional keys interleave, longer ones do not.
+
+    The inverse is the angle in (-pi, pi]; values outside come back wrapped.
+    """
+
+    dims: tuple[int, ...]
+
+    def forward(self, x: Array) -> Array:
+        """[..., sum(dims)] -> [..., 2 * sum(dims)]."""
+        keys = np.split(x, np.cumsum(self.dims)[:-1], axis=-1)
+        return np.concatenate([f(key) for key in keys for f in (np.sin, np.cos)], axis=-1)
+
+    def inverse(self, y: Array) -> Array:
+        keys = np.split(y, np.cumsum([d for dim in self.dims for d in (dim, dim)])[:-1], axis=-1)
+        return np.concatenate([np.arctan2(s, c) for s, c in zip(keys[0::2], keys[1::2], strict=True)], axis=-1)
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Zeros up to the model's width; the inverse cuts them off."""
+
+    size: int
+    width: int
+
+    def forward(self, x: Array) -> Array:
+        """[..., size] -> [..., width]."""
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.width - self.size)])
+
+    def inverse(self, y: Array) -> Array:
+        return y[..., : self.size]
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """(x - offset) / scale per dimension, clipped to [-1, 1] where `clip`; the inverse clips before it scales.
+
+    Dimensions whose range is empty map to 0 (min_max) or pass through (q99, mean_std), as in the published loader.
+    """
+
+    offset: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    clip: NDArray[np.bool_]
+    bounded: NDArray[np.bool_]
+    """Dimensions that the inverse clips to [-1, 1]: those with a range, and masked ones as the published code has it."""
+    flat: NDArray[np.bool_]
+    binary: NDArray[np.bool_]
+
+    @classmethod
+    def from_stats(cls, stats: VectorStats, modes: Sequence[Mode]) -> Normalize:
+        """One mode per dimension; the statistics' own mask (False: pass through) wins over the mode."""
+        mode = np.asarray(modes)
+        mode[~stats.mask] = "none"
+        offset, scale = np.zeros(stats.size), np.ones(stats.size)
+        for name, low, high in (("min_max", stats.min, stats.max), ("q99", stats.q01, stats.q99)):
+            chosen = mode == name
+            offset[chosen], scale[chosen] = ((low + high) / 2)[chosen], ((high - low) / 2)[chosen]
+        chosen = mode == "mean_std"
+        offset[chosen], scale[chosen] = stats.mean[chosen], stats.std[chosen]
+        empty = scale == 0
+        flat = empty & (mode == "min_max")
+        passed = empty & (mode != "min_max")
+        offset[passed], scale[passed] = 0.0, 1.0
+        scale[flat] = 1.0
+        bounded = np.isin(mode, ("min_max", "q99", "binary")) | ~stats.mask
+        return cls(offset, scale, mode == "q99", bounded, flat, mode == "binary")
+
+    def forward(self, x: Array) -> Array:
+        """Robot units [..., d] -> model values [..., d]."""
+        y = (x - self.offset) / self.scale
+        y = np.where(self.clip, np.clip(y, -1, 1), y)
+        y = np.where(self.flat, 0.0, y)
+        return np.where(self.binary, x > 0.5, y).astype(np.float32)
+
+    def inverse(self, y: Array) -> Array:
+        """Model values [..., d], clipped where `bounded` -> robot units [..., d]."""
+        y = np.where(self.bounded, np.clip(y, -1, 1), y)
+        x = np.where(self.flat, self.offset, y * self.scale + self.offset)
+        return np.where(self.binary, y > 0.5, x).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One dimension decided by the model to be 0 or 1: below `at` is 0. Robot data hold 0 or 1 already."""
+
+    index: int
+    at: float = 0.5
+
+    def forward(self, x: Array) -> Array:
+        return x
+
+    def inverse(self, y: Array) -> Array:
+        out = y.copy()
+        out[..., self.index] = y[..., self.index] >= self.at
+        return out
