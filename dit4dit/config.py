@@ -129,7 +129,9 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         if self.add_pos_embed and self.action_horizon > self.max_seq_len:
-            raise ConfigError(f"head.action_horizon: at most max_seq_len = {self.max_seq_len}, got {self.action_horizon}")
+            raise ConfigError(
+                f"head.action_horizon: at most max_seq_len = {self.max_seq_len}, got {self.action_horizon}"
+            )
 
     @property
     def width(self) -> int:
@@ -210,11 +212,17 @@ class ModelConfig:
         if not 0 <= self.extract_layer < self.dit.num_layers:
             raise ConfigError(f"extract_layer: expected 0 to {self.dit.num_layers - 1}, got {self.extract_layer}")
         if self.head.context_dim != self.dit.width:
-            raise ConfigError(f"head.context_dim: expected the backbone's {self.dit.width}, got {self.head.context_dim}")
+            raise ConfigError(
+                f"head.context_dim: expected the backbone's {self.dit.width}, got {self.head.context_dim}"
+            )
         if self.dit.text_in != self.text.embed_width:
-            raise ConfigError(f"dit.text_in: expected the text encoder's {self.text.embed_width}, got {self.dit.text_in}")
+            raise ConfigError(
+                f"dit.text_in: expected the text encoder's {self.text.embed_width}, got {self.dit.text_in}"
+            )
         if self.dit.latent_channels != self.vae.z_dim:
-            raise ConfigError(f"dit.latent_channels: expected the VAE's {self.vae.z_dim}, got {self.dit.latent_channels}")
+            raise ConfigError(
+                f"dit.latent_channels: expected the VAE's {self.vae.z_dim}, got {self.dit.latent_channels}"
+            )
         for side in self.image_size:
             if side % self.pixels_per_token:
                 raise ConfigError(f"image_size: expected multiples of {self.pixels_per_token}, got {self.image_size}")
@@ -289,7 +297,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         if Ellipsis not in args and len(args) != len(value):
             raise ConfigError(f"{where}: expected {len(args)} values, got {len(value)}")
         kinds = [args[0]] * len(value) if Ellipsis in args else args
-        return tuple(_coerce(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(
+            _coerce(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}")

@@ -42,7 +42,9 @@ class Noise:
         given = [name for name in STREAMS if getattr(self, name) is not None]
         if self.seed is None and len(given) < len(STREAMS):
             missing = [name for name in STREAMS if name not in given]
-            raise InputError(f"noise: expected posterior, latent and action, or a seed; got no {' and no '.join(missing)}")
+            raise InputError(
+                f"noise: expected posterior, latent and action, or a seed; got no {' and no '.join(missing)}"
+            )
         if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**64):
             raise InputError(f"noise seed: expected an integer in 0..2^64-1, got {self.seed!r}")
         if not (isinstance(self.chunk, int) and 0 <= self.chunk < 2**64):

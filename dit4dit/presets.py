@@ -86,12 +86,57 @@ def tiny() -> Preset:
     return Preset(model, "libero")
 
 
+def tabletop() -> Preset:
+    """The built-in tabletop world: 64 x 64 pictures through its own small VAE, K = 8, A = 3, S = 32."""
+    from dit4dit.envs import tabletop_vae_dir
+    from dit4dit.model.published import read_json, read_vae_config
+
+    vae_file = tabletop_vae_dir() / "config.json"
+    text = TextConfig(
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=256,
+        vocab_size=259,
+        mrope_section=(2, 3, 3),
+        max_position_embeddings=2048,
+        max_length=192,
+    )
+    dit = VideoDitConfig(
+        num_layers=6, num_heads=4, head_dim=32, adaln_lora_dim=32, text_in=text.embed_width, text_dim=64
+    )
+    head = HeadConfig(
+        num_layers=6,
+        num_heads=4,
+        head_dim=32,
+        hidden_size=256,
+        output_dim=256,
+        action_dim=3,
+        action_horizon=8,
+        state_dim=3,
+        context_dim=dit.width,
+        dropout=0.0,
+    )
+    model = ModelConfig(
+        text=text,
+        vae=read_vae_config(read_json(vae_file), str(vae_file)),
+        dit=dit,
+        head=head,
+        frames=5,
+        image_size=(64, 64),
+        extract_layer=3,
+    )
+    return Preset(model, "tabletop")
+
+
 PRESETS: dict[str, Callable[[], Preset]] = {
     "libero": libero,
     "robocasa_gr1": robocasa_gr1,
     "unitree_g1": unitree_g1,
     "mid": mid,
     "tiny": tiny,
+    "tabletop": tabletop,
 }
 
 

@@ -48,7 +48,9 @@ def read_statistics(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint folder has its statistics beside its config") from None
+        raise CheckpointError(
+            f"{path}: no such file; a checkpoint folder has its statistics beside its config"
+        ) from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(data, dict) or not data:

@@ -83,9 +83,7 @@ class Embodiment:
     @property
     def action_names(self) -> tuple[str, ...]:
         """One name per action dimension: "x", or "left_arm.0" where a key has several."""
-        return tuple(
-            key.name if key.dim == 1 else f"{key.name}.{i}" for key in self.action for i in range(key.dim)
-        )
+        return tuple(key.name if key.dim == 1 else f"{key.name}.{i}" for key in self.action for i in range(key.dim))
 
     def state_chain(self, statistics: Statistics, width: int) -> Chain:
         """Raw state [..., state_dim] <-> the model's state [..., width]."""
@@ -139,7 +137,9 @@ class Embodiment:
             try:
                 value = np.asarray(state[key.name], dtype=np.float32).reshape(-1)
             except (TypeError, ValueError):
-                raise InputError(f"state {key.name!r}: expected {key.dim} numbers, got {state[key.name]!r:.60}") from None
+                raise InputError(
+                    f"state {key.name!r}: expected {key.dim} numbers, got {state[key.name]!r:.60}"
+                ) from None
             if value.shape[0] != key.dim:
                 raise InputError(
                     f"state {key.name!r}: expected {key.dim} value{'s' * (key.dim != 1)}, got {value.shape[0]}; "

@@ -30,7 +30,12 @@ HUB_REVISION = "diffusers/base/post-trained"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*/*.json", "*/*.jinja", "*/*.txt"]
 
 EXTRACTOR = "backbone_interface.extractor."
-TEXT, TRANSFORMER, VAE, HEAD = EXTRACTOR + "text_encoder.", EXTRACTOR + "transformer.", EXTRACTOR + "vae.", "action_model."
+TEXT, TRANSFORMER, VAE, HEAD = (
+    EXTRACTOR + "text_encoder.",
+    EXTRACTOR + "transformer.",
+    EXTRACTOR + "vae.",
+    "action_model.",
+)
 FROZEN = {"text_encoder": TEXT, "vae": VAE}
 """Parts that no recipe trains: kept in folders of their own, so that a fine-tuned head does not carry 16 GB of text."""
 
@@ -211,7 +216,9 @@ def _published_files(path: Path) -> tuple[Path, Path]:
         raise CheckpointError(f"{path}: no config.yaml beside it or one folder up; keep the run folder whole")
     run = path.parent if path.name in ("checkpoints", "final_model") else path
     if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run}: neither config.yaml (published run) nor config.json (own format); give a run folder")
+        raise CheckpointError(
+            f"{run}: neither config.yaml (published run) nor config.json (own format); give a run folder"
+        )
     steps = {
         int(match[1]): file
         for file in (run / "checkpoints").glob("steps_*_pytorch_model.pt")
@@ -267,7 +274,9 @@ def safetensor_files(folder: Path, prefix: str) -> SafetensorFiles:
     return SafetensorFiles(prefix, index)
 
 
-def cosmos_tensors(folder: Path, parts: tuple[str, ...] = ("text_encoder", "vae", "transformer")) -> Mapping[str, Tensor]:
+def cosmos_tensors(
+    folder: Path, parts: tuple[str, ...] = ("text_encoder", "vae", "transformer")
+) -> Mapping[str, Tensor]:
     """Weights of a Cosmos folder's parts, under the published names."""
     return Joined(tuple(safetensor_files(folder / part, f"{EXTRACTOR}{part}.") for part in parts))
 

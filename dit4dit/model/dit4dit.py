@@ -161,9 +161,7 @@ class DiT4DiT(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.flow.action_grad_to_backbone):
             features = self.backbone.features(condition, draws.latent, context)
         features = features.to(head.action_decoder.layer2.weight.dtype)
-        return head.loss(
-            batch.actions, batch.action_mask, features, batch.state, draws.action_time, draws.action_noise
-        )
+        return head.loss(batch.actions, batch.action_mask, features, batch.state, draws.action_time, draws.action_noise)
 
     def _video_loss(self, batch: Batch, draws: Draws, condition: Tensor, context: Tensor) -> Tensor:
         if self.video_vae is None:

@@ -83,10 +83,8 @@ def run_yaml(model: ModelConfig, embodiment: str | None) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(data))
 
 
-
 def cosmos_configs(model: ModelConfig) -> dict[str, dict[str, Any]]:
     """JSON file (relative to a Cosmos folder) -> content, in diffusers' and transformers' layouts."""
-    dit = model.dit
     return {
         "model_index.json": {
             "_class_name": "Cosmos2_5_PredictBasePipeline",

@@ -1,11 +1,11 @@
 """The package's own checkpoint folder: safetensors, a typed configuration, and the frozen parts in folders of their own.
 
-    config.json                     format_version, model sizes, embodiment
-    statistics.json                 normalisation statistics, keyed by embodiment tag
-    model.safetensors               backbone and action head (what recipes train), under the published names
-    text_encoder/, vae/             frozen parts; a folder that is absent is taken from the backbone instead
-    tokenizer/                      the tokenizer's files
-    published/                      only in converted folders: what the published layout needs to come back exactly
+config.json                     format_version, model sizes, embodiment
+statistics.json                 normalisation statistics, keyed by embodiment tag
+model.safetensors               backbone and action head (what recipes train), under the published names
+text_encoder/, vae/             frozen parts; a folder that is absent is taken from the backbone instead
+tokenizer/                      the tokenizer's files
+published/                      only in converted folders: what the published layout needs to come back exactly
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ class KeyReader:
 
     def unread(self) -> tuple[str, ...]:
         """Dotted keys of all leaves that nobody asked for, in file order."""
-        return tuple(key for key in _leaves(self.data) if not any(key == r or key.startswith(r + ".") for r in self._read))
+        return tuple(
+            key for key in _leaves(self.data) if not any(key == r or key.startswith(r + ".") for r in self._read)
+        )
 
 
 def _leaves(node: Any, prefix: str = "") -> list[str]:
@@ -237,6 +239,7 @@ def read_dit_config(data: dict[str, Any], where: str) -> VideoDitConfig:
     patch = data.get("patch_size", [1, 2, 2])
     if patch[0] != 1 or patch[1] != patch[2]:
         raise ConfigError(f"{where}: patch_size: expected [1, n, n], got {patch}")
+    scale = data.get("rope_scale", (1.0, 3.0, 3.0))
     if data["in_channels"] != data["out_channels"] + 1:
         raise ConfigError(
             f"{where}: in_channels: expected out_channels + 1 (latents and condition mask), got {data['in_channels']}"
@@ -251,7 +254,7 @@ def read_dit_config(data: dict[str, Any], where: str) -> VideoDitConfig:
         text_dim=data["encoder_hidden_states_channels"],
         latent_channels=data["out_channels"],
         patch=patch[1],
-        rope_scale=tuple(float(x) for x in data.get("rope_scale", (1.0, 3.0, 3.0))),
+        rope_scale=(float(scale[0]), float(scale[1]), float(scale[2])),
         max_size=tuple(data.get("max_size", (128, 240, 240))),
     )
 

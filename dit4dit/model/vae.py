@@ -8,6 +8,7 @@ the temporal down-samplings skipped. It agrees with `AutoencoderKLWan` on the pa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +90,7 @@ class FrameEncoder(nn.Module):
         widths = [config.base_dim * m for m in (1, *config.dim_mult)]
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         layers: list[nn.Module] = []
-        for level, (into, out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for level, (into, out) in enumerate(pairwise(widths)):
             layers += [ResidualBlock(into if i == 0 else out, out) for i in range(config.num_res_blocks)]
             if level < len(config.dim_mult) - 1:
                 layers.append(Downsample(out))

@@ -229,9 +229,7 @@ class VideoDiT(nn.Module):
         rotary = rotary_table(self.config, *grid, device=x.device)
         for block in self.transformer_blocks[:blocks]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, embedded_t, temb, context, rotary, use_reentrant=False
-                )
+                x = checkpoint(block, x, embedded_t, temb, context, rotary, use_reentrant=False)
             else:
                 x = block(x, embedded_t, temb, context, rotary)
         return x
@@ -262,4 +260,4 @@ class VideoDiT(nn.Module):
 
     def _embed_times(self, times: Tensor) -> tuple[Tensor, Tensor]:
         embedded_t, temb = self.time_embed(times.to(self.dtype).flatten())
-        return tuple(y.unflatten(0, times.shape)[:, :, None] for y in (embedded_t, temb))  # type: ignore[return-value]
+        return tuple(y.unflatten(0, times.shape)[:, :, None] for y in (embedded_t, temb))

@@ -4,16 +4,19 @@ that peak memory is one copy of what is kept; parts that are not wanted are neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dit4dit.config import ModelConfig
 from dit4dit.errors import CheckpointError
-from dit4dit.model.checkpoint import HEAD, TEXT, TRANSFORMER, VAE
+from dit4dit.model.action_head import ActionHead
+from dit4dit.model.checkpoint import HEAD, TEXT, TRANSFORMER, VAE, cosmos_tensors
 from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.model.published import read_cosmos
 from dit4dit.model.vae import FrameEncoder
 
 
@@ -134,11 +137,60 @@ class Slice(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._prefix + name]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def from_cosmos(
+    folder: Path,
+    base: ModelConfig,
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dtype: torch.dtype = torch.float32,
+    with_text: bool = True,
+    with_video_vae: bool = True,
+) -> DiT4DiT:
+    """A model whose backbone, VAE and text encoder are a Cosmos-Predict2.5 folder's and whose head is fresh.
+
+    Args:
+        folder: the folder in diffusers' layout, with weights.
+        base: everything that the folder does not say: head, frames, picture size, loss. Sizes of the folder's own
+            parts are taken from the folder.
+        seed: fixes the head's weights. The others: as in `build`.
+
+    Raises:
+        CheckpointError: no folder, no weights in it, or weights that do not fit its configuration.
+    """
+    text, vae, dit, sigma_max = read_cosmos(folder)
+    config = replace(
+        base,
+        text=replace(text, max_length=base.text.max_length),
+        vae=vae,
+        dit=dit,
+        head=replace(base.head, context_dim=dit.width),
+        sigma_max=sigma_max,
+    )
+    parts = ("transformer", "vae", "text_encoder") if with_text else ("transformer", "vae")
+    model = build(
+        config,
+        cosmos_tensors(folder, parts),
+        str(folder),
+        device=torch.device(device),
+        dtype=dtype,
+        head_dtype=head_dtype,
+        with_text=with_text,
+        with_video_vae=with_video_vae,
+        with_head=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.head = ActionHead(config.head).to(device=device, dtype=head_dtype).eval()
+    return model
 
 
 def random_model(
@@ -149,12 +201,24 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     head_dtype: torch.dtype = torch.float32,
     with_text: bool = True,
-    with_video_vae: bool = False,
+    vae_weights: Mapping[str, Tensor] | None = None,
 ) -> DiT4DiT:
-    """A model with fresh weights, a function of the seed: PyTorch's own initialisation of each layer."""
+    """A model with fresh weights, a function of the seed: PyTorch's own initialisation of each layer.
+
+    Args:
+        config: sizes. seed: fixes every weight. device, dtype, head_dtype, with_text: as in `build`.
+        vae_weights: trained VAE weights under diffusers' names; fresh ones when None.
+
+    Returns:
+        A model with its clip VAE, whose frame encoder is that VAE's, in evaluation mode.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DiT4DiT(config, with_text=with_text, with_video_vae=with_video_vae)
+        model = DiT4DiT(config, with_text=with_text, with_video_vae=True)
+    assert model.video_vae is not None
+    if vae_weights is not None:
+        model.video_vae.wan.load_state_dict(dict(vae_weights))
+    model.backbone.frame_encoder.load_state_dict(FrameEncoder.convert(model.video_vae.wan.state_dict()))
     for part in parts_of(model, dtype, head_dtype):
         part.module.to(device=device, dtype=part.dtype)
     finish(model, torch.device(device))

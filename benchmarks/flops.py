@@ -1,0 +1,156 @@
+"""GFLOP per stage of one action chunk, counted by torch's FlopCounterMode over the real modules on meta tensors.
+
+"published" is the schedule of the published code: text encoder with its output matrix every call, diffusers' VAE on the
+padded clip, diffusers' transformer with all blocks, four head steps. "executed" is what this package runs for a chunk of
+an instruction it has seen; "first_chunk" adds what a new instruction costs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit4dit.config import ModelConfig
+from dit4dit.embodiments import EMBODIMENTS
+from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.model.export import transformer_arguments
+from dit4dit.model.text import qwen_text_arguments
+from dit4dit.model.vae import build_wan
+from dit4dit.presets import Preset
+
+STAGES = ("text_encoder", "text_projection", "vae", "backbone", "action_head")
+
+
+def count(preset: Preset) -> dict[str, dict[str, float]]:
+    """{"published" | "executed" | "first_chunk": {stage: GFLOP, "total": GFLOP}} for batch 1."""
+    views = len(EMBODIMENTS[preset.embodiment].views)
+    schedules = {
+        "published": published(preset.model, views),
+        "executed": executed(preset.model, views),
+        "first_chunk": first_chunk(preset.model, views),
+    }
+    return {name: {**stages, "total": sum(stages.values())} for name, stages in schedules.items()}
+
+
+def measure(run: Callable[[], Any]) -> dict[str, float]:
+    """GFLOP per module path of everything `run` does; "Global" is all of it."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    counts = {path: sum(kinds.values()) / 1e9 for path, kinds in counter.get_flop_counts().items()}
+    return {"Global": 0.0, **counts}
+
+
+def frame_of(config: ModelConfig, views: int) -> tuple[int, int]:
+    return config.image_size[0], config.image_size[1] * views
+
+
+def published(config: ModelConfig, views: int) -> dict[str, float]:
+    """Every stage as the published code runs it; the text side of the backbone is a stage of its own."""
+    with torch.device("meta"):
+        return {
+            "text_encoder": published_text(config),
+            "vae": published_vae(config, views),
+            **published_backbone(config, views),
+            "action_head": head_steps(DiT4DiT(config, with_text=False), config, views),
+        }
+
+
+class StillRotary(nn.Module):
+    """Stands in for transformers' rotary table, which asks for autocast on the meta device; it costs no FLOPs either way."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        table = x.new_zeros(*position_ids.shape, self.width)
+        return table, table
+
+
+def published_text(config: ModelConfig) -> float:
+    """Qwen2.5-VL with its output matrix, one padded prompt."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=qwen_text_arguments(config.text)))
+    model.model.language_model.rotary_emb = StillRotary(config.text.hidden_size // config.text.num_heads)
+    length = config.text.max_length
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    positions = torch.zeros(3, 1, length, dtype=torch.long)
+    return measure(lambda: model(input_ids=tokens, position_ids=positions, use_cache=False))["Global"]
+
+
+def published_vae(config: ModelConfig, views: int) -> float:
+    """diffusers' encoder on the frame padded to a whole clip."""
+    model = build_wan(config.vae)
+    clip = torch.zeros(1, 3, config.frames, *frame_of(config, views))
+    return measure(lambda: model.encode(clip))["Global"]
+
+
+def published_backbone(config: ModelConfig, views: int) -> dict[str, float]:
+    """diffusers' transformer, all blocks and its output head."""
+    from diffusers import CosmosTransformer3DModel
+
+    # the padding-mask channel goes in with the latents: diffusers would add it with torchvision, at no FLOPs
+    channels = config.dit.latent_channels + 2
+    arguments = {**transformer_arguments(config), "in_channels": channels, "concat_padding_mask": False}
+    model = CosmosTransformer3DModel(**arguments)
+    rows, columns = config.latent_size(*frame_of(config, views))
+    latents = torch.zeros(1, channels, config.latent_frames, rows, columns)
+    times = torch.zeros(1, 1, config.latent_frames, 1, 1)
+    text = torch.zeros(1, config.text.max_length, config.dit.text_in)
+    counts = measure(lambda: model(latents, times, text))
+    return split_text(counts)
+
+
+def split_text(counts: dict[str, float]) -> dict[str, float]:
+    """The backbone without, and what depends on the instruction alone: the projection, k and v of the cross-attentions."""
+    ends = (".attn2.to_k", ".attn2.to_v", ".crossattn_proj.0")
+    text_side = sum(value for path, value in counts.items() if path.endswith(ends))
+    return {"text_projection": text_side, "backbone": counts["Global"] - text_side}
+
+
+def head_steps(model: DiT4DiT, config: ModelConfig, views: int) -> float:
+    """The action head's whole ODE."""
+    assert model.head is not None
+    head, tokens = model.head, config.tokens(views)
+    state = None if config.head.state_dim is None else torch.zeros(1, 1, config.head.state_dim)
+    noise = torch.zeros(1, config.head.action_horizon, config.head.action_dim)
+    context = torch.zeros(1, tokens, config.dit.width)
+    return measure(lambda: head.sample(noise, context, state))["Global"]
+
+
+def executed(config: ModelConfig, views: int) -> dict[str, float]:
+    """One chunk of a known instruction, as `Policy` runs it: the projected text is kept from the first chunk."""
+    with torch.device("meta"):
+        model = DiT4DiT(config, with_text=False)
+        rows, columns = config.latent_size(*frame_of(config, views))
+        frame = torch.zeros(1, 3, *frame_of(config, views))
+        latents = torch.zeros(1, config.vae.z_dim, config.latent_frames, rows, columns)
+        times = torch.zeros(1, config.latent_frames)
+        context = torch.zeros(1, config.text.max_length, config.dit.text_dim)
+        transformer, layer = model.backbone.transformer, config.extract_layer
+        return {
+            "text_encoder": 0.0,
+            "vae": measure(lambda: model.backbone.frame_encoder(frame))["Global"],
+            **split_text(measure(lambda: transformer.features(latents, times, context, layer))),
+            "action_head": head_steps(model, config, views),
+        }
+
+
+def first_chunk(config: ModelConfig, views: int) -> dict[str, float]:
+    """A chunk of a new instruction: its text is encoded and projected once."""
+    stages = executed(config, views)
+    with torch.device("meta"):
+        model = DiT4DiT(config)
+        assert model.text is not None
+        text = model.text
+        text.language_model.rotary_emb = StillRotary(config.text.hidden_size // config.text.num_heads)
+        tokens = torch.zeros(1, config.text.max_length, dtype=torch.long)
+        encoder = measure(lambda: text(tokens))["Global"]
+        embeds = torch.zeros(1, config.text.max_length, config.dit.text_in)
+        projection = measure(lambda: model.context(embeds))["Global"]
+    return {**stages, "text_encoder": encoder, "text_projection": stages["text_projection"] + projection}

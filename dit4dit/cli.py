@@ -1,0 +1,258 @@
+"""The command line. A user's mistake is one line on standard error and exit code 2; anything else is a bug with a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from dit4dit.errors import ConfigError, Dit4DitError, InputError, did_you_mean
+
+Device = str
+Dtype = Literal["auto", "float32", "bfloat16"]
+Images = tyro.conf.UseAppendAction[tuple[Path, ...]]
+
+
+def doctor(json: Path | None = None) -> int:
+    """What is installed here, which implementation of each op would run and why, and whether the models fit.
+
+    Exit code 0 when everything needed works, 1 otherwise.
+
+    Args:
+        json: also write the findings to this file.
+    """
+    from dit4dit import doctor as module
+
+    result = module.examine()
+    _finish(module.show(result), result, json)
+    return 0 if result["healthy"] else 1
+
+
+def inspect(
+    checkpoint: tyro.conf.Positional[str],
+    backbone: str | None = None,
+    embodiment: str | None = None,
+    json: Path | None = None,
+) -> int:
+    """Sizes, shapes, statistics and conventions of a checkpoint.
+
+    Args:
+        checkpoint: run folder, .pt file, folder in the own format, or hub id.
+        backbone: Cosmos-Predict2.5 folder or hub id.
+        embodiment: report the conventions for this robot.
+        json: also write everything to this file.
+    """
+    from dit4dit.commands import inspect as module
+
+    result = module.inspect(checkpoint, backbone=backbone, embodiment=embodiment)
+    _finish(module.show(result), result, json)
+    return 0
+
+
+def predict(
+    checkpoint: str,
+    image: Images,
+    instruction: str,
+    state: Path | None = None,
+    backbone: str | None = None,
+    embodiment: str | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> int:
+    """One action chunk from pictures, a state file and an instruction.
+
+    Args:
+        checkpoint: run folder, .pt file, folder in the own format, or hub id.
+        image: one 8-bit RGB picture per view, in the embodiment's order; give the option once per view.
+        instruction: what to do, in words.
+        state: JSON object, state key -> number or list of numbers, in robot units.
+        backbone: Cosmos-Predict2.5 folder or hub id.
+        embodiment: robot name or statistics tag; what the checkpoint implies when not given.
+        seed: of the noise; same seed and input, same bits.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        json: write the chunk to this file.
+        plot: write a picture of the chunk to this file.
+    """
+    from dit4dit.commands import predict as module
+    from dit4dit.policy import Policy
+
+    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=_dtype(dtype), embodiment=embodiment)
+    result = module.predict(policy, list(image), state, instruction, seed)
+    module.save(result, json, plot)
+    _say(module.show(result))
+    return 0
+
+
+def parity(
+    folder: tyro.conf.Positional[Path],
+    record: Path | None = None,
+    checkpoint: Path | None = None,
+    backbone: Path | None = None,
+    device: Device = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    backend: str | None = None,
+    seed: int = 0,
+    json: Path | None = None,
+) -> int:
+    """Compare this machine's results with a golden folder's, stage by stage; exit code 1 on any breach.
+
+    Args:
+        folder: golden folder; with --record, a new folder to write.
+        record: write such a folder from this checkpoint instead of comparing.
+        checkpoint: use this checkpoint instead of the one that the folder holds or names.
+        backbone: Cosmos-Predict2.5 folder.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of the model; the limits of float32 are the promise.
+        backend: run every op with this implementation.
+        seed: of a recorded folder's inputs and noise.
+        json: also write the table to this file.
+    """
+    from dit4dit.commands import parity as module
+    from dit4dit.policy import pick_device
+
+    place = pick_device(device)
+    if record is not None:
+        stages = module.record(folder, record, backbone=backbone, seed=seed, device=place)
+        _say(f"wrote {folder}: {', '.join(stages)}")
+        return 0
+    kind = _dtype(dtype)
+    lines = module.check(folder, device=place, dtype=kind, backend=backend, backbone=backbone, checkpoint=checkpoint)
+    _finish(module.show(lines), module.as_json(lines, device=place, dtype=kind), json)
+    return 0 if all(line.ok for line in lines) else 1
+
+
+def convert(
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
+    backbone: Path | None = None,
+    push: str | None = None,
+) -> int:
+    """Published run folder -> own format, or back, whichever the source is; bit-exact, nothing is overwritten.
+
+    Args:
+        source: published run folder (or one of its .pt files), or a folder in the own format.
+        target: new folder.
+        backbone: Cosmos-Predict2.5 folder (its small files go along).
+        push: also upload the new folder, in the own format, to this hub repository.
+    """
+    from tqdm import tqdm
+
+    from dit4dit.model import own_format
+
+    to_own = not (source / "config.json").is_file()
+    if push and not to_own:
+        raise ConfigError("--push: only folders in the own format are pushed; the source is one, push it as it is")
+    with tqdm(unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+
+        def progress(name: str, size: int) -> None:
+            bar.set_postfix_str(name)
+            bar.update(size)
+
+        if to_own:
+            own_format.to_own(source, target, backbone, progress)
+        else:
+            own_format.to_published(source, target, progress)
+    _say(f"wrote {target} ({'own format' if to_own else 'published layout'})")
+    if push:
+        _say(own_format.push_to_hub(target, push))
+    return 0
+
+
+def demo(out: Path = Path("demo"), seed: int = 1_000_000, device: Device = "auto") -> int:
+    """A small model drives one episode of the built-in tabletop world; writes a video, a plot and a JSON file.
+
+    Args:
+        out: folder for the results, and for the checkpoint that the first run makes.
+        seed: of the layout and the noise.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from tqdm import tqdm
+
+    from dit4dit.commands import demo as module
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(unit="step", desc="episode", disable=None) as bar:
+        result = module.demo(out, seed=seed, device=device, progress=bar.update)
+    _say(module.show(result, out))
+    return 0
+
+
+def bench_flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
+    """GFLOP per stage of one chunk, counted over the real modules: the published schedule, and what this package runs.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
+        json: also write the counts to this file.
+    """
+    from dit4dit.benchmarks import flops  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.commands.report import table
+    from dit4dit.presets import preset as find
+
+    counts = flops.count(find(preset))
+    rows = [[stage, *(f"{counts[s][stage]:,.2f}" for s in counts)] for stage in (*flops.STAGES, "total")]
+    _finish(table(["GFLOP", *counts], rows, right=(1, 2, 3)), {"preset": preset, **counts}, json)
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "doctor": doctor,
+    "inspect": inspect,
+    "predict": predict,
+    "parity": parity,
+    "convert": convert,
+    "demo": demo,
+}
+BENCHMARKS: dict[str, Callable[..., int]] = {"flops": bench_flops}
+
+
+def bench() -> int:
+    """Benchmarks: `dit4dit bench flops --help`."""
+    raise AssertionError("main() sends bench to its own subcommands")
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _finish(text: str, data: dict[str, Any], json_file: Path | None) -> None:
+    from dit4dit.commands.report import write_json
+
+    if json_file is not None:
+        write_json(json_file, data)
+    _say(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `dit4dit` command; exits with the command's code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands, program = {**COMMANDS, "bench": bench}, "dit4dit"
+    if words[:1] == ["bench"]:
+        commands, program, words = dict(BENCHMARKS), "dit4dit bench", words[1:]
+    try:
+        if words and not words[0].startswith("-") and words[0] not in commands:
+            known = list(commands)
+            raise InputError(
+                f"{program} {words[0]}: no such command{did_you_mean(words[0], known)}; known: {', '.join(known)}"
+            )
+        code = tyro.extras.subcommand_cli_from_dict(
+            commands, prog=program, args=words or ["--help"], description="DiT4DiT: run, check and convert the policy."
+        )
+    except Dit4DitError as error:
+        sys.stderr.write(f"{program}: error: {error}\n")
+        code = 2
+    except BrokenPipeError:
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,156 @@
+"""`dit4dit inspect`: what is in a checkpoint, and the conventions a robot must keep to use it."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from dit4dit import stats
+from dit4dit.commands.report import table
+from dit4dit.embodiments import EMBODIMENTS, Embodiment
+from dit4dit.errors import ConfigError
+from dit4dit.model.checkpoint import HEAD, TEXT, TRANSFORMER, VAE, Checkpoint, open_checkpoint
+from dit4dit.policy import choose_embodiment
+
+PARTS = {"text encoder": TEXT, "VAE": VAE, "backbone": TRANSFORMER, "action head": HEAD}
+
+
+def inspect(path: str | Path, *, backbone: str | Path | None, embodiment: str | None) -> dict[str, Any]:
+    """Sizes per part, shapes, statistics and conventions, ready for JSON; weights are mapped, not read."""
+    checkpoint = open_checkpoint(path, backbone)
+    model = checkpoint.model
+    result: dict[str, Any] = {
+        "path": str(checkpoint.path),
+        "layout": checkpoint.layout,
+        "parts": part_sizes(checkpoint),
+        "model": model.to_dict(),
+        "statistics": _tags(checkpoint),
+        "ignored_keys": list(checkpoint.ignored),
+    }
+    try:
+        robot, _ = choose_embodiment(checkpoint, embodiment)
+    except ConfigError as error:
+        if embodiment is not None:
+            raise
+        return {**result, "embodiment": None, "conventions": None, "note": str(error)}
+    shapes = {
+        "frame": [3, model.image_size[0], model.image_size[1] * len(robot.views)],
+        "features": [model.tokens(len(robot.views)), model.dit.width],
+        "state": None if model.head.state_dim is None else [1, model.head.state_dim],
+        "actions": [model.head.action_horizon, model.head.action_dim],
+    }
+    return {**result, "embodiment": robot.name, "shapes": shapes, "conventions": conventions(checkpoint, robot)}
+
+
+def part_sizes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Tensors, parameters, bytes and dtypes of each part."""
+    rows = []
+    for name, prefix in PARTS.items():
+        tensors = [checkpoint.tensors[n] for n in checkpoint.tensors if n.startswith(prefix)]
+        rows.append(
+            {
+                "part": name,
+                "tensors": len(tensors),
+                "parameters": sum(math.prod(t.shape) for t in tensors),
+                "bytes": sum(math.prod(t.shape) * t.element_size() for t in tensors),
+                "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors}),
+            }
+        )
+    return rows
+
+
+def _tags(checkpoint: Checkpoint) -> dict[str, Any]:
+    out = {}
+    for tag in checkpoint.statistics:
+        parsed = stats.parse(checkpoint.statistics, tag, f"statistics of {checkpoint.path}")
+        out[tag] = {
+            "action": _ranges(parsed.action),
+            "state": None if parsed.state is None else _ranges(parsed.state),
+        }
+    return out
+
+
+def _ranges(vector: stats.VectorStats) -> list[dict[str, Any]]:
+    return [
+        {
+            "min": float(vector.min[i]),
+            "max": float(vector.max[i]),
+            "mean": float(vector.mean[i]),
+            "std": float(vector.std[i]),
+            "scaled": bool(vector.mask[i]),
+        }
+        for i in range(vector.size)
+    ]
+
+
+def conventions(checkpoint: Checkpoint, robot: Embodiment) -> dict[str, str]:
+    """Everything that is silently wrong when it is mixed up, in words."""
+    model = checkpoint.model
+    height, width = model.image_size
+    order = " | ".join(robot.views)
+    encoding = {
+        "sin_cos": "per key [sin(v), cos(v)], keys in this order, then zeros",
+        "normalized": "normalised per key, keys in this order, then zeros",
+    }[robot.state_encoding]
+    state = ", ".join(f"{k.name}({k.dim})" for k in robot.state)
+    report = {
+        "views": f"{order}, left to right, each resized to {height} x {width} (filter {robot.resize})",
+        "picture": f"uint8 RGB, 0..255, upright; joined to {height} x {width * len(robot.views)}, scaled to [-1, 1]",
+        "state": f"{state}; {encoding} to {model.head.state_dim} values"
+        if model.head.state_dim is not None
+        else "not used: this model has no state token",
+        "state normalisation": ", ".join(f"{k.name}: {k.normalization}" for k in robot.state)
+        if robot.state_encoding == "normalized"
+        else "none (sin/cos of the raw values)",
+        "actions": ", ".join(f"{k.name}({k.dim})" for k in robot.action)
+        + f"; the first {robot.action_dim} of the model's {model.head.action_dim} values",
+        "action normalisation": ", ".join(f"{k.name}: {k.normalization}" for k in robot.action),
+        "gripper": "no rule" if robot.gripper is None else f"action {robot.gripper.index}: {robot.gripper.meaning}",
+        "chunk": f"{model.head.action_horizon} actions at {robot.rate_hz:g} Hz = "
+        f"{model.head.action_horizon / robot.rate_hz:.2f} s, {model.head.num_inference_timesteps} Euler steps",
+        "frames": f"{model.frames} in training ({model.latent_frames} latent), 1 seen; features after block "
+        f"{model.extract_layer} of {model.dit.num_layers}",
+    }
+    return report | {f"note {i + 1}": note for i, note in enumerate(robot.notes)}
+
+
+def show(result: dict[str, Any]) -> str:
+    """What the command prints."""
+    rows = [
+        [
+            p["part"],
+            p["tensors"],
+            f"{p['parameters']:,}",
+            f"{p['bytes'] / 2**20:,.1f}",
+            ", ".join(p["dtypes"]) or "absent",
+        ]
+        for p in result["parts"]
+    ]
+    blocks = [
+        f"{result['path']}  ({result['layout']} layout)",
+        table(["part", "tensors", "parameters", "MiB", "dtype"], rows, right=(1, 2, 3)),
+    ]
+    if result["conventions"] is None:
+        blocks.append(result["note"])
+    else:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in result["shapes"].items() if shape)
+        blocks.append(f"embodiment: {result['embodiment']}\nshapes: {shapes}")
+        blocks.append(table(["convention", ""], list(result["conventions"].items())))
+    blocks += [_show_statistics(tag, entry, result["embodiment"]) for tag, entry in result["statistics"].items()]
+    if result["ignored_keys"]:
+        keys = f"config.yaml keys that inference does not read: {', '.join(result['ignored_keys'])}"
+        blocks.append(textwrap.fill(keys, 120, break_long_words=False, break_on_hyphens=False))
+    return "\n\n".join(blocks)
+
+
+def _show_statistics(tag: str, entry: dict[str, Any], robot: str | None) -> str:
+    names = list(EMBODIMENTS[robot].action_names) if robot in EMBODIMENTS else []
+    rows = []
+    for kind in ("state", "action"):
+        for i, r in enumerate(entry[kind] or []):
+            name = names[i] if kind == "action" and len(names) == len(entry[kind]) else str(i)
+            numbers = [f"{r[key]:+.4g}" for key in ("min", "max", "mean", "std")]
+            rows.append([f"{kind} {name}", *numbers, "" if r["scaled"] else "passed through"])
+    return f"statistics {tag!r}\n" + table(["dimension", "min", "max", "mean", "std", ""], rows, right=(1, 2, 3, 4))

@@ -1,0 +1,81 @@
+"""`dit4dit predict`: one chunk from pictures, a state file and an instruction."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from dit4dit.commands.report import read_json_object, read_picture, table, write_json
+from dit4dit.errors import InputError
+from dit4dit.policy import Policy
+from dit4dit.types import ActionChunk, Observation
+
+
+def predict(policy: Policy, images: list[Path], state: Path | None, instruction: str, seed: int) -> dict[str, Any]:
+    """The chunk and how it came about, ready for JSON; "chunk" holds the `ActionChunk` itself."""
+    views = policy.embodiment.views
+    if len(images) != len(views):
+        raise InputError(
+            f"--image: expected {len(views)} ({', '.join(views)}, in this order) for embodiment "
+            f"{policy.embodiment.name!r}, got {len(images)}"
+        )
+    pictures = {view: read_picture(path) for view, path in zip(views, images, strict=True)}
+    observation = Observation(images=pictures, state=read_json_object(state) if state else {})
+    start = time.perf_counter()
+    chunk = policy.infer(observation, instruction, seed=seed)
+    seconds = time.perf_counter() - start
+    return {
+        "instruction": instruction,
+        "embodiment": policy.embodiment.name,
+        "seed": seed,
+        "names": list(chunk.names),
+        "rate_hz": chunk.rate_hz,
+        "actions": chunk.actions.tolist(),
+        "normalized": chunk.normalized.tolist(),
+        "first_call_seconds": seconds,
+        "device": str(policy.device),
+        "chunk": chunk,
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    """The actions as a table, one row per time step."""
+    chunk: ActionChunk = result["chunk"]
+    rows = [[i, *(f"{value:+.4f}" for value in row)] for i, row in enumerate(chunk.actions)]
+    head = f"{len(rows)} actions at {chunk.rate_hz:g} Hz, seed {result['seed']}, embodiment {result['embodiment']}"
+    return head + "\n" + table(["step", *chunk.names], rows, right=range(len(chunk.names) + 1))
+
+
+def save(result: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
+    """Write the JSON file and the picture that were asked for."""
+    if json_file:
+        write_json(json_file, {key: value for key, value in result.items() if key != "chunk"})
+    if plot:
+        plot_chunk(result["chunk"], result["instruction"], plot)
+
+
+def plot_chunk(chunk: ActionChunk, title: str, path: Path) -> None:
+    """One small plot per action dimension against time in seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(chunk.names)
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 1.8 * rows), sharex=True, squeeze=False)
+    seconds = [i / chunk.rate_hz for i in range(len(chunk.actions))]
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    for i, (name, axis) in enumerate(zip(chunk.names, axes.flat, strict=False)):
+        axis.plot(seconds, chunk.actions[:, i], marker=".", linewidth=1)
+        axis.set_title(name, fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel("seconds", fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

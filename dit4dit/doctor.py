@@ -1,0 +1,152 @@
+"""`dit4dit doctor`: what is installed, what would run and why, and whether the released models fit. It changes nothing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit4dit.commands.report import table
+
+PACKAGES = {
+    "torch": "2.10",
+    "diffusers": "0.37",
+    "transformers": "4.57",
+    "safetensors": "",
+    "huggingface_hub": "",
+    "numpy": "",
+    "triton": "3.6",
+}
+# the parts of the released models in bfloat16, by parameters: they decide what fits where
+TEXT_PARAMETERS = 7_070_000_000
+BACKBONE_PARAMETERS = 2_060_000_000 + 54_000_000
+HEAD_PARAMETERS = 163_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: `level` is ok, note (works, slower) or problem (does not work)."""
+
+    what: str
+    level: str
+    detail: str
+
+
+def examine() -> dict[str, Any]:
+    """All findings, ready for JSON; "healthy" is False when a problem was found."""
+    findings = [*_packages(), *_extension(), *_devices(), *_memory()]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "findings": [vars(f) for f in findings],
+        "ops": _ops(),
+        "healthy": all(f.level != "problem" for f in findings),
+    }
+
+
+def _packages() -> list[Finding]:
+    from packaging.version import Version
+
+    out = []
+    for name, least in PACKAGES.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            optional = name == "triton"
+            detail = "not installed; only the GPU kernels need it" if optional else f"not installed; pip install {name}"
+            out.append(Finding(name, "note" if optional else "problem", detail))
+            continue
+        old = bool(least) and Version(version) < Version(least)
+        out.append(
+            Finding(name, "problem" if old else "ok", f"{version}{f', at least {least} is needed' if old else ''}")
+        )
+    return out
+
+
+def _extension() -> list[Finding]:
+    try:
+        from dit4dit import _C
+    except ImportError as error:
+        return [Finding("dit4dit._C", "problem", f"not loadable ({error}); reinstall dit4dit for this Python")]
+    architectures = ", ".join(_C.cuda_architectures) or "CPU only"
+    return [Finding("dit4dit._C", "ok", f"built for {architectures}")]
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return [Finding("GPU", "note", f"none visible to PyTorch {torch.__version__}; everything runs on the CPU")]
+    out = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        detail = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+        out.append(Finding(f"GPU {i}", "ok", detail))
+    return out
+
+
+def _memory() -> list[Finding]:
+    import torch
+
+    out = []
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        out += _fits("GPU 0", free, 2)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable:"))
+        available = int(line.split()[1]) * 1024
+    # a policy on the CPU runs in float32
+    return out + _fits("main memory", available, 4)
+
+
+def _fits(place: str, free: int, size: int) -> list[Finding]:
+    policy = BACKBONE_PARAMETERS * size + HEAD_PARAMETERS * 4
+    everything = policy + TEXT_PARAMETERS * size
+    have = f"{free / 2**30:.1f} GiB free"
+    what, gib = f"{place}: released model", 2**30
+    need, all_of_it = f"{policy / gib:.1f} GiB", f"{everything / gib:.1f} GiB"
+    if free > everything:
+        return [Finding(what, "ok", f"fits with its text encoder ({all_of_it} of {have})")]
+    if free > policy:
+        detail = f"fits without its text encoder ({need} of {have}; {all_of_it} with it): give prompt_embeds"
+        return [Finding(what, "note", detail)]
+    return [Finding(what, "note", f"does not fit ({need}; {have})")]
+
+
+def _ops() -> list[dict[str, Any]]:
+    import torch
+
+    from dit4dit import ops
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [
+        {"op": e.op, "device": device, "chosen": e.chosen, "refused": dict(e.refused)}
+        for device in devices
+        for e in ops.explain(device=device)
+    ]
+
+
+def show(result: dict[str, Any]) -> str:
+    """What the command prints."""
+    rows = [[f["what"], f["level"], f["detail"]] for f in result["findings"]]
+    ops_rows = [
+        [o["op"], o["device"], o["chosen"] or "nothing", "; ".join(f"{k}: {v}" for k, v in o["refused"].items())]
+        for o in result["ops"]
+    ]
+    verdict = "healthy" if result["healthy"] else "problems found"
+    return "\n\n".join(
+        [
+            f"Python {result['python']} on {result['platform']}",
+            table(["what", "level", "detail"], rows),
+            table(["op", "device", "would run", "passed over"], ops_rows),
+            verdict,
+        ]
+    )

@@ -1,0 +1,397 @@
+"""The one door: an observation and an instruction in, a chunk of actions in robot units out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit4dit import embodiments, stats
+from dit4dit.config import ModelConfig
+from dit4dit.embodiments.embodiment import Embodiment, check_picture
+from dit4dit.errors import BackendError, ConfigError, InputError, did_you_mean
+from dit4dit.model.checkpoint import Checkpoint, open_checkpoint
+from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.model.text import tokenize
+from dit4dit.model.weights import build
+from dit4dit.ops import preprocess
+from dit4dit.transforms import Chain
+from dit4dit.types import ActionChunk, Noise, Observation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ENGINES = ("off",)
+CONTEXT_CACHE = 64
+"""Instructions whose projected text is kept (1 MB each for the released models in bfloat16)."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one embodiment's named data become model values and back, for one checkpoint's statistics."""
+
+    embodiment: Embodiment
+    tag: str
+    state: Chain | None
+    action: Chain
+
+    @classmethod
+    def for_checkpoint(cls, checkpoint: Checkpoint, wanted: str | Embodiment | None) -> Codec:
+        """Choose embodiment and statistics tag.
+
+        Args:
+            wanted: an embodiment, its name, or a statistics tag; None takes what the checkpoint implies.
+
+        Raises:
+            ConfigError: nothing implies an embodiment, several tags and none chosen, or sizes that do not fit.
+        """
+        where = f"statistics of {checkpoint.path}"
+        robot, label = choose_embodiment(checkpoint, wanted)
+        tag = stats.choose_tag(checkpoint.statistics, label, where)
+        statistics = stats.parse(checkpoint.statistics, tag, where)
+        head = checkpoint.model.head
+        state = None if head.state_dim is None else robot.state_chain(statistics, head.state_dim)
+        return cls(robot, tag, state, robot.action_chain(statistics, head.action_dim))
+
+
+def choose_embodiment(checkpoint: Checkpoint, wanted: str | Embodiment | None) -> tuple[Embodiment, str | None]:
+    """The embodiment, and the statistics label that the choice stands for (None: whichever is the only one)."""
+    if isinstance(wanted, Embodiment):
+        return wanted, wanted.tag
+    if wanted in embodiments.EMBODIMENTS:
+        robot = embodiments.EMBODIMENTS[str(wanted)]
+        return robot, robot.tag if robot.tag in checkpoint.statistics or len(checkpoint.statistics) > 1 else None
+    known = [*embodiments.EMBODIMENTS, *checkpoint.statistics]
+    if wanted is not None and wanted not in checkpoint.statistics:
+        raise ConfigError(f"embodiment {wanted!r}: unknown{did_you_mean(wanted, known)}; known: {', '.join(known)}")
+    if checkpoint.embodiment is None:
+        raise ConfigError(
+            f"{checkpoint.path}: does not say which robot it is for; choose one with --embodiment: "
+            f"{', '.join(embodiments.EMBODIMENTS)}"
+        )
+    return embodiments.embodiment(checkpoint.embodiment), wanted
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device; BackendError when it is asked for and absent. "auto" is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise BackendError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise BackendError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        built = "no GPU is visible to it" if torch.version.cuda else "it is a CPU-only build"
+        raise BackendError(f"device {device!r}: PyTorch {torch.__version__} sees no CUDA ({built}); use --device cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"device {device!r}: only {torch.cuda.device_count()} GPUs are visible")
+    return chosen
+
+
+class Policy:
+    """A loaded model with its robot's conventions. Make one with `from_pretrained`.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        codec: embodiment, statistics tag, and the chains between robot units and model values.
+    """
+
+    def __init__(
+        self,
+        model: DiT4DiT,
+        codec: Codec,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt_embeds: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.codec = codec
+        self._tokenizer = tokenizer
+        self._prompt_embeds = dict(prompt_embeds or {})
+        self._contexts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        backbone: str | Path | None = None,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | None = None,
+        head_dtype: torch.dtype = torch.float32,
+        embodiment: str | Embodiment | None = None,
+        engine: Literal["off"] = "off",
+        prompt_embeds: Mapping[str, Any] | None = None,
+    ) -> Policy:
+        """Load a checkpoint for inference.
+
+        Args:
+            path: published run folder, one of its .pt files, a folder in the own format, or a hub repository id.
+            backbone: Cosmos-Predict2.5 folder or hub id (only its small files are needed for a published checkpoint);
+                without it DIT4DIT_BACKBONE, then a `cosmos` folder inside the run, then the released model on the hub.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            dtype: of text encoder, VAE and backbone; bfloat16 on a GPU and float32 on a CPU when None.
+            head_dtype: of the action head; the published code runs it in float32.
+            embodiment: an `Embodiment`, its name, or the statistics tag to use; what the checkpoint implies when None.
+            engine: "off", the plain model.
+            prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
+                these instructions can be used.
+
+        Raises:
+            Dit4DitError: bad checkpoint, configuration or device; the message says what to do.
+        """
+        if engine not in ENGINES:
+            raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
+        place = pick_device(device)
+        checkpoint = open_checkpoint(path, backbone)
+        codec = Codec.for_checkpoint(checkpoint, embodiment)
+        model = build(
+            checkpoint.model,
+            checkpoint.tensors,
+            str(checkpoint.path),
+            device=place,
+            dtype=dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32),
+            head_dtype=head_dtype,
+            with_text=prompt_embeds is None,
+        )
+        tokenizer = load_tokenizer(checkpoint.tokenizer) if prompt_embeds is None else None
+        return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self.codec.embodiment
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.backbone.transformer.proj_out.weight.device
+
+    def infer(
+        self, observation: Observation, instruction: str, *, noise: Noise | None = None, seed: int | None = None
+    ) -> ActionChunk:
+        """The next K actions.
+
+        Args:
+            observation: named pictures and state, as the embodiment lists them.
+            instruction: what to do, in words.
+            noise: the request's randomness. seed: shorthand for `Noise.from_seed(seed)`. With neither, a fresh seed is
+                taken from the operating system and returned in the chunk.
+
+        Raises:
+            InputError: the observation, instruction or noise does not fit; nothing has been computed.
+        """
+        if noise is not None and seed is not None:
+            raise InputError("noise and seed: give one of them, got both")
+        if noise is None:
+            noise = Noise.fresh() if seed is None else Noise.from_seed(seed)
+        return self.infer_batch([observation], [instruction], noise=[noise])[0]
+
+    def infer_batch(
+        self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
+    ) -> list[ActionChunk]:
+        """Several requests in one pass; each one's noise is its own, whatever else is in the batch."""
+        if not observations or len(observations) != len(instructions):
+            raise InputError(
+                f"batch: {len(observations)} observations and {len(instructions)} instructions; expected as many"
+            )
+        noise = [Noise.fresh() for _ in observations] if noise is None else noise
+        if len(noise) != len(observations):
+            raise InputError(f"batch: {len(observations)} observations and {len(noise)} noises; expected as many")
+        frame = self._frame([self.embodiment.ordered_views(o.images) for o in observations])
+        state = self._states(observations)
+        normalized = self._sample(frame, list(instructions), state, noise)
+        actions = self.codec.action.inverse(normalized)
+        names, rate = self.embodiment.action_names, self.embodiment.rate_hz
+        return [
+            ActionChunk(actions=actions[i], names=names, rate_hz=rate, normalized=normalized[i], noise=noise[i])
+            for i in range(len(observations))
+        ]
+
+    def predict_action(
+        self, examples: list[dict[str, Any]] | dict[str, Any], noise: Noise | Sequence[Noise] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """The published call, with the published result.
+
+        Args:
+            examples: dicts with `image` (a uint8 [H, W, 3] array, or a list of them joined along the width; used as it
+                is, sides divisible by 16), `lang` (str), and `state` ([1, state_dim], encoded and padded) where the
+                model has a state token.
+            noise: one per example; fresh when None.
+
+        Returns:
+            {"normalized_actions": float32 [B, K, A_model]}
+        """
+        examples = [examples] if isinstance(examples, dict) else list(examples)
+        if not examples:
+            raise InputError("examples: expected at least one, got none")
+        frame = self._joined_frames([_pictures(example, i) for i, example in enumerate(examples)])
+        state = self._encoded_states(examples)
+        noises = [noise] if isinstance(noise, Noise) else noise
+        noises = [Noise.fresh() for _ in examples] if noises is None else list(noises)
+        if len(noises) != len(examples):
+            raise InputError(f"noise: expected one per example ({len(examples)}), got {len(noises)}")
+        instructions = [_instruction(example, i) for i, example in enumerate(examples)]
+        return {"normalized_actions": self._sample(frame, instructions, state, noises)}
+
+    def embed_prompts(self, instructions: Sequence[str]) -> dict[str, Tensor]:
+        """instruction -> prompt embedding [L, text_in] on the CPU, for `from_pretrained(prompt_embeds=...)`."""
+        if self._tokenizer is None:
+            raise ConfigError("embed_prompts: this policy was loaded without its text encoder")
+        out = {}
+        for instruction in instructions:
+            tokens = tokenize(self._tokenizer, [instruction], self.config.text.max_length)
+            out[instruction] = self.model.embed(tokens.to(self.device))[0].cpu()
+        return out
+
+    def _sample(
+        self, frame: Tensor, instructions: list[str], state: Tensor | None, noise: Sequence[Noise]
+    ) -> NDArray[np.float32]:
+        """frame [B, 3, H, W] in [-1, 1] -> normalised actions [B, K, A_model]."""
+        config = self.config
+        if any(not isinstance(text, str) or not text.strip() for text in instructions):
+            raise InputError("instruction: expected words, got an empty string or another type")
+        rows, columns = config.latent_size(frame.shape[2], frame.shape[3])
+        shapes = {
+            "posterior": (config.vae.z_dim, 1, rows, columns),
+            "latent": (config.vae.z_dim, config.latent_frames, rows, columns),
+            "action": (config.head.action_horizon, config.head.action_dim),
+        }
+        drawn = [request.draw(shapes) for request in noise]
+        stacked = {name: torch.from_numpy(np.stack([d[name] for d in drawn])).to(self.device) for name in shapes}
+        context = torch.cat([self._context(text) for text in instructions])
+        return (
+            self.model.sample(frame, context, state, stacked["posterior"], stacked["latent"], stacked["action"])
+            .cpu()
+            .numpy()
+        )
+
+    @torch.no_grad()
+    def _context(self, instruction: str) -> Tensor:
+        """Projected text [1, L, text_dim], kept for the next chunks of the same instruction."""
+        if instruction in self._contexts:
+            self._contexts.move_to_end(instruction)
+            return self._contexts[instruction]
+        if self._tokenizer is not None:
+            tokens = tokenize(self._tokenizer, [instruction], self.config.text.max_length)
+            embeds = self.model.embed(tokens.to(self.device))
+        else:
+            embeds = self._given_embeds(instruction)
+        self._contexts[instruction] = self.model.context(embeds)
+        if len(self._contexts) > CONTEXT_CACHE:
+            self._contexts.popitem(last=False)
+        return self._contexts[instruction]
+
+    def _given_embeds(self, instruction: str) -> Tensor:
+        if instruction not in self._prompt_embeds:
+            known = list(self._prompt_embeds)
+            raise InputError(
+                f"instruction {instruction!r}: this policy was loaded without a text encoder and has embeddings for "
+                f"{len(known)} others{did_you_mean(instruction, known)}; embed it with Policy.embed_prompts"
+            )
+        embeds = torch.as_tensor(self._prompt_embeds[instruction])
+        if embeds.dim() != 2 or embeds.shape[1] != self.config.dit.text_in:
+            raise InputError(
+                f"prompt_embeds {instruction!r}: expected shape [L, {self.config.dit.text_in}], got {list(embeds.shape)}"
+            )
+        return embeds[None].to(self.device)
+
+    def _frame(self, views: list[list[NDArray[np.uint8]]]) -> Tensor:
+        """Checked pictures, per request and view -> joined frame [B, 3, H, W]."""
+        columns = []
+        for v in range(len(self.embodiment.views)):
+            shapes = {request[v].shape for request in views}
+            if len(shapes) > 1:
+                # views of different sizes cannot be stacked before they are resized: bring each to size on its own
+                return torch.cat([self._frame([request]) for request in views])
+            columns.append(_to_device(np.stack([request[v] for request in views]), self.device))
+        size, dtype = self.config.image_size, self.model.backbone.transformer.dtype
+        return preprocess(columns, size, self.embodiment.resize, dtype)
+
+    def _joined_frames(self, pictures: list[list[NDArray[np.uint8]]]) -> Tensor:
+        """The published call's pictures: joined along the width, not resized."""
+        joined = []
+        for i, views in enumerate(pictures):
+            if len({view.shape[0] for view in views}) > 1:
+                raise InputError(
+                    f"examples[{i}].image: views of different heights {[v.shape[0] for v in views]}; resize them"
+                )
+            joined.append(np.concatenate(views, axis=1))
+        if len({picture.shape for picture in joined}) > 1:
+            raise InputError(
+                f"examples: pictures of different sizes {sorted({p.shape[:2] for p in joined})}; one batch, one size"
+            )
+        height, width = joined[0].shape[:2]
+        unit = self.config.pixels_per_token
+        if height % unit or width % unit:
+            raise InputError(
+                f"examples[0].image: expected sides divisible by {unit}, got {height} x {width}; resize it, or use infer()"
+            )
+        batch = _to_device(np.stack(joined), self.device)
+        return preprocess([batch], None, "bilinear", self.model.backbone.transformer.dtype)
+
+    def _states(self, observations: Sequence[Observation]) -> Tensor | None:
+        """Encoded states [B, 1, state_dim]; None for a model without a state token, which looks at no state."""
+        if self.codec.state is None:
+            return None
+        vectors = np.stack([self.embodiment.state_vector(o.state) for o in observations])
+        encoded = self.codec.state.forward(vectors[:, None])
+        return torch.from_numpy(np.ascontiguousarray(encoded, dtype=np.float32)).to(self.device)
+
+    def _encoded_states(self, examples: list[dict[str, Any]]) -> Tensor | None:
+        width = self.config.head.state_dim
+        if width is None:
+            return None
+        rows = []
+        for i, example in enumerate(examples):
+            if example.get("state") is None:
+                raise InputError(
+                    f"examples[{i}].state: missing; this model takes an encoded state of shape [1, {width}]"
+                )
+            row = np.asarray(example["state"], dtype=np.float32)
+            if row.shape not in ((1, width), (width,)):
+                raise InputError(
+                    f"examples[{i}].state: expected shape [1, {width}], encoded and padded, got {list(row.shape)}"
+                )
+            if not np.isfinite(row).all():
+                raise InputError(f"examples[{i}].state: has NaN or infinite values; check the sensor")
+            rows.append(row.reshape(1, width))
+        return torch.from_numpy(np.stack(rows)).to(self.device)
+
+
+def _instruction(example: Mapping[str, Any], index: int) -> str:
+    if not isinstance(example.get("lang"), str):
+        raise InputError(f"examples[{index}].lang: expected a string, got {example.get('lang')!r:.60}")
+    return str(example["lang"])
+
+
+def _pictures(example: Mapping[str, Any], index: int) -> list[NDArray[np.uint8]]:
+    image = example.get("image")
+    views = list(image) if isinstance(image, (list, tuple)) else [image]
+    if image is None or not views:
+        raise InputError(f"examples[{index}].image: missing; expected a uint8 [H, W, 3] array or a list of them")
+    return [check_picture(view, f"examples[{index}].image") for view in views]
+
+
+def _to_device(array: NDArray[np.uint8], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`; ConfigError when its files are missing."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ConfigError(f"{folder}: no tokenizer_config.json; give a backbone folder with its tokenizer")
+    return AutoTokenizer.from_pretrained(folder)
