@@ -78,7 +78,8 @@ class Pad:
 class Normalize:
     """(x - offset) / scale per dimension, clipped to [-1, 1] where `clip`; the inverse clips before it scales.
 
-    Dimensions whose range is empty map to 0 (min_max) or pass through (q99, mean_std), as in the published loader.
+    Dimensions whose range is empty map to 0 (min_max) or pass through (q99, mean_std), as in the published loader; back
+    they come as the one value that the data had.
     """
 
     offset: NDArray[np.float64]
@@ -87,6 +88,9 @@ class Normalize:
     bounded: NDArray[np.bool_]
     """Dimensions that the inverse clips to [-1, 1]: those with a range, and masked ones as the published code has it."""
     flat: NDArray[np.bool_]
+    """Dimensions of empty range that the forward step maps to 0."""
+    constant: NDArray[np.float64]
+    """The value of dimensions of empty range, which the inverse gives whatever the model wrote; NaN elsewhere."""
     binary: NDArray[np.bool_]
 
     @classmethod
@@ -102,11 +106,12 @@ class Normalize:
         offset[chosen], scale[chosen] = stats.mean[chosen], stats.std[chosen]
         empty = scale == 0
         flat = empty & (mode == "min_max")
+        constant = np.where(empty, offset, np.nan)
         passed = empty & (mode != "min_max")
         offset[passed], scale[passed] = 0.0, 1.0
         scale[flat] = 1.0
         bounded = np.isin(mode, ("min_max", "q99", "binary")) | ~stats.mask
-        return cls(offset, scale, mode == "q99", bounded, flat, mode == "binary")
+        return cls(offset, scale, mode == "q99", bounded, flat, constant, mode == "binary")
 
     def forward(self, x: Array) -> Array:
         """Robot units [..., d] -> model values [..., d]."""
@@ -118,7 +123,7 @@ class Normalize:
     def inverse(self, y: Array) -> Array:
         """Model values [..., d], clipped where `bounded` -> robot units [..., d]."""
         y = np.where(self.bounded, np.clip(y, -1, 1), y)
-        x = np.where(self.flat, self.offset, y * self.scale + self.offset)
+        x = np.where(np.isnan(self.constant), y * self.scale + self.offset, self.constant)
         return np.where(self.binary, y > 0.5, x).astype(np.float32)
 
 

@@ -92,7 +92,7 @@ def check(
     facts = read_json_object(folder / "golden.json")
     opened = open_checkpoint(checkpoint or _checkpoint_of(folder, facts), backbone)
     golden = load_golden(golden_file, device)
-    model = _model(opened, device, dtype)
+    model = golden_model(opened, device, dtype)
     with ops.use_backend(backend) if backend else contextlib.nullcontext():
         run = execute(model, opened, golden, list(facts["prompts"]))
     return compare(run, dtype)
@@ -109,18 +109,18 @@ def load_golden(file: Path, device: torch.device) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(file, device=str(device))
+        return {name: value.to(device) for name, value in load_file(file).items()}
     except SafetensorError as error:
         raise CheckpointError(f"{file}: not readable ({error}); copy it again") from None
 
 
-def _model(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT4DiT:
-    where = str(opened.path)
+def golden_model(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT4DiT:
+    """The model with every part that its golden stages need."""
     training = opened.model.flow.training
     return build(
         opened.model,
         opened.tensors,
-        where,
+        str(opened.path),
         device=device,
         dtype=dtype,
         head_dtype=torch.float32,
@@ -272,7 +272,7 @@ def record(folder: Path, checkpoint: Path, *, backbone: Path | None, seed: int, 
     from dit4dit.model.own_format import new_folder, write_json
 
     opened = open_checkpoint(checkpoint, backbone)
-    model = _model(opened, device, torch.float32)
+    model = golden_model(opened, device, torch.float32)
     prompts = ["pick up the red block and place it in the bowl", "open the drawer"]
     golden = random_golden(opened, seed, device)
     run = execute(model, opened, golden, prompts)

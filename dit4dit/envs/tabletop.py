@@ -42,7 +42,9 @@ INSTRUCTIONS = (
     "pick up the {block} block and set it down on the {plate} plate",
 )
 
-Observation = dict[str, NDArray[np.generic]]  # {"image": uint8 [P, P, 3], "state": float32 [3]}, the raw dict at the rim
+Observation = dict[
+    str, NDArray[np.generic]
+]  # {"image": uint8 [P, P, 3], "state": float32 [3]}, the raw dict at the rim
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Goal:
     def __post_init__(self) -> None:
         for what, got, known in (("block", self.block, BLOCK_COLOURS), ("plate", self.plate, PLATE_COLOURS)):
             if got not in known:
-                raise InputError(f"Goal.{what}: expected one of {list(known)}, got {got!r}{did_you_mean(str(got), list(known))}")
+                raise InputError(
+                    f"Goal.{what}: expected one of {list(known)}, got {got!r}{did_you_mean(str(got), list(known))}"
+                )
 
     def instruction(self, paraphrase: int = 0) -> str:
         """The goal in words; `paraphrase` counts through `INSTRUCTIONS`."""
@@ -143,10 +147,11 @@ def layout(seed: int) -> tuple[Scene, Goal, int]:
         gaps = (np.hypot(*(place - other)) - clearances[i] - clearances[len(places)] for i, other in enumerate(places))
         if all(gap > 0.012 for gap in gaps):
             places.append(place)
-    plates = tuple(Body(colour, *map(float, places[i])) for i, colour in enumerate(PLATE_COLOURS))
-    yaws = rng.uniform(-0.35, 0.35, 3)
-    blocks = tuple(Body(colours[i], *map(float, places[2 + i]), float(yaws[i])) for i in range(3))
-    x, y = map(float, rng.uniform(-SPAWN, SPAWN, 2))
+    centres = [(float(x), float(y)) for x, y in places]
+    plates = tuple(Body(colour, *centre) for colour, centre in zip(PLATE_COLOURS, centres[:2], strict=True))
+    yaws = rng.uniform(-0.35, 0.35, 3).tolist()
+    blocks = tuple(Body(*named) for named in ((colours[i], *centres[2 + i], yaws[i]) for i in range(3)))
+    x, y = rng.uniform(-SPAWN, SPAWN, 2).tolist()
     goal = Goal(colours[rng.integers(3)], list(PLATE_COLOURS)[rng.integers(2)])
     return Scene(blocks, plates, x, y, opening=1.0, held=None), goal, int(rng.integers(len(INSTRUCTIONS)))
 
@@ -169,7 +174,7 @@ def advance(scene: Scene, action: NDArray[np.float64]) -> Scene:
         if np.hypot(nearest.x - x, nearest.y - y) <= GRASP_RADIUS:
             held = nearest.colour
             # a parallel gripper turns and centres what it catches, along its own x only
-            blocks = tuple(b for b in blocks if b is not nearest) + (replace(nearest, x=x, yaw=0.0),)
+            blocks = (*(body for body in blocks if body is not nearest), replace(nearest, x=x, yaw=0.0))
     elif held is not None and opening > 0.5:
         held = None
     return Scene(blocks, scene.plates, x, y, opening, held)
@@ -214,7 +219,9 @@ class TabletopEnv:
         except (TypeError, ValueError) as error:
             raise InputError(f"TabletopEnv.step: expected 3 numbers (dx, dy, grip), got {action!r}") from error
         if values.shape != (3,):
-            raise InputError(f"TabletopEnv.step: expected an action of shape (3,) = (dx, dy, grip), got shape {values.shape}")
+            raise InputError(
+                f"TabletopEnv.step: expected an action of shape (3,) = (dx, dy, grip), got shape {values.shape}"
+            )
         if not np.isfinite(values).all():
             raise InputError(f"TabletopEnv.step: expected finite numbers (dx, dy, grip), got {values.tolist()}")
         if self.steps >= self.max_steps:
@@ -222,7 +229,9 @@ class TabletopEnv:
         self.scene = advance(self.scene, values)
         self.steps += 1
         success = self.scene.reached(self.goal)
-        return StepResult(self.observation(), success, self.steps, truncated=self.steps >= self.max_steps and not success)
+        return StepResult(
+            self.observation(), success, self.steps, truncated=self.steps >= self.max_steps and not success
+        )
 
     def observation(self) -> Observation:
         """{"image": uint8 [P, P, 3] RGB, "state": float32 [3] = (x, y [m], opening 0..1)} of this moment."""
@@ -302,7 +311,9 @@ def render(scene: Scene, picture: int = 64) -> NDArray[np.uint8]:
     centre = np.stack([shapes[:, 0] + TABLE / 2, TABLE / 2 - shapes[:, 1]], axis=1) * scale  # px, column and row
     corner = np.rint(centre - side / 2).astype(np.int64)
     pixel = np.arange(side, dtype=np.float32) + 0.5
-    right = ((corner[:, :1] + pixel - centre[:, :1]) / scale)[:, None, :].astype(np.float32)  # m from the shape's centre
+    right = ((corner[:, :1] + pixel - centre[:, :1]) / scale)[:, None, :].astype(
+        np.float32
+    )  # m from the shape's centre
     up = (-(corner[:, 1:] + pixel - centre[:, 1:]) / scale)[:, :, None].astype(np.float32)
     half_x, half_y, rounding, cos, sin, soft, alpha = (shapes[:, i, None, None] for i in range(2, 9))
     from_x = np.abs(cos * right + sin * up) - (half_x - rounding)
@@ -319,6 +330,11 @@ def render(scene: Scene, picture: int = 64) -> NDArray[np.uint8]:
     return (seen + 0.5).astype(np.uint8)
 
 
+def empty_table(picture: int = 64) -> NDArray[np.uint8]:
+    """The picture of the bare table: uint8 [picture, picture, 3] RGB."""
+    return (_table(picture, 0) + 0.5).astype(np.uint8)
+
+
 @lru_cache(maxsize=2 * len(PICTURES))
 def _table(picture: int, margin: int) -> NDArray[np.float32]:
     """The empty table, float32 [picture + 2 margin, ..., 3]: light from the upper left and a faint grain along x."""
@@ -333,7 +349,9 @@ def _shapes(scene: Scene, pixel: float) -> list[tuple[float, ...]]:
     """Rows (x, y, half x, half y, rounding, cos, sin, soft edge [m], alpha, r, g, b), bottom to top."""
     rows: list[tuple[float, ...]] = []
 
-    def box(x: float, y: float, half: tuple[float, float], rounding: float, colour: Sequence[float], yaw: float = 0.0) -> None:
+    def box(
+        x: float, y: float, half: tuple[float, float], rounding: float, colour: Sequence[float], yaw: float = 0.0
+    ) -> None:
         rows.append((x, y, *half, rounding, float(np.cos(yaw)), float(np.sin(yaw)), pixel, 1.0, *colour))
 
     def shadow(x: float, y: float, half: tuple[float, float], rounding: float, height: float, yaw: float = 0.0) -> None:

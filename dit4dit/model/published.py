@@ -7,7 +7,7 @@ reads; it lists them, and it falls back to the published values where a run did 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,26 +84,23 @@ def read_run(config_path: Path, cosmos: Path) -> PublishedRun:
     deltas = keys.get("datasets.vla_data.video_delta_indices", kind=list)
     ratio = keys.get("datasets.vla_data.action_video_freq_ratio", 1, int)
     size = keys.get("datasets.vla_data.image_size", [224, 224], list)
-    model = ModelConfig(
-        text=_with_length(text, keys.get("framework.cosmos25.max_sequence_length", 512, int)),
-        vae=vae,
-        dit=dit,
-        head=_read_head(keys, dit.width),
-        flow=_read_flow(keys),
-        frames=len(range(0, len(deltas), ratio)),
-        image_size=(int(size[0]), int(size[1])),
-        extract_layer=keys.get("framework.cosmos25.extract_layer", 17, int),
-        conditional_frame_timestep=float(keys.get("framework.cosmos25.conditional_frame_timestep", 0.0001)),
-        sigma_max=sigma_max,
-    )
+    try:
+        model = ModelConfig(
+            text=replace(text, max_length=keys.get("framework.cosmos25.max_sequence_length", 512, int)),
+            vae=vae,
+            dit=dit,
+            head=_read_head(keys, dit.width),
+            flow=_read_flow(keys),
+            frames=len(range(0, len(deltas), ratio)),
+            image_size=(int(size[0]), int(size[1])),
+            extract_layer=keys.get("framework.cosmos25.extract_layer", 17, int),
+            conditional_frame_timestep=float(keys.get("framework.cosmos25.conditional_frame_timestep", 0.0001)),
+            sigma_max=sigma_max,
+        )
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(keys.where) else f"{keys.where}: {error}") from None
     data_mix = keys.get("datasets.vla_data.data_mix", None, str)
     return PublishedRun(model=model, data_mix=data_mix, ignored=keys.unread())
-
-
-def _with_length(text: TextConfig, max_length: int) -> TextConfig:
-    import dataclasses
-
-    return dataclasses.replace(text, max_length=max_length)
 
 
 def _read_head(keys: KeyReader, context_dim: int) -> HeadConfig:

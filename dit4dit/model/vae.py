@@ -29,7 +29,9 @@ class ChannelRmsNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma
+        # spelled out: torch's own normalize over channels is several times slower on a CPU
+        norm = x.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+        return x / norm * (x.shape[1] ** 0.5 * self.gamma)
 
 
 class ResidualBlock(nn.Module):

@@ -222,6 +222,8 @@ class VideoDiT(nn.Module):
         Returns:
             [B, T, (h/patch) * (w/patch), D]
         """
+        if any(got > most for got, most in zip(latents.shape[2:], self.config.max_size, strict=True)):
+            raise ValueError(f"latents: at most {self.config.max_size} (T, h, w), got {tuple(latents.shape[2:])}")
         x = self.patch_embed(self._patchify(latents.to(self.dtype)))
         embedded_t, temb = self._embed_times(times)
         patch = self.config.patch

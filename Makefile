@@ -1,0 +1,63 @@
+# The few things a contributor repeats. `make demo` and `make test` set up .venv by themselves.
+#
+#   make demo | test | lint | format | wheel | clean
+#   make test ARGS="-k preprocess"        arguments for pytest
+#   make test PYTHON=python3.12           another interpreter (after `make clean`)
+#   make test TORCH=torch==2.10.0         another torch, or the path of a wheel
+#   make wheel CUDA=ON PTXAS=ON           every architecture, with the compiler's report on registers and spills
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CUDA ?= AUTO
+PTXAS ?= OFF
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CMAKE_ARGS := --config-settings=cmake.define.DIT4DIT_CUDA=$(CUDA) --config-settings=cmake.define.DIT4DIT_PTXAS_REPORT=$(PTXAS) \
+	--config-settings=cmake.define.DIT4DIT_WARNINGS_AS_ERRORS=ON
+SOURCES := $(shell find dit4dit csrc kernels benchmarks -type f -not -name '*.pyc') \
+	CMakeLists.txt pyproject.toml README.md LICENSE
+
+.PHONY: demo test lint format wheel clean
+.SUFFIXES:
+
+demo: .venv/.installed
+	@$(BIN)/dit4dit demo --out demo
+
+# The pytest command, not `python -m pytest`, which would put the source tree before the installed package.
+test: .venv/.installed
+	@$(BIN)/pytest $(ARGS)
+
+lint: .venv/.installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/.installed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+wheel: .venv/.torch
+	@echo "-- wheel (CUDA=$(CUDA))"
+	@$(PIP) wheel $(if $(filter ON,$(PTXAS)),-v,-qq) --no-deps --wheel-dir dist $(CMAKE_ARGS) .
+	@ls -l dist
+
+clean:
+	rm -rf .venv build dist
+
+# Its own step and first, so that nothing that depends on torch brings another build of it.
+.venv/.torch:
+	@echo "-- .venv ($(PYTHON)) and $(TORCH)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -qq "$(TORCH)"
+	@touch $@
+
+# A real install, not an editable one: what is tested is what a wheel holds.
+.venv/.installed: .venv/.torch constraints.txt $(SOURCES)
+	@echo "-- dit4dit and what it needs (CUDA=$(CUDA))"
+	@rm -rf .venv/wheel
+	@$(PIP) wheel -qq --no-deps --wheel-dir .venv/wheel $(CMAKE_ARGS) .
+	@$(PIP) install -qq --no-deps --force-reinstall .venv/wheel/*.whl
+	@$(PIP) install -qq -c constraints.txt "$$(echo .venv/wheel/*.whl)[dev]"
+	@touch $@

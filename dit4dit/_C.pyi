@@ -1,0 +1,9 @@
+from collections.abc import Sequence
+
+_View = tuple[int, tuple[int, ...], tuple[int, ...], str, str]  # address, shape, strides in elements, dtype, device
+
+cuda_architectures: tuple[str, ...]
+
+def build_info() -> dict[str, object]: ...
+def preprocess(views: Sequence[_View], widths: Sequence[int], out: _View, filter: str) -> None: ...
+def preprocess_cuda(views: Sequence[_View], widths: Sequence[int], out: _View, filter: str, stream: int) -> None: ...

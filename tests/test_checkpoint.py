@@ -1,0 +1,395 @@
+"""Opening, building, saving and converting checkpoints; what a user gets to read when one is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dit4dit import Policy
+from dit4dit.errors import CheckpointError, ConfigError
+from dit4dit.model import checkpoint as ck
+from dit4dit.model import own_format, published
+from dit4dit.model.text import byte_tokenizer
+from dit4dit.model.weights import build, from_cosmos, random_model
+from dit4dit.presets import preset
+
+CPU = torch.device("cpu")
+F32 = {"device": CPU, "dtype": torch.float32, "head_dtype": torch.float32}
+
+
+def pt(run: Path) -> Path:
+    return run / "checkpoints" / "steps_10_pytorch_model.pt"
+
+
+def same_tensors(a, b) -> bool:
+    return set(a) == set(b) and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+# -- published layout ------------------------------------------------------------------------------------------------
+
+
+def test_published_configuration_is_read(golden_dir: Path) -> None:
+    model = ck.open_checkpoint(golden_dir / "gr1_tiny").model
+    assert (model.frames, model.latent_frames, model.extract_layer, model.text.max_length) == (9, 3, 3, 192)
+    assert (model.head.width, model.head.num_heads, model.head.state_dim, model.head.action_horizon) == (64, 4, 64, 16)
+    assert model.flow.repeated_diffusion_steps == 4, "trainer's number is the live one, not action_model's 8"
+    assert (model.flow.high_sigma_ratio, model.flow.high_sigma_min) == (0.35, 0.98)
+    assert model.sigma_max == 200.0
+    assert model.vae.latents_std[0] == pytest.approx(1.0, abs=2)
+
+
+def test_ignored_keys_are_listed(golden_dir: Path) -> None:
+    ignored = ck.open_checkpoint(golden_dir / "libero_tiny").ignored
+    assert "wandb_project" in ignored
+    assert "framework.action_model.repeated_diffusion_steps" in ignored
+    assert not any("extract_layer" in key or "video_delta_indices" in key for key in ignored)
+
+
+def test_missing_unread_keys_fall_back_to_the_published_values(libero_run: Path) -> None:
+    data = published.read_yaml(libero_run / "config.yaml")
+    kept = {key: data["framework"]["action_model"][key] for key in ("action_dim", "action_horizon", "state_dim")}
+    kept["diffusion_model_cfg"] = data["framework"]["action_model"]["diffusion_model_cfg"]
+    indices = {"video_delta_indices": list(range(9)), "action_video_freq_ratio": 2}
+    lean = {"framework": {"action_model": kept, "cosmos25": {"extract_layer": 3}}, "datasets": {"vla_data": indices}}
+    (libero_run / "config.yaml").write_text(json.dumps(lean))
+    model = published.read_run(libero_run / "config.yaml", libero_run / "cosmos")
+    assert model.model.text.max_length == 512
+    assert model.model.head.num_inference_timesteps == 4
+    assert model.model.flow.time_distribution == "logit_normal"
+    assert model.model.flow.high_sigma_ratio == 0.05
+    assert model.data_mix is None
+
+
+@pytest.mark.parametrize("kind, sizes", [("DiT-B", (12, 64)), ("DiT-L", (32, 48))])
+def test_head_types(libero_run: Path, kind: str, sizes: tuple[int, int]) -> None:
+    config = libero_run / "config.yaml"
+    data = published.read_yaml(config)
+    head = data["framework"]["action_model"]
+    head["action_model_type"] = kind
+    for key in ("input_embedding_dim", "num_attention_heads", "attention_head_dim"):
+        del head["diffusion_model_cfg"][key]
+    config.write_text(json.dumps(data))
+    model = published.read_run(config, libero_run / "cosmos").model
+    assert (model.head.num_heads, model.head.head_dim) == sizes
+
+
+def test_the_highest_step_wins_and_a_named_file_is_taken(libero_run: Path) -> None:
+    (libero_run / "checkpoints" / "steps_9_pytorch_model.pt").write_bytes(pt(libero_run).read_bytes())
+    assert ck.open_checkpoint(libero_run).path.name == "steps_10_pytorch_model.pt"
+    named = libero_run / "checkpoints" / "steps_9_pytorch_model.pt"
+    assert ck.open_checkpoint(named).path == named
+    final = libero_run / "final_model"
+    final.mkdir()
+    shutil.move(pt(libero_run), final / "pytorch_model.pt")
+    named.unlink()
+    assert ck.open_checkpoint(libero_run).path == final / "pytorch_model.pt"
+
+
+def test_backbone_by_argument_variable_and_hub(libero_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = libero_run.parent / "elsewhere"
+    shutil.move(libero_run / "cosmos", moved)
+    asked = []
+
+    def download(name, revision=None, allow_patterns=None):
+        asked.append((name, revision, allow_patterns))
+        return str(moved)
+
+    monkeypatch.delenv("DIT4DIT_BACKBONE", raising=False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert ck.open_checkpoint(libero_run, backbone=moved).tokenizer == moved / "tokenizer"
+    assert not asked
+    ck.open_checkpoint(libero_run)
+    assert asked == [("nvidia/Cosmos-Predict2.5-2B", "diffusers/base/post-trained", ck.SMALL_FILES)]
+    monkeypatch.setenv("DIT4DIT_BACKBONE", str(moved))
+    ck.open_checkpoint(libero_run)
+    assert len(asked) == 1
+    monkeypatch.setenv("DIT4DIT_BACKBONE", "/nowhere at all")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        ck.open_checkpoint(libero_run)
+
+
+def test_weights_are_copied_out_of_the_file(libero_run: Path) -> None:
+    opened = ck.open_checkpoint(libero_run)
+    model = build(opened.model, opened.tensors, "here", **F32)
+    before = model.head.action_decoder.layer2.weight.clone()
+    with pt(libero_run).open("r+b") as stream:
+        stream.write(b"\0" * pt(libero_run).stat().st_size)
+    assert torch.equal(model.head.action_decoder.layer2.weight, before)
+
+
+def test_parts_that_are_not_needed_are_not_read(golden_dir: Path) -> None:
+    opened = ck.open_checkpoint(golden_dir / "libero_tiny")
+    tensors = {n: t for n, t in opened.tensors.items() if not n.startswith(ck.TEXT) and ".vae.decoder." not in n}
+    model = build(opened.model, tensors, "here", **F32, with_text=False)
+    assert model.text is None
+    assert model.video_vae is None
+    with pytest.raises(CheckpointError, match=r"here: text encoder: .* tensors missing"):
+        build(opened.model, tensors, "here", **F32)
+
+
+# -- broken checkpoints ----------------------------------------------------------------------------------------------
+
+
+def truncate(run: Path) -> None:
+    pt(run).write_bytes(pt(run).read_bytes()[:-5000])
+
+
+def not_a_state_dict(run: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(1)}}, pt(run))
+
+
+def other_tensors(run: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(1)}, pt(run))
+
+
+def pickled_code(run: Path) -> None:
+    torch.save({"a": Path("x")}, pt(run))
+
+
+def drop_key(run: Path) -> None:
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("    action_horizon: 8\n", ""))
+
+
+def wrong_kind(run: Path) -> None:
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("    action_horizon: 8\n", "    action_horizon: eight\n"))
+
+
+def bad_yaml(run: Path) -> None:
+    (run / "config.yaml").write_text("framework: [unclosed")
+
+
+def odd_picture(run: Path) -> None:
+    config = run / "config.yaml"
+    config.write_text(
+        config.read_text().replace("    - 224\n    - 224\n    delete", "    - 230\n    - 224\n    delete")
+    )
+
+
+def other_widths(run: Path) -> None:
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("    hidden_size: 96\n", "    hidden_size: 128\n"))
+
+
+BROKEN = {
+    "missing .pt": (lambda run: pt(run).unlink(), "no checkpoints/steps_N_pytorch_model.pt"),
+    "truncated .pt": (truncate, "truncated? copy it again"),
+    "nested .pt": (not_a_state_dict, "expected a flat state dict"),
+    "other .pt": (other_tensors, "not a DiT4DiT checkpoint"),
+    "code in .pt": (pickled_code, "not readable as a PyTorch checkpoint"),
+    "missing key": (drop_key, "missing key 'framework.action_model.action_horizon'"),
+    "wrong kind": (wrong_kind, "action_horizon: expected int, got 'eight'"),
+    "bad yaml": (bad_yaml, "not readable YAML"),
+    "no config": (lambda run: (run / "config.yaml").unlink(), "neither config.yaml"),
+    "no statistics": (lambda run: (run / "dataset_statistics.json").unlink(), "no such file"),
+    "odd picture": (odd_picture, "image_size: expected multiples of 16, got (230, 224)"),
+    "other widths": (other_widths, "expected shape [128, 16] from the configuration, got [96, 16]"),
+    "no backbone": (
+        lambda run: (run / "cosmos" / "transformer" / "config.json").unlink(),
+        "expected a Cosmos-Predict2.5",
+    ),
+    "no tokenizer": (lambda run: shutil.rmtree(run / "cosmos" / "tokenizer"), "no tokenizer_config.json"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_gives_one_clear_line(libero_run: Path, name: str) -> None:
+    spoil, wanted = BROKEN[name]
+    spoil(libero_run)
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        Policy.from_pretrained(libero_run, device="cpu")
+    message = str(caught.value)
+    assert wanted in message
+    assert "\n" not in message
+    assert str(libero_run) in message
+
+
+@pytest.mark.parametrize("path", ["nowhere", "/nowhere/run", "nowhere.pt"])
+def test_no_such_checkpoint(path: str) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        ck.open_checkpoint(path)
+
+
+# -- Cosmos folders --------------------------------------------------------------------------------------------------
+
+
+def test_a_cosmos_folder_loads_with_a_fresh_head(cosmos_folder: Path, golden_dir: Path) -> None:
+    base = preset("tiny").model
+    model = from_cosmos(cosmos_folder, base, seed=1)
+    again = from_cosmos(cosmos_folder, base, seed=1)
+    opened = ck.open_checkpoint(golden_dir / "libero_tiny")
+    source = build(opened.model, opened.tensors, "x", **F32)
+    assert same_tensors(model.backbone.transformer.state_dict(), source.backbone.transformer.state_dict())
+    assert same_tensors(model.text.state_dict(), source.text.state_dict())
+    assert same_tensors(model.head.state_dict(), again.head.state_dict())
+    assert model.config.head == base.head
+
+
+def test_a_backbone_folder_without_weights_says_so(golden_dir: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no weights, download them too"):
+        from_cosmos(golden_dir / "libero_tiny" / "cosmos", preset("tiny").model, seed=0)
+
+
+def test_a_truncated_safetensors_file_says_so(cosmos_folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "cosmos"
+    shutil.copytree(cosmos_folder, broken)
+    file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="not readable"):
+        from_cosmos(broken, preset("tiny").model, seed=0)
+
+
+# -- own format and conversion ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny"])
+def test_conversion_both_ways_is_bit_exact(golden_dir: Path, tmp_path: Path, name: str) -> None:
+    source = golden_dir / name
+    own, back = tmp_path / "own", tmp_path / "back"
+    own_format.to_own(source, own)
+    own_format.to_published(own, back)
+    original = torch.load(pt(source), weights_only=True)
+    assert same_tensors(original, torch.load(pt(back), weights_only=True))
+    assert (back / "config.yaml").read_bytes() == (source / "config.yaml").read_bytes()
+    assert (back / "dataset_statistics.json").read_bytes() == (source / "dataset_statistics.json").read_bytes()
+    for file in (source / "cosmos").rglob("*"):
+        if file.is_file():
+            assert (back / "cosmos" / file.relative_to(source / "cosmos")).read_bytes() == file.read_bytes()
+    assert ck.open_checkpoint(own).model == ck.open_checkpoint(source).model
+    trained = load_file(own / "model.safetensors")
+    assert all(n.startswith((ck.TRANSFORMER, ck.HEAD)) for n in trained)
+    assert (own / "text_encoder" / "model.safetensors").is_file()
+
+
+def test_shards(golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_format, "SHARD_SIZE", "300KB")
+    own, back = tmp_path / "own", tmp_path / "back"
+    own_format.to_own(golden_dir / "libero_tiny", own)
+    assert len(list(own.glob("*.safetensors"))) > 3
+    own_format.to_published(own, back)
+    original = torch.load(pt(golden_dir / "libero_tiny"), weights_only=True)
+    assert same_tensors(original, torch.load(pt(back), weights_only=True))
+    next(iter(own.glob("model-00002*"))).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002.*missing or not readable"):
+        ck.open_checkpoint(own)
+
+
+def test_dtypes_survive_conversion(libero_run: Path, tmp_path: Path) -> None:
+    state = torch.load(pt(libero_run), weights_only=True)
+    state = {n: t.bfloat16() if n.startswith(ck.TEXT) else t for n, t in state.items()}
+    torch.save(state, pt(libero_run))
+    own_format.to_own(libero_run, tmp_path / "own")
+    own_format.to_published(tmp_path / "own", tmp_path / "back")
+    assert same_tensors(state, torch.load(pt(tmp_path / "back"), weights_only=True))
+
+
+def test_an_existing_folder_is_never_overwritten(golden_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "own"
+    target.mkdir()
+    (target / "precious").write_text("kept")
+    with pytest.raises(CheckpointError, match="exists already"):
+        own_format.to_own(golden_dir / "libero_tiny", target)
+    assert [p.name for p in tmp_path.iterdir()] == ["own"]
+    assert (target / "precious").read_text() == "kept"
+
+
+def test_an_interrupted_conversion_leaves_nothing(
+    golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        own_format.to_own(golden_dir / "libero_tiny", tmp_path / "own")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_own_format_without_frozen_parts_takes_them_from_the_backbone(
+    cosmos_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DIT4DIT_BACKBONE", raising=False)
+    model = from_cosmos(cosmos_folder, preset("tiny").model, seed=5)
+    statistics = json.loads((Path(__file__).parent / "golden/libero_tiny/dataset_statistics.json").read_text())
+    lean, whole = tmp_path / "lean", tmp_path / "whole"
+    arguments = {"embodiment": "libero", "statistics": statistics, "tokenizer": byte_tokenizer()}
+    own_format.save_model(lean, model, **arguments, with_frozen=False)
+    own_format.save_model(whole, model, **arguments)
+    assert not (lean / "text_encoder").exists()
+    a = ck.open_checkpoint(lean, backbone=cosmos_folder)
+    b = ck.open_checkpoint(whole)
+    for name in b.tensors:
+        assert torch.equal(a.tensors[name], b.tensors[name]), name
+    shutil.rmtree(whole / "vae")
+    with pytest.raises(CheckpointError, match="has no weights"):
+        ck.open_checkpoint(whole, backbone=Path(__file__).parent / "golden/libero_tiny/cosmos")
+
+
+def test_a_model_of_ours_goes_to_the_published_layout_and_back(tmp_path: Path) -> None:
+    base = preset("tiny").model
+    model = random_model(base, 3)
+    statistics = json.loads((Path(__file__).parent / "golden/libero_tiny/dataset_statistics.json").read_text())
+    own_format.save_model(
+        tmp_path / "own", model, embodiment="libero", statistics=statistics, tokenizer=byte_tokenizer()
+    )
+    own_format.to_published(tmp_path / "own", tmp_path / "run")
+    opened = ck.open_checkpoint(tmp_path / "run")
+    assert opened.model == base
+    assert opened.embodiment == "libero"
+    assert not opened.ignored or all(
+        "framework.name" in k or "window" in k or "base_model" in k or "vl_hidden" in k or "max_" in k
+        for k in opened.ignored
+    )
+    built = build(opened.model, opened.tensors, "x", **F32, with_video_vae=True)
+    assert same_tensors(built.state_dict(), model.state_dict())
+
+
+def test_own_configuration_refuses_unknown_keys_and_versions(golden_dir: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own_format.to_own(golden_dir / "libero_tiny", own)
+    config = json.loads((own / "config.json").read_text())
+    config["model"]["head"]["num_layer"] = 3
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="unknown key 'num_layer'; did you mean 'num_layers'"):
+        ck.open_checkpoint(own)
+    config["format_version"] = 99
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected format_version 1, got 99"):
+        ck.open_checkpoint(own)
+
+
+def test_hub_push_and_pull(golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, hub = tmp_path / "own", tmp_path / "hub"
+    own_format.to_own(golden_dir / "libero_tiny", own)
+
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            assert (name, private, exist_ok) == ("me/policy", True, True)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, hub / repo_id)
+            return f"hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision, allow_patterns: str(hub / name))
+    assert own_format.push_to_hub(own, "me/policy") == "hub/me/policy"
+    monkeypatch.chdir(tmp_path)
+    assert ck.open_checkpoint("me/policy").model == ck.open_checkpoint(own).model
+    with pytest.raises(CheckpointError, match="convert it first"):
+        own_format.push_to_hub(golden_dir / "libero_tiny", "me/policy")
+
+
+def test_a_failed_download_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args, **_kwargs):
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(CheckpointError) as caught:
+        ck.open_checkpoint("me/policy")
+    assert str(caught.value) == "hub me/policy: could not be downloaded (no network); give a local folder instead"

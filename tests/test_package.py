@@ -1,0 +1,102 @@
+"""The package as installed: what importing it costs, what it says about itself, what is in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points, files, version
+from pathlib import Path
+
+import pytest
+
+import dit4dit
+from dit4dit import _C
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "numpy", "transformers", "diffusers", "triton", "matplotlib", "importlib.metadata")
+
+
+def run(script: str, tmp_path: Path) -> str:
+    """In a process of its own, away from the source tree."""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_quick_and_brings_nothing_heavy(tmp_path):
+    script = """
+import sys, time
+before = set(sys.modules)
+start = time.perf_counter()
+import dit4dit
+print(time.perf_counter() - start)
+print(*sorted(set(sys.modules) - before))
+"""
+    # the best of a few: another process may hold the machine for a moment
+    runs = [run(script, tmp_path).splitlines() for _ in range(5)]
+    assert min(float(seconds) for seconds, _ in runs) < 0.1
+    loaded = set(runs[0][1].split())
+    assert "dit4dit" in loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_the_compiled_module_needs_no_torch(tmp_path):
+    loaded = run("import sys; from dit4dit import _C; print(*sys.modules)", tmp_path).split()
+    assert "dit4dit._C" in loaded
+    assert not set(loaded) & {"torch", "numpy"}
+
+
+def test_names_that_are_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'Polizy'"):
+        dit4dit.Polizy  # noqa: B018
+    assert {"Policy", "Observation", "ActionChunk", "Noise"} <= set(dir(dit4dit))
+
+
+@pytest.mark.parametrize("name", ["Policy", "Observation", "ActionChunk", "Noise"])
+def test_public_names_load(name):
+    assert getattr(dit4dit, name).__name__ == name
+
+
+def test_one_version():
+    assert dit4dit.__version__ == version("dit4dit")
+
+
+def test_what_the_build_says_about_itself():
+    info = _C.build_info()
+    assert set(info) == {"compiler", "cuda", "architectures"}
+    assert info["compiler"]
+    assert info["architectures"] == _C.cuda_architectures
+    assert isinstance(_C.cuda_architectures, tuple)
+    assert bool(info["cuda"]) == bool(_C.cuda_architectures)
+    assert hasattr(_C, "preprocess_cuda") == bool(_C.cuda_architectures)
+
+
+def test_the_command_is_installed():
+    (command,) = entry_points(group="console_scripts", name="dit4dit")
+    assert command.value == "dit4dit.cli:main"
+
+
+def installed() -> set[str]:
+    found = files("dit4dit")
+    assert found is not None
+    return {str(path) for path in found}
+
+
+@pytest.mark.skipif(
+    Path(dit4dit.__file__).is_relative_to(ROOT) and not Path(dit4dit.__file__).is_relative_to(ROOT / ".venv"),
+    reason="an editable install holds links, not files",
+)
+def test_what_is_installed():
+    names = installed()
+    assert "dit4dit/py.typed" in names
+    assert "dit4dit/benchmarks/harness.py" in names
+    assert "dit4dit/benchmarks/ops/bench_preprocess.py" in names
+    # these would shadow the Hugging Face package `kernels` where the source tree is on the path
+    assert not {"dit4dit/kernels/__init__.py", "dit4dit/benchmarks/__init__.py"} & names
+    assert not [name for name in names if name.endswith((".cu", ".cuh", ".cpp", ".h"))]
+    assert not [name for name in names if name.startswith(("tests/", "kernels/", "benchmarks/", "csrc/"))]
+
+
+def test_no_package_at_the_root_of_the_source_shadows_another():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "benchmarks" / "__init__.py").exists()
