@@ -262,6 +262,9 @@ def test_conversion_both_ways_is_bit_exact(golden_dir: Path, tmp_path: Path, nam
         if file.is_file():
             assert (back / "cosmos" / file.relative_to(source / "cosmos")).read_bytes() == file.read_bytes()
     assert ck.open_checkpoint(own).model == ck.open_checkpoint(source).model
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {f.stat().st_mode for f in own.rglob("*") if f.is_file()} == {plain.stat().st_mode}
     trained = load_file(own / "model.safetensors")
     assert all(n.startswith((ck.TRANSFORMER, ck.HEAD)) for n in trained)
     assert (own / "text_encoder" / "model.safetensors").is_file()

@@ -62,12 +62,16 @@ def new_folder(target: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield partial
+        umask = os.umask(0)
+        os.umask(umask)
         for file in partial.rglob("*"):
             if file.is_file():
                 _sync(file)
+                # safetensors and mkdtemp make theirs for the owner alone; a checkpoint is shared like any other file
+                file.chmod(0o666 & ~umask)
         if target.is_dir():
             target.rmdir()
-        partial.chmod(0o755)
+        partial.chmod(0o777 & ~umask)
         partial.rename(target)
         _sync(target.parent)
     finally:
