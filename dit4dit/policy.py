@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit4dit import embodiments, stats
+from dit4dit import examples as published_examples
 from dit4dit.config import ModelConfig
-from dit4dit.embodiments.embodiment import Embodiment, check_picture
+from dit4dit.embodiments.embodiment import Embodiment
 from dit4dit.errors import BackendError, ConfigError, InputError, did_you_mean
+from dit4dit.instructions import Embedder, Recent
 from dit4dit.model.checkpoint import Checkpoint, open_checkpoint
 from dit4dit.model.dit4dit import DiT4DiT
-from dit4dit.model.text import tokenize
 from dit4dit.model.weights import build
 from dit4dit.ops import preprocess
 from dit4dit.transforms import Chain
@@ -115,9 +115,8 @@ class Policy:
     ) -> None:
         self.model = model
         self.codec = codec
-        self._tokenizer = tokenizer
-        self._prompt_embeds = dict(prompt_embeds or {})
-        self._contexts: OrderedDict[str, Tensor] = OrderedDict()
+        self._embedder = Embedder(model, tokenizer, prompt_embeds)
+        self._contexts = Recent(self._make_context, CONTEXT_CACHE)
 
     @classmethod
     def from_pretrained(
@@ -236,32 +235,28 @@ class Policy:
         examples = [examples] if isinstance(examples, dict) else list(examples)
         if not examples:
             raise InputError("examples: expected at least one, got none")
-        frame = self._joined_frames([_pictures(example, i) for i, example in enumerate(examples)])
-        state = self._encoded_states(examples)
         noises = [noise] if isinstance(noise, Noise) else noise
         noises = [Noise.fresh() for _ in examples] if noises is None else list(noises)
         if len(noises) != len(examples):
             raise InputError(f"noise: expected one per example ({len(examples)}), got {len(noises)}")
-        instructions = [_instruction(example, i) for i, example in enumerate(examples)]
-        return {"normalized_actions": self._sample(frame, instructions, state, noises)}
+        pictures = torch.from_numpy(published_examples.joined_pictures(examples, self.config.pixels_per_token))
+        width = self.config.head.state_dim
+        state = None if width is None else torch.from_numpy(published_examples.encoded_states(examples, width))
+        words = published_examples.instructions(examples)
+        frame = preprocess([pictures.to(self.device)], None, "bilinear", self.model.backbone.transformer.dtype)
+        return {"normalized_actions": self._sample(frame, words, self._placed(state), noises)}
 
     def embed_prompts(self, instructions: Sequence[str]) -> dict[str, Tensor]:
         """instruction -> prompt embedding [L, text_in] on the CPU, for `from_pretrained(prompt_embeds=...)`."""
-        if self._tokenizer is None:
+        if not self._embedder.can_encode:
             raise ConfigError("embed_prompts: this policy was loaded without its text encoder")
-        out = {}
-        for instruction in instructions:
-            tokens = tokenize(self._tokenizer, [instruction], self.config.text.max_length)
-            out[instruction] = self.model.embed(tokens.to(self.device))[0].cpu()
-        return out
+        return {instruction: self._embedder(instruction)[0].cpu() for instruction in instructions}
 
     def _sample(
         self, frame: Tensor, instructions: list[str], state: Tensor | None, noise: Sequence[Noise]
     ) -> NDArray[np.float32]:
         """frame [B, 3, H, W] in [-1, 1] -> normalised actions [B, K, A_model]."""
         config = self.config
-        if any(not isinstance(text, str) or not text.strip() for text in instructions):
-            raise InputError("instruction: expected words, got an empty string or another type")
         rows, columns = config.latent_size(frame.shape[2], frame.shape[3])
         shapes = {
             "posterior": (config.vae.z_dim, 1, rows, columns),
@@ -269,43 +264,19 @@ class Policy:
             "action": (config.head.action_horizon, config.head.action_dim),
         }
         drawn = [request.draw(shapes) for request in noise]
-        stacked = {name: torch.from_numpy(np.stack([d[name] for d in drawn])).to(self.device) for name in shapes}
-        context = torch.cat([self._context(text) for text in instructions])
-        return (
-            self.model.sample(frame, context, state, stacked["posterior"], stacked["latent"], stacked["action"])
-            .cpu()
-            .numpy()
+        posterior, latent, action = (
+            torch.from_numpy(np.stack([d[name] for d in drawn])).to(self.device) for name in shapes
         )
+        context = torch.cat([self._contexts.get(text) for text in instructions])
+        return self.model.sample(frame, context, state, posterior, latent, action).cpu().numpy()
 
     @torch.no_grad()
-    def _context(self, instruction: str) -> Tensor:
+    def _make_context(self, instruction: str) -> Tensor:
         """Projected text [1, L, text_dim], kept for the next chunks of the same instruction."""
-        if instruction in self._contexts:
-            self._contexts.move_to_end(instruction)
-            return self._contexts[instruction]
-        if self._tokenizer is not None:
-            tokens = tokenize(self._tokenizer, [instruction], self.config.text.max_length)
-            embeds = self.model.embed(tokens.to(self.device))
-        else:
-            embeds = self._given_embeds(instruction)
-        self._contexts[instruction] = self.model.context(embeds)
-        if len(self._contexts) > CONTEXT_CACHE:
-            self._contexts.popitem(last=False)
-        return self._contexts[instruction]
+        return self.model.context(self._embedder(instruction))
 
-    def _given_embeds(self, instruction: str) -> Tensor:
-        if instruction not in self._prompt_embeds:
-            known = list(self._prompt_embeds)
-            raise InputError(
-                f"instruction {instruction!r}: this policy was loaded without a text encoder and has embeddings for "
-                f"{len(known)} others{did_you_mean(instruction, known)}; embed it with Policy.embed_prompts"
-            )
-        embeds = torch.as_tensor(self._prompt_embeds[instruction])
-        if embeds.dim() != 2 or embeds.shape[1] != self.config.dit.text_in:
-            raise InputError(
-                f"prompt_embeds {instruction!r}: expected shape [L, {self.config.dit.text_in}], got {list(embeds.shape)}"
-            )
-        return embeds[None].to(self.device)
+    def _placed(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self.device)
 
     def _frame(self, views: list[list[NDArray[np.uint8]]]) -> Tensor:
         """Checked pictures, per request and view -> joined frame [B, 3, H, W]."""
@@ -319,28 +290,6 @@ class Policy:
         size, dtype = self.config.image_size, self.model.backbone.transformer.dtype
         return preprocess(columns, size, self.embodiment.resize, dtype)
 
-    def _joined_frames(self, pictures: list[list[NDArray[np.uint8]]]) -> Tensor:
-        """The published call's pictures: joined along the width, not resized."""
-        joined = []
-        for i, views in enumerate(pictures):
-            if len({view.shape[0] for view in views}) > 1:
-                raise InputError(
-                    f"examples[{i}].image: views of different heights {[v.shape[0] for v in views]}; resize them"
-                )
-            joined.append(np.concatenate(views, axis=1))
-        if len({picture.shape for picture in joined}) > 1:
-            raise InputError(
-                f"examples: pictures of different sizes {sorted({p.shape[:2] for p in joined})}; one batch, one size"
-            )
-        height, width = joined[0].shape[:2]
-        unit = self.config.pixels_per_token
-        if height % unit or width % unit:
-            raise InputError(
-                f"examples[0].image: expected sides divisible by {unit}, got {height} x {width}; resize it, or use infer()"
-            )
-        batch = _to_device(np.stack(joined), self.device)
-        return preprocess([batch], None, "bilinear", self.model.backbone.transformer.dtype)
-
     def _states(self, observations: Sequence[Observation]) -> Tensor | None:
         """Encoded states [B, 1, state_dim]; None for a model without a state token, which looks at no state."""
         if self.codec.state is None:
@@ -348,40 +297,6 @@ class Policy:
         vectors = np.stack([self.embodiment.state_vector(o.state) for o in observations])
         encoded = self.codec.state.forward(vectors[:, None])
         return torch.from_numpy(np.ascontiguousarray(encoded, dtype=np.float32)).to(self.device)
-
-    def _encoded_states(self, examples: list[dict[str, Any]]) -> Tensor | None:
-        width = self.config.head.state_dim
-        if width is None:
-            return None
-        rows = []
-        for i, example in enumerate(examples):
-            if example.get("state") is None:
-                raise InputError(
-                    f"examples[{i}].state: missing; this model takes an encoded state of shape [1, {width}]"
-                )
-            row = np.asarray(example["state"], dtype=np.float32)
-            if row.shape not in ((1, width), (width,)):
-                raise InputError(
-                    f"examples[{i}].state: expected shape [1, {width}], encoded and padded, got {list(row.shape)}"
-                )
-            if not np.isfinite(row).all():
-                raise InputError(f"examples[{i}].state: has NaN or infinite values; check the sensor")
-            rows.append(row.reshape(1, width))
-        return torch.from_numpy(np.stack(rows)).to(self.device)
-
-
-def _instruction(example: Mapping[str, Any], index: int) -> str:
-    if not isinstance(example.get("lang"), str):
-        raise InputError(f"examples[{index}].lang: expected a string, got {example.get('lang')!r:.60}")
-    return str(example["lang"])
-
-
-def _pictures(example: Mapping[str, Any], index: int) -> list[NDArray[np.uint8]]:
-    image = example.get("image")
-    views = list(image) if isinstance(image, (list, tuple)) else [image]
-    if image is None or not views:
-        raise InputError(f"examples[{index}].image: missing; expected a uint8 [H, W, 3] array or a list of them")
-    return [check_picture(view, f"examples[{index}].image") for view in views]
 
 
 def _to_device(array: NDArray[np.uint8], device: torch.device) -> Tensor:

@@ -222,10 +222,8 @@ class VideoDiT(nn.Module):
         Returns:
             [B, T, (h/patch) * (w/patch), D]
         """
-        if any(got > most for got, most in zip(latents.shape[2:], self.config.max_size, strict=True)):
-            raise ValueError(f"latents: at most {self.config.max_size} (T, h, w), got {tuple(latents.shape[2:])}")
-        x = self.patch_embed(self._patchify(latents.to(self.dtype)))
-        embedded_t, temb = self._embed_times(times)
+        x = self.embed_latents(latents)
+        embedded_t, temb = self.embed_times(times)
         patch = self.config.patch
         grid = (latents.shape[2], latents.shape[3] // patch, latents.shape[4] // patch)
         rotary = rotary_table(self.config, *grid, device=x.device)
@@ -243,12 +241,18 @@ class VideoDiT(nn.Module):
     def velocity(self, latents: Tensor, times: Tensor, context: Tensor) -> Tensor:
         """Velocity of the latents [B, C, T, h, w] through all blocks and the output head."""
         x = self.hidden_states(latents, times, context, len(self.transformer_blocks))
-        shift, scale = self.norm_out.modulation(*self._embed_times(times))
+        shift, scale = self.norm_out.modulation(*self.embed_times(times))
         x = self.proj_out(self.norm_out.modulate(x, shift, scale))
         patch, (rows, columns) = self.config.patch, (latents.shape[3], latents.shape[4])
         # one token's vector is (row, column, channel): another order than patchify's (channel, row, column)
         x = x.unflatten(2, (rows // patch, columns // patch)).unflatten(-1, (patch, patch, -1))
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def embed_latents(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, T, h, w] -> tokens [B, T, N, D] before the first block; frame 0 is marked as conditioning."""
+        if any(got > most for got, most in zip(latents.shape[2:], self.config.max_size, strict=True)):
+            raise ValueError(f"latents: at most {self.config.max_size} (T, h, w), got {tuple(latents.shape[2:])}")
+        return self.patch_embed(self._patchify(latents.to(self.dtype)))
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """[B, C, T, h, w] -> [B, T, N, (C + 2) * patch^2], with the two mask channels appended."""
@@ -260,6 +264,7 @@ class VideoDiT(nn.Module):
         x = x.unflatten(3, (rows // patch, patch)).unflatten(5, (columns // patch, patch))
         return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4, 6).flatten(2, 3)
 
-    def _embed_times(self, times: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_times(self, times: Tensor) -> tuple[Tensor, ...]:
+        """times [B, T] -> embedded_t [B, T, 1, D] and temb [B, T, 1, 3 D], what every AdaLN starts from."""
         embedded_t, temb = self.time_embed(times.to(self.dtype).flatten())
         return tuple(y.unflatten(0, times.shape)[:, :, None] for y in (embedded_t, temb))
