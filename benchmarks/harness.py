@@ -84,7 +84,7 @@ def _l2_bytes() -> int:
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
-    """p50, p95, p99, p999, max, and jitter (p99 - p50), in the unit of the samples. Nearest rank: each is a sample."""
+    """p50, p95, p99, p999 and max in the unit of the samples, nearest rank (each is a sample), and jitter = p999 / p50."""
     if not samples:
         raise ValueError("quantiles: expected at least one sample, got none")
     ordered = sorted(samples)
@@ -92,8 +92,9 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
     def rank(per_mille: int) -> float:
         return ordered[max(-(-per_mille * len(ordered) // 1000) - 1, 0)]
 
-    p50, p99 = rank(500), rank(990)
-    return {"p50": p50, "p95": rank(950), "p99": p99, "p999": rank(999), "max": ordered[-1], "jitter": p99 - p50}
+    p50, p999 = rank(500), rank(999)
+    jitter = p999 / p50 if p50 > 0 else 1.0
+    return {"p50": p50, "p95": rank(950), "p99": rank(990), "p999": p999, "max": ordered[-1], "jitter": jitter}
 
 
 def assert_no_worse(
@@ -156,10 +157,10 @@ def report(title: str, rows: Sequence[dict[str, Any]], path: Path | None = None)
     print(f"{title} on {here['gpu'] or here['cpu']}, torch {here['torch']}, {here['torch_threads']} thread(s)")
     width = max(len(str(row["case"])) for row in rows)
     print(
-        f"{'case':{width}}  {'by':6} {'ratio':>6} {'p50 ms':>9} {'p95 ms':>9} {'p99 ms':>9} {'max ms':>9} {'jitter':>9}"
+        f"{'case':{width}}  {'by':6} {'ratio':>6} {'p50 ms':>9} {'p95 ms':>9} {'p99 ms':>9} {'max ms':>9} {'jitter':>7}"
     )
     for row in rows:
-        times = " ".join(f"{row[q] * 1e3:9.4f}" for q in ("p50", "p95", "p99", "max", "jitter"))
-        print(f"{row['case']:{width}}  {row['implementation']:6} {row['ratio']:6.2f} {times}")
+        times = " ".join(f"{row[q] * 1e3:9.4f}" for q in ("p50", "p95", "p99", "max"))
+        print(f"{row['case']:{width}}  {row['implementation']:6} {row['ratio']:6.2f} {times} {row['jitter']:7.2f}")
     if path is not None:
         path.write_text(json.dumps({"benchmark": title, "machine": here, "rows": list(rows)}, indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -62,19 +63,51 @@ class Embedder:
 
 
 class Recent(Generic[Value]):
-    """The last `size` values of a function of the instruction; safe to call from several threads."""
+    """Values of a function of the instruction, least recently used out first when their cost exceeds the budget.
 
-    def __init__(self, make: Callable[[str], Value], size: int) -> None:
-        self._make, self._size = make, size
-        self._values: OrderedDict[str, Value] = OrderedDict()
+    Safe to call from several threads: each value is made once, and making one never holds up those that are there.
+    """
+
+    def __init__(self, make: Callable[[str], Value], budget: int, cost: Callable[[Value], int]) -> None:
+        self._make, self._budget, self._cost = make, budget, cost
+        self._values: OrderedDict[str, Future[Value]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, instruction: str) -> Value:
+    def __contains__(self, instruction: str) -> bool:
+        """Whether `get` would return at once."""
         with self._lock:
-            value = self._values.pop(instruction, None)
+            value = self._values.get(instruction)
+            return value is not None and value.done()
+
+    def get(self, instruction: str) -> Value:
+        """The value; made by the caller's thread, or waited for where another thread is making it."""
+        with self._lock:
+            value = self._values.get(instruction)
+            mine = value is None
             if value is None:
-                value = self._make(instruction)
-            self._values[instruction] = value
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-            return value
+                value = self._values[instruction] = Future()
+            self._values.move_to_end(instruction)
+        if not mine:
+            return value.result()
+        try:
+            value.set_result(self._make(instruction))
+        except BaseException as error:
+            with self._lock:
+                del self._values[instruction]
+            value.set_exception(error)
+            raise
+        self._trim()
+        return value.result()
+
+    @property
+    def total_cost(self) -> int:
+        """Cost of all values that are there."""
+        return sum(self._cost(v.result()) for v in list(self._values.values()) if v.done())
+
+    def _trim(self) -> None:
+        with self._lock:
+            while self.total_cost > self._budget:
+                done = [name for name, value in self._values.items() if value.done()]
+                if len(done) < 2:
+                    return
+                del self._values[done[0]]

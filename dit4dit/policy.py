@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENGINES = ("off",)
-CONTEXT_CACHE = 64
-"""Instructions whose projected text is kept (1 MB each for the released models in bfloat16)."""
+CONTEXT_BUDGET = 64 * 2**20
+"""Bytes of projected text kept, least recently used out first (1 MB each for the released models in bfloat16)."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Policy:
         self.model = model
         self.codec = codec
         self._embedder = Embedder(model, tokenizer, prompt_embeds)
-        self._contexts = Recent(self._make_context, CONTEXT_CACHE)
+        self._contexts = Recent(self._make_context, CONTEXT_BUDGET, _tensor_bytes)
 
     @classmethod
     def from_pretrained(
@@ -297,6 +297,10 @@ class Policy:
         vectors = np.stack([self.embodiment.state_vector(o.state) for o in observations])
         encoded = self.codec.state.forward(vectors[:, None])
         return torch.from_numpy(np.ascontiguousarray(encoded, dtype=np.float32)).to(self.device)
+
+
+def _tensor_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _to_device(array: NDArray[np.uint8], device: torch.device) -> Tensor:
