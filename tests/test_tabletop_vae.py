@@ -25,9 +25,9 @@ def vae() -> AutoencoderKLWan:
     return model.eval().requires_grad_(False)
 
 
-def videos(frames: int, count: int) -> torch.Tensor:
+def videos(frames: int, count: int, moving: bool = False) -> torch.Tensor:
     clips = train_vae.Clips(UNSEEN, UNSEEN + 1000, seed=1, store=count)
-    return train_vae.to_video(clips.batch(count, frames))
+    return train_vae.to_video(clips.batch(count, frames, moving))
 
 
 def expert_clip(seed: int, frames: int, stride: int) -> torch.Tensor:
@@ -58,23 +58,22 @@ def test_shapes_are_those_of_the_real_one(vae):
     assert min(vae.config.latents_std) > 0.05
 
 
-# the third group of frames is measured at 28.1 .. 28.9 dB over 128 clips (metrics.json): 8 clips may fall a little below
-@pytest.mark.parametrize(("frames", "count", "least"), [(1, 16, 28.0), (5, 8, 28.0), (9, 8, 27.0)])
-def test_unseen_pictures_survive(vae, frames, count, least):
-    video = videos(frames, count)
+@pytest.mark.parametrize(("frames", "count", "moving"), [(1, 16, False), (5, 8, False), (5, 8, True), (9, 8, True)])
+def test_unseen_pictures_survive(vae, frames, count, moving):
+    video = videos(frames, count, moving)
     posterior = vae.encode(video).latent_dist
     by_mean = train_vae.psnr(vae.decode(posterior.mean).sample, video)
     by_sample = train_vae.psnr(vae.decode(posterior.sample(torch.Generator().manual_seed(0))).sample, video)
     assert by_mean.shape == (count, frames)
-    assert by_mean.mean(dim=0).min() >= least, by_mean.mean(dim=0)
+    assert by_mean.mean(dim=0).min() >= 28.0, by_mean.mean(dim=0)
     assert by_sample.mean() >= 27.0, by_sample.mean()
 
 
 def test_a_carried_block_survives(vae):
-    for seed in range(UNSEEN, UNSEEN + 4):
-        video = expert_clip(seed, frames=5, stride=2)
-        seen = train_vae.psnr(vae.decode(vae.encode(video).latent_dist.mean).sample, video)
-        assert seen.mean() >= 28.0, (seed, seen)
+    """The hardest clips: all that counts moves. The average hides it, so every frame counts by itself."""
+    video = torch.cat([expert_clip(seed, frames=5, stride=2) for seed in range(UNSEEN, UNSEEN + 24)])
+    seen = train_vae.psnr(vae.decode(vae.encode(video).latent_dist.mean).sample, video)
+    assert seen.mean(dim=0).min() >= 28.0, seen.mean(dim=0)
 
 
 def test_colours_stay_at_their_places(vae):
@@ -106,10 +105,11 @@ def test_normalised_latents_are_near_unit(vae):
 def test_metrics_are_complete_and_kept():
     metrics = json.loads((tabletop_vae_dir() / "metrics.json").read_text())
     assert {"command", "seed", "steps", "minutes", "machine", "test_seeds_from"} <= set(metrics)
-    for frames in (1, 5, 9):
-        assert len(metrics[f"frames_{frames}"]["psnr_db_by_frame"]) == frames
-        assert min(metrics[f"frames_{frames}"]["psnr_db_by_frame"]) >= 28.0
-        assert metrics[f"frames_{frames}"]["psnr_db_sampled"] >= 27.0
+    for name, frames in (("1", 1), ("5", 5), ("9", 9), ("5_moving", 5), ("9_moving", 9)):
+        measured = metrics[f"frames_{name}"]
+        assert len(measured["psnr_db_by_frame"]) == frames
+        assert min(measured["psnr_db_by_frame"]) >= 28.0
+        assert measured["psnr_db_sampled"] >= 27.0
 
 
 def test_the_short_cut_in_training_is_the_same_function():
@@ -139,3 +139,17 @@ def test_bad_settings_are_refused(tmp_path):
         train_vae.TrainConfig(tmp_path, minutes=0)
     with pytest.raises(ConfigError, match="positive"):
         train_vae.TrainConfig(tmp_path, steps=0)
+    for shares in ((1.0,), (0.5,) * len(train_vae.KINDS)):
+        with pytest.raises(ConfigError, match="add up to 1"):
+            train_vae.TrainConfig(tmp_path, shares=shares)
+
+
+def test_provenance_names_the_way(tmp_path):
+    start = tmp_path / "start"
+    start.mkdir()
+    first = train_vae.provenance(train_vae.TrainConfig(start, seed=4), steps=7, minutes=1.0)
+    (start / "metrics.json").write_text(json.dumps(first))
+    second = train_vae.provenance(train_vae.TrainConfig(tmp_path, lr=0.001, start=start), steps=3, minutes=1.0)
+    assert first["command"].endswith("--seed 4 --steps 7")
+    assert second["command"].endswith("--seed 0 --steps 3 --lr 0.001 --start START")
+    assert second["start"] == first

@@ -3,7 +3,9 @@
 The architecture is diffusers' AutoencoderKLWan (causal in time, 8 x smaller in space, 4 x in time, 16 channels) with few
 channels, so that a model trained on the tabletop walks through the same code as one on the published autoencoder. Pictures
 are drawn on the fly from seeds below `TEST_SEEDS_FROM`; the numbers in metrics.json are measured on seeds from there on,
-with the weights as stored.
+with the weights as stored. The committed weights took two runs, both in metrics.json: from nothing, then with `--start` on
+clips with motion. Their limit: what moves fast stays at its place but is soft (`changed_pixels` in metrics.json tells by how
+much), and a carried block may take on another colour; a longer second run is the first thing to try.
 """
 
 from __future__ import annotations
