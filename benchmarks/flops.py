@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit4dit.config import ModelConfig
 from dit4dit.embodiments import EMBODIMENTS
+from dit4dit.engine import Engine, PromptPack
+from dit4dit.engine.packs import make_pack
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.export import transformer_arguments
 from dit4dit.model.text import qwen_text_arguments
@@ -124,20 +126,26 @@ def head_steps(model: DiT4DiT, config: ModelConfig, views: int) -> float:
 
 
 def executed(config: ModelConfig, views: int) -> dict[str, float]:
-    """One chunk of a known instruction, as `Policy` runs it: the projected text is kept from the first chunk."""
+    """One chunk of a known instruction, counted while the engine's own step runs on its reference ops."""
     with torch.device("meta"):
-        model = DiT4DiT(config, with_text=False)
+        engine = Engine(DiT4DiT(config, with_text=False))
+        engine.model.backbone.scale.to("meta")
+        head, dit = config.head, config.dit
         rows, columns = config.latent_size(*frame_of(config, views))
         frame = torch.zeros(1, 3, *frame_of(config, views))
+        posterior = torch.zeros(1, config.vae.z_dim, 1, rows, columns)
         latents = torch.zeros(1, config.vae.z_dim, config.latent_frames, rows, columns)
-        times = torch.zeros(1, config.latent_frames)
-        context = torch.zeros(1, config.text.max_length, config.dit.text_dim)
-        transformer, layer = model.backbone.transformer, config.extract_layer
+        kept = torch.zeros(len(engine.blocks), dit.num_heads, config.text.max_length, dit.head_dim)
+        pack = PromptPack(kept, kept)
+        features = torch.zeros(1, config.tokens(views), dit.width)
+        state = None if head.state_dim is None else torch.zeros(1, 1, head.state_dim)
+        noise = torch.zeros(1, head.action_horizon, head.action_dim)
         return {
             "text_encoder": 0.0,
-            "vae": measure(lambda: model.backbone.frame_encoder(frame))["Global"],
-            **split_text(measure(lambda: transformer.features(latents, times, context, layer))),
-            "action_head": head_steps(model, config, views),
+            "text_projection": 0.0,
+            "vae": measure(lambda: engine.condition(frame, posterior))["Global"],
+            "backbone": measure(lambda: engine.backbone(latents, [pack]))["Global"],
+            "action_head": measure(lambda: engine.actions(features, state, noise))["Global"],
         }
 
 
@@ -152,5 +160,6 @@ def first_chunk(config: ModelConfig, views: int) -> dict[str, float]:
         tokens = torch.zeros(1, config.text.max_length, dtype=torch.long)
         encoder = measure(lambda: text(tokens))["Global"]
         embeds = torch.zeros(1, config.text.max_length, config.dit.text_in)
-        projection = measure(lambda: model.context(embeds))["Global"]
-    return {**stages, "text_encoder": encoder, "text_projection": stages["text_projection"] + projection}
+        blocks = config.extract_layer + 1
+        projection = measure(lambda: make_pack(model.backbone.transformer, embeds, blocks))["Global"]
+    return {**stages, "text_encoder": encoder, "text_projection": projection}

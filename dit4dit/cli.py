@@ -84,6 +84,7 @@ def predict(
     from dit4dit.commands import predict as module
     from dit4dit.policy import Policy
 
+    module.check_plot(plot)
     policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=_dtype(dtype), embodiment=embodiment)
     result = module.predict(policy, list(image), state, instruction, seed)
     module.save(result, json, plot)
@@ -99,6 +100,7 @@ def parity(
     device: Device = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
     backend: str | None = None,
+    engine: bool = False,
     seed: int = 0,
     json: Path | None = None,
 ) -> int:
@@ -112,19 +114,34 @@ def parity(
         device: auto, cpu, cuda or cuda:N.
         dtype: of the model; the limits of float32 are the promise.
         backend: run every op with this implementation.
+        engine: run the engine instead of the plain model (inference stages only).
         seed: of a recorded folder's inputs and noise.
         json: also write the table to this file.
     """
     from dit4dit.commands import parity as module
+    from dit4dit.commands import parity_record
     from dit4dit.policy import pick_device
 
     place = pick_device(device)
     if record is not None:
-        stages = module.record(folder, record, backbone=backbone, seed=seed, device=place)
+        if json is not None or backend is not None or engine or checkpoint is not None or dtype != "float32":
+            raise InputError(
+                "--record writes float32 results of the plain model: leave out --json, --backend, --engine, "
+                "--checkpoint and --dtype"
+            )
+        stages = parity_record.record(folder, record, backbone=backbone, seed=seed, device=place)
         _say(f"wrote {folder}: {', '.join(stages)}")
         return 0
     kind = _dtype(dtype)
-    lines = module.check(folder, device=place, dtype=kind, backend=backend, backbone=backbone, checkpoint=checkpoint)
+    lines = module.check(
+        folder,
+        device=place,
+        dtype=kind,
+        backend=backend,
+        backbone=backbone,
+        checkpoint=checkpoint,
+        engine=engine,
+    )
     _finish(module.show(lines), module.as_json(lines, device=place, dtype=kind), json)
     return 0 if all(line.ok for line in lines) else 1
 
@@ -146,8 +163,9 @@ def convert(
     from tqdm import tqdm
 
     from dit4dit.model import own_format
+    from dit4dit.model.checkpoint import is_own_format
 
-    to_own = not (source / "config.json").is_file()
+    to_own = not is_own_format(source)
     if push and not to_own:
         raise ConfigError("--push: only folders in the own format are pushed; the source is one, push it as it is")
     with tqdm(unit="B", unit_scale=True, desc="writing", disable=None) as bar:
@@ -159,10 +177,44 @@ def convert(
         if to_own:
             own_format.to_own(source, target, backbone, progress)
         else:
-            own_format.to_published(source, target, progress)
+            own_format.to_published(source, target, backbone, progress)
     _say(f"wrote {target} ({'own format' if to_own else 'published layout'})")
     if push:
         _say(own_format.push_to_hub(target, push))
+    return 0
+
+
+def pack(
+    checkpoint: str,
+    instructions: Path,
+    out: Path,
+    backbone: str | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """Precompute prompt packs, so that a robot runs without a text encoder: from_pretrained(packs=OUT, text_encoder=False).
+
+    Args:
+        checkpoint: run folder, .pt file, folder in the own format, or hub id.
+        instructions: text file, one instruction a line.
+        out: folder for the packs; those already there are kept.
+        backbone: Cosmos-Predict2.5 folder or hub id.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU; the robot must load the policy with the same.
+    """
+    from tqdm import tqdm
+
+    from dit4dit.policy import Policy
+
+    if not instructions.is_file():
+        raise InputError(f"{instructions}: no such file; expected one instruction a line")
+    lines = list(dict.fromkeys(line.strip() for line in instructions.read_text().splitlines() if line.strip()))
+    if not lines:
+        raise InputError(f"{instructions}: empty; expected one instruction a line")
+    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=_dtype(dtype), packs=out)
+    for line in tqdm(lines, desc="packs", disable=None):
+        policy.prepare(line).result()
+    _say(f"{len(lines)} packs in {out}")
     return 0
 
 
@@ -202,19 +254,67 @@ def bench_flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
     return 0
 
 
+def bench_latency(
+    preset: str = "mid",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chunks: int = 5,
+    baseline: bool = False,
+    text: bool = True,
+    seed: int = 0,
+    json: Path | None = None,
+    report: Path | None = None,
+) -> int:
+    """Latency of one chunk on random weights of true sizes: the engine and, beside it, the published schedule.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        chunks: timed chunks of each contender.
+        baseline: also time the published schedule, alternating, and report the ratio.
+        text: the baseline encodes its instruction in each chunk, as published; --no-text leaves that out.
+        seed: of weights and inputs.
+        json: also write every number to this file.
+        report: write an HTML report and its pictures into this folder.
+    """
+    import torch
+
+    from dit4dit.benchmarks import latency, latency_report
+    from dit4dit.commands.report import table
+    from dit4dit.policy import pick_device
+    from dit4dit.presets import preset as find
+
+    if chunks < 1:
+        raise InputError(f"--chunks: expected at least 1, got {chunks}")
+    place, chosen = pick_device(device), find(preset)
+    kind = _dtype(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    options = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
+    result = latency.measure(chosen, preset, device=place, dtype=kind, **options)
+    header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
+    lines = [table(header, latency.rows(result), right=range(1, 8))]
+    if result["ratio"]:
+        lines.append("published / engine: " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratio"].items()))
+    if report is not None:
+        lines.append(f"wrote {latency_report.write(report, result)}")
+    _finish("\n".join(lines), result, json)
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "doctor": doctor,
     "inspect": inspect,
     "predict": predict,
     "parity": parity,
     "convert": convert,
+    "pack": pack,
     "demo": demo,
 }
-BENCHMARKS: dict[str, Callable[..., int]] = {"flops": bench_flops}
+BENCHMARKS: dict[str, Callable[..., int]] = {"flops": bench_flops, "latency": bench_latency}
 
 
 def bench() -> int:
-    """Benchmarks: `dit4dit bench flops --help`."""
+    """Benchmarks: flops and latency; `dit4dit bench latency --help`."""
     raise AssertionError("main() sends bench to its own subcommands")
 
 

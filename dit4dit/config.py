@@ -19,6 +19,15 @@ TrainingMode = Literal["joint", "action", "video"]
 TimeDistribution = Literal["logit_normal", "uniform"]
 
 
+def _check_sizes(config: Any, name: str) -> None:
+    """ConfigError when a size (any integer field, alone or in a tuple) is not positive."""
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        for size in value if isinstance(value, tuple) else (value,):
+            if isinstance(size, int) and not isinstance(size, bool) and size < 1:
+                raise ConfigError(f"{name}.{field_.name}: expected at least 1, got {value}")
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """The text encoder: the language half of Qwen2.5-VL (released: Cosmos-Reason1-7B's)."""
@@ -35,6 +44,9 @@ class TextConfig:
     max_position_embeddings: int = 128000
     max_length: int = 512
     """Tokens a prompt is padded or truncated to; there is no attention mask, so it changes the result."""
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "text")
 
     @property
     def embed_width(self) -> int:
@@ -62,6 +74,7 @@ class VaeConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "vae")
         for name in ("latents_mean", "latents_std"):
             got = len(getattr(self, name))
             if got != self.z_dim:
@@ -98,6 +111,9 @@ class VideoDitConfig:
     max_size: tuple[int, int, int] = (128, 240, 240)
     """Largest latent clip (frames, rows, columns)."""
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, "dit")
+
     @property
     def width(self) -> int:
         return self.num_heads * self.head_dim
@@ -128,6 +144,7 @@ class HeadConfig:
     num_timestep_buckets: int = 1000
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "head")
         if self.add_pos_embed and self.action_horizon > self.max_seq_len:
             raise ConfigError(
                 f"head.action_horizon: at most max_seq_len = {self.max_seq_len}, got {self.action_horizon}"
@@ -247,7 +264,13 @@ class ModelConfig:
                 raise ConfigError(
                     f"image {name}: expected a multiple of {self.pixels_per_token} pixels, got {side}; resize the picture"
                 )
-        return height // self.vae.spatial_factor, width // self.vae.spatial_factor
+        size = (height // self.vae.spatial_factor, width // self.vae.spatial_factor)
+        if size[0] > self.dit.max_size[1] or size[1] > self.dit.max_size[2]:
+            most = tuple(self.vae.spatial_factor * side for side in self.dit.max_size[1:])
+            raise ConfigError(
+                f"image: at most {most[0]} x {most[1]} pixels, got {height} x {width}; resize the picture"
+            )
+        return size
 
     def tokens(self, views: int = 1) -> int:
         """Backbone tokens S for `views` joined views."""

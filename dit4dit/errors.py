@@ -26,6 +26,10 @@ class BackendError(Dit4DitError, RuntimeError):
     """An implementation or device that was asked for by name cannot run here."""
 
 
+class OutputError(Dit4DitError, ArithmeticError):
+    """The model wrote something that must not reach a robot."""
+
+
 class MissingExtra(Dit4DitError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -1,6 +1,6 @@
 """The published call's examples (dicts of pictures, words and encoded state) -> checked arrays.
 
-{"image": uint8 [H, W, 3] or a list of them, "lang": str, "state": [1, state_dim]}
+{"image": uint8 [H, W, 3] or a list of them, "lang": str, "state": [1, state_dim] (optional)}
 """
 
 from __future__ import annotations
@@ -17,20 +17,32 @@ from dit4dit.errors import InputError
 Example = Mapping[str, Any]
 
 
-def joined_pictures(examples: Sequence[Example], unit: int) -> NDArray[np.uint8]:
-    """uint8 [B, H, W, 3]: each example's views joined along the width, not resized.
+def check(examples: Any) -> list[Example]:
+    """A non-empty list of mappings, or one mapping; InputError otherwise."""
+    found = [examples] if isinstance(examples, Mapping) else examples
+    if not isinstance(found, (list, tuple)) or not found:
+        raise InputError(f"examples: expected a dict or a list of at least one, got {type(examples).__name__}")
+    for i, example in enumerate(found):
+        if not isinstance(example, Mapping):
+            raise InputError(f"examples[{i}]: expected a dict with image and lang, got {type(example).__name__}")
+    return list(found)
+
+
+def pictures(examples: Sequence[Example], unit: int) -> NDArray[np.uint8]:
+    """uint8 [B, H, W, 3]: each example's first picture, as it is. In a list the others are future frames of a training
+    sample, which a policy does not see; views come joined already.
 
     Raises:
-        InputError: a picture is missing or of another kind, heights or sizes differ, or sides not divisible by `unit`.
+        InputError: a picture is missing or of another kind, sizes differ, or sides are not divisible by `unit`.
     """
-    joined = []
+    found = []
     for i, example in enumerate(examples):
-        views = _pictures(example, i)
-        if len({view.shape[0] for view in views}) > 1:
-            heights = [view.shape[0] for view in views]
-            raise InputError(f"examples[{i}].image: views of different heights {heights}; resize them")
-        joined.append(np.concatenate(views, axis=1))
-    sizes = sorted({picture.shape[:2] for picture in joined})
+        image = example.get("image")
+        first = image[0] if isinstance(image, (list, tuple)) and image else image
+        if first is None or (isinstance(first, (list, tuple)) and not first):
+            raise InputError(f"examples[{i}].image: missing; expected a uint8 [H, W, 3] array or a list of them")
+        found.append(check_picture(first, f"examples[{i}].image"))
+    sizes = sorted({picture.shape[:2] for picture in found})
     if len(sizes) > 1:
         raise InputError(f"examples: pictures of different sizes {sizes}; one batch, one size")
     height, width = sizes[0]
@@ -38,25 +50,34 @@ def joined_pictures(examples: Sequence[Example], unit: int) -> NDArray[np.uint8]
         raise InputError(
             f"examples[0].image: expected sides divisible by {unit}, got {height} x {width}; resize it, or use infer()"
         )
-    return np.stack(joined)
+    return np.stack(found)
 
 
-def encoded_states(examples: Sequence[Example], width: int) -> NDArray[np.float32]:
-    """float32 [B, 1, width]; InputError names the example whose state is missing, of another size, or not finite."""
+def encoded_states(examples: Sequence[Example], width: int) -> NDArray[np.float32] | None:
+    """float32 [B, 1, width], or None where no example has a state (the model then goes without its state token).
+
+    Raises:
+        InputError: some examples have a state and others none, or one is of another size, not numeric or not finite.
+    """
+    given = [example.get("state") is not None for example in examples]
+    if not any(given):
+        return None
     rows = []
     for i, example in enumerate(examples):
-        if example.get("state") is None:
-            raise InputError(f"examples[{i}].state: missing; this model takes an encoded state of shape [1, {width}]")
+        if not given[i]:
+            raise InputError(f"examples[{i}].state: missing, and other examples have one; give all or none")
         try:
-            row = np.asarray(example["state"], dtype=np.float32)
-        except (TypeError, ValueError):
-            raise InputError(f"examples[{i}].state: expected {width} numbers, got {example['state']!r:.60}") from None
+            row = np.asarray(example["state"])
+        except ValueError:  # lists of unequal lengths
+            row = np.array([None])
+        if row.dtype.kind not in "fiu":
+            raise InputError(f"examples[{i}].state: expected {width} numbers, got {example['state']!r:.60}")
         if row.shape not in ((1, width), (width,)):
             shape = list(row.shape)
             raise InputError(f"examples[{i}].state: expected shape [1, {width}], encoded and padded, got {shape}")
         if not np.isfinite(row).all():
             raise InputError(f"examples[{i}].state: has NaN or infinite values; check the sensor")
-        rows.append(row.reshape(1, width))
+        rows.append(row.reshape(1, width).astype(np.float32))
     return np.stack(rows)
 
 
@@ -66,11 +87,3 @@ def instructions(examples: Sequence[Example]) -> list[str]:
         if not isinstance(example.get("lang"), str):
             raise InputError(f"examples[{i}].lang: expected a string, got {example.get('lang')!r:.60}")
     return [str(example["lang"]) for example in examples]
-
-
-def _pictures(example: Example, index: int) -> list[NDArray[np.uint8]]:
-    image = example.get("image")
-    views = list(image) if isinstance(image, (list, tuple)) else [image]
-    if image is None or not views:
-        raise InputError(f"examples[{index}].image: missing; expected a uint8 [H, W, 3] array or a list of them")
-    return [check_picture(view, f"examples[{index}].image") for view in views]

@@ -39,6 +39,8 @@ class Embedder:
     def __call__(self, instruction: str) -> Tensor:
         if not isinstance(instruction, str) or not instruction.strip():
             raise InputError(f"instruction: expected words, got {instruction!r:.60}")
+        if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+            raise InputError(f"instruction: {instruction!r:.60} is not valid Unicode; pass it as UTF-8")
         return self._encode(instruction) if self.can_encode else self._look_up(instruction)
 
     def _encode(self, instruction: str) -> Tensor:
@@ -53,7 +55,8 @@ class Embedder:
             known = list(self._given)
             raise InputError(
                 f"instruction {instruction!r}: this policy was loaded without a text encoder and has embeddings for "
-                f"{len(known)} others{did_you_mean(instruction, known)}; embed it with Policy.embed_prompts"
+                f"{len(known)} others{did_you_mean(instruction, known)}; embed it with Policy.embed_prompts, or make its "
+                "pack with dit4dit pack"
             )
         embeds = torch.as_tensor(self._given[instruction])
         width = self._model.config.dit.text_in

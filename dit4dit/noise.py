@@ -21,7 +21,7 @@ _WORD = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Noise:
     """The three draws of one inference request, each standard normal float32.
 
@@ -45,10 +45,13 @@ class Noise:
             raise InputError(
                 f"noise: expected posterior, latent and action, or a seed; got no {' and no '.join(missing)}"
             )
-        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**64):
-            raise InputError(f"noise seed: expected an integer in 0..2^64-1, got {self.seed!r}")
-        if not (isinstance(self.chunk, int) and 0 <= self.chunk < 2**64):
-            raise InputError(f"noise chunk: expected an integer in 0..2^64-1, got {self.chunk!r}")
+        for name in ("seed", "chunk"):
+            value = getattr(self, name)
+            if value is None and name == "seed":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
+                raise InputError(f"noise {name}: expected an integer in 0..2^64-1, got {value!r}")
+            object.__setattr__(self, name, int(value))
 
     @classmethod
     def from_seed(cls, seed: int, chunk: int = 0) -> Noise:

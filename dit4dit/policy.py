@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +18,8 @@ from dit4dit import embodiments, stats
 from dit4dit import examples as published_examples
 from dit4dit.config import ModelConfig
 from dit4dit.embodiments.embodiment import Embodiment
-from dit4dit.errors import BackendError, ConfigError, InputError, did_you_mean
+from dit4dit.engine import Engine, PackFolder, PromptPack, packs_key
+from dit4dit.errors import BackendError, ConfigError, InputError, OutputError, did_you_mean
 from dit4dit.instructions import Embedder, Recent
 from dit4dit.model.checkpoint import Checkpoint, open_checkpoint
 from dit4dit.model.dit4dit import DiT4DiT
@@ -28,7 +31,10 @@ from dit4dit.types import ActionChunk, Noise, Observation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENGINES = ("off",)
+ENGINES = ("auto", "off")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PACK_BUDGET = 2 * 2**30
+"""Bytes of prompt packs kept: 27 instructions of the released models in bfloat16."""
 CONTEXT_BUDGET = 64 * 2**20
 """Bytes of projected text kept, least recently used out first (1 MB each for the released models in bfloat16)."""
 
@@ -112,9 +118,16 @@ class Policy:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         prompt_embeds: Mapping[str, Any] | None = None,
+        engine: Engine | None = None,
+        packs: PackFolder | None = None,
     ) -> None:
+        """tokenizer, prompt_embeds: how instructions are embedded; engine: None runs the plain model."""
         self.model = model
         self.codec = codec
+        self.engine = engine
+        self._pack_folder = packs
+        self._packs = Recent(self._make_pack, PACK_BUDGET, lambda pack: pack.bytes)
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
         self._embedder = Embedder(model, tokenizer, prompt_embeds)
         self._contexts = Recent(self._make_context, CONTEXT_BUDGET, _tensor_bytes)
 
@@ -128,8 +141,12 @@ class Policy:
         dtype: torch.dtype | None = None,
         head_dtype: torch.dtype = torch.float32,
         embodiment: str | Embodiment | None = None,
-        engine: Literal["off"] = "off",
+        engine: Literal["auto", "off"] = "auto",
+        steps: int | None = None,
+        posterior: Literal["sample", "mean"] = "sample",
         prompt_embeds: Mapping[str, Any] | None = None,
+        packs: str | Path | None = None,
+        text_encoder: bool = True,
     ) -> Policy:
         """Load a checkpoint for inference.
 
@@ -141,15 +158,30 @@ class Policy:
             dtype: of text encoder, VAE and backbone; bfloat16 on a GPU and float32 on a CPU when None.
             head_dtype: of the action head; the published code runs it in float32.
             embodiment: an `Embodiment`, its name, or the statistics tag to use; what the checkpoint implies when None.
-            engine: "off", the plain model.
+            engine: "auto", the latency path (`dit4dit.engine`); "off", the plain model.
+            steps: Euler steps (1, 2, 4, 8) instead of the checkpoint's number. Changes the result; engine only.
+            posterior: "mean" takes the frame's mean latent instead of a sample. Changes the result; engine only.
             prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
                 these instructions can be used.
+            packs: folder where prompt packs are kept between runs (`dit4dit pack`); engine only.
+            text_encoder: False loads none; every instruction's pack must be in `packs`.
 
         Raises:
             Dit4DitError: bad checkpoint, configuration or device; the message says what to do.
         """
         if engine not in ENGINES:
             raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
+        if engine == "off" and (steps is not None or posterior != "sample" or packs is not None):
+            raise ConfigError(
+                "steps, posterior and packs are options of the engine: leave them out, or use engine='auto'"
+            )
+        if not text_encoder and packs is None and prompt_embeds is None:
+            raise ConfigError(
+                "text_encoder=False: give packs (dit4dit pack) or prompt_embeds, or no instruction can be used"
+            )
+        for name, kind in (("dtype", dtype), ("head_dtype", head_dtype)):
+            if kind is not None and kind not in DTYPES:
+                raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r}")
         place = pick_device(device)
         checkpoint = open_checkpoint(path, backbone)
         codec = Codec.for_checkpoint(checkpoint, embodiment)
@@ -160,10 +192,12 @@ class Policy:
             device=place,
             dtype=dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32),
             head_dtype=head_dtype,
-            with_text=prompt_embeds is None,
+            with_text=text_encoder and prompt_embeds is None,
         )
-        tokenizer = load_tokenizer(checkpoint.tokenizer) if prompt_embeds is None else None
-        return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds)
+        tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None
+        fast = Engine(model, steps=steps, posterior=posterior) if engine == "auto" else None
+        folder = None if packs is None else PackFolder(Path(packs), packs_key(model), place)
+        return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)
 
     @property
     def config(self) -> ModelConfig:
@@ -205,52 +239,54 @@ class Policy:
             raise InputError(
                 f"batch: {len(observations)} observations and {len(instructions)} instructions; expected as many"
             )
-        noise = [Noise.fresh() for _ in observations] if noise is None else noise
-        if len(noise) != len(observations):
-            raise InputError(f"batch: {len(observations)} observations and {len(noise)} noises; expected as many")
+        for observation in observations:
+            if not isinstance(observation, Observation):
+                raise InputError(f"observation: expected an Observation, got {type(observation).__name__}")
+        noises = _noises(noise, len(observations))
         frame = self._frame([self.embodiment.ordered_views(o.images) for o in observations])
         state = self._states(observations)
-        normalized = self._sample(frame, list(instructions), state, noise)
+        normalized = self._sample(frame, list(instructions), state, noises)
         actions = self.codec.action.inverse(normalized)
         names, rate = self.embodiment.action_names, self.embodiment.rate_hz
         return [
-            ActionChunk(actions=actions[i], names=names, rate_hz=rate, normalized=normalized[i], noise=noise[i])
+            ActionChunk(actions=actions[i], names=names, rate_hz=rate, normalized=normalized[i], noise=noises[i])
             for i in range(len(observations))
         ]
 
     def predict_action(
-        self, examples: list[dict[str, Any]] | dict[str, Any], noise: Noise | Sequence[Noise] | None = None
+        self,
+        examples: list[dict[str, Any]] | dict[str, Any],
+        noise: Noise | Sequence[Noise] | None = None,
+        **ignored: Any,
     ) -> dict[str, NDArray[np.float32]]:
         """The published call, with the published result.
 
         Args:
-            examples: dicts with `image` (a uint8 [H, W, 3] array, or a list of them joined along the width; used as it
-                is, sides divisible by 16), `lang` (str), and `state` ([1, state_dim], encoded and padded) where the
-                model has a state token.
+            examples: dicts with `image` (a uint8 [H, W, 3] array of joined views, used as it is, sides divisible by 16;
+                of a list, the first: the others are a training sample's future frames), `lang` (str), and `state`
+                ([1, state_dim], encoded and padded; without it the model goes without its state token).
             noise: one per example; fresh when None.
+            ignored: other arguments of the published call (do_sample, use_ddim, num_ddim_steps), which it ignores too.
 
         Returns:
             {"normalized_actions": float32 [B, K, A_model]}
         """
-        examples = [examples] if isinstance(examples, dict) else list(examples)
-        if not examples:
-            raise InputError("examples: expected at least one, got none")
-        noises = [noise] if isinstance(noise, Noise) else noise
-        noises = [Noise.fresh() for _ in examples] if noises is None else list(noises)
-        if len(noises) != len(examples):
-            raise InputError(f"noise: expected one per example ({len(examples)}), got {len(noises)}")
-        pictures = torch.from_numpy(published_examples.joined_pictures(examples, self.config.pixels_per_token))
+        found = published_examples.check(examples)
+        noises = _noises([noise] if isinstance(noise, Noise) else noise, len(found))
+        pictures = torch.from_numpy(published_examples.pictures(found, self.config.pixels_per_token))
         width = self.config.head.state_dim
-        state = None if width is None else torch.from_numpy(published_examples.encoded_states(examples, width))
-        words = published_examples.instructions(examples)
+        state = None if width is None else published_examples.encoded_states(found, width)
+        words = published_examples.instructions(found)
         frame = preprocess([pictures.to(self.device)], None, "bilinear", self.model.backbone.transformer.dtype)
-        return {"normalized_actions": self._sample(frame, words, self._placed(state), noises)}
+        placed = None if state is None else torch.from_numpy(state).to(self.device)
+        return {"normalized_actions": self._sample(frame, words, placed, noises)}
 
     def embed_prompts(self, instructions: Sequence[str]) -> dict[str, Tensor]:
         """instruction -> prompt embedding [L, text_in] on the CPU, for `from_pretrained(prompt_embeds=...)`."""
         if not self._embedder.can_encode:
             raise ConfigError("embed_prompts: this policy was loaded without its text encoder")
-        return {instruction: self._embedder(instruction)[0].cpu() for instruction in instructions}
+        with self._plain():
+            return {instruction: self._embedder(instruction)[0].cpu() for instruction in instructions}
 
     def _sample(
         self, frame: Tensor, instructions: list[str], state: Tensor | None, noise: Sequence[Noise]
@@ -267,16 +303,52 @@ class Policy:
         posterior, latent, action = (
             torch.from_numpy(np.stack([d[name] for d in drawn])).to(self.device) for name in shapes
         )
-        context = torch.cat([self._contexts.get(text) for text in instructions])
-        return self.model.sample(frame, context, state, posterior, latent, action).cpu().numpy()
+        with self._plain():
+            if self.engine is not None:
+                packs = [self._packs.get(text) for text in instructions]
+                result = self.engine.sample(frame, packs, state, posterior, latent, action)
+            else:
+                context = torch.cat([self._contexts.get(text) for text in instructions])
+                result = self.model.sample(frame, context, state, posterior, latent, action)
+        normalized = result.cpu().numpy()
+        if not np.isfinite(normalized).all():
+            raise OutputError(
+                "actions: the model wrote NaN or infinite values; nothing was returned. Check the checkpoint's weights and, "
+                "where they were given, the prompt embeddings"
+            )
+        return normalized
+
+    def _plain(self) -> contextlib.AbstractContextManager[Any]:
+        """Outside of the caller's autocast, which would change the numbers and what is cached."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def prepare(self, instruction: str) -> Future[None]:
+        """Encode an instruction in the background, so that the chunk that first uses it does not wait.
+
+        The future's `result()` returns when it is ready, or raises what went wrong.
+        """
+        cache = self._contexts if self.engine is None else self._packs
+
+        def make() -> None:
+            with self._plain():
+                cache.get(instruction)
+
+        return self._background.submit(make)
+
+    def _make_pack(self, instruction: str) -> PromptPack:
+        """The instruction's pack, from disk or made (and kept on disk) now."""
+        assert self.engine is not None
+        pack = None if self._pack_folder is None else self._pack_folder.load(instruction)
+        if pack is None:
+            pack = self.engine.pack(self._embedder(instruction))
+            if self._pack_folder is not None:
+                self._pack_folder.store(instruction, pack)
+        return pack
 
     @torch.no_grad()
     def _make_context(self, instruction: str) -> Tensor:
         """Projected text [1, L, text_dim], kept for the next chunks of the same instruction."""
         return self.model.context(self._embedder(instruction))
-
-    def _placed(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.device)
 
     def _frame(self, views: list[list[NDArray[np.uint8]]]) -> Tensor:
         """Checked pictures, per request and view -> joined frame [B, 3, H, W]."""
@@ -297,6 +369,17 @@ class Policy:
         vectors = np.stack([self.embodiment.state_vector(o.state) for o in observations])
         encoded = self.codec.state.forward(vectors[:, None])
         return torch.from_numpy(np.ascontiguousarray(encoded, dtype=np.float32)).to(self.device)
+
+
+def _noises(noise: Sequence[Noise] | None, count: int) -> list[Noise]:
+    """One noise per request, fresh where none is given."""
+    if noise is None:
+        return [Noise.fresh() for _ in range(count)]
+    if not isinstance(noise, (list, tuple)) or any(not isinstance(one, Noise) for one in noise):
+        raise InputError(f"noise: expected a list of Noise, one per request, got {type(noise).__name__}")
+    if len(noise) != count:
+        raise InputError(f"noise: expected one per request ({count}), got {len(noise)}")
+    return list(noise)
 
 
 def _tensor_bytes(tensor: Tensor) -> int:

@@ -89,7 +89,8 @@ def tiny() -> Preset:
 def tabletop() -> Preset:
     """The built-in tabletop world: 64 x 64 pictures through its own small VAE, K = 8, A = 3, S = 32."""
     from dit4dit.envs import tabletop_vae_dir
-    from dit4dit.model.published import read_json, read_vae_config
+    from dit4dit.model.keys import KeyReader, read_json
+    from dit4dit.model.published import read_vae_config
 
     vae_file = tabletop_vae_dir() / "config.json"
     text = TextConfig(
@@ -120,7 +121,7 @@ def tabletop() -> Preset:
     )
     model = ModelConfig(
         text=text,
-        vae=read_vae_config(read_json(vae_file), str(vae_file)),
+        vae=read_vae_config(KeyReader(read_json(vae_file), str(vae_file))),
         dit=dit,
         head=head,
         frames=5,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+from dit4dit.model.keys import read_json
 
 Vector = NDArray[np.float64]
 
@@ -45,16 +45,9 @@ class Statistics:
 
 def read_statistics(path: Path) -> dict[str, Any]:
     """The raw file; CheckpointError when it is missing or not a JSON object."""
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; a checkpoint folder has its statistics beside its config"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(data, dict) or not data:
-        raise CheckpointError(f"{path}: expected statistics keyed by embodiment tag, got {type(data).__name__}")
+    data = read_json(path, "a checkpoint folder has its statistics beside its config")
+    if not data:
+        raise CheckpointError(f"{path}: expected statistics keyed by embodiment tag, got none")
     return data
 
 
@@ -87,7 +80,9 @@ def parse(data: Mapping[str, Any], tag: str, where: str) -> Statistics:
     )
 
 
-def _vector(entry: Mapping[str, Any], where: str) -> VectorStats:
+def _vector(entry: Any, where: str) -> VectorStats:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where}: expected an object with mean, std, min, max, q01 and q99, got {entry!r:.60}")
     arrays: dict[str, Any] = {}
     for name in ("mean", "std", "min", "max", "q01", "q99"):
         if name not in entry:
@@ -96,11 +91,20 @@ def _vector(entry: Mapping[str, Any], where: str) -> VectorStats:
             arrays[name] = np.asarray(entry[name], dtype=np.float64)
         except (TypeError, ValueError):
             raise ConfigError(f"{where}.{name}: expected a list of numbers, got {entry[name]!r:.80}") from None
-        if arrays[name].ndim != 1 or arrays[name].shape != arrays["mean"].shape:
-            raise ConfigError(f"{where}.{name}: expected {arrays['mean'].shape[0]} numbers, got {arrays[name].shape}")
+        if arrays[name].ndim != 1:
+            raise ConfigError(f"{where}.{name}: expected a list of numbers, got {entry[name]!r:.60}")
+        if arrays[name].shape != arrays["mean"].shape:
+            want, got = arrays["mean"].shape[0], arrays[name].shape[0]
+            raise ConfigError(f"{where}.{name}: expected {want} numbers as in mean, got {got}")
         if not np.isfinite(arrays[name]).all():
             raise ConfigError(f"{where}.{name}: has NaN or infinite values")
-    arrays["mask"] = np.asarray(entry.get("mask", [True] * len(arrays["mean"])), dtype=bool)
-    if arrays["mask"].shape != arrays["mean"].shape:
-        raise ConfigError(f"{where}.mask: expected {len(arrays['mean'])} values, got {arrays['mask'].shape[0]}")
+    for low, high in (("min", "max"), ("q01", "q99")):
+        if (arrays[low] > arrays[high]).any():
+            raise ConfigError(
+                f"{where}: {low} is above {high} in dimension {int((arrays[low] > arrays[high]).argmax())}"
+            )
+    mask = entry.get("mask", [True] * len(arrays["mean"]))
+    if not isinstance(mask, list) or any(not isinstance(x, bool) for x in mask) or len(mask) != len(arrays["mean"]):
+        raise ConfigError(f"{where}.mask: expected {len(arrays['mean'])} values true or false, got {mask!r:.60}")
+    arrays["mask"] = np.asarray(mask, dtype=bool)
     return VectorStats(**arrays)

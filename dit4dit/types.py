@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["ActionChunk", "Batch", "Noise", "Observation"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Observation:
     """What the robot sees and feels at one time step.
 
@@ -30,7 +30,7 @@ class Observation:
     state: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ActionChunk:
     """The next K actions.
 
@@ -49,7 +49,7 @@ class ActionChunk:
     noise: Noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """One training batch, on the model's device.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ PUBLISHED = {
     "robocasa_gr1": {"text_encoder": 7345, "text_projection": 225, "vae": 2345, "backbone": 2292, "action_head": 134},
     "libero": {"text_encoder": 7345, "text_projection": 225, "vae": 2684, "action_head": 166},
 }
-EXECUTED_BACKBONE = {"robocasa_gr1": 1339, "libero": 1808}
+# multiply-adds that the result needs, x2: the engine may do 5 % more
+NEEDED = {"robocasa_gr1": 1500, "libero": 2090}
+NEEDED_BACKBONE = {"robocasa_gr1": 1339, "libero": 1808}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -26,10 +29,17 @@ def test_released_models(name: str) -> None:
         assert counts["published"][stage] == pytest.approx(want, rel=0.01), stage
     if name == "robocasa_gr1":
         assert counts["published"]["total"] == pytest.approx(12_341, rel=0.01)
-    assert counts["executed"]["backbone"] == pytest.approx(EXECUTED_BACKBONE[name], rel=0.01)
+    assert counts["executed"]["backbone"] == pytest.approx(NEEDED_BACKBONE[name], rel=0.01)
+    assert counts["executed"]["total"] <= 1.05 * NEEDED[name]
     assert counts["executed"]["text_encoder"] == 0
-    assert counts["executed"]["vae"] < counts["published"]["vae"] / 10
     assert counts["first_chunk"]["text_encoder"] < counts["published"]["text_encoder"]
+
+
+def test_without_the_early_exit_the_count_rises() -> None:
+    model = preset("robocasa_gr1").model
+    all_blocks = replace(model, extract_layer=model.dit.num_layers - 1)
+    counts = [flops.executed(config, 1)["backbone"] for config in (model, all_blocks)]
+    assert counts[1] / counts[0] == pytest.approx(28 / 18, rel=0.01)
 
 
 def test_command_writes_every_stage(tmp_path: Path, capsys) -> None:

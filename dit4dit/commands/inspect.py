@@ -12,7 +12,7 @@ from dit4dit.commands.report import table
 from dit4dit.embodiments import EMBODIMENTS, Embodiment
 from dit4dit.errors import ConfigError
 from dit4dit.model.checkpoint import HEAD, TEXT, TRANSFORMER, VAE, Checkpoint, open_checkpoint
-from dit4dit.policy import choose_embodiment
+from dit4dit.policy import Codec
 
 PARTS = {"text encoder": TEXT, "VAE": VAE, "backbone": TRANSFORMER, "action head": HEAD}
 
@@ -30,7 +30,7 @@ def inspect(path: str | Path, *, backbone: str | Path | None, embodiment: str | 
         "ignored_keys": list(checkpoint.ignored),
     }
     try:
-        robot, _ = choose_embodiment(checkpoint, embodiment)
+        robot = Codec.for_checkpoint(checkpoint, embodiment).embodiment
     except ConfigError as error:
         if embodiment is not None:
             raise

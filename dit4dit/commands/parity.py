@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dit4dit import ops
 from dit4dit.commands.report import read_json_object, table
-from dit4dit.embodiments import EMBODIMENTS
+from dit4dit.engine import Engine
 from dit4dit.errors import CheckpointError
 from dit4dit.model.checkpoint import Checkpoint, open_checkpoint
 from dit4dit.model.dit4dit import DiT4DiT, Draws
@@ -78,6 +78,7 @@ def check(
     backend: str | None,
     backbone: Path | None = None,
     checkpoint: Path | None = None,
+    engine: bool = False,
 ) -> list[Stage]:
     """Run a golden folder and compare; the stages in order.
 
@@ -90,17 +91,63 @@ def check(
             f"{folder}: no golden.safetensors and golden.json; make them with parity DIR --record CHECKPOINT"
         )
     facts = read_json_object(folder / "golden.json")
+    prompts = facts.get("prompts")
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise CheckpointError(
+            f"{folder / 'golden.json'}: expected 'prompts', a list of instructions, got {prompts!r:.60}"
+        )
     opened = open_checkpoint(checkpoint or _checkpoint_of(folder, facts), backbone)
     golden = load_golden(golden_file, device)
+    check_inputs(golden, opened, len(prompts), str(golden_file))
     model = golden_model(opened, device, dtype)
     with ops.use_backend(backend) if backend else contextlib.nullcontext():
-        run = execute(model, opened, golden, list(facts["prompts"]))
-    return compare(run, dtype)
+        through = Engine(model) if engine else None
+        run = (
+            execute(model, opened, golden, prompts)
+            if through is None
+            else execute_engine(through, opened, golden, prompts)
+        )
+    return compare(run, dtype, expected_stages(opened.model.flow.training, engine=engine))
 
 
 def _checkpoint_of(folder: Path, facts: dict[str, Any]) -> Path:
+    """The checkpoint that a recorded folder names, or the folder itself, as in the fixtures."""
     named = facts.get("checkpoint")
-    return folder if named is None else (folder / named).resolve()
+    if named is None:
+        return folder
+    path = (folder / str(named)).resolve()
+    if not path.exists():
+        raise CheckpointError(f"{folder}: recorded from {path}, which is not there; name it with --checkpoint")
+    return path
+
+
+def check_inputs(golden: dict[str, Tensor], opened: Checkpoint, batch: int, where: str) -> None:
+    """CheckpointError unless the golden inputs and draws are there and of the checkpoint's sizes."""
+    config = opened.model
+    images = golden.get("in.images")
+    if images is None or images.dim() != 5 or images.dtype != torch.uint8 or images.shape[1] != config.frames:
+        got = "none" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise CheckpointError(
+            f"{where}: in.images: expected uint8 [B, {config.frames}, H, W, 3], got {got}; another checkpoint's?"
+        )
+    rows, columns = config.latent_size(int(images.shape[2]), int(images.shape[3]))
+    head, z, frames = config.head, config.vae.z_dim, config.latent_frames
+    wanted: dict[str, tuple[int, ...]] = {}
+    for part in ("infer", "train"):
+        wanted[f"{part}.posterior_noise"] = (batch, z, 1, rows, columns)
+        wanted[f"{part}.latent_noise"] = (batch, z, frames, rows, columns)
+    for name in ("infer.action_noise", "in.actions", "in.action_mask"):
+        wanted[name] = (batch, head.action_horizon, head.action_dim)
+    if head.state_dim is not None:
+        wanted["in.state"] = (batch, 1, head.state_dim)
+    wanted["train.video_noise_future"] = (batch, z, frames - 1, rows, columns)
+    for name, shape in wanted.items():
+        found = None if name not in golden else tuple(golden[name].shape)
+        if found != shape:
+            raise CheckpointError(f"{where}: {name}: expected shape {list(shape)} for this checkpoint, got {found}")
+    missing = [name for name in ("train.action_time", "train.action_noise") if name not in golden]
+    if missing:
+        raise CheckpointError(f"{where}: {missing[0]}: missing")
 
 
 def load_golden(file: Path, device: torch.device) -> dict[str, Tensor]:
@@ -152,6 +199,29 @@ def execute(model: DiT4DiT, opened: Checkpoint, golden: dict[str, Tensor], promp
             )
     with run.stage() as keep:
         _train(run, video, embeds, keep)
+    return run
+
+
+def execute_engine(engine: Engine, opened: Checkpoint, golden: dict[str, Tensor], prompts: list[str]) -> Run:
+    """The inference stages through the engine; training has no engine."""
+    model, device = engine.model, golden["in.images"].device
+    run = Run(model, golden, {}, {})
+    with run.stage() as keep:
+        tokens = tokenize(load_tokenizer(opened.tokenizer), prompts, model.config.text.max_length)
+        embeds = model.embed(tokens.to(device))
+        packs = [engine.pack(embeds[i : i + 1]) for i in range(len(prompts))]
+        keep("infer.prompt_embeds", embeds)
+    with run.stage() as keep:
+        frame = prepare_video(golden["in.images"][:, :1], model.backbone.transformer.dtype)[:, 0]
+        condition = engine.condition(frame, golden["infer.posterior_noise"])
+        keep("infer.condition_latent", condition)
+    with run.stage() as keep:
+        latents = torch.cat([condition, golden["infer.latent_noise"][:, :, 1:]], dim=2)
+        with torch.no_grad():
+            features = engine.backbone(latents, packs)
+        keep("infer.features", features)
+    with run.stage() as keep:
+        keep("infer.normalized_actions", engine.actions(features, _state(golden), golden["infer.action_noise"]))
     return run
 
 
@@ -218,19 +288,36 @@ def golden_video_time(model: DiT4DiT, golden: dict[str, Tensor]) -> Tensor:
     return torch.where(golden["train.video_high_sigma_u"] < flow.high_sigma_ratio, high, t)
 
 
-def compare(run: Run, dtype: torch.dtype) -> list[Stage]:
-    """One `Stage` per golden result; a golden result that this run did not produce is a breach."""
+def compare(run: Run, dtype: torch.dtype, names: Sequence[str]) -> list[Stage]:
+    """One `Stage` per name; a result that the golden file or this run lacks is a breach."""
     forward, backward = LIMITS[dtype]
-    inputs = ("in.", "infer.posterior_noise", "infer.latent_noise", "infer.action_noise")
     stages = []
-    for name in STAGE_ORDER:
-        if name not in run.golden or name.startswith(inputs):
-            continue
+    for name in names:
         limit = backward if ".grad" in name else forward
+        if name not in run.golden:
+            stages.append(Stage(name, float("inf"), limit, "not in the golden file"))
+            continue
         got = run.results.get(name)
         error = float("inf") if got is None else relative_error(got, run.golden[name])
         stages.append(Stage(name, error, limit, run.ran.get(name, "did not run")))
     return stages
+
+
+def expected_stages(training: str, *, engine: bool) -> list[str]:
+    """What a golden folder of a model trained in this mode must hold, in order."""
+    if engine:
+        return list(ENGINE_STAGES)
+    absent = {
+        "joint": (),
+        "action": ("train.video_loss", "train.grad.block0_to_q", "train.grad_norm.transformer"),
+        "video": (
+            "infer.normalized_actions",
+            "train.action_loss",
+            "train.grad.action_decoder",
+            "train.grad_norm.action_model",
+        ),
+    }[training]
+    return [name for name in STAGE_ORDER if name not in absent]
 
 
 STAGE_ORDER = (
@@ -244,6 +331,7 @@ STAGE_ORDER = (
     "train.grad_norm.action_model",
     "train.grad_norm.transformer",
 )
+ENGINE_STAGES = STAGE_ORDER[:4]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -257,78 +345,6 @@ def show(stages: list[Stage]) -> str:
     """The table that the command prints."""
     rows = [[s.name, f"{s.error:.2e}", f"{s.limit:.0e}", "ok" if s.ok else "BREACH", s.implementations] for s in stages]
     return table(["stage", "max rel. error", "limit", "verdict", "ran"], rows, right=(1, 2))
-
-
-def record(folder: Path, checkpoint: Path, *, backbone: Path | None, seed: int, device: torch.device) -> list[str]:
-    """Write a golden folder of a checkpoint as this package computes it in float32; returns the stages recorded.
-
-    The folder names the checkpoint (relative where it lies inside) and holds inputs, draws and results.
-    """
-    import diffusers
-    import transformers
-    from safetensors.torch import save_file
-
-    import dit4dit
-    from dit4dit.model.own_format import new_folder, write_json
-
-    opened = open_checkpoint(checkpoint, backbone)
-    model = golden_model(opened, device, torch.float32)
-    prompts = ["pick up the red block and place it in the bowl", "open the drawer"]
-    golden = random_golden(opened, seed, device)
-    run = execute(model, opened, golden, prompts)
-    facts = {
-        "prompts": prompts,
-        "seed": seed,
-        "sigma": opened.model.sigma,
-        "checkpoint": str(opened.path.resolve()),
-        "dit4dit": dit4dit.__version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "device": str(device),
-    }
-    with new_folder(folder) as partial:
-        tensors = {name: value.cpu().contiguous() for name, value in {**golden, **run.results}.items()}
-        save_file(tensors, partial / "golden.safetensors")
-        write_json(partial / "golden.json", facts)
-    return sorted(run.results)
-
-
-def random_golden(opened: Checkpoint, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Inputs and draws for a golden batch of two, a function of the seed, under the golden file's names."""
-    config = opened.model
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    robot = EMBODIMENTS.get(opened.embodiment or "")
-    views = 1 if robot is None else len(robot.views)
-    height, width = config.image_size[0], config.image_size[1] * views
-    head, flow, batch = config.head, config.flow, 2
-    pixels = torch.randint(0, 256, (batch, config.frames, height, width, 3), generator=generator, dtype=torch.uint8)
-    actions = torch.rand(batch, head.action_horizon, head.action_dim, generator=generator) * 2 - 1
-    mask = torch.zeros_like(actions, dtype=torch.bool)
-    mask[:, :, : max(1, head.action_dim - 1)] = True
-    golden = {"in.images": pixels, "in.actions": actions * mask, "in.action_mask": mask}
-    if head.state_dim is not None:
-        golden["in.state"] = torch.rand(batch, 1, head.state_dim, generator=generator) * 2 - 1
-    blank = Batch(pixels.permute(0, 1, 4, 2, 3), actions, actions, mask)
-    plain = replace(config, flow=replace(flow, time_distribution="uniform", high_sigma_ratio=None, high_sigma_min=None))
-    for part in ("infer", "train"):
-        draws = Draws.random(plain, blank, generator)
-        golden |= {f"{part}.posterior_noise": draws.posterior, f"{part}.latent_noise": draws.latent}
-    golden["infer.action_noise"] = torch.randn(actions.shape, generator=generator)
-    golden |= {
-        "train.video_noise_future": draws.video_noise,
-        "train.action_time": draws.action_time,
-        "train.action_noise": draws.action_noise,
-    }
-    if flow.time_distribution == "uniform":
-        golden["train.video_time_uniform"] = draws.video_time
-    else:
-        golden["train.video_time_logit"] = torch.randn(batch, generator=generator)
-    if flow.high_sigma_ratio is not None:
-        # one sample on either side of the ratio, so that both branches are held
-        golden["train.video_high_sigma_u"] = torch.tensor([flow.high_sigma_ratio / 2, (1 + flow.high_sigma_ratio) / 2])
-        golden["train.video_high_sigma_t"] = torch.rand(batch, generator=generator)
-    return {name: value.to(device) for name, value in golden.items()}
 
 
 def as_json(stages: list[Stage], *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

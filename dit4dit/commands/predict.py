@@ -55,6 +55,13 @@ def save(result: dict[str, Any], json_file: Path | None, plot: Path | None) -> N
         plot_chunk(result["chunk"], result["instruction"], plot)
 
 
+def check_plot(path: Path | None) -> None:
+    """InputError before anything is computed when the picture's ending is none that can be drawn."""
+    endings = (".png", ".pdf", ".svg", ".jpg")
+    if path is not None and path.suffix.lower() not in endings:
+        raise InputError(f"--plot {path}: expected a file ending in {', '.join(endings)}")
+
+
 def plot_chunk(chunk: ActionChunk, title: str, path: Path) -> None:
     """One small plot per action dimension against time in seconds."""
     import matplotlib

@@ -27,11 +27,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequen
 
 
 def write_json(path: Path, data: Any) -> None:
-    """A JSON file, written aside and renamed, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
+    """A JSON file. A regular one is written aside and renamed, so that a reader never sees half of it; anything else that
+    is there (a device, a pipe) is written through, and a link keeps pointing at its target.
+    """
+    text = json.dumps(data, indent=1) + "\n"
+    target = path.resolve()
+    if target.is_dir():
+        raise InputError(f"{path}: is a folder; give a file to write")
+    try:
+        if target.exists() and not target.is_file():
+            target.write_text(text)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(target)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:
@@ -45,16 +57,16 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
             return np.asarray(picture)
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable picture ({error})") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a user's file; InputError when it is missing or not one."""
     try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(data, dict):

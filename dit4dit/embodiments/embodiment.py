@@ -127,6 +127,8 @@ class Embodiment:
             InputError: a key is missing or unknown, has the wrong number of values, or holds NaN or infinity.
         """
         known = [key.name for key in self.state]
+        if not isinstance(state, Mapping):
+            raise InputError(f"state: expected a mapping, key -> values, got {type(state).__name__}; keys: {known}")
         for name in state:
             if name not in known:
                 raise InputError(f"state {name!r}: unknown key{did_you_mean(name, known)}; known: {', '.join(known)}")
@@ -135,11 +137,12 @@ class Embodiment:
             if key.name not in state:
                 raise InputError(f"state {key.name!r}: missing; expected keys: {', '.join(known)}")
             try:
-                value = np.asarray(state[key.name], dtype=np.float32).reshape(-1)
-            except (TypeError, ValueError):
-                raise InputError(
-                    f"state {key.name!r}: expected {key.dim} numbers, got {state[key.name]!r:.60}"
-                ) from None
+                value = np.asarray(state[key.name]).reshape(-1)
+            except ValueError:  # lists of unequal lengths
+                value = np.array([None])
+            if value.dtype.kind not in "fiu":
+                raise InputError(f"state {key.name!r}: expected {key.dim} numbers, got {state[key.name]!r:.60}")
+            value = value.astype(np.float32)
             if value.shape[0] != key.dim:
                 raise InputError(
                     f"state {key.name!r}: expected {key.dim} value{'s' * (key.dim != 1)}, got {value.shape[0]}; "
@@ -156,6 +159,8 @@ class Embodiment:
         Raises:
             InputError: a view is missing or unknown, has another dtype or shape.
         """
+        if not isinstance(images, Mapping):
+            raise InputError(f"images: expected a mapping, view -> picture, got {type(images).__name__}")
         for name in images:
             if name not in self.views:
                 raise InputError(
@@ -172,6 +177,8 @@ class Embodiment:
 def check_picture(picture: Any, name: str) -> NDArray[np.uint8]:
     """`picture` itself when it is uint8 [H, W, 3]; InputError otherwise. Values are never guessed from."""
     array = np.asarray(picture)
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"image {name!r}: expected a uint8 array [H, W, 3], got {type(picture).__name__}")
     if array.dtype != np.uint8:
         raise InputError(
             f"image {name!r}: expected uint8 in 0..255, got {array.dtype}; a float picture in 0..1 is (255 * x).astype('uint8')"

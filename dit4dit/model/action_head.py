@@ -199,7 +199,8 @@ class ActionHead(nn.Module):
             x: noisy normalised actions [B, K, A].
             t: integer timestep bucket per sample [B], 0 to num_timestep_buckets (a little above in training).
             context: backbone features [B, S, D].
-            state: encoded state [B, 1, state_dim]; None exactly when the model has no state token.
+            state: encoded state [B, 1, state_dim]; None where the model has no state token, and where a request has no
+                state, which then goes without the token, as in the published code.
 
         Returns:
             [B, K, A]
@@ -207,9 +208,7 @@ class ActionHead(nn.Module):
         tokens = self.action_encoder(x, t)
         if self.position_embedding is not None:
             tokens = tokens + self.position_embedding.weight[: tokens.shape[1]]
-        if self.state_encoder is not None:
-            if state is None:
-                raise ValueError(f"state: this model needs one of shape [B, 1, {self.config.state_dim}], got None")
+        if self.state_encoder is not None and state is not None:
             tokens = torch.cat([self.state_encoder(state), tokens], dim=1)
         out = self.model(tokens, t, context)[:, -x.shape[1] :]
         return self.action_decoder(out)

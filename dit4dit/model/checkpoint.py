@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dit4dit.config import ModelConfig
 from dit4dit.errors import CheckpointError
 from dit4dit.model import published
+from dit4dit.model.keys import read_json
 from dit4dit.stats import read_statistics
 
 if TYPE_CHECKING:
@@ -84,8 +85,11 @@ class SafetensorFiles(Mapping[str, "Tensor"]):
 
 
 @functools.lru_cache(maxsize=256)
-def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(entry per tensor, offset of the first data byte): 8 bytes of length, then that much JSON."""
+def _safetensors_header(file: Path, stamp: tuple[int, int]) -> tuple[dict[str, Any], int]:
+    """(entry per tensor, offset of the first data byte): 8 bytes of length, then that much JSON.
+
+    `stamp` is the file's time and size, so that a replaced file is read anew.
+    """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         return json.loads(stream.read(length)), 8 + length
@@ -100,7 +104,8 @@ def _map_tensor(file: Path, name: str) -> Tensor:
     import torch
     from safetensors.torch import _getdtype
 
-    header, start = _safetensors_header(file)
+    facts = file.stat()
+    header, start = _safetensors_header(file, (facts.st_mtime_ns, facts.st_size))
     entry = header[name]
     dtype: torch.dtype = _getdtype(entry["dtype"])
     begin, end = entry["data_offsets"]
@@ -143,27 +148,34 @@ def open_checkpoint(path: str | Path, backbone: str | Path | None = None) -> Che
     folder = Path(path).expanduser()
     if not folder.exists():
         folder = _from_hub(str(path))
-    if folder.is_dir() and (folder / "config.json").is_file():
-        return _open_own(folder, backbone)
-    return _open_published(folder, backbone)
+    return _open_own(folder, backbone) if is_own_format(folder) else _open_published(folder, backbone)
+
+
+def is_own_format(folder: Path) -> bool:
+    """Whether `folder` holds the package's own format; a stray config.json in a published run does not make it so."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    return not (folder / "config.yaml").is_file() or read_json(config).get("format") == "dit4dit"
 
 
 def _from_hub(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith((".pt", ".pth")):
+    local = not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith((".pt", ".pth")) or Path(name).parent.is_dir()
+    if local:
         raise CheckpointError(f"checkpoint {name}: no such file or folder; give a run folder, a .pt file or a hub id")
-    return _download(name, None, None)
+    return _download(name, None, None, "give a run folder or a .pt file that exists")
 
 
-def _download(name: str, revision: str | None, patterns: list[str] | None) -> Path:
-    """A hub repository's files in the local cache."""
+def _download(name: str, revision: str | None, patterns: list[str] | None, hint: str) -> Path:
+    """A hub repository's files in the local cache; CheckpointError with `hint` when they cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"hub {name}: could not be downloaded ({first}); give a local folder instead") from None
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"hub {name}: could not be downloaded ({first}); {hint}") from None
 
 
 def find_backbone(backbone: str | Path | None, run: Path | None, *, weights: bool) -> Path:
@@ -174,11 +186,12 @@ def find_backbone(backbone: str | Path | None, run: Path | None, *, weights: boo
     if chosen and Path(chosen).expanduser().exists():
         return Path(chosen).expanduser()
     patterns = None if weights else SMALL_FILES
+    hint = "give a Cosmos-Predict2.5 folder with --backbone or DIT4DIT_BACKBONE"
     if not chosen:
-        return _download(HUB_BACKBONE, HUB_REVISION, patterns)
+        return _download(HUB_BACKBONE, HUB_REVISION, patterns, hint)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(chosen)):
         raise CheckpointError(f"backbone {chosen}: no such folder; give a Cosmos-Predict2.5 folder or its hub id")
-    return _download(str(chosen), HUB_REVISION if str(chosen) == HUB_BACKBONE else None, patterns)
+    return _download(str(chosen), HUB_REVISION if str(chosen) == HUB_BACKBONE else None, patterns, hint)
 
 
 def _open_published(path: Path, backbone: str | Path | None) -> Checkpoint:
@@ -238,11 +251,13 @@ def load_pt(file: Path) -> dict[str, Tensor]:
 
     try:
         data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        size = file.stat().st_size if file.exists() else 0
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be opened ({error.strerror}); check its permissions") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
-            f"{file}: not readable as a PyTorch checkpoint ({size} bytes; {reason}); truncated? copy it again"
+            f"{file}: not readable as a PyTorch checkpoint ({file.stat().st_size} bytes; {reason}); "
+            "truncated, or not written by torch.save? copy it again"
         ) from None
     if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
         raise CheckpointError(f"{file}: expected a flat state dict of tensors, got {type(data).__name__}")
@@ -259,7 +274,10 @@ def safetensor_files(folder: Path, prefix: str) -> SafetensorFiles:
 
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        shards = [folder / name for name in sorted(set(published.read_json(indexes[0])["weight_map"].values()))]
+        names = read_json(indexes[0]).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{indexes[0]}: expected a weight_map, tensor -> file; copy the file again")
+        shards = [folder / name for name in sorted(set(names.values()))]
     else:
         shards = sorted(folder.glob("*.safetensors"))
     if not shards:
@@ -282,7 +300,7 @@ def cosmos_tensors(
 
 
 def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
-    data = published.read_json(folder / "config.json")
+    data = read_json(folder / "config.json")
     where = str(folder / "config.json")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
@@ -307,6 +325,6 @@ def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
         model=model,
         tensors=Joined(tuple(parts)),
         statistics=read_statistics(folder / "statistics.json"),
-        embodiment=data.get("embodiment"),
+        embodiment=None if data.get("embodiment") is None else str(data["embodiment"]),
         tokenizer=tokenizer,
     )

@@ -30,8 +30,10 @@ from dit4dit.model.checkpoint import (
     TRANSFORMER,
     VAE,
     find_backbone,
+    is_own_format,
     open_checkpoint,
 )
+from dit4dit.model.keys import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +60,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already; choose another folder or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written here ({error.strerror}); choose another folder") from None
     try:
         yield partial
         umask = os.umask(0)
@@ -215,7 +220,7 @@ def _copy_small_files(cosmos: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.relative_to(cosmos))
 
 
-def to_published(source: Path, target: Path, progress: Progress = _silent) -> None:
+def to_published(source: Path, target: Path, backbone: Path | None = None, progress: Progress = _silent) -> None:
     """A folder in the own format -> a published run folder, bit-exact, all or nothing.
 
     A folder that was never published gets a config.yaml and Cosmos JSON files written from its own configuration; the
@@ -225,7 +230,7 @@ def to_published(source: Path, target: Path, progress: Progress = _silent) -> No
 
     from dit4dit.model import export
 
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, backbone)
     if checkpoint.layout != "dit4dit":
         raise CheckpointError(f"{source}: is a published run folder already; wanted a folder in the own format")
     kept = checkpoint.path / "published"
@@ -233,7 +238,7 @@ def to_published(source: Path, target: Path, progress: Progress = _silent) -> No
         if kept.is_dir():
             shutil.copyfile(kept / "config.yaml", partial / "config.yaml")
             shutil.copytree(kept / "cosmos", partial / "cosmos")
-            name = json.loads((kept / "source.json").read_text())["file"]
+            name = str(read_json(kept / "source.json").get("file"))
             if not re.fullmatch(r"(checkpoints/|final_model/)?[\w.-]+\.pt", name):
                 raise CheckpointError(f"{kept / 'source.json'}: expected a .pt file inside the run, got {name!r}")
         else:
@@ -252,7 +257,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
     """Upload a folder in the own format; returns its address. Pull it back with `Policy.from_pretrained(repository)`."""
     from huggingface_hub import HfApi
 
-    if not (folder / "config.json").is_file():
+    if not is_own_format(folder):
         raise CheckpointError(f"{folder}: not a folder in the own format (no config.json); convert it first")
     api = HfApi()
     api.create_repo(repository, private=private, exist_ok=True)

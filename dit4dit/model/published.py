@@ -6,21 +6,19 @@ reads; it lists them, and it falls back to the published values where a run did 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dit4dit.config import FlowConfig, HeadConfig, ModelConfig, TextConfig, VaeConfig, VideoDitConfig
-from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+from dit4dit.errors import CheckpointError, ConfigError
+from dit4dit.model.keys import NEEDED, KeyReader, read_json, read_yaml
 
 ACTION_MODEL_TYPES = {"DiT-B": (12, 64), "DiT-L": (32, 48)}
 
 # which of the published data mixtures and statistics tags mean which embodiment
 MIXTURES = {"libero_all": "libero", "fourier_gr1_unified_1000": "gr1", "fourier_gr1_pretrain_10K": "gr1"}
 TAGS = {"franka": "libero", "gr1": "gr1"}
-
-_NEEDED = object()
 
 
 @dataclass(frozen=True)
@@ -38,41 +36,6 @@ class PublishedRun:
     ignored: tuple[str, ...]
 
 
-class KeyReader:
-    """Dotted access to a nested mapping that remembers what was read."""
-
-    def __init__(self, data: dict[str, Any], where: str) -> None:
-        self.data, self.where = data, where
-        self._read: set[str] = set()
-
-    def get(self, key: str, default: Any = _NEEDED, kind: type | tuple[type, ...] | None = None) -> Any:
-        """The value at dotted `key`; ConfigError when it is needed and missing, or of another type than `kind`."""
-        self._read.add(key)
-        node: Any = self.data
-        for part in key.split("."):
-            if not isinstance(node, dict) or part not in node:
-                if default is _NEEDED:
-                    raise ConfigError(f"{self.where}: missing key {key!r}; a published run's config.yaml has it")
-                return default
-            node = node[part]
-        if kind is not None and node is not None and (not isinstance(node, kind) or isinstance(node, bool)):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ConfigError(f"{self.where}: {key}: expected {names}, got {node!r}")
-        return node
-
-    def unread(self) -> tuple[str, ...]:
-        """Dotted keys of all leaves that nobody asked for, in file order."""
-        return tuple(
-            key for key in _leaves(self.data) if not any(key == r or key.startswith(r + ".") for r in self._read)
-        )
-
-
-def _leaves(node: Any, prefix: str = "") -> list[str]:
-    if not isinstance(node, dict) or not node:
-        return [prefix]
-    return [leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
-
-
 def read_run(config_path: Path, cosmos: Path) -> PublishedRun:
     """The model of a published run folder, from its config.yaml and the small files of a Cosmos folder.
 
@@ -81,91 +44,92 @@ def read_run(config_path: Path, cosmos: Path) -> PublishedRun:
     """
     text, vae, dit, sigma_max = read_cosmos(cosmos)
     keys = KeyReader(read_yaml(config_path), str(config_path))
-    deltas = keys.get("datasets.vla_data.video_delta_indices", kind=list)
-    ratio = keys.get("datasets.vla_data.action_video_freq_ratio", 1, int)
-    size = keys.get("datasets.vla_data.image_size", [224, 224], list)
+    flow = _read_flow(keys)
+    deltas = keys.integers("datasets.vla_data.video_delta_indices")
+    ratio = keys.integer("datasets.vla_data.action_video_freq_ratio", 1)
+    height, width = keys.integers("datasets.vla_data.image_size", (224, 224), count=2)
     try:
         model = ModelConfig(
-            text=replace(text, max_length=keys.get("framework.cosmos25.max_sequence_length", 512, int)),
+            text=replace(text, max_length=keys.integer("framework.cosmos25.max_sequence_length", 512)),
             vae=vae,
             dit=dit,
-            head=_read_head(keys, dit.width),
-            flow=_read_flow(keys),
+            head=_read_head(keys, dit.width, needed=flow.training != "video"),
+            flow=flow,
             frames=len(range(0, len(deltas), ratio)),
-            image_size=(int(size[0]), int(size[1])),
-            extract_layer=keys.get("framework.cosmos25.extract_layer", 17, int),
-            conditional_frame_timestep=float(keys.get("framework.cosmos25.conditional_frame_timestep", 0.0001)),
+            image_size=(height, width),
+            extract_layer=keys.integer("framework.cosmos25.extract_layer", 17, least=0),
+            conditional_frame_timestep=keys.number("framework.cosmos25.conditional_frame_timestep", 0.0001),
             sigma_max=sigma_max,
         )
     except ConfigError as error:
         raise ConfigError(str(error) if str(error).startswith(keys.where) else f"{keys.where}: {error}") from None
-    data_mix = keys.get("datasets.vla_data.data_mix", None, str)
-    return PublishedRun(model=model, data_mix=data_mix, ignored=keys.unread())
+    data_mix = keys.raw("datasets.vla_data.data_mix", None)
+    return PublishedRun(model, data_mix if isinstance(data_mix, str) else None, keys.unread())
 
 
-def _read_head(keys: KeyReader, context_dim: int) -> HeadConfig:
-    def get(key: str, default: Any = _NEEDED, kind: type | tuple[type, ...] | None = None) -> Any:
-        return keys.get(f"framework.action_model.{key}", default, kind)
-
-    kind = get("action_model_type", "DiT-B")
-    if kind not in ACTION_MODEL_TYPES:
-        raise ConfigError(
-            f"{keys.where}: framework.action_model.action_model_type: expected {' or '.join(ACTION_MODEL_TYPES)}, "
-            f"got {kind!r}{did_you_mean(str(kind), list(ACTION_MODEL_TYPES))}"
-        )
+def _read_head(keys: KeyReader, context_dim: int, *, needed: bool) -> HeadConfig:
+    """The action head; `needed` is False for runs on video alone, which built none and may lack its keys."""
+    name = "framework.action_model.{}".format
+    kind = keys.one_of(name("action_model_type"), list(ACTION_MODEL_TYPES), "DiT-B")
     heads, head_dim = ACTION_MODEL_TYPES[kind]
-    heads = get("diffusion_model_cfg.num_attention_heads", heads, int)
-    head_dim = get("diffusion_model_cfg.attention_head_dim", head_dim, int)
-    for key, wanted in (("norm_type", "ada_norm"), ("positional_embeddings", None)):
-        got = get(f"diffusion_model_cfg.{key}", wanted)
-        if got != wanted:
-            raise ConfigError(
-                f"{keys.where}: framework.action_model.diffusion_model_cfg.{key}: only {wanted!r} is known, got {got!r}"
-            )
-    width = get("diffusion_model_cfg.input_embedding_dim", heads * head_dim, int)
+    sizes = name("diffusion_model_cfg.{}").format
+    heads = keys.integer(sizes("num_attention_heads"), heads)
+    head_dim = keys.integer(sizes("attention_head_dim"), head_dim)
+    keys.only(sizes("norm_type"), "ada_norm")
+    keys.only(sizes("positional_embeddings"), None)
+    width = keys.integer(sizes("input_embedding_dim"), heads * head_dim)
     if width != heads * head_dim:
         raise ConfigError(
-            f"{keys.where}: framework.action_model.diffusion_model_cfg.input_embedding_dim: expected "
-            f"{heads} heads x {head_dim} = {heads * head_dim}, got {width}"
+            f"{keys.where}: {sizes('input_embedding_dim')}: expected {heads} heads x {head_dim} = {heads * head_dim}, "
+            f"got {width}"
         )
-    hidden = get("hidden_size", 2560, int)
+    hidden = keys.integer(name("hidden_size"), 2560)
+    if keys.has(name("future_action_window_size")) and not keys.has(name("action_horizon")):
+        horizon = keys.integer(name("future_action_window_size"), least=0) + 1
+    else:
+        horizon = keys.integer(name("action_horizon"), NEEDED if needed else 16)
     return HeadConfig(
-        num_layers=get("diffusion_model_cfg.num_layers", 16, int),
+        num_layers=keys.integer(sizes("num_layers"), 16),
         num_heads=heads,
         head_dim=head_dim,
         hidden_size=hidden,
-        output_dim=get("diffusion_model_cfg.output_dim", hidden, int),
-        action_dim=get("action_dim", kind=int),
-        action_horizon=get("action_horizon", kind=int),
-        state_dim=get("state_dim", None, int) or None,
-        context_dim=get("diffusion_model_cfg.cross_attention_dim", context_dim, int),
-        interleave_self_attention=bool(get("diffusion_model_cfg.interleave_self_attention", True)),
-        add_pos_embed=bool(get("add_pos_embed", True)),
-        max_seq_len=get("max_seq_len", 1024, int),
-        dropout=float(get("diffusion_model_cfg.dropout", 0.2)),
-        final_dropout=bool(get("diffusion_model_cfg.final_dropout", True)),
-        num_inference_timesteps=get("num_inference_timesteps", 4, int),
-        num_timestep_buckets=get("num_timestep_buckets", 1000, int),
+        output_dim=keys.integer(sizes("output_dim"), hidden),
+        action_dim=keys.integer(name("action_dim"), NEEDED if needed else 32),
+        action_horizon=horizon,
+        state_dim=keys.integer(name("state_dim"), least=0) or None if keys.has(name("state_dim")) else None,
+        context_dim=keys.integer(sizes("cross_attention_dim"), context_dim),
+        interleave_self_attention=keys.flag(sizes("interleave_self_attention"), True),
+        add_pos_embed=keys.flag(name("add_pos_embed"), True),
+        max_seq_len=keys.integer(name("max_seq_len"), 1024),
+        dropout=keys.number(sizes("dropout"), 0.2),
+        final_dropout=keys.flag(sizes("final_dropout"), True),
+        num_inference_timesteps=keys.integer(name("num_inference_timesteps"), 4),
+        num_timestep_buckets=keys.integer(name("num_timestep_buckets"), 1000),
     )
 
 
 def _read_flow(keys: KeyReader) -> FlowConfig:
-    matching = "framework.cosmos25.flow_matching"
-    ratio = keys.get(f"{matching}.high_sigma_ratio", 0.05, (float, int))
-    lowest = keys.get(f"{matching}.high_sigma_min", 0.98, (float, int))
-    if not ratio or lowest is None:
+    matching = "framework.cosmos25.flow_matching.{}".format
+    ratio: float | None = 0.05
+    lowest: float | None = 0.98
+    if keys.raw(matching("high_sigma_ratio"), 0.05) is None or keys.raw(matching("high_sigma_min"), 0.98) is None:
+        ratio = lowest = None
+    else:
+        ratio = keys.number(matching("high_sigma_ratio"), 0.05)
+        lowest = keys.number(matching("high_sigma_min"), 0.98)
+    if not ratio:
         ratio = lowest = None
     return FlowConfig(
-        training=str(keys.get("framework.cosmos25.training", "joint")).lower(),  # type: ignore[arg-type]
-        beta_alpha=float(keys.get("framework.action_model.noise_beta_alpha", 1.5)),
-        beta_beta=float(keys.get("framework.action_model.noise_beta_beta", 1.0)),
-        time_scale=float(keys.get("framework.action_model.noise_s", 0.999)),
-        time_distribution=keys.get(f"{matching}.time_distribution", "logit_normal", str),
+        training=keys.text("framework.cosmos25.training", "joint").lower(),  # type: ignore[arg-type]
+        beta_alpha=keys.number("framework.action_model.noise_beta_alpha", 1.5),
+        beta_beta=keys.number("framework.action_model.noise_beta_beta", 1.0),
+        time_scale=keys.number("framework.action_model.noise_s", 0.999),
+        time_distribution=keys.text(matching("time_distribution"), "logit_normal"),  # type: ignore[arg-type]
         high_sigma_ratio=ratio,
         high_sigma_min=lowest,
         # the live one of two; framework.action_model.repeated_diffusion_steps is read by nothing
-        repeated_diffusion_steps=keys.get("trainer.repeated_diffusion_steps", 4, int),
-        future_video_weight=float(keys.get("trainer.loss_scale.future_video", 1.0)),
+        repeated_diffusion_steps=keys.integer("trainer.repeated_diffusion_steps", 4),
+        future_video_weight=keys.number("trainer.loss_scale.future_video", 1.0),
     )
 
 
@@ -176,111 +140,84 @@ def read_cosmos(folder: Path) -> tuple[TextConfig, VaeConfig, VideoDitConfig, fl
             f"backbone {folder}: expected a Cosmos-Predict2.5 folder in diffusers' layout (transformer/config.json, "
             "vae/, text_encoder/, tokenizer/, scheduler/), found none; give the folder with --backbone or DIT4DIT_BACKBONE"
         )
-    text = read_text_config(read_json(folder / "text_encoder" / "config.json"))
-    vae = read_vae_config(read_json(folder / "vae" / "config.json"), str(folder / "vae" / "config.json"))
-    where = str(folder / "transformer" / "config.json")
-    dit = read_dit_config(read_json(folder / "transformer" / "config.json"), where)
-    sigma_max = float(read_json(folder / "scheduler" / "scheduler_config.json").get("sigma_max") or 200.0)
-    return text, vae, dit, sigma_max
+
+    def keys(name: str) -> KeyReader:
+        return KeyReader(read_json(folder / name), str(folder / name))
+
+    scheduler = keys("scheduler/scheduler_config.json")
+    sigma_max = scheduler.number("sigma_max") if scheduler.has("sigma_max") else 200.0
+    text = read_text_config(keys("text_encoder/config.json"))
+    return text, read_vae_config(keys("vae/config.json")), read_dit_config(keys("transformer/config.json")), sigma_max
 
 
-def read_text_config(data: dict[str, Any]) -> TextConfig:
+def read_text_config(keys: KeyReader) -> TextConfig:
     """transformers' Qwen2.5-VL configuration, flat (older files) or with a text_config."""
-    text = {**data, **data.get("text_config", {})}
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    nested = keys.raw("text_config", None)
+    text: dict[str, Any] = {**keys.data, **(nested if isinstance(nested, dict) else {})}
+    scaling = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    both = KeyReader({"rope_theta": text.get("rope_theta", 1_000_000.0), **text, **scaling}, keys.where)
     default = TextConfig()
     return TextConfig(
-        hidden_size=text["hidden_size"],
-        num_layers=text["num_hidden_layers"],
-        num_heads=text["num_attention_heads"],
-        num_kv_heads=text["num_key_value_heads"],
-        intermediate_size=text["intermediate_size"],
-        vocab_size=text["vocab_size"],
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", default.rope_theta))),
-        mrope_section=tuple(rope.get("mrope_section", default.mrope_section)),
-        rms_norm_eps=text.get("rms_norm_eps", default.rms_norm_eps),
-        max_position_embeddings=text.get("max_position_embeddings", default.max_position_embeddings),
+        hidden_size=both.integer("hidden_size"),
+        num_layers=both.integer("num_hidden_layers"),
+        num_heads=both.integer("num_attention_heads"),
+        num_kv_heads=both.integer("num_key_value_heads"),
+        intermediate_size=both.integer("intermediate_size"),
+        vocab_size=both.integer("vocab_size"),
+        rope_theta=both.number("rope_theta"),
+        mrope_section=both.integers("mrope_section", default.mrope_section),
+        rms_norm_eps=both.number("rms_norm_eps", default.rms_norm_eps),
+        max_position_embeddings=both.integer("max_position_embeddings", default.max_position_embeddings),
     )
 
 
-def read_vae_config(data: dict[str, Any], where: str) -> VaeConfig:
+def read_vae_config(keys: KeyReader) -> VaeConfig:
     """diffusers' `AutoencoderKLWan` configuration; only Wan 2.1's plain form is known."""
     for key in ("is_residual", "attn_scales", "patch_size"):
-        if data.get(key):
-            raise ConfigError(f"{where}: {key}: only the Wan 2.1 VAE is known, which has none, got {data[key]!r}")
+        if keys.raw(key, None):
+            raise ConfigError(
+                f"{keys.where}: {key}: only the Wan 2.1 VAE is known, which has none, got {keys.raw(key)!r}"
+            )
     default = VaeConfig()
     return VaeConfig(
-        base_dim=data.get("base_dim", default.base_dim),
-        decoder_base_dim=data.get("decoder_base_dim"),
-        z_dim=data.get("z_dim", default.z_dim),
-        dim_mult=tuple(data.get("dim_mult", default.dim_mult)),
-        num_res_blocks=data.get("num_res_blocks", default.num_res_blocks),
-        temperal_downsample=tuple(data.get("temperal_downsample", default.temperal_downsample)),
-        latents_mean=tuple(data.get("latents_mean", default.latents_mean)),
-        latents_std=tuple(data.get("latents_std", default.latents_std)),
+        base_dim=keys.integer("base_dim", default.base_dim),
+        decoder_base_dim=keys.integer("decoder_base_dim") if keys.has("decoder_base_dim") else None,
+        z_dim=keys.integer("z_dim", default.z_dim),
+        dim_mult=keys.integers("dim_mult", default.dim_mult),
+        num_res_blocks=keys.integer("num_res_blocks", default.num_res_blocks),
+        temperal_downsample=keys.flags("temperal_downsample", default.temperal_downsample),
+        latents_mean=keys.numbers("latents_mean", default.latents_mean),
+        latents_std=keys.numbers("latents_std", default.latents_std),
     )
 
 
-def read_dit_config(data: dict[str, Any], where: str) -> VideoDitConfig:
+def read_dit_config(keys: KeyReader) -> VideoDitConfig:
     """diffusers' `CosmosTransformer3DModel` configuration; what the released backbone does not use is refused."""
-    wanted = {
-        "extra_pos_embed_type": None,
-        "img_context_dim_in": None,
-        "controlnet_block_every_n": None,
-        "concat_padding_mask": True,
-        "use_crossattn_projection": True,
-    }
-    for key, value in wanted.items():
-        if key in data and data[key] != value:
-            raise ConfigError(f"{where}: {key}: only {value!r} (Cosmos-Predict2.5) is known, got {data[key]!r}")
-    patch = data.get("patch_size", [1, 2, 2])
+    for key in ("extra_pos_embed_type", "img_context_dim_in", "controlnet_block_every_n"):
+        keys.only(key, None)
+    for key in ("concat_padding_mask", "use_crossattn_projection"):
+        keys.only(key, True)
+    patch = keys.integers("patch_size", (1, 2, 2), count=3)
     if patch[0] != 1 or patch[1] != patch[2]:
-        raise ConfigError(f"{where}: patch_size: expected [1, n, n], got {patch}")
-    scale = data.get("rope_scale", (1.0, 3.0, 3.0))
-    if data["in_channels"] != data["out_channels"] + 1:
+        raise ConfigError(f"{keys.where}: patch_size: expected [1, n, n], got {list(patch)}")
+    channels = keys.integer("out_channels")
+    if keys.integer("in_channels") != channels + 1:
         raise ConfigError(
-            f"{where}: in_channels: expected out_channels + 1 (latents and condition mask), got {data['in_channels']}"
+            f"{keys.where}: in_channels: expected out_channels + 1 (latents and condition mask), "
+            f"got {keys.integer('in_channels')}"
         )
+    scale = keys.numbers("rope_scale", (1.0, 3.0, 3.0), count=3)
+    size = keys.integers("max_size", (128, 240, 240), count=3)
     return VideoDitConfig(
-        num_layers=data["num_layers"],
-        num_heads=data["num_attention_heads"],
-        head_dim=data["attention_head_dim"],
-        mlp_ratio=float(data.get("mlp_ratio", 4.0)),
-        adaln_lora_dim=data["adaln_lora_dim"],
-        text_in=data["crossattn_proj_in_channels"],
-        text_dim=data["encoder_hidden_states_channels"],
-        latent_channels=data["out_channels"],
+        num_layers=keys.integer("num_layers"),
+        num_heads=keys.integer("num_attention_heads"),
+        head_dim=keys.integer("attention_head_dim"),
+        mlp_ratio=keys.number("mlp_ratio", 4.0),
+        adaln_lora_dim=keys.integer("adaln_lora_dim"),
+        text_in=keys.integer("crossattn_proj_in_channels"),
+        text_dim=keys.integer("encoder_hidden_states_channels"),
+        latent_channels=channels,
         patch=patch[1],
         rope_scale=(float(scale[0]), float(scale[1]), float(scale[2])),
-        max_size=tuple(data.get("max_size", (128, 240, 240))),
+        max_size=(size[0], size[1], size[2]),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing or not one."""
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; the folder is incomplete") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, OmegaConf interpolations resolved; CheckpointError when it is missing or not one."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a published run folder has one beside checkpoints/") from None
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise CheckpointError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a mapping, got {type(data).__name__}")
-    return {str(key): value for key, value in data.items()}

@@ -40,12 +40,17 @@ class TextEncoder(nn.Module):
     def restore_buffers(self, device: torch.device) -> None:
         """Rebuild what no checkpoint holds (the rotary frequencies), after building on the meta device."""
         rotary = self.language_model.rotary_emb
-        self.language_model.rotary_emb = type(rotary)(qwen_config(self.config), device=device)
+        self.language_model.rotary_emb = type(rotary)(qwen_config(self.config)).to(device)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> prompt embeddings [B, L, embed_width] in the weights' dtype."""
-        states = self.language_model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
-        return torch.cat([standardize(h) for h in states[1:]], dim=-1)
+        return torch.cat([standardize(h) for h in self.hidden_states(tokens)], dim=-1)
+
+    def hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Token ids [B, L] -> the states after each layer [B, L, hidden_size], the last one after the final norm."""
+        out = self.language_model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        states: tuple[Tensor, ...] = out.hidden_states[1:]
+        return states
 
 
 def standardize(h: Tensor) -> Tensor:

@@ -250,8 +250,6 @@ class VideoDiT(nn.Module):
 
     def embed_latents(self, latents: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] -> tokens [B, T, N, D] before the first block; frame 0 is marked as conditioning."""
-        if any(got > most for got, most in zip(latents.shape[2:], self.config.max_size, strict=True)):
-            raise ValueError(f"latents: at most {self.config.max_size} (T, h, w), got {tuple(latents.shape[2:])}")
         return self.patch_embed(self._patchify(latents.to(self.dtype)))
 
     def _patchify(self, latents: Tensor) -> Tensor:

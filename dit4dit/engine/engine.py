@@ -1,0 +1,182 @@
+"""The engine: one chunk from folded constants, a prompt pack and fixed buffers.
+
+It is built from a model and shares its weights; what the model computes anew in every chunk and is constant, the engine
+looked up once (`fold`), and every operation goes through `dit4dit.ops`, whose references are the model's own maths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit4dit import ops
+from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_head
+from dit4dit.engine.packs import PromptPack, make_pack
+from dit4dit.errors import ConfigError
+from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.model.video_dit import rotary_table
+
+Posterior = Literal["sample", "mean"]
+STEPS = (1, 2, 4, 8)
+
+
+class Engine:
+    """The same function as `DiT4DiT.sample`, made fast for inference; not differentiable."""
+
+    def __init__(self, model: DiT4DiT, *, steps: int | None = None, posterior: Posterior = "sample") -> None:
+        """Fold `model`, which must have an action head; its weights are shared, not copied, where nothing changes.
+
+        Args:
+            steps: Euler steps (1, 2, 4 or 8); the model's own number when None. Other numbers change the result.
+            posterior: "mean" takes the conditioning latent's mean instead of a sample; changes the result.
+
+        Raises:
+            ConfigError: an option has another value.
+        """
+        if model.head is None:
+            raise ConfigError("engine: this model has no action head")
+        if steps is not None and steps not in STEPS:
+            raise ConfigError(f"engine steps: expected one of {STEPS}, got {steps}")
+        if posterior not in ("sample", "mean"):
+            raise ConfigError(f"engine posterior: expected sample or mean, got {posterior!r}")
+        self.model, self.config, self.posterior = model, model.config, posterior
+        self.steps = model.config.head.num_inference_timesteps if steps is None else steps
+        self.blocks: tuple[BackboneBlock, ...] = fold_backbone(model.backbone)
+        self.head: Head = fold_head(model.head, self.steps)
+        self._rotary: dict[tuple[int, int], Tensor] = {}
+        if self.device.type == "cpu":
+            model.backbone.frame_encoder.to(memory_format=torch.channels_last)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.backbone.transformer.proj_out.weight.device
+
+    def pack(self, prompt_embeds: Tensor) -> PromptPack:
+        """prompt_embeds [1, L, text_in] -> the instruction's pack."""
+        return make_pack(self.model.backbone.transformer, prompt_embeds, len(self.blocks))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        frame: Tensor,
+        packs: Sequence[PromptPack],
+        state: Tensor | None,
+        posterior: Tensor,
+        latent: Tensor,
+        action: Tensor,
+    ) -> Tensor:
+        """Normalised actions, float32 [B, K, A_model].
+
+        Args:
+            frame: joined views [B, 3, H, W] in [-1, 1].
+            packs: one per sample.
+            state: encoded, padded state [B, 1, state_dim], or None for a request without a state token.
+            posterior, latent, action: standard normal [B, z, 1, h, w], [B, z, T, h, w], [B, K, A_model].
+        """
+        features = self.features(frame, packs, posterior, latent)
+        return self.actions(features, state, action)
+
+    @torch.no_grad()
+    def features(self, frame: Tensor, packs: Sequence[PromptPack], posterior: Tensor, latent: Tensor) -> Tensor:
+        """Backbone features, float32 [B, S, D]."""
+        condition = self.condition(frame, posterior)
+        return self.backbone(torch.cat([condition, latent[:, :, 1:]], dim=2), packs)
+
+    def condition(self, frame: Tensor, posterior: Tensor) -> Tensor:
+        """The frame's normalised latent, float32 [B, z, 1, h, w]."""
+        if self.device.type == "cpu":
+            frame = frame.contiguous(memory_format=torch.channels_last)
+        noise = torch.zeros_like(posterior) if self.posterior == "mean" else posterior
+        return self.model.backbone.condition(frame, noise)
+
+    def backbone(self, latents: Tensor, packs: Sequence[PromptPack]) -> Tensor:
+        """Latents [B, z, T, h, w], frame 0 conditioning -> features, float32 [B, S, D]."""
+        transformer, config = self.model.backbone.transformer, self.config.dit
+        heads, dtype = config.num_heads, transformer.dtype
+        # the residual stream is float32 whatever the weights are: it is small, and it is where rounding adds up
+        x = transformer.embed_latents(latents).float()
+        rotary = self._rotary_for(latents)
+        keys, values = _stack(packs)
+        branch: Tensor | None = None
+        gate: Tensor | None = None
+        for i, block in enumerate(self.blocks):
+            norm = block.self_norm
+            x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
+            a = ops.self_attention(block.qkv(h.flatten(1, 2)), block.norm_q, block.norm_k, rotary, heads, 1e-5)
+            branch, gate, norm = block.self_out(a).view_as(x), norm.gate, block.cross_norm
+            x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
+            q = block.cross_q(h.flatten(1, 2))
+            a = ops.cross_attention(q, keys[:, i], values[:, i], block.cross_norm_q, heads, 1e-5)
+            branch, gate, norm = block.cross_out(a).view_as(x), norm.gate, block.mlp_norm
+            x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
+            hidden = ops.linear_gelu(h, block.mlp_in.weight, None, "none")
+            gate = norm.gate
+            if i + 1 == len(self.blocks):
+                return ops.linear_gated(hidden, block.mlp_out.weight, None, x, gate).flatten(1, 2)
+            branch = block.mlp_out(hidden)
+        raise AssertionError("a model has at least one block")
+
+    def _rotary_for(self, latents: Tensor) -> Tensor:
+        patch = self.config.dit.patch
+        grid = (latents.shape[3] // patch, latents.shape[4] // patch)
+        if grid not in self._rotary:
+            table = rotary_table(self.config.dit, self.config.latent_frames, *grid, device=latents.device)
+            self._rotary[grid] = table
+        return self._rotary[grid]
+
+    @torch.no_grad()
+    def actions(self, features: Tensor, state: Tensor | None, noise: Tensor) -> Tensor:
+        """Features [B, S, D] and noise [B, K, A] -> normalised actions, float32 [B, K, A]."""
+        head, model = self.head, self.model.head
+        assert model is not None
+        dtype = head.decode_out.weight.dtype
+        count = len([block for block in head.blocks if block.cross])
+        context = head.context(features.to(dtype))
+        context = context.unflatten(-1, (2 * count, model.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        prefix = None
+        if model.state_encoder is not None and state is not None:
+            prefix = model.state_encoder(state.to(dtype))
+        x = noise.float()
+        for step in range(self.steps):
+            velocity = self._velocity(x.to(dtype), step, context, prefix)
+            x = ops.euler_step(x, velocity.float(), 1.0 / self.steps)
+        return x
+
+    def _velocity(self, actions: Tensor, step: int, context: Tensor, prefix: Tensor | None) -> Tensor:
+        """Noisy actions [B, K, A] at Euler step `step` -> velocity [B, K, A]; context [2 * cross blocks, B, H, S, d]."""
+        head, dtype = self.head, actions.dtype
+        tokens = head.encode_out(torch.nn.functional.silu(head.encode(actions) + head.time_bias[step]))
+        if head.position is not None:
+            tokens = tokens + head.position
+        x = (tokens if prefix is None else torch.cat([prefix, tokens], dim=1))[:, None].float()
+        branch: Tensor | None = None
+        cross = 0
+        for block in head.blocks:
+            norm = block.norms[step]
+            x, h = ops.adaln(x, branch, None, norm.shift, norm.scale, 1e-5, dtype)
+            projected = block.project(h[:, 0])
+            branch = self._attend(block, projected, context[2 * cross : 2 * cross + 2])[:, None]
+            cross += block.cross
+            x, h = ops.adaln(x, branch, None, None, None, 1e-5, dtype)
+            hidden = ops.linear_gelu(h, block.mlp_in.weight, block.mlp_in.bias, "tanh")
+            branch = block.mlp_out(hidden)
+        norm = head.out_norms[step]
+        _, h = ops.adaln(x, branch, None, norm.shift, norm.scale, 1e-6, dtype)
+        out = h[:, 0, -actions.shape[1] :]
+        return head.decode_out(torch.relu(head.decode_in(out)))
+
+    def _attend(self, block: HeadBlock, projected: Tensor, context: Tensor) -> Tensor:
+        heads = self.config.head.num_heads
+        if block.cross:
+            return block.out(ops.cross_attention(projected, context[0], context[1], None, heads, 1e-5))
+        return block.out(ops.self_attention(projected, None, None, None, heads, 1e-5))
+
+
+def _stack(packs: Sequence[PromptPack]) -> tuple[Tensor, Tensor]:
+    """Packs of a batch -> keys and values [B or 1, blocks, heads, L, d]; one instruction for all is not copied."""
+    if all(pack is packs[0] for pack in packs):
+        return packs[0].keys[None], packs[0].values[None]
+    return torch.stack([p.keys for p in packs]), torch.stack([p.values for p in packs])

@@ -1,0 +1,201 @@
+"""Constants of a trained model, computed once at load by calling the model's own modules.
+
+The times of the feature pass and of the Euler steps are constants, so every AdaLN is a small table; two matrices with
+nothing between them are one; q, k and v of a block are one matrix, as are the k and v that the head takes from the features.
+Products of matrices are formed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit4dit.model import flow
+from dit4dit.model.action_head import ActionHead, Attention, Block, sinusoid
+from dit4dit.model.video_backbone import VideoBackbone
+from dit4dit.model.video_dit import AdaNorm
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear map: weight [N, K], bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Matrix:
+        """The map of an `nn.Linear`, sharing its memory."""
+        assert isinstance(layer, nn.Linear)
+        return cls(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+    @classmethod
+    def stacked(cls, *layers: nn.Module) -> Matrix:
+        """Several maps of one input as one, outputs in order."""
+        maps = [cls.of(layer) for layer in layers]
+        biases = [m.bias for m in maps if m.bias is not None]
+        assert len(biases) in (0, len(maps))
+        return cls(torch.cat([m.weight for m in maps]), torch.cat(biases) if biases else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """shift, scale and (in the backbone) gate of one norm: a row per latent frame, float32 [T, D]."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BackboneBlock:
+    """One block of the video transformer, folded."""
+
+    self_norm: Modulation
+    qkv: Matrix
+    norm_q: Tensor
+    norm_k: Tensor
+    self_out: Matrix
+    cross_norm: Modulation
+    cross_q: Matrix
+    cross_norm_q: Tensor
+    cross_out: Matrix
+    mlp_norm: Modulation
+    mlp_in: Matrix
+    mlp_out: Matrix
+
+
+@dataclass(frozen=True)
+class HeadBlock:
+    """One block of the action head, folded; `norms` has one `Modulation` per Euler step."""
+
+    norms: tuple[Modulation, ...]
+    cross: bool
+    project: Matrix
+    """q where the block attends to the features, else q | k | v."""
+    out: Matrix
+    mlp_in: Matrix
+    mlp_out: Matrix
+
+
+@dataclass(frozen=True)
+class Head:
+    """The action head, folded for a fixed number of Euler steps.
+
+    Attributes:
+        encode: noisy actions [.., A] -> first token layer, W wide (two published matrices as one).
+        time_bias: what the time adds there, one row per step [N, W].
+        encode_out: the token layer after the swish.
+        position: position embeddings [K, W], or None.
+        context: features -> k | v of every block that attends to them, one matrix.
+        blocks: in order.
+        out_norms: the last norm, one per step.
+        decode_in: last norm -> hidden layer of the action decoder (two published matrices as one).
+        decode_out: hidden layer -> actions.
+    """
+
+    encode: Matrix
+    time_bias: Tensor
+    encode_out: Matrix
+    position: Tensor | None
+    context: Matrix
+    blocks: tuple[HeadBlock, ...]
+    out_norms: tuple[Modulation, ...]
+    decode_in: Matrix
+    decode_out: Matrix
+
+
+@torch.no_grad()
+def fold_backbone(backbone: VideoBackbone) -> tuple[BackboneBlock, ...]:
+    """The blocks up to the extract layer, with their AdaLN tables for the feature pass's constant times."""
+    transformer, config = backbone.transformer, backbone.config
+    weight = transformer.proj_out.weight
+    times = torch.full((1, config.latent_frames), config.sigma, device=weight.device)
+    times[0, 0] = config.conditional_frame_timestep
+    embedded_t, temb = (y[0, :, 0] for y in transformer.embed_times(times))
+
+    def table(norm: nn.Module) -> Modulation:
+        assert isinstance(norm, AdaNorm)
+        return Modulation(*(y.float().contiguous() for y in norm.modulation(embedded_t, temb)))
+
+    return tuple(
+        BackboneBlock(
+            self_norm=table(block.norm1),
+            qkv=Matrix.stacked(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v),
+            norm_q=block.attn1.norm_q.weight.detach(),
+            norm_k=block.attn1.norm_k.weight.detach(),
+            self_out=Matrix.of(block.attn1.to_out[0]),
+            cross_norm=table(block.norm2),
+            cross_q=Matrix.of(block.attn2.to_q),
+            cross_norm_q=block.attn2.norm_q.weight.detach(),
+            cross_out=Matrix.of(block.attn2.to_out[0]),
+            mlp_norm=table(block.norm3),
+            mlp_in=Matrix.of(block.ff.net[0].proj),
+            mlp_out=Matrix.of(block.ff.net[2]),
+        )
+        for block in transformer.transformer_blocks[: config.extract_layer + 1]
+    )
+
+
+@torch.no_grad()
+def fold_head(head: ActionHead, steps: int) -> Head:
+    """The head for `steps` Euler steps; its times, and all that depends on them alone, become constants."""
+    config, device = head.config, head.action_decoder.layer2.weight.device
+    times = [flow.bucket(1 - i / steps, config.num_timestep_buckets) for i in range(steps)]
+    index = torch.tensor(times, device=device)
+    temb = head.model.timestep_encoder(index)
+    encoder, width = head.action_encoder, config.width
+    first, second = encoder.layer1, encoder.layer2
+    wave = sinusoid(index, width, cos_first=False, denominator=width // 2)
+    of_action, of_time = second.weight.double().split(width, dim=1)
+    dtype = second.weight.dtype
+    time_bias = wave.double() @ of_time.T + of_action @ first.bias.double() + second.bias.double()
+    context = [block.attn1 for block in head.model.transformer_blocks if block.cross]
+    position = None
+    if head.position_embedding is not None:
+        position = head.position_embedding.weight[: config.action_horizon].detach()
+    return Head(
+        encode=Matrix((of_action @ first.weight.double()).to(dtype)),
+        time_bias=time_bias.to(dtype),
+        encode_out=Matrix.of(encoder.layer3),
+        position=position,
+        context=Matrix.stacked(*(layer for attention in context for layer in (attention.to_k, attention.to_v))),
+        blocks=tuple(_head_block(block, temb) for block in head.model.transformer_blocks),
+        out_norms=_modulations(head.model.proj_out_1(F.silu(temb)), shift_first=True),
+        decode_in=_product(head.action_decoder.layer1, head.model.proj_out_2),
+        decode_out=Matrix.of(head.action_decoder.layer2),
+    )
+
+
+def _head_block(block: Block, temb: Tensor) -> HeadBlock:
+    attention: Attention = block.attn1
+    project = (attention.to_q,) if block.cross else (attention.to_q, attention.to_k, attention.to_v)
+    return HeadBlock(
+        norms=_modulations(block.norm1.linear(F.silu(temb)), shift_first=False),
+        cross=block.cross,
+        project=Matrix.stacked(*project),
+        out=Matrix.of(attention.to_out[0]),
+        mlp_in=Matrix.of(block.ff.net[0].proj),
+        mlp_out=Matrix.of(block.ff.net[2]),
+    )
+
+
+def _modulations(rows: Tensor, *, shift_first: bool) -> tuple[Modulation, ...]:
+    """One `Modulation` of one row per Euler step; the two published orders differ."""
+    first, second = rows.float().chunk(2, dim=-1)
+    shift, scale = (first, second) if shift_first else (second, first)
+    return tuple(Modulation(shift[i : i + 1].contiguous(), scale[i : i + 1].contiguous()) for i in range(len(rows)))
+
+
+def _product(after: nn.Linear, before: nn.Linear) -> Matrix:
+    """after(before(x)) as one map."""
+    weight = after.weight.double() @ before.weight.double()
+    bias = after.weight.double() @ before.bias.double() + after.bias.double()
+    return Matrix(weight.to(after.weight.dtype), bias.to(after.weight.dtype))

@@ -1,0 +1,114 @@
+"""Prompt packs: everything in a chunk that depends on the instruction alone.
+
+A pack is k and v of the cross-attentions of all blocks that run, keys already normed. It replaces the text encoder, the
+100352-wide projection and 36 matrix products of every chunk. Packs are kept in memory up to a byte budget, and on disk under
+a key that holds the weights they came from, so that a stale one is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dit4dit.errors import CheckpointError
+from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.model.video_dit import VideoDiT
+
+DEFAULT_BUDGET = 2 * 2**30
+"""Bytes of packs kept in memory: 27 instructions of the released models in bfloat16."""
+
+
+@dataclass(frozen=True)
+class PromptPack:
+    """keys and values [blocks, heads, L, head_dim] in the backbone's dtype, keys normed, on the backbone's device."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+
+@torch.no_grad()
+def make_pack(transformer: VideoDiT, prompt_embeds: Tensor, blocks: int) -> PromptPack:
+    """prompt_embeds [1, L, text_in] -> the pack for the first `blocks` blocks."""
+    context = transformer.project_text(prompt_embeds)
+    keys, values = [], []
+    for block in transformer.transformer_blocks[:blocks]:
+        attention = block.attn2
+        k, v = (
+            y(context).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in (attention.to_k, attention.to_v)
+        )
+        keys.append(attention.norm_k(k)[0])
+        values.append(v[0])
+    return PromptPack(torch.stack(keys), torch.stack(values))
+
+
+def packs_key(model: DiT4DiT) -> str:
+    """What the model's packs are made from: the weights of the backbone's text side and the length of a prompt.
+
+    The text encoder is not read: with it left out the key must be the same, and it is frozen in every recipe.
+    """
+    transformer = model.backbone.transformer
+    blocks = transformer.transformer_blocks[: model.config.extract_layer + 1]
+    sides = [part for block in blocks for part in (block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k)]
+    return f"{model.config.text} {weights_key([transformer.crossattn_proj, *sides])}"
+
+
+def weights_key(modules: Iterable[nn.Module | None]) -> str:
+    """A content hash of all weights of `modules` (names, dtypes, shapes, bytes), 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        if module is None:
+            continue
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class PackFolder:
+    """Packs on disk, one safetensors file each, under a hash of the weights' key and the instruction."""
+
+    def __init__(self, folder: Path, key: str, device: torch.device | str) -> None:
+        """key: what the packs are made from (`weights_key`), so that other weights never find them."""
+        self.folder, self._key, self._device = folder, key, device
+
+    def path(self, instruction: str) -> Path:
+        """Where the instruction's pack is or will be."""
+        name = hashlib.blake2b(f"{self._key}\n{instruction}".encode(), digest_size=16).hexdigest()
+        return self.folder / f"{name}.safetensors"
+
+    def load(self, instruction: str) -> PromptPack | None:
+        """The pack, or None when there is no file; CheckpointError when the file is broken."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.path(instruction)
+        if not path.is_file():
+            return None
+        try:
+            tensors = load_file(path)
+            return PromptPack(tensors["keys"].to(self._device), tensors["values"].to(self._device))
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: not a readable prompt pack ({error}); delete it and make it again"
+            ) from None
+
+    def store(self, instruction: str, pack: PromptPack) -> None:
+        """Write the pack, aside and then renamed, so that no reader sees half of it."""
+        from safetensors.torch import save_file
+
+        path = self.path(instruction)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        metadata = {"instruction": instruction, "weights": self._key}
+        save_file({"keys": pack.keys.cpu(), "values": pack.values.cpu()}, partial, metadata=metadata)
+        partial.replace(path)

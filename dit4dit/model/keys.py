@@ -1,0 +1,148 @@
+"""Typed, dotted access to files that others wrote: each getter says where, wanted and got, and remembers what was read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+
+NEEDED = object()
+"""Default of a key that a file must have."""
+
+
+class KeyReader:
+    """A nested mapping. Every getter takes a dotted key; without a default the key must be there."""
+
+    def __init__(self, data: dict[str, Any], where: str) -> None:
+        self.data, self.where = data, where
+        self._read: set[str] = set()
+
+    def raw(self, key: str, default: Any = NEEDED) -> Any:
+        """The value as it is."""
+        self._read.add(key)
+        node: Any = self.data
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                if default is NEEDED:
+                    raise ConfigError(f"{self.where}: missing key {key!r}; add it, or copy the file again")
+                return default
+            node = node[part]
+        return node
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there with a value."""
+        return self.raw(key, None) is not None
+
+    def integer(self, key: str, default: Any = NEEDED, *, least: int = 1) -> int:
+        value = self.raw(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._wrong(key, f"an integer of at least {least}", value)
+        return value
+
+    def number(self, key: str, default: Any = NEEDED) -> float:
+        value = self.raw(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise self._wrong(key, "a number", value)
+        return float(value)
+
+    def text(self, key: str, default: Any = NEEDED) -> str:
+        value = self.raw(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, "a word", value)
+        return value
+
+    def flag(self, key: str, default: Any = NEEDED) -> bool:
+        value = self.raw(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false", value)
+        return value
+
+    def numbers(self, key: str, default: Any = NEEDED, *, count: int | None = None) -> tuple[float, ...]:
+        """A list of numbers, of `count` where that is fixed."""
+        value = self.raw(key, default)
+        good = isinstance(value, (list, tuple)) and bool(value)
+        good = good and all(isinstance(x, (int, float)) and not isinstance(x, bool) and x == x for x in value)
+        if not good or count not in (None, len(value)):
+            raise self._wrong(key, f"a list of {count if count is not None else ''} numbers".replace("  ", " "), value)
+        return tuple(value)
+
+    def integers(self, key: str, default: Any = NEEDED, *, count: int | None = None) -> tuple[int, ...]:
+        """A list of integers (true and false count as none), of `count` where that is fixed."""
+        values = self.numbers(key, default, count=count)
+        if any(not isinstance(x, int) for x in values):
+            raise self._wrong(key, "a list of integers", list(values))
+        return tuple(int(x) for x in values)
+
+    def flags(self, key: str, default: Any = NEEDED) -> tuple[bool, ...]:
+        value = self.raw(key, default)
+        if not isinstance(value, (list, tuple)) or any(not isinstance(x, bool) for x in value):
+            raise self._wrong(key, "a list of true and false", value)
+        return tuple(value)
+
+    def one_of(self, key: str, known: list[str], default: Any = NEEDED) -> str:
+        """One of the known words."""
+        value = self.raw(key, default)
+        if not isinstance(value, str) or value not in known:
+            hint = did_you_mean(value, known) if isinstance(value, str) else ""
+            raise ConfigError(f"{self.where}: {key}: expected {' or '.join(known)}, got {value!r}{hint}")
+        return value
+
+    def only(self, key: str, value: Any) -> None:
+        """Refuse a key that is there with another value than the one that is known."""
+        got = self.raw(key, value)
+        if got != value:
+            raise ConfigError(f"{self.where}: {key}: only {value!r} is known, got {got!r}")
+
+    def unread(self) -> tuple[str, ...]:
+        """Dotted keys of all leaves that nobody asked for, in file order."""
+        return tuple(
+            key for key in _leaves(self.data) if not any(key == r or key.startswith(r + ".") for r in self._read)
+        )
+
+    def _wrong(self, key: str, wanted: str, got: Any) -> ConfigError:
+        return ConfigError(f"{self.where}: {key}: expected {wanted}, got {got!r:.80}")
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict) or not node:
+        return [prefix]
+    return [leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def read_text(path: Path, hint: str) -> str:
+    """A text file; CheckpointError with `hint` when it is missing, and with the reason when it is not readable."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as text ({error}); copy the file again") from None
+
+
+def read_json(path: Path, hint: str = "the folder is incomplete") -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing, unreadable or something else."""
+    try:
+        data = json.loads(read_text(path, hint))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file, OmegaConf interpolations resolved; CheckpointError when it is missing or not one."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    text = read_text(path, "a published run folder has one beside checkpoints/")
+    try:
+        data = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise CheckpointError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a mapping, got {type(data).__name__}")
+    return {str(key): value for key, value in data.items()}

@@ -1,0 +1,263 @@
+"""The engine against the model it was built from, against the published code, and its promises about repeats and packs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dit4dit import Noise, Policy
+from dit4dit.cli import main
+from dit4dit.commands import parity
+from dit4dit.engine import Engine
+from dit4dit.engine.fold import Matrix, fold_backbone, fold_head
+from dit4dit.engine.packs import PackFolder, packs_key
+from dit4dit.errors import CheckpointError, ConfigError, InputError
+from dit4dit.model.weights import random_model
+from dit4dit.presets import preset, without_state
+
+CPU = torch.device("cpu")
+TINY = preset("tiny").model
+
+
+def inputs(config, batch: int, seed: int = 0, rows: int = 4, columns: int = 8) -> dict[str, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    return {
+        "frame": normal(3, 8 * rows, 8 * columns).clamp(-1, 1),
+        "state": None if config.head.state_dim is None else normal(1, config.head.state_dim),
+        "posterior": normal(16, 1, rows, columns),
+        "latent": normal(16, config.latent_frames, rows, columns),
+        "action": normal(config.head.action_horizon, config.head.action_dim),
+    }
+
+
+def both(config, batch: int, **kinds) -> tuple[torch.Tensor, torch.Tensor]:
+    """(engine, model) on the same random weights and inputs."""
+    model = random_model(config, 1, with_text=False, **kinds)
+    for name, parameter in model.backbone.transformer.named_parameters():
+        if "norm" in name and parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    embeds = torch.randn(batch, 9, config.dit.text_in, generator=torch.Generator().manual_seed(2))
+    engine = Engine(model)
+    packs = [engine.pack(embeds[i : i + 1]) for i in range(batch)]
+    given = inputs(config, batch)
+    with torch.no_grad():
+        context = model.context(embeds)
+    return engine.sample(packs=packs, **given), model.sample(context=context, **given)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("state", [True, False])
+def test_the_engine_is_the_model(batch: int, state: bool) -> None:
+    config = TINY if state else without_state(preset("tiny")).model
+    assert relative(*both(config, batch)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"interleave_self_attention": False},
+        {"add_pos_embed": False},
+        {"num_heads": 2, "head_dim": 48},
+        {"num_inference_timesteps": 3},
+        {"action_horizon": 51, "action_dim": 5},
+    ],
+)
+def test_other_heads(change) -> None:
+    assert relative(*both(replace(TINY, head=replace(TINY.head, **change)), 2)) < 1e-5
+
+
+@pytest.mark.parametrize("layer, frames", [(0, 1), (4, 9)])
+def test_other_depths_and_frames(layer: int, frames: int) -> None:
+    assert relative(*both(replace(TINY, extract_layer=layer, frames=frames), 1)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny"])
+def test_float32_agrees_with_the_published_code(golden_dir: Path, name: str) -> None:
+    stages = parity.check(golden_dir / name, device=CPU, dtype=torch.float32, backend=None, engine=True)
+    assert [s.name for s in stages] == list(parity.ENGINE_STAGES)
+    assert all(s.ok and s.limit == 1e-5 for s in stages), parity.show(stages)
+    ran = {s.name: s.implementations for s in stages}
+    assert "self_attention" in ran["infer.features"]
+    assert "euler_step" in ran["infer.normalized_actions"]
+
+
+@pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny"])
+def test_bfloat16_is_at_most_twice_as_far_from_the_truth_as_the_plain_model(golden_dir: Path, name: str) -> None:
+    errors = [
+        {
+            s.name: s.error
+            for s in parity.check(golden_dir / name, device=CPU, dtype=torch.bfloat16, backend=None, engine=e)
+        }
+        for e in (True, False)
+    ]
+    for stage in parity.ENGINE_STAGES:
+        assert errors[0][stage] <= 2 * errors[1][stage], stage
+
+
+def test_the_command(golden_dir: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "parity.json"
+    with pytest.raises(SystemExit) as end:
+        main(["parity", str(golden_dir / "libero_tiny"), "--engine", "--device", "cpu", "--json", str(out)])
+    assert end.value.code == 0
+    assert len(json.loads(out.read_text())["stages"]) == 4
+    assert "cross_attention" in capsys.readouterr().out
+
+
+def test_policy_uses_the_engine_by_default_and_agrees_with_the_plain_model(
+    small_libero: Path, make_observation
+) -> None:
+    fast = Policy.from_pretrained(small_libero, device="cpu")
+    plain = Policy.from_pretrained(small_libero, device="cpu", engine="off")
+    assert fast.engine is not None
+    assert plain.engine is None
+    seen = [make_observation(i) for i in range(3)]
+    words, noise = ["open", "close", "open"], [Noise.from_seed(1, i) for i in range(3)]
+    a, b = (p.infer_batch(seen, words, noise=noise) for p in (fast, plain))
+    for x, y in zip(a, b, strict=True):
+        assert np.abs(x.normalized - y.normalized).max() < 1e-5 * np.abs(y.normalized).max()
+    again = Policy.from_pretrained(small_libero, device="cpu").infer_batch(seen, words, noise=noise)
+    assert all(np.array_equal(x.normalized, y.normalized) for x, y in zip(a, again, strict=True))
+
+
+def test_folding_shares_what_does_not_change_and_rounds_once() -> None:
+    model = random_model(TINY, 0, with_text=False)
+    block = fold_backbone(model.backbone)[1]
+    source = model.backbone.transformer.transformer_blocks[1]
+    assert block.mlp_in.weight.data_ptr() == source.ff.net[0].proj.weight.data_ptr()
+    x = torch.randn(5, TINY.dit.width)
+    want = torch.cat([source.attn1.to_q(x), source.attn1.to_k(x), source.attn1.to_v(x)], dim=-1)
+    assert torch.allclose(block.qkv(x), want, atol=1e-6)
+    assert block.self_norm.shift.shape == (TINY.latent_frames, TINY.dit.width)
+    head = fold_head(model.head, 4)
+    y = torch.randn(3, TINY.head.width)
+    decoder = model.head.action_decoder
+    assert torch.allclose(head.decode_in(y), decoder.layer1(model.head.model.proj_out_2(y)), atol=1e-5)
+    assert len(head.out_norms) == 4
+    assert head.time_bias.shape == (4, TINY.head.width)
+
+
+def test_matrices_with_and_without_bias_do_not_mix() -> None:
+    with pytest.raises(AssertionError):
+        Matrix.stacked(torch.nn.Linear(2, 3), torch.nn.Linear(2, 3, bias=False))
+
+
+def test_options_that_change_numbers() -> None:
+    model = random_model(TINY, 0, with_text=False)
+    given = inputs(TINY, 1)
+    embeds = torch.randn(1, 9, TINY.dit.text_in)
+    base = Engine(model)
+    pack = base.pack(embeds)
+    want = base.sample(packs=[pack], **given)
+    assert torch.equal(Engine(model, steps=4).sample(packs=[pack], **given), want)
+    with torch.no_grad():
+        context = model.context(embeds)
+    for steps in (1, 2, 8):
+        got = Engine(model, steps=steps).sample(packs=[pack], **given)
+        assert relative(got, model.sample(context=context, **given, steps=steps)) < 1e-5
+        assert not torch.allclose(got, want, atol=1e-3)
+    mean = Engine(model, posterior="mean").sample(packs=[pack], **given)
+    zero = base.sample(packs=[pack], **{**given, "posterior": torch.zeros_like(given["posterior"])})
+    assert torch.equal(mean, zero)
+    assert not torch.equal(mean, want)
+    for bad in ({"steps": 3}, {"posterior": "median"}):
+        with pytest.raises(ConfigError, match="engine"):
+            Engine(model, **bad)
+
+
+def test_options_of_the_engine_need_the_engine(small_libero: Path) -> None:
+    with pytest.raises(ConfigError, match="options of the engine"):
+        Policy.from_pretrained(small_libero, device="cpu", engine="off", steps=2)
+    with pytest.raises(ConfigError, match="give packs"):
+        Policy.from_pretrained(small_libero, device="cpu", text_encoder=False)
+
+
+@pytest.fixture
+def packs(small_libero: Path, tmp_path: Path) -> Path:
+    file, out = tmp_path / "words.txt", tmp_path / "packs"
+    file.write_text("open the drawer\n\n  close it \nopen the drawer\n")
+    words = ["--checkpoint", str(small_libero), "--instructions", str(file), "--out", str(out), "--device", "cpu"]
+    with pytest.raises(SystemExit) as end:
+        main(["pack", *words])
+    assert end.value.code == 0
+    assert len(list(out.iterdir())) == 2
+    return out
+
+
+def test_packs_replace_the_text_encoder(packs: Path, small_libero: Path, libero_policy: Policy, observation) -> None:
+    lean = Policy.from_pretrained(small_libero, device="cpu", packs=packs, text_encoder=False)
+    assert lean.model.text is None
+    want = libero_policy.infer(observation, "open the drawer", seed=3).normalized
+    assert np.array_equal(lean.infer(observation, "open the drawer", seed=3).normalized, want)
+    with pytest.raises(InputError, match="make its pack with dit4dit pack"):
+        lean.infer(observation, "a third one", seed=3)
+
+
+def test_packs_of_other_weights_are_not_found(packs: Path, small_libero: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(small_libero, tmp_path / "other"))
+    file = run / "checkpoints" / "steps_10_pytorch_model.pt"
+    state = torch.load(file)
+    key = "backbone_interface.extractor.transformer.crossattn_proj.0.weight"
+    state[key] = state[key] + 1e-3
+    torch.save(state, file)
+    lean = Policy.from_pretrained(run, device="cpu", packs=packs, text_encoder=False)
+    with pytest.raises(InputError, match="loaded without a text encoder"):
+        lean.prepare("open the drawer").result()
+    same = Policy.from_pretrained(small_libero, device="cpu", dtype=torch.bfloat16, packs=packs, text_encoder=False)
+    with pytest.raises(InputError, match="loaded without a text encoder"):
+        same.prepare("open the drawer").result()
+
+
+def test_a_broken_pack_says_so(packs: Path, small_libero: Path, observation) -> None:
+    for file in packs.iterdir():
+        file.write_bytes(file.read_bytes()[:-10])
+    lean = Policy.from_pretrained(small_libero, device="cpu", packs=packs, text_encoder=False)
+    with pytest.raises(CheckpointError, match="not a readable prompt pack"):
+        lean.infer(observation, "open the drawer", seed=0)
+
+
+def test_pack_files(tmp_path: Path) -> None:
+    model = random_model(TINY, 0, with_text=False)
+    engine, folder = Engine(model), PackFolder(tmp_path, packs_key(model), CPU)
+    pack = engine.pack(torch.randn(1, 9, TINY.dit.text_in))
+    assert folder.load("go") is None
+    folder.store("go", pack)
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    kept = folder.load("go")
+    assert torch.equal(kept.keys, pack.keys)
+    assert torch.equal(kept.values, pack.values)
+    assert pack.bytes == 2 * 4 * (TINY.extract_layer + 1) * 9 * TINY.dit.width
+    assert load_file(folder.path("go"))["keys"].shape == (4, 2, 9, 32)
+
+
+def test_prepare_encodes_beforehand(small_libero: Path, observation, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy.from_pretrained(small_libero, device="cpu")
+    policy.prepare("open the drawer").result(30)
+    monkeypatch.setattr(policy.model, "embed", lambda tokens: pytest.fail("encoded in the control path"))
+    policy.infer(observation, "open the drawer", seed=0)
+    with pytest.raises(InputError, match="expected words"):
+        policy.prepare(" ").result(30)
+
+
+def test_pack_command_errors(small_libero: Path, tmp_path: Path, capsys) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    for file, message in ((empty, "empty; expected one instruction a line"), (tmp_path / "gone", "no such file")):
+        with pytest.raises(SystemExit) as end:
+            main(["pack", "--checkpoint", str(small_libero), "--instructions", str(file), "--out", str(tmp_path / "o")])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err

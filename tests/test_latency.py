@@ -1,0 +1,75 @@
+"""The latency benchmark: what it compares, what it refuses, what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from dit4dit.benchmarks import flops, latency
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit4dit.cli import main
+from dit4dit.model.weights import random_model
+from dit4dit.presets import preset
+
+CPU = torch.device("cpu")
+
+
+def test_command_writes_numbers_and_pictures(tmp_path: Path, capsys) -> None:
+    out, report = tmp_path / "l.json", tmp_path / "report"
+    words = ["--preset", "tiny", "--device", "cpu", "--baseline", "--chunks", "3", "--json", str(out)]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "latency", *words, "--report", str(report)])
+    assert end.value.code == 0
+    data = json.loads(out.read_text())
+    assert {"ratio", "stages", "baseline", "engine", "machine"} <= set(data)
+    assert set(data["stages"]["baseline"]) == set(latency.STAGES)
+    assert set(data["stages"]["engine"]) == {"vae", "backbone", "action_head"}
+    for who in ("engine", "baseline"):
+        q = data[who]
+        assert 0 < q["p50"] <= q["p95"] <= q["p99"] <= q["p999"] <= q["max"]
+        assert q["jitter"] == pytest.approx(q["p999"] / q["p50"])
+        assert len(data["samples_ms"][who]) == 3
+        assert data["share_of_measured_rate"][who] > 0
+    pairs = [b / e for b, e in zip(data["samples_ms"]["baseline"], data["samples_ms"]["engine"], strict=True)]
+    assert data["ratio"]["total"] == pytest.approx(sorted(pairs)[1])
+    for name in ("histogram", "stages", "roofline"):
+        assert Image.open(report / f"{name}.png").size[0] > 500
+    page = (report / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "published / engine" in capsys.readouterr().out
+
+
+def test_without_baseline(tmp_path: Path) -> None:
+    result = latency.measure(
+        preset("tiny"), "tiny", device=CPU, dtype=torch.float32, chunks=1, baseline=False, text=True, seed=0
+    )
+    assert result["ratio"] is None
+    assert "baseline" not in result
+
+
+def test_a_mismatch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency.Published, "sample", lambda self, inputs, clock: torch.ones_like(inputs.action))
+    with pytest.raises(RuntimeError, match="not timed"):
+        latency.measure(
+            preset("tiny"), "tiny", device=CPU, dtype=torch.float32, chunks=1, baseline=True, text=False, seed=0
+        )
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_the_baseline_does_all_the_published_work(text: bool) -> None:
+    """Counted while it runs, the text encoder's output matrix for logits that nobody reads included."""
+    config = preset("tiny").model
+    model = random_model(config, 0, with_text=text)
+    inputs = latency.Inputs.random(config, 2, 0, CPU, text=text)
+    published = latency.Published(model)
+    clock = latency.Clock(CPU)
+    published.sample(inputs, clock)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        published.sample(inputs, clock)
+    counts = flops.count(preset("tiny"))["published"]
+    want = counts["total"] - (0.0 if text else counts["text_encoder"])
+    assert counter.get_total_flops() / 1e9 == pytest.approx(want, rel=0.01)
