@@ -1,6 +1,33 @@
 """The operations that are worth writing by hand: each has one name, a reference, and a list of implementations."""
 
-from dit4dit.ops.dispatch import Explanation, explain, names, trace, use_backend
-from dit4dit.ops.preprocess import preprocess
+from dit4dit.ops.dispatch import Explanation, explain, implementations, names, trace, use_backend
 
-__all__ = ["Explanation", "explain", "names", "preprocess", "trace", "use_backend"]
+# isort: off
+# in the order of the data's way through the model, which `names` keeps
+from dit4dit.ops.preprocess import preprocess
+from dit4dit.ops.adaln import adaln
+from dit4dit.ops.qk_norm_rope import qk_norm_rope
+from dit4dit.ops.self_attention import self_attention
+from dit4dit.ops.cross_attention import cross_attention
+from dit4dit.ops.linear_gelu import linear_gelu
+from dit4dit.ops.linear_gated import linear_gated
+from dit4dit.ops.euler_step import euler_step, prefix_weights
+# isort: on
+
+__all__ = [
+    "Explanation",
+    "adaln",
+    "cross_attention",
+    "euler_step",
+    "explain",
+    "implementations",
+    "linear_gated",
+    "linear_gelu",
+    "names",
+    "prefix_weights",
+    "preprocess",
+    "qk_norm_rope",
+    "self_attention",
+    "trace",
+    "use_backend",
+]

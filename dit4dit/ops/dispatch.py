@@ -129,6 +129,13 @@ def names() -> list[str]:
     return list(_ops)
 
 
+def implementations(op: str) -> list[str]:
+    """Names of the implementations of `op`, best first. BackendError: no such op."""
+    if op not in _ops:
+        raise BackendError(f"no op is called {op!r}{did_you_mean(op, names())}; there are: {', '.join(_ops)}")
+    return list(_ops[op].implementations)
+
+
 @contextmanager
 def use_backend(backend: str | None = None, /, **by_op: str) -> Iterator[None]:
     """Ask for an implementation: of every op (`use_backend("torch")`) or of some (`use_backend(preprocess="cpp")`).

@@ -1,0 +1,131 @@
+"""The start of every part of a block: add the gated result of the part before, layer norm, scale and shift."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit4dit.errors import InputError
+from dit4dit.ops import launch, tiles
+from dit4dit.ops.arguments import Shapes, floating
+from dit4dit.ops.dispatch import Implementation, Op
+from dit4dit.ops.launch import Launch
+
+_Args = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, torch.dtype]
+
+
+def reference(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The definition: see `adaln` for the arguments and the result."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if y is not None:
+        y = y.to(wide)
+        total = x.to(wide) + y if gate is None else torch.addcmul(x.to(wide), gate.to(wide)[:, None], y)
+        x = total.to(x.dtype)
+    h = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
+    if shift is not None and scale is not None:
+        h = torch.addcmul(shift.to(wide)[:, None], h, 1 + scale.to(wide)[:, None])
+    return x, h.to(out_dtype)
+
+
+def adaln(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x_new = x + gate * y; h = layernorm(x_new) * (1 + scale) + shift.
+
+    x: residual stream [B, T, N, D]: N tokens in each of T latent frames (T = 1 in the action head).
+    y: what the part before adds to it, [B, T, N, D], or None.
+    gate: float32 [T, D]; None adds y as it is. It means nothing without y.
+    shift, scale: float32 [T, D] both, or both None: a plain layer norm.
+    eps: of the layer norm, which has no weights of its own.
+    out_dtype: of h. The arithmetic is in float32; the norm sees x_new as rounded to x's dtype.
+    backend: "triton" or "torch"; None chooses.
+
+    Returns x_new in x's dtype (x itself where y is None) and h, both [B, T, N, D].
+    InputError: arguments that do not fit; BackendError: a backend that cannot run them.
+    """
+    shapes = Shapes("adaln").of("x", x, "B T N D").of("y", y, "B T N D").of("gate", gate, "T D")
+    shapes.of("shift", shift, "T D").of("scale", scale, "T D")
+    floating("adaln", x=x, y=y, gate=gate, shift=shift, scale=scale)
+    if (shift is None) != (scale is None):
+        raise InputError("adaln: expected shift and scale both or neither, got one of them")
+    if gate is not None and y is None:
+        raise InputError("adaln: gate: expected None where y is None")
+    result: tuple[Tensor, Tensor] = _op(x, y, gate, shift, scale, eps, out_dtype, backend=backend)
+    return result
+
+
+def launches(args: _Args, architecture: str) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The kernels to run, and the tensors they will have written. Tensors may be on the meta device."""
+    x, y, gate, shift, scale, eps, out_dtype = args
+    _, frames, tokens, width = x.shape
+    rows = x.numel() // width
+    tile = tiles.lookup("adaln", architecture, rows=rows, width=width)
+    h = torch.empty_like(x, dtype=out_dtype)
+    x_new = None if y is None else torch.empty_like(x)
+    arguments = dict(
+        x=x,
+        y=y,
+        gate=gate,
+        shift=shift,
+        scale=scale,
+        x_new=x_new,
+        h=h,
+        rows=rows,
+        frames=frames,
+        tokens=tokens,
+        eps=eps,
+    )
+    constants = dict(WIDTH=width, COLUMNS=launch.power_of_2(width))
+    return [Launch("adaln", (launch.blocks(rows, tile["ROWS"]),), arguments, constants, tile)], (
+        x if x_new is None else x_new,
+        h,
+    )
+
+
+def _refuse(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, *rest: object
+) -> str | None:
+    if rest[-1] not in launch.DTYPES:
+        return f"out_dtype is {rest[-1]}"
+    for name, table in (("gate", gate), ("shift", shift), ("scale", scale)):
+        if table is not None and table.dtype != torch.float32:
+            return f"{name} is {table.dtype}, not float32"
+    if x.shape[-1] > _WIDEST:
+        return f"rows of {x.shape[-1]}, it takes at most {_WIDEST}"
+    return launch.refuse(x=x, y=y, gate=gate, shift=shift, scale=scale)
+
+
+_WIDEST = 8192  # a row stays in the registers of one thread block
+
+
+def _example(device: torch.device) -> _Args:
+    x = torch.zeros(1, 2, 4, 64, device=device)
+    table = torch.zeros(2, 64, device=device)
+    return x, x.bfloat16(), table, table, table, 1e-6, torch.bfloat16
+
+
+_op = Op(
+    "adaln",
+    [
+        Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("torch", lambda *_: None, reference),
+    ],
+    _example,
+)

@@ -1,0 +1,103 @@
+"""Self-attention straight out of the qkv matrix, with the norms and positions of q and k."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit4dit.ops import attention_libraries as libraries
+from dit4dit.ops import launch, tiles
+from dit4dit.ops.dispatch import Implementation, Op
+from dit4dit.ops.launch import Launch
+from dit4dit.ops.qk_norm_rope import best, check, example
+from dit4dit.ops.qk_norm_rope import launches as prologue
+from dit4dit.ops.qk_norm_rope import reference as split_norm_rope
+from dit4dit.ops.qk_norm_rope import refuse_triton as refuse_prologue
+
+_Args = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int, float]
+
+
+def reference(
+    qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rotary: Tensor | None, heads: int, eps: float
+) -> Tensor:
+    """The definition: see `self_attention` for the arguments and the result."""
+    q, k, v = split_norm_rope(qkv, norm_q, norm_k, rotary, heads, eps)
+    return libraries.sdpa(q, k, v)
+
+
+def self_attention(
+    qkv: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    rotary: Tensor | None,
+    heads: int,
+    eps: float,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, every token to every token, with q, k, v as `qk_norm_rope` makes them.
+
+    qkv: [B, S, 3 * H * d]. norm_q, norm_k: [d] both or both None. rotary: float32 [2, S, d] or None.
+    backend: "triton", "cudnn", "flash" (needs flash-attn 2 or 3) or "torch"; None chooses.
+
+    Returns [B, S, H * d] in qkv's dtype.
+    InputError: arguments that do not fit; BackendError: a backend that cannot run them.
+    """
+    check("self_attention", qkv, norm_q, norm_k, rotary, heads)
+    result: Tensor = _op(qkv, norm_q, norm_k, rotary, heads, eps, backend=backend)
+    return result
+
+
+def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
+    """The kernels to run, and the tensor they will have written. Tensors may be on the meta device.
+
+    Norm and rotation are a pass of their own, and none where there is neither: inside attention every block of queries
+    would norm and turn all keys again (10 times at 588 tokens and 64 rows a block), reading rotary tables four times
+    the size of the keys each time, while the pass moves 10 MB, which the second-level cache holds.
+    """
+    todo, (q, k, v) = prologue(args, architecture)
+    batch, heads, length, dim = q.shape
+    tile = tiles.lookup("self_attention", architecture, length=length, dim=dim, heads=batch * heads)
+    out = torch.empty(batch, length, heads * dim, dtype=q.dtype, device=q.device)
+    arguments: dict[str, Any] = dict(q=q, k=k, v=v, out=out, length=length, scale=math.log2(math.e) / math.sqrt(dim))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        arguments |= {f"{name}_batch": x.stride(0), f"{name}_head": x.stride(1), f"{name}_row": x.stride(2)}
+    constants = dict(HEADS=heads, DIM=dim, COLUMNS=launch.power_of_2(dim, least=16))
+    grid = (launch.blocks(length, tile["ROWS"]), heads * batch)
+    return [*todo, Launch("self_attention", grid, arguments, constants, tile)], out
+
+
+def _refuse_triton(
+    qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rotary: Tensor | None, heads: int, *_: object
+) -> str | None:
+    if _dim(qkv, heads) > libraries.WIDEST_HEAD:
+        return f"heads of {_dim(qkv, heads)}; it takes at most {libraries.WIDEST_HEAD}"
+    return refuse_prologue(qkv, norm_q, norm_k, rotary) or launch.refuse(products=True, qkv=qkv)
+
+
+def _dim(qkv: Tensor, heads: int) -> int:
+    return qkv.shape[-1] // (3 * heads)
+
+
+_op = Op(
+    "self_attention",
+    [
+        # by reasoning, not measured: see tiles.json
+        Implementation("triton", _refuse_triton, launch.runner(launches), device="cuda"),
+        Implementation(
+            "cudnn",
+            lambda qkv, q, k, r, heads, eps: libraries.refuse_cudnn(qkv, _dim(qkv, heads)),
+            lambda *args: libraries.cudnn(*best(*args)),
+        ),
+        Implementation(
+            "flash",
+            lambda qkv, q, k, r, heads, eps: libraries.refuse_flash(qkv, _dim(qkv, heads)),
+            lambda *args: libraries.flash(*best(*args)),
+        ),
+        Implementation("torch", lambda *_: None, reference),
+    ],
+    example,
+)

@@ -1,0 +1,48 @@
+"""Gated residual, layer norm and modulation in one pass over the rows: each element is read once and written once."""
+
+import triton
+import triton.language as tl
+from dit4dit.kernels.common import narrow
+
+
+@triton.jit
+def adaln(
+    x,  # [rows, WIDTH]; rows are (batch, frame, token)
+    y,  # likewise, or None
+    gate,  # float32 [frames, WIDTH], or None
+    shift,  # float32 [frames, WIDTH], or None
+    scale,
+    x_new,  # like x; None where y is
+    h,  # [rows, WIDTH]
+    rows,
+    frames,
+    tokens,
+    eps,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    at = row[:, None] * WIDTH + column[None, :]
+    table = ((row // tokens) % frames)[:, None] * WIDTH + column[None, :]
+
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if y is not None:
+        branch = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        if gate is not None:
+            branch *= tl.load(gate + table, mask=inside, other=0.0)
+        # the norm sees what later parts will read, so the sum is rounded first
+        stored = narrow(value + branch, x.dtype.element_ty)
+        tl.store(x_new + at, stored, mask=inside)
+        value = stored.to(tl.float32)
+
+    mean = tl.sum(value, axis=1) / WIDTH
+    centred = tl.where(inside, value - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / WIDTH
+    result = centred * tl.rsqrt(variance + eps)[:, None]
+    if scale is not None:
+        result *= 1.0 + tl.load(scale + table, mask=inside, other=0.0)
+        result += tl.load(shift + table, mask=inside, other=0.0)
+    tl.store(h + at, narrow(result, h.dtype.element_ty), mask=inside)

@@ -1,0 +1,30 @@
+"""One Euler step of the actions, with the guidance of real-time chunking where there is a left-over to keep to."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def euler_step(
+    x,  # float32 [batch, horizon, actions]
+    velocity,
+    previous,  # likewise, or None
+    weights,  # float32 [horizon], or None
+    out,
+    count,  # batch * horizon * actions
+    horizon,
+    actions,
+    dt,
+    t,
+    strength,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    here = tl.load(x + i, mask=inside, other=0.0)
+    v = tl.load(velocity + i, mask=inside, other=0.0)
+    if previous is not None:
+        weight = tl.load(weights + (i // actions) % horizon, mask=inside, other=0.0)
+        left_over = tl.load(previous + i, mask=inside, other=0.0)
+        v -= strength * weight * (left_over - (here - t * v))
+    tl.store(out + i, here - dt * v, mask=inside)

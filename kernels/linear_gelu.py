@@ -1,0 +1,41 @@
+"""Matrix product with bias and GELU behind it."""
+
+import triton
+import triton.language as tl
+from dit4dit.kernels.common import narrow
+from dit4dit.kernels.products import block, product
+
+
+@triton.jit
+def _gelu(x, TANH: tl.constexpr):
+    if TANH:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        # tanh(z) / 2 + 1 / 2 is the logistic function of 2 z
+        return x * tl.sigmoid(2.0 * inner)
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def linear_gelu(
+    x,  # [rows, INNER]
+    weight,  # [columns, INNER]
+    bias,  # [columns], or None
+    out,  # [rows, columns]
+    rows,
+    columns,
+    INNER: tl.constexpr,
+    TANH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    i, j = block(tl.cdiv(columns, COLUMNS), tl.cdiv(rows, ROWS), GROUP)
+    row = i * ROWS + tl.arange(0, ROWS)
+    column = j * COLUMNS + tl.arange(0, COLUMNS)
+    result = product(x, weight, row, column, rows, columns, 0, INNER, INNER, ROWS, COLUMNS, DEPTH)
+    if bias is not None:
+        result += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = out + row[:, None] * columns + column[None, :]
+    tl.store(at, narrow(_gelu(result, TANH), out.dtype.element_ty), mask=inside)

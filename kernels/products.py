@@ -1,0 +1,47 @@
+"""x @ weight^T, the loop that the linear kernels share: operands as they are, sums in float32."""
+
+import triton
+import triton.language as tl
+from dit4dit.kernels.common import dot
+
+
+@triton.jit
+def block(width, span, GROUP: tl.constexpr):
+    """(row block, column block) of this program. Programs go down GROUP row blocks before the next column, so that the
+    programs that run together share the weights they read."""
+    program = tl.program_id(0)
+    first = program // (GROUP * width) * GROUP
+    count = tl.minimum(span - first, GROUP)
+    return first + program % (GROUP * width) % count, program % (GROUP * width) // count
+
+
+@triton.jit
+def product(
+    x,  # [rows, INNER]
+    weight,  # [columns, INNER]
+    row,  # [ROWS] indices
+    column,  # [COLUMNS] indices
+    rows,
+    columns,
+    begin,  # first inner index
+    INNER: tl.constexpr,
+    SPAN: tl.constexpr,  # inner indices to sum, from begin; beyond INNER nothing is read
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """float32 [ROWS, COLUMNS]."""
+    # rows and columns past the end read the last one again, which costs less than masks; nobody stores them
+    x_at = x + tl.minimum(row, rows - 1)[:, None] * INNER + (begin + tl.arange(0, DEPTH))[None, :]
+    weight_at = weight + tl.minimum(column, columns - 1)[:, None] * INNER + (begin + tl.arange(0, DEPTH))[None, :]
+    result = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, SPAN, DEPTH):
+        if INNER % SPAN != 0 or SPAN % DEPTH != 0:
+            inside = (begin + start + tl.arange(0, DEPTH) < INNER)[None, :]
+            x_tile = tl.load(x_at + start, mask=inside, other=0.0)
+            weight_tile = tl.load(weight_at + start, mask=inside, other=0.0)
+        else:
+            x_tile = tl.load(x_at + start)
+            weight_tile = tl.load(weight_at + start)
+        result = dot(x_tile, tl.trans(weight_tile), result)
+    return result

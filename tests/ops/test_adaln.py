@@ -1,0 +1,76 @@
+"""adaln: the Triton kernel against the reference, and the reference against the model's own layers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from dit4dit.benchmarks.harness import assert_no_worse
+
+from dit4dit.errors import InputError
+from dit4dit.ops import adaln
+from dit4dit.ops.adaln import reference
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def make(shape, x_dtype, y_dtype, out_dtype, *, y=True, gate=True, modulate=True):
+    generator = torch.Generator().manual_seed(sum(shape))
+    table = [torch.randn(shape[1], shape[3], generator=generator) for _ in range(3)]
+    return (
+        3 * torch.randn(shape, generator=generator).to(x_dtype) + 1,
+        torch.randn(shape, generator=generator).to(y_dtype) if y else None,
+        table[0] if gate and y else None,
+        table[1] if modulate else None,
+        table[2] if modulate else None,
+        1e-6,
+        out_dtype,
+    )
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (F32, BF16, BF16), (BF16, BF16, BF16), (F16, F16, F16)])
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((1, 1, 1, 64), {}),
+        ((2, 3, 7, 96), {}),
+        ((2, 1, 17, 768), dict(gate=False)),
+        ((1, 2, 5, 2048), dict(y=False)),
+        ((3, 2, 3, 33), dict(y=False, modulate=False)),
+        ((2, 2, 3, 130), dict(modulate=False)),
+    ],
+)
+def test_triton(triton_op, shape, parts, dtypes):
+    args = make(shape, *dtypes, **parts)
+    assert_no_worse(partial(triton_op, "adaln"), reference, args, float32_limit=1e-5)
+
+
+def test_without_a_branch_the_residual_is_itself():
+    x = torch.randn(1, 2, 3, 8)
+    assert adaln(x, None, None, None, None, 1e-6, F32)[0] is x
+
+
+def test_gradients():
+    x, y, gate, shift, scale, eps, _ = make((1, 2, 3, 5), *[torch.float64] * 3)
+    tensors = [t.double().requires_grad_() for t in (x, y, gate, shift, scale)]
+    assert torch.autograd.gradcheck(lambda *t: adaln(*t, eps, torch.float64), tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(y=torch.zeros(1, 2, 3, 9)), r"y: expected \[B, T, N, D\] = \[1, 2, 3, 8\], got \[1, 2, 3, 9\]"),
+        (dict(gate=torch.zeros(3, 8)), r"gate: expected \[T, D\] = \[2, 8\], got \[3, 8\]"),
+        (dict(scale=None), "shift and scale both or neither"),
+        (dict(y=None), "gate: expected None where y is None"),
+        (dict(x=torch.zeros(1, 2, 3, 8, dtype=torch.int32)), "x: expected a floating dtype, got torch.int32"),
+        (dict(scale=torch.zeros(2, 8, device="meta")), "scale: expected device cpu as x, got meta"),
+        (dict(x=torch.zeros(2, 3, 8)), r"x: expected \[B, T, N, D\] = .*got \[2, 3, 8\]"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, message):
+    x, table = torch.zeros(1, 2, 3, 8), torch.zeros(2, 8)
+    given = dict(x=x, y=x, gate=table, shift=table, scale=table, eps=1e-6, out_dtype=F32)
+    with pytest.raises(InputError, match=message):
+        adaln(**{**given, **change})
