@@ -38,7 +38,7 @@ class Finding:
 
 def examine() -> dict[str, Any]:
     """All findings, ready for JSON; "healthy" is False when a problem was found."""
-    findings = [*_packages(), *_extension(), *_devices(), *_memory()]
+    findings = [*_packages(), *_extension(), *_devices(), *_memory(), _self_test()]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -119,6 +119,30 @@ def _fits(place: str, free: int, size: int) -> list[Finding]:
         detail = f"fits without its text encoder ({need} of {have}; {all_of_it} with it): give prompt_embeds"
         return [Finding(what, "note", detail)]
     return [Finding(what, "note", f"does not fit ({need}; {have})")]
+
+
+def _self_test() -> Finding:
+    """One chunk of a small random model through the text encoder and the engine: do these versions work together?"""
+    import torch
+
+    try:
+        from dit4dit.engine import Engine
+        from dit4dit.model.weights import random_model
+        from dit4dit.presets import preset
+
+        config = preset("tiny").model
+        engine = Engine(random_model(config, 0))
+        size, z = config.latent_size(32, 32), config.vae.z_dim
+        packs = [engine.pack(engine.model.embed(torch.zeros(1, 8, dtype=torch.long)))]
+        normal = {"posterior": torch.randn(1, z, 1, *size), "latent": torch.randn(1, z, config.latent_frames, *size)}
+        action = torch.randn(1, config.head.action_horizon, config.head.action_dim)
+        out = engine.sample(torch.zeros(1, 3, 32, 32), packs, torch.zeros(1, 1, 16), **normal, action=action)
+    except Exception as error:
+        return Finding("self test", "problem", f"a small model does not run: {type(error).__name__}: {error}")
+    finite = bool(out.isfinite().all())
+    return Finding(
+        "self test", "ok" if finite else "problem", "a small model runs" if finite else "a small model wrote NaN"
+    )
 
 
 def _ops() -> list[dict[str, Any]]:

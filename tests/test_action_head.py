@@ -70,9 +70,13 @@ def test_state_and_context_and_time_matter() -> None:
         assert not torch.allclose(base, other, atol=1e-4)
 
 
-def test_missing_state_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs one of shape"):
-        head().velocity(torch.randn(1, 8, 8), torch.tensor([0]), torch.randn(1, 5, 64), None)
+def test_without_a_state_its_token_is_left_out() -> None:
+    """As published: the same weights, one token fewer."""
+    model = head()
+    bare = ActionHead(replace(TINY, state_dim=None)).eval()
+    bare.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("state_encoder")})
+    args = (torch.randn(1, 8, 8), torch.tensor([3]), torch.randn(1, 5, 64), None)
+    assert torch.equal(model.velocity(*args), bare.velocity(*args))
 
 
 def test_sample_is_the_integral_of_velocity() -> None:

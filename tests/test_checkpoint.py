@@ -14,6 +14,7 @@ from dit4dit import Policy
 from dit4dit.errors import CheckpointError, ConfigError
 from dit4dit.model import checkpoint as ck
 from dit4dit.model import own_format, published
+from dit4dit.model.keys import read_yaml
 from dit4dit.model.text import byte_tokenizer
 from dit4dit.model.weights import build, from_cosmos, random_model
 from dit4dit.presets import preset
@@ -51,7 +52,7 @@ def test_ignored_keys_are_listed(golden_dir: Path) -> None:
 
 
 def test_missing_unread_keys_fall_back_to_the_published_values(libero_run: Path) -> None:
-    data = published.read_yaml(libero_run / "config.yaml")
+    data = read_yaml(libero_run / "config.yaml")
     kept = {key: data["framework"]["action_model"][key] for key in ("action_dim", "action_horizon", "state_dim")}
     kept["diffusion_model_cfg"] = data["framework"]["action_model"]["diffusion_model_cfg"]
     indices = {"video_delta_indices": list(range(9)), "action_video_freq_ratio": 2}
@@ -68,7 +69,7 @@ def test_missing_unread_keys_fall_back_to_the_published_values(libero_run: Path)
 @pytest.mark.parametrize("kind, sizes", [("DiT-B", (12, 64)), ("DiT-L", (32, 48))])
 def test_head_types(libero_run: Path, kind: str, sizes: tuple[int, int]) -> None:
     config = libero_run / "config.yaml"
-    data = published.read_yaml(config)
+    data = read_yaml(config)
     head = data["framework"]["action_model"]
     head["action_model_type"] = kind
     for key in ("input_embedding_dim", "num_attention_heads", "attention_head_dim"):
@@ -153,7 +154,7 @@ def pickled_code(run: Path) -> None:
 
 def drop_key(run: Path) -> None:
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("    action_horizon: 8\n", ""))
+    config.write_text(config.read_text().replace("    action_dim: 8\n", ""))
 
 
 def wrong_kind(run: Path) -> None:
@@ -179,12 +180,12 @@ def other_widths(run: Path) -> None:
 
 BROKEN = {
     "missing .pt": (lambda run: pt(run).unlink(), "no checkpoints/steps_N_pytorch_model.pt"),
-    "truncated .pt": (truncate, "truncated? copy it again"),
+    "truncated .pt": (truncate, "truncated, or not written by torch.save? copy it again"),
     "nested .pt": (not_a_state_dict, "expected a flat state dict"),
     "other .pt": (other_tensors, "not a DiT4DiT checkpoint"),
     "code in .pt": (pickled_code, "not readable as a PyTorch checkpoint"),
-    "missing key": (drop_key, "missing key 'framework.action_model.action_horizon'"),
-    "wrong kind": (wrong_kind, "action_horizon: expected int, got 'eight'"),
+    "missing key": (drop_key, "missing key 'framework.action_model.action_dim'"),
+    "wrong kind": (wrong_kind, "action_horizon: expected an integer of at least 1, got 'eight'"),
     "bad yaml": (bad_yaml, "not readable YAML"),
     "no config": (lambda run: (run / "config.yaml").unlink(), "neither config.yaml"),
     "no statistics": (lambda run: (run / "dataset_statistics.json").unlink(), "no such file"),
@@ -395,4 +396,7 @@ def test_a_failed_download_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(CheckpointError) as caught:
         ck.open_checkpoint("me/policy")
-    assert str(caught.value) == "hub me/policy: could not be downloaded (no network); give a local folder instead"
+    assert str(caught.value).startswith("hub me/policy: could not be downloaded (no network); give a run folder")
+    monkeypatch.delenv("DIT4DIT_BACKBONE", raising=False)
+    with pytest.raises(CheckpointError, match=r"--backbone or DIT4DIT_BACKBONE"):
+        ck.find_backbone(None, None, weights=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +101,36 @@ def test_inspect_reports_sizes_and_conventions(golden_dir: Path, tmp_path: Path,
     assert "wandb_project" in text
 
 
+def test_json_goes_through_links_and_devices(golden_dir: Path, tmp_path: Path, capsys) -> None:
+    target, link, pipe = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    words = ["inspect", golden_dir / "libero_tiny", "--json"]
+    assert run(*words, link) == 0
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["embodiment"] == "libero"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    received: list[str] = []
+    reader.start()
+    assert run(*words, pipe) == 0
+    reader.join(10)
+    assert json.loads(received[0])["embodiment"] == "libero"
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    capsys.readouterr()
+    for bad in (tmp_path, target / "below.json"):
+        assert run(*words, bad) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "is a folder" in error or "cannot be written" in error
+    assert not [p for p in tmp_path.parent.iterdir() if p.name.startswith(f".{tmp_path.name}")]
+
+
+def test_inspect_refuses_a_robot_that_does_not_fit(golden_dir: Path, capsys) -> None:
+    assert run("inspect", golden_dir / "libero_tiny", "--embodiment", "gr1") == 2
+    assert "choose another embodiment" in capsys.readouterr().err
+
+
 def test_inspect_without_a_known_robot_still_reports(libero_run: Path, capsys) -> None:
     config, file = libero_run / "config.yaml", libero_run / "dataset_statistics.json"
     config.write_text(config.read_text().replace("libero_all", "my_own_mix"))
@@ -128,6 +161,7 @@ def test_doctor_is_healthy_here(tmp_path: Path, capsys) -> None:
     assert data["healthy"] is True
     ops = {(o["op"], o["device"]): o for o in data["ops"]}
     assert ops["preprocess", "cpu"]["chosen"] == "cpp"
+    assert any(f["what"] == "self test" and f["level"] == "ok" for f in data["findings"])
     assert "views[0] is on cpu" in ops["preprocess", "cpu"]["refused"]["cuda"]
     assert any("main memory" in f["what"] for f in data["findings"])
     assert "healthy" in capsys.readouterr().out
@@ -197,6 +231,9 @@ MISTAKES = {
     "NaN in state": (set_state({"yaw": float("nan")}), "state 'yaw': has NaN"),
     "unknown state": (set_state({"yaww": 1}), "did you mean 'yaw'"),
     "state not JSON": (text_state, "not valid JSON"),
+    "state is a folder": (lambda f: ["--state", str(f["state"].parent)], "cannot be read"),
+    "plot of no kind": (lambda f: ["--plot", "out.xyz"], "expected a file ending in .png"),
+    "words as numbers": (set_state({"x": "0.1"}), "state 'x': expected 1 numbers, got '0.1'"),
     "third picture": (
         lambda f: ["--image", str(f["primary"])],
         "expected 2 (primary_image, wrist_image, in this order)",

@@ -178,6 +178,9 @@ def test_statistics_errors() -> None:
         ({"max": [1, 2]}, "max: expected 1 numbers"),
         ({"max": [math.inf]}, "max: has NaN or infinite"),
         ({"mask": [True, True]}, "mask: expected 1 values"),
+        ({"mask": ["false"]}, "mask: expected 1 values true or false"),
+        ({"min": [2]}, "min is above max in dimension 0"),
+        ({"mean": 1.0}, "mean: expected a list of numbers"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse({"t": {"action": {**good, **change}}}, "t", "f")

@@ -74,7 +74,13 @@ def test_given_arrays_are_used_and_checked() -> None:
         Noise(**arrays).draw(SHAPES)
 
 
-@pytest.mark.parametrize("bad", [-1, 2**64, 1.5, "1"])
+def test_numpy_integers_are_integers() -> None:
+    noise = Noise.from_seed(np.int64(7), np.uint8(2))  # type: ignore[arg-type]
+    assert (noise.seed, noise.chunk) == (7, 2)
+    assert np.array_equal(noise.draw(SHAPES)["action"], Noise.from_seed(7, 2).draw(SHAPES)["action"])
+
+
+@pytest.mark.parametrize("bad", [-1, 2**64, 1.5, "1", True])
 def test_bad_seeds(bad) -> None:
     with pytest.raises(InputError, match="expected an integer in"):
         Noise.from_seed(bad)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dit4dit.cli import main
 from dit4dit.commands import parity
+from dit4dit.errors import CheckpointError
 from dit4dit.model.checkpoint import open_checkpoint
 
 CPU = torch.device("cpu")
@@ -72,10 +73,13 @@ def executed(golden_dir: Path) -> parity.Run:
 @pytest.mark.parametrize("spoiled", sorted(STAGES))
 def test_every_stage_can_breach(executed: parity.Run, spoiled: str) -> None:
     golden = {**executed.golden, spoiled: executed.golden[spoiled] * 1.001}
-    stages = parity.compare(replace(executed, golden=golden), torch.float32)
+    stages = parity.compare(replace(executed, golden=golden), torch.float32, parity.STAGE_ORDER)
     assert [s.name for s in stages if not s.ok] == [spoiled]
     unproduced = {name: value for name, value in executed.results.items() if name != spoiled}
-    stages = parity.compare(replace(executed, results=unproduced), torch.float32)
+    stages = parity.compare(replace(executed, results=unproduced), torch.float32, parity.STAGE_ORDER)
+    assert [s.name for s in stages if not s.ok] == [spoiled]
+    unknown = {name: value for name, value in executed.golden.items() if name != spoiled}
+    stages = parity.compare(replace(executed, golden=unknown), torch.float32, parity.STAGE_ORDER)
     assert [s.name for s in stages if not s.ok] == [spoiled]
 
 
@@ -116,8 +120,45 @@ def test_recorded_folder_passes_and_names_its_checkpoint(golden_dir: Path, tmp_p
     assert {s.name for s in stages} == STAGES
     assert all(s.ok for s in stages)
     other = "gr1_tiny" if name == "libero_tiny" else "libero_tiny"
-    with pytest.raises(RuntimeError):
+    with pytest.raises(CheckpointError, match="expected"):
         parity.check(folder, device=CPU, dtype=torch.float32, backend=None, checkpoint=golden_dir / other)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.move(folder, moved / "recorded")
+    shutil.move(checkpoint, moved / "run")
+    stages = parity.check(moved / "recorded", device=CPU, dtype=torch.float32, backend=None)
+    assert all(s.ok for s in stages)
+    shutil.rmtree(moved / "run")
+    with pytest.raises(CheckpointError, match="name it with --checkpoint"):
+        parity.check(moved / "recorded", device=CPU, dtype=torch.float32, backend=None)
+
+
+@pytest.mark.parametrize("mode", ["action", "video"])
+def test_recording_other_training_modes(small_libero: Path, tmp_path: Path, mode: str) -> None:
+    run_folder, folder = tmp_path / "run", tmp_path / "recorded"
+    shutil.copytree(small_libero, run_folder)
+    config = run_folder / "config.yaml"
+    config.write_text(config.read_text().replace("training: joint", f"training: {mode}"))
+    if mode == "video":
+        config.write_text(config.read_text().replace("    action_dim: 8\n", "").replace("    action_horizon: 8\n", ""))
+    assert run("parity", str(folder), "--record", str(run_folder), "--device", "cpu") == 0
+    stages = parity.check(folder, device=CPU, dtype=torch.float32, backend=None)
+    assert {s.name for s in stages} == set(parity.expected_stages(mode, engine=False))
+    assert ("train.video_loss" in {s.name for s in stages}) == (mode == "video")
+    assert all(s.ok for s in stages)
+
+
+@pytest.mark.parametrize("spoil", ["prompts", "images", "draws"])
+def test_incomplete_golden_folders_say_so(golden_dir: Path, tmp_path: Path, spoil: str) -> None:
+    folder = tmp_path / "golden"
+    shutil.copytree(golden_dir / "libero_tiny", folder)
+    golden = load_file(folder / "golden.safetensors")
+    if spoil == "prompts":
+        (folder / "golden.json").write_text("{}")
+    golden.pop({"prompts": "x", "images": "in.images", "draws": "train.video_noise_future"}[spoil], None)
+    save_file(golden, folder / "golden.safetensors")
+    with pytest.raises(CheckpointError, match="expected"):
+        parity.check(folder, device=CPU, dtype=torch.float32, backend=None)
 
 
 def test_a_folder_without_golden_files_says_so(tmp_path: Path, capsys) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dit4dit import ActionChunk, Noise, Observation, Policy
 from dit4dit.embodiments import LIBERO
-from dit4dit.errors import BackendError, ConfigError, InputError
+from dit4dit.errors import BackendError, ConfigError, InputError, OutputError
 from dit4dit.model.weights import random_model
 from dit4dit.policy import Codec, pick_device
 from dit4dit.presets import preset, without_state
@@ -44,15 +44,23 @@ def test_predict_action_returns_what_the_published_call_returned(golden_dir: Pat
     assert np.abs(single["normalized_actions"][0] - want[1]).max() / np.abs(want).max() < 1e-5
 
 
-def test_predict_action_joins_several_views(libero_policy: Policy) -> None:
-    views = [np.full((32, 32, 3), value, np.uint8) for value in (0, 200)]
-    example = {"lang": "go", "state": np.zeros((1, 16), np.float32)}
-    noise = Noise.from_seed(1)
-    apart = libero_policy.predict_action([{**example, "image": views}], noise=noise)
-    joined = libero_policy.predict_action([{**example, "image": np.concatenate(views, axis=1)}], noise=noise)
-    swapped = libero_policy.predict_action([{**example, "image": views[::-1]}], noise=noise)
-    assert np.array_equal(apart["normalized_actions"], joined["normalized_actions"])
-    assert not np.array_equal(apart["normalized_actions"], swapped["normalized_actions"])
+def test_predict_action_sees_the_first_picture_of_a_list(golden_dir: Path, libero_policy: Policy) -> None:
+    """As published: a list holds a training sample's frames; training code calls with all of them."""
+    examples, noise, want = golden_examples(golden_dir / "libero_tiny")
+    golden = load_file(golden_dir / "libero_tiny" / "golden.safetensors")
+    clips = [{**e, "image": list(golden["in.images"][i].numpy())} for i, e in enumerate(examples)]
+    got = libero_policy.predict_action(clips, noise=noise, use_ddim=True, num_ddim_steps=20)
+    assert np.abs(got["normalized_actions"] - want).max() / np.abs(want).max() < 1e-5
+
+
+def test_predict_action_without_a_state(libero_policy: Policy) -> None:
+    example = {"image": np.zeros((32, 64, 3), np.uint8), "lang": "go"}
+    without = libero_policy.predict_action(example, noise=Noise.from_seed(0))["normalized_actions"]
+    zero = libero_policy.predict_action({**example, "state": np.zeros((1, 16))}, noise=Noise.from_seed(0))
+    assert without.shape == (1, 8, 8)
+    assert not np.array_equal(without, zero["normalized_actions"])
+    with pytest.raises(InputError, match="give all or none"):
+        libero_policy.predict_action([{**example, "state": np.zeros((1, 16))}, example])
 
 
 def test_same_seed_and_input_same_bits(libero_policy: Policy, small_libero: Path, observation: Observation) -> None:
@@ -154,12 +162,13 @@ BAD_EXAMPLES = [
     ({"image": np.zeros((32, 64, 3), np.float32)}, "expected uint8 in 0..255, got float32"),
     ({"image": np.zeros((32, 64), np.uint8)}, "expected shape [H, W, 3] (RGB), got [32, 64]"),
     ({"image": []}, "examples[0].image: missing"),
-    ({"image": [np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)]}, "views of different heights"),
     ({"state": np.zeros((1, 15), np.float32)}, "expected shape [1, 16], encoded and padded, got [1, 15]"),
     ({"state": np.full((1, 16), np.nan, np.float32)}, "examples[0].state: has NaN"),
-    ({"state": None}, "examples[0].state: missing"),
+    ({"state": "abc"}, "examples[0].state: expected 16 numbers"),
+    ({"image": np.zeros((16, 4800, 3), np.uint8)}, "at most 1920 x 1920 pixels, got 16 x 4800"),
     ({"lang": None}, "examples[0].lang: expected a string"),
     ({"lang": " "}, "instruction: expected words"),
+    ({"lang": "\ud800"}, "not valid Unicode"),
 ]
 
 
@@ -167,7 +176,7 @@ BAD_EXAMPLES = [
 def test_bad_examples_are_refused(libero_policy: Policy, change, message: str) -> None:
     good = {"image": np.zeros((32, 64, 3), np.uint8), "lang": "go", "state": np.zeros((1, 16), np.float32)}
     assert libero_policy.predict_action(good)["normalized_actions"].shape == (1, 8, 8)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises((InputError, ConfigError)) as caught:
         libero_policy.predict_action({**good, **change})
     assert message in str(caught.value)
 
@@ -183,6 +192,60 @@ def test_bad_observations_are_refused(libero_policy: Policy, observation: Observ
         libero_policy.infer_batch([observation], ["a", "b"])
     with pytest.raises(InputError, match="noise action: expected shape"):
         libero_policy.infer(observation, "go", noise=Noise(action=np.zeros((9, 8), np.float32), seed=0))
+
+
+@pytest.mark.parametrize("bad", [None, "abc", [None], []])
+def test_bad_example_lists(libero_policy: Policy, bad) -> None:
+    with pytest.raises(InputError, match="examples"):
+        libero_policy.predict_action(bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": None}, "state: expected a mapping"),
+        ({"state": [1.0]}, "state: expected a mapping"),
+        ({"images": None}, "images: expected a mapping"),
+    ],
+)
+def test_containers_of_other_types(libero_policy: Policy, observation: Observation, change, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        libero_policy.infer(replace(observation, **change), "go")
+
+
+def test_other_objects_in_place_of_ours(libero_policy: Policy, observation: Observation) -> None:
+    with pytest.raises(InputError, match="expected an Observation, got dict"):
+        libero_policy.infer({"images": {}}, "go")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a list of Noise"):
+        libero_policy.infer(observation, "go", noise=np.zeros(3))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a list of Noise"):
+        libero_policy.infer_batch([observation], ["go"], noise=Noise.from_seed(0))  # type: ignore[arg-type]
+    for kind in ("float32", torch.int8, torch.float64):
+        with pytest.raises(ConfigError, match="dtype: expected"):
+            Policy.from_pretrained("anywhere", dtype=kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["auto", "off"])
+def test_the_callers_autocast_changes_nothing(small_libero: Path, observation: Observation, engine) -> None:
+    policy = Policy.from_pretrained(small_libero, device="cpu", engine=engine)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = policy.infer(observation, "open", seed=0)
+        policy.prepare("close").result()
+    outside = policy.infer(observation, "open", seed=0)
+    fresh = Policy.from_pretrained(small_libero, device="cpu", engine=engine)
+    assert np.array_equal(inside.normalized, outside.normalized)
+    for words in ("open", "close"):
+        want = fresh.infer(observation, words, seed=0).normalized
+        assert np.array_equal(policy.infer(observation, words, seed=0).normalized, want)
+
+
+@pytest.mark.parametrize("engine", ["auto", "off"])
+def test_nan_never_reaches_the_robot(small_libero: Path, observation: Observation, engine) -> None:
+    policy = Policy.from_pretrained(small_libero, device="cpu", engine=engine)
+    with torch.no_grad():
+        policy.model.head.action_decoder.layer2.bias[0] = float("nan")
+    with pytest.raises(OutputError, match="wrote NaN or infinite"):
+        policy.infer(observation, "open", seed=0)
 
 
 def test_devices() -> None:
@@ -227,5 +290,5 @@ def test_a_checkpoint_that_names_no_robot_asks_for_one(libero_run: Path) -> None
 
 
 def test_unknown_engine(golden_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="engine 'fast': expected off"):
+    with pytest.raises(ConfigError, match="engine 'fast': expected auto or off"):
         Policy.from_pretrained(golden_dir / "libero_tiny", engine="fast")  # type: ignore[arg-type]

@@ -48,7 +48,9 @@ class Engine:
         self.head: Head = fold_head(model.head, self.steps)
         self._rotary: dict[tuple[int, int], Tensor] = {}
         if self.device.type == "cpu":
-            model.backbone.frame_encoder.to(memory_format=torch.channels_last)
+            for parameter in model.backbone.frame_encoder.parameters():
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     @property
     def device(self) -> torch.device:

@@ -27,13 +27,12 @@ class Matrix:
     bias: Tensor | None = None
 
     @classmethod
-    def of(cls, layer: nn.Module) -> Matrix:
-        """The map of an `nn.Linear`, sharing its memory."""
-        assert isinstance(layer, nn.Linear)
+    def of(cls, layer: nn.Linear) -> Matrix:
+        """The layer's map, sharing its memory."""
         return cls(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
     @classmethod
-    def stacked(cls, *layers: nn.Module) -> Matrix:
+    def stacked(cls, *layers: nn.Linear) -> Matrix:
         """Several maps of one input as one, outputs in order."""
         maps = [cls.of(layer) for layer in layers]
         biases = [m.bias for m in maps if m.bias is not None]
@@ -121,8 +120,7 @@ def fold_backbone(backbone: VideoBackbone) -> tuple[BackboneBlock, ...]:
     times[0, 0] = config.conditional_frame_timestep
     embedded_t, temb = (y[0, :, 0] for y in transformer.embed_times(times))
 
-    def table(norm: nn.Module) -> Modulation:
-        assert isinstance(norm, AdaNorm)
+    def table(norm: AdaNorm) -> Modulation:
         return Modulation(*(y.float().contiguous() for y in norm.modulation(embedded_t, temb)))
 
     return tuple(
@@ -131,16 +129,16 @@ def fold_backbone(backbone: VideoBackbone) -> tuple[BackboneBlock, ...]:
             qkv=Matrix.stacked(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v),
             norm_q=block.attn1.norm_q.weight.detach(),
             norm_k=block.attn1.norm_k.weight.detach(),
-            self_out=Matrix.of(block.attn1.to_out[0]),
+            self_out=Matrix.of(block.attn1.out),
             cross_norm=table(block.norm2),
             cross_q=Matrix.of(block.attn2.to_q),
             cross_norm_q=block.attn2.norm_q.weight.detach(),
-            cross_out=Matrix.of(block.attn2.to_out[0]),
+            cross_out=Matrix.of(block.attn2.out),
             mlp_norm=table(block.norm3),
-            mlp_in=Matrix.of(block.ff.net[0].proj),
-            mlp_out=Matrix.of(block.ff.net[2]),
+            mlp_in=Matrix.of(block.ff.linears[0]),
+            mlp_out=Matrix.of(block.ff.linears[1]),
         )
-        for block in transformer.transformer_blocks[: config.extract_layer + 1]
+        for block in transformer.blocks[: config.extract_layer + 1]
     )
 
 
@@ -157,7 +155,7 @@ def fold_head(head: ActionHead, steps: int) -> Head:
     of_action, of_time = second.weight.double().split(width, dim=1)
     dtype = second.weight.dtype
     time_bias = wave.double() @ of_time.T + of_action @ first.bias.double() + second.bias.double()
-    context = [block.attn1 for block in head.model.transformer_blocks if block.cross]
+    context = [block.attn1 for block in head.model.blocks if block.cross]
     position = None
     if head.position_embedding is not None:
         position = head.position_embedding.weight[: config.action_horizon].detach()
@@ -167,7 +165,7 @@ def fold_head(head: ActionHead, steps: int) -> Head:
         encode_out=Matrix.of(encoder.layer3),
         position=position,
         context=Matrix.stacked(*(layer for attention in context for layer in (attention.to_k, attention.to_v))),
-        blocks=tuple(_head_block(block, temb) for block in head.model.transformer_blocks),
+        blocks=tuple(_head_block(block, temb) for block in head.model.blocks),
         out_norms=_modulations(head.model.proj_out_1(F.silu(temb)), shift_first=True),
         decode_in=_product(head.action_decoder.layer1, head.model.proj_out_2),
         decode_out=Matrix.of(head.action_decoder.layer2),
@@ -181,9 +179,9 @@ def _head_block(block: Block, temb: Tensor) -> HeadBlock:
         norms=_modulations(block.norm1.linear(F.silu(temb)), shift_first=False),
         cross=block.cross,
         project=Matrix.stacked(*project),
-        out=Matrix.of(attention.to_out[0]),
-        mlp_in=Matrix.of(block.ff.net[0].proj),
-        mlp_out=Matrix.of(block.ff.net[2]),
+        out=Matrix.of(attention.out),
+        mlp_in=Matrix.of(block.ff.linears[0]),
+        mlp_out=Matrix.of(block.ff.linears[1]),
     )
 
 

@@ -41,7 +41,7 @@ def make_pack(transformer: VideoDiT, prompt_embeds: Tensor, blocks: int) -> Prom
     """prompt_embeds [1, L, text_in] -> the pack for the first `blocks` blocks."""
     context = transformer.project_text(prompt_embeds)
     keys, values = [], []
-    for block in transformer.transformer_blocks[:blocks]:
+    for block in transformer.blocks[:blocks]:
         attention = block.attn2
         k, v = (
             y(context).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in (attention.to_k, attention.to_v)
@@ -57,17 +57,17 @@ def packs_key(model: DiT4DiT) -> str:
     The text encoder is not read: with it left out the key must be the same, and it is frozen in every recipe.
     """
     transformer = model.backbone.transformer
-    blocks = transformer.transformer_blocks[: model.config.extract_layer + 1]
-    sides = [part for block in blocks for part in (block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k)]
-    return f"{model.config.text} {weights_key([transformer.crossattn_proj, *sides])}"
+    blocks = transformer.blocks[: model.config.extract_layer + 1]
+    sides: list[nn.Module] = [transformer.crossattn_proj]
+    for block in blocks:
+        sides += [block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k]
+    return f"{model.config.text} {weights_key(sides)}"
 
 
-def weights_key(modules: Iterable[nn.Module | None]) -> str:
+def weights_key(modules: Iterable[nn.Module]) -> str:
     """A content hash of all weights of `modules` (names, dtypes, shapes, bytes), 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for module in modules:
-        if module is None:
-            continue
         for name, tensor in module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

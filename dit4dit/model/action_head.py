@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,11 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(source, width)
         self.to_v = nn.Linear(source, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(config.dropout)])
+
+    @property
+    def out(self) -> nn.Linear:
+        """The output matrix."""
+        return cast(nn.Linear, self.to_out[0])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x [B, N, W], context [B, M, C] -> [B, N, W]."""
@@ -81,6 +87,11 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList(
             [GeluProjection(width, 4 * width), nn.Dropout(config.dropout), nn.Linear(4 * width, width), *last]
         )
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The matrices before and after the activation."""
+        return cast(GeluProjection, self.net[0]).proj, cast(nn.Linear, self.net[2])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.net:
@@ -141,6 +152,11 @@ class HeadTransformer(nn.Module):
         self.norm_out = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.proj_out_1 = nn.Linear(config.width, 2 * config.width)
         self.proj_out_2 = nn.Linear(config.width, config.output_dim)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The transformer blocks, in order."""
+        return [cast(Block, block) for block in self.transformer_blocks]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x [B, N, W], t [B] integer, context [B, S, D] -> [B, N, output_dim]."""

@@ -110,15 +110,15 @@ def _read_head(keys: KeyReader, context_dim: int, *, needed: bool) -> HeadConfig
 
 def _read_flow(keys: KeyReader) -> FlowConfig:
     matching = "framework.cosmos25.flow_matching.{}".format
-    ratio: float | None = 0.05
-    lowest: float | None = 0.98
-    if keys.raw(matching("high_sigma_ratio"), 0.05) is None or keys.raw(matching("high_sigma_min"), 0.98) is None:
-        ratio = lowest = None
-    else:
+    raw = [
+        keys.raw(matching(name), default) for name, default in (("high_sigma_ratio", 0.05), ("high_sigma_min", 0.98))
+    ]
+    ratio: float | None = None
+    lowest: float | None = None
+    # a ratio of 0 or null turns the branch off, as does a missing lowest time
+    if raw[0] and raw[1] is not None:
         ratio = keys.number(matching("high_sigma_ratio"), 0.05)
         lowest = keys.number(matching("high_sigma_min"), 0.98)
-    if not ratio:
-        ratio = lowest = None
     return FlowConfig(
         training=keys.text("framework.cosmos25.training", "joint").lower(),  # type: ignore[arg-type]
         beta_alpha=keys.number("framework.action_model.noise_beta_alpha", 1.5),

@@ -6,6 +6,8 @@ context (a function of the instruction alone), and needs no torchvision.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,6 +90,11 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
 
+    @property
+    def out(self) -> nn.Linear:
+        """The output matrix."""
+        return cast(nn.Linear, self.to_out[0])
+
     def forward(self, x: Tensor, context: Tensor, rotary: Tensor | None) -> Tensor:
         """x [B, S, D], context [B, M, C], rotary [2, S, head_dim] (cos, sin) -> [B, S, D]."""
         q, k, v = (
@@ -145,6 +152,11 @@ class FeedForward(nn.Module):
         # index 1 is diffusers' dropout, always zero here
         self.net = nn.ModuleList([GeluProjection(width, hidden), nn.Identity(), nn.Linear(hidden, width, bias=False)])
 
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The matrices before and after the activation."""
+        return cast(GeluProjection, self.net[0]).proj, cast(nn.Linear, self.net[2])
+
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.net:
             x = layer(x)
@@ -201,6 +213,11 @@ class VideoDiT(nn.Module):
         self.proj_out = nn.Linear(config.width, patch * config.latent_channels, bias=False)
         self.crossattn_proj = nn.ModuleList([nn.Linear(config.text_in, config.text_dim)])
         self.gradient_checkpointing = False
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The transformer blocks, in order."""
+        return [cast(Block, block) for block in self.transformer_blocks]
 
     @property
     def dtype(self) -> torch.dtype:
