@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit4dit.config import ModelConfig
+from dit4dit.config import ModelConfig, TextConfig
 from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.engine import Engine, PromptPack
 from dit4dit.engine.packs import make_pack
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.export import transformer_arguments
-from dit4dit.model.text import qwen_text_arguments
+from dit4dit.model.text import qwen_config, qwen_text_arguments
 from dit4dit.model.vae import build_wan
 from dit4dit.presets import Preset
 
@@ -61,16 +61,18 @@ def published(config: ModelConfig, views: int) -> dict[str, float]:
         }
 
 
-class StillRotary(nn.Module):
-    """Stands in for transformers' rotary table, which asks for autocast on the meta device; it costs no FLOPs either way."""
+class CpuRotary(nn.Module):
+    """transformers' own rotary table, computed on the CPU: it asks for autocast, which the meta device does not have."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, config: TextConfig, like: nn.Module) -> None:
         super().__init__()
-        self.width = width
+        with torch.device("cpu"):
+            self.table = type(like)(qwen_config(config))
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        table = x.new_zeros(*position_ids.shape, self.width)
-        return table, table
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        with torch.device("cpu"):
+            positions = torch.zeros(position_ids.shape, dtype=torch.long)
+            return tuple(y.to("meta") for y in self.table(torch.zeros(1, dtype=x.dtype), positions))
 
 
 def published_text(config: ModelConfig) -> float:
@@ -78,7 +80,8 @@ def published_text(config: ModelConfig) -> float:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=qwen_text_arguments(config.text)))
-    model.model.language_model.rotary_emb = StillRotary(config.text.hidden_size // config.text.num_heads)
+    language = model.model.language_model
+    language.rotary_emb = CpuRotary(config.text, language.rotary_emb)
     length = config.text.max_length
     tokens = torch.zeros(1, length, dtype=torch.long)
     positions = torch.zeros(3, 1, length, dtype=torch.long)
@@ -156,7 +159,7 @@ def first_chunk(config: ModelConfig, views: int) -> dict[str, float]:
         model = DiT4DiT(config)
         assert model.text is not None
         text = model.text
-        text.language_model.rotary_emb = StillRotary(config.text.hidden_size // config.text.num_heads)
+        text.language_model.rotary_emb = CpuRotary(config.text, text.language_model.rotary_emb)
         tokens = torch.zeros(1, config.text.max_length, dtype=torch.long)
         encoder = measure(lambda: text(tokens))["Global"]
         embeds = torch.zeros(1, config.text.max_length, config.dit.text_in)

@@ -84,7 +84,8 @@ def qwen_config(config: TextConfig) -> Any:
     """transformers' text configuration of the same sizes."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
-    qwen = Qwen2_5_VLTextConfig(**qwen_text_arguments(config))
+    # the marks of Qwen's own vocabulary would lie outside a small one
+    qwen = Qwen2_5_VLTextConfig(**qwen_text_arguments(config), bos_token_id=None, eos_token_id=None)
     qwen._attn_implementation = "sdpa"
     return qwen
 

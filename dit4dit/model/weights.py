@@ -220,6 +220,8 @@ def random_model(
         model.video_vae.wan.load_state_dict(dict(vae_weights))
     model.backbone.frame_encoder.load_state_dict(FrameEncoder.convert(model.video_vae.wan.state_dict()))
     for part in parts_of(model, dtype, head_dtype):
-        part.module.to(device=device, dtype=part.dtype)
+        part.module.to(device=device)
+        if any(p.dtype != part.dtype for p in part.module.parameters()):
+            part.module.to(dtype=part.dtype)
     finish(model, torch.device(device))
     return model
