@@ -23,15 +23,14 @@ def _step(
     COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    key = start + tl.arange(0, KEYS)
+    key = tl.arange(0, KEYS)
     column = tl.arange(0, COLUMNS)
-    k_at = k + key[:, None] * k_row + column[None, :]
-    v_at = v + key[:, None] * v_row + column[None, :]
-    if MASKED:
-        inside = (key < end)[:, None] & (column < DIM)[None, :]
-        k_tile = tl.load(k_at, mask=inside, other=0.0)
-        v_tile = tl.load(v_at, mask=inside, other=0.0)
-    elif DIM < COLUMNS:
+    # keys past the end read the last one again, which costs less than masks; their scores are put out below
+    source = tl.minimum(key, end - 1 - start) if MASKED else key
+    # the start joins the scalar address, so that the offsets are the same in every turn
+    k_at = (k + start * k_row) + (source[:, None] * k_row + column[None, :])
+    v_at = (v + start * v_row) + (source[:, None] * v_row + column[None, :])
+    if DIM < COLUMNS:
         k_tile = tl.load(k_at, mask=(column < DIM)[None, :], other=0.0)
         v_tile = tl.load(v_at, mask=(column < DIM)[None, :], other=0.0)
     else:
@@ -39,7 +38,7 @@ def _step(
         v_tile = tl.load(v_at)
     score = dot(q, tl.trans(k_tile), tl.zeros([q.shape[0], KEYS], tl.float32)) * scale
     if MASKED:
-        score = tl.where((key < end)[None, :], score, float("-inf"))
+        score = tl.where((start + key < end)[None, :], score, float("-inf"))
     new = tl.maximum(largest, tl.max(score, axis=1))
     weight = tl.exp2(score - new[:, None])
     fade = tl.exp2(largest - new)

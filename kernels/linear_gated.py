@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from dit4dit.kernels.common import narrow
-from dit4dit.kernels.products import block, product
+from dit4dit.kernels.products import block, halves, product
 
 
 @triton.jit
@@ -46,7 +46,14 @@ def linear_gated(
     begin = tl.program_id(1) * SPAN
     result = product(x, weight, row, column, rows, columns, begin, INNER, SPAN, ROWS, COLUMNS, DEPTH)
     if partial is None:
-        _store(result, bias, residual, gate, out, row, column, rows, columns, frames, tokens)
+        if COLUMNS >= 64:
+            # half at a time: the result beside its gate, residual and addresses is more than the registers hold
+            left, right = halves(result)
+            first = j * COLUMNS + tl.arange(0, COLUMNS // 2)
+            _store(left, bias, residual, gate, out, row, first, rows, columns, frames, tokens)
+            _store(right, bias, residual, gate, out, row, first + COLUMNS // 2, rows, columns, frames, tokens)
+        else:
+            _store(result, bias, residual, gate, out, row, column, rows, columns, frames, tokens)
     else:
         at = (tl.program_id(1) * rows + row)[:, None] * columns + column[None, :]
         tl.store(partial + at, result, mask=(row < rows)[:, None] & (column < columns)[None, :])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from dit4dit.kernels.common import narrow
-from dit4dit.kernels.products import block, product
+from dit4dit.kernels.products import block, halves, product
 
 
 @triton.jit
@@ -13,6 +13,16 @@ def _gelu(x, TANH: tl.constexpr):
         # tanh(z) / 2 + 1 / 2 is the logistic function of 2 z
         return x * tl.sigmoid(2.0 * inner)
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _store(result, bias, out, row, column, rows, columns, TANH: tl.constexpr):
+    """out = gelu(result + bias) for one block, result float32 [row, column]."""
+    if bias is not None:
+        result += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = out + row[:, None] * columns + column[None, :]
+    tl.store(at, narrow(_gelu(result, TANH), out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -34,8 +44,10 @@ def linear_gelu(
     row = i * ROWS + tl.arange(0, ROWS)
     column = j * COLUMNS + tl.arange(0, COLUMNS)
     result = product(x, weight, row, column, rows, columns, 0, INNER, INNER, ROWS, COLUMNS, DEPTH)
-    if bias is not None:
-        result += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = out + row[:, None] * columns + column[None, :]
-    tl.store(at, narrow(_gelu(result, TANH), out.dtype.element_ty), mask=inside)
+    if COLUMNS >= 64:
+        left, right = halves(result)
+        first = j * COLUMNS + tl.arange(0, COLUMNS // 2)
+        _store(left, bias, out, row, first, rows, columns, TANH)
+        _store(right, bias, out, row, first + COLUMNS // 2, rows, columns, TANH)
+    else:
+        _store(result, bias, out, row, column, rows, columns, TANH)

@@ -1,0 +1,156 @@
+"""What the compiler makes of every Triton kernel, for every architecture, without a GPU: registers, spills, shared memory.
+
+python -m dit4dit.benchmarks.kernels --json kernels.json
+
+The launches are those that the ops would make at the released models' sizes, with their tiles, on tensors without data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit4dit.ops import launch
+from dit4dit.ops.launch import Launch
+
+# compute capability -> bytes of shared memory that one thread block can have
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+BF16, F32 = torch.bfloat16, torch.float32
+WIDTH, HEADS, DIM = 2048, 16, 128  # the backbone
+HEAD_WIDTH, HEAD_HEADS, HEAD_DIM = 768, 12, 64  # the action head
+FRAMES = {588: 3, 784: 2}  # backbone tokens -> latent frames
+ACTION_TOKENS = (9, 17, 51)
+
+
+def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(case, op, arguments) of every op call in one step of the released models, bfloat16 with a float32 residual."""
+    norm, f32 = _empty(DIM, dtype=F32), partial(_empty, dtype=F32)
+    for tokens, frames in FRAMES.items():
+        shape = (batch, frames, tokens // frames)
+        x, table, h = f32(*shape, WIDTH), f32(frames, WIDTH), _empty(*shape, WIDTH)
+        yield f"{tokens}", "adaln", (x, None, None, table, table, 1e-6, BF16)
+        yield f"{tokens} gated", "adaln", (x, h, table, table, table, 1e-6, BF16)
+        attention = (_empty(batch, tokens, 3 * WIDTH), norm, norm, f32(2, tokens, DIM), HEADS, 1e-5)
+        yield f"{tokens}", "self_attention", attention
+        text = _empty(1, HEADS, 512, DIM)
+        yield f"{tokens} to text", "cross_attention", (_empty(batch, tokens, WIDTH), text, text, norm, HEADS, 1e-5)
+        yield f"{tokens}", "linear_gelu", (h, _empty(4 * WIDTH, WIDTH), None, "none")
+        yield f"{tokens} attention", "linear_gated", (h, _empty(WIDTH, WIDTH), None, x, table)
+        wide = _empty(*shape, 4 * WIDTH)
+        yield f"{tokens} feed-forward", "linear_gated", (wide, _empty(WIDTH, 4 * WIDTH), None, x, table)
+    for tokens in ACTION_TOKENS:
+        width = HEAD_WIDTH
+        x, table, h = f32(batch, 1, tokens, width), f32(1, width), _empty(batch, 1, tokens, width)
+        yield f"{tokens}", "adaln", (x, h, None, table, table, 1e-5, BF16)
+        yield f"{tokens} plain", "adaln", (x, None, None, None, None, 1e-5, BF16)
+        yield f"{tokens}", "self_attention", (_empty(batch, tokens, 3 * width), None, None, None, HEAD_HEADS, 0.0)
+        features = _empty(batch, HEAD_HEADS, 588, HEAD_DIM)
+        cross = (_empty(batch, tokens, width), features, features, None, HEAD_HEADS, 0.0)
+        yield f"{tokens} to features", "cross_attention", cross
+        bias = _empty(width)
+        yield f"{tokens}", "linear_gelu", (h, _empty(4 * width, width), _empty(4 * width), "tanh")
+        yield f"{tokens} attention", "linear_gated", (h, _empty(width, width), bias, x, None)
+        wide = _empty(batch, 1, tokens, 4 * width)
+        yield f"{tokens} feed-forward", "linear_gated", (wide, _empty(width, 4 * width), bias, x, None)
+    a, left = f32(batch, 16, 32), f32(batch, 16, 32)
+    yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
+    yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
+
+
+def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
+    """(case, launch) of every call, with the tiles of a capability such as 90."""
+    for case, op, args in calls(batch):
+        for step in importlib.import_module(f"dit4dit.ops.{op}").launches(args, str(capability))[0]:
+            yield f"{op} {case}", step
+
+
+def compiled(step: Launch, capability: int) -> Any:
+    """Triton's compiled kernel, as the just-in-time compiler would make it for these arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if launch.interpreting():
+        raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile")
+    function = step.function()
+    constants = {**step.constants, **{k: v for k, v in step.tile.items() if k.isupper()}}
+    signature: dict[str, str] = {}
+    aligned: dict[tuple[int], list[list[Any]]] = {}
+    for i, name in enumerate(function.arg_names):
+        value = step.arguments.get(name)
+        if isinstance(value, Tensor):
+            signature[name] = "*" + {torch.float32: "fp32", BF16: "bf16", torch.float16: "fp16"}[value.dtype]
+            aligned[(i,)] = [["tt.divisibility", 16]]  # as torch allocates
+        elif name in constants or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    options = {k: v for k, v in step.tile.items() if not k.isupper()}
+    source = ASTSource(function, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """registers, stack and local bytes a thread, from the machine code itself (the launcher's fields need a GPU)."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"])}
+
+
+def report(capability: int, batch: int = 1) -> list[dict[str, Any]]:
+    """One row a launch: case, kernel, tile, registers, stack, local, shared bytes."""
+    rows = []
+    for case, step in launches(capability, batch):
+        kernel = compiled(step, capability)
+        row = {"case": case, "kernel": step.kernel, "capability": capability, "tile": dict(step.tile)}
+        rows.append({**row, **resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, action="append", choices=list(SHARED_MEMORY), help="default: all")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_args()
+    rows = []
+    for capability in args.capability or SHARED_MEMORY:
+        for row in report(capability, args.batch):
+            rows.append(row)
+            numbers = " ".join(f"{row[name]:7}" for name in ("registers", "stack", "local", "shared"))
+            print(f"{capability:4} {row['case']:28} {row['kernel']:24} {numbers}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Every Triton kernel, as the released models call it, compiles for every architecture without spilling a register.
+
+No GPU is needed. DIT4DIT_KERNELS_REPORT=file.json writes what the compiler said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from dit4dit.benchmarks import kernels
+
+pytest.importorskip("triton")
+
+# (kernel, capability) -> reason why it may spill. Keep it empty if you can.
+MAY_SPILL: dict[tuple[str, int], str] = {}
+
+# One batch of 1, the robot's own; one of 16, the most that an evaluation server runs
+BATCHES = (1, 16)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found: list[dict] = []
+    yield found
+    path = os.environ.get("DIT4DIT_KERNELS_REPORT")
+    if path:
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+
+
+@pytest.mark.skipif(kernels.launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
+@pytest.mark.parametrize("capability", kernels.SHARED_MEMORY)
+def test_compiles_without_spills(capability, rows):
+    mine = [row for batch in BATCHES for row in kernels.report(capability, batch)]
+    rows += mine
+    names = {row["kernel"].partition(".")[0] for row in mine}
+    assert names == {path.stem for path in KERNELS.glob("*.py")} - SHARED
+    for row in mine:
+        where = f"{row['kernel']} for {capability}, {row['case']}, {row['tile']}"
+        spilled = row["stack"] + row["local"]
+        assert not spilled or (row["kernel"], capability) in MAY_SPILL, f"{where}: {spilled} bytes spilled"
+        limit = kernels.SHARED_MEMORY[capability]
+        assert row["shared"] <= limit, f"{where}: {row['shared']} bytes of shared memory of {limit}"
+    spilling = {(row["kernel"], capability) for row in mine if row["stack"] + row["local"]}
+    assert spilling == {key for key in MAY_SPILL if key[1] == capability}, "an exception that is no longer needed"
+
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+SHARED = {"attention", "common", "products"}  # functions that kernels call
+
+
+def test_a_spill_is_seen():
+    """Asked for more than the registers hold, the compiler spills and the report says so."""
+    case, step = next(
+        (case, step)
+        for case, step in kernels.launches(80)
+        if case == "linear_gelu 784" and step.kernel == "linear_gelu"
+    )
+    tile = {**step.tile, "ROWS": 128, "COLUMNS": 256, "num_warps": 4}
+    kernel = kernels.compiled(kernels.Launch(step.kernel, step.grid, step.arguments, step.constants, tile), 80)
+    found = kernels.resources(kernel.asm["cubin"])
+    assert found["stack"] + found["local"] > 0, (case, found)
