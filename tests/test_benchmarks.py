@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
-from dit4dit.benchmarks import harness
+from dit4dit.benchmarks import harness, op_bench
 from dit4dit.benchmarks.harness import assert_no_worse, quantiles, time_cpu
 from dit4dit.benchmarks.ops import bench_preprocess
+
+from dit4dit import ops
 
 
 def product(x, y):
@@ -94,3 +96,22 @@ def test_a_benchmark_does_not_time_what_is_wrong(monkeypatch):
             bench_preprocess.main()
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("op", [op for op in ops.names() if op != "preprocess"])
+def test_every_op_is_benchmarked_at_sizes_of_the_models(op, tmp_path, monkeypatch):
+    """Shrunk here: the head's calls, at most two of each op, timed twice."""
+    real = [call for call in op_bench.calls() if call[1] == op]
+    assert real
+    smallest = sorted(real, key=lambda call: call[2][0].numel())[:2]
+    monkeypatch.setattr(op_bench, "calls", lambda batch: iter(smallest))
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--samples", "2", "--json", str(path)])
+    threads = torch.get_num_threads()
+    try:
+        op_bench.bench(op, None)
+    finally:
+        torch.set_num_threads(threads)
+    written = json.loads(path.read_text())
+    assert {row["implementation"] for row in written["rows"]} == {"torch"}
+    assert len(written["rows"]) == len(smallest)

@@ -1,0 +1,11 @@
+"""adaln: gated residual, layer norm and modulation, every implementation against the reference, at the released sizes.
+
+python -m dit4dit.benchmarks.ops.bench_adaln --device cuda --compile --json result.json
+"""
+
+from __future__ import annotations
+
+from dit4dit.benchmarks.op_bench import bench
+
+if __name__ == "__main__":
+    bench("adaln", __doc__)

@@ -1,0 +1,11 @@
+"""euler_step: one step of the sampler, plain and guided, every implementation against the reference, at the released sizes.
+
+python -m dit4dit.benchmarks.ops.bench_euler_step --device cuda --compile --json result.json
+"""
+
+from __future__ import annotations
+
+from dit4dit.benchmarks.op_bench import bench
+
+if __name__ == "__main__":
+    bench("euler_step", __doc__)

@@ -1,0 +1,11 @@
+"""self_attention: of the backbone's and the head's tokens, every implementation against the reference, at the released sizes.
+
+python -m dit4dit.benchmarks.ops.bench_self_attention --device cuda --compile --json result.json
+"""
+
+from __future__ import annotations
+
+from dit4dit.benchmarks.op_bench import bench
+
+if __name__ == "__main__":
+    bench("self_attention", __doc__)
