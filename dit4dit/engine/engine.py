@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit4dit import ops
-from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_head
+from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_head, pack_matrices
 from dit4dit.engine.packs import PromptPack, make_pack
 from dit4dit.errors import ConfigError
 from dit4dit.model.dit4dit import DiT4DiT
@@ -48,6 +48,7 @@ class Engine:
         self.head: Head = fold_head(model.head, self.steps)
         self._rotary: dict[tuple[int, int], Tensor] = {}
         if self.device.type == "cpu":
+            pack_matrices(self.blocks, self.head, self.config.tokens(), self.config.head.tokens)
             for parameter in model.backbone.frame_encoder.parameters():
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -114,12 +115,9 @@ class Engine:
             a = ops.cross_attention(q, keys[:, i], values[:, i], block.cross_norm_q, heads, 1e-5)
             branch, gate, norm = block.cross_out(a).view_as(x), norm.gate, block.mlp_norm
             x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
-            hidden = ops.linear_gelu(h, block.mlp_in.weight, None, "none")
-            gate = norm.gate
-            if i + 1 == len(self.blocks):
-                return ops.linear_gated(hidden, block.mlp_out.weight, None, x, gate).flatten(1, 2)
-            branch = block.mlp_out(hidden)
-        raise AssertionError("a model has at least one block")
+            branch, gate = block.mlp_out(ops.linear_gelu(h, block.mlp_in.weight, None, "none")), norm.gate
+        x, _ = ops.adaln(x, branch, gate, None, None, 1e-6, dtype)
+        return x.flatten(1, 2)
 
     def _rotary_for(self, latents: Tensor) -> Tensor:
         patch = self.config.dit.patch

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit4dit.errors import InputError
-from dit4dit.ops import launch, tiles
+from dit4dit.ops import launch, onednn, tiles
 from dit4dit.ops.arguments import Shapes, floating
 from dit4dit.ops.dispatch import Implementation, Op
 from dit4dit.ops.launch import Launch
@@ -29,7 +29,7 @@ def linear_gelu(
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. All of one dtype; sums in float32.
     approximate: "none" (the error function; the backbone) or "tanh" (the action head).
-    backend: "triton" or "torch"; None chooses.
+    backend: "triton", "onednn" (a packed weight on a CPU, `ops.onednn.pack`) or "torch"; None chooses.
 
     Returns [..., N] in x's dtype.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -68,6 +68,16 @@ def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str |
     return launch.refuse(products=True, x=x, weight=weight, bias=bias)
 
 
+def _refuse_onednn(x: Tensor, weight: Tensor, *_: object) -> str | None:
+    if x.dtype != weight.dtype or torch.is_grad_enabled():
+        return "it has no gradients" if torch.is_grad_enabled() else f"x is {x.dtype}"
+    return onednn.refuse(weight) or (None if onednn.is_packed(weight) else "weight is not packed")
+
+
+def _run_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    return onednn.linear(x, weight, bias, "gelu", approximate)
+
+
 def _example(device: torch.device) -> _Args:
     x = torch.zeros(1, 16, 64, dtype=torch.bfloat16, device=device)
     return x, torch.zeros(128, 64, dtype=torch.bfloat16, device=device), None, "none"
@@ -77,6 +87,7 @@ _op = Op(
     "linear_gelu",
     [
         Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("onednn", _refuse_onednn, _run_onednn, device="cpu"),
         Implementation("torch", lambda *_: None, reference),
     ],
     _example,
