@@ -41,7 +41,7 @@ def runnable(op: str, args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
     """name -> call of each implementation that takes these arguments, "torch" among them."""
     found = {}
     for name in ops.implementations(op):
-        fn = _positional(op, name)
+        fn = positional(op, name)
         try:
             fn(*args)
         except BackendError:
@@ -50,7 +50,14 @@ def runnable(op: str, args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _positional(op: str, backend: str) -> Callable[..., Any]:
+def reference_of(op: str, name: str = "reference") -> Callable[..., Any]:
+    """The reference of an op, or another function of its file."""
+    found: Callable[..., Any] = getattr(importlib.import_module(f"dit4dit.ops.{op}"), name)
+    return found
+
+
+def positional(op: str, backend: str) -> Callable[..., Any]:
+    """An implementation of an op that takes the arguments of its reference."""
     public = getattr(ops, op)
     if op != "euler_step":
         return partial(public, backend=backend)
@@ -77,7 +84,7 @@ def bench(op: str, description: str | None) -> None:
 
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(args.seed)
-    reference = importlib.import_module(f"dit4dit.ops.{op}").reference
+    reference = reference_of(op)
     timer = time_gpu if args.device.startswith("cuda") else time_cpu
     rows: list[dict[str, Any]] = []
     for case, name, meta in calls(args.batch):

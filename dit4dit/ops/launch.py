@@ -69,7 +69,7 @@ def refuse(products: bool = False, strided: Sequence[str] = (), **tensors: Tenso
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     name, first = next(iter(given.items()))
     if first.device.type == "cpu" and not interpreting():
-        return f"{name} is on cpu, where Triton only interprets (TRITON_INTERPRET=1, set before the start)"
+        return f"{name} is on cpu, where Triton runs only with TRITON_INTERPRET=1"
     if first.device.type not in ("cpu", "cuda"):
         return f"{name} is on {first.device.type}"
     if not _has_triton():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -24,16 +27,47 @@ def lookup(op: str, architecture: str, **sizes: int) -> dict[str, int]:
     An architecture without a column takes that of the latest one before it ("86" takes "80"), the oldest where there is
     none; the interpreter, where it has none of its own, takes "90".
     """
-    return dict(_lookup(op, architecture, tuple(sorted(sizes.items()))))
+    trial = _trials.get(op)
+    if trial is not None:
+        trial.sizes.append(sizes)
+        if trial.tile is not None:
+            return dict(trial.tile)
+    return dict(table()[op][nearest(op, architecture)][_row(op, architecture, tuple(sizes.items()))]["tile"])
 
 
 @functools.cache
-def _lookup(op: str, architecture: str, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+def _row(op: str, architecture: str, sizes: tuple[tuple[str, int], ...]) -> int:
     known = dict(sizes)
-    for row in table()[op][nearest(op, architecture)]:
+    for i, row in enumerate(table()[op][nearest(op, architecture)]):
         if all(known[name] <= most for name, most in row["upto"].items()):
-            return row["tile"]
+            return i
     raise LookupError(f"{TABLE.name}: {op}: no row for {known} on {architecture}; the last row must have no limits")
+
+
+def row(op: str, architecture: str, sizes: dict[str, int]) -> int:
+    """Which row of its column a problem of these sizes takes."""
+    return _row(op, architecture, tuple(sizes.items()))
+
+
+@dataclass
+class Trial:
+    """What `trying` has seen: the sizes of every lookup of its op."""
+
+    tile: dict[str, int] | None
+    sizes: list[dict[str, int]] = field(default_factory=list)
+
+
+_trials: dict[str, Trial] = {}
+
+
+@contextmanager
+def trying(op: str, tile: dict[str, int] | None) -> Iterator[Trial]:
+    """Inside, `op` takes `tile` whatever its sizes (None: the table's), in all threads: for measuring, not for use."""
+    _trials[op] = Trial(tile)
+    try:
+        yield _trials[op]
+    finally:
+        del _trials[op]
 
 
 def nearest(op: str, architecture: str) -> str:

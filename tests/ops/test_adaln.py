@@ -74,3 +74,11 @@ def test_refuses_what_does_not_fit(change, message):
     given = dict(x=x, y=x, gate=table, shift=table, scale=table, eps=1e-6, out_dtype=F32)
     with pytest.raises(InputError, match=message):
         adaln(**{**given, **change})
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_the_kernel_rounds_to_nearest_even(triton_op, dtype):
+    """Twice PyTorch's error would let a cast pass that cuts."""
+    x, y = torch.randn(2, 1, 1, 40, 64).to(dtype)
+    x_new, _ = triton_op("adaln", x, y, None, None, None, 1e-6, dtype)
+    assert torch.equal(x_new, (x.float() + y.float()).to(dtype))
