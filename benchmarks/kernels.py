@@ -127,13 +127,22 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"])}
 
 
+def products(ptx: str) -> str | None:
+    """Which tensor core instructions a kernel has: "tcgen05" (10.0), "wgmma" (9.0), "mma" (all, slower there) or None."""
+    for name, instruction in (("tcgen05", "tcgen05.mma"), ("wgmma", "wgmma.mma_async"), ("mma", "mma.sync")):
+        if instruction in ptx:
+            return name
+    return None
+
+
 def report(capability: int, batch: int = 1) -> list[dict[str, Any]]:
-    """One row a launch: case, kernel, tile, registers, stack, local, shared bytes."""
+    """One row a launch: case, kernel, tile, registers, stack, local, shared bytes, tensor core instructions."""
     rows = []
     for case, step in launches(capability, batch):
         kernel = compiled(step, capability)
         row = {"case": case, "kernel": step.kernel, "capability": capability, "tile": dict(step.tile)}
-        rows.append({**row, **resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared})
+        row |= {"shared": kernel.metadata.shared, "products": products(kernel.asm["ptx"])}
+        rows.append({**row, **resources(kernel.asm["cubin"])})
     return rows
 
 
@@ -148,7 +157,7 @@ def main() -> None:
         for row in report(capability, args.batch):
             rows.append(row)
             numbers = " ".join(f"{row[name]:7}" for name in ("registers", "stack", "local", "shared"))
-            print(f"{capability:4} {row['case']:28} {row['kernel']:24} {numbers}", flush=True)
+            print(f"{capability:4} {row['case']:28} {row['kernel']:24} {numbers} {row['products'] or ''}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

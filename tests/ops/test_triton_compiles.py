@@ -43,6 +43,11 @@ def test_compiles_without_spills(capability, rows):
         assert not spilled or (row["kernel"], capability) in MAY_SPILL, f"{where}: {spilled} bytes spilled"
         limit = kernels.SHARED_MEMORY[capability]
         assert row["shared"] <= limit, f"{where}: {row['shared']} bytes of shared memory of {limit}"
+        if row["kernel"] in ("self_attention", "cross_attention", "linear_gelu", "linear_gated"):
+            # the chip's own instructions for the backbone; a few rows of the action head fill none of their tiles
+            best = {90: "wgmma", 100: "tcgen05"}.get(capability, "mma")
+            large = row["case"].split()[1] in ("588", "784")
+            assert row["products"] == best if large else row["products"], f"{where}: {row['products']}"
     spilling = {(row["kernel"], capability) for row in mine if row["stack"] + row["local"]}
     assert spilling == {key for key in MAY_SPILL if key[1] == capability}, "an exception that is no longer needed"
 
