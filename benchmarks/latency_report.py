@@ -7,6 +7,8 @@ import html
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 COLOURS = {"engine": "#2a7f62", "baseline": "#b0623c"}
 
 
@@ -36,9 +38,14 @@ def _save(path: Path, draw: Any, result: dict[str, Any]) -> None:
 
 def histogram(axis: Any, result: dict[str, Any]) -> None:
     """How often each latency came, per contender, on a logarithmic axis where both are there."""
+    everything = [ms for samples in result["samples_ms"].values() for ms in samples]
+    low, high = min(everything) * 0.95, max(everything) * 1.05
+    count = min(120, 30 + len(everything) // 4)
+    several = len(result["samples_ms"]) > 1
+    edges = np.geomspace(low, high, count) if several else np.linspace(low, high, count)
     for who, samples in result["samples_ms"].items():
-        axis.hist(samples, bins=min(60, 5 + len(samples) // 4), color=COLOURS[who], alpha=0.8, label=who)
-    if len(result["samples_ms"]) > 1:
+        axis.hist(samples, bins=edges, color=COLOURS[who], alpha=0.8, label=who)
+    if several:
         axis.set_xscale("log")
     axis.set_xlabel("ms per chunk")
     axis.set_ylabel("chunks")

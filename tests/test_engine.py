@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,5 +262,32 @@ def test_pack_command_errors(small_libero: Path, tmp_path: Path, capsys) -> None
     for file, message in ((empty, "empty; expected one instruction a line"), (tmp_path / "gone", "no such file")):
         with pytest.raises(SystemExit) as end:
             main(["pack", "--checkpoint", str(small_libero), "--instructions", str(file), "--out", str(tmp_path / "o")])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny"])
+def test_every_triton_kernel_on_the_way_agrees_with_the_published_code(
+    golden_dir: Path, tmp_path: Path, name: str
+) -> None:
+    """The whole command under the interpreter, in a process of its own; an op that steps down would fail it."""
+    pytest.importorskip("triton")
+    out = tmp_path / "parity.json"
+    words = ["parity", str(golden_dir / name), "--engine", "--backend", "triton", "--device", "cpu", "--json", str(out)]
+    code = f"from dit4dit.cli import main; main({words!r})"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = {s["stage"]: s["ran"] for s in json.loads(out.read_text())["stages"]}
+    for op in ("adaln", "self_attention", "cross_attention", "linear_gelu"):
+        assert f"{op}: triton" in ran["infer.features"]
+        assert f"{op}: triton" in ran["infer.normalized_actions"]
+    assert "euler_step: triton" in ran["infer.normalized_actions"]
+
+
+def test_a_kernel_asked_for_and_not_there_fails_the_command(golden_dir: Path, capsys) -> None:
+    for backend, message in (("triton", "adaln: 'triton' refused"), ("tritn", "did you mean 'triton'")):
+        with pytest.raises(SystemExit) as end:
+            main(["parity", str(golden_dir / "libero_tiny"), "--engine", "--backend", backend, "--device", "cpu"])
         assert end.value.code == 2
         assert message in capsys.readouterr().err

@@ -100,7 +100,7 @@ def check(
     golden = load_golden(golden_file, device)
     check_inputs(golden, opened, len(prompts), str(golden_file))
     model = golden_model(opened, device, dtype)
-    with ops.use_backend(backend) if backend else contextlib.nullcontext():
+    with wish(backend):
         through = Engine(model) if engine else None
         run = (
             execute(model, opened, golden, prompts)
@@ -119,6 +119,16 @@ def _checkpoint_of(folder: Path, facts: dict[str, Any]) -> Path:
     if not path.exists():
         raise CheckpointError(f"{folder}: recorded from {path}, which is not there; name it with --checkpoint")
     return path
+
+
+def wish(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    """Every op that has an implementation of this name must run it; the others choose for themselves, and the table says
+    what ran. BackendError where no op has one.
+    """
+    if backend is None:
+        return contextlib.nullcontext()
+    having = {op: backend for op in ops.names() if backend in ops.implementations(op)}
+    return ops.use_backend(**having) if having else ops.use_backend(backend)
 
 
 def check_inputs(golden: dict[str, Tensor], opened: Checkpoint, batch: int, where: str) -> None:
