@@ -25,9 +25,22 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_C":
+        return _compiled()
     if name not in _HOME:
         raise AttributeError(f"module 'dit4dit' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def _compiled() -> Any:
+    """The compiled module; a copy without one is almost always the source tree taken for the installed package."""
+    try:
+        return import_module("dit4dit._C")
+    except ModuleNotFoundError:
+        raise ImportError(
+            f"dit4dit._C is not built for {__file__}: this looks like the source tree, which Python takes before the "
+            "installed package when it starts there; start elsewhere, or pip install -e ."
+        ) from None
 
 
 def __dir__() -> list[str]:

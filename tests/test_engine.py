@@ -276,7 +276,9 @@ def test_every_triton_kernel_on_the_way_agrees_with_the_published_code(
     words = ["parity", str(golden_dir / name), "--engine", "--backend", "triton", "--device", "cpu", "--json", str(out)]
     code = f"from dit4dit.cli import main; main({words!r})"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    # not from the repository's root, whose source tree has no compiled module
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = {s["stage"]: s["ran"] for s in json.loads(out.read_text())["stages"]}
     for op in ("adaln", "self_attention", "cross_attention", "linear_gelu"):

@@ -65,10 +65,14 @@ def large_run(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_takes_one_copy_of_the_weights(large_run: Path, dtype: str) -> None:
+def test_loading_takes_one_copy_of_the_weights(large_run: Path, dtype: str, tmp_path: Path) -> None:
     assert (large_run / FILE).stat().st_size >= 2e9
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY_SCRIPT, str(large_run), dtype], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY_SCRIPT, str(large_run), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
     )
     numbers = json.loads(done.stdout.splitlines()[-1])
     assert numbers["kept"] >= (4.1e9 if dtype == "float32" else 2.05e9)

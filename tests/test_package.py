@@ -100,3 +100,20 @@ def test_what_is_installed():
 def test_no_package_at_the_root_of_the_source_shadows_another():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "benchmarks" / "__init__.py").exists()
+
+
+def test_a_copy_without_the_compiled_module_says_what_to_do(tmp_path):
+    source = Path(dit4dit.__file__).parent
+    copy = tmp_path / "dit4dit"
+    copy.mkdir()
+    for file in source.glob("*.py"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "from dit4dit import _C"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "start elsewhere, or pip install -e ." in done.stderr.splitlines()[-1]
