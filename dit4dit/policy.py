@@ -126,10 +126,21 @@ class Policy:
         self.codec = codec
         self.engine = engine
         self._pack_folder = packs
-        self._packs = Recent(self._make_pack, PACK_BUDGET, lambda pack: pack.bytes)
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
         self._embedder = Embedder(model, tokenizer, prompt_embeds)
+        self._start_caches()
+
+    def _start_caches(self) -> None:
+        self._packs = Recent(self._make_pack, PACK_BUDGET, lambda pack: pack.bytes)
         self._contexts = Recent(self._make_context, CONTEXT_BUDGET, _tensor_bytes)
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads and caches stay behind; a copy starts its own."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_packs", "_contexts", "_background")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_caches()
 
     @classmethod
     def from_pretrained(
@@ -321,6 +332,11 @@ class Policy:
     def _plain(self) -> contextlib.AbstractContextManager[Any]:
         """Outside of the caller's autocast, which would change the numbers and what is cached."""
         return torch.autocast(self.device.type, enabled=False)
+
+    def warm_up(self) -> None:
+        """Do now what the first chunk would otherwise do; call it before a control loop starts."""
+        if self.engine is not None:
+            self.engine.warm_up()
 
     def prepare(self, instruction: str) -> Future[None]:
         """Encode an instruction in the background, so that the chunk that first uses it does not wait.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from dit4dit.engine.fold import Matrix, fold_backbone, fold_head
 from dit4dit.engine.packs import PackFolder, packs_key
 from dit4dit.errors import CheckpointError, ConfigError, InputError
 from dit4dit.model.weights import random_model
+from dit4dit.ops import onednn
 from dit4dit.presets import preset, without_state
 
 CPU = torch.device("cpu")
@@ -145,6 +148,9 @@ def test_folding_shares_what_does_not_change_and_rounds_once() -> None:
     x = torch.randn(5, TINY.dit.width)
     want = torch.cat([source.attn1.to_q(x), source.attn1.to_k(x), source.attn1.to_v(x)], dim=-1)
     assert torch.allclose(block.qkv(x), want, atol=1e-6)
+    assert source.attn1.to_k.weight.data_ptr() == block.qkv.weight[TINY.dit.width :].data_ptr(), (
+        "one copy of the weights"
+    )
     assert block.self_norm.shift.shape == (TINY.latent_frames, TINY.dit.width)
     head = fold_head(model.head, 4)
     y = torch.randn(3, TINY.head.width)
@@ -245,6 +251,27 @@ def test_pack_files(tmp_path: Path) -> None:
     assert torch.equal(kept.values, pack.values)
     assert pack.bytes == 2 * 4 * (TINY.extract_layer + 1) * 9 * TINY.dit.width
     assert load_file(folder.path("go"))["keys"].shape == (4, 2, 9, 32)
+
+
+def test_matrices_are_packed_by_the_first_chunk_or_before_it(small_libero: Path, observation) -> None:
+    policy = Policy.from_pretrained(small_libero, device="cpu")
+    matrix = policy.engine.blocks[0].qkv.weight
+    assert not onednn.is_packed(matrix), "loading alone keeps one copy of the weights"
+    policy.warm_up()
+    assert onednn.is_packed(matrix) or not torch.backends.mkldnn.is_available()
+    other = Policy.from_pretrained(small_libero, device="cpu")
+    a, b = (p.infer(observation, "go", seed=0).normalized for p in (policy, other))
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("engine", ["auto", "off"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+def test_a_policy_can_be_copied_and_sent(small_libero: Path, observation, engine, duplicate) -> None:
+    policy = Policy.from_pretrained(small_libero, device="cpu", engine=engine)
+    want = policy.infer(observation, "go", seed=0).normalized
+    twin = duplicate(policy)
+    assert np.array_equal(twin.infer(observation, "go", seed=0).normalized, want)
+    twin.prepare("another").result(30)
 
 
 def test_prepare_encodes_beforehand(small_libero: Path, observation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ dictionaries and named data; everything below works on named data only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -186,6 +186,23 @@ def check_picture(picture: Any, name: str) -> NDArray[np.uint8]:
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise InputError(f"image {name!r}: expected shape [H, W, 3] (RGB), got {list(array.shape)}")
     return array
+
+
+def split_action(action: Array, parts: Sequence[tuple[str, int]]) -> dict[str, Array]:
+    """One row of actions -> {"action.<part>": [d], ...}, parts in order."""
+    cuts = np.cumsum([dim for _, dim in parts])[:-1]
+    pieces = np.split(np.asarray(action, dtype=np.float32), cuts)
+    return {f"action.{name}": piece for (name, _), piece in zip(parts, pieces, strict=True)}
+
+
+def join_action(sent: Mapping[str, Any], parts: Sequence[tuple[str, int]]) -> Array:
+    """The inverse of `split_action`."""
+    return np.concatenate([np.asarray(sent[f"action.{name}"], dtype=np.float32) for name, _ in parts])
+
+
+def state_of(raw: Mapping[str, Any], parts: Sequence[tuple[str, int]], robot: str) -> dict[str, Array]:
+    """The `state.<part>` entries of a robot's own observation, by part."""
+    return {name: np.asarray(field_of(raw, f"state.{name}", robot), dtype=np.float32) for name, _ in parts}
 
 
 def field_of(raw: Mapping[str, Any], key: str, robot: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.embodiments.embodiment import Array, Embodiment, Key, field_of
+from dit4dit.embodiments.embodiment import Array, Embodiment, Key, field_of, join_action, split_action, state_of
 from dit4dit.types import Observation
 
 BODY = (("left_arm", 7), ("right_arm", 7), ("left_hand", 7), ("right_hand", 7), ("torso_rpy", 3), ("base_height", 1))
@@ -21,20 +21,19 @@ ACTION = BODY + WALK
 
 def observe(raw: Mapping[str, Any]) -> Observation:
     """{"ego_view": uint8 [H, W, 3], "state.<key>": [d], ...} -> named data; joints in radians, height in metres."""
-    state = {name: np.asarray(field_of(raw, f"state.{name}", "G1"), dtype=np.float32) for name, _ in BODY}
-    return Observation(images={"ego_view": np.asarray(field_of(raw, "ego_view", "G1"))}, state=state)
+    return Observation(
+        images={"ego_view": np.asarray(field_of(raw, "ego_view", "G1"))}, state=state_of(raw, BODY, "G1")
+    )
 
 
 def command(action: Array) -> dict[str, Array]:
     """[36] -> {"action.left_arm": [7], ...}: absolute joint targets, torso angles, height, velocities (m/s, rad/s)."""
-    cuts = np.cumsum([dim for _, dim in ACTION])[:-1]
-    parts = np.split(np.asarray(action, dtype=np.float32), cuts)
-    return {f"action.{name}": part for (name, _), part in zip(ACTION, parts, strict=True)}
+    return split_action(action, ACTION)
 
 
 def record(sent: Mapping[str, Any]) -> Array:
     """The inverse of `command`."""
-    return np.concatenate([np.asarray(sent[f"action.{name}"], dtype=np.float32) for name, _ in ACTION])
+    return join_action(sent, ACTION)
 
 
 G1 = Embodiment(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.embodiments.embodiment import Array, Embodiment, Key, field_of
+from dit4dit.embodiments.embodiment import Array, Embodiment, Key, field_of, join_action, split_action, state_of
 from dit4dit.types import Observation
 
 PARTS = (("left_arm", 7), ("right_arm", 7), ("left_hand", 6), ("right_hand", 6), ("waist", 3))
@@ -20,20 +20,17 @@ def observe(raw: Mapping[str, Any]) -> Observation:
     The picture may come under the environment's own name or as the policy wrapper's `video.ego_view`.
     """
     picture = np.asarray(raw["video.ego_view"] if "video.ego_view" in raw else field_of(raw, ENV_VIEW, "GR1"))
-    state = {name: np.asarray(field_of(raw, f"state.{name}", "GR1"), dtype=np.float32) for name, _ in PARTS}
-    return Observation(images={"ego_view": picture}, state=state)
+    return Observation(images={"ego_view": picture}, state=state_of(raw, PARTS, "GR1"))
 
 
 def command(action: Array) -> dict[str, Array]:
     """[29] -> {"action.left_arm": [7], ...}, absolute joint targets in radians."""
-    cuts = np.cumsum([dim for _, dim in PARTS])[:-1]
-    parts = np.split(np.asarray(action, dtype=np.float32), cuts)
-    return {f"action.{name}": part for (name, _), part in zip(PARTS, parts, strict=True)}
+    return split_action(action, PARTS)
 
 
 def record(sent: Mapping[str, Any]) -> Array:
     """The inverse of `command`."""
-    return np.concatenate([np.asarray(sent[f"action.{name}"], dtype=np.float32) for name, _ in PARTS])
+    return join_action(sent, PARTS)
 
 
 GR1 = Embodiment(

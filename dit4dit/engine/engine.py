@@ -7,7 +7,7 @@ looked up once (`fold`), and every operation goes through `dit4dit.ops`, whose r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ class Engine:
         self.blocks: tuple[BackboneBlock, ...] = fold_backbone(model.backbone)
         self.head: Head = fold_head(model.head, self.steps)
         self._rotary: dict[tuple[int, int], Tensor] = {}
+        self._warm = False
         if self.device.type == "cpu":
-            pack_matrices(self.blocks, self.head, self.config.tokens(), self.config.head.tokens)
             for parameter in model.backbone.frame_encoder.parameters():
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -56,6 +56,16 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.model.backbone.transformer.proj_out.weight.device
+
+    def warm_up(self) -> None:
+        """What the first chunk would otherwise do: on a CPU, pack all matrices for oneDNN (a second copy of them)."""
+        if not self._warm:
+            pack_matrices(self.blocks, self.head, self.config.tokens(), self.config.head.tokens)
+            self._warm = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Packed matrices belong to a process; a copy packs its own."""
+        return {**self.__dict__, "_warm": False}
 
     def pack(self, prompt_embeds: Tensor) -> PromptPack:
         """prompt_embeds [1, L, text_in] -> the instruction's pack."""
@@ -79,6 +89,7 @@ class Engine:
             state: encoded, padded state [B, 1, state_dim], or None for a request without a state token.
             posterior, latent, action: standard normal [B, z, 1, h, w], [B, z, T, h, w], [B, K, A_model].
         """
+        self.warm_up()
         features = self.features(frame, packs, posterior, latent)
         return self.actions(features, state, action)
 

@@ -34,11 +34,20 @@ class Matrix:
 
     @classmethod
     def stacked(cls, *layers: nn.Linear) -> Matrix:
-        """Several maps of one input as one, outputs in order."""
+        """Several maps of one input as one, outputs in order.
+
+        The layers' own weights become views of the joined matrix, so that there is one copy of them.
+        """
         maps = [cls.of(layer) for layer in layers]
         biases = [m.bias for m in maps if m.bias is not None]
         assert len(biases) in (0, len(maps))
-        return cls(torch.cat([m.weight for m in maps]), torch.cat(biases) if biases else None)
+        joined = cls(torch.cat([m.weight for m in maps]), torch.cat(biases) if biases else None)
+        begin = 0
+        for layer in layers:
+            end = begin + layer.out_features
+            layer.weight.data = joined.weight[begin:end]
+            begin = end
+        return joined
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
