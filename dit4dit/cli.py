@@ -230,6 +230,8 @@ def demo(out: Path = Path("demo"), seed: int = 1_000_000, device: Device = "auto
 
     from dit4dit.commands import demo as module
 
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     with tqdm(unit="step", desc="episode", disable=None) as bar:
         result = module.demo(out, seed=seed, device=device, progress=bar.update)

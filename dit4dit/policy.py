@@ -412,4 +412,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     if not (folder / "tokenizer_config.json").is_file():
         raise ConfigError(f"{folder}: no tokenizer_config.json; give a backbone folder with its tokenizer")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{folder}: not a readable tokenizer ({reason:.120}); copy the folder again") from None

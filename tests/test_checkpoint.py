@@ -195,6 +195,10 @@ BROKEN = {
         lambda run: (run / "cosmos" / "transformer" / "config.json").unlink(),
         "expected a Cosmos-Predict2.5",
     ),
+    "broken tokenizer": (
+        lambda run: (run / "cosmos" / "tokenizer" / "tokenizer.json").write_text("{}"),
+        "not a readable tokenizer",
+    ),
     "no tokenizer": (lambda run: shutil.rmtree(run / "cosmos" / "tokenizer"), "no tokenizer_config.json"),
 }
 
