@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,18 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit4dit import embodiments, stats
 from dit4dit import examples as published_examples
+from dit4dit.codec import Codec
 from dit4dit.config import ModelConfig
 from dit4dit.embodiments.embodiment import Embodiment
 from dit4dit.engine import Engine, PackFolder, PromptPack, packs_key
-from dit4dit.errors import BackendError, ConfigError, InputError, OutputError, did_you_mean
+from dit4dit.errors import BackendError, ConfigError, InputError, OutputError
 from dit4dit.instructions import Embedder, Recent
-from dit4dit.model.checkpoint import Checkpoint, open_checkpoint
+from dit4dit.model.checkpoint import open_checkpoint
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.weights import build
 from dit4dit.ops import preprocess
-from dit4dit.transforms import Chain
 from dit4dit.types import ActionChunk, Noise, Observation
 
 if TYPE_CHECKING:
@@ -37,52 +35,6 @@ PACK_BUDGET = 2 * 2**30
 """Bytes of prompt packs kept: 27 instructions of the released models in bfloat16."""
 CONTEXT_BUDGET = 64 * 2**20
 """Bytes of projected text kept, least recently used out first (1 MB each for the released models in bfloat16)."""
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How one embodiment's named data become model values and back, for one checkpoint's statistics."""
-
-    embodiment: Embodiment
-    tag: str
-    state: Chain | None
-    action: Chain
-
-    @classmethod
-    def for_checkpoint(cls, checkpoint: Checkpoint, wanted: str | Embodiment | None) -> Codec:
-        """Choose embodiment and statistics tag.
-
-        Args:
-            wanted: an embodiment, its name, or a statistics tag; None takes what the checkpoint implies.
-
-        Raises:
-            ConfigError: nothing implies an embodiment, several tags and none chosen, or sizes that do not fit.
-        """
-        where = f"statistics of {checkpoint.path}"
-        robot, label = choose_embodiment(checkpoint, wanted)
-        tag = stats.choose_tag(checkpoint.statistics, label, where)
-        statistics = stats.parse(checkpoint.statistics, tag, where)
-        head = checkpoint.model.head
-        state = None if head.state_dim is None else robot.state_chain(statistics, head.state_dim)
-        return cls(robot, tag, state, robot.action_chain(statistics, head.action_dim))
-
-
-def choose_embodiment(checkpoint: Checkpoint, wanted: str | Embodiment | None) -> tuple[Embodiment, str | None]:
-    """The embodiment, and the statistics label that the choice stands for (None: whichever is the only one)."""
-    if isinstance(wanted, Embodiment):
-        return wanted, wanted.tag
-    if wanted in embodiments.EMBODIMENTS:
-        robot = embodiments.EMBODIMENTS[str(wanted)]
-        return robot, robot.tag if robot.tag in checkpoint.statistics or len(checkpoint.statistics) > 1 else None
-    known = [*embodiments.EMBODIMENTS, *checkpoint.statistics]
-    if wanted is not None and wanted not in checkpoint.statistics:
-        raise ConfigError(f"embodiment {wanted!r}: unknown{did_you_mean(wanted, known)}; known: {', '.join(known)}")
-    if checkpoint.embodiment is None:
-        raise ConfigError(
-            f"{checkpoint.path}: does not say which robot it is for; choose one with --embodiment: "
-            f"{', '.join(embodiments.EMBODIMENTS)}"
-        )
-    return embodiments.embodiment(checkpoint.embodiment), wanted
 
 
 def pick_device(device: str | torch.device) -> torch.device:

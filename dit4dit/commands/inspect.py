@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit import stats
+from dit4dit.codec import Codec
 from dit4dit.commands.report import table
 from dit4dit.embodiments import EMBODIMENTS, Embodiment
 from dit4dit.errors import ConfigError
 from dit4dit.model.checkpoint import HEAD, TEXT, TRANSFORMER, VAE, Checkpoint, open_checkpoint
-from dit4dit.policy import Codec
 
 PARTS = {"text encoder": TEXT, "VAE": VAE, "backbone": TRANSFORMER, "action head": HEAD}
 

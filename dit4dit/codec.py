@@ -1,0 +1,57 @@
+"""Which robot a checkpoint is for, with which statistics: the chains between robot units and model values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dit4dit import embodiments, stats
+from dit4dit.embodiments.embodiment import Embodiment
+from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.model.checkpoint import Checkpoint
+from dit4dit.transforms import Chain
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one embodiment's named data become model values and back, for one checkpoint's statistics."""
+
+    embodiment: Embodiment
+    tag: str
+    state: Chain | None
+    action: Chain
+
+    @classmethod
+    def for_checkpoint(cls, checkpoint: Checkpoint, wanted: str | Embodiment | None) -> Codec:
+        """Choose embodiment and statistics tag.
+
+        Args:
+            wanted: an embodiment, its name, or a statistics tag; None takes what the checkpoint implies.
+
+        Raises:
+            ConfigError: nothing implies an embodiment, several tags and none chosen, or sizes that do not fit.
+        """
+        where = f"statistics of {checkpoint.path}"
+        robot, label = choose_embodiment(checkpoint, wanted)
+        tag = stats.choose_tag(checkpoint.statistics, label, where)
+        statistics = stats.parse(checkpoint.statistics, tag, where)
+        head = checkpoint.model.head
+        state = None if head.state_dim is None else robot.state_chain(statistics, head.state_dim)
+        return cls(robot, tag, state, robot.action_chain(statistics, head.action_dim))
+
+
+def choose_embodiment(checkpoint: Checkpoint, wanted: str | Embodiment | None) -> tuple[Embodiment, str | None]:
+    """The embodiment, and the statistics label that the choice stands for (None: whichever is the only one)."""
+    if isinstance(wanted, Embodiment):
+        return wanted, wanted.tag
+    if wanted in embodiments.EMBODIMENTS:
+        robot = embodiments.EMBODIMENTS[str(wanted)]
+        return robot, robot.tag if robot.tag in checkpoint.statistics or len(checkpoint.statistics) > 1 else None
+    known = [*embodiments.EMBODIMENTS, *checkpoint.statistics]
+    if wanted is not None and wanted not in checkpoint.statistics:
+        raise ConfigError(f"embodiment {wanted!r}: unknown{did_you_mean(wanted, known)}; known: {', '.join(known)}")
+    if checkpoint.embodiment is None:
+        raise ConfigError(
+            f"{checkpoint.path}: does not say which robot it is for; choose one with --embodiment: "
+            f"{', '.join(embodiments.EMBODIMENTS)}"
+        )
+    return embodiments.embodiment(checkpoint.embodiment), wanted
