@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from dit4dit.errors import ConfigError, Dit4DitError, InputError, did_you_mean
+from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -150,7 +150,6 @@ def convert(
     source: tyro.conf.Positional[Path],
     target: tyro.conf.Positional[Path],
     backbone: Path | None = None,
-    push: str | None = None,
 ) -> int:
     """Published run folder -> own format, or back, whichever the source is; bit-exact, nothing is overwritten.
 
@@ -158,7 +157,6 @@ def convert(
         source: published run folder (or one of its .pt files), or a folder in the own format.
         target: new folder.
         backbone: Cosmos-Predict2.5 folder (its small files go along).
-        push: also upload the new folder, in the own format, to this hub repository.
     """
     from tqdm import tqdm
 
@@ -166,8 +164,6 @@ def convert(
     from dit4dit.model.checkpoint import is_own_format
 
     to_own = not is_own_format(source)
-    if push and not to_own:
-        raise ConfigError("--push: only folders in the own format are pushed; the source is one, push it as it is")
     with tqdm(unit="B", unit_scale=True, desc="writing", disable=None) as bar:
 
         def progress(name: str, size: int) -> None:
@@ -179,8 +175,20 @@ def convert(
         else:
             own_format.to_published(source, target, backbone, progress)
     _say(f"wrote {target} ({'own format' if to_own else 'published layout'})")
-    if push:
-        _say(own_format.push_to_hub(target, push))
+    return 0
+
+
+def push(folder: tyro.conf.Positional[Path], repository: tyro.conf.Positional[str], public: bool = False) -> int:
+    """Upload a folder in the own format to the Hugging Face hub; `--checkpoint REPOSITORY` pulls it back anywhere.
+
+    Args:
+        folder: folder in the own format (`dit4dit convert` makes one).
+        repository: organisation/name; made when it is not there, private unless --public.
+        public: make a new repository public.
+    """
+    from dit4dit.model import own_format
+
+    _say(own_format.push_to_hub(folder, repository, private=not public))
     return 0
 
 
@@ -309,6 +317,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "predict": predict,
     "parity": parity,
     "convert": convert,
+    "push": push,
     "pack": pack,
     "demo": demo,
 }

@@ -138,6 +138,10 @@ class Policy:
             raise ConfigError(
                 "steps, posterior and packs are options of the engine: leave them out, or use engine='auto'"
             )
+        if packs is not None and prompt_embeds is not None:
+            raise ConfigError(
+                "packs and prompt_embeds: give one of them; packs on disk must come from the text encoder"
+            )
         if not text_encoder and packs is None and prompt_embeds is None:
             raise ConfigError(
                 "text_encoder=False: give packs (dit4dit pack) or prompt_embeds, or no instruction can be used"

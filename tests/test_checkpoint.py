@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dit4dit import Policy
+from dit4dit.cli import main
 from dit4dit.errors import CheckpointError, ConfigError
 from dit4dit.model import checkpoint as ck
 from dit4dit.model import own_format, published
@@ -386,11 +387,16 @@ def test_hub_push_and_pull(golden_dir: Path, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision, allow_patterns: str(hub / name))
-    assert own_format.push_to_hub(own, "me/policy") == "hub/me/policy"
+    with pytest.raises(SystemExit) as end:
+        main(["push", str(own), "me/policy"])
+    assert end.value.code == 0
     monkeypatch.chdir(tmp_path)
     assert ck.open_checkpoint("me/policy").model == ck.open_checkpoint(own).model
     with pytest.raises(CheckpointError, match="convert it first"):
         own_format.push_to_hub(golden_dir / "libero_tiny", "me/policy")
+    monkeypatch.setattr(Api, "create_repo", lambda *_a, **_k: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(CheckpointError, match="not uploaded \\(no network\\)"):
+        own_format.push_to_hub(own, "me/policy")
 
 
 def test_a_failed_download_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

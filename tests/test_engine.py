@@ -99,6 +99,8 @@ def test_float32_agrees_with_the_published_code(golden_dir: Path, name: str) -> 
     assert all(s.ok and s.limit == 1e-5 for s in stages), parity.show(stages)
     ran = {s.name: s.implementations for s in stages}
     assert "self_attention" in ran["infer.features"]
+    if torch.backends.mkldnn.is_available():
+        assert "linear_gelu: onednn" in ran["infer.features"], "what a policy runs, packed matrices included"
     assert "euler_step" in ran["infer.normalized_actions"]
 
 
@@ -191,6 +193,8 @@ def test_options_that_change_numbers() -> None:
 def test_options_of_the_engine_need_the_engine(small_libero: Path) -> None:
     with pytest.raises(ConfigError, match="options of the engine"):
         Policy.from_pretrained(small_libero, device="cpu", engine="off", steps=2)
+    with pytest.raises(ConfigError, match="give one of them"):
+        Policy.from_pretrained(small_libero, device="cpu", packs="anywhere", prompt_embeds={})
     with pytest.raises(ConfigError, match="give packs"):
         Policy.from_pretrained(small_libero, device="cpu", text_encoder=False)
 

@@ -213,7 +213,8 @@ def execute(model: DiT4DiT, opened: Checkpoint, golden: dict[str, Tensor], promp
 
 
 def execute_engine(engine: Engine, opened: Checkpoint, golden: dict[str, Tensor], prompts: list[str]) -> Run:
-    """The inference stages through the engine; training has no engine."""
+    """The inference stages through the engine, warmed up as a policy's is; training has no engine."""
+    engine.warm_up()
     model, device = engine.model, golden["in.images"].device
     run = Run(model, golden, {}, {})
     with run.stage() as keep:

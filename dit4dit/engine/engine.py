@@ -1,4 +1,4 @@
-"""The engine: one chunk from folded constants, a prompt pack and fixed buffers.
+"""The engine: one chunk from folded constants and a prompt pack.
 
 It is built from a model and shares its weights; what the model computes anew in every chunk and is constant, the engine
 looked up once (`fold`), and every operation goes through `dit4dit.ops`, whose references are the model's own maths.

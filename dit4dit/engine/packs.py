@@ -1,8 +1,8 @@
 """Prompt packs: everything in a chunk that depends on the instruction alone.
 
 A pack is k and v of the cross-attentions of all blocks that run, keys already normed. It replaces the text encoder, the
-100352-wide projection and 36 matrix products of every chunk. Packs are kept in memory up to a byte budget, and on disk under
-a key that holds the weights they came from, so that a stale one is never used.
+100352-wide projection and 36 matrix products of every chunk. On disk a pack stands under a key made of the backbone weights it
+came from, so that another backbone never finds it; the text encoder, frozen in every recipe, is not part of the key.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from dit4dit.errors import CheckpointError
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.video_dit import VideoDiT
-
-DEFAULT_BUDGET = 2 * 2**30
-"""Bytes of packs kept in memory: 27 instructions of the released models in bfloat16."""
 
 
 @dataclass(frozen=True)

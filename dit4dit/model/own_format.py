@@ -256,9 +256,16 @@ def to_published(source: Path, target: Path, backbone: Path | None = None, progr
 def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
     """Upload a folder in the own format; returns its address. Pull it back with `Policy.from_pretrained(repository)`."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not is_own_format(folder):
         raise CheckpointError(f"{folder}: not a folder in the own format (no config.json); convert it first")
     api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="dit4dit checkpoint"))
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="dit4dit checkpoint"))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"hub {repository}: not uploaded ({first}); check the name, the network and your login"
+        ) from None
