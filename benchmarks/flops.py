@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit4dit.config import ModelConfig, TextConfig
 from dit4dit.embodiments import EMBODIMENTS
-from dit4dit.engine import Engine, PromptPack
+from dit4dit.engine import Engine, PromptPack, stack
 from dit4dit.engine.packs import make_pack
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.export import transformer_arguments
@@ -147,7 +147,7 @@ def executed(config: ModelConfig, views: int) -> dict[str, float]:
             "text_encoder": 0.0,
             "text_projection": 0.0,
             "vae": measure(lambda: engine.condition(frame, posterior))["Global"],
-            "backbone": measure(lambda: engine.backbone(latents, [pack]))["Global"],
+            "backbone": measure(lambda: engine.backbone(latents, stack([pack])))["Global"],
             "action_head": measure(lambda: engine.actions(features, state, noise))["Global"],
         }
 

@@ -28,6 +28,7 @@ from dit4dit.ops.launch import Launch
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 BF16, F32 = torch.bfloat16, torch.float32
+SIGNATURES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64"}
 WIDTH, HEADS, DIM = 2048, 16, 128  # the backbone
 HEAD_WIDTH, HEAD_HEADS, HEAD_DIM = 768, 12, 64  # the action head
 FRAMES = {588: 3, 784: 2}  # backbone tokens -> latent frames
@@ -72,6 +73,8 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     a, left = f32(batch, 16, 32), f32(batch, 16, 32)
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
+    yield "", "philox_normal", (_empty(batch, 2, dtype=torch.int64), 1, (16, 3, 28, 28))
+    yield "", "unnormalize", (a, _empty(5, 29, dtype=torch.float64))
 
 
 def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
@@ -96,7 +99,7 @@ def compiled(step: Launch, capability: int) -> Any:
     for i, name in enumerate(function.arg_names):
         value = step.arguments.get(name)
         if isinstance(value, Tensor):
-            signature[name] = "*" + {torch.float32: "fp32", BF16: "bf16", torch.float16: "fp16"}[value.dtype]
+            signature[name] = "*" + SIGNATURES[value.dtype]
             aligned[(i,)] = [["tt.divisibility", 16]]  # as torch allocates
         elif name in constants or value is None or (type(value) is int and value == 1):
             signature[name] = "constexpr"

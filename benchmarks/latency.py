@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dit4dit.config import ModelConfig
 from dit4dit.embodiments import EMBODIMENTS
-from dit4dit.engine import Engine, PromptPack
+from dit4dit.engine import Engine, PromptPack, stack
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.export import transformer_arguments
 from dit4dit.model.text import byte_tokenizer, standardize, tokenize
@@ -165,7 +165,7 @@ class Fast:
         with clock.stage("vae"):
             condition = self.engine.condition(inputs.frame, inputs.posterior)
         with clock.stage("backbone"):
-            features = self.engine.backbone(torch.cat([condition, inputs.latent[:, :, 1:]], dim=2), [self.pack])
+            features = self.engine.backbone(torch.cat([condition, inputs.latent[:, :, 1:]], dim=2), stack([self.pack]))
         with clock.stage("action_head"):
             return self.engine.actions(features, inputs.state, inputs.action)
 

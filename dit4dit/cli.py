@@ -120,7 +120,7 @@ def parity(
     """
     from dit4dit.commands import parity as module
     from dit4dit.commands import parity_record
-    from dit4dit.policy import pick_device
+    from dit4dit.device import pick_device
 
     place = pick_device(device)
     if record is not None:
@@ -292,7 +292,7 @@ def bench_latency(
 
     from dit4dit.benchmarks import latency, latency_report
     from dit4dit.commands.report import table
-    from dit4dit.policy import pick_device
+    from dit4dit.device import pick_device
     from dit4dit.presets import preset as find
 
     if chunks < 1:

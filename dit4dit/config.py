@@ -272,6 +272,15 @@ class ModelConfig:
             )
         return size
 
+    def noise_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one request's draws (`dit4dit.noise.Noise`) for a joined picture of `height` x `width` pixels."""
+        rows, columns = self.latent_size(height, width)
+        return {
+            "posterior": (self.vae.z_dim, 1, rows, columns),
+            "latent": (self.vae.z_dim, self.latent_frames, rows, columns),
+            "action": (self.head.action_horizon, self.head.action_dim),
+        }
+
     def tokens(self, views: int = 1) -> int:
         """Backbone tokens S for `views` joined views."""
         rows, columns = self.latent_size(self.image_size[0], self.image_size[1] * views)

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from dit4dit.model.dit4dit import DiT4DiT
 
+Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
@@ -65,38 +67,38 @@ class Embedder:
         return embeds[None].to(self._model.backbone.transformer.proj_out.weight.device)
 
 
-class Recent(Generic[Value]):
-    """Values of a function of the instruction, least recently used out first when their cost exceeds the budget.
+class Recent(Generic[Key, Value]):
+    """Values of a function, least recently used out first when their cost exceeds the budget.
 
     Safe to call from several threads: each value is made once, and making one never holds up those that are there.
     """
 
-    def __init__(self, make: Callable[[str], Value], budget: int, cost: Callable[[Value], int]) -> None:
+    def __init__(self, make: Callable[[Key], Value], budget: int, cost: Callable[[Value], int]) -> None:
         self._make, self._budget, self._cost = make, budget, cost
-        self._values: OrderedDict[str, Future[Value]] = OrderedDict()
+        self._values: OrderedDict[Key, Future[Value]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __contains__(self, instruction: str) -> bool:
+    def __contains__(self, key: Key) -> bool:
         """Whether `get` would return at once."""
         with self._lock:
-            value = self._values.get(instruction)
+            value = self._values.get(key)
             return value is not None and value.done()
 
-    def get(self, instruction: str) -> Value:
+    def get(self, key: Key) -> Value:
         """The value; made by the caller's thread, or waited for where another thread is making it."""
         with self._lock:
-            value = self._values.get(instruction)
+            value = self._values.get(key)
             mine = value is None
             if value is None:
-                value = self._values[instruction] = Future()
-            self._values.move_to_end(instruction)
+                value = self._values[key] = Future()
+            self._values.move_to_end(key)
         if not mine:
             return value.result()
         try:
-            value.set_result(self._make(instruction))
+            value.set_result(self._make(key))
         except BaseException as error:
             with self._lock:
-                del self._values[instruction]
+                del self._values[key]
             value.set_exception(error)
             raise
         self._trim()
@@ -110,7 +112,20 @@ class Recent(Generic[Value]):
     def _trim(self) -> None:
         with self._lock:
             while self.total_cost > self._budget:
-                done = [name for name, value in self._values.items() if value.done()]
+                done = [known for known, value in self._values.items() if value.done()]
                 if len(done) < 2:
                     return
                 del self._values[done[0]]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`; ConfigError when its files are missing."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ConfigError(f"{folder}: no tokenizer_config.json; give a backbone folder with its tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{folder}: not a readable tokenizer ({reason:.120}); copy the folder again") from None

@@ -63,6 +63,11 @@ class Noise:
         """Noise from a seed taken from the operating system; the seed can be read back and used again."""
         return cls.from_seed(secrets.randbits(63))
 
+    @property
+    def given(self) -> bool:
+        """Whether some of the arrays are given, not drawn from the seed."""
+        return any(getattr(self, name) is not None for name in STREAMS)
+
     def draw(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
         """The three arrays for the given shapes; InputError when a given array has another shape, dtype, or NaN."""
         out = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,43 +18,32 @@ from torch import Tensor
 from dit4dit import examples as published_examples
 from dit4dit.codec import Codec
 from dit4dit.config import ModelConfig
-from dit4dit.embodiments.embodiment import Embodiment
-from dit4dit.engine import Engine, PackFolder, PromptPack, packs_key
-from dit4dit.errors import BackendError, ConfigError, InputError, OutputError
-from dit4dit.instructions import Embedder, Recent
+from dit4dit.device import pick_device
+from dit4dit.embodiments.embodiment import Array, Embodiment, Resize
+from dit4dit.engine import MAX_BATCH, Engine, PackFolder, Plan, PromptPack, RequestShape, packs_key
+from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
+from dit4dit.instructions import Embedder, Recent, load_tokenizer
 from dit4dit.model.checkpoint import open_checkpoint
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.weights import build
 from dit4dit.ops import preprocess
+from dit4dit.requests import Request, groups, noises_of, states
+from dit4dit.transforms import inverse_table
 from dit4dit.types import ActionChunk, Noise, Observation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger("dit4dit.policy")
+
 ENGINES = ("auto", "off")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PACK_BUDGET = 2 * 2**30
 """Bytes of prompt packs kept: 27 instructions of the released models in bfloat16."""
+PLANS = 32
+"""Request shapes whose buffers (and on a GPU graphs) are kept."""
 CONTEXT_BUDGET = 64 * 2**20
 """Bytes of projected text kept, least recently used out first (1 MB each for the released models in bfloat16)."""
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """The device; BackendError when it is asked for and absent. "auto" is the GPU where there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise BackendError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise BackendError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        built = "no GPU is visible to it" if torch.version.cuda else "it is a CPU-only build"
-        raise BackendError(f"device {device!r}: PyTorch {torch.__version__} sees no CUDA ({built}); use --device cpu")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise BackendError(f"device {device!r}: only {torch.cuda.device_count()} GPUs are visible")
-    return chosen
 
 
 class Policy:
@@ -82,13 +73,18 @@ class Policy:
         self._start_caches()
 
     def _start_caches(self) -> None:
-        self._packs = Recent(self._make_pack, PACK_BUDGET, lambda pack: pack.bytes)
-        self._contexts = Recent(self._make_context, CONTEXT_BUDGET, _tensor_bytes)
+        self._texts: Recent[str, Any] = (
+            Recent(self._make_context, CONTEXT_BUDGET, _tensor_bytes)
+            if self.engine is None
+            else Recent(self._make_pack, PACK_BUDGET, lambda pack: pack.bytes)
+        )
+        self._plans: Recent[tuple[RequestShape, bool], Plan] = Recent(self._make_plan, PLANS, lambda _: 1)
+        self._turn = threading.Lock()  # the engine's buffers serve one request at a time
         self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads and caches stay behind; a copy starts its own."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_packs", "_contexts", "_background")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_texts", "_plans", "_turn", "_background")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -163,6 +159,8 @@ class Policy:
         )
         tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None
         fast = Engine(model, steps=steps, posterior=posterior) if engine == "auto" else None
+        if fast is not None:
+            fast.check_folding()
         folder = None if packs is None else PackFolder(Path(packs), packs_key(model), place)
         return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)
 
@@ -209,15 +207,17 @@ class Policy:
         for observation in observations:
             if not isinstance(observation, Observation):
                 raise InputError(f"observation: expected an Observation, got {type(observation).__name__}")
-        noises = _noises(noise, len(observations))
-        frame = self._frame([self.embodiment.ordered_views(o.images) for o in observations])
-        state = self._states(observations)
-        normalized = self._sample(frame, list(instructions), state, noises)
-        actions = self.codec.action.inverse(normalized)
+        noises = noises_of(noise, len(observations))
+        requests = [
+            Request(self.embodiment.ordered_views(o.images), self._state(o), words, one)
+            for o, words, one in zip(observations, instructions, noises, strict=True)
+        ]
+        results = self._sample(requests, self.config.image_size, self.embodiment.resize, units=True)
         names, rate = self.embodiment.action_names, self.embodiment.rate_hz
         return [
-            ActionChunk(actions=actions[i], names=names, rate_hz=rate, normalized=normalized[i], noise=noises[i])
-            for i in range(len(observations))
+            ActionChunk(actions=actions, names=names, rate_hz=rate, normalized=normalized, noise=one)
+            for (normalized, actions), one in zip(results, noises, strict=True)
+            if actions is not None
         ]
 
     def predict_action(
@@ -239,14 +239,16 @@ class Policy:
             {"normalized_actions": float32 [B, K, A_model]}
         """
         found = published_examples.check(examples)
-        noises = _noises([noise] if isinstance(noise, Noise) else noise, len(found))
-        pictures = torch.from_numpy(published_examples.pictures(found, self.config.pixels_per_token))
+        noises = noises_of([noise] if isinstance(noise, Noise) else noise, len(found))
+        pictures = published_examples.pictures(found, self.config.pixels_per_token)
         width = self.config.head.state_dim
-        state = None if width is None else published_examples.encoded_states(found, width)
-        words = published_examples.instructions(found)
-        frame = preprocess([pictures.to(self.device)], None, "bilinear", self.model.backbone.transformer.dtype)
-        placed = None if state is None else torch.from_numpy(state).to(self.device)
-        return {"normalized_actions": self._sample(frame, words, placed, noises)}
+        encoded = None if width is None else published_examples.encoded_states(found, width)
+        requests = [
+            Request([pictures[i]], None if encoded is None else encoded[i], words, noises[i])
+            for i, words in enumerate(published_examples.instructions(found))
+        ]
+        results = self._sample(requests, None, "bilinear", units=False)
+        return {"normalized_actions": np.stack([normalized for normalized, _ in results])}
 
     def embed_prompts(self, instructions: Sequence[str]) -> dict[str, Tensor]:
         """instruction -> prompt embedding [L, text_in] on the CPU, for `from_pretrained(prompt_embeds=...)`."""
@@ -255,57 +257,104 @@ class Policy:
         with self._plain():
             return {instruction: self._embedder(instruction)[0].cpu() for instruction in instructions}
 
-    def _sample(
-        self, frame: Tensor, instructions: list[str], state: Tensor | None, noise: Sequence[Noise]
-    ) -> NDArray[np.float32]:
-        """frame [B, 3, H, W] in [-1, 1] -> normalised actions [B, K, A_model]."""
-        config = self.config
-        rows, columns = config.latent_size(frame.shape[2], frame.shape[3])
-        shapes = {
-            "posterior": (config.vae.z_dim, 1, rows, columns),
-            "latent": (config.vae.z_dim, config.latent_frames, rows, columns),
-            "action": (config.head.action_horizon, config.head.action_dim),
-        }
-        drawn = [request.draw(shapes) for request in noise]
-        posterior, latent, action = (
-            torch.from_numpy(np.stack([d[name] for d in drawn])).to(self.device) for name in shapes
-        )
+    def _sample(self, requests: Sequence[Request], size: _Size, resize: Resize, *, units: bool) -> list[_Result]:
+        """Each request's normalised actions [K, A_model], and with `units` its actions in robot units [K, A].
+
+        size: what each view is brought to, with the filter `resize`; None leaves the pictures as they are.
+        """
+        run = self._run_model if self.engine is None else self._run_engine
+        results: list[_Result | None] = [None] * len(requests)
         with self._plain():
-            if self.engine is not None:
-                packs = [self._packs.get(text) for text in instructions]
-                result = self.engine.sample(frame, packs, state, posterior, latent, action)
-            else:
-                context = torch.cat([self._contexts.get(text) for text in instructions])
-                result = self.model.sample(frame, context, state, posterior, latent, action)
-        normalized = result.cpu().numpy()
-        if not np.isfinite(normalized).all():
+            contexts = [self._texts.get(request.instruction) for request in requests]
+            for group in groups(requests, contexts):
+                found = run([requests[i] for i in group], [contexts[i] for i in group], size, resize, units)
+                for i, normalized, actions in zip(group, *found, strict=True):
+                    results[i] = normalized, actions
+        done = [result for result in results if result is not None]
+        if not all(np.isfinite(normalized).all() for normalized, _ in done):
             raise OutputError(
                 "actions: the model wrote NaN or infinite values; nothing was returned. Check the checkpoint's weights and, "
                 "where they were given, the prompt embeddings"
             )
-        return normalized
+        return done
+
+    def _run_engine(
+        self, requests: Sequence[Request], packs: Sequence[PromptPack], size: _Size, resize: Resize, units: bool
+    ) -> tuple[Array, Sequence[Array | None]]:
+        shape = RequestShape(
+            batch=len(requests),
+            views=tuple((int(p.shape[0]), int(p.shape[1])) for p in requests[0].pictures),
+            size=size,
+            resize=resize,
+            state=requests[0].state is not None,
+            text_length=packs[0].length,
+        )
+        state = states(requests)
+        if self.device.type == "cuda" and (shape, units) not in self._plans:
+            log.warning("recording a CUDA graph for %s inside a request; call Policy.warm_up beforehand", shape)
+        plan = self._plans.get((shape, units))
+        with self._turn:
+            normalized, actions = plan.run([r.pictures for r in requests], state, [r.noise for r in requests], packs)
+        return normalized, [None] * len(requests) if actions is None else list(actions)
+
+    @torch.no_grad()
+    def _run_model(
+        self, requests: Sequence[Request], contexts: Sequence[Tensor], size: _Size, resize: Resize, units: bool
+    ) -> tuple[Array, Sequence[Array | None]]:
+        views = [np.stack(view) for view in zip(*(r.pictures for r in requests), strict=True)]
+        place = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(self.device)  # noqa: E731
+        frame = preprocess([place(view) for view in views], size, resize, self.model.backbone.transformer.dtype)
+        shapes = self.config.noise_shapes(*frame.shape[2:])
+        drawn = [request.noise.draw(shapes) for request in requests]
+        posterior, latent, action = (place(np.stack([draw[name] for draw in drawn])) for name in shapes)
+        state = states(requests)
+        context, placed = torch.cat(list(contexts)), None if state is None else place(state)
+        normalized = self.model.sample(frame, context, placed, posterior, latent, action).cpu().numpy()
+        return normalized, list(self.codec.action.inverse(normalized)) if units else [None] * len(requests)
 
     def _plain(self) -> contextlib.AbstractContextManager[Any]:
         """Outside of the caller's autocast, which would change the numbers and what is cached."""
         return torch.autocast(self.device.type, enabled=False)
 
-    def warm_up(self) -> None:
-        """Do now what the first chunk would otherwise do; call it before a control loop starts."""
-        if self.engine is not None:
-            self.engine.warm_up()
+    def warm_up(self, pictures: Mapping[str, tuple[int, int]] | None = None, *, batch: int = 1) -> None:
+        """Do now what the first chunk would otherwise do; call it before a control loop starts.
+
+        Args:
+            pictures: view -> height and width of the robot's own pictures; the model's size where not given.
+            batch: requests in one pass (`infer_batch`).
+        """
+        if self.engine is None:
+            return
+        names, given = self.embodiment.views, dict(pictures or {})
+        for name in given:
+            if name not in names:
+                raise InputError(f"pictures: no view {name!r}{did_you_mean(name, names)}; views: {', '.join(names)}")
+        if not 1 <= batch <= MAX_BATCH:
+            raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {batch}")
+        size = self.config.image_size
+        views = tuple(given.get(name, size) for name in names)
+        length, state = self.config.text.max_length, self.codec.state is not None
+        shape = RequestShape(batch, views, size, self.embodiment.resize, state, length)
+        with self._plain():
+            self._plans.get((shape, True))
 
     def prepare(self, instruction: str) -> Future[None]:
         """Encode an instruction in the background, so that the chunk that first uses it does not wait.
 
         The future's `result()` returns when it is ready, or raises what went wrong.
         """
-        cache = self._contexts if self.engine is None else self._packs
+        return self._background.submit(self._prepare, instruction)
 
-        def make() -> None:
-            with self._plain():
-                cache.get(instruction)
-
-        return self._background.submit(make)
+    def _prepare(self, instruction: str) -> None:
+        with self._plain():
+            if self.device.type != "cuda":
+                self._texts.get(instruction)
+                return
+            # beside the control loop's stream, which it must not hold up
+            stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(stream):
+                self._texts.get(instruction)
+            stream.synchronize()
 
     def _make_pack(self, instruction: str) -> PromptPack:
         """The instruction's pack, from disk or made (and kept on disk) now."""
@@ -322,54 +371,23 @@ class Policy:
         """Projected text [1, L, text_dim], kept for the next chunks of the same instruction."""
         return self.model.context(self._embedder(instruction))
 
-    def _frame(self, views: list[list[NDArray[np.uint8]]]) -> Tensor:
-        """Checked pictures, per request and view -> joined frame [B, 3, H, W]."""
-        columns = []
-        for v in range(len(self.embodiment.views)):
-            shapes = {request[v].shape for request in views}
-            if len(shapes) > 1:
-                # views of different sizes cannot be stacked before they are resized: bring each to size on its own
-                return torch.cat([self._frame([request]) for request in views])
-            columns.append(_to_device(np.stack([request[v] for request in views]), self.device))
-        size, dtype = self.config.image_size, self.model.backbone.transformer.dtype
-        return preprocess(columns, size, self.embodiment.resize, dtype)
+    def _make_plan(self, key: tuple[RequestShape, bool]) -> Plan:
+        assert self.engine is not None
+        shape, units = key
+        table = torch.from_numpy(inverse_table(self.codec.action)) if units else None
+        with self._turn:
+            return Plan(self.engine, shape, table)
 
-    def _states(self, observations: Sequence[Observation]) -> Tensor | None:
-        """Encoded states [B, 1, state_dim]; None for a model without a state token, which looks at no state."""
+    def _state(self, observation: Observation) -> Array | None:
+        """Encoded state [1, state_dim]; None for a model without a state token, which looks at no state."""
         if self.codec.state is None:
             return None
-        vectors = np.stack([self.embodiment.state_vector(o.state) for o in observations])
-        encoded = self.codec.state.forward(vectors[:, None])
-        return torch.from_numpy(np.ascontiguousarray(encoded, dtype=np.float32)).to(self.device)
+        return self.codec.state.forward(self.embodiment.state_vector(observation.state)[None])
 
 
-def _noises(noise: Sequence[Noise] | None, count: int) -> list[Noise]:
-    """One noise per request, fresh where none is given."""
-    if noise is None:
-        return [Noise.fresh() for _ in range(count)]
-    if not isinstance(noise, (list, tuple)) or any(not isinstance(one, Noise) for one in noise):
-        raise InputError(f"noise: expected a list of Noise, one per request, got {type(noise).__name__}")
-    if len(noise) != count:
-        raise InputError(f"noise: expected one per request ({count}), got {len(noise)}")
-    return list(noise)
+_Result = tuple[Array, Array | None]
+_Size = tuple[int, int] | None
 
 
 def _tensor_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _to_device(array: NDArray[np.uint8], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; ConfigError when its files are missing."""
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer_config.json").is_file():
-        raise ConfigError(f"{folder}: no tokenizer_config.json; give a backbone folder with its tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{folder}: not a readable tokenizer ({reason:.120}); copy the folder again") from None

@@ -141,3 +141,30 @@ class Threshold:
         out = y.copy()
         out[..., self.index] = y[..., self.index] >= self.at
         return out
+
+
+def inverse_table(chain: Chain) -> NDArray[np.float64]:
+    """The inverse of an action chain as one row per fact and one column per robot dimension, for `ops.unnormalize`.
+
+    Rows: threshold (NaN: none), low, high, scale, offset; the result of both is the same to the bit.
+
+    Raises:
+        TypeError: the chain has a step that does not act on each dimension alone.
+    """
+    (normalize,) = (step for step in chain.steps if isinstance(step, Normalize))
+    size = normalize.scale.shape[0]
+    at = np.full(size, np.nan)
+    # strictly above 0.5 in float32 is at least the next number
+    at[normalize.binary] = np.nextafter(np.float32(0.5), np.float32(1))
+    for step in chain.steps:
+        if isinstance(step, Threshold):
+            at[step.index] = step.at
+        elif not isinstance(step, (Normalize, Pad)):
+            raise TypeError(f"{type(step).__name__}: no table for this step's inverse")
+    low = np.where(normalize.bounded, -1.0, -np.inf)
+    high = np.where(normalize.bounded, 1.0, np.inf)
+    fixed = ~np.isnan(normalize.constant)
+    scale = np.where(fixed, 0.0, normalize.scale)
+    offset = np.where(fixed, normalize.constant, normalize.offset)
+    scale, offset = np.where(normalize.binary, 1.0, scale), np.where(normalize.binary, 0.0, offset)
+    return np.stack([at, low, high, scale, offset])

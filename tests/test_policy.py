@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from dit4dit import ActionChunk, Noise, Observation, Policy
 from dit4dit.codec import Codec
+from dit4dit.device import pick_device
 from dit4dit.embodiments import LIBERO
 from dit4dit.errors import BackendError, ConfigError, InputError, OutputError
 from dit4dit.model.weights import random_model
-from dit4dit.policy import pick_device
 from dit4dit.presets import preset, without_state
 
 

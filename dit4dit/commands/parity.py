@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from dit4dit import ops
 from dit4dit.commands.report import read_json_object, table
-from dit4dit.engine import Engine
+from dit4dit.engine import Engine, stack
 from dit4dit.errors import CheckpointError
+from dit4dit.instructions import load_tokenizer
 from dit4dit.model.checkpoint import Checkpoint, open_checkpoint
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.model.flow import high_sigma
 from dit4dit.model.text import tokenize
 from dit4dit.model.weights import build
-from dit4dit.policy import load_tokenizer
 from dit4dit.types import Batch
 
 # forward and gradient limits; float32 is the promise, the others bound a run whose dtype rounds by itself
@@ -229,7 +229,7 @@ def execute_engine(engine: Engine, opened: Checkpoint, golden: dict[str, Tensor]
     with run.stage() as keep:
         latents = torch.cat([condition, golden["infer.latent_noise"][:, :, 1:]], dim=2)
         with torch.no_grad():
-            features = engine.backbone(latents, packs)
+            features = engine.backbone(latents, stack(packs))
         keep("infer.features", features)
     with run.stage() as keep:
         keep("infer.normalized_actions", engine.actions(features, _state(golden), golden["infer.action_noise"]))

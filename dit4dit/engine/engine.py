@@ -6,6 +6,7 @@ looked up once (`fold`), and every operation goes through `dit4dit.ops`, whose r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,13 +15,17 @@ from torch import Tensor
 
 from dit4dit import ops
 from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_head, pack_matrices
-from dit4dit.engine.packs import PromptPack, make_pack
-from dit4dit.errors import ConfigError
+from dit4dit.engine.packs import PromptPack, make_pack, stack
+from dit4dit.errors import BackendError, ConfigError
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.video_dit import rotary_table
 
 Posterior = Literal["sample", "mean"]
 STEPS = (1, 2, 4, 8)
+FOLDING_LIMIT, FOLDING_LIMIT_16_BIT = 1e-4, 0.2
+"""Largest relative error of the folded model. In 16 bits, where rounding alone is percents, it only finds what is broken."""
+
+log = logging.getLogger("dit4dit.engine")
 
 
 class Engine:
@@ -48,6 +53,7 @@ class Engine:
         self.head: Head = fold_head(model.head, self.steps)
         self._rotary: dict[tuple[int, int], Tensor] = {}
         self._warm = False
+        self._pool: Any = None
         if self.device.type == "cpu":
             for parameter in model.backbone.frame_encoder.parameters():
                 if parameter.dim() == 4:
@@ -57,6 +63,13 @@ class Engine:
     def device(self) -> torch.device:
         return self.model.backbone.transformer.proj_out.weight.device
 
+    @property
+    def graph_pool(self) -> Any:
+        """The memory that all CUDA graphs of this engine share: they never run side by side."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
     def warm_up(self) -> None:
         """What the first chunk would otherwise do: on a CPU, pack all matrices for oneDNN (a second copy of them)."""
         if not self._warm:
@@ -64,12 +77,51 @@ class Engine:
             self._warm = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Packed matrices belong to a process; a copy packs its own."""
-        return {**self.__dict__, "_warm": False}
+        """Packed matrices and graph memory belong to a process; a copy makes its own."""
+        return {**self.__dict__, "_warm": False, "_pool": None}
 
     def pack(self, prompt_embeds: Tensor) -> PromptPack:
         """prompt_embeds [1, L, text_in] -> the instruction's pack."""
         return make_pack(self.model.backbone.transformer, prompt_embeds, len(self.blocks))
+
+    @torch.no_grad()
+    def folding_error(self, seed: int = 0) -> dict[str, float]:
+        """How far the folded model is from the plain one on one small random input, relative to the largest value.
+
+        "features" and "actions" each from the same inputs, so that one's error does not show in the other.
+        """
+        dit, head, model = self.config.dit, self.config.head, self.model
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.device)
+
+        latents = normal(1, self.config.vae.z_dim, self.config.latent_frames, 2 * dit.patch, 2 * dit.patch)
+        embeds = normal(1, 4, dit.text_in)
+        context = model.context(embeds)
+        features = model.backbone.features(latents[:, :, :1], latents, context).float()
+        folded = {"features": self.backbone(latents, stack([self.pack(embeds)]))}
+        assert model.head is not None
+        noise = normal(1, head.action_horizon, head.action_dim)
+        dtype = model.head.action_decoder.layer2.weight.dtype
+        plain = {"features": features}
+        plain["actions"] = model.head.sample(noise.to(dtype), features.to(dtype), None, self.steps).float()
+        folded["actions"] = self.actions(features, None, noise)
+        return {name: ((folded[name] - y).abs().max() / y.abs().max()).item() for name, y in plain.items()}
+
+    def check_folding(self) -> None:
+        """BackendError when the folded model is not the plain one: a bug, found before the robot moves."""
+        errors = self.folding_error()
+        low = min(self.model.backbone.transformer.dtype.itemsize, self.head.decode_out.weight.dtype.itemsize) < 4
+        limit = FOLDING_LIMIT_16_BIT if low else FOLDING_LIMIT
+        log.info("folded model against the plain one: %s", ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
+        # NaN is the weights' own: it is reported with the chunk it spoils
+        if any(error > limit for error in errors.values()):
+            found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+            raise BackendError(
+                f"engine: the folded model differs from the plain one by {found} (at most {limit:.0e}); "
+                "load with engine='off' and report this checkpoint's configuration"
+            )
 
     @torch.no_grad()
     def sample(
@@ -90,14 +142,14 @@ class Engine:
             posterior, latent, action: standard normal [B, z, 1, h, w], [B, z, T, h, w], [B, K, A_model].
         """
         self.warm_up()
-        features = self.features(frame, packs, posterior, latent)
+        features = self.features(frame, stack(packs), posterior, latent)
         return self.actions(features, state, action)
 
     @torch.no_grad()
-    def features(self, frame: Tensor, packs: Sequence[PromptPack], posterior: Tensor, latent: Tensor) -> Tensor:
-        """Backbone features, float32 [B, S, D]."""
+    def features(self, frame: Tensor, pack: PromptPack, posterior: Tensor, latent: Tensor) -> Tensor:
+        """Backbone features, float32 [B, S, D]; the pack is a batch's (`stack`)."""
         condition = self.condition(frame, posterior)
-        return self.backbone(torch.cat([condition, latent[:, :, 1:]], dim=2), packs)
+        return self.backbone(torch.cat([condition, latent[:, :, 1:]], dim=2), pack)
 
     def condition(self, frame: Tensor, posterior: Tensor) -> Tensor:
         """The frame's normalised latent, float32 [B, z, 1, h, w]."""
@@ -106,14 +158,13 @@ class Engine:
         noise = torch.zeros_like(posterior) if self.posterior == "mean" else posterior
         return self.model.backbone.condition(frame, noise)
 
-    def backbone(self, latents: Tensor, packs: Sequence[PromptPack]) -> Tensor:
-        """Latents [B, z, T, h, w], frame 0 conditioning -> features, float32 [B, S, D]."""
+    def backbone(self, latents: Tensor, pack: PromptPack) -> Tensor:
+        """Latents [B, z, T, h, w], frame 0 conditioning, and a batch's pack -> features, float32 [B, S, D]."""
         transformer, config = self.model.backbone.transformer, self.config.dit
         heads, dtype = config.num_heads, transformer.dtype
         # the residual stream is float32 whatever the weights are: it is small, and it is where rounding adds up
         x = transformer.embed_latents(latents).float()
         rotary = self._rotary_for(latents)
-        keys, values = _stack(packs)
         branch: Tensor | None = None
         gate: Tensor | None = None
         for i, block in enumerate(self.blocks):
@@ -123,7 +174,7 @@ class Engine:
             branch, gate, norm = block.self_out(a).view_as(x), norm.gate, block.cross_norm
             x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
             q = block.cross_q(h.flatten(1, 2))
-            a = ops.cross_attention(q, keys[:, i], values[:, i], block.cross_norm_q, heads, 1e-5)
+            a = ops.cross_attention(q, pack.keys[:, i], pack.values[:, i], block.cross_norm_q, heads, 1e-5)
             branch, gate, norm = block.cross_out(a).view_as(x), norm.gate, block.mlp_norm
             x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
             branch, gate = block.mlp_out(ops.linear_gelu(h, block.mlp_in.weight, None, "none")), norm.gate
@@ -184,10 +235,3 @@ class Engine:
         if block.cross:
             return block.out(ops.cross_attention(projected, context[0], context[1], None, heads, 1e-5))
         return block.out(ops.self_attention(projected, None, None, None, heads, 1e-5))
-
-
-def _stack(packs: Sequence[PromptPack]) -> tuple[Tensor, Tensor]:
-    """Packs of a batch -> keys and values [B or 1, blocks, heads, L, d]; one instruction for all is not copied."""
-    if all(pack is packs[0] for pack in packs):
-        return packs[0].keys[None], packs[0].values[None]
-    return torch.stack([p.keys for p in packs]), torch.stack([p.values for p in packs])

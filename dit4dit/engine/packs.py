@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +23,29 @@ from dit4dit.model.video_dit import VideoDiT
 
 @dataclass(frozen=True)
 class PromptPack:
-    """keys and values [blocks, heads, L, head_dim] in the backbone's dtype, keys normed, on the backbone's device."""
+    """keys and values [blocks, heads, L, head_dim] in the backbone's dtype, keys normed, on the backbone's device.
+
+    `stack` makes that of a batch, [B, blocks, heads, L, head_dim].
+    """
 
     keys: Tensor
     values: Tensor
 
     @property
+    def length(self) -> int:
+        """Text tokens L."""
+        return self.keys.shape[-2]
+
+    @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+
+def stack(packs: Sequence[PromptPack]) -> PromptPack:
+    """Packs of a batch as one, [B or 1, blocks, heads, L, d]; one instruction for all is not copied."""
+    if all(pack is packs[0] for pack in packs):
+        return PromptPack(packs[0].keys[None], packs[0].values[None])
+    return PromptPack(torch.stack([p.keys for p in packs]), torch.stack([p.values for p in packs]))
 
 
 @torch.no_grad()

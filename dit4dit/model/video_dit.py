@@ -273,7 +273,7 @@ class VideoDiT(nn.Module):
         """[B, C, T, h, w] -> [B, T, N, (C + 2) * patch^2], with the two mask channels appended."""
         batch, _, frames, rows, columns = latents.shape
         masks = latents.new_zeros(batch, 2, frames, rows, columns)
-        masks[:, 0, 0] = 1
+        masks[:, 0, 0].fill_(1)
         x = torch.cat([latents, masks], dim=1)
         patch = self.config.patch
         x = x.unflatten(3, (rows // patch, patch)).unflatten(5, (columns // patch, patch))

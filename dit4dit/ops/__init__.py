@@ -5,6 +5,7 @@ from dit4dit.ops.dispatch import Explanation, explain, implementations, names, t
 # isort: off
 # in the order of the data's way through the model, which `names` keeps
 from dit4dit.ops.preprocess import preprocess
+from dit4dit.ops.philox_normal import philox_normal
 from dit4dit.ops.adaln import adaln
 from dit4dit.ops.qk_norm_rope import qk_norm_rope
 from dit4dit.ops.self_attention import self_attention
@@ -12,6 +13,7 @@ from dit4dit.ops.cross_attention import cross_attention
 from dit4dit.ops.linear_gelu import linear_gelu
 from dit4dit.ops.linear_gated import linear_gated
 from dit4dit.ops.euler_step import euler_step, prefix_weights
+from dit4dit.ops.unnormalize import unnormalize
 # isort: on
 
 __all__ = [
@@ -24,10 +26,12 @@ __all__ = [
     "linear_gated",
     "linear_gelu",
     "names",
+    "philox_normal",
     "prefix_weights",
     "preprocess",
     "qk_norm_rope",
     "self_attention",
     "trace",
+    "unnormalize",
     "use_backend",
 ]

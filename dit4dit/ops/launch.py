@@ -61,10 +61,16 @@ def architecture(device: torch.device) -> str:
     return f"{major}{minor}"
 
 
-def refuse(products: bool = False, strided: Sequence[str] = (), **tensors: Tensor | None) -> str | None:
+def refuse(
+    products: bool = False,
+    strided: Sequence[str] = (),
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    **tensors: Tensor | None,
+) -> str | None:
     """Why Triton's kernels cannot take these tensors, or None.
 
     products: the kernel multiplies matrices. strided: names of tensors of which only the last dimension must be dense.
+    dtypes: what the tensors may be.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     name, first = next(iter(given.items()))
@@ -80,7 +86,7 @@ def refuse(products: bool = False, strided: Sequence[str] = (), **tensors: Tenso
         if products and first.dtype == torch.float32:
             return "float32 products run without tensor cores, where the library's are faster"
     for name, tensor in given.items():
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in dtypes:
             return f"{name} is {tensor.dtype}"
         if name in strided:
             if tensor.stride(-1) != 1:

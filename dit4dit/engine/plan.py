@@ -1,0 +1,177 @@
+"""One shape of request, ready to run: all buffers allocated, and on a GPU the whole step recorded as a CUDA graph.
+
+uint8 pictures go in and actions in robot units come out through page-locked memory. Between the two nothing is allocated, nothing
+is compiled, and the host waits once, for the event behind the last copy.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit4dit import ops
+from dit4dit.engine.engine import Engine
+from dit4dit.engine.packs import PromptPack
+from dit4dit.engine.staging import Fields, Staging
+from dit4dit.noise import STREAMS, Noise
+
+MAX_BATCH = 16
+_WARM_UPS = 3  # before recording: kernels compiled, library handles and workspaces made
+
+
+@dataclass(frozen=True)
+class RequestShape:
+    """What decides a plan.
+
+    Attributes:
+        batch: requests in one pass, 1 to MAX_BATCH.
+        views: height and width of each view's picture as it comes.
+        size: height and width that each view is brought to; None leaves them as they are.
+        resize: filter that brings it there ("cv2_area" or "bilinear").
+        state: whether the requests have a state.
+        text_length: tokens of an instruction's pack.
+    """
+
+    batch: int
+    views: tuple[tuple[int, int], ...]
+    size: tuple[int, int] | None
+    resize: Literal["cv2_area", "bilinear"]
+    state: bool
+    text_length: int
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Height and width of the joined views."""
+        sizes = [self.size or view for view in self.views]
+        return sizes[0][0], sum(width for _, width in sizes)
+
+
+class Plan:
+    """The engine's step for one `RequestShape`. Not for two threads at a time: the buffers are the plan's own."""
+
+    def __init__(self, engine: Engine, shape: RequestShape, table: Tensor | None) -> None:
+        """table: of `ops.unnormalize`, float64 [5, A]; None where only normalised actions are wanted."""
+        self.engine, self.shape = engine, shape
+        device, config = engine.device, engine.config
+        self._table = None if table is None else table.to(device)
+        batch, head, dit = shape.batch, config.head, config.dit
+        inputs: Fields = {f"view{i}": ((batch, *size, 3), torch.uint8) for i, size in enumerate(shape.views)}
+        inputs["requests"] = ((batch, 2), torch.int64)
+        if shape.state:
+            assert head.state_dim is not None
+            inputs["state"] = ((batch, 1, head.state_dim), torch.float32)
+        self.inputs = Staging(inputs, device)
+        self.draws = config.noise_shapes(*shape.frame)
+        self.noise = Staging({name: ((batch, *draw), torch.float32) for name, draw in self.draws.items()}, device)
+        actions = (batch, head.action_horizon, head.action_dim)
+        outputs: Fields = {"normalized": (actions, torch.float32)}
+        if table is not None:
+            outputs["actions"] = ((*actions[:2], table.shape[1]), torch.float32)
+        self.outputs = Staging(outputs, device)
+        kept = (batch, len(engine.blocks), dit.num_heads, shape.text_length, dit.head_dim)
+        dtype = engine.model.backbone.transformer.dtype
+        self._slots = PromptPack(*(torch.zeros(kept, dtype=dtype, device=device) for _ in range(2)))
+        self._filled: list[weakref.ref[PromptPack] | None] = [None] * batch  # the cache decides how long packs live
+        engine.warm_up()
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
+        self._draw = self._record(self._draw_noise)
+        self._step = self._record(self._compute)
+
+    def _record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """The function itself, or on a GPU the replay of its kernels as one graph."""
+        if self._stream is None:
+            return function
+        self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            for _ in range(_WARM_UPS):
+                function()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            pool = self.engine.graph_pool
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                function()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def _draw_noise(self) -> None:
+        for name, stream in STREAMS.items():
+            self.noise.device[name].copy_(ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name]))
+
+    def _compute(self) -> None:
+        given, noise = self.inputs.device, self.noise.device
+        views = [given[f"view{i}"] for i in range(len(self.shape.views))]
+        frame = ops.preprocess(views, self.shape.size, self.shape.resize, self._slots.keys.dtype)
+        features = self.engine.features(frame, self._slots, noise["posterior"], noise["latent"])
+        normalized = self.engine.actions(features, given.get("state"), noise["action"])
+        self.outputs.device["normalized"].copy_(normalized)
+        if self._table is not None:
+            self.outputs.device["actions"].copy_(ops.unnormalize(normalized, self._table))
+
+    @torch.no_grad()
+    def run(
+        self,
+        pictures: Sequence[Sequence[NDArray[np.uint8]]],
+        state: NDArray[np.float32] | None,
+        noise: Sequence[Noise],
+        packs: Sequence[PromptPack],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Normalised actions [B, K, A_model], and actions in robot units [B, K, A] where the plan has a table.
+
+        Args:
+            pictures: uint8 [H, W, 3] per request and view, sizes as the plan's.
+            state: encoded states [B, 1, state_dim], or None, as the plan's.
+            noise, packs: one per request.
+        """
+        for i, views in enumerate(pictures):
+            for v, picture in enumerate(views):
+                self.inputs.host[f"view{v}"][i] = picture
+        if state is not None:
+            self.inputs.host["state"][:] = state
+        drawn_here = self._stream is not None and all(not one.given for one in noise)
+        self._stage_noise(noise, drawn_here)
+        if self._stream is None:
+            self._launch(packs, drawn_here)
+        else:
+            assert self._done is not None
+            # a pack may have just been made on the caller's stream
+            self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))
+            with torch.cuda.stream(self._stream):
+                self._launch(packs, drawn_here)
+                self._done.record()
+            self._done.synchronize()
+        actions = self.outputs.host.get("actions")
+        return self.outputs.host["normalized"].copy(), None if actions is None else actions.copy()
+
+    def _stage_noise(self, noise: Sequence[Noise], drawn_here: bool) -> None:
+        for i, one in enumerate(noise):
+            if drawn_here:
+                assert one.seed is not None
+                self.inputs.host["requests"][i] = np.array([one.seed, one.chunk], dtype=np.uint64).view(np.int64)
+            else:
+                for name, array in one.draw(self.draws).items():
+                    self.noise.host[name][i] = array
+
+    def _launch(self, packs: Sequence[PromptPack], drawn_here: bool) -> None:
+        self.inputs.upload()
+        for i, pack in enumerate(packs):
+            filled = self._filled[i]
+            if filled is None or filled() is not pack:
+                for slot, new in ((self._slots.keys, pack.keys), (self._slots.values, pack.values)):
+                    slot[i].copy_(new)
+                    if self._stream is not None:
+                        new.record_stream(self._stream)
+                self._filled[i] = weakref.ref(pack)
+        if drawn_here:
+            self._draw()
+        else:
+            self.noise.upload()
+        self._step()
+        self.outputs.download()

@@ -1,0 +1,52 @@
+"""Named tensors that lie together: one block of memory on the host, one on the device, and one copy between them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""name -> shape and dtype."""
+_ALIGNMENT = 256  # bytes; what CUDA gives its own allocations
+
+
+class Staging:
+    """Fixed tensors with a side on the host (page-locked for a GPU) and one on the device; on a CPU both are the same.
+
+    Attributes:
+        host: name -> array to write a request into, or to read a result from.
+        device: name -> the same tensor for kernels.
+    """
+
+    def __init__(self, fields: Fields, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        offsets, end = {}, 0
+        for name, (shape, dtype) in fields.items():
+            offsets[name] = end
+            end += math.prod(shape) * dtype.itemsize
+            end += -end % _ALIGNMENT
+        self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=self._on_gpu, device="cpu")
+        self._device = torch.zeros(end, dtype=torch.uint8, device=device) if self._on_gpu else self._host
+
+        def views(block: Tensor) -> dict[str, Tensor]:
+            return {
+                name: block[offsets[name] : offsets[name] + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+                for name, (shape, dtype) in fields.items()
+            }
+
+        self.host: dict[str, NDArray[np.generic]] = {name: view.numpy() for name, view in views(self._host).items()}
+        self.device: dict[str, Tensor] = views(self._device)
+
+    def upload(self) -> None:
+        """Host to device, in the order of the current stream; the host side must not change before it has run."""
+        if self._on_gpu:
+            self._device.copy_(self._host, non_blocking=True)
+
+    def download(self) -> None:
+        """Device to host, likewise; the host side is there when the stream has come so far."""
+        if self._on_gpu:
+            self._host.copy_(self._device, non_blocking=True)

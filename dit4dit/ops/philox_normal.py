@@ -1,0 +1,88 @@
+"""The noise of a request drawn where it is needed: Philox 4x32-10 and Box-Muller, the numbers of `dit4dit.noise`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dit4dit.errors import InputError
+from dit4dit.ops import launch, tiles
+from dit4dit.ops.arguments import Shapes
+from dit4dit.ops.dispatch import Implementation, Op
+from dit4dit.ops.launch import Launch
+
+_WORD = 0xFFFFFFFF
+_Args = tuple[Tensor, int, tuple[int, ...]]
+
+
+def reference(requests: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """The definition: see `philox_normal` for the arguments and the result."""
+    count = math.prod(shape)
+    batch, device = requests.shape[0], requests.device
+    seed, chunk = requests[:, :1], requests[:, 1:]
+    position = torch.arange(-(-count // 4), device=device, dtype=torch.int64).expand(batch, -1)
+    c0, c1 = position, torch.full_like(position, stream)
+    c2, c3 = (chunk & _WORD).expand_as(position), (chunk >> 32 & _WORD).expand_as(position)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        # products of 32-bit words wrap in int64, which keeps all their bits
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (high >> 32 & _WORD) ^ c1 ^ k0, high & _WORD, (low >> 32 & _WORD) ^ c3 ^ k1, low & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    out = []
+    for first, second in ((c0, c1), (c2, c3)):
+        radius = (-2.0 * torch.log((first.double() + 1.0) * 2.0**-32)).sqrt()
+        angle = second.double() * (2.0 * math.pi * 2.0**-32)
+        out += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(out, dim=-1).flatten(1)[:, :count].float().view(batch, *shape)
+
+
+def philox_normal(requests: Tensor, stream: int, shape: tuple[int, ...], *, backend: str | None = None) -> Tensor:
+    """Standard normal float32 [B, *shape], each sample a function of its own seed and chunk alone.
+
+    requests: int64 [B, 2], seed and chunk of each request, their 64 bits taken as unsigned.
+    stream: which of a request's draws (`dit4dit.noise.STREAMS`), 0 to 2^31 - 1.
+    shape: of one request's draw.
+    backend: "triton" or "torch"; None chooses.
+
+    The integers are those of `dit4dit.noise.normal` to the bit; the logarithm and the cosine are the device's own in float64,
+    which after rounding to float32 differ from the host's in the last bit at most.
+    InputError: arguments that do not fit; BackendError: a backend that cannot run them.
+    """
+    Shapes("philox_normal").of("requests", requests, "B 2")
+    if requests.dtype != torch.int64:
+        raise InputError(f"philox_normal: requests: expected int64, got {requests.dtype}")
+    if not 0 <= stream < 2**31:
+        raise InputError(f"philox_normal: stream: expected 0 to 2^31 - 1, got {stream}")
+    if math.prod(shape) < 1:
+        raise InputError(f"philox_normal: shape: expected at least one element, got {shape}")
+    result: Tensor = _op(requests, stream, tuple(shape), backend=backend)
+    return result
+
+
+def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
+    """The kernels to run, and the tensor they will have written. Tensors may be on the meta device."""
+    requests, stream, shape = args
+    batch, count = requests.shape[0], math.prod(shape)
+    out = torch.empty(batch, *shape, dtype=torch.float32, device=requests.device)
+    tile = tiles.lookup("philox_normal", architecture)
+    grid = (launch.blocks(-(-count // 4), tile["BLOCK"]), batch)
+    return [Launch("philox_normal", grid, dict(requests=requests, out=out, count=count, stream=stream), {}, tile)], out
+
+
+def _refuse(requests: Tensor, _: int, shape: tuple[int, ...]) -> str | None:
+    if requests.shape[0] * math.prod(shape) >= 2**31:
+        return "the result has 2^31 elements or more, its offsets have 31 bits"
+    return launch.refuse(dtypes=(torch.int64,), requests=requests)
+
+
+_op = Op(
+    "philox_normal",
+    [
+        Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("torch", lambda *_: None, reference),
+    ],
+    lambda device: (torch.zeros(1, 2, dtype=torch.int64, device=device), 0, (16, 2, 4)),
+)

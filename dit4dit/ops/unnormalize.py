@@ -1,0 +1,75 @@
+"""Model values to robot units: threshold, clip, scale, offset, per action dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit4dit.errors import InputError
+from dit4dit.ops import launch, tiles
+from dit4dit.ops.arguments import Shapes
+from dit4dit.ops.dispatch import Implementation, Op
+from dit4dit.ops.launch import Launch
+
+_Args = tuple[Tensor, Tensor]
+
+
+def reference(actions: Tensor, table: Tensor) -> Tensor:
+    """The definition: see `unnormalize` for the arguments and the result."""
+    at, low, high, scale, offset = table
+    y = actions[..., : table.shape[1]].double()
+    y = torch.where(at.isnan(), y, (y >= at).double())
+    y = torch.minimum(torch.maximum(y, low), high)
+    return (y * scale + offset).float()
+
+
+def unnormalize(actions: Tensor, table: Tensor, *, backend: str | None = None) -> Tensor:
+    """Normalised actions float32 [B, K, A_model] -> robot units float32 [B, K, A].
+
+    table: float64 [5, A], rows threshold, low, high, scale, offset (`dit4dit.transforms.inverse_table`). Where the
+        threshold is a number the value first becomes 0 (below it) or 1; NaN means no threshold. Then
+        clip(value, low, high) * scale + offset in float64. A is at most A_model, the rest of which is padding.
+    backend: "triton" or "torch"; None chooses.
+
+    InputError: arguments that do not fit; BackendError: a backend that cannot run them.
+    """
+    Shapes("unnormalize").of("actions", actions, "B K A_model").of("table", table, "5 A")
+    if actions.dtype != torch.float32 or table.dtype != torch.float64:
+        raise InputError(
+            f"unnormalize: expected float32 actions and a float64 table, got {actions.dtype}, {table.dtype}"
+        )
+    if table.shape[1] > actions.shape[2]:
+        raise InputError(f"unnormalize: table: expected at most {actions.shape[2]} dimensions, got {table.shape[1]}")
+    result: Tensor = _op(actions, table, backend=backend)
+    return result
+
+
+def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
+    """The kernels to run, and the tensor they will have written. Tensors may be on the meta device."""
+    actions, table = args
+    batch, horizon, width = actions.shape
+    size = table.shape[1]
+    out = torch.empty(batch, horizon, size, dtype=torch.float32, device=actions.device)
+    tile = tiles.lookup("unnormalize", architecture)
+    arguments: dict[str, Any] = dict(actions=actions, table=table, out=out, count=out.numel(), width=width, size=size)
+    return [Launch("unnormalize", (launch.blocks(out.numel(), tile["BLOCK"]),), arguments, {}, tile)], out
+
+
+def _refuse(actions: Tensor, table: Tensor) -> str | None:
+    return launch.refuse(dtypes=(torch.float32, torch.float64), actions=actions, table=table)
+
+
+def _example(device: torch.device) -> _Args:
+    return torch.zeros(1, 8, 7, device=device), torch.zeros(5, 7, dtype=torch.float64, device=device)
+
+
+_op = Op(
+    "unnormalize",
+    [
+        Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("torch", lambda *_: None, reference),
+    ],
+    _example,
+)

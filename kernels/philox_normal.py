@@ -1,0 +1,48 @@
+"""Standard normal numbers from a counter: one Philox 4x32-10 block and two Box-Muller pairs a lane, in float64."""
+
+import triton
+import triton.language as tl
+
+TWO_PI = tl.constexpr(6.283185307179586)
+
+
+@triton.jit
+def philox_normal(
+    requests,  # int64 [batch, 2]: seed, chunk
+    out,  # float32 [batch, count]
+    count,
+    stream,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(1)
+    seed = tl.load(requests + 2 * sample)
+    chunk = tl.load(requests + 2 * sample + 1)
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0 = position.to(tl.uint32)
+    c1 = (tl.zeros([BLOCK], tl.int32) + stream).to(tl.uint32)
+    c2 = tl.zeros([BLOCK], tl.uint32) + chunk.to(tl.uint32)
+    c3 = tl.zeros([BLOCK], tl.uint32) + (chunk >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        low = c0.to(tl.uint64) * 0xD2511F53
+        high = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (high >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = high.to(tl.uint32)
+        c2 = (low >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = low.to(tl.uint32)
+        k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
+        k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
+    to = out + sample * count + 4 * position
+    _pair(c0, c1, to, 4 * position, count)
+    _pair(c2, c3, to + 2, 4 * position + 2, count)
+
+
+@triton.jit
+def _pair(first, second, to, index, count):
+    """Two words a lane -> two normal numbers, written side by side."""
+    scale: tl.constexpr = 2.0**-32
+    radius = tl.sqrt(-2.0 * tl.log((first.to(tl.float64) + 1.0) * scale))
+    angle = second.to(tl.float64) * (TWO_PI * scale)
+    tl.store(to, (radius * tl.cos(angle)).to(tl.float32), mask=index < count)
+    tl.store(to + 1, (radius * tl.sin(angle)).to(tl.float32), mask=index + 1 < count)

@@ -1,0 +1,29 @@
+"""Model values to robot units, one lane an action value, in float64 as on the host."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def unnormalize(
+    actions,  # float32 [rows, width]
+    table,  # float64 [5, size]: threshold (NaN: none), low, high, scale, offset
+    out,  # float32 [rows, size]
+    count,  # rows * size
+    width,
+    size,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    column = i % size
+    y = tl.load(actions + (i // size) * width + column, mask=inside, other=0.0).to(tl.float64)
+    at = tl.load(table + column, mask=inside, other=0.0)
+    low = tl.load(table + size + column, mask=inside, other=0.0)
+    high = tl.load(table + 2 * size + column, mask=inside, other=0.0)
+    scale = tl.load(table + 3 * size + column, mask=inside, other=0.0)
+    offset = tl.load(table + 4 * size + column, mask=inside, other=0.0)
+    y = tl.where(at == at, (y >= at).to(tl.float64), y)
+    # written so that NaN stays NaN and is seen by the host
+    y = tl.where(y < low, low, tl.where(y > high, high, y))
+    tl.store(out + i, (y * scale + offset).to(tl.float32), mask=inside)

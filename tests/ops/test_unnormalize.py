@@ -1,0 +1,68 @@
+"""unnormalize: the inverse of every robot's action chain, to the bit, from a table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dit4dit.embodiments import EMBODIMENTS
+from dit4dit.errors import InputError
+from dit4dit.ops import unnormalize
+from dit4dit.stats import Statistics, VectorStats
+from dit4dit.transforms import Chain, Normalize, Pad, SinCos, Threshold, inverse_table
+
+EDGES = np.array([-2.0, -1.0, -0.3, 0.0, 0.4999999, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0, 1.7])
+
+
+def stats(size: int, empty: tuple[int, ...] = ()) -> VectorStats:
+    generator = np.random.default_rng(0)
+    low, high = np.sort(generator.normal(size=(2, size)), axis=0)
+    high[list(empty)] = low[list(empty)]
+    std = np.where(high > low, generator.uniform(0.1, 2, size), 0.0)
+    mask = np.ones(size, dtype=bool)
+    return VectorStats(mean=(low + high) / 2, std=std, min=low, max=high, q01=low, q99=high, mask=mask)
+
+
+def values(size: int) -> np.ndarray:
+    generator = np.random.default_rng(1)
+    drawn = generator.normal(size=(3, 16, size))
+    drawn[1, : len(EDGES)] = EDGES[:, None]
+    return drawn.astype(np.float32)
+
+
+@pytest.mark.parametrize("name", EMBODIMENTS)
+def test_every_robot(triton_op, name):
+    robot = EMBODIMENTS[name]
+    chain = robot.action_chain(Statistics(robot.tag, action=stats(robot.action_dim), state=None), robot.action_dim + 3)
+    check(triton_op, chain, values(robot.action_dim + 3))
+
+
+@pytest.mark.parametrize("mode", ["min_max", "q99", "mean_std", "binary", "none"])
+def test_every_normalization_with_dimensions_that_never_move(triton_op, mode):
+    steps = (Normalize.from_stats(stats(6, empty=(1, 4)), [mode] * 6), Threshold(2, at=0.25), Pad(6, 6))
+    check(triton_op, Chain(steps), values(6))
+
+
+def check(triton_op, chain: Chain, y: np.ndarray) -> None:
+    wanted = chain.inverse(y)
+    table = torch.from_numpy(inverse_table(chain))
+    assert np.array_equal(unnormalize(torch.from_numpy(y), table, backend="torch").numpy(), wanted)
+    assert np.array_equal(triton_op("unnormalize", torch.from_numpy(y), table).numpy(), wanted)
+
+
+def test_what_is_not_a_number_stays_so(triton_op):
+    table = torch.tensor([[torch.nan, -1, 1, 2, 0.5]] * 2, dtype=torch.float64).T.contiguous()
+    y = torch.tensor([[[torch.nan, 0.0]]])
+    for got in (unnormalize(y, table, backend="torch"), triton_op("unnormalize", y, table)):
+        assert got.isnan().tolist() == [[[True, False]]]
+
+
+def test_refuses_what_does_not_fit():
+    table = torch.zeros(5, 7, dtype=torch.float64)
+    with pytest.raises(InputError, match="float64 table"):
+        unnormalize(torch.zeros(1, 2, 7), table.float())
+    with pytest.raises(InputError, match="at most 6 dimensions, got 7"):
+        unnormalize(torch.zeros(1, 2, 6), table)
+    with pytest.raises(TypeError, match="SinCos"):
+        inverse_table(Chain((SinCos((3,)), Normalize.from_stats(stats(3), ["none"] * 3))))
