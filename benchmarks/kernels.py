@@ -70,6 +70,9 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"{tokens} attention", "linear_gated", (h, _empty(width, width), bias, x, None)
         wide = _empty(batch, 1, tokens, 4 * width)
         yield f"{tokens} feed-forward", "linear_gated", (wide, _empty(width, 4 * width), bias, x, None)
+    for channels, side in ((96, 224), (192, 112), (384, 28)):
+        x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+        yield f"{channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
     a, left = f32(batch, 16, 32), f32(batch, 16, 32)
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)

@@ -20,7 +20,7 @@ from dit4dit.codec import Codec
 from dit4dit.config import ModelConfig
 from dit4dit.device import pick_device
 from dit4dit.embodiments.embodiment import Array, Embodiment, Resize
-from dit4dit.engine import MAX_BATCH, Engine, PackFolder, Plan, PromptPack, RequestShape, packs_key
+from dit4dit.engine import MAX_BATCH, Engine, PackFolder, Plan, PromptPack, RequestShape, host_memory, packs_key
 from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
 from dit4dit.instructions import Embedder, Recent, load_tokenizer
 from dit4dit.model.checkpoint import open_checkpoint
@@ -319,10 +319,14 @@ class Policy:
     def warm_up(self, pictures: Mapping[str, tuple[int, int]] | None = None, *, batch: int = 1) -> None:
         """Do now what the first chunk would otherwise do; call it before a control loop starts.
 
+        On a CPU it also lets the process keep the memory of one chunk for the next (`engine.host_memory`).
+
         Args:
             pictures: view -> height and width of the robot's own pictures; the model's size where not given.
             batch: requests in one pass (`infer_batch`).
         """
+        if self.device.type == "cpu":
+            host_memory.hold()
         if self.engine is None:
             return
         names, given = self.embodiment.views, dict(pictures or {})

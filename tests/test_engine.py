@@ -319,7 +319,7 @@ def test_every_triton_kernel_on_the_way_agrees_with_the_published_code(
 
 
 def test_a_kernel_asked_for_and_not_there_fails_the_command(golden_dir: Path, capsys) -> None:
-    for backend, message in (("triton", "adaln: 'triton' refused"), ("tritn", "did you mean 'triton'")):
+    for backend, message in (("triton", "'triton' refused: x is on cpu"), ("tritn", "did you mean 'triton'")):
         with pytest.raises(SystemExit) as end:
             main(["parity", str(golden_dir / "libero_tiny"), "--engine", "--backend", backend, "--device", "cpu"])
         assert end.value.code == 2

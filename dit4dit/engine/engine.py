@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit4dit import ops
-from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_head, pack_matrices
+from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_encoder, fold_head, pack_matrices
 from dit4dit.engine.packs import PromptPack, make_pack, stack
 from dit4dit.errors import BackendError, ConfigError
 from dit4dit.model.dit4dit import DiT4DiT
@@ -54,10 +54,7 @@ class Engine:
         self._rotary: dict[tuple[int, int], Tensor] = {}
         self._warm = False
         self._pool: Any = None
-        if self.device.type == "cpu":
-            for parameter in model.backbone.frame_encoder.parameters():
-                if parameter.dim() == 4:
-                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.encoder = fold_encoder(model.backbone)
 
     @property
     def device(self) -> torch.device:
@@ -153,10 +150,9 @@ class Engine:
 
     def condition(self, frame: Tensor, posterior: Tensor) -> Tensor:
         """The frame's normalised latent, float32 [B, z, 1, h, w]."""
-        if self.device.type == "cpu":
-            frame = frame.contiguous(memory_format=torch.channels_last)
         noise = torch.zeros_like(posterior) if self.posterior == "mean" else posterior
-        return self.model.backbone.condition(frame, noise)
+        mean, std = self.encoder(frame.contiguous(memory_format=torch.channels_last))
+        return self.model.backbone.posterior(mean, std, noise)
 
     def backbone(self, latents: Tensor, pack: PromptPack) -> Tensor:
         """Latents [B, z, T, h, w], frame 0 conditioning, and a batch's pack -> features, float32 [B, S, D]."""

@@ -28,7 +28,11 @@ class VideoBackbone(nn.Module):
         """
         with torch.no_grad():
             mean, std = self.frame_encoder(frame)
-        return self.scale.normalize(mean[:, :, None] + std[:, :, None] * posterior_noise)
+        return self.posterior(mean, std, posterior_noise)
+
+    def posterior(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Posterior mean and deviation [B, z, h, w], noise [B, z, 1, h, w] -> normalised sample [B, z, 1, h, w]."""
+        return self.scale.normalize(mean[:, :, None] + std[:, :, None] * noise)
 
     def features(self, condition: Tensor, latent_noise: Tensor, context: Tensor) -> Tensor:
         """Features of the inference-style pass: one clean frame, the others pure noise at time sigma.

@@ -6,6 +6,7 @@ from dit4dit.ops.dispatch import Explanation, explain, implementations, names, t
 # in the order of the data's way through the model, which `names` keeps
 from dit4dit.ops.preprocess import preprocess
 from dit4dit.ops.philox_normal import philox_normal
+from dit4dit.ops.rms_norm_silu import rms_norm_silu
 from dit4dit.ops.adaln import adaln
 from dit4dit.ops.qk_norm_rope import qk_norm_rope
 from dit4dit.ops.self_attention import self_attention
@@ -30,6 +31,7 @@ __all__ = [
     "prefix_weights",
     "preprocess",
     "qk_norm_rope",
+    "rms_norm_silu",
     "self_attention",
     "trace",
     "unnormalize",

@@ -1,0 +1,30 @@
+"""Root mean square norm over the channels of each pixel, and swish, in one pass: the picture is channels last."""
+
+import triton
+import triton.language as tl
+from dit4dit.kernels.common import narrow
+
+
+@triton.jit
+def rms_norm_silu(
+    x,  # [rows, CHANNELS]
+    gamma,  # [CHANNELS]
+    out,
+    rows,
+    smallest,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # CHANNELS up to a power of two
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < CHANNELS)[None, :]
+    at = row[:, None] * CHANNELS + column[None, :]
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(gamma + column, mask=column < CHANNELS, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(y * y, axis=1)), smallest)
+    y = y / length[:, None] * (tl.sqrt(CHANNELS * 1.0) * weight)[None, :]
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(out + at, narrow(y, out.dtype.element_ty), mask=inside)
