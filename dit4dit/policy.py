@@ -20,7 +20,17 @@ from dit4dit.codec import Codec
 from dit4dit.config import ModelConfig
 from dit4dit.device import pick_device
 from dit4dit.embodiments.embodiment import Array, Embodiment, Resize
-from dit4dit.engine import MAX_BATCH, Engine, PackFolder, Plan, PromptPack, RequestShape, host_memory, packs_key
+from dit4dit.engine import (
+    MAX_BATCH,
+    Engine,
+    PackFolder,
+    Plan,
+    PromptPack,
+    RequestShape,
+    host_memory,
+    packs_key,
+    text_fingerprint,
+)
 from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
 from dit4dit.instructions import Embedder, Recent, load_tokenizer
 from dit4dit.model.checkpoint import open_checkpoint
@@ -161,7 +171,9 @@ class Policy:
         fast = Engine(model, steps=steps, posterior=posterior) if engine == "auto" else None
         if fast is not None:
             fast.check_folding()
-        folder = None if packs is None else PackFolder(Path(packs), packs_key(model), place)
+        folder = None
+        if packs is not None:
+            folder = PackFolder(Path(packs), packs_key(model), place, text_fingerprint(model.text))
         return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)
 
     @property

@@ -22,7 +22,7 @@ from dit4dit.cli import main
 from dit4dit.commands import parity
 from dit4dit.engine import Engine
 from dit4dit.engine.fold import Matrix, fold_backbone, fold_head
-from dit4dit.engine.packs import PackFolder, packs_key
+from dit4dit.engine.packs import PackFolder, packs_key, text_fingerprint
 from dit4dit.errors import CheckpointError, ConfigError, InputError
 from dit4dit.model.weights import random_model
 from dit4dit.ops import onednn
@@ -255,6 +255,24 @@ def test_pack_files(tmp_path: Path) -> None:
     assert torch.equal(kept.values, pack.values)
     assert pack.bytes == 2 * 4 * (TINY.extract_layer + 1) * 9 * TINY.dit.width
     assert load_file(folder.path("go"))["keys"].shape == (4, 2, 9, 32)
+
+
+def test_a_pack_of_another_text_encoder_is_made_again(tmp_path: Path) -> None:
+    model = random_model(TINY, 0)
+    engine, key = Engine(model), packs_key(model)
+    pack = engine.pack(torch.randn(1, 9, TINY.dit.text_in))
+    before = text_fingerprint(model.text)
+    PackFolder(tmp_path, key, CPU, before).store("go", pack)
+    assert PackFolder(tmp_path, key, CPU, before).load("go") is not None
+    assert PackFolder(tmp_path, key, CPU, None).load("go") is not None, (
+        "a robot without a text encoder trusts the folder"
+    )
+    with torch.no_grad():
+        next(model.text.parameters()).mul_(1.001)
+    after = text_fingerprint(model.text)
+    assert after != before
+    assert PackFolder(tmp_path, key, CPU, after).load("go") is None
+    assert text_fingerprint(None) is None
 
 
 def test_matrices_are_packed_by_the_first_chunk_or_before_it(small_libero: Path, observation) -> None:

@@ -2,7 +2,8 @@
 
 A pack is k and v of the cross-attentions of all blocks that run, keys already normed. It replaces the text encoder, the
 100352-wide projection and 36 matrix products of every chunk. On disk a pack stands under a key made of the backbone weights it
-came from, so that another backbone never finds it; the text encoder, frozen in every recipe, is not part of the key.
+came from, so that another backbone never finds it, with the text encoder's fingerprint inside: a policy that has its text encoder
+makes a pack of another one again, a policy that has none takes what is there.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def make_pack(transformer: VideoDiT, prompt_embeds: Tensor, blocks: int) -> Prom
 def packs_key(model: DiT4DiT) -> str:
     """What the model's packs are made from: the weights of the backbone's text side and the length of a prompt.
 
-    The text encoder is not read: with it left out the key must be the same, and it is frozen in every recipe.
+    The text encoder is not part of it: with it left out the key must be the same (see `text_fingerprint`).
     """
     transformer = model.backbone.transformer
     blocks = transformer.blocks[: model.config.extract_layer + 1]
@@ -86,12 +87,28 @@ def weights_key(modules: Iterable[nn.Module]) -> str:
     return digest.hexdigest()
 
 
+def text_fingerprint(text: nn.Module | None) -> str | None:
+    """A content hash of a text encoder, 32 hex digits: up to 4096 values of each of its tensors, evenly spread.
+
+    Whole, its 16 GB would take longer to hash than to load; a fine-tuned encoder differs nearly everywhere.
+    """
+    if text is None:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in text.state_dict().items():
+        values = tensor.detach().reshape(-1)
+        some = values[:: max(1, -(-values.numel() // 4096))].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(some.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class PackFolder:
     """Packs on disk, one safetensors file each, under a hash of the weights' key and the instruction."""
 
-    def __init__(self, folder: Path, key: str, device: torch.device | str) -> None:
-        """key: what the packs are made from (`weights_key`), so that other weights never find them."""
-        self.folder, self._key, self._device = folder, key, device
+    def __init__(self, folder: Path, key: str, device: torch.device | str, text: str | None = None) -> None:
+        """key: what the packs are made from (`packs_key`); text: the `text_fingerprint` of the encoder at hand, if any."""
+        self.folder, self._key, self._device, self._text = folder, key, device, text
 
     def path(self, instruction: str) -> Path:
         """Where the instruction's pack is or will be."""
@@ -99,17 +116,20 @@ class PackFolder:
         return self.folder / f"{name}.safetensors"
 
     def load(self, instruction: str) -> PromptPack | None:
-        """The pack, or None when there is no file; CheckpointError when the file is broken."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """The pack, or None when there is none of this text encoder; CheckpointError when the file is broken."""
+        from safetensors import SafetensorError, safe_open
 
         path = self.path(instruction)
         if not path.is_file():
             return None
         try:
-            tensors = load_file(path)
-            return PromptPack(tensors["keys"].to(self._device), tensors["values"].to(self._device))
-        except (SafetensorError, KeyError) as error:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                made_by = (file.metadata() or {}).get("text_encoder")
+                if self._text is not None and made_by != self._text:
+                    return None
+                keys, values = (file.get_tensor(name).to(self._device) for name in ("keys", "values"))
+                return PromptPack(keys, values)
+        except SafetensorError as error:
             raise CheckpointError(
                 f"{path}: not a readable prompt pack ({error}); delete it and make it again"
             ) from None
@@ -121,6 +141,6 @@ class PackFolder:
         path = self.path(instruction)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        metadata = {"instruction": instruction, "weights": self._key}
+        metadata = {"instruction": instruction, "weights": self._key, "text_encoder": self._text or ""}
         save_file({"keys": pack.keys.cpu(), "values": pack.values.cpu()}, partial, metadata=metadata)
         partial.replace(path)
