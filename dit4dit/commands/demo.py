@@ -97,6 +97,9 @@ def run_episode(policy: Policy, seed: int, progress: Callable[[int], None]) -> E
     frame = env.reset()
     observation, instruction = frame.observation, frame.instruction
     pictures: list[Picture] = [np.asarray(observation["image"], dtype=np.uint8)]
+    seen = policy.embodiment.observe(observation)
+    policy.warm_up({name: picture.shape[:2] for name, picture in seen.images.items()})
+    policy.prepare(instruction).result()
     actions: list[NDArray[np.float32]] = []
     seconds: list[float] = []
     while True:
