@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,8 @@ from dit4dit import examples as published_examples
 from dit4dit.codec import Codec
 from dit4dit.config import ModelConfig
 from dit4dit.embodiments.embodiment import Embodiment
-from dit4dit.engine import Engine, PackFolder, PromptPack, packs_key
+from dit4dit.engine import Calibration, Engine, PackFolder, PromptPack, Request, calibrate, packs_key
+from dit4dit.engine.fp8 import check_options
 from dit4dit.errors import BackendError, ConfigError, InputError, OutputError
 from dit4dit.instructions import Embedder, Recent
 from dit4dit.model.checkpoint import open_checkpoint
@@ -107,6 +108,8 @@ class Policy:
         engine: Literal["auto", "off"] = "auto",
         steps: int | None = None,
         posterior: Literal["sample", "mean"] = "sample",
+        quantization: Literal["fp8"] | None = None,
+        calibration: str | Path | Calibration | None = None,
         prompt_embeds: Mapping[str, Any] | None = None,
         packs: str | Path | None = None,
         text_encoder: bool = True,
@@ -124,6 +127,9 @@ class Policy:
             engine: "auto", the latency path (`dit4dit.engine`); "off", the plain model.
             steps: Euler steps (1, 2, 4, 8) instead of the checkpoint's number. Changes the result; engine only.
             posterior: "mean" takes the frame's mean latent instead of a sample. Changes the result; engine only.
+            quantization: "fp8" multiplies the backbone's matrices in 8-bit floats, with `calibration`; the model is then
+                left without its own (`Policy.model` cannot be run). Changes the result; engine only.
+            calibration: file of `dit4dit calibrate`, or what `calibrate` returned, for this checkpoint in this dtype.
             prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
                 these instructions can be used.
             packs: folder where prompt packs are kept between runs (`dit4dit pack`); engine only.
@@ -134,10 +140,13 @@ class Policy:
         """
         if engine not in ENGINES:
             raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
-        if engine == "off" and (steps is not None or posterior != "sample" or packs is not None):
+        given = (steps, packs, quantization, calibration)
+        if engine == "off" and (posterior != "sample" or any(option is not None for option in given)):
             raise ConfigError(
-                "steps, posterior and packs are options of the engine: leave them out, or use engine='auto'"
+                "steps, posterior, packs, quantization and calibration are options of the engine: leave them out, or use "
+                "engine='auto'"
             )
+        check_options(quantization, calibration)
         if packs is not None and prompt_embeds is not None:
             raise ConfigError(
                 "packs and prompt_embeds: give one of them; packs on disk must come from the text encoder"
@@ -150,6 +159,8 @@ class Policy:
             if kind is not None and kind not in DTYPES:
                 raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r}")
         place = pick_device(device)
+        if isinstance(calibration, (str, Path)):
+            calibration = Calibration.load(calibration)
         checkpoint = open_checkpoint(path, backbone)
         codec = Codec.for_checkpoint(checkpoint, embodiment)
         model = build(
@@ -162,7 +173,8 @@ class Policy:
             with_text=text_encoder and prompt_embeds is None,
         )
         tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None
-        fast = Engine(model, steps=steps, posterior=posterior) if engine == "auto" else None
+        options: dict[str, Any] = dict(steps=steps, posterior=posterior, quantization=quantization)
+        fast = Engine(model, **options, calibration=calibration, release=True) if engine == "auto" else None
         folder = None if packs is None else PackFolder(Path(packs), packs_key(model), place)
         return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)
 
@@ -202,14 +214,7 @@ class Policy:
         self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
     ) -> list[ActionChunk]:
         """Several requests in one pass; each one's noise is its own, whatever else is in the batch."""
-        if not observations or len(observations) != len(instructions):
-            raise InputError(
-                f"batch: {len(observations)} observations and {len(instructions)} instructions; expected as many"
-            )
-        for observation in observations:
-            if not isinstance(observation, Observation):
-                raise InputError(f"observation: expected an Observation, got {type(observation).__name__}")
-        noises = _noises(noise, len(observations))
+        noises = _checked(observations, instructions, noise)
         frame = self._frame([self.embodiment.ordered_views(o.images) for o in observations])
         state = self._states(observations)
         normalized = self._sample(frame, list(instructions), state, noises)
@@ -219,6 +224,29 @@ class Policy:
             ActionChunk(actions=actions[i], names=names, rate_hz=rate, normalized=normalized[i], noise=noises[i])
             for i in range(len(observations))
         ]
+
+    def calibrate(
+        self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
+    ) -> Calibration:
+        """The largest activations of these examples, for `quantization="fp8"`; give some that are like what will come.
+
+        Raises:
+            ConfigError: this policy has no engine, or a quantised one. InputError: as in `infer_batch`.
+        """
+        if self.engine is None:
+            raise ConfigError("calibrate: it is the engine that is calibrated; load the policy with engine='auto'")
+        with self._plain():
+            return calibrate(self.engine, self.requests(observations, instructions, noise=noise))
+
+    def requests(
+        self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
+    ) -> Iterator[Request]:
+        """What the engine is asked for these observations, one at a time: for measuring it."""
+        noises = _checked(observations, instructions, noise)
+        for observation, text, one in zip(observations, instructions, noises, strict=True):
+            frame = self._frame([self.embodiment.ordered_views(observation.images)])
+            drawn = self._draw(frame, [one])
+            yield Request(frame, [self._packs.get(text)], self._states([observation]), *drawn)
 
     def predict_action(
         self,
@@ -259,17 +287,7 @@ class Policy:
         self, frame: Tensor, instructions: list[str], state: Tensor | None, noise: Sequence[Noise]
     ) -> NDArray[np.float32]:
         """frame [B, 3, H, W] in [-1, 1] -> normalised actions [B, K, A_model]."""
-        config = self.config
-        rows, columns = config.latent_size(frame.shape[2], frame.shape[3])
-        shapes = {
-            "posterior": (config.vae.z_dim, 1, rows, columns),
-            "latent": (config.vae.z_dim, config.latent_frames, rows, columns),
-            "action": (config.head.action_horizon, config.head.action_dim),
-        }
-        drawn = [request.draw(shapes) for request in noise]
-        posterior, latent, action = (
-            torch.from_numpy(np.stack([d[name] for d in drawn])).to(self.device) for name in shapes
-        )
+        posterior, latent, action = self._draw(frame, noise)
         with self._plain():
             if self.engine is not None:
                 packs = [self._packs.get(text) for text in instructions]
@@ -284,6 +302,18 @@ class Policy:
                 "where they were given, the prompt embeddings"
             )
         return normalized
+
+    def _draw(self, frame: Tensor, noise: Sequence[Noise]) -> Iterator[Tensor]:
+        """The requests' posterior, latent and action noise, as `Engine.sample` takes them."""
+        config = self.config
+        rows, columns = config.latent_size(frame.shape[2], frame.shape[3])
+        shapes = {
+            "posterior": (config.vae.z_dim, 1, rows, columns),
+            "latent": (config.vae.z_dim, config.latent_frames, rows, columns),
+            "action": (config.head.action_horizon, config.head.action_dim),
+        }
+        drawn = [request.draw(shapes) for request in noise]
+        return (torch.from_numpy(np.stack([d[name] for d in drawn])).to(self.device) for name in shapes)
 
     def _plain(self) -> contextlib.AbstractContextManager[Any]:
         """Outside of the caller's autocast, which would change the numbers and what is cached."""
@@ -341,6 +371,20 @@ class Policy:
         vectors = np.stack([self.embodiment.state_vector(o.state) for o in observations])
         encoded = self.codec.state.forward(vectors[:, None])
         return torch.from_numpy(np.ascontiguousarray(encoded, dtype=np.float32)).to(self.device)
+
+
+def _checked(
+    observations: Sequence[Observation], instructions: Sequence[str], noise: Sequence[Noise] | None
+) -> list[Noise]:
+    """One noise per request; InputError unless there is an instruction for each observation."""
+    if not observations or len(observations) != len(instructions):
+        raise InputError(
+            f"batch: {len(observations)} observations and {len(instructions)} instructions; expected as many"
+        )
+    for observation in observations:
+        if not isinstance(observation, Observation):
+            raise InputError(f"observation: expected an Observation, got {type(observation).__name__}")
+    return _noises(noise, len(observations))
 
 
 def _noises(noise: Sequence[Noise] | None, count: int) -> list[Noise]:
