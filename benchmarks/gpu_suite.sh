@@ -28,6 +28,8 @@ step "latency"
 for preset in robocasa_gr1 libero; do
   run dit4dit bench latency --preset "$preset" --device cuda --baseline --chunks 50 \
     --json "$scratch/latency_$preset.json" --report "$out/latency_$preset"
+  run dit4dit bench latency --preset "$preset" --device cuda --no-text --quantization fp8 --chunks 200 \
+    --json "$scratch/latency_fp8_$preset.json"
 done
 
 step "ops"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from dit4dit.benchmarks import flops
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dit4dit.config import ModelConfig
 from dit4dit.embodiments import EMBODIMENTS
-from dit4dit.engine import Engine, PromptPack, stack
+from dit4dit.engine import Engine, PromptPack, StepInputs, calibrate, errors, stack
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.export import transformer_arguments
 from dit4dit.model.text import byte_tokenizer, standardize, tokenize
@@ -32,6 +32,8 @@ from dit4dit.presets import Preset
 STAGES = ("text", "vae", "backbone", "action_head")
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 """Largest relative difference between the two at which they are still timed."""
+QUANTISED = 2e-1
+"""Likewise, relative rms difference of the features of a quantised and the exact engine."""
 
 
 @dataclass
@@ -159,6 +161,10 @@ class Fast:
         engine.warm_up()
         self.pack: PromptPack = engine.pack(inputs.embeds)
 
+    def request(self, inputs: Inputs) -> StepInputs:
+        """The inputs as the engine's own functions take them."""
+        return StepInputs(inputs.frame, [self.pack], inputs.state, inputs.posterior, inputs.latent, inputs.action)
+
     @torch.no_grad()
     def sample(self, inputs: Inputs, clock: Clock) -> Tensor:
         """Normalised actions, float32 [1, K, A_model]; the instruction's pack is at hand, as in a control loop."""
@@ -180,11 +186,15 @@ def measure(
     baseline: bool,
     text: bool,
     seed: int,
+    quantization: Literal["fp8"] | None = None,
 ) -> dict[str, Any]:
     """Time `chunks` chunks, alternating with the published schedule where `baseline`; the result is ready for JSON.
 
+    With `quantization` the exact engine is held to the published schedule and the quantised one, which is timed, to the
+    exact one: "error" in the result.
+
     Raises:
-        RuntimeError: engine and published schedule do not agree; nothing has been timed.
+        RuntimeError: engine and published schedule, or quantised and exact engine, do not agree; nothing has been timed.
     """
     config = preset.model
     views = len(EMBODIMENTS[preset.embodiment].views)
@@ -192,11 +202,17 @@ def measure(
     inputs = Inputs.random(config, views, seed, device, text=text and baseline)
     if inputs.tokens is not None:
         inputs = Inputs(**{**vars(inputs), "embeds": model.embed(inputs.tokens)})
+    exact = None if quantization is None else Fast(Engine(model), inputs)
+    calibration = None if exact is None else calibrate(exact.engine, [exact.request(inputs)])
     start = time.perf_counter()
-    fast = Fast(Engine(model), inputs)
+    fast = Fast(Engine(model, quantization=quantization, calibration=calibration), inputs)
     folded = time.perf_counter()
     result = fast.sample(inputs, Clock(device))
     first = time.perf_counter()
+    error = None
+    if exact is not None:
+        error = quantisation_error(exact, fast, inputs)
+        result = exact.sample(inputs, Clock(device))
     contenders: dict[str, Callable[[Inputs, Clock], Tensor]] = {"engine": fast.sample}
     if baseline:
         published = Published(model)
@@ -217,6 +233,8 @@ def measure(
         "preset": name,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
+        "quantization": quantization,
+        "error": error,
         "text_encoder_in_baseline": inputs.tokens is not None,
         "machine": machine(),
         "cold_start_seconds": {"fold_pack_and_warm_up": folded - start, "first_chunk": first - folded},
@@ -235,6 +253,15 @@ def check(engine: Tensor, published: Tensor, dtype: torch.dtype) -> None:
         raise RuntimeError(
             f"engine and published schedule differ by {error:.2e} (at most {AGREE[dtype]:.0e}): not timed"
         )
+
+
+def quantisation_error(exact: Fast, other: Fast, inputs: Inputs) -> dict[str, dict[str, float]]:
+    """`errors` on the inputs that will be timed; RuntimeError where they are those of something broken."""
+    found = errors(exact.engine, other.engine, [exact.request(inputs)])
+    if not found["features"]["rms"] <= QUANTISED:
+        rms = found["features"]["rms"]
+        raise RuntimeError(f"quantised and exact features differ by {rms:.2e} (at most {QUANTISED:.0e}): not timed")
+    return found
 
 
 def median(values: Sequence[float]) -> float:

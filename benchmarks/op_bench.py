@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dit4dit import ops
 from dit4dit.errors import BackendError
+from dit4dit.ops.linear_fp8 import FP8
 
 
 def fill(args: tuple[Any, ...], device: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
@@ -30,6 +31,8 @@ def fill(args: tuple[Any, ...], device: str, dtype: torch.dtype, generator: torc
         if not isinstance(value, Tensor):
             return value
         x = torch.randn(value.shape, generator=generator)
+        if value.dtype == FP8:
+            return (64 * x).to(device, FP8)  # a row of a matrix that fills e4m3's range
         if x.ndim == 2 and x.shape[0] > 3:  # a weight, not a table of one row a latent frame
             x /= x.shape[1] ** 0.5
         return x.to(device, dtype if value.dtype == torch.bfloat16 else value.dtype)

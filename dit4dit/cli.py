@@ -14,6 +14,7 @@ from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["fp8"] | None
 Images = tyro.conf.UseAppendAction[tuple[Path, ...]]
 
 
@@ -63,6 +64,8 @@ def predict(
     seed: int = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    calibration: Path | None = None,
     json: Path | None = None,
     plot: Path | None = None,
 ) -> int:
@@ -78,6 +81,8 @@ def predict(
         seed: of the noise; same seed and input, same bits.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        quantization: fp8 multiplies the backbone's matrices in 8-bit floats; changes the result.
+        calibration: file of dit4dit calibrate, for and only for fp8.
         json: write the chunk to this file.
         plot: write a picture of the chunk to this file.
     """
@@ -85,7 +90,8 @@ def predict(
     from dit4dit.policy import Policy
 
     module.check_plot(plot)
-    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=_dtype(dtype), embodiment=embodiment)
+    options: dict[str, Any] = {"embodiment": embodiment, "quantization": quantization, "calibration": calibration}
+    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=_dtype(dtype), **options)
     result = module.predict(policy, list(image), state, instruction, seed)
     module.save(result, json, plot)
     _say(module.show(result))
@@ -226,6 +232,47 @@ def pack(
     return 0
 
 
+def calibrate(
+    checkpoint: str,
+    out: Path,
+    examples: Path | None = None,
+    image: Images = (),
+    state: Path | None = None,
+    instruction: str | None = None,
+    backbone: str | None = None,
+    embodiment: str | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Path | None = None,
+) -> int:
+    """The largest activations of a checkpoint, which fp8 needs, and the measured error of fp8 on the examples.
+
+    Args:
+        checkpoint: run folder, .pt file, folder in the own format, or hub id.
+        out: file for the calibration.
+        examples: JSON lines file, each line {"images": [one per view], "state": object or file, "instruction": words}.
+        image: of a single example: one 8-bit RGB picture per view, in the embodiment's order.
+        state: of a single example: JSON object, state key -> number or list of numbers, in robot units.
+        instruction: of a single example: what to do, in words.
+        backbone: Cosmos-Predict2.5 folder or hub id.
+        embodiment: robot name or statistics tag; what the checkpoint implies when not given.
+        seed: of the noise; example i takes chunk i of it.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU; the policy must be loaded with the same.
+        json: write the errors to this file.
+    """
+    from dit4dit.commands import calibrate as module
+    from dit4dit.policy import Policy
+
+    found = module.choose_examples(examples, list(image), state, instruction)
+    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=_dtype(dtype), embodiment=embodiment)
+    calibration, errors = module.calibrate(policy, found, seed)
+    calibration.save(out)
+    _finish(f"{module.show(calibration, errors)}\nwrote {out}", {"samples": calibration.samples, **errors}, json)
+    return 0
+
+
 def demo(out: Path = Path("demo"), seed: int = 1_000_000, device: Device = "auto") -> int:
     """A small model drives one episode of the built-in tabletop world; writes a video, a plot and a JSON file.
 
@@ -271,6 +318,7 @@ def bench_latency(
     chunks: int = 5,
     baseline: bool = False,
     text: bool = True,
+    quantization: Quantization = None,
     seed: int = 0,
     json: Path | None = None,
     report: Path | None = None,
@@ -284,6 +332,7 @@ def bench_latency(
         chunks: timed chunks of each contender.
         baseline: also time the published schedule, alternating, and report the ratio.
         text: the baseline encodes its instruction in each chunk, as published; --no-text leaves that out.
+        quantization: fp8 in the engine, calibrated on the inputs that are timed; its errors are reported.
         seed: of weights and inputs.
         json: also write every number to this file.
         report: write an HTML report and its pictures into this folder.
@@ -299,10 +348,13 @@ def bench_latency(
         raise InputError(f"--chunks: expected at least 1, got {chunks}")
     place, chosen = pick_device(device), find(preset)
     kind = _dtype(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    options = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
+    options = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed, "quantization": quantization}
     result = latency.measure(chosen, preset, device=place, dtype=kind, **options)
     header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
     lines = [table(header, latency.rows(result), right=range(1, 8))]
+    if result["error"]:
+        of = "  ".join(f"{what} {e['rms']:.2e}" for what, e in result["error"].items())
+        lines.append(f"{quantization} against the exact engine, rms: {of}")
     if result["ratio"]:
         lines.append("published / engine: " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratio"].items()))
     if report is not None:
@@ -319,6 +371,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert,
     "push": push,
     "pack": pack,
+    "calibrate": calibrate,
     "demo": demo,
 }
 BENCHMARKS: dict[str, Callable[..., int]] = {"flops": bench_flops, "latency": bench_latency}

@@ -59,6 +59,25 @@ def test_a_mismatch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_fp8_is_timed_with_its_error_beside_it(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "l.json"
+    words = ["--preset", "tiny", "--device", "cpu", "--chunks", "1", "--baseline", "--no-text", "--quantization", "fp8"]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "latency", *words, "--json", str(out)])
+    assert end.value.code == 0
+    data = json.loads(out.read_text())
+    assert data["quantization"] == "fp8"
+    assert 0.005 < data["error"]["features"]["rms"] < 0.1
+    assert "fp8 against the exact engine, rms: features" in capsys.readouterr().out
+
+
+def test_fp8_that_is_far_off_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "QUANTISED", 1e-3)
+    options = dict(chunks=1, baseline=False, text=False, seed=0, quantization="fp8")
+    with pytest.raises(RuntimeError, match=r"quantised and exact features differ by .* not timed"):
+        latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
+
+
 @pytest.mark.parametrize("text", [True, False])
 def test_the_baseline_does_all_the_published_work(text: bool) -> None:
     """Counted while it runs, the text encoder's output matrix for logits that nobody reads included."""
