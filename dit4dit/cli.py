@@ -256,11 +256,12 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "push": push,
     "pack": pack,
     "demo": demo,
+    "tune": measuring.tune,
 }
 
 
 def bench() -> int:
-    """Benchmarks: flops and latency; `dit4dit bench latency --help`."""
+    """Benchmarks: flops, latency and ops; `dit4dit bench latency --help`."""
     raise AssertionError("main() sends bench to its own subcommands")
 
 

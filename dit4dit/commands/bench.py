@@ -1,11 +1,12 @@
-"""The commands that measure: `dit4dit bench ...`, one function each. They print; what they measure is in `dit4dit.benchmarks`."""
+"""The commands that measure: `dit4dit bench ...` and `dit4dit tune`, one function each; what they run is `dit4dit.benchmarks`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from dit4dit.commands.shell import Device, Dtype, dtype_of, finish
+from dit4dit.commands.shell import Device, Dtype, dtype_of, finish, say
 from dit4dit.errors import InputError
 
 
@@ -74,4 +75,108 @@ def latency(
     return 0
 
 
-BENCHMARKS: dict[str, Callable[..., int]] = {"flops": flops, "latency": latency}
+def ops(
+    ops: tuple[str, ...] = (),
+    device: Device = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    sizes: Literal["auto", "gr1", "all"] = "auto",
+    batch: int = 1,
+    samples: int | None = None,
+    compile: bool = True,
+    seed: int = 0,
+    json: Path | None = None,
+) -> int:
+    """Time single ops: PyTorch eager, torch.compile, and every implementation that fits, at the released models' sizes.
+
+    Nothing is timed before it agrees with the reference on the very tensors; exit code 1 where something does not.
+
+    Args:
+        ops: some of the ops; all when not given.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        sizes: calls of every released model, or of RoboCasa-GR1 alone; auto is all on a GPU and gr1 on a CPU.
+        batch: requests at a time.
+        samples: timed calls each; 200 on a GPU and 10 on a CPU when not given.
+        compile: time torch.compile of the reference too.
+        seed: of the tensors.
+        json: also write every number to this file, as they come.
+    """
+    import torch
+
+    from dit4dit import ops as all_ops
+    from dit4dit.benchmarks import op_bench
+    from dit4dit.policy import pick_device
+
+    for name, value in (("--batch", batch), ("--samples", samples)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}: expected at least 1, got {value}")
+    for op in ops:
+        all_ops.implementations(op)  # BackendError: no such op
+    place = pick_device(device)
+    gpu = place.type == "cuda"
+    result = op_bench.run(
+        ops or all_ops.names(),
+        device=str(place),
+        dtype=dtype_of(dtype) or (torch.bfloat16 if gpu else torch.float32),
+        samples=samples or (200 if gpu else 10),
+        batch=batch,
+        gr1_only=sizes == "gr1" or (sizes == "auto" and not gpu),
+        compiling=compile,
+        seed=seed,
+        keep=json,
+    )
+    finish(op_bench.show(result), result, json)
+    return 1 if op_bench.disagreements(result) else 0
+
+
+def tune(
+    ops: tuple[str, ...] = (),
+    out: Path = Path("tiles.json"),
+    device: Device = "auto",
+    batch: tuple[int, ...] = (1, 16),
+    samples: int = 30,
+    seconds: float | None = None,
+    seed: int = 0,
+    json: Path | None = None,
+    whole: bool = False,
+) -> int:
+    """Measure block sizes of the Triton kernels on this GPU and write a table that DIT4DIT_TILES can name.
+
+    Nothing else ever tunes. What OUT holds already of other ops and chips stays; files are written after each row.
+
+    Args:
+        ops: some of the ops with tiles; all when not given.
+        out: the table; use it with DIT4DIT_TILES=OUT.
+        device: auto, cuda or cuda:N.
+        batch: requests at a time, all of which a row has to serve.
+        samples: timed calls of each tile.
+        seconds: end the search after about this long; rows that were not reached keep their tiles.
+        seed: of the tensors.
+        json: every timing goes here; OUT with the ending .timings.json when not given.
+        whole: write the package's table with the new columns instead, to replace dit4dit/ops/tiles.json.
+    """
+    from functools import partial
+
+    import torch
+
+    from dit4dit.benchmarks import tune as module
+    from dit4dit.ops import launch
+    from dit4dit.policy import pick_device
+
+    if not batch or min(batch) < 1 or samples < 1:
+        raise InputError(f"--batch, --samples: expected at least 1, got {list(batch)} and {samples}")
+    place = pick_device(device)
+    names = module.check(ops, place)
+    files = module.Files(out, json or out.with_suffix(".timings.json"), whole)
+    files.check()
+    found = module.on_gpu(names, place, batch, seed)
+    measure = partial(module.measured, samples=samples)
+    with torch.no_grad():
+        search = module.tune(launch.architecture(place), found, measure, seconds=seconds, keep=files.keep)
+    files.keep(search)
+    use = "replace dit4dit/ops/tiles.json with it" if whole else f"export DIT4DIT_TILES={out.resolve()}"
+    say(f"{module.show(search)}\nwrote {out} and {files.timings}; to use it: {use}")
+    return 0
+
+
+BENCHMARKS: dict[str, Callable[..., int]] = {"flops": flops, "latency": latency, "ops": ops}
