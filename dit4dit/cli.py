@@ -261,7 +261,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def bench() -> int:
-    """Benchmarks: flops, latency and ops; `dit4dit bench latency --help`."""
+    """Benchmarks: flops, latency, ops and options; `dit4dit bench latency --help`."""
     raise AssertionError("main() sends bench to its own subcommands")
 
 

@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from dit4dit.commands.shell import Device, Dtype, dtype_of, finish, say
 from dit4dit.errors import InputError
+
+Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 def flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
@@ -129,6 +133,50 @@ def ops(
     return 1 if op_bench.disagreements(result) else 0
 
 
+def options(
+    preset: Texts = (),
+    checkpoint: Texts = (),
+    backbone: str | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seeds: int = 8,
+    seed: int = 0,
+    json: Path | None = None,
+) -> int:
+    """Error of every option that changes numbers, against the exact engine with the same noise.
+
+    A preset has random weights; of a trained model only its checkpoint tells.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop; may be given several times.
+        checkpoint: run folder, .pt file, folder in the own format, or hub id; may be given several times.
+        backbone: Cosmos-Predict2.5 folder or hub id, for the checkpoints.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        seeds: requests, each with a picture, a state and noise of its own.
+        seed: of the first request, and of a preset's weights.
+        json: also write every number to this file.
+    """
+    import torch
+
+    from dit4dit.benchmarks import options as module
+    from dit4dit.policy import pick_device
+    from dit4dit.presets import preset as find
+
+    if not preset and not checkpoint:
+        raise InputError("bench options: give --preset or --checkpoint")
+    if seeds < 1:
+        raise InputError(f"--seeds: expected at least 1, got {seeds}")
+    place = pick_device(device)
+    kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    found = [(name, find(name)) for name in preset]
+    subjects = [module.of_preset(name, chosen, device=place, dtype=kind, seed=seed) for name, chosen in found]
+    subjects += [module.of_checkpoint(path, backbone, device=place, dtype=kind) for path in checkpoint]
+    results = [module.measure(subject, module.OPTIONS, seeds=seeds, seed=seed) for subject in subjects]
+    finish("\n\n".join(module.show(result) for result in results), {"subjects": results}, json)
+    return 0
+
+
 def tune(
     ops: tuple[str, ...] = (),
     out: Path = Path("tiles.json"),
@@ -179,4 +227,4 @@ def tune(
     return 0
 
 
-BENCHMARKS: dict[str, Callable[..., int]] = {"flops": flops, "latency": latency, "ops": ops}
+BENCHMARKS: dict[str, Callable[..., int]] = {"flops": flops, "latency": latency, "ops": ops, "options": options}
