@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dit4dit.benchmarks import flops
+from dit4dit.benchmarks import flops, roofline
 from dit4dit.benchmarks.harness import machine, quantiles
 from torch import Tensor
 from tqdm import tqdm
@@ -213,6 +213,8 @@ def measure(
             totals[who] += whole.seconds["total"]
     rates.append(matrix_rate(device, dtype))
     counts = flops.count(preset)
+    stages = {who: {s: median(c.seconds[s]) * 1e3 for s in c.seconds} for who, c in clocks.items()}
+    assert model.head is not None
     return {
         "preset": name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -221,7 +223,17 @@ def measure(
         "machine": machine(),
         "cold_start_seconds": {"fold_pack_and_warm_up": folded - start, "first_chunk": first - folded},
         "ratio": ratios(totals, clocks) if baseline else None,
-        "stages": {who: {s: median(c.seconds[s]) * 1e3 for s in c.seconds} for who, c in clocks.items()},
+        "stages": stages,
+        "roofline": roofline.points(
+            preset,
+            counts,
+            stages,
+            matrix_gflops=max(rates),
+            memory_gb_per_s=roofline.memory_rate(device),
+            dtype=dtype,
+            head_dtype=model.head.action_decoder.layer2.weight.dtype,
+            text=inputs.tokens is not None,
+        ),
         "share_of_measured_rate": shares(totals, counts, max(rates), inputs.tokens is not None),
         "samples_ms": {who: [t * 1e3 for t in times] for who, times in totals.items()},
         **{who: {k: v if k == "jitter" else v * 1e3 for k, v in quantiles(t).items()} for who, t in totals.items()},

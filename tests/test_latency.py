@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit4dit.benchmarks import flops, latency
+from dit4dit.benchmarks import flops, latency, roofline
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,6 +38,21 @@ def test_command_writes_numbers_and_pictures(tmp_path: Path, capsys) -> None:
     assert data["ratio"]["total"] == pytest.approx(sorted(pairs)[1])
     for name in ("histogram", "stages", "roofline"):
         assert Image.open(report / f"{name}.png").size[0] > 500
+    roof = data["roofline"]
+    assert {(p["who"], p["stage"]) for p in roof["points"]} == {
+        (who, stage) for who, stages in data["stages"].items() for stage in stages
+    }
+    for p in roof["points"]:
+        assert p["gflop_per_s"] == pytest.approx(p["gflop"] / data["stages"][p["who"]][p["stage"]] * 1e3)
+        assert p["intensity"] == pytest.approx(p["gflop"] / p["gbytes"])
+        assert p["roof_gflop_per_s"] == pytest.approx(
+            min(roof["matrix_gflops"], roof["memory_gb_per_s"] * p["intensity"])
+        )
+        assert p["share_of_roof"] == pytest.approx(p["gflop_per_s"] / p["roof_gflop_per_s"])
+    work = {who: sum(p["gflop"] for p in roof["points"] if p["who"] == who) for who in ("engine", "baseline")}
+    counts = flops.count(preset("tiny"))
+    assert work["engine"] == pytest.approx(counts["executed"]["total"])
+    assert work["baseline"] == pytest.approx(counts["published"]["total"])
     page = (report / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "published / engine" in capsys.readouterr().out
@@ -49,6 +64,20 @@ def test_without_baseline(tmp_path: Path) -> None:
     )
     assert result["ratio"] is None
     assert "baseline" not in result
+    assert {p["who"] for p in result["roofline"]["points"]} == {"engine"}
+
+
+def test_the_head_is_counted_in_its_own_dtype() -> None:
+    tiny = preset("tiny")
+    shared = {"matrix_gflops": 100.0, "memory_gb_per_s": 10.0, "head_dtype": torch.float32, "text": False}
+    stages = {"engine": {"vae": 1.0, "backbone": 1.0, "action_head": 1.0}}
+    wide, narrow = (
+        {p["stage"]: p for p in roofline.points(tiny, flops.count(tiny), stages, dtype=dtype, **shared)["points"]}
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for stage, factor in (("vae", 2), ("backbone", 2), ("action_head", 1)):
+        assert wide[stage]["gbytes"] == pytest.approx(factor * narrow[stage]["gbytes"])
+    assert narrow["action_head"]["dtype"] == "float32"
 
 
 def test_a_mismatch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
