@@ -161,26 +161,40 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def measure(case: Case, args: tuple[Any, ...], samples: int, compiling: bool) -> list[dict[str, Any]]:
     """One row a contender: its times and rates, or "left_out" with the reason ("disagrees" says it was wrong)."""
     op, name, _ = case
-    timer = time_gpu if next(_tensors(args)).device.type == "cuda" else time_cpu
     reference = reference_of(op)
     found, out = contenders(op, args, compiling)
     common = {"op": op, "case": name}
     rows: list[dict[str, Any]] = []
-    doing = work(reference, args)
-    eager = 0.0
     for contender, fn in found.items():
-        row = {**common, "implementation": contender}
         try:
             assert_no_worse(fn, reference, args, float32_limit=1e-5)
         except AssertionError as error:
-            rows.append({**row, "left_out": f"not timed, it disagrees with the reference: {error}", "disagrees": True})
-            continue
-        times = quantiles(timer(partial(fn, *args), samples=samples, warmup=max(2, samples // 10)))
-        eager = eager or times["p50"]
-        ms = {key: value * 1e3 for key, value in times.items() if key != "jitter"}
-        rates = {"gb_per_s": doing["bytes"] / times["p50"] / 1e9, "gflop_per_s": doing["flops"] / times["p50"] / 1e9}
-        rows.append({**row, "ms": ms, "jitter": times["jitter"], **doing, **rates, "ratio": eager / times["p50"]})
+            wrong = {"left_out": f"not timed, it disagrees with the reference: {error}", "disagrees": True}
+            rows.append({**common, "implementation": contender, **wrong})
+    wrong_ones = {row["implementation"] for row in rows}
+    doing = work(reference, args)
+    times = alternating({c: partial(fn, *args) for c, fn in found.items() if c not in wrong_ones}, args, samples)
+    eager = times["eager"]["p50"]
+    for contender, q in times.items():
+        ms = {key: value * 1e3 for key, value in q.items() if key != "jitter"}
+        rates = {"gb_per_s": doing["bytes"] / q["p50"] / 1e9, "gflop_per_s": doing["flops"] / q["p50"] / 1e9}
+        row = {**common, "implementation": contender, "ms": ms, "jitter": q["jitter"], **doing, **rates}
+        rows.append({**row, "ratio": eager / q["p50"]})
     return rows + [{**common, "implementation": other, "left_out": reason} for other, reason in out.items()]
+
+
+def alternating(
+    todo: dict[str, Callable[[], Any]], args: tuple[Any, ...], samples: int, rounds: int = 5
+) -> dict[str, dict[str, float]]:
+    """Quantiles of each contender's seconds, taken in turns, so that a machine that changes pace does so for all."""
+    timer = time_gpu if next(_tensors(args)).device.type == "cuda" else time_cpu
+    rounds = min(rounds, samples)
+    seconds: dict[str, list[float]] = {contender: [] for contender in todo}
+    for i in range(rounds):
+        share = samples // rounds + (i < samples % rounds)
+        for contender, fn in todo.items():
+            seconds[contender] += timer(fn, samples=share, warmup=max(2, share // 10))
+    return {contender: quantiles(taken) for contender, taken in seconds.items()}
 
 
 def run(

@@ -64,7 +64,7 @@ class Search:
     """What has been found so far on one architecture.
 
     Attributes:
-        columns: op -> its column, rows that were measured with their best tile.
+        columns: op -> its column, rows that were measured with their best tile; no op without a measured row.
         timings: one entry per row and tile tried: "op", "row", "upto", "cases", "tile", "ms" per case (None where the tile
             is no good) and "refused" (why).
         best: one entry per measured row: "op", "upto", "before" and "tile", their milliseconds, "tried".
@@ -99,14 +99,14 @@ def tune(
     with tqdm(groups.items(), unit="row", disable=None) as bar:
         for n, ((op, i), group) in enumerate(bar):
             bar.set_description(f"{op} row {i + 1}")
-            if op not in search.columns:
-                column = tiles.table()[op][tiles.nearest(op, architecture)]
-                search.columns[op] = [{name: dict(part) for name, part in row.items()} for row in column]
             now = time.monotonic()
             share = None if end is None else now + max(end - now, 0.0) / (len(groups) - n)
             if end is not None and now >= end:
                 search.left.append(f"{op} row {i + 1}")
                 continue
+            if op not in search.columns:
+                column = tiles.table()[op][tiles.nearest(op, architecture)]
+                search.columns[op] = [{name: dict(part) for name, part in row.items()} for row in column]
             _uphill(search, op, i, group, measure, rounds, share)
             keep(search)
     return search

@@ -145,6 +145,16 @@ def test_compile_is_timed_or_says_why_not(tmp_path: Path, monkeypatch: pytest.Mo
     assert "no compiler here (euler_step)" in capsys.readouterr().out
 
 
+def test_contenders_are_timed_in_turns() -> None:
+    calls: list[str] = []
+    todo = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    found = op_bench.alternating(todo, (torch.zeros(1),), samples=7, rounds=3)
+    assert set(found) == {"a", "b"}
+    order = [name for i, name in enumerate(calls) if i == 0 or name != calls[i - 1]]
+    assert order == ["a", "b"] * 3
+    assert calls.count("a") == 7 + 3 * 2  # and two calls before each turn
+
+
 def test_a_call_without_new_memory_counts_what_it_reads() -> None:
     x, y = torch.zeros(4, 8), torch.zeros(8, 2)
     assert op_bench.work(lambda x, y: x @ y, (x, y)) == {"flops": 2 * 4 * 8 * 2, "bytes": 4 * (32 + 16 + 8)}
