@@ -72,10 +72,10 @@ done
 if [[ "$device" == cpu || "${TESTS:-1}" != 1 ]]; then
   record gpu_tests - 0 0 "DEVICE=$device TESTS=${TESTS:-1}"
 else
-  part gpu_tests 90 pytest -q -m gpu tests
+  part gpu_tests 100 pytest -q -m gpu tests
 fi
 
-part ops 75 dit4dit bench ops ${ops:+--ops "${ops[@]}"} --sizes gr1 --device "$device" --json "$scratch/ops.json"
+part ops 100 dit4dit bench ops ${ops:+--ops "${ops[@]}"} --sizes gr1 --device "$device" --json "$scratch/ops.json"
 
 part options 60 dit4dit bench options --checkpoint tests/golden/libero_tiny --checkpoint tests/golden/gr1_tiny \
   --preset "${presets[0]}" --seeds 4 --device "$device" --json "$scratch/options.json"

@@ -203,14 +203,7 @@ def measure(
         check(result, published.sample(inputs, Clock(device)), dtype)
         contenders["baseline"] = published.sample
     rates = [matrix_rate(device, dtype)]
-    clocks = {who: Clock(device) for who in contenders}
-    totals: dict[str, list[float]] = {who: [] for who in contenders}
-    for _ in tqdm(range(chunks), desc="chunks", disable=None):
-        for who, run in contenders.items():
-            whole = Clock(device)
-            with whole.stage("total"):
-                run(inputs, clocks[who])
-            totals[who] += whole.seconds["total"]
+    clocks, totals = timed(contenders, inputs, chunks)
     rates.append(matrix_rate(device, dtype))
     counts = flops.count(preset)
     stages = {who: {s: median(c.seconds[s]) * 1e3 for s in c.seconds} for who, c in clocks.items()}
@@ -238,6 +231,22 @@ def measure(
         "samples_ms": {who: [t * 1e3 for t in times] for who, times in totals.items()},
         **{who: {k: v if k == "jitter" else v * 1e3 for k, v in quantiles(t).items()} for who, t in totals.items()},
     }
+
+
+def timed(
+    contenders: dict[str, Callable[[Inputs, Clock], Tensor]], inputs: Inputs, chunks: int
+) -> tuple[dict[str, Clock], dict[str, list[float]]]:
+    """Each contender's stages, and its seconds per chunk; they take turns."""
+    device = inputs.frame.device
+    clocks = {who: Clock(device) for who in contenders}
+    totals: dict[str, list[float]] = {who: [] for who in contenders}
+    for _ in tqdm(range(chunks), desc="chunks", disable=None):
+        for who, run in contenders.items():
+            whole = Clock(device)
+            with whole.stage("total"):
+                run(inputs, clocks[who])
+            totals[who] += whole.seconds["total"]
+    return clocks, totals
 
 
 def check(engine: Tensor, published: Tensor, dtype: torch.dtype) -> None:
