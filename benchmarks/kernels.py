@@ -90,12 +90,14 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"{tokens} feed-forward", "linear_gated", (wide, _empty(width, 4 * width), bias, x, None)
     for channels, side in ((96, 224), (192, 112), (384, 28)):
         x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
-        yield f"{channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
+        yield f"gr1 {channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
     a, left = f32(batch, 16, 32), f32(batch, 16, 32)
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
-    yield "", "philox_normal", (_empty(batch, 2, dtype=torch.int64), 1, (16, 3, 28, 28))
-    yield "", "unnormalize", (a, _empty(5, 29, dtype=torch.float64))
+    requests = _empty(batch, 2, dtype=torch.int64)
+    for robot, latent, size in (("gr1", (16, 3, 28, 28), 29), ("libero", (16, 2, 28, 56), 7)):
+        yield robot, "philox_normal", (requests, 1, latent)
+        yield robot, "unnormalize", (a, _empty(5, size, dtype=torch.float64))
 
 
 def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
