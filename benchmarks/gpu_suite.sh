@@ -7,7 +7,8 @@
 # Every part has its own time limit and cannot stop the others; the file is written anew after each part, with what failed and
 # the end of its log. Exit code 1 when a part failed. Nothing is downloaded: the dependencies must be there.
 #
-# Environment: PYTHON (python3), DEVICE (cuda), PRESETS (robocasa_gr1 libero), CHUNKS (100), OPS (all), LIMIT (465 s in all),
+# Environment: PYTHON (python3), DEVICE (cuda), PRESETS (robocasa_gr1 libero), CHUNKS (100), ALONE (10000 and for fp8 1000: chunks
+# of the engine by itself, for the tail), OPS (all), LIMIT (465 s in all),
 # BUILD=0 and TESTS=0 leave those parts out. DEVICE=cpu PRESETS=tiny runs what can be run without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -65,10 +66,13 @@ for fixture in libero_tiny gr1_tiny; do
 done
 
 for preset in "${presets[@]}"; do
-  part "latency_$preset" 110 dit4dit bench latency --preset "$preset" --device "$device" --baseline \
-    --chunks "${CHUNKS:-100}" --json "$scratch/latency_$preset.json" --report "$out/latency_$preset"
-  part "latency_fp8_$preset" 60 dit4dit bench latency --preset "$preset" --device "$device" --quantization fp8 \
-    --chunks "${CHUNKS:-100}" --json "$scratch/latency_fp8_$preset.json"
+  part "latency_$preset" 130 dit4dit bench latency --preset "$preset" --device "$device" --baseline \
+    --chunks "${CHUNKS:-100}" --engine-chunks "${ALONE:-10000}" \
+    --json "$scratch/latency_$preset.json" --report "$out/latency_$preset"
+done
+for preset in "${presets[@]}"; do
+  part "latency_fp8_$preset" 45 dit4dit bench latency --preset "$preset" --device "$device" --quantization fp8 \
+    --chunks "${CHUNKS:-100}" --engine-chunks "${ALONE:-1000}" --json "$scratch/latency_fp8_$preset.json"
 done
 
 if [[ "$device" == cpu || "${TESTS:-1}" != 1 ]]; then
