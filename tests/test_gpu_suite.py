@@ -41,13 +41,14 @@ def test_a_part_that_fails_is_recorded_and_stops_no_other(tmp_path: Path) -> Non
     assert done.returncode == 1, done.stderr
     data = result(tmp_path)
     assert data["machine"]["cores"] >= 1
-    assert data["suite"]["failed"] == ["latency_tinny", "flops_tinny"]
+    assert data["suite"]["failed"] == ["latency_tinny", "latency_fp8_tinny", "flops_tinny"]
     parts = data["suite"]["parts"]
     assert "did you mean 'tiny'" in parts["latency_tinny"]["log"][-1]
     assert parts["latency_tinny"]["exit_code"] == 2
     assert {name for name, part in parts.items() if "left_out" in part} == {"build", "gpu_tests", "tune"}
     ran = {name for name, part in parts.items() if part.get("exit_code") == 0}
-    assert ran == {"doctor", "parity_libero_tiny", "parity_gr1_tiny", "latency_tiny", "ops", "options", "flops_tiny"}
+    models = {"parity_libero_tiny", "parity_gr1_tiny", "latency_tiny", "latency_fp8_tiny", "flops_tiny"}
+    assert ran == {"doctor", "ops", "options", *models}
     assert ran <= set(data)
     assert data["doctor"]["healthy"]
     assert all(stage["ok"] for stage in data["parity_gr1_tiny"]["stages"])
