@@ -74,6 +74,8 @@ class PyAvDecoder:
         self.stream = _stream(self.container, path)
         self.stream.codec_context.thread_count = 1
         av = require("av", "train")
+        # one for all frames: setting up the conversion costs more than converting
+        self.reformatter = av.video.reformatter.VideoReformatter()
         try:
             times = [packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None]
         except av.error.FFmpegError as error:
@@ -102,7 +104,7 @@ class PyAvDecoder:
             self.container.seek(min(wanted), stream=self.stream, backward=True)
             for frame in self.container.decode(self.stream):
                 if frame.pts in wanted:
-                    found[frame.pts] = frame.to_ndarray(format="rgb24")
+                    found[frame.pts] = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
                 if frame.pts is not None and frame.pts >= max(wanted):
                     break
         except av.error.FFmpegError as error:
