@@ -287,6 +287,13 @@ def test_damage_is_one_clear_error_before_training_and_a_counted_skip_when_asked
     assert np.isfinite(made.statistics["franka"]["action"]["mean"]).all()
 
 
+def test_the_instructions_of_a_mixture(libero_data: Path, write_libero, tmp_path: Path) -> None:
+    assert mixture(libero_data / "v3.0").instructions == ("task 0", "task 1")
+    root = write_libero(tmp_path / "set", lengths=(9, 8))
+    (root / "data/chunk-000/episode_000001.parquet").unlink()
+    assert mixture(root, skip_bad=True).instructions == ("task 0",)
+
+
 def test_damage_that_a_robot_does_not_read_does_not_stop_it(spoiled) -> None:
     root, _ = spoiled("truncated mp4")
     problems = LeRobot.open(root).columns.problems
@@ -359,7 +366,7 @@ def test_a_damaged_v3_meta_folder_is_named(write_libero, tmp_path: Path, file: s
     with pytest.raises(DataError, match="unreadable parquet"):
         read_meta(root)
     (root / file).unlink()
-    with pytest.raises(DataError, match="no such file|no parquet files"):
+    with pytest.raises(DataError, match=r"no such file|no parquet files"):
         read_meta(root)
 
 

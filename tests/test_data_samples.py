@@ -185,6 +185,23 @@ def test_a_robot_of_the_users_with_rotations_and_binary_grippers(tmp_path: Path)
     assert (sample.actions[2:, :6] == 0).all()  # past the end, relative, not normalised
 
 
+def test_a_rotation_that_does_not_say_what_it_is_is_refused(write_libero, tmp_path: Path) -> None:
+    own = tmp_path / "my.yaml"
+    own.write_text(
+        "robots:\n  turned:\n    video: [image]\n    state: [turn]\n    action: [action]\n"
+        "    language: annotation.human.action.task_description\n    action_steps: 4\n"
+        "    target_rotations: {state.turn: rotation_6d}\n"
+        "    modality:\n      state: {turn: {start: 3, end: 6}}\n      action: {action: {start: 0, end: 7}}\n"
+        "      video: {image: {original_key: observation.images.image}}\n"
+        "      annotation: {human.action.task_description: {original_key: task_index}}\n"
+    )
+    root = write_libero(tmp_path / "set")
+    with pytest.raises(DataError, match=r"state\.turn: needs its rotation_type, to become rotation_6d"):
+        open_one(root, "turned", own)
+    own.write_text(own.read_text().replace("end: 6}", "end: 6, rotation_type: axis_angle}"))
+    assert [key.dim for key in open_one(root, "turned", own).recordings[0].embodiment.state] == [6]
+
+
 def test_rotations_agree_with_one_another() -> None:
     rng = np.random.default_rng(0)
     euler = rng.uniform(-1.5, 1.5, (50, 3))
@@ -216,14 +233,14 @@ def test_an_unknown_rotation_is_refused(tmp_path: Path, write_libero) -> None:
 
 
 def test_a_robot_that_does_not_fit_the_data_is_refused(libero_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no meta/modality.json, and the robot's standard one does not fit"):
+    with pytest.raises(DataError, match=r"has no meta/modality\.json, and the robot's standard one does not fit"):
         open_one(libero_data / "v2.1", "tabletop")
     with pytest.raises(DataError, match="no state 'left_arm'"):
         open_one(libero_data / "v2.1", "fourier_gr1_arms_waist")
     modality = json.loads(json.dumps(catalogue().robot("libero_franka").modality))
     modality["state"]["x"]["end"] = 2
     (tmp_path / "m.json").write_text(json.dumps(modality))
-    with pytest.raises(ConfigError, match="state.x: robot 'libero_franka' has 1 values there, the data set 2"):
+    with pytest.raises(ConfigError, match=r"state\.x: robot 'libero_franka' has 1 values there, the data set 2"):
         open_one(libero_data / "v2.1", "libero_franka", modality=str(tmp_path / "m.json"))
 
 

@@ -182,6 +182,22 @@ def test_the_check_warns_of_what_is_allowed_and_odd(tmp_path: Path, libero_episo
     assert "differ only in case or spaces: 'open the drawer'" in warnings
 
 
+def test_the_check_warns_of_videos_that_go_on(write_libero, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from dit4dit.data.check import check
+
+    root = write_libero(tmp_path / "set")
+    path = root / "data/chunk-000/episode_000002.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 16), path)
+    (root / "meta/episodes.jsonl").write_text(
+        (root / "meta/episodes.jsonl").read_text().replace('"length": 17', '"length": 16')
+    )
+    found = check(root, decode=False)
+    assert found["errors"] == []
+    assert found["warnings"][0].startswith("2 videos have more frames than their episode has rows; the first: ")
+
+
 def test_the_loader_benchmark(main, libero_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "loader.json"
     words = (
