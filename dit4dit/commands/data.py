@@ -65,11 +65,9 @@ def stats(
         _say(f"note: {note}")
     for tag, entry in found.items():
         _say(f"{tag}: {entry['num_transitions']:,} frames of {entry['num_trajectories']:,} episodes")
-        robots_of_tag = [r.embodiment for r in opened.recordings if r.embodiment.tag == tag]
-        names = {"action": robots_of_tag[0].action_names}
-        names["state"] = tuple(
-            f"{k.name}.{i}" if k.dim > 1 else k.name for k in robots_of_tag[0].state for i in range(k.dim)
-        )
+        robot_of_tag = next(r.embodiment for r in opened.recordings if r.embodiment.tag == tag)
+        state = tuple(f"{k.name}.{i}" if k.dim > 1 else k.name for k in robot_of_tag.state for i in range(k.dim))
+        names = {"action": robot_of_tag.action_names, "state": state}
         for part in ("state", "action"):
             if part in entry:
                 _say(table([part, *_NAMES], _rows(names[part], entry[part]), right=range(1, 7)))
