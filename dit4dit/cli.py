@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from dit4dit.commands import bench as measuring
+from dit4dit.commands import data as data_commands
 from dit4dit.commands.shell import Device, Dtype, dtype_of, finish, say
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
@@ -303,14 +304,23 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "push": push,
     "pack": pack,
     "calibrate": calibrate,
+    "stats": data_commands.stats,
     "demo": demo,
     "tune": measuring.tune,
 }
+BENCHMARKS: dict[str, Callable[..., int]] = {**measuring.BENCHMARKS, "loader": data_commands.bench_loader}
+DATA: dict[str, Callable[..., int]] = {"check": data_commands.data_check}
+GROUPS = {"bench": BENCHMARKS, "data": DATA}
 
 
 def bench() -> int:
-    """Benchmarks: flops, latency, ops and options; `dit4dit bench latency --help`."""
+    """Benchmarks: flops, latency, ops, options and loader; `dit4dit bench latency --help`."""
     raise AssertionError("main() sends bench to its own subcommands")
+
+
+def data() -> int:
+    """Data sets: check; `dit4dit data check --help`."""
+    raise AssertionError("main() sends data to its own subcommands")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -319,9 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands, program = {**COMMANDS, "bench": bench}, "dit4dit"
-    if words[:1] == ["bench"]:
-        commands, program, words = dict(measuring.BENCHMARKS), "dit4dit bench", words[1:]
+    commands, program = {**COMMANDS, "data": data, "bench": bench}, "dit4dit"
+    if words and words[0] in GROUPS:
+        commands, program, words = dict(GROUPS[words[0]]), f"dit4dit {words[0]}", words[1:]
     try:
         if words and not words[0].startswith("-") and words[0] not in commands:
             known = list(commands)
