@@ -12,7 +12,7 @@ import tyro
 
 from dit4dit.commands import bench as measuring
 from dit4dit.commands import data as data_commands
-from dit4dit.commands.shell import Device, Dtype, dtype_of, finish, say
+from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, finish, say
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
 Quantization = Literal["fp8"] | None
@@ -223,12 +223,22 @@ def pack(
 
     if not instructions.is_file():
         raise InputError(f"{instructions}: no such file; expected one instruction a line")
-    lines = list(dict.fromkeys(line.strip() for line in instructions.read_text().splitlines() if line.strip()))
+    try:
+        text = instructions.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{instructions}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
     if not lines:
         raise InputError(f"{instructions}: empty; expected one instruction a line")
+    check_folder("--out", out)
     policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=dtype_of(dtype), packs=out)
     for line in tqdm(lines, desc="packs", disable=None):
         policy.prepare(line).result()
+        assert policy.packs is not None
+        if not policy.packs.path(line).is_file():
+            raise InputError(f"--out {out}: the pack of {line!r:.60} could not be written; is the disk full?")
     say(f"{len(lines)} packs in {out}")
     return 0
 
