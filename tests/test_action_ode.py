@@ -8,73 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from head_case import A100, H200, SMALL, Case, tiny
 
-from dit4dit import embodiments, ops
+from dit4dit import embodiments
 from dit4dit.action_ode import Device, HeadShape, Schedule, head_shape, plan
 from dit4dit.action_ode.epilogue import Guidance, Units
 from dit4dit.action_ode.schedule import NONE, Norm, Opcode, Product, Space, Tile
-from dit4dit.action_ode.twin import Twin
 from dit4dit.action_ode.validate import ScheduleError, validate
-from dit4dit.action_ode.weights import from_slots, pack, to_slots
+from dit4dit.action_ode.weights import from_slots, to_slots
 from dit4dit.config import HeadConfig
-from dit4dit.engine.fold import fold_head
 from dit4dit.errors import ConfigError
-from dit4dit.model.action_head import ActionHead
 from dit4dit.ops.euler_step import prefix_weights
 from dit4dit.transforms import Chain, Normalize, Pad, SinCos, Threshold
-
-SMALL = Device(workers=7, shared_memory=99 << 10, capability=80)
-A100 = Device(108, 163 << 10, 80)
-H200 = Device(132, 227 << 10, 90)
-TINY: dict[str, Any] = dict(
-    num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
-)
-
-
-class Case:
-    """A head with random weights, large enough for the velocity to matter, and one request."""
-
-    def __init__(
-        self, config: HeadConfig, batch: int = 1, context: int = 40, steps: int = 2, prefix: bool = True
-    ) -> None:
-        torch.manual_seed(0)
-        self.config, self.batch, self.steps = config, batch, steps
-        self.head = ActionHead(config).eval()
-        for parameter in self.head.parameters():
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        self.noise = torch.randn(batch, config.action_horizon, config.action_dim)
-        self.features = torch.randn(batch, context, config.context_dim)
-        self.state = torch.randn(batch, 1, config.state_dim) if prefix and config.state_dim else None
-        self.shape = head_shape(config, batch=batch, context=context, prefix=self.state is not None, steps=steps)
-        self.folded = fold_head(self.head, steps)
-
-    @torch.no_grad()
-    def want(self, guidance: Guidance | None = None) -> Tensor:
-        x, every = self.noise, self.config.num_timestep_buckets
-        for i in range(self.steps):
-            t = 1 - i / self.steps
-            index = torch.full((self.batch,), int(t * every))
-            v = self.head.velocity(x, index, self.features, self.state)
-            rest = {} if guidance is None else {"t": t, **vars(guidance)}
-            x = ops.euler_step(x, v, 1 / self.steps, **rest)
-        return x
-
-    @torch.no_grad()
-    def twin(self, schedule: Schedule, dtype: torch.dtype = torch.float32, **rest: Any) -> Twin:
-        prefix = None
-        if self.state is not None:
-            prefix = self.head.state_encoder(self.state)[:, 0]
-        packed = pack(self.folded, schedule, dtype)
-        return Twin(schedule, packed, self.noise, self.folded.context(self.features), prefix, dtype=dtype, **rest)
-
-    def error(self, got: Tensor, want: Tensor) -> float:
-        """Relative to what the head did, not to the noise that is in both."""
-        return ((got - want).abs().max() / (want - self.noise).abs().max()).item()
-
-
-def tiny(horizon: int = 8, **change: Any) -> HeadConfig:
-    return HeadConfig(**{**TINY, "action_horizon": horizon, **change})
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
@@ -260,6 +205,7 @@ def test_fp8_weights_are_near() -> None:
         ({"num_heads": 3, "head_dim": 20}, r"width: expected a multiple of 16, got 60"),
         ({"num_heads": 2, "head_dim": 24}, r"head_dim: expected 16, 32, 48 or 64, got 48 / 2 heads"),
         ({"num_heads": 2, "head_dim": 128}, r"head_dim: expected 16, 32, 48 or 64"),
+        ({"num_heads": 34, "head_dim": 64}, r"width: expected at most 2048, got 2176"),
         ({"hidden_size": 90}, r"decoder: expected a multiple of 16, got 90"),
         ({"action_horizon": 64}, r"tokens: expected 1 to 64 a sample, the state token included, got 65"),
     ],

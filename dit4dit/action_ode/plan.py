@@ -19,6 +19,7 @@ from dit4dit.action_ode.schedule import (
     MAX_HEAD_DIM,
     MAX_KEYS,
     MAX_TOKENS,
+    MAX_WIDTH,
     NONE,
     OPERANDS,
     SLOT_ELEMENTS,
@@ -95,6 +96,8 @@ def check(shape: HeadShape) -> None:
     for name, value in (("width", shape.width), ("mlp", shape.mlp), ("decoder", shape.decoder)):
         if value % 16 or value < 16:
             refuse(name, "a multiple of 16", value)
+    if shape.width > MAX_WIDTH:
+        refuse("width", f"at most {MAX_WIDTH}", shape.width)
     if shape.width % shape.heads or shape.head_dim % 16 or shape.head_dim > MAX_HEAD_DIM:
         refuse("head_dim", f"16, 32, 48 or {MAX_HEAD_DIM}", f"{shape.width} / {shape.heads} heads")
     if not 1 <= shape.tokens <= MAX_TOKENS:

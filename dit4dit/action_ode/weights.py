@@ -10,13 +10,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit4dit.action_ode.schedule import SLOT_ELEMENTS, WEIGHT_UNIT, MatrixPlan, Product, Schedule
-from dit4dit.engine.fold import Head, Matrix
+from dit4dit.action_ode.schedule import SLOT_ELEMENTS, MatrixPlan, Product, Schedule
+
+if TYPE_CHECKING:
+    from dit4dit.engine.fold import Head, Matrix
 
 FP8 = torch.float8_e4m3fn
 # (row group, half of 16 rows, row) x (warp of columns, fragment, half of 16 columns, pair, element) -> slot order
@@ -60,7 +63,7 @@ class PackedHead:
 
     def bytes(self) -> Tensor:
         """All matrices as the kernel reads them, uint8."""
-        return torch.cat([self.slots[name].reshape(-1).view(torch.uint8) for name in self.plans])
+        return as_bytes(self.slots)
 
     def of(self, work: Product) -> Tensor:
         """The weights of a tile, [tile_rows, slots * slot_columns]; fp8 without its row scale."""
@@ -79,33 +82,51 @@ class PackedHead:
         return [plan.offset for plan in self._ordered]
 
 
-@torch.no_grad()
+def as_bytes(slots: dict[str, Tensor]) -> Tensor:
+    """What `pack_matrices` made, in one piece, uint8."""
+    return torch.cat([part.reshape(-1).view(torch.uint8) for part in slots.values()])
+
+
 def pack(head: Head, schedule: Schedule, dtype: torch.dtype = torch.bfloat16) -> PackedHead:
     """The weights of `head`, folded for the schedule's steps, laid out for it; bfloat16 is what the kernel takes."""
+    slots = pack_matrices(head, schedule.matrices, dtype)
+    assert dtype == torch.float32 or as_bytes(slots).numel() == schedule.weight_bytes
+    return PackedHead(schedule.matrices, slots, pack_constants(head, schedule))
+
+
+@torch.no_grad()
+def pack_matrices(head: Head, plans: dict[str, MatrixPlan], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """[row tiles, slots, SLOT_ELEMENTS] by name, in the plans' order."""
     matrices = matrices_of(head)
     slots: dict[str, Tensor] = {}
-    constants = torch.zeros(schedule.constant_floats, device=head.decode_out.weight.device)
-
-    def put(name: str, value: Tensor) -> None:
-        offset, length = schedule.constants[name]
-        constants[offset : offset + length] = value.float().reshape(length)
-
-    for name, plan in schedule.matrices.items():
+    for name, plan in plans.items():
         weight = matrices[name].weight
         weight = F.pad(weight, (0, plan.columns - weight.shape[1]))
         if plan.fp8:
-            scale = weight.float().abs().amax(1).clamp_min(1e-12) / torch.finfo(FP8).max
-            put(f"{name}.row_scale", scale)
-            weight = (weight.float() / scale[:, None]).to(FP8)
-            slots[name] = to_slots(weight.view(torch.uint8), plan).view(FP8)
+            quantised = (weight.float() / row_scale(weight)[:, None]).to(FP8)
+            slots[name] = to_slots(quantised.view(torch.uint8), plan).view(FP8)
         else:
             slots[name] = to_slots(weight.to(dtype), plan)
-    for name, value in _constants(head, schedule).items():
-        put(name, value)
-    packed = PackedHead(schedule.matrices, slots, constants)
-    assert dtype == torch.float32 or packed.bytes().numel() == schedule.weight_bytes
-    assert schedule.weight_bytes % WEIGHT_UNIT == 0
-    return packed
+    return slots
+
+
+def row_scale(weight: Tensor) -> Tensor:
+    """What each row [N] of e4m3 weights is multiplied by."""
+    return weight.float().abs().amax(1).clamp_min(1e-12) / torch.finfo(FP8).max
+
+
+@torch.no_grad()
+def pack_constants(head: Head, schedule: Schedule) -> Tensor:
+    """The table of constants, float32."""
+    constants = torch.zeros(schedule.constant_floats, device=head.decode_out.weight.device)
+    values = _constants(head, schedule)
+    matrices = matrices_of(head)
+    values |= {f"{n}.row_scale": row_scale(matrices[n].weight) for n, plan in schedule.matrices.items() if plan.fp8}
+    assert set(values) == set(schedule.constants)
+    for name, value in values.items():
+        offset, length = schedule.constants[name]
+        constants[offset : offset + length] = value.float().reshape(length)
+    return constants
 
 
 def matrices_of(head: Head) -> dict[str, Matrix]:
