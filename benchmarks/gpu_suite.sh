@@ -39,7 +39,8 @@ done
 if command -v compute-sanitizer >/dev/null; then
   step "compute-sanitizer"
   for tool in memcheck racecheck synccheck; do
-    run compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest -q -m gpu tests/ops/test_preprocess.py
+    run compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest -q -m gpu \
+      tests/ops/test_preprocess.py tests/ops/test_action_ode.py
   done
 fi
 

@@ -107,6 +107,7 @@ class Policy:
         engine: Literal["auto", "off"] = "auto",
         steps: int | None = None,
         posterior: Literal["sample", "mean"] = "sample",
+        head: Literal["auto", "library", "one_launch"] = "auto",
         prompt_embeds: Mapping[str, Any] | None = None,
         packs: str | Path | None = None,
         text_encoder: bool = True,
@@ -124,6 +125,7 @@ class Policy:
             engine: "auto", the latency path (`dit4dit.engine`); "off", the plain model.
             steps: Euler steps (1, 2, 4, 8) instead of the checkpoint's number. Changes the result; engine only.
             posterior: "mean" takes the frame's mean latent instead of a sample. Changes the result; engine only.
+            head: how the engine runs the action head (`Engine`); "one_launch" needs a GPU and head_dtype=torch.bfloat16.
             prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
                 these instructions can be used.
             packs: folder where prompt packs are kept between runs (`dit4dit pack`); engine only.
@@ -134,9 +136,9 @@ class Policy:
         """
         if engine not in ENGINES:
             raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
-        if engine == "off" and (steps is not None or posterior != "sample" or packs is not None):
+        if engine == "off" and (steps is not None or posterior != "sample" or head != "auto" or packs is not None):
             raise ConfigError(
-                "steps, posterior and packs are options of the engine: leave them out, or use engine='auto'"
+                "steps, posterior, head and packs are options of the engine: leave them out, or use engine='auto'"
             )
         if packs is not None and prompt_embeds is not None:
             raise ConfigError(
@@ -162,7 +164,7 @@ class Policy:
             with_text=text_encoder and prompt_embeds is None,
         )
         tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None
-        fast = Engine(model, steps=steps, posterior=posterior) if engine == "auto" else None
+        fast = Engine(model, steps=steps, posterior=posterior, head=head) if engine == "auto" else None
         folder = None if packs is None else PackFolder(Path(packs), packs_key(model), place)
         return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)
 

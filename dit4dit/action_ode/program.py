@@ -72,13 +72,21 @@ class OneLaunchHead:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
+    backend = "cuda"
+    """Which implementation of the op the engine asks for."""
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, in which nothing can be read."""
+        return self.folded.decode_out.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
     def refuse(self, noise: Tensor, context: Tensor, prefix: Tensor | None) -> str | None:
         """Why the kernel cannot run this request, or None, after which it is ready to be launched."""
         dtype = self.folded.decode_out.weight.dtype
         if noise.device.type != "cuda":
             return f"noise is on {noise.device}"
         if context.dtype != torch.bfloat16 or dtype != torch.bfloat16:
-            return f"context is {context.dtype} and the head {dtype}, not bfloat16"
+            return f"context is {context.dtype} and the head {dtype}, not bfloat16 (head_dtype=torch.bfloat16)"
         reason = native.no_cuda_kernels(noise.device)
         if reason is not None:
             return reason
