@@ -9,9 +9,10 @@ import pytest
 import torch
 from dit4dit.benchmarks import harness, op_bench
 from dit4dit.benchmarks.harness import assert_no_worse, quantiles, time_cpu
-from dit4dit.benchmarks.ops import bench_preprocess
+from dit4dit.benchmarks.ops import bench_action_ode, bench_preprocess
 
 from dit4dit import ops
+from dit4dit.config import HeadConfig
 
 
 def product(x, y):
@@ -98,7 +99,7 @@ def test_a_benchmark_does_not_time_what_is_wrong(monkeypatch):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("op", [op for op in ops.names() if op != "preprocess"])
+@pytest.mark.parametrize("op", [op for op in ops.names() if op not in ("preprocess", "action_ode")])
 def test_every_op_is_benchmarked_at_sizes_of_the_models(op, tmp_path, monkeypatch):
     """Shrunk here: the head's calls, at most two of each op, timed twice."""
     real = [call for call in op_bench.calls() if call[1] == op]
@@ -115,3 +116,32 @@ def test_every_op_is_benchmarked_at_sizes_of_the_models(op, tmp_path, monkeypatc
     written = json.loads(path.read_text())
     assert {row["implementation"] for row in written["rows"]} == {"torch"}
     assert len(written["rows"]) == len(smallest)
+
+
+def small_head(horizon):
+    return HeadConfig(num_layers=2, num_heads=2, head_dim=16, hidden_size=32, output_dim=32, action_horizon=horizon)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_head_is_benchmarked(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(bench_action_ode, "config", small_head)
+    path = tmp_path / "result.json"
+    words = ["bench", "--device", "cpu", "--dtype", dtype, "--samples", "2", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+    bench_action_ode.main()
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["case"], row["implementation"]) for row in rows] == [("9", "torch"), ("17", "torch"), ("51", "torch")]
+    assert all(row["weight_bytes_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+def test_a_wrong_head_is_not_timed(monkeypatch, wrong):
+    monkeypatch.setattr(bench_action_ode, "config", small_head)
+    right = bench_action_ode.candidates
+    monkeypatch.setattr(
+        bench_action_ode, "candidates", lambda *args: {"torch": lambda: right(*args)["torch"]() + wrong}
+    )
+    monkeypatch.setattr(bench_action_ode, "time_cpu", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9"])
+    with pytest.raises(AssertionError, match="torch: expected at most"):
+        bench_action_ode.main()

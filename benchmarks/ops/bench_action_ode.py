@@ -27,6 +27,11 @@ TOKENS = {9: (8, 784), 17: (16, 588), 51: (50, 392)}
 """Tokens with the state's -> action horizon and feature tokens of the released models."""
 
 
+def config(horizon: int) -> HeadConfig:
+    """The released heads."""
+    return HeadConfig.dit_b(action_horizon=horizon)
+
+
 def graph_of(fn: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """`fn` captured in a CUDA graph, after a few runs that let the libraries choose."""
     for _ in range(3):
@@ -60,7 +65,7 @@ def case(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one number of tokens: each candidate, once it agrees with the reference in float32."""
     horizon, features = TOKENS[tokens]
     torch.manual_seed(args.seed)
-    head = ActionHead(HeadConfig.dit_b(action_horizon=horizon)).eval()
+    head = ActionHead(config(horizon)).eval()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     dtype = getattr(torch, args.dtype)
