@@ -93,7 +93,7 @@ def test_the_head_is_never_taken_by_itself_and_a_wish_that_cannot_be_met_raises(
     model = random_model(TINY, 0, with_text=False)
     assert Engine(model).one_launch is None
     assert Engine(model, head="library").one_launch is None
-    with pytest.raises(BackendError, match="'one_launch' refused: noise is on cpu"):
+    with pytest.raises(BackendError, match="'one_launch' refused: it is on cpu"):
         Engine(model, head="one_launch")
     with pytest.raises(ConfigError, match="engine head: expected one of auto, library, one_launch, got 'fast'"):
         Engine(model, head="fast")

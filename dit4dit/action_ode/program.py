@@ -82,12 +82,7 @@ class OneLaunchHead:
 
     def refuse(self, noise: Tensor, context: Tensor, prefix: Tensor | None) -> str | None:
         """Why the kernel cannot run this request, or None, after which it is ready to be launched."""
-        dtype = self.folded.decode_out.weight.dtype
-        if noise.device.type != "cuda":
-            return f"noise is on {noise.device}"
-        if context.dtype != torch.bfloat16 or dtype != torch.bfloat16:
-            return f"context is {context.dtype} and the head {dtype}, not bfloat16 (head_dtype=torch.bfloat16)"
-        reason = native.no_cuda_kernels(noise.device)
+        reason = self._unsuitable(noise.device, context.dtype)
         if reason is not None:
             return reason
         try:
@@ -95,6 +90,31 @@ class OneLaunchHead:
         except (ConfigError, BackendError) as error:
             return str(error)
         return None
+
+    def refuse_any(self) -> str | None:
+        """Why the kernel could not run a single sample where the weights are, or None. Prepares nothing."""
+        weight = self.folded.decode_out.weight
+        reason = self._unsuitable(weight.device, weight.dtype)
+        if reason is not None:
+            return reason
+        try:
+            schedule = self._plan(weight.device, 1, 1, self.config.state_dim is not None)
+            expect_residency(schedule, weight.device)
+        except (ConfigError, BackendError) as error:
+            return str(error)
+        return None
+
+    def _unsuitable(self, device: torch.device, context: torch.dtype) -> str | None:
+        dtype = self.folded.decode_out.weight.dtype
+        if device.type != "cuda":
+            return f"it is on {device}"
+        if context != torch.bfloat16 or dtype != torch.bfloat16:
+            return f"context is {context} and the head {dtype}, not bfloat16 (head_dtype=torch.bfloat16)"
+        return native.no_cuda_kernels(device)
+
+    def _plan(self, device: torch.device, batch: int, context: int, prefix: bool) -> Schedule:
+        shape = head_shape(self.config, batch=batch, context=context, prefix=prefix, steps=self.steps, fp8=self.fp8)
+        return plan(shape, device_of(device))
 
     def prepare(self, device: torch.device, batch: int, context: int, prefix: bool) -> _Ready:
         """Plan, validate and pack for one kind of request, once. It allocates: call it before a CUDA graph is captured.
@@ -104,8 +124,7 @@ class OneLaunchHead:
         key = (batch, context, prefix)
         with self._lock:
             if key not in self._ready:
-                kind = dict(batch=batch, context=context, prefix=prefix, steps=self.steps, fp8=self.fp8)
-                schedule = plan(head_shape(self.config, **kind), device_of(device))  # type: ignore[arg-type]
+                schedule = self._plan(device, *key)
                 validate(schedule)
                 expect_residency(schedule, device)
                 self._ready[key] = self._place(schedule, device)
@@ -220,7 +239,7 @@ def choose_head(
     if choice == "library" or (choice == "auto" and not _is_green(weight.device)):
         return None
     head = OneLaunchHead(folded, config, steps, fp8=fp8)
-    reason = _refused(head, config, weight)
+    reason = head.refuse_any()
     if reason is not None and choice == "one_launch":
         raise BackendError(f"engine head: 'one_launch' refused: {reason}")
     if reason is not None:
@@ -234,15 +253,6 @@ def _is_green(device: torch.device) -> bool:
         return False
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor in GREEN
-
-
-def _refused(head: OneLaunchHead, config: HeadConfig, weight: Tensor) -> str | None:
-    """For one sample; nothing is planned or packed yet where the request is refused for another reason than its shape."""
-    noise = torch.zeros(1, config.action_horizon, config.action_dim, device=weight.device)
-    columns = 2 * sum(block.cross for block in head.folded.blocks) * config.width
-    context = weight.new_zeros(1, 1, columns)
-    prefix = None if config.state_dim is None else weight.new_zeros(1, config.width)
-    return head.refuse(noise, context, prefix)
 
 
 def example(device: torch.device) -> tuple[OneLaunchHead, Tensor, Tensor, Tensor | None, None, None]:

@@ -21,7 +21,7 @@ namespace emulation {
 
 constexpr int kWarp = 32;
 constexpr std::size_t kStack = 128 << 10;
-constexpr long kMostIdle = 20'000'000;
+constexpr long kMostIdle = 5'000'000;
 
 // A place where `size` threads meet: each leaves its operand, the last one does the work for all.
 struct Meeting {

@@ -26,13 +26,14 @@ from dit4dit import _C, ops
 from dit4dit.action_ode import Device, Schedule, plan
 from dit4dit.action_ode.epilogue import Guidance, Units
 from dit4dit.action_ode.plan import COPY_SLOTS, FIXED_SHARED, MOST_BULK_SLOTS
-from dit4dit.action_ode.program import OneLaunchHead, buffers, numbers
+from dit4dit.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
 from dit4dit.action_ode.schedule import NONE, OPERANDS, RECORD, THREADS, Epilogue, Opcode, Space
 from dit4dit.action_ode.validate import validate
 from dit4dit.action_ode.weights import pack
 from dit4dit.config import HeadConfig
 from dit4dit.engine.fold import fold_head
-from dit4dit.errors import BackendError, InputError, OutputError
+from dit4dit.errors import BackendError, DeviceLostError, InputError, OutputError
+from dit4dit.ops import native
 from dit4dit.ops.action_ode import reference
 from dit4dit.ops.euler_step import prefix_weights
 from dit4dit.transforms import Chain, Pad, Threshold
@@ -119,7 +120,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.action_ode(head, noise, context[..., :128], prefix)
     with pytest.raises(InputError, match=r"prefix"):
         ops.action_ode(head, noise, context, prefix[:1])
-    with pytest.raises(BackendError, match="'cuda' refused: noise is on cpu"):
+    with pytest.raises(BackendError, match="'cuda' refused: it is on cpu"):
         ops.action_ode(head, noise, context, prefix, backend="cuda")
 
 
@@ -257,7 +258,7 @@ def test_a_wait_in_vain_ends_in_an_error(chip: tuple[Emulator, Device]) -> None:
     tiles[lost, 3] = NONE
     counters = torch.zeros(sound.counters + 1, dtype=torch.int32)
     broken = replace(sound, tiles=tiles)
-    result = run(broken, packed, *case.given(), limit_ns=3 * 10**9, counters=counters)
+    result = run(broken, packed, *case.given(), limit_ns=10**9, counters=counters)
     worker, tile, counter, had = result.status
     first = sound.first_tile
     assert first[worker - 1] <= tile < first[worker]
@@ -362,6 +363,36 @@ def launcher_arguments(schedule: Schedule) -> dict[str, tuple]:
 def described(shape: tuple[int, ...], dtype: str = "float32", address: int = 4096, device: str = "cuda:0") -> tuple:
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return address, tuple(shape), strides, dtype, device
+
+
+def test_an_error_that_stays_with_the_process_says_restart() -> None:
+    def launcher() -> None:
+        raise _C.DeviceLost("action_ode: launch: an illegal memory access was encountered")
+
+    with pytest.raises(
+        DeviceLostError, match=r"illegal memory access.*this process can use the GPU no more: restart it"
+    ):
+        native.call(launcher)
+    with pytest.raises(ValueError, match="width"):
+        native.call(lambda: (_ for _ in ()).throw(ValueError("width")))
+
+
+def test_the_error_flag_is_read_and_cleared() -> None:
+    case = Case(tiny())
+    head = OneLaunchHead(case.folded, case.config, case.steps)
+    status = torch.tensor([3, 40, 7, 2], dtype=torch.int32)
+    head._ready[(1, 40, True)] = _Ready(plan(case.shape, DEVICES["copies"]), {"status": status})
+    with pytest.raises(OutputError, match="block 2 waited more than 2 s in tile 40 for counter 7, which stood at 2"):
+        head.check()
+    head.check()
+
+    class Lost:
+        def tolist(self) -> list[int]:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+    head._ready[(1, 40, True)].tensors["status"] = Lost()
+    with pytest.raises(DeviceLostError, match="action_ode: CUDA error: an illegal memory access was encountered; this"):
+        head.check()
 
 
 @pytest.mark.skipif(not _C.cuda_architectures, reason="this build has no CUDA kernels")
