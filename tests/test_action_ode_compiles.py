@@ -41,6 +41,7 @@ def test_no_spills_and_room_for_one_block(compiled: tuple[str, str, Path]) -> No
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report) == [
         ("0", "0", "0")
     ], report
+    assert "serialized" not in report, "products of warpgroups that the compiler lets wait for each other"
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     assert len(registers) == 1
     assert registers[0] * THREADS <= REGISTERS

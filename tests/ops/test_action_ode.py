@@ -19,7 +19,7 @@ import emulator
 import pytest
 import torch
 from emulator import Emulator
-from head_case import Case, tiny
+from head_case import A100, H200, Case, tiny
 from torch import Tensor
 
 from dit4dit import _C, ops
@@ -271,6 +271,19 @@ def test_a_wait_in_vain_ends_in_an_error(chip: tuple[Emulator, Device]) -> None:
     again = run(sound, packed, *case.given(), counters=counters)
     assert again.status == [0, 0, 0, 0]
     assert torch.equal(again.actions, run(sound, packed, *case.given()).actions)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("variant,device", [("copies", A100), ("warpgroups", H200)], ids=["a100", "h200"])
+def test_the_kernel_at_the_true_width(variant: str, device: Device, tmp_path: Path) -> None:
+    """DiT-B, two of its blocks, 17 tokens and 588 features, on as many blocks of threads as the chip has multiprocessors."""
+    case = Case(HeadConfig.dit_b(action_horizon=16, num_layers=2), context=588, steps=1)
+    schedule = plan(case.shape, device)
+    result = Emulator(variant, tmp_path)(schedule, pack(case.folded, schedule), *case.given())
+    assert result.status == [0, 0, 0, 0]
+    twin = case.twin(schedule, torch.bfloat16).run()
+    assert case.error(result.actions, case.want()) < 2 * case.error(twin, case.want())
 
 
 MUTANTS = {
