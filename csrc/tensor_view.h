@@ -13,6 +13,11 @@ struct DtypeError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// A CUDA error that stays with the process; Python's _C.DeviceLost.
+struct DeviceLost : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 struct TensorView {
     std::string name;  // the argument this came in as, for messages: "views[1]"
     std::uintptr_t address = 0;
@@ -59,6 +64,13 @@ inline void expect_shape(const TensorView& t, const std::vector<std::int64_t>& w
 
 inline void expect_device(const TensorView& t, const std::string& device) {
     if (t.device != device) refuse(t.name, "device " + device, t.device);
+}
+
+inline void expect_contiguous(const TensorView& t) {
+    std::int64_t wanted = 1;
+    for (std::size_t i = t.shape.size(); i-- > 0; wanted *= t.shape[i])
+        if (t.shape[i] > 1 && t.strides[i] != wanted)
+            refuse(t.name, "contiguous elements", "strides " + to_string(t.strides) + " of shape " + to_string(t.shape));
 }
 
 // An output whose elements share memory would hold whatever was written last.

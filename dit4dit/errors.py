@@ -30,6 +30,15 @@ class BackendError(Dit4DitError, RuntimeError):
     """An implementation or device that was asked for by name cannot run here."""
 
 
+class DeviceLostError(Dit4DitError, RuntimeError):
+    """A CUDA error after which this process can use the GPU no more."""
+
+    @classmethod
+    def of(cls, where: str, error: Exception) -> DeviceLostError:
+        first = str(error).splitlines()[0]
+        return cls(f"{where}: {first}; this process can use the GPU no more: restart it")
+
+
 class OutputError(Dit4DitError, ArithmeticError):
     """The model wrote something that must not reach a robot."""
 

@@ -78,6 +78,8 @@ class EngineRunner:
         plan = self._plans.get((shape, units))
         with self._turn:
             normalized, actions = plan.run([r.pictures for r in requests], state, [r.noise for r in requests], packs)
+            if self.engine.one_launch is not None and not np.isfinite(normalized).all():
+                self.engine.one_launch.check()  # what a launch that gave up leaves behind is NaN
         return normalized, [None] * len(requests) if actions is None else list(actions)
 
     def _make_plan(self, key: tuple[RequestShape, bool]) -> Plan:

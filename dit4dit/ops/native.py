@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dit4dit import _C
+from dit4dit.errors import DeviceLostError
 
 View = tuple[int, tuple[int, ...], tuple[int, ...], str, str]
 
@@ -17,6 +21,14 @@ def view(tensor: Tensor) -> View:
     """
     dtype = str(tensor.dtype).removeprefix("torch.")
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, str(tensor.device)
+
+
+def call(launcher: Callable[..., Any], *args: Any) -> Any:
+    """A launcher of `_C`. DeviceLostError: a CUDA error that stays with the process; other errors are the launcher's own."""
+    try:
+        return launcher(*args)
+    except _C.DeviceLost as error:
+        raise DeviceLostError.of("CUDA", error) from error
 
 
 def stream(device: torch.device) -> int:
