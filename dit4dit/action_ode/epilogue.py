@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit4dit.errors import ConfigError
-from dit4dit.transforms import Chain, Normalize, Pad, Threshold
+from dit4dit.transforms import Chain, inverse_table
 
 
 @dataclass(frozen=True)
@@ -41,25 +40,13 @@ class Units:
 
         ConfigError: a chain with another step than Normalize, Threshold and Pad.
         """
-        low, high = torch.full((width,), -math.inf), torch.full((width,), math.inf)
-        threshold, scale, offset = torch.full((width,), math.nan), torch.ones(width), torch.zeros(width)
-        for step in chain.steps:
-            if isinstance(step, Normalize):
-                d = len(step.scale)
-                constant = torch.from_numpy(step.constant)
-                fixed = ~constant.isnan()
-                bounded, binary = torch.from_numpy(step.bounded), torch.from_numpy(step.binary)
-                low[:d][bounded], high[:d][bounded] = -1.0, 1.0
-                scale[:d] = torch.where(fixed | binary, (~fixed).double(), torch.from_numpy(step.scale)).float()
-                base = torch.where(binary, 0.0, torch.from_numpy(step.offset))
-                offset[:d] = torch.where(fixed, constant, base).float()
-                # above one half, not from it on
-                threshold[:d][binary] = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0))
-            elif isinstance(step, Threshold):
-                threshold[step.index] = step.at
-            elif not isinstance(step, Pad):
-                raise ConfigError(f"action_ode: units: expected Normalize, Threshold or Pad, got {type(step).__name__}")
-        return cls(*(t.to(device) for t in (low, high, threshold, scale, offset)))
+        at, low, high, scale, offset = torch.from_numpy(inverse_table(chain)).float()
+
+        def padded(row: Tensor, value: float) -> Tensor:
+            return torch.cat([row, torch.full((width - len(row),), value)]).to(device)
+
+        bounds = padded(low, -math.inf), padded(high, math.inf), padded(at, math.nan)
+        return cls(*bounds, padded(scale, 1.0), padded(offset, 0.0))
 
     def table(self) -> Tensor:
         """float32 [5, A], as the kernel takes it."""
