@@ -150,12 +150,16 @@ def inverse_table(chain: Chain) -> NDArray[np.float64]:
     Rows: threshold (NaN: none), low, high, scale, offset; the result of both is the same to the bit.
 
     Raises:
-        ConfigError: the chain has another step than one Normalize, Threshold and Pad.
+        ConfigError: the chain has another step than Normalize, Threshold and Pad.
     """
     for step in chain.steps:
         if not isinstance(step, (Normalize, Threshold, Pad)):
-            raise ConfigError(f"action chain: expected Normalize, Threshold and Pad, got {type(step).__name__}")
-    (normalize,) = (step for step in chain.steps if isinstance(step, Normalize))
+            raise ConfigError(f"action chain: expected Normalize, Threshold and Pad alone, got {type(step).__name__}")
+    normalize = next((step for step in chain.steps if isinstance(step, Normalize)), None)
+    if normalize is None:
+        size = next(step.size for step in chain.steps if isinstance(step, Pad))
+        none = np.zeros(size, dtype=bool)
+        normalize = Normalize(np.zeros(size), np.ones(size), none, none, none, np.full(size, np.nan), none)
     size = normalize.scale.shape[0]
     at = np.full(size, np.nan)
     # strictly above 0.5 in float32 is at least the next number
