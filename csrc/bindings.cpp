@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "driver.h"
 #include "launchers.h"
 #include "tensor_view.h"
 
@@ -50,6 +51,46 @@ auto unpacked(void (*launcher)(const std::vector<TensorView>&, const std::vector
     };
 }
 
+std::vector<Value> values_from(const py::sequence& arguments) {
+    std::vector<Value> values;
+    for (const auto& argument : arguments) {
+        if (PyLong_CheckExact(argument.ptr()))
+            values.push_back({Value::Type::integer, argument.cast<std::int64_t>(), 0});
+        else if (PyFloat_CheckExact(argument.ptr()))
+            values.push_back({Value::Type::real, 0, argument.cast<double>()});
+        else
+            throw py::type_error("arguments[" + std::to_string(values.size()) + "]: expected an int or a float, got " +
+                                 py::repr(argument).cast<std::string>());
+    }
+    return values;
+}
+
+void add_driver(py::module_& m) {
+    py::class_<Kernel, std::shared_ptr<Kernel>>(m, "Kernel", "A kernel on a device, out of machine code.")
+        .def_property_readonly("entry", &Kernel::entry)
+        .def(
+            "launch",
+            [](const Kernel& kernel, const std::vector<std::int64_t>& grid, std::uintptr_t stream,
+               const py::sequence& arguments) {
+                const auto values = values_from(arguments);
+                const py::gil_scoped_release release;
+                kernel.launch(grid, stream, values);
+            },
+            "grid"_a, "stream"_a, "arguments"_a);
+    py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver", "The CUDA driver, loaded when this is made.")
+        .def(py::init<const std::string&>(), "library"_a = "libcuda.so.1")
+        .def_property_readonly("version", &Driver::version)
+        .def(
+            "load",
+            [](Driver& driver, const py::bytes& image, const std::string& entry, int device, unsigned threads,
+               unsigned shared, const std::vector<std::pair<std::string, std::string>>& arguments, unsigned scratch) {
+                const std::string bytes = image;
+                const py::gil_scoped_release release;
+                return driver.load(bytes, entry, device, threads, shared, arguments, scratch);
+            },
+            "image"_a, "entry"_a, "device"_a, "threads"_a, "shared"_a, "arguments"_a, "scratch"_a);
+}
+
 py::tuple cuda_architectures() {
     const std::string names = DIT4DIT_CUDA_ARCHITECTURES;
     return names.empty() ? py::tuple() : py::tuple(py::str(names).attr("split")(","));
@@ -69,8 +110,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             if (error) std::rethrow_exception(error);
         } catch (const DtypeError& e) {
             PyErr_SetString(PyExc_TypeError, e.what());
+        } catch (const CudaError& e) {
+            const auto errors = py::module_::import("dit4dit.errors");
+            py::set_error(errors.attr(CudaError::sticky(e.code) ? "DeviceError" : "CudaError"), e.what());
         }
     });
+    add_driver(m);
     m.attr("cuda_architectures") = cuda_architectures();
     m.def("build_info", &build_info, "compiler, cuda (version, empty without), architectures");
 

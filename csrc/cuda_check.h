@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
 #include <string>
 
 #include "tensor_view.h"
@@ -11,7 +10,7 @@
 namespace dit4dit {
 
 inline void check_cuda(cudaError_t error, const std::string& where) {
-    if (error != cudaSuccess) throw std::runtime_error(where + ": " + cudaGetErrorString(error));
+    if (error != cudaSuccess) throw CudaError(where, error, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
 // The device of a tensor on CUDA, "cuda:N".

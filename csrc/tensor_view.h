@@ -6,12 +6,9 @@
 #include <string>
 #include <vector>
 
-namespace dit4dit {
+#include "errors.h"
 
-// Becomes Python's TypeError; std::invalid_argument becomes ValueError, anything else RuntimeError.
-struct DtypeError : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
+namespace dit4dit {
 
 struct TensorView {
     std::string name;  // the argument this came in as, for messages: "views[1]"

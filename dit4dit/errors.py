@@ -26,6 +26,14 @@ class BackendError(Dit4DitError, RuntimeError):
     """An implementation or device that was asked for by name cannot run here."""
 
 
+class CudaError(Dit4DitError, RuntimeError):
+    """CUDA refused a call; the message names it."""
+
+
+class DeviceError(CudaError):
+    """A CUDA error after which nothing on the device works in this process: restart it."""
+
+
 class OutputError(Dit4DitError, ArithmeticError):
     """The model wrote something that must not reach a robot."""
 

@@ -20,7 +20,15 @@ def suite(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     assert shutil.which("bash")
     here = Path(sys.executable).parent
     path = f"{here}{os.pathsep}{os.environ['PATH']}"
-    given = {**os.environ, "PATH": path, "PYTHON": sys.executable, "DEVICE": "cpu", "BUILD": "0", "ALONE": "3", **environment}
+    given = {
+        **os.environ,
+        "PATH": path,
+        "PYTHON": sys.executable,
+        "DEVICE": "cpu",
+        "BUILD": "0",
+        "ALONE": "3",
+        **environment,
+    }
     given.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return subprocess.run(["bash", SUITE, out], env=given, capture_output=True, text=True, check=False)
 
