@@ -11,7 +11,8 @@ from typing import Any, Literal
 import tyro
 
 from dit4dit.commands import bench as measuring
-from dit4dit.commands.shell import Device, Dtype, dtype_of, finish, say
+from dit4dit.commands import data as data_commands
+from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, finish, say
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
 Quantization = Literal["fp8"] | None
@@ -222,12 +223,22 @@ def pack(
 
     if not instructions.is_file():
         raise InputError(f"{instructions}: no such file; expected one instruction a line")
-    lines = list(dict.fromkeys(line.strip() for line in instructions.read_text().splitlines() if line.strip()))
+    try:
+        text = instructions.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{instructions}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
     if not lines:
         raise InputError(f"{instructions}: empty; expected one instruction a line")
+    check_folder("--out", out)
     policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=dtype_of(dtype), packs=out)
     for line in tqdm(lines, desc="packs", disable=None):
         policy.prepare(line).result()
+        assert policy.packs is not None
+        if not policy.packs.path(line).is_file():
+            raise InputError(f"--out {out}: the pack of {line!r:.60} could not be written; is the disk full?")
     say(f"{len(lines)} packs in {out}")
     return 0
 
@@ -303,14 +314,23 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "push": push,
     "pack": pack,
     "calibrate": calibrate,
+    "stats": data_commands.stats,
     "demo": demo,
     "tune": measuring.tune,
 }
+BENCHMARKS: dict[str, Callable[..., int]] = {**measuring.BENCHMARKS, "loader": data_commands.bench_loader}
+DATA: dict[str, Callable[..., int]] = {"check": data_commands.data_check}
+GROUPS = {"bench": BENCHMARKS, "data": DATA}
 
 
 def bench() -> int:
-    """Benchmarks: flops, latency, ops and options; `dit4dit bench latency --help`."""
+    """Benchmarks: flops, latency, ops, options and loader; `dit4dit bench latency --help`."""
     raise AssertionError("main() sends bench to its own subcommands")
+
+
+def data() -> int:
+    """Data sets: check; `dit4dit data check --help`."""
+    raise AssertionError("main() sends data to its own subcommands")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -319,9 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands, program = {**COMMANDS, "bench": bench}, "dit4dit"
-    if words[:1] == ["bench"]:
-        commands, program, words = dict(measuring.BENCHMARKS), "dit4dit bench", words[1:]
+    commands, program = {**COMMANDS, "data": data, "bench": bench}, "dit4dit"
+    if words and words[0] in GROUPS:
+        commands, program, words = dict(GROUPS[words[0]]), f"dit4dit {words[0]}", words[1:]
     try:
         if words and not words[0].startswith("-") and words[0] not in commands:
             known = list(commands)

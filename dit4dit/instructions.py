@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from dit4dit.engine.packs import PackFolder, PromptPack
 from dit4dit.errors import ConfigError, InputError, did_you_mean
 from dit4dit.model.text import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dit4dit.engine import Engine
     from dit4dit.model.dit4dit import DiT4DiT
+
+log = logging.getLogger("dit4dit.instructions")
+
+PACK_BUDGET = 2 * 2**30
+"""Bytes of prompt packs kept: 27 instructions of the released models in bfloat16."""
+CONTEXT_BUDGET = 64 * 2**20
+"""Bytes of projected text kept, least recently used out first (1 MB each for the released models in bfloat16)."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -37,6 +48,13 @@ class Embedder:
     def can_encode(self) -> bool:
         """Whether any instruction can be embedded, not only those given."""
         return self._tokenizer is not None and self._model.text is not None
+
+    @property
+    def lengths(self) -> set[int]:
+        """Text tokens that instructions can have: of the given embeddings, or what the encoder pads to."""
+        if self.can_encode or not self._given:
+            return {self._model.config.text.max_length}
+        return {int(torch.as_tensor(embeds).shape[0]) for embeds in self._given.values()}
 
     def __call__(self, instruction: str) -> Tensor:
         if not isinstance(instruction, str) or not instruction.strip():
@@ -116,6 +134,92 @@ class Recent(Generic[Key, Value]):
                 if len(done) < 2:
                     return
                 del self._values[done[0]]
+
+
+class Texts:
+    """What the runner needs of each instruction: its prompt pack, or for the plain model its projected text [1, L, text_dim]."""
+
+    def __init__(self, model: DiT4DiT, embedder: Embedder, engine: Engine | None, folder: PackFolder | None) -> None:
+        """folder: where packs are kept between runs."""
+        self.model, self.embedder, self.engine, self.folder = model, embedder, engine, folder
+        self._start()
+
+    def _start(self) -> None:
+        self._kept: Recent[str, Any] = (
+            Recent(self._make_context, CONTEXT_BUDGET, lambda context: context.numel() * context.element_size())
+            if self.engine is None
+            else Recent(self._make_pack, PACK_BUDGET, lambda pack: pack.bytes)
+        )
+        device = self._device
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads, streams and caches stay behind; a copy starts its own."""
+        return {name: self.__dict__[name] for name in ("model", "embedder", "engine", "folder")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.backbone.transformer.proj_out.weight.device
+
+    def __contains__(self, instruction: str) -> bool:
+        return instruction in self._kept
+
+    def get(self, instruction: str) -> Any:
+        """The instruction's pack or projected text; made now where it is not kept."""
+        return self._kept.get(instruction)
+
+    def prepare(self, instruction: str) -> Future[None]:
+        """Make it in the background."""
+        return self._background.submit(self._prepare, instruction)
+
+    def _prepare(self, instruction: str) -> None:
+        with plain(self._device):
+            if self._side_stream is None:
+                self.get(instruction)
+                return
+            # beside the control loop's stream, which it must not hold up
+            with torch.cuda.stream(self._side_stream):
+                self.get(instruction)
+            self._side_stream.synchronize()
+
+    def _make_pack(self, instruction: str) -> PromptPack:
+        """The instruction's pack, from disk or made (and kept on disk) now."""
+        assert self.engine is not None
+        pack = None if self.folder is None else self.folder.load(instruction)
+        if pack is None:
+            if self.folder is not None and not self.embedder.can_encode:
+                raise InputError(
+                    f"instruction {instruction!r:.60}: no pack of it in {self.folder.folder}, and no text encoder is loaded; "
+                    "make it with dit4dit pack (every letter and space counts)"
+                )
+            pack = self.engine.pack(self.embedder(instruction))
+            if self.folder is not None:
+                try:
+                    self.folder.store(instruction, pack)
+                except (
+                    InputError
+                ) as error:  # the robot goes on: the pack is there, only the next start will not find it
+                    log.warning("%s", error)
+        return pack
+
+    @torch.no_grad()
+    def _make_context(self, instruction: str) -> Tensor:
+        context = self.model.context(self.embedder(instruction))
+        if context.device.type == "cuda":  # whoever asked for it may go on in another stream
+            torch.cuda.current_stream(context.device).synchronize()
+        return context
+
+
+@contextmanager
+def plain(device: torch.device) -> Iterator[None]:
+    """Outside of the caller's autocast and inference mode, which would change the numbers and what is kept."""
+    with torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,21 +22,18 @@ from dit4dit.engine import (
     Calibration,
     Engine,
     PackFolder,
-    PromptPack,
     RequestShape,
     StepInputs,
     calibrate,
     host_memory,
-    packs_key,
-    text_fingerprint,
 )
 from dit4dit.engine.fp8 import check_options
 from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
-from dit4dit.instructions import Embedder, Recent, load_tokenizer
+from dit4dit.instructions import Embedder, Texts, load_tokenizer, plain
 from dit4dit.model.checkpoint import open_checkpoint
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.weights import build
-from dit4dit.requests import Request, groups, noises_of
+from dit4dit.requests import Request, checked_size, groups, noises_of
 from dit4dit.runner import EngineRunner, ModelRunner, Size, step_inputs
 from dit4dit.types import ActionChunk, Noise, Observation
 
@@ -46,10 +42,6 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "off")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PACK_BUDGET = 2 * 2**30
-"""Bytes of prompt packs kept: 27 instructions of the released models in bfloat16."""
-CONTEXT_BUDGET = 64 * 2**20
-"""Bytes of projected text kept, least recently used out first (1 MB each for the released models in bfloat16)."""
 
 
 class Policy:
@@ -74,26 +66,8 @@ class Policy:
         self.model = model
         self.codec = codec
         self.engine = engine
-        self._pack_folder = packs
         self._runner = ModelRunner(model, codec) if engine is None else EngineRunner(engine, codec)
-        self._embedder = Embedder(model, tokenizer, prompt_embeds)
-        self._start_caches()
-
-    def _start_caches(self) -> None:
-        self._texts: Recent[str, Any] = (
-            Recent(self._make_context, CONTEXT_BUDGET, _tensor_bytes)
-            if self.engine is None
-            else Recent(self._make_pack, PACK_BUDGET, lambda pack: pack.bytes)
-        )
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Threads and caches stay behind; a copy starts its own."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_texts", "_background")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start_caches()
+        self._texts = Texts(model, Embedder(model, tokenizer, prompt_embeds), engine, packs)
 
     @classmethod
     def from_pretrained(
@@ -175,10 +149,13 @@ class Policy:
         tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None
         options: dict[str, Any] = dict(steps=steps, posterior=posterior, quantization=quantization)
         fast = Engine(model, **options, calibration=calibration, release=True) if engine == "auto" else None
-        folder = None
-        if packs is not None:
-            folder = PackFolder(Path(packs), packs_key(model), place, text_fingerprint(model.text))
+        folder = None if packs is None else PackFolder.of(Path(packs), model)
         return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)
+
+    @property
+    def packs(self) -> PackFolder | None:
+        """Where prompt packs are kept between runs."""
+        return self._texts.folder
 
     @property
     def config(self) -> ModelConfig:
@@ -235,7 +212,7 @@ class Policy:
         """
         if self.engine is None:
             raise ConfigError("calibrate: it is the engine that is calibrated; load the policy with engine='auto'")
-        with self._plain():
+        with plain(self.device):
             return calibrate(self.engine, self.step_inputs(observations, instructions, noise=noise))
 
     def step_inputs(
@@ -250,6 +227,8 @@ class Policy:
         self, observations: Sequence[Observation], instructions: Sequence[str], noise: Sequence[Noise] | None
     ) -> list[Request]:
         """One request per observation; InputError where something does not fit."""
+        if isinstance(instructions, str):
+            raise InputError("instructions: expected a list of strings, one per observation, got one string")
         if not observations or len(observations) != len(instructions):
             raise InputError(
                 f"batch: {len(observations)} observations and {len(instructions)} instructions; expected as many"
@@ -295,15 +274,15 @@ class Policy:
 
     def embed_prompts(self, instructions: Sequence[str]) -> dict[str, Tensor]:
         """instruction -> prompt embedding [L, text_in] on the CPU, for `from_pretrained(prompt_embeds=...)`."""
-        if not self._embedder.can_encode:
+        if not self._texts.embedder.can_encode:
             raise ConfigError("embed_prompts: this policy was loaded without its text encoder")
-        with self._plain():
-            return {instruction: self._embedder(instruction)[0].cpu() for instruction in instructions}
+        with plain(self.device):
+            return {instruction: self._texts.embedder(instruction)[0].cpu() for instruction in instructions}
 
     def _sample(self, requests: Sequence[Request], size: Size, resize: Resize, *, units: bool) -> list[_Result]:
         """Each request's normalised actions [K, A_model], and with `units` its actions in robot units [K, A]."""
         results: list[_Result | None] = [None] * len(requests)
-        with self._plain():
+        with plain(self.device):
             texts = [self._texts.get(request.instruction) for request in requests]
             for group in groups(requests, texts):
                 found = self._runner.run([requests[i] for i in group], [texts[i] for i in group], size, resize, units)
@@ -317,11 +296,13 @@ class Policy:
             )
         return done
 
-    def _plain(self) -> contextlib.AbstractContextManager[Any]:
-        """Outside of the caller's autocast, which would change the numbers and what is cached."""
-        return torch.autocast(self.device.type, enabled=False)
-
-    def warm_up(self, pictures: Mapping[str, tuple[int, int]] | None = None, *, batch: int = 1) -> None:
+    def warm_up(
+        self,
+        pictures: Mapping[str, tuple[int, int]] | None = None,
+        *,
+        batch: int = 1,
+        joined: tuple[int, int] | None = None,
+    ) -> None:
         """Do now what the first chunk would otherwise do; call it before a control loop starts.
 
         On a CPU it also lets the process keep the memory of one chunk for the next (`engine.host_memory`).
@@ -329,56 +310,36 @@ class Policy:
         Args:
             pictures: view -> height and width of the robot's own pictures; the model's size where not given.
             batch: requests in one pass (`infer_batch`).
+            joined: height and width of joined pictures: warm `predict_action` up instead.
         """
-        if self.device.type == "cpu":
-            host_memory.hold()
-        if not isinstance(self._runner, EngineRunner):
-            return
         names, given = self.embodiment.views, dict(pictures or {})
         for name in given:
             if name not in names:
                 raise InputError(f"pictures: no view {name!r}{did_you_mean(name, names)}; views: {', '.join(names)}")
-        if not 1 <= batch <= MAX_BATCH:
-            raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {batch}")
-        size = self.config.image_size
-        views = tuple(given.get(name, size) for name in names)
-        length, state = self.config.text.max_length, self.codec.state is not None
-        shape = RequestShape(batch, views, size, self.embodiment.resize, state, length)
-        with self._plain():
-            self._runner.warm_up(shape)
+        sizes = [checked_size(f"pictures[{name!r}]", given.get(name, self.config.image_size)) for name in names]
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
+            raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {batch!r}")
+        size: Size = self.config.image_size
+        resize, units = self.embodiment.resize, True
+        if joined is not None:
+            if given:
+                raise InputError("pictures and joined: give one of them")
+            sizes, size, resize, units = [checked_size("joined", joined)], None, "bilinear", False
+        if self.device.type == "cpu":
+            host_memory.hold()
+        if not isinstance(self._runner, EngineRunner):
+            return
+        with plain(self.device):
+            for length in self._texts.embedder.lengths:
+                shape = RequestShape(batch, tuple(sizes), size, resize, self.codec.state is not None, length)
+                self._runner.warm_up(shape, units)
 
     def prepare(self, instruction: str) -> Future[None]:
         """Encode an instruction in the background, so that the chunk that first uses it does not wait.
 
         The future's `result()` returns when it is ready, or raises what went wrong.
         """
-        return self._background.submit(self._prepare, instruction)
-
-    def _prepare(self, instruction: str) -> None:
-        with self._plain():
-            if self.device.type != "cuda":
-                self._texts.get(instruction)
-                return
-            # beside the control loop's stream, which it must not hold up
-            stream = torch.cuda.Stream(self.device)
-            with torch.cuda.stream(stream):
-                self._texts.get(instruction)
-            stream.synchronize()
-
-    def _make_pack(self, instruction: str) -> PromptPack:
-        """The instruction's pack, from disk or made (and kept on disk) now."""
-        assert self.engine is not None
-        pack = None if self._pack_folder is None else self._pack_folder.load(instruction)
-        if pack is None:
-            pack = self.engine.pack(self._embedder(instruction))
-            if self._pack_folder is not None:
-                self._pack_folder.store(instruction, pack)
-        return pack
-
-    @torch.no_grad()
-    def _make_context(self, instruction: str) -> Tensor:
-        """Projected text [1, L, text_dim], kept for the next chunks of the same instruction."""
-        return self.model.context(self._embedder(instruction))
+        return self._texts.prepare(instruction)
 
     def _state(self, observation: Observation) -> Array | None:
         """Encoded state [1, state_dim]; None for a model without a state token, which looks at no state."""
@@ -388,7 +349,3 @@ class Policy:
 
 
 _Result = tuple[Array, Array | None]
-
-
-def _tensor_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,14 @@ class Request:
     state: NDArray[np.float32] | None
     instruction: str
     noise: Noise
+
+
+def checked_size(name: str, size: Any) -> tuple[int, int]:
+    """(height, width); InputError unless it is two positive whole numbers."""
+    numbers = tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(numbers) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1 for n in numbers):
+        raise InputError(f"{name}: expected (height, width) in pixels, got {size!r:.60}")
+    return int(numbers[0]), int(numbers[1])
 
 
 def groups(requests: Sequence[Request], texts: Sequence[PromptPack | Tensor]) -> list[list[int]]:

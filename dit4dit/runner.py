@@ -54,9 +54,11 @@ class EngineRunner:
         """How many shapes have a plan."""
         return self._plans.total_cost
 
-    def warm_up(self, shape: RequestShape) -> None:
-        """Make the plan for requests of this shape, with actions in robot units."""
-        self._plans.get((shape, True))
+    def warm_up(self, shape: RequestShape, units: bool) -> None:
+        """Make the plan for requests of this shape and run it once."""
+        plan = self._plans.get((shape, units))
+        with self._turn:
+            plan.rehearse()
 
     def run(
         self, requests: Sequence[Request], packs: Sequence[PromptPack], size: Size, resize: Resize, units: bool

@@ -25,5 +25,6 @@ def unnormalize(
     offset = tl.load(table + 4 * size + column, mask=inside, other=0.0)
     y = tl.where(at == at, (y >= at).to(tl.float64), y)
     # written so that NaN stays NaN and is seen by the host
-    y = tl.where(y < low, low, tl.where(y > high, high, y))
+    y = tl.where(y < low, low, y)
+    y = tl.where(y > high, high, y)
     tl.store(out + i, (y * scale + offset).to(tl.float32), mask=inside)

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,7 +217,7 @@ def test_packs_replace_the_text_encoder(packs: Path, small_libero: Path, libero_
     assert lean.model.text is None
     want = libero_policy.infer(observation, "open the drawer", seed=3).normalized
     assert np.array_equal(lean.infer(observation, "open the drawer", seed=3).normalized, want)
-    with pytest.raises(InputError, match="make its pack with dit4dit pack"):
+    with pytest.raises(InputError, match="make it with dit4dit pack"):
         lean.infer(observation, "a third one", seed=3)
 
 
@@ -228,10 +229,10 @@ def test_packs_of_other_weights_are_not_found(packs: Path, small_libero: Path, t
     state[key] = state[key] + 1e-3
     torch.save(state, file)
     lean = Policy.from_pretrained(run, device="cpu", packs=packs, text_encoder=False)
-    with pytest.raises(InputError, match="loaded without a text encoder"):
+    with pytest.raises(InputError, match="no pack of it in"):
         lean.prepare("open the drawer").result()
     same = Policy.from_pretrained(small_libero, device="cpu", dtype=torch.bfloat16, packs=packs, text_encoder=False)
-    with pytest.raises(InputError, match="loaded without a text encoder"):
+    with pytest.raises(InputError, match="no pack of it in"):
         same.prepare("open the drawer").result()
 
 
@@ -243,9 +244,68 @@ def test_a_broken_pack_says_so(packs: Path, small_libero: Path, observation) -> 
         lean.infer(observation, "open the drawer", seed=0)
 
 
+def folder_of(path: Path, model, **changes) -> PackFolder:
+    """As a policy makes it, for packs of 9 text tokens."""
+    shape = (TINY.extract_layer + 1, TINY.dit.num_heads, 9, TINY.dit.head_dim)
+    facts = dict(shape=shape, dtype=torch.float32, device=CPU, text=text_fingerprint(model.text))
+    return PackFolder(path, packs_key(model), **{**facts, **changes})
+
+
+def test_a_pack_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
+    model = random_model(TINY, 0, with_text=False)
+    folder = folder_of(tmp_path, model)
+    folder.store("go", Engine(model).pack(torch.randn(1, 9, TINY.dit.text_in)))
+    path = folder.path("go")
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="its content is not what was written; delete it"):
+        folder.load("go")
+    with pytest.raises(
+        CheckpointError, match=r"expected keys and values torch.float32 \[4, 2, 5, 32\], got .* \[4, 2, 9, 32\]"
+    ):
+        folder_of(tmp_path, model, shape=(4, 2, 5, 32)).load("go")
+
+
+def test_a_folder_that_cannot_be_written_stops_no_robot(
+    small_libero: Path, tmp_path: Path, observation, caplog
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    policy = Policy.from_pretrained(small_libero, device="cpu", packs=file / "packs")
+    assert np.isfinite(policy.infer(observation, "go", seed=0).actions).all()
+    assert "cannot be written" in caplog.text
+    words = tmp_path / "words.txt"
+    words.write_text("go\n")
+    with pytest.raises(SystemExit) as end:
+        main(
+            [
+                "pack",
+                "--checkpoint",
+                str(small_libero),
+                "--instructions",
+                str(words),
+                "--out",
+                str(file),
+                "--device",
+                "cpu",
+            ]
+        )
+    assert end.value.code == 2
+
+
+def test_policies_that_store_the_same_packs_at_once(tmp_path: Path) -> None:
+    model = random_model(TINY, 0, with_text=False)
+    pack = Engine(model).pack(torch.randn(1, 9, TINY.dit.text_in))
+    folders = [folder_of(tmp_path, model) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda folder: [folder.store(f"go {i}", pack) for i in range(30)], folders))
+    assert len(list(tmp_path.iterdir())) == 30
+
+
 def test_pack_files(tmp_path: Path) -> None:
     model = random_model(TINY, 0, with_text=False)
-    engine, folder = Engine(model), PackFolder(tmp_path, packs_key(model), CPU)
+    engine, folder = Engine(model), folder_of(tmp_path, model)
     pack = engine.pack(torch.randn(1, 9, TINY.dit.text_in))
     assert folder.load("go") is None
     folder.store("go", pack)
@@ -259,19 +319,18 @@ def test_pack_files(tmp_path: Path) -> None:
 
 def test_a_pack_of_another_text_encoder_is_made_again(tmp_path: Path) -> None:
     model = random_model(TINY, 0)
-    engine, key = Engine(model), packs_key(model)
-    pack = engine.pack(torch.randn(1, 9, TINY.dit.text_in))
+    pack = Engine(model).pack(torch.randn(1, 9, TINY.dit.text_in))
     before = text_fingerprint(model.text)
-    PackFolder(tmp_path, key, CPU, before).store("go", pack)
-    assert PackFolder(tmp_path, key, CPU, before).load("go") is not None
-    assert PackFolder(tmp_path, key, CPU, None).load("go") is not None, (
+    folder_of(tmp_path, model).store("go", pack)
+    assert folder_of(tmp_path, model).load("go") is not None
+    assert folder_of(tmp_path, model, text=None).load("go") is not None, (
         "a robot without a text encoder trusts the folder"
     )
     with torch.no_grad():
         next(model.text.parameters()).mul_(1.001)
     after = text_fingerprint(model.text)
     assert after != before
-    assert PackFolder(tmp_path, key, CPU, after).load("go") is None
+    assert folder_of(tmp_path, model).load("go") is None
     assert text_fingerprint(None) is None
 
 

@@ -35,7 +35,7 @@ def test_command_writes_numbers_and_pictures(tmp_path: Path, capsys) -> None:
         assert len(data["samples_ms"][who]) == 3
         assert data["share_of_measured_rate"][who] > 0
     pairs = [b / e for b, e in zip(data["samples_ms"]["baseline"], data["samples_ms"]["engine"], strict=True)]
-    assert data["ratio"]["total"] == pytest.approx(sorted(pairs)[1])
+    assert data["ratio"]["total"] == pytest.approx(sorted(pairs)[1], rel=1e-3)  # the samples are rounded
     for name in ("histogram", "stages", "roofline"):
         assert Image.open(report / f"{name}.png").size[0] > 500
     roof = data["roofline"]

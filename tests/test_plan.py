@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit4dit import Noise, Observation, Policy
 from dit4dit.engine import MAX_BATCH, Engine, Plan, RequestShape
 from dit4dit.engine.fold import Modulation
+from dit4dit.engine.packs import with_event
 from dit4dit.engine.staging import Staging
 from dit4dit.errors import BackendError, InputError
 from dit4dit.model.weights import random_model
-from dit4dit.ops import preprocess
+from dit4dit.ops import preprocess, use_backend
 from dit4dit.presets import preset
 
 TINY = preset("tiny").model
@@ -97,12 +98,13 @@ def test_an_instruction_is_moved_once_and_not_kept_alive() -> None:
     plan = make(torch.device("cpu"))
     pictures, state, noise, packs = requests(plan, 0)
     plan.run(pictures, state, noise, packs)
-    poison = plan._slots.keys.clone()
-    plan._slots.keys.fill_(0.0)
+    keys = plan._pack.keys
+    poison = keys.clone()
+    keys.fill_(0.0)
     plan.run(pictures, state, noise, packs)
-    assert not plan._slots.keys.any(), "the same packs were copied again"
+    assert not keys.any(), "the same packs were copied again"
     plan.run(pictures, state, noise, [replace(pack) for pack in packs])
-    assert torch.equal(plan._slots.keys, poison)
+    assert torch.equal(keys, poison)
     alive = weakref.ref(packs[0])
     del packs
     gc.collect()
@@ -125,10 +127,15 @@ class NoLookAtTheHost(TorchDispatchMode):
         self.seen: set[str] = set()
 
 
-def test_a_step_never_looks_at_the_host() -> None:
-    plan = make(torch.device("cpu"))
-    plan.run(*requests(plan, 0))
-    with torch.no_grad(), NoLookAtTheHost() as watch:
+@pytest.mark.parametrize("resize", ["cv2_area", "bilinear"])
+@pytest.mark.parametrize("picture", [(40, 50), (20, 64), (64, 96)])
+def test_a_step_never_looks_at_the_host(resize, picture) -> None:
+    """By references: what a GPU records where no kernel of ours fits it."""
+    engine = Engine(random_model(TINY, 1, with_text=False))
+    plan = Plan(engine, replace(shape(), views=(picture, (30, 30)), resize=resize), None)
+    with use_backend("torch"):
+        plan.run(*requests(plan, 0))
+    with torch.no_grad(), use_backend("torch"), NoLookAtTheHost() as watch:
         plan._compute()
         plan._draw_noise()
     assert {"convolution", "copy_"} <= watch.seen
@@ -216,6 +223,72 @@ def test_folding_in_bfloat16_stays_within_its_limit() -> None:
     engine = Engine(random_model(TINY, 1, with_text=False, dtype=torch.bfloat16, head_dtype=torch.bfloat16))
     assert max(engine.folding_error().values()) < 0.05
     engine.check_folding()
+
+
+def test_plans_share_slots_and_find_their_packs_again() -> None:
+    engine = Engine(random_model(TINY, 1, with_text=False))
+    two, three = (Plan(engine, replace(shape(), batch=n), None) for n in (2, 3))
+    assert two._slots is three._slots
+    assert Plan(engine, replace(shape(), batch=1), None)._slots is not two._slots
+    first, other = requests(two, 0), requests(three, 1)
+    before, _ = two.run(*first)
+    three.run(*other)
+    again, _ = two.run(*first)
+    assert np.array_equal(before, again)
+
+
+@pytest.mark.parametrize("given", [(True, False), (False, True), (True, True)])
+def test_given_noise_and_seeds_may_be_mixed(device: torch.device, given) -> None:
+    """A seeded request has the same noise whatever its neighbour brings."""
+    plan = make(device)
+    pictures, state, noise, packs = requests(plan, 0)
+    seeded, _ = plan.run(pictures, state, noise, packs)
+    brought = [Noise(**one.draw(plan.draws)) if is_given else one for one, is_given in zip(noise, given, strict=True)]
+    mixed, _ = plan.run(pictures, state, brought, packs)
+    for i in range(2):
+        if given[i]:
+            assert np.abs(mixed[i] - seeded[i]).max() < 1e-4 * np.abs(seeded).max()
+        else:
+            assert np.array_equal(mixed[i], seeded[i])
+
+
+def test_inference_mode_of_the_caller_leaves_no_trace(small_libero: Path, make_observation) -> None:
+    policy = Policy.from_pretrained(small_libero, device="cpu")
+    with torch.inference_mode():
+        inside = policy.infer(make_observation(0), "new words", seed=3).normalized
+    assert np.array_equal(policy.infer(make_observation(0), "new words", seed=3).normalized, inside)
+
+
+@pytest.mark.parametrize("size", [(256, 256, 3), (0, 640), (-1, 640), 480, "480x640", (480.0, 640), (True, 640)])
+def test_warm_up_takes_two_positive_whole_numbers(libero_policy: Policy, size) -> None:
+    with pytest.raises(InputError, match=r"pictures\['primary_image'\]: expected \(height, width\) in pixels, got"):
+        libero_policy.warm_up({"primary_image": size})
+
+
+def test_warm_up_for_the_published_call_and_for_given_embeddings(small_libero: Path, make_observation) -> None:
+    embeds = {"go": torch.randn(5, TINY.dit.text_in)}
+    policy = Policy.from_pretrained(small_libero, device="cpu", prompt_embeds=embeds)
+    width = policy.config.image_size[1] * 2
+    policy.warm_up({name: list(p.shape[:2]) for name, p in make_observation(0).images.items()})
+    policy.warm_up(joined=(policy.config.image_size[0], width))
+    made = policy._runner.plans
+    policy.infer(make_observation(0), "go", seed=0)
+    picture = np.zeros((policy.config.image_size[0], width, 3), np.uint8)
+    policy.predict_action({"image": picture, "lang": "go", "state": np.zeros((1, policy.config.head.state_dim))})
+    assert policy._runner.plans == made == 2
+
+
+@pytest.mark.gpu
+def test_a_pack_still_being_written_is_waited_for() -> None:
+    plan = make(torch.device("cuda"))
+    pictures, state, noise, packs = requests(plan, 0)
+    wanted, _ = plan.run(pictures, state, noise, packs)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        late = [with_event(pack.keys.clone(), pack.values.clone()) for pack in packs]
+    got, _ = plan.run(pictures, state, noise, late)
+    assert np.array_equal(got, wanted)
 
 
 @pytest.mark.gpu

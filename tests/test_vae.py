@@ -69,3 +69,14 @@ def test_clips_encode_to_the_posterior_mean_and_decode_to_pictures() -> None:
     assert latents.shape == (1, 16, 2, 4, 4)
     assert again.shape == video.shape
     assert again.abs().max() <= 1
+
+
+def test_convolutions_in_float32_are_not_shortened_and_the_callers_setting_stays() -> None:
+    seen = []
+    encoder = FrameEncoder(VaeConfig(base_dim=4))
+    encoder.conv_in.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    with torch.no_grad():
+        encoder(torch.zeros(1, 3, 16, 16))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before

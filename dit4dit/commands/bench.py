@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Dtype, dtype_of, finish, say
+from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, finish, say
 from dit4dit.errors import InputError
 
 Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -73,6 +73,10 @@ def latency(
     kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     if engine_chunks < 0:
         raise InputError(f"--engine-chunks: expected 0 or more, got {engine_chunks}")
+    if seed < 0:
+        raise InputError(f"--seed: expected 0 or more, got {seed}")
+    if report is not None:
+        check_folder("--report", report)
     options: dict[str, Any] = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
     options |= {"quantization": quantization, "engine_chunks": engine_chunks}
     result = module.measure(chosen, preset, device=place, dtype=kind, **options)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
+
+from dit4dit.errors import InputError
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -19,6 +22,16 @@ def dtype_of(name: str) -> Any:
 
 def say(text: str) -> None:
     sys.stdout.write(text + "\n")
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Make the folder; InputError where it cannot be made or written, before anything long begins."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
 def finish(text: str, data: Any, json_file: Path | None) -> None:

@@ -18,12 +18,15 @@ from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_encoder, fold_head, pack_matrices
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.packs import PromptPack, make_pack, stack
+from dit4dit.engine.slots import Slots
 from dit4dit.errors import BackendError, ConfigError
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.video_dit import rotary_table
 
 Posterior = Literal["sample", "mean"]
 STEPS = (1, 2, 4, 8)
+MAX_BATCH = 16
+"""Requests in one pass."""
 FOLDING_LIMIT, FOLDING_LIMIT_16_BIT = 1e-4, 0.2
 """Largest relative error of the folded model. In 16 bits, where rounding alone is percents, it only finds what is broken."""
 
@@ -60,8 +63,8 @@ class Engine:
         check_options(quantization, calibration)
         if model.head is None:
             raise ConfigError("engine: this model has no action head")
-        if steps is not None and steps not in STEPS:
-            raise ConfigError(f"engine steps: expected one of {STEPS}, got {steps}")
+        if steps is not None and (type(steps) is not int or steps not in STEPS):
+            raise ConfigError(f"engine steps: expected one of {STEPS}, got {steps!r}")
         if posterior not in ("sample", "mean"):
             raise ConfigError(f"engine posterior: expected sample or mean, got {posterior!r}")
         self.model, self.config, self.posterior = model, model.config, posterior
@@ -72,7 +75,7 @@ class Engine:
         self.head: Head = fold_head(model.head, self.steps)
         self._rotary: dict[tuple[int, int], Tensor] = {}
         self._warm = False
-        self._pool: Any = None
+        self._start()
         self.encoder = fold_encoder(model.backbone)
         if self.device.type != "meta":  # where operations are only counted
             self.check_folding()
@@ -85,12 +88,34 @@ class Engine:
     def device(self) -> torch.device:
         return self.model.backbone.transformer.proj_out.weight.device
 
+    def _start(self) -> None:
+        """What belongs to a process, and what all plans of this engine share, as they never run side by side."""
+        self._slots: dict[tuple[int, int], Slots] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
     @property
     def graph_pool(self) -> Any:
-        """The memory that all CUDA graphs of this engine share: they never run side by side."""
+        """The memory of all CUDA graphs of this engine."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """The stream of all plans, before others on a GPU; None on a CPU."""
+        if self._stream is None and self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device, priority=-1)
+        return self._stream
+
+    def slots(self, batch: int, text_length: int) -> Slots:
+        """Where plans find the packs of `batch` requests: one slot for single requests, MAX_BATCH for all others."""
+        key = (1 if batch == 1 else MAX_BATCH, text_length)
+        if key not in self._slots:
+            dit, transformer = self.config.dit, self.model.backbone.transformer
+            shape = (key[0], len(self.blocks), dit.num_heads, text_length, dit.head_dim)
+            self._slots[key] = Slots(shape, transformer.dtype, self.device)
+        return self._slots[key]
 
     def warm_up(self) -> None:
         """What the first chunk would otherwise do: on a CPU, pack all matrices for oneDNN (a second copy of them)."""
@@ -99,8 +124,8 @@ class Engine:
             self._warm = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Packed matrices and graph memory belong to a process; a copy makes its own."""
-        return {**self.__dict__, "_warm": False, "_pool": None}
+        """Packed matrices, slots and graph memory belong to a process; a copy makes its own."""
+        return {**self.__dict__, "_warm": False, "_slots": {}, "_stream": None, "_pool": None}
 
     def pack(self, prompt_embeds: Tensor) -> PromptPack:
         """prompt_embeds [1, L, text_in] -> the instruction's pack."""

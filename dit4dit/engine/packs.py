@@ -8,16 +8,18 @@ makes a pack of another one again, a policy that has none takes what is there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, InputError
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.video_dit import VideoDiT
 
@@ -26,11 +28,13 @@ from dit4dit.model.video_dit import VideoDiT
 class PromptPack:
     """keys and values [blocks, heads, L, head_dim] in the backbone's dtype, keys normed, on the backbone's device.
 
-    `stack` makes that of a batch, [B, blocks, heads, L, head_dim].
+    `stack` makes that of a batch, [B, blocks, heads, L, head_dim]. On a GPU `ready` stands behind the kernels that write it:
+    another stream waits for that event, and for nothing else, before it reads.
     """
 
     keys: Tensor
     values: Tensor
+    ready: torch.cuda.Event | None = None
 
     @property
     def length(self) -> int:
@@ -44,6 +48,9 @@ class PromptPack:
 
 def stack(packs: Sequence[PromptPack]) -> PromptPack:
     """Packs of a batch as one, [B or 1, blocks, heads, L, d]; one instruction for all is not copied."""
+    for pack in packs:
+        if pack.ready is not None:
+            torch.cuda.current_stream(pack.keys.device).wait_event(pack.ready)
     if all(pack is packs[0] for pack in packs):
         return PromptPack(packs[0].keys[None], packs[0].values[None])
     return PromptPack(torch.stack([p.keys for p in packs]), torch.stack([p.values for p in packs]))
@@ -61,7 +68,16 @@ def make_pack(transformer: VideoDiT, prompt_embeds: Tensor, blocks: int) -> Prom
         )
         keys.append(attention.norm_k(k)[0])
         values.append(v[0])
-    return PromptPack(torch.stack(keys), torch.stack(values))
+    return with_event(torch.stack(keys), torch.stack(values))
+
+
+def with_event(keys: Tensor, values: Tensor) -> PromptPack:
+    """A pack whose tensors the current stream has been told to write."""
+    if keys.device.type != "cuda":
+        return PromptPack(keys, values)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(keys.device))
+    return PromptPack(keys, values, event)
 
 
 def packs_key(model: DiT4DiT) -> str:
@@ -78,12 +94,17 @@ def packs_key(model: DiT4DiT) -> str:
 
 
 def weights_key(modules: Iterable[nn.Module]) -> str:
-    """A content hash of all weights of `modules` (names, dtypes, shapes, bytes), 32 hex digits."""
+    """A content hash of all weights of `modules`, 32 hex digits."""
+    return content_hash(item for module in modules for item in module.state_dict().items())
+
+
+def content_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, dtypes, shapes and bytes, 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(values)
     return digest.hexdigest()
 
 
@@ -94,21 +115,42 @@ def text_fingerprint(text: nn.Module | None) -> str | None:
     """
     if text is None:
         return None
-    digest = hashlib.blake2b(digest_size=16)
+    items = []
     for name, tensor in text.state_dict().items():
         values = tensor.detach().reshape(-1)
-        some = values[:: max(1, -(-values.numel() // 4096))].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(some.view(torch.uint8).numpy())
-    return digest.hexdigest()
+        items.append((f"{name} {tuple(tensor.shape)}", values[:: max(1, -(-values.numel() // 4096))]))
+    return content_hash(items)
 
 
 class PackFolder:
     """Packs on disk, one safetensors file each, under a hash of the weights' key and the instruction."""
 
-    def __init__(self, folder: Path, key: str, device: torch.device | str, text: str | None = None) -> None:
-        """key: what the packs are made from (`packs_key`); text: the `text_fingerprint` of the encoder at hand, if any."""
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        text: str | None = None,
+    ) -> None:
+        """Where packs of one model are.
+
+        Args:
+            key: what the packs are made from (`packs_key`), so that other weights never find them.
+            shape, dtype: of keys and of values.
+            device: where they are brought.
+            text: the `text_fingerprint` of the encoder at hand, if any.
+        """
         self.folder, self._key, self._device, self._text = folder, key, device, text
+        self._shape, self._dtype = shape, dtype
+
+    @classmethod
+    def of(cls, folder: Path, model: DiT4DiT) -> PackFolder:
+        """The folder for the packs of `model`."""
+        config, weight = model.config, model.backbone.transformer.proj_out.weight
+        shape = (config.extract_layer + 1, config.dit.num_heads, config.text.max_length, config.dit.head_dim)
+        return cls(folder, packs_key(model), shape, weight.dtype, weight.device, text_fingerprint(model.text))
 
     def path(self, instruction: str) -> Path:
         """Where the instruction's pack is or will be."""
@@ -120,27 +162,45 @@ class PackFolder:
         from safetensors import SafetensorError, safe_open
 
         path = self.path(instruction)
-        if not path.is_file():
-            return None
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                made_by = (file.metadata() or {}).get("text_encoder")
-                if self._text is not None and made_by != self._text:
+                facts = file.metadata() or {}
+                if self._text is not None and facts.get("text_encoder") != self._text:
                     return None
-                keys, values = (file.get_tensor(name).to(self._device) for name in ("keys", "values"))
-                return PromptPack(keys, values)
-        except SafetensorError as error:
+                keys, values = (file.get_tensor(name) for name in ("keys", "values"))
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: not a readable prompt pack ({error}); delete it and make it again"
             ) from None
+        for tensor in (keys, values):
+            if tensor.shape != self._shape or tensor.dtype != self._dtype:
+                raise CheckpointError(
+                    f"{path}: expected keys and values {self._dtype} {list(self._shape)}, got {tensor.dtype} "
+                    f"{list(tensor.shape)}; delete it and make it again"
+                )
+        if facts.get("content") != content_hash((("keys", keys), ("values", values))):
+            raise CheckpointError(f"{path}: its content is not what was written; delete it and make it again")
+        return with_event(keys.to(self._device), values.to(self._device))
 
     def store(self, instruction: str, pack: PromptPack) -> None:
-        """Write the pack, aside and then renamed, so that no reader sees half of it."""
+        """Write the pack, aside and then renamed, so that no reader sees half of it; InputError when it cannot be."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = self.path(instruction)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # a name of this very call
+        tensors = {"keys": pack.keys.cpu(), "values": pack.values.cpu()}
         metadata = {"instruction": instruction, "weights": self._key, "text_encoder": self._text or ""}
-        save_file({"keys": pack.keys.cpu(), "values": pack.values.cpu()}, partial, metadata=metadata)
-        partial.replace(path)
+        metadata["content"] = content_hash(tensors.items())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise InputError(
+                f"{self.folder}: the pack of {instruction!r:.60} cannot be written ({error}); give another folder"
+            ) from None

@@ -6,7 +6,6 @@ is compiled, and the host waits once, for the event behind the last copy.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +21,6 @@ from dit4dit.engine.packs import PromptPack
 from dit4dit.engine.staging import Fields, Staging
 from dit4dit.noise import STREAMS, Noise
 
-MAX_BATCH = 16
 _WARM_UPS = 3  # before recording: kernels compiled, library handles and workspaces made
 
 
@@ -61,7 +59,7 @@ class Plan:
         self.engine, self.shape = engine, shape
         device, config = engine.device, engine.config
         self._table = None if table is None else table.to(device)
-        batch, head, dit = shape.batch, config.head, config.dit
+        batch, head = shape.batch, config.head
         inputs: Fields = {f"view{i}": ((batch, *size, 3), torch.uint8) for i, size in enumerate(shape.views)}
         inputs["requests"] = ((batch, 2), torch.int64)
         if shape.state:
@@ -75,12 +73,10 @@ class Plan:
         if table is not None:
             outputs["actions"] = ((*actions[:2], table.shape[1]), torch.float32)
         self.outputs = Staging(outputs, device)
-        kept = (batch, len(engine.blocks), dit.num_heads, shape.text_length, dit.head_dim)
-        dtype = engine.model.backbone.transformer.dtype
-        self._slots = PromptPack(*(torch.zeros(kept, dtype=dtype, device=device) for _ in range(2)))
-        self._filled: list[weakref.ref[PromptPack] | None] = [None] * batch  # the cache decides how long packs live
+        self._slots = engine.slots(batch, shape.text_length)
+        self._pack = self._slots.of(batch)
         engine.warm_up()
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._stream = engine.stream
         self._done = torch.cuda.Event() if device.type == "cuda" else None
         self._draw = self.record(self._draw_noise)
         self._step = self.record(self._compute)
@@ -108,8 +104,8 @@ class Plan:
     def _compute(self) -> None:
         given, noise = self.inputs.device, self.noise.device
         views = [given[f"view{i}"] for i in range(len(self.shape.views))]
-        frame = ops.preprocess(views, self.shape.size, self.shape.resize, self._slots.keys.dtype)
-        features = self.engine.features(frame, self._slots, noise["posterior"], noise["latent"])
+        frame = ops.preprocess(views, self.shape.size, self.shape.resize, self._pack.keys.dtype)
+        features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"])
         normalized = self.engine.actions(features, given.get("state"), noise["action"])
         self.outputs.device["normalized"].copy_(normalized)
         if self._table is not None:
@@ -140,43 +136,47 @@ class Plan:
                 self.inputs.host[f"view{v}"][i] = picture
         if state is not None:
             self.inputs.host["state"][:] = state
-        drawn_here = self._stream is not None and all(not one.given for one in noise)
-        self._stage_noise(noise, drawn_here)
-        if self._stream is None:
-            self._launch(packs, drawn_here)
+        drawn = self._stage_noise(noise)
+        if self._stream is None or self._done is None:
+            self._launch(packs, drawn)
         else:
-            assert self._done is not None
-            # a pack may have just been made on the caller's stream
-            self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))
             with torch.cuda.stream(self._stream):
-                self._launch(packs, drawn_here)
-                self._done.record()
-            self._done.synchronize()
+                try:
+                    self._launch(packs, drawn)
+                    self._done.record()
+                    self._done.synchronize()
+                except BaseException:
+                    self._stream.synchronize()  # the page-locked buffers are free again
+                    raise
         actions = self.outputs.host.get("actions")
         return self.outputs.host["normalized"].copy(), None if actions is None else actions.copy()
 
-    def _stage_noise(self, noise: Sequence[Noise], drawn_here: bool) -> None:
+    def rehearse(self) -> None:
+        """Run the step once on whatever the buffers hold, so that its memory and its kernels are there."""
+        if self._stream is None:  # on a GPU recording has done so
+            with torch.no_grad():
+                self._compute()
+
+    def _stage_noise(self, noise: Sequence[Noise]) -> list[bool]:
+        """Per request, whether its noise is to be drawn on the device from its seed; the others' is drawn or copied here."""
+        drawn = [self._stream is not None and not one.given for one in noise]
         for i, one in enumerate(noise):
-            if drawn_here:
+            if drawn[i]:
                 assert one.seed is not None
                 self.inputs.host["requests"][i] = np.array([one.seed, one.chunk], dtype=np.uint64).view(np.int64)
             else:
                 for name, array in one.draw(self.draws).items():
                     self.noise.host[name][i] = array
+        return drawn
 
-    def _launch(self, packs: Sequence[PromptPack], drawn_here: bool) -> None:
+    def _launch(self, packs: Sequence[PromptPack], drawn: Sequence[bool]) -> None:
         self.inputs.upload()
-        for i, pack in enumerate(packs):
-            filled = self._filled[i]
-            if filled is None or filled() is not pack:
-                for slot, new in ((self._slots.keys, pack.keys), (self._slots.values, pack.values)):
-                    slot[i].copy_(new)
-                    if self._stream is not None:
-                        new.record_stream(self._stream)
-                self._filled[i] = weakref.ref(pack)
-        if drawn_here:
+        self._slots.fill(packs)
+        if any(drawn):
             self._draw()
-        else:
+        if not any(drawn):
             self.noise.upload()
+        else:
+            self.noise.upload_rows([i for i, here in enumerate(drawn) if not here])
         self._step()
         self.outputs.download()

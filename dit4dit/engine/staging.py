@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -38,13 +39,21 @@ class Staging:
                 for name, (shape, dtype) in fields.items()
             }
 
-        self.host: dict[str, NDArray[np.generic]] = {name: view.numpy() for name, view in views(self._host).items()}
+        self._pinned = views(self._host)
+        self.host: dict[str, NDArray[np.generic]] = {name: view.numpy() for name, view in self._pinned.items()}
         self.device: dict[str, Tensor] = views(self._device)
 
     def upload(self) -> None:
         """Host to device, in the order of the current stream; the host side must not change before it has run."""
         if self._on_gpu:
             self._device.copy_(self._host, non_blocking=True)
+
+    def upload_rows(self, rows: Sequence[int]) -> None:
+        """The same for some rows of every tensor; the device keeps its others."""
+        if self._on_gpu:
+            for name, tensor in self.device.items():
+                for row in rows:
+                    tensor[row].copy_(self._pinned[name][row], non_blocking=True)
 
     def download(self) -> None:
         """Device to host, likewise; the host side is there when the stream has come so far."""

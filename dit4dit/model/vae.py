@@ -7,7 +7,8 @@ the temporal down-samplings skipped. It agrees with `AutoencoderKLWan` on the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,17 @@ from dit4dit.ops.rms_norm_silu import reference as rms_norm_silu
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 convolutions in float32: PyTorch's default on a GPU is TF32, whose 10 bits are those of float16."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class ChannelRmsNorm(nn.Module):
@@ -107,11 +119,12 @@ class FrameEncoder(nn.Module):
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor]:
         """frame [B, 3, H, W] in [-1, 1] -> posterior mean and standard deviation, float32 [B, z, H/8, W/8]."""
-        x = self.conv_in(frame.to(self.conv_in.weight.dtype))
-        for layer in self.down_blocks:
-            x = layer(x)
-        x = self.conv_out(self.norm_out(self.mid_block(x)))
-        mean, logvar = self.quant_conv(x).float().chunk(2, dim=1)
+        with full_precision():
+            x = self.conv_in(frame.to(self.conv_in.weight.dtype))
+            for layer in self.down_blocks:
+                x = layer(x)
+            x = self.conv_out(self.norm_out(self.mid_block(x)))
+            mean, logvar = self.quant_conv(x).float().chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
     @staticmethod

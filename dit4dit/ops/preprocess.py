@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,14 +67,13 @@ def cv2_area(x: Tensor, h: int, w: int) -> Tensor:
 
 def _weighted(x: Tensor, n: int, dim: int) -> Tensor:
     """Mean over the covered area along `dim`, summed tap by tap in OpenCV's order, in float32."""
-    first, weights = _area_taps(x.shape[dim], n)
+    index, weights = _area_taps(x.shape[dim], n, x.device)
     shape = [n if d == dim else 1 for d in range(x.ndim)]
-    index = torch.tensor(first, device=x.device)
     total = x.new_zeros(())
     for k in range(weights.shape[1]):
         # past its last tap an output has weight zero, which adds nothing
         taps = x.index_select(dim, (index + k).clamp_max(x.shape[dim] - 1))
-        total = total + taps * weights[:, k].to(x.device).view(shape)
+        total = total + taps * weights[:, k].view(shape)
     return total
 
 
@@ -87,7 +87,7 @@ def _cv2_enlarge(x: Tensor, h: int, w: int) -> Tensor:
 
 
 def _float32(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float64).float().item()
+    return float(np.float32(x))
 
 
 def _cv2_scale(n_in: int, n_out: int) -> float:
@@ -95,8 +95,9 @@ def _cv2_scale(n_in: int, n_out: int) -> float:
     return 1.0 / (n_out / n_in)
 
 
+# Taps are kept where they are used: a CUDA graph cannot be recorded while something is brought from the host.
 @lru_cache(maxsize=64)
-def _area_taps(n_in: int, n_out: int) -> tuple[list[int], Tensor]:
+def _area_taps(n_in: int, n_out: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """First source index [n_out] and weights float32 [n_out, taps] of outputs that each cover n_in / n_out inputs."""
     scale = _cv2_scale(n_in, n_out)
     first: list[int] = []
@@ -115,9 +116,13 @@ def _area_taps(n_in: int, n_out: int) -> tuple[list[int], Tensor]:
         first.append(start)
         weights.append(row)
     taps = max(len(row) for row in weights)
-    return first, torch.tensor([row + [0.0] * (taps - len(row)) for row in weights], dtype=torch.float64).float()
+    table = torch.tensor(
+        [row + [0.0] * (taps - len(row)) for row in weights], dtype=torch.float64, device="cpu"
+    ).float()
+    return torch.tensor(first, device=device), table.to(device)
 
 
+@lru_cache(maxsize=64)
 def _bilinear_taps(n_in: int, n_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Left and right source index and their weights, each [n_out]."""
     scale = torch.tensor(n_in, dtype=torch.float32) / n_out
@@ -130,6 +135,7 @@ def _bilinear_taps(n_in: int, n_out: int, device: torch.device) -> tuple[Tensor,
     return i.to(device), (i + 1).clamp_max(n_in - 1).to(device), (1 - weight).to(device), weight.to(device)
 
 
+@lru_cache(maxsize=64)
 def _enlarge_taps(n_in: int, n_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Left and right source index and their weights in 1/2048, each [n_out]."""
     inverse = n_out / n_in

@@ -82,7 +82,7 @@ def read_own(path: Path) -> dict[str, Columns]:
 
 
 def _check_column(where: str, op: str, architecture: str, rows: Any) -> None:
-    if not architecture.isdigit() and architecture != "interpreter":
+    if not _is_chip(architecture) and architecture != "interpreter":
         raise ConfigError(f"{where}: expected a compute capability without its dot, such as '90', got {architecture!r}")
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"{where}: expected a list of rows, got {rows!r:.40}")
@@ -173,12 +173,17 @@ def trying(op: str, tile: dict[str, int] | None) -> Iterator[Trial]:
         del _trials[op]
 
 
+def _is_chip(column: str) -> bool:
+    """Whether a column is a compute capability, "90"."""
+    return column.isascii() and column.isdigit()
+
+
 def nearest(op: str, architecture: str) -> str:
     """The column that serves an architecture."""
     columns = table()[op]
     if architecture in columns:
         return architecture
-    if not architecture.isdigit():
+    if not _is_chip(architecture):
         architecture = "90"
-    chips = sorted(int(name) for name in columns if name.isdigit())
+    chips = sorted(int(name) for name in columns if _is_chip(name))
     return str(max((chip for chip in chips if chip <= int(architecture)), default=chips[0]))

@@ -41,6 +41,16 @@ def test_reference_is_torchs_normalize(silu):
     torch.testing.assert_close(rms_norm_silu(x, gamma, silu), F.silu(wanted) if silu else wanted)
 
 
+def test_float16_holds_the_squares(triton_op):
+    x = torch.tensor([300.0, 100.0] * 48, dtype=torch.float16).reshape(1, 96, 1, 1)
+    x = torch.cat([x, torch.zeros_like(x)], dim=3).contiguous(memory_format=torch.channels_last)
+    gamma = torch.ones(96, 1, 1, dtype=torch.float16)
+    wanted = (F.normalize(x.double(), dim=1) * 96**0.5).half()
+    for got in (reference(x, gamma, False), triton_op("rms_norm_silu", x, gamma, False)):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=0)
+        assert not got[..., 1].any()
+
+
 def test_gradients_where_they_are_wanted():
     x, gamma = (tensor.double().requires_grad_() for tensor in given(3, rows=2, columns=2))
     shifted = (x + 0.5).detach().requires_grad_()  # away from the black pixel, where the norm has none

@@ -51,7 +51,10 @@ def check(triton_op, chain: Chain, y: np.ndarray) -> None:
     assert np.array_equal(triton_op("unnormalize", torch.from_numpy(y), table).numpy(), wanted)
 
 
-def test_what_is_not_a_number_stays_so(triton_op):
+def test_what_is_not_a_number_stays_so_and_bounds_may_cross(triton_op):
+    crossed = torch.tensor([[torch.nan, 0.5, -0.5, 2, 0.1]] * 2, dtype=torch.float64).T.contiguous()
+    given = torch.linspace(-1, 1, 16).reshape(1, 8, 2)
+    assert torch.equal(unnormalize(given, crossed, backend="torch"), triton_op("unnormalize", given, crossed))
     table = torch.tensor([[torch.nan, -1, 1, 2, 0.5]] * 2, dtype=torch.float64).T.contiguous()
     y = torch.tensor([[[torch.nan, 0.0]]])
     for got in (unnormalize(y, table, backend="torch"), triton_op("unnormalize", y, table)):
