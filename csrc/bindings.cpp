@@ -1,6 +1,9 @@
-// dit4dit._C: one m.def per launcher, no logic. A tensor comes in as the tuple (address, shape, strides, dtype, device).
+// dit4dit._C: one m.def per launcher, no logic. A tensor comes in as the tuple (address, shape, strides, dtype, device), or
+// on the CPU as an array that lends its memory (NumPy).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <map>
 
 #include "driver.h"
 #include "launchers.h"
@@ -19,14 +22,31 @@ using namespace py::literals;
 
 namespace {
 
-TensorView view_from(const py::handle& tuple, const std::string& name) {
+// A NumPy array, or whatever else lends its memory; the caller's reference keeps it alive through the call.
+TensorView view_of_buffer(const py::handle& object, const std::string& name, bool writable) {
+    if (writable && py::hasattr(object, "flags") && !object.attr("flags").attr("writeable").cast<bool>())
+        throw py::value_error(name + ": expected memory that can be written, got a read-only array");
+    const auto buffer = py::reinterpret_borrow<py::buffer>(object).request(writable);
+    const std::map<std::string, std::string> names = {{"B", "uint8"}, {"e", "float16"}, {"f", "float32"}, {"d", "float64"}};
+    const auto known = names.find(buffer.format);
+    TensorView view{name, reinterpret_cast<std::uintptr_t>(buffer.ptr), {buffer.shape.begin(), buffer.shape.end()}, {},
+                    known == names.end() ? "format " + buffer.format : known->second, "cpu"};
+    for (const auto step : buffer.strides) {
+        if (step % buffer.itemsize) refuse(name, "strides of whole elements", std::to_string(step) + " bytes");
+        view.strides.push_back(step / buffer.itemsize);
+    }
+    return view;
+}
+
+TensorView view_from(const py::handle& tuple, const std::string& name, bool writable = false) {
+    if (PyObject_CheckBuffer(tuple.ptr())) return view_of_buffer(tuple, name, writable);
     using Numbers = std::vector<std::int64_t>;
     using Facts = std::tuple<std::uintptr_t, Numbers, Numbers, std::string, std::string>;
     try {
         auto [address, shape, strides, dtype, device] = tuple.cast<Facts>();
         return {name, address, shape, strides, dtype, device};
     } catch (const py::cast_error&) {
-        throw py::type_error(name + ": expected (address, shape, strides in elements, dtype, device), got " +
+        throw py::type_error(name + ": expected an array or (address, shape, strides in elements, dtype, device), got " +
                              py::repr(tuple).cast<std::string>());
     }
 }
@@ -42,10 +62,10 @@ std::vector<TensorView> views_from(const py::sequence& tuples, const std::string
 template <class... Rest>
 auto unpacked(void (*launcher)(const std::vector<TensorView>&, const std::vector<std::int64_t>&, const TensorView&,
                                Rest...)) {
-    return [launcher](const py::sequence& views, const std::vector<std::int64_t>& widths, const py::tuple& out,
+    return [launcher](const py::sequence& views, const std::vector<std::int64_t>& widths, const py::object& out,
                       Rest... rest) {
         const auto view_list = views_from(views, "views");
-        const auto out_view = view_from(out, "out");
+        const auto out_view = view_from(out, "out", true);
         const py::gil_scoped_release release;
         launcher(view_list, widths, out_view, rest...);
     };

@@ -27,6 +27,7 @@ public:
         check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
         if (wanted != before_) check_cuda(cudaSetDevice(wanted), "cudaSetDevice");
     }
+    // the device was current before; where that fails now, it has failed as a whole and the next call says so
     ~DeviceGuard() { cudaSetDevice(before_); }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;

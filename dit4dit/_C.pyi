@@ -1,6 +1,11 @@
 from collections.abc import Sequence
 
+from typing_extensions import Buffer
+
 _View = tuple[int, tuple[int, ...], tuple[int, ...], str, str]  # address, shape, strides in elements, dtype, device
+
+# on the CPU also a NumPy array, or another object that lends its memory
+_Views = Sequence[_View | Buffer]
 
 cuda_architectures: tuple[str, ...]
 
@@ -25,5 +30,5 @@ class Driver:
     ) -> Kernel: ...
 
 def build_info() -> dict[str, object]: ...
-def preprocess(views: Sequence[_View], widths: Sequence[int], out: _View, filter: str) -> None: ...
+def preprocess(views: _Views, widths: Sequence[int], out: _View | Buffer, filter: str) -> None: ...
 def preprocess_cuda(views: Sequence[_View], widths: Sequence[int], out: _View, filter: str, stream: int) -> None: ...

@@ -101,7 +101,7 @@ def refuse(
     recorded = first.device.type == "meta" and _recording.get() is not None
     if first.device.type not in ("cpu", "cuda") and not recorded:
         return f"{name} is on {first.device.type}"
-    if not _has_triton():
+    if first.device.type == "cpu" and not _has_triton():
         return "triton is not installed"
     if first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
@@ -146,7 +146,7 @@ def runner(launches: Launches) -> Callable[..., Any]:
 
 
 def refuser(refuse: Callable[..., str | None], launches: Launches) -> Callable[..., str | None]:
-    """An op's `refuse`, and where Triton could not compile, whether each kernel is there without it."""
+    """An op's `refuse`, and where Triton cannot compile, whether every kernel is there without it."""
 
     def refuse_all(*args: Any) -> str | None:
         reason = refuse(*args)
@@ -180,7 +180,9 @@ _said: set[str] = set()  # kernels that were compiled just in time
 
 
 def _no_compiler() -> str | None:
-    """Why Triton cannot build its launcher, or None."""
+    """Why Triton cannot compile here, or None. It builds a launcher of its own, in C."""
+    if not _has_triton():
+        return "triton is not installed"
     if os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc", "cc"))):
         return None
     return "no C compiler is on PATH"
