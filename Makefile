@@ -1,25 +1,29 @@
 # The few things a contributor repeats. `make demo` and `make test` set up .venv by themselves.
 #
-#   make demo | test | lint | format | wheel | clean
+#   make demo | test | lint | format | cubins | wheel | clean
 #   make test ARGS="-k preprocess"        arguments for pytest
 #   make test PYTHON=python3.12           another interpreter (after `make clean`)
 #   make test TORCH=torch==2.10.0         another torch, or the path of a wheel
 #   make wheel CUDA=ON PTXAS=ON           every architecture, with the compiler's report on registers and spills
+#   make cubins                           Triton's kernels for every architecture, into build/cubins (no GPU needed)
+#   make wheel CUDA=ON CUBINS=build/cubins        the release wheel
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA ?= AUTO
 PTXAS ?= OFF
+CUBINS ?= OFF
 ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CMAKE_ARGS := --config-settings=cmake.define.DIT4DIT_CUDA=$(CUDA) --config-settings=cmake.define.DIT4DIT_PTXAS_REPORT=$(PTXAS) \
+	--config-settings=cmake.define.DIT4DIT_CUBINS=$(if $(filter OFF,$(CUBINS)),OFF,$(abspath $(CUBINS))) \
 	--config-settings=cmake.define.DIT4DIT_WARNINGS_AS_ERRORS=ON
 SOURCES := $(shell find dit4dit csrc kernels benchmarks -type f -not -name '*.pyc') \
 	CMakeLists.txt pyproject.toml README.md LICENSE
 
-.PHONY: demo test lint format wheel clean
+.PHONY: demo test lint format cubins wheel clean
 .SUFFIXES:
 
 demo: .venv/.installed
@@ -37,6 +41,11 @@ lint: .venv/.installed
 format: .venv/.installed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# From another folder, where the source tree is not taken for the package.
+cubins: .venv/.installed
+	@rm -rf build/cubins && mkdir -p build
+	@cd build && ../$(BIN)/python -m dit4dit.cubins --out cubins
 
 wheel: .venv/.torch
 	@echo "-- wheel (CUDA=$(CUDA))"

@@ -11,8 +11,6 @@ import argparse
 import importlib
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit4dit.ops import launch
+from dit4dit.cubins.compiler import compiled, resources
+from dit4dit.cubins.specialization import Specialization
 from dit4dit.ops.launch import Launch
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY
 
@@ -31,14 +30,6 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120
 BF16, F32 = torch.bfloat16, torch.float32
 WIDTH, HEADS, DIM = 2048, 16, 128  # the backbone
 HEAD_WIDTH, HEAD_HEADS, HEAD_DIM = 768, 12, 64  # the action head
-POINTERS = {  # Triton's names
-    F32: "fp32",
-    BF16: "bf16",
-    torch.float16: "fp16",
-    FP8: "fp8e4nv",
-    torch.float64: "fp64",
-    torch.int64: "i64",
-}
 FRAMES = {588: 3, 784: 2}  # backbone tokens -> latent frames
 ACTION_TOKENS = (9, 17, 51)
 
@@ -109,52 +100,6 @@ def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
             yield f"{op} {case}", step
 
 
-def compiled(step: Launch, capability: int) -> Any:
-    """Triton's compiled kernel, as the just-in-time compiler would make it for these arguments."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if launch.interpreting():
-        raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile")
-    function = step.function()
-    constants = {**step.constants, **{k: v for k, v in step.tile.items() if k.isupper()}}
-    signature: dict[str, str] = {}
-    aligned: dict[tuple[int], list[list[Any]]] = {}
-    for i, name in enumerate(function.arg_names):
-        value = step.arguments.get(name)
-        if isinstance(value, Tensor):
-            signature[name] = "*" + POINTERS[value.dtype]
-            aligned[(i,)] = [["tt.divisibility", 16]]  # as torch allocates
-        elif name in constants or value is None or (type(value) is int and value == 1):
-            signature[name] = "constexpr"
-            constants.setdefault(name, value)
-        elif isinstance(value, int):
-            signature[name] = "i32"
-            if value % 16 == 0:
-                aligned[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    options = {k: v for k, v in step.tile.items() if not k.isupper()}
-    source = ASTSource(function, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """registers, stack and local bytes a thread, from the machine code itself (the launcher's fields need a GPU)."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"])}
-
-
 def products(ptx: str) -> str | None:
     """Which tensor core instructions a kernel has: "tcgen05" (10.0), "wgmma" (9.0), "mma" (all, slower there) or None."""
     for name, instruction in (("tcgen05", "tcgen05.mma"), ("wgmma", "wgmma.mma_async"), ("mma", "mma.sync")):
@@ -172,7 +117,7 @@ def report(capability: int, batch: int = 1) -> list[dict[str, Any]]:
     """One row a launch: case, kernel, tile, registers, stack, local, shared bytes, tensor core instructions, in fp8 or not."""
     rows = []
     for case, step in launches(capability, batch):
-        kernel = compiled(step, capability)
+        kernel = compiled(Specialization.of(step), capability)
         row = {"case": case, "kernel": step.kernel, "capability": capability, "tile": dict(step.tile)}
         ptx = kernel.asm["ptx"]
         row |= {"shared": kernel.metadata.shared, "products": products(ptx), "fp8": multiplies_fp8(ptx)}

@@ -3,36 +3,14 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
 #include <string>
 
 #include "tensor_view.h"
 
 namespace dit4dit {
 
-// Errors that every later call of this process will give again.
-inline bool is_sticky(cudaError_t error) {
-    switch (error) {
-        case cudaErrorIllegalAddress:
-        case cudaErrorIllegalInstruction:
-        case cudaErrorMisalignedAddress:
-        case cudaErrorInvalidAddressSpace:
-        case cudaErrorInvalidPc:
-        case cudaErrorHardwareStackError:
-        case cudaErrorLaunchFailure:
-        case cudaErrorLaunchTimeout:
-        case cudaErrorAssert:
-        case cudaErrorECCUncorrectable: return true;
-        default: return false;
-    }
-}
-
 inline void check_cuda(cudaError_t error, const std::string& where) {
-    if (error == cudaSuccess) return;
-    const std::string message = where + ": " + cudaGetErrorString(error);
-    if (is_sticky(error)) throw DeviceLost(message);
-    cudaGetLastError();  // the runtime keeps it for the next caller otherwise, who would be blamed
-    throw std::runtime_error(message);
+    if (error != cudaSuccess) throw CudaError(where, error, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
 // The device of a tensor on CUDA, "cuda:N".
@@ -49,6 +27,7 @@ public:
         if (wanted != before_) check_cuda(cudaSetDevice(wanted), "cudaSetDevice");
     }
     explicit DeviceGuard(const TensorView& t) : DeviceGuard(std::stoi(expect_cuda(t).substr(5))) {}
+    // the device was current before; where that fails now, it has failed as a whole and the next call says so
     ~DeviceGuard() { cudaSetDevice(before_); }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;

@@ -6,17 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "errors.h"
+
 namespace dit4dit {
-
-// Becomes Python's TypeError; std::invalid_argument becomes ValueError, anything else RuntimeError.
-struct DtypeError : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-// A CUDA error that stays with the process; Python's _C.DeviceLost.
-struct DeviceLost : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 struct TensorView {
     std::string name;  // the argument this came in as, for messages: "views[1]"

@@ -1,13 +1,36 @@
 from collections.abc import Mapping, Sequence
 
+from typing_extensions import Buffer
+
 _View = tuple[int, tuple[int, ...], tuple[int, ...], str, str]  # address, shape, strides in elements, dtype, device
 
-class DeviceLost(RuntimeError): ...
+# on the CPU also a NumPy array, or another object that lends its memory
+_Views = Sequence[_View | Buffer]
 
 cuda_architectures: tuple[str, ...]
 
+class Kernel:
+    @property
+    def entry(self) -> str: ...
+    def launch(self, grid: Sequence[int], stream: int, arguments: Sequence[int | float]) -> None: ...
+
+class Driver:
+    def __init__(self, library: str = "libcuda.so.1") -> None: ...
+    @property
+    def version(self) -> int: ...
+    def load(
+        self,
+        image: bytes,
+        entry: str,
+        device: int,
+        threads: int,
+        shared: int,
+        arguments: Sequence[tuple[str, str]],
+        scratch: int,
+    ) -> Kernel: ...
+
 def build_info() -> dict[str, object]: ...
-def preprocess(views: Sequence[_View], widths: Sequence[int], out: _View, filter: str) -> None: ...
+def preprocess(views: _Views, widths: Sequence[int], out: _View | Buffer, filter: str) -> None: ...
 def preprocess_cuda(views: Sequence[_View], widths: Sequence[int], out: _View, filter: str, stream: int) -> None: ...
 def action_ode_cuda(
     tensors: Mapping[str, _View],

@@ -39,7 +39,7 @@ class Finding:
 
 def examine() -> dict[str, Any]:
     """All findings, ready for JSON; "healthy" is False when a problem was found."""
-    findings = [*_packages(), *_extension(), *_devices(), *_memory(), _tiles(), _self_test()]
+    findings = [*_packages(), *_extension(), *_devices(), *_memory(), _tiles(), _kernels(), _self_test()]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -136,6 +136,25 @@ def _tiles() -> Finding:
     columns = ", ".join(f"{op} {'/'.join(columns)}" for op, columns in own.items())
     return Finding(
         "tiles", "ok", f"{path} ({tiles.VARIABLE}) for {columns or 'nothing'}; the package's own for the rest"
+    )
+
+
+def _kernels() -> Finding:
+    """Whether the GPU kernels need a compiler on this machine."""
+    import torch
+
+    from dit4dit.cubins import loader, manifest
+    from dit4dit.ops import launch
+
+    if torch.cuda.is_available():
+        detail = loader.explain(launch.architecture(torch.device("cuda", torch.cuda.current_device())))
+        return Finding("GPU kernels", "note" if detail.startswith("just in time") else "ok", detail)
+    found = manifest.installed()
+    if isinstance(found, str):
+        return Finding("GPU kernels", "note", f"just in time: {found}")
+    chips = ", ".join(f"{chip} ({len(kernels)})" for chip, kernels in found.kernels.items())
+    return Finding(
+        "GPU kernels", "ok", f"ahead of time for {chips}, by Triton {found.triton}; other sizes just in time"
     )
 
 

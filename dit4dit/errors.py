@@ -30,13 +30,12 @@ class BackendError(Dit4DitError, RuntimeError):
     """An implementation or device that was asked for by name cannot run here."""
 
 
-class DeviceLostError(Dit4DitError, RuntimeError):
-    """A CUDA error after which this process can use the GPU no more."""
+class CudaError(Dit4DitError, RuntimeError):
+    """CUDA refused a call; the message names it."""
 
-    @classmethod
-    def of(cls, where: str, error: Exception) -> DeviceLostError:
-        first = str(error).splitlines()[0]
-        return cls(f"{where}: {first}; this process can use the GPU no more: restart it")
+
+class DeviceError(CudaError):
+    """A CUDA error after which nothing on the device works in this process: restart it."""
 
 
 class OutputError(Dit4DitError, ArithmeticError):

@@ -16,7 +16,7 @@ from dit4dit.embodiments.embodiment import Array, Resize
 from dit4dit.engine import Engine, Plan, PromptPack, RequestShape, StepInputs
 from dit4dit.instructions import Recent
 from dit4dit.model.dit4dit import DiT4DiT
-from dit4dit.ops import preprocess
+from dit4dit.ops import native, preprocess
 from dit4dit.requests import Request, states
 from dit4dit.transforms import inverse_table
 
@@ -77,7 +77,13 @@ class EngineRunner:
         state = states(requests)
         plan = self._plans.get((shape, units))
         with self._turn:
-            normalized, actions = plan.run([r.pictures for r in requests], state, [r.noise for r in requests], packs)
+            try:
+                normalized, actions = plan.run(
+                    [r.pictures for r in requests], state, [r.noise for r in requests], packs
+                )
+            except torch.AcceleratorError as error:
+                native.check_device(self.engine.device, error)
+                raise
             if self.engine.one_launch is not None and not np.isfinite(normalized).all():
                 self.engine.one_launch.check()  # what a launch that gave up leaves behind is NaN
         return normalized, [None] * len(requests) if actions is None else list(actions)

@@ -17,7 +17,7 @@ from dit4dit.action_ode.schedule import WEIGHT_UNIT, Device, Schedule
 from dit4dit.action_ode.validate import validate
 from dit4dit.action_ode.weights import as_bytes, pack_constants, pack_matrices
 from dit4dit.config import HeadConfig
-from dit4dit.errors import BackendError, ConfigError, DeviceLostError, OutputError
+from dit4dit.errors import BackendError, ConfigError, OutputError
 from dit4dit.ops import native
 
 if TYPE_CHECKING:
@@ -166,19 +166,20 @@ class OneLaunchHead:
         most = 0.0 if guidance is None else guidance.max_guidance
         stream = native.stream(noise.device)
         launcher_numbers = numbers(ready.schedule)
-        native.call(_C.action_ode_cuda, views, launcher_numbers, buffers(ready.schedule), most, LONGEST_WAIT_NS, stream)
+        _C.action_ode_cuda(views, launcher_numbers, buffers(ready.schedule), most, LONGEST_WAIT_NS, stream)
         return out
 
     def check(self) -> None:
         """Wait for all launches and read their error flags; a launch that failed left NaN as its actions.
 
-        OutputError: one ended because a wait in it took too long. DeviceLostError: the GPU is lost to this process.
+        OutputError: one ended because a wait in it took too long. DeviceError: the GPU is lost to this process.
         """
         for ready in self._ready.values():
             try:
                 worker, tile, counter, had = ready.status.tolist()
             except torch.AcceleratorError as error:
-                raise DeviceLostError.of("action_ode", error) from error
+                native.check_device(ready.status.device, error)
+                raise
             if worker:
                 ready.status.zero_()
                 raise OutputError(
@@ -210,14 +211,14 @@ def buffers(schedule: Schedule) -> list[tuple[int, int]]:
 
 def device_of(device: torch.device) -> Device:
     """What the planner needs to know of a GPU. Under MPS the multiprocessors are those of this process's share."""
-    facts = native.call(_C.action_ode_facts, device.index or 0, 0)
+    facts = _C.action_ode_facts(device.index or 0, 0)
     return Device(facts["multiprocessors"], facts["shared_memory"], facts["capability"])
 
 
 def expect_residency(schedule: Schedule, device: torch.device) -> None:
     """BackendError unless all blocks of the launch can run at the same time, which their waiting for each other needs."""
     shared = FIXED_SHARED + schedule.slots * 2 * WEIGHT_UNIT + schedule.staging
-    facts = native.call(_C.action_ode_facts, device.index or 0, shared)
+    facts = _C.action_ode_facts(device.index or 0, shared)
     room = facts["blocks_per_multiprocessor"] * facts["multiprocessors"]
     if room < schedule.device.workers:
         raise BackendError(

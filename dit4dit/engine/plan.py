@@ -111,6 +111,11 @@ class Plan:
         if self._table is not None:
             self.outputs.device["actions"].copy_(ops.unnormalize(normalized, self._table))
 
+    def compute(self) -> None:
+        """All that the device does for one pass, on whatever the buffers hold."""
+        self._draw()
+        self._step()
+
     @torch.no_grad()
     def run(
         self,

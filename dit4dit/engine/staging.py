@@ -31,7 +31,7 @@ class Staging:
             end += math.prod(shape) * dtype.itemsize
             end += -end % _ALIGNMENT
         self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=self._on_gpu, device="cpu")
-        self._device = torch.zeros(end, dtype=torch.uint8, device=device) if self._on_gpu else self._host
+        self._device = self._host if device.type == "cpu" else torch.zeros(end, dtype=torch.uint8, device=device)
 
         def views(block: Tensor) -> dict[str, Tensor]:
             return {

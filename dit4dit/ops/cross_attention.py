@@ -115,7 +115,7 @@ _op = Op(
     "cross_attention",
     [
         # by reasoning, not measured: see tiles.json
-        Implementation("triton", _refuse_triton, launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse_triton, launches), launch.runner(launches), device="cuda"),
         Implementation(
             "cudnn",
             lambda q, k, v, norm_q, heads, eps: libraries.refuse_cudnn(q, k.shape[-1]),

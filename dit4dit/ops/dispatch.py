@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dit4dit.cubins import loader
 from dit4dit.errors import BackendError, did_you_mean
 from dit4dit.ops import launch, tiles
 
@@ -37,13 +38,14 @@ class Implementation:
 @dataclass(frozen=True)
 class Explanation:
     """What `op` would run on a device (None: nothing), why each implementation before that would not, and, where a Triton
-    kernel would run, which table its block sizes come from.
+    kernel would run, which table its block sizes come from and whether it was compiled ahead of time.
     """
 
     op: str
     chosen: str | None
     refused: dict[str, str] = field(default_factory=dict)
     tiles: str | None = None
+    kernels: str | None = None
 
 
 # Per thread and per asyncio task: a wish made in one never reaches another.
@@ -201,12 +203,17 @@ def _explain(op: Op, device: torch.device) -> Explanation:
         refusal = op._find(wish).refuse(*args)
         if refusal:
             return Explanation(op.name, None, {wish: refusal})
-        return Explanation(op.name, wish, {}, _tiles(op, wish, device))
+        return Explanation(op.name, wish, {}, *_origin(op, wish, device))
     chosen, refused = op.choose(args)
     if chosen is None:
         return Explanation(op.name, None, refused)
-    return Explanation(op.name, chosen.name, refused, _tiles(op, chosen.name, device))
+    return Explanation(op.name, chosen.name, refused, *_origin(op, chosen.name, device))
 
 
-def _tiles(op: Op, chosen: str, device: torch.device) -> str | None:
-    return tiles.source(op.name, launch.architecture(device)) if chosen == "triton" else None
+def _origin(op: Op, chosen: str, device: torch.device) -> tuple[str | None, str | None]:
+    """`tiles` and `kernels` of an explanation."""
+    if chosen != "triton":
+        return None, None
+    chip = launch.architecture(device)
+    kernels = "interpreted" if device.type == "cpu" else loader.explain(chip)
+    return tiles.source(op.name, chip), kernels

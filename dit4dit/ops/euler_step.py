@@ -136,7 +136,7 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "euler_step",
     [
-        Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
         Implementation("torch", lambda *_: None, reference),
     ],
     _example,

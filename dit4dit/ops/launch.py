@@ -6,14 +6,20 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit4dit.cubins import loader
+
+log = logging.getLogger("dit4dit.ops")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,17 +36,16 @@ class Launch:
     constants: Mapping[str, Any]
     tile: Mapping[str, int]  # block sizes in capitals, num_warps, num_stages
 
-    def function(self) -> Any:
-        file, _, name = self.kernel.partition(".")
-        return getattr(_module(file), name or file)
-
     def __call__(self) -> None:
-        self.function()[self.grid](**self.arguments, **self.constants, **self.tile)
+        """Launch it through Triton."""
+        function(self.kernel)[self.grid](**self.arguments, **self.constants, **self.tile)
 
 
 @functools.cache
-def _module(name: str) -> Any:
-    return importlib.import_module(f"dit4dit.kernels.{name}")
+def function(kernel: str) -> Any:
+    """Triton's function behind `Launch.kernel`."""
+    file, _, name = kernel.partition(".")
+    return getattr(importlib.import_module(f"dit4dit.kernels.{file}"), name or file)
 
 
 @functools.cache
@@ -51,6 +56,23 @@ def _has_triton() -> bool:
 def interpreting() -> bool:
     """Whether Triton's kernels run on the CPU, by its interpreter. Decided when they are imported, so set it before."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+Launches = Callable[[Any, str], tuple[list[Launch], Any]]
+"""An op's arguments and an architecture -> the kernels to run, and what they will have written."""
+
+_recording: ContextVar[list[tuple[Launches, tuple[Any, ...]]] | None] = ContextVar("dit4dit_recording", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Launches, tuple[Any, ...]]]]:
+    """Inside, tensors on the meta device stand for a GPU's, and calls of Triton implementations are listed instead of run."""
+    calls: list[tuple[Launches, tuple[Any, ...]]] = []
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
 
 
 def architecture(device: torch.device) -> str:
@@ -76,15 +98,15 @@ def refuse(
     name, first = next(iter(given.items()))
     if first.device.type == "cpu" and not interpreting():
         return f"{name} is on cpu, where Triton runs only with TRITON_INTERPRET=1"
-    if first.device.type not in ("cpu", "cuda"):
+    recorded = first.device.type == "meta" and _recording.get() is not None
+    if first.device.type not in ("cpu", "cuda") and not recorded:
         return f"{name} is on {first.device.type}"
-    if not _has_triton():
+    if first.device.type == "cpu" and not _has_triton():
         return "triton is not installed"
-    if first.device.type == "cuda":
-        if torch.cuda.get_device_capability(first.device) < (8, 0):
-            return "it needs compute capability 8.0 or later"
-        if products and first.dtype == torch.float32:
-            return "float32 products run without tensor cores, where the library's are faster"
+    if first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) < (8, 0):
+        return "it needs compute capability 8.0 or later"
+    if products and first.dtype == torch.float32 and first.device.type != "cpu":
+        return "float32 products run without tensor cores, where the library's are faster"
     for name, tensor in given.items():
         if tensor.dtype not in dtypes:
             return f"{name} is {tensor.dtype}"
@@ -100,19 +122,70 @@ def refuse(
     return None
 
 
-def runner(launches: Callable[[Any, str], tuple[list[Launch], Any]]) -> Callable[..., Any]:
+def runner(launches: Launches) -> Callable[..., Any]:
     """The `run` of an op's Triton implementation; its first argument is a tensor on the device that is meant."""
 
     def run(*args: Any) -> Any:
         device = args[0].device
+        calls = _recording.get()
+        if device.type == "meta" and calls is not None:
+            calls.append((launches, args))
+            return launches(args, "90")[1]
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here:
-            todo, results = launches(args, architecture(device))
+            chip = architecture(device)
+            todo, results = launches(args, chip)
             for step in todo:
-                step()
+                if device.type == "cuda":
+                    _start(step, device, chip)
+                else:
+                    step()
         return results
 
     return run
+
+
+def refuser(refuse: Callable[..., str | None], launches: Launches) -> Callable[..., str | None]:
+    """An op's `refuse`, and where Triton cannot compile, whether every kernel is there without it."""
+
+    def refuse_all(*args: Any) -> str | None:
+        reason = refuse(*args)
+        device = args[0].device
+        if reason is not None or device.type != "cuda" or (no_compiler := _no_compiler()) is None:
+            return reason
+        chip = architecture(device)
+        for step in launches(args, chip)[0]:
+            found = loader.find(step, chip)
+            if isinstance(found, str):
+                return f"{found}, and Triton cannot compile it: {no_compiler}"
+        return None
+
+    return refuse_all
+
+
+def _start(step: Launch, device: torch.device, chip: str) -> None:
+    """Launch what was compiled ahead of time, or through Triton, which compiles at the first time."""
+    reason = loader.start(step, device.index, torch.cuda.current_stream(device).cuda_stream, chip)
+    if reason is None:
+        return
+    if step.kernel not in _said:
+        _said.add(step.kernel)
+        # where nothing was compiled ahead of time at all, `explain` and the doctor say so
+        level = logging.DEBUG if isinstance(loader.usable(chip), str) else logging.WARNING
+        log.log(level, "%s: compiled just in time: %s", step.kernel, reason)
+    step()
+
+
+_said: set[str] = set()  # kernels that were compiled just in time
+
+
+def _no_compiler() -> str | None:
+    """Why Triton cannot compile here, or None. It builds a launcher of its own, in C."""
+    if not _has_triton():
+        return "triton is not installed"
+    if os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc", "cc"))):
+        return None
+    return "no C compiler is on PATH"
 
 
 def power_of_2(n: int, least: int = 1) -> int:

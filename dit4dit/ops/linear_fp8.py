@@ -198,7 +198,7 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "linear_fp8",
     [
-        Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
         Implementation("scaled_mm", _refuse_scaled_mm, _run_scaled_mm, device="cuda"),
         Implementation("torch", lambda *_: None, reference),
     ],

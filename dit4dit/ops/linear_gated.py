@@ -97,7 +97,7 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "linear_gated",
     [
-        Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
         Implementation("torch", lambda *_: None, reference),
     ],
     _example,

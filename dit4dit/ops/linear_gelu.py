@@ -86,7 +86,7 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "linear_gelu",
     [
-        Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
         Implementation("onednn", _refuse_onednn, _run_onednn, device="cpu"),
         Implementation("torch", lambda *_: None, reference),
     ],

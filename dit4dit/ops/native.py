@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
 
 from dit4dit import _C
-from dit4dit.errors import DeviceLostError
+from dit4dit.errors import DeviceError
 
 View = tuple[int, tuple[int, ...], tuple[int, ...], str, str]
 
@@ -23,17 +22,15 @@ def view(tensor: Tensor) -> View:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, str(tensor.device)
 
 
-def call(launcher: Callable[..., Any], *args: Any) -> Any:
-    """A launcher of `_C`. DeviceLostError: a CUDA error that stays with the process; other errors are the launcher's own."""
-    try:
-        return launcher(*args)
-    except _C.DeviceLost as error:
-        raise DeviceLostError.of("CUDA", error) from error
-
-
 def stream(device: torch.device) -> int:
     """torch's current CUDA stream on `device`, as an address."""
     return torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def driver() -> _C.Driver:
+    """The CUDA driver of this machine. RuntimeError: there is none."""
+    return _C.Driver()
 
 
 def no_cuda_kernels(device: torch.device) -> str | None:
@@ -41,11 +38,25 @@ def no_cuda_kernels(device: torch.device) -> str | None:
     built = tuple(_C.cuda_architectures)
     if not built:
         return "this build of dit4dit has no CUDA kernels (reinstall where nvcc is, or use a wheel that has them)"
-    return unsupported(built, torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    return unsupported(built, capability) or _old_driver(str(serving(built, capability)))
 
 
-def unsupported(built: tuple[str, ...], capability: tuple[int, int]) -> str | None:
-    """Why code for the architectures `built` ("sm_90a", "compute_120") cannot run on a GPU of `capability`, or None.
+def _old_driver(name: str) -> str | None:
+    """Why the driver is too old for this build's code for `name`, or None.
+
+    Within a major version of CUDA every driver runs the runtime and machine code of the others; PTX wants its own or later.
+    """
+    major, minor = map(int, str(_C.build_info()["cuda"]).split(".")[:2])
+    have = divmod(driver().version, 1000)
+    if have >= (major, 10 * minor if name.startswith("compute_") else 0):
+        return None
+    build = f"this build is for CUDA {major}.{minor}, the driver for {have[0]}.{have[1] // 10}"
+    return f"{build}: update the driver{', or install dit4dit-cu12' if major > 12 else ''}"
+
+
+def serving(built: tuple[str, ...], capability: tuple[int, int]) -> str | None:
+    """Which of the architectures `built` ("sm_90a", "compute_120") runs on a GPU of `capability`, if any.
 
     Machine code runs on its own generation at the same or a later minor version (with "a", on that chip only); PTX runs
     on the chip it names and every later one.
@@ -61,5 +72,23 @@ def unsupported(built: tuple[str, ...], capability: tuple[int, int]) -> str | No
         else:
             fits = capability >= (major, minor)
         if fits:
-            return None
+            return name
+    return None
+
+
+def unsupported(built: tuple[str, ...], capability: tuple[int, int]) -> str | None:
+    """Why code for the architectures `built` cannot run on a GPU of `capability`, or None."""
+    if serving(built, capability) is not None:
+        return None
     return f"no kernel for sm_{capability[0]}{capability[1]} in this build, which has {', '.join(built)}"
+
+
+def check_device(device: torch.device, error: Exception) -> None:
+    """DeviceError where the device answers no more, after a call on it has raised `error`."""
+    try:
+        torch.cuda.synchronize(device)
+    except torch.AcceleratorError:
+        raise DeviceError(
+            f"{device}: {str(error).splitlines()[0]}; nothing on this device works in this process any more, which must "
+            "restart. CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer finds the kernel that caused it"
+        ) from error

@@ -81,7 +81,7 @@ def _refuse(requests: Tensor, _: int, shape: tuple[int, ...]) -> str | None:
 _op = Op(
     "philox_normal",
     [
-        Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
         Implementation("torch", lambda *_: None, reference),
     ],
     lambda device: (torch.zeros(1, 2, dtype=torch.int64, device=device), 0, (16, 2, 4)),

@@ -109,12 +109,13 @@ def refuse_triton(
 
 def best(*args: object) -> tuple[Tensor, Tensor, Tensor]:
     """For the ops that begin with this one: the kernel where it can run, and no wish is asked for."""
-    run = _run_triton if refuse_triton(*args) is None else reference  # type: ignore[arg-type]
+    run = _run_triton if _refuse(*args) is None else reference
     result: tuple[Tensor, Tensor, Tensor] = run(*args)  # type: ignore[arg-type]
     return result
 
 
 _run_triton = launch.runner(launches)
+_refuse = launch.refuser(refuse_triton, launches)
 
 
 def example(device: torch.device) -> _Args:
@@ -127,7 +128,7 @@ def example(device: torch.device) -> _Args:
 _op = Op(
     "qk_norm_rope",
     [
-        Implementation("triton", refuse_triton, _run_triton, device="cuda"),
+        Implementation("triton", _refuse, _run_triton, device="cuda"),
         Implementation("torch", lambda *_: None, reference),
     ],
     example,

@@ -77,7 +77,7 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "rms_norm_silu",
     [
-        Implementation("triton", _refuse, launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
         Implementation("torch", lambda *_: None, reference),
     ],
     _example,

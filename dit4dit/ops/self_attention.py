@@ -86,7 +86,7 @@ _op = Op(
     "self_attention",
     [
         # by reasoning, not measured: see tiles.json
-        Implementation("triton", _refuse_triton, launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse_triton, launches), launch.runner(launches), device="cuda"),
         Implementation(
             "cudnn",
             lambda qkv, q, k, r, heads, eps: libraries.refuse_cudnn(qkv, _dim(qkv, heads)),

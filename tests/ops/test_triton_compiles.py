@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from dit4dit.benchmarks import kernels
 
-from dit4dit.ops import tiles
+from dit4dit.cubins.compiler import compiled, resources
+from dit4dit.cubins.specialization import Specialization
+from dit4dit.ops import launch, tiles
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY, launches
 
 pytest.importorskip("triton")
@@ -40,7 +43,7 @@ def rows():
         Path(path).write_text(json.dumps(found, indent=1) + "\n")
 
 
-@pytest.mark.skipif(kernels.launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
+@pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
 @pytest.mark.parametrize("capability", kernels.SHARED_MEMORY)
 def test_compiles_without_spills(capability, rows):
     mine = [row for batch in BATCHES for row in kernels.report(capability, batch)]
@@ -64,7 +67,7 @@ def test_compiles_without_spills(capability, rows):
     assert spilling == {key for key in MAY_SPILL if key[1] == capability}, "an exception that is no longer needed"
 
 
-@pytest.mark.skipif(kernels.launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
+@pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
 @pytest.mark.parametrize("capability", [c for c in kernels.SHARED_MEMORY if c >= LEAST_CAPABILITY])
 @pytest.mark.parametrize("rows", [9, 64, 588])
 def test_fp8_quantised_inside_the_product_compiles(capability, rows):
@@ -74,8 +77,8 @@ def test_fp8_quantised_inside_the_product_compiles(capability, rows):
     tile = tiles.lookup("linear_fp8", str(capability), rows=rows, columns=2048, inner=2048)
     with tiles.trying("linear_fp8", {**tile, "FUSED": 1, "num_stages": 2}):
         (step,), _ = launches((*args, "none", torch.bfloat16), str(capability))
-    kernel = kernels.compiled(step, capability)
-    found = kernels.resources(kernel.asm["cubin"])
+    kernel = compiled(Specialization.of(step), capability)
+    found = resources(kernel.asm["cubin"])
     assert found["stack"] + found["local"] == 0
     assert kernel.metadata.shared <= kernels.SHARED_MEMORY[capability]
     # below 64 rows Triton widens the operands to float16 on 9.0 and 10.0: exact, and there the weights' bytes are what counts
@@ -95,6 +98,6 @@ def test_a_spill_is_seen():
         if case == "linear_gelu 784" and step.kernel == "linear_gelu"
     )
     tile = {**step.tile, "ROWS": 128, "COLUMNS": 256, "num_warps": 4}
-    kernel = kernels.compiled(kernels.Launch(step.kernel, step.grid, step.arguments, step.constants, tile), 80)
-    found = kernels.resources(kernel.asm["cubin"])
+    kernel = compiled(Specialization.of(replace(step, tile=tile)), 80)
+    found = resources(kernel.asm["cubin"])
     assert found["stack"] + found["local"] > 0, (case, found)

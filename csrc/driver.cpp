@@ -1,0 +1,170 @@
+#include "driver.h"
+
+#include <dlfcn.h>
+
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "errors.h"
+#include "tensor_view.h"
+
+namespace dit4dit {
+namespace {
+
+// of CUfunction_attribute, CUdevice_attribute and CUfunc_cache; a test holds them to cuda.h
+constexpr int kSharedSize = 1, kMaxDynamicShared = 8, kSharedOptIn = 97, kPreferShared = 1;
+constexpr unsigned kSharedWithoutAsking = 48 << 10;
+constexpr std::int64_t kGrid[] = {(std::int64_t{1} << 31) - 1, 65535, 65535};
+
+}  // namespace
+
+Driver::Driver(const std::string& library) {
+    // never closed: kernels of this process may run for as long as it does
+    void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!handle) throw std::runtime_error(std::string("no CUDA driver: ") + dlerror());
+    const auto find = [&](auto& function, const char* name) {
+        void* symbol = dlsym(handle, name);
+        if (!symbol) throw std::runtime_error(library + ": this CUDA driver has no " + name + "; update it");
+        std::memcpy(&function, &symbol, sizeof symbol);
+    };
+    find(init_, "cuInit");
+    find(driver_version_, "cuDriverGetVersion");
+    find(error_name_, "cuGetErrorName");
+    find(error_string_, "cuGetErrorString");
+    find(device_, "cuDeviceGet");
+    find(device_attribute_, "cuDeviceGetAttribute");
+    find(retain_, "cuDevicePrimaryCtxRetain");
+    find(get_current_, "cuCtxGetCurrent");
+    find(push_current_, "cuCtxPushCurrent_v2");
+    find(pop_current_, "cuCtxPopCurrent_v2");
+    find(load_data_, "cuModuleLoadData");
+    find(get_function_, "cuModuleGetFunction");
+    find(function_attribute_, "cuFuncGetAttribute");
+    find(set_attribute_, "cuFuncSetAttribute");
+    find(set_cache_, "cuFuncSetCacheConfig");
+    find(launch_, "cuLaunchKernel");
+    check(driver_version_(&version_), "cuDriverGetVersion");
+}
+
+void Driver::check(int code, const std::string& where) const {
+    if (code == 0) return;
+    const char *name = nullptr, *meaning = nullptr;
+    const bool known = error_name_(code, &name) == 0 && error_string_(code, &meaning) == 0 && name && meaning;
+    throw CudaError(where, code, known ? name : "error " + std::to_string(code), known ? meaning : "unknown to this driver");
+}
+
+Driver::Handle Driver::context(int device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = contexts_.find(device);
+    if (found != contexts_.end()) return found->second;
+    int ordinal = 0;
+    Handle context = nullptr;
+    check(init_(0), "cuInit");
+    check(device_(&ordinal, device), "cuDeviceGet: device " + std::to_string(device));
+    check(retain_(&context, ordinal), "cuDevicePrimaryCtxRetain");
+    contexts_.emplace(device, context);
+    return context;
+}
+
+Driver::Current::Current(const Driver& driver, Handle context, const std::string& where) : driver_(driver) {
+    Handle before = nullptr;
+    driver.check(driver.get_current_(&before), where + ": cuCtxGetCurrent");
+    if (before == context) return;
+    driver.check(driver.push_current_(context), where + ": cuCtxPushCurrent");
+    pushed_ = true;
+}
+
+Driver::Current::~Current() {
+    Handle popped = nullptr;
+    // fails only where the context is gone, which the call inside has reported
+    if (pushed_) driver_.pop_current_(&popped);
+}
+
+std::shared_ptr<Kernel> Driver::load(const std::string& image, const std::string& entry, int device, unsigned threads,
+                                     unsigned shared, const std::vector<std::pair<std::string, std::string>>& arguments,
+                                     unsigned scratch) {
+    if (image.size() < 4 || image.compare(0, 4, "\x7f" "ELF") != 0) refuse("image", "machine code (ELF)", "other bytes");
+    if (threads == 0 || threads > 1024 || threads % 32)
+        refuse("threads", "a multiple of 32, at most 1024", std::to_string(threads));
+    auto kernel = std::make_shared<Kernel>();
+    for (const auto& [name, kind] : arguments) {
+        const bool aligned = kind.size() > 3 && kind.compare(kind.size() - 3, 3, ":16") == 0;
+        const std::string base = aligned ? kind.substr(0, kind.size() - 3) : kind;
+        const char type = base.size() > 1 && base[0] == '*' ? 'p' : base == "i32" ? 'i' : base == "i64" ? 'l'
+                                                            : base == "fp32" ? 'f' : 0;
+        if (!type || (type == 'f' && aligned)) refuse(name, "a kind such as *bf16:16, i32 or fp32", kind);
+        kernel->parameters_.push_back({name, kind, type, aligned});
+    }
+    kernel->driver_ = shared_from_this();
+    kernel->context_ = context(device);
+    kernel->entry_ = entry;
+    kernel->threads_ = threads;
+    kernel->shared_ = shared;
+    kernel->scratch_ = scratch;
+
+    const Current current(*this, kernel->context_, entry);
+    Handle module = nullptr;  // stays loaded for as long as the process lives
+    check(load_data_(&module, image.data()), entry + ": cuModuleLoadData");
+    check(get_function_(&kernel->function_, module, entry.c_str()), entry + ": cuModuleGetFunction");
+    if (shared > kSharedWithoutAsking) {
+        int most = 0, taken = 0, ordinal = 0;
+        check(device_(&ordinal, device), entry + ": cuDeviceGet");
+        check(device_attribute_(&most, kSharedOptIn, ordinal), entry + ": cuDeviceGetAttribute");
+        check(function_attribute_(&taken, kSharedSize, kernel->function_), entry + ": cuFuncGetAttribute");
+        if (static_cast<std::int64_t>(shared) > most - taken)
+            throw std::runtime_error(entry + ": needs " + std::to_string(shared + taken) +
+                                     " bytes of shared memory, this device has " + std::to_string(most));
+        check(set_cache_(kernel->function_, kPreferShared), entry + ": cuFuncSetCacheConfig");
+        check(set_attribute_(kernel->function_, kMaxDynamicShared, static_cast<int>(shared)), entry + ": cuFuncSetAttribute");
+    }
+    return kernel;
+}
+
+// The bits of one argument; the machine is little-endian, so that its first 4 or 8 bytes are what the kernel reads.
+std::uint64_t Kernel::packed(const Parameter& p, const Value& value) const {
+    const std::string name = entry_ + ": " + p.name;
+    if (p.type == 'f') {
+        const float x = static_cast<float>(value.type == Value::Type::real ? value.real : static_cast<double>(value.integer));
+        std::uint32_t bits;
+        std::memcpy(&bits, &x, sizeof bits);
+        return bits;
+    }
+    if (value.type == Value::Type::real)
+        throw DtypeError(name + ": expected " + (p.type == 'p' ? "an address" : "a whole number") + ", got " +
+                         std::to_string(value.real));
+    const std::string got = std::to_string(value.integer);
+    if (p.type == 'p' && value.integer == 0) refuse(name, "an address", "null");
+    if (p.type == 'i' && (value.integer < std::numeric_limits<std::int32_t>::min() ||
+                          value.integer > std::numeric_limits<std::int32_t>::max()))
+        refuse(name, "a number of 32 bits", got);
+    if (p.aligned && value.integer % 16)
+        refuse(name, std::string(p.type == 'p' ? "an address" : "a number") + " that is a multiple of 16 (" + p.kind + ")", got);
+    std::uint64_t bits;
+    std::memcpy(&bits, &value.integer, sizeof bits);
+    return p.type == 'i' ? bits & 0xffffffff : bits;
+}
+
+void Kernel::launch(const std::vector<std::int64_t>& grid, std::uintptr_t stream, const std::vector<Value>& arguments) const {
+    if (grid.empty() || grid.size() > 3) refuse(entry_ + ": grid", "1 to 3 numbers", to_string(grid));
+    unsigned blocks[3] = {1, 1, 1};
+    for (std::size_t i = 0; i < grid.size(); ++i) {
+        if (grid[i] < 1 || grid[i] > kGrid[i])
+            refuse(entry_ + ": grid[" + std::to_string(i) + "]", "1 to " + std::to_string(kGrid[i]), std::to_string(grid[i]));
+        blocks[i] = static_cast<unsigned>(grid[i]);
+    }
+    if (arguments.size() != parameters_.size())
+        refuse(entry_ + ": arguments", std::to_string(parameters_.size()) + " values", std::to_string(arguments.size()));
+    std::vector<std::uint64_t> bits;
+    for (std::size_t i = 0; i < arguments.size(); ++i) bits.push_back(packed(parameters_[i], arguments[i]));
+    bits.resize(bits.size() + scratch_, 0);
+    std::vector<void*> addresses;
+    for (auto& value : bits) addresses.push_back(&value);
+
+    const Driver::Current current(*driver_, context_, entry_);
+    driver_->check(driver_->launch_(function_, blocks[0], blocks[1], blocks[2], threads_, 1, 1, shared_,
+                                    reinterpret_cast<void*>(stream), addresses.data(), nullptr),
+                   entry_ + ": cuLaunchKernel");
+}
+
+}  // namespace dit4dit
