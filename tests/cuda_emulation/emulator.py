@@ -43,6 +43,17 @@ def _ctype(kind: str, name: str) -> tuple[str, Any]:
     return base, one * len(Space) if size else one
 
 
+def build(name: str, variant: str, folder: Path, kernels: Path = ROOT / "kernels") -> ctypes.CDLL:
+    """NAME.cpp of this folder with the kernels of `kernels`, for one of VARIANTS; the library goes into `folder`."""
+    bulk, warpgroups = VARIANTS[variant]
+    library = folder / f"{name}_{variant}.so"
+    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [f"-DEMULATE_BULK_COPIES={bulk}", f"-DEMULATE_WARPGROUPS={warpgroups}"]
+    command += [f"-I{kernels}", f"-I{Path(__file__).parent}"]
+    subprocess.run([*command, str(Path(__file__).with_name(f"{name}.cpp")), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
 class LaunchRecord(ctypes.Structure):
     """`Launch` of kernels/action_ode_tiles.cuh."""
 
@@ -60,23 +71,7 @@ class Result:
 class Emulator:
     def __init__(self, variant: str, folder: Path, kernels: Path = ROOT / "kernels") -> None:
         """Compile `kernels` for one of VARIANTS; the library goes into `folder`."""
-        bulk, warpgroups = VARIANTS[variant]
-        library = folder / f"action_ode_{variant}.so"
-        command = [
-            "g++",
-            "-std=c++17",
-            "-O2",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-Wno-unknown-pragmas",
-            "-shared",
-            "-fPIC",
-        ]
-        command += [f"-DEMULATE_BULK_COPIES={bulk}", f"-DEMULATE_WARPGROUPS={warpgroups}"]
-        command += [f"-I{kernels}", f"-I{Path(__file__).parent}"]
-        subprocess.run([*command, str(Path(__file__).with_name("action_ode.cpp")), "-o", str(library)], check=True)
-        self.library = ctypes.CDLL(str(library))
+        self.library = build("action_ode", variant, folder, kernels)
         assert self.library.launch_bytes() == ctypes.sizeof(LaunchRecord)
 
     def __call__(
