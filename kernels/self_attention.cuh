@@ -20,6 +20,7 @@ constexpr int kTiles = 3;  // in shared memory: one in use, two on their way
 constexpr int kGroupBytes = kRows * 16 + 16;
 constexpr int kTileBytes = kDim / 8 * kGroupBytes;
 constexpr int kSharedBytes = kTiles * kTileBytes;
+static_assert(2 * (kSharedBytes + 1024) <= 100 << 10, "two blocks a multiprocessor, also on sm_89 and sm_120");
 constexpr float kLog2E = 1.4426950408889634f;
 
 // The caller's tensors, as device addresses. Strides in elements; columns are dense.

@@ -245,7 +245,6 @@ def choose_head(
     return head
 
 
-
 def example(device: torch.device) -> tuple[OneLaunchHead, Tensor, Tensor, Tensor | None, None, None]:
     """Small arguments of the usual kind, for `ops.explain`."""
     from dit4dit.engine.fold import fold_head

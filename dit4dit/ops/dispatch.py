@@ -82,6 +82,7 @@ class Op:
     def choose(self, args: tuple, backend: str | None = None) -> tuple[Implementation | None, dict[str, str]]:
         """The implementation for these arguments, and the reasons of those before it. BackendError: a refused wish."""
         wish = backend or self.wish()
+        reason: str | None
         if wish is not None:
             reason = self._find(wish).refuse(*args)
             if reason is not None:
@@ -95,7 +96,7 @@ class Op:
             in_order.sort(key=lambda i: i.name != best)  # stable: the others keep their order
         for implementation in in_order:
             if implementation.measured_only and implementation.name != best and implementation.device == device.type:
-                reason: str | None = measured.missing(implementation.name, device)
+                reason = measured.missing(implementation.name, device)
             else:
                 reason = implementation.refuse(*args)
             if reason is None:

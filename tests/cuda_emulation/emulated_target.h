@@ -247,6 +247,8 @@ void multiply_groups(float (*d)[4], const std::uint32_t (&a)[4], std::uint64_t t
         const std::uint8_t* base = shared_memory() + ((description & 0x3fff) << 4);
         const std::uint64_t along_k = (description >> 16 & 0x3fff) << 4, along_n = (description >> 32 & 0x3fff) << 4;
         if (description >> 46) machine->fail("wgmma: a description with a swizzle");
+        const std::uint64_t last = ((description & 0x3fff) << 4) + along_k + (kBlocks - 1) * along_n + 128;
+        if (last > machine->self().block->shared_bytes) machine->fail("wgmma: a description of more than shared memory");
         float b[16][kBlocks * 8];
         for (int k = 0; k < 16; ++k)
             for (int n = 0; n < kBlocks * 8; ++n) {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from dit4dit.action_ode.weights import PackedHead
 ROOT = Path(__file__).parents[2]
 # name -> what stands for the chip: sm_80, sm_100 and sm_120, sm_90a
 VARIANTS = {"copies": (0, 0), "bulk": (1, 0), "warpgroups": (1, 1)}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the kernel for the CPU with")
 CTYPES = {"int": ctypes.c_int, "float": ctypes.c_float, "std::int64_t": ctypes.c_int64}
 
 

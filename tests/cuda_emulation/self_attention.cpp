@@ -23,4 +23,5 @@ extern "C" int emulate_self_attention(const dit4dit::attention::Request* request
     return 0;
 }
 
+extern "C" int shared_bytes() { return dit4dit::attention::kSharedBytes; }
 extern "C" int request_bytes() { return sizeof(dit4dit::attention::Request); }

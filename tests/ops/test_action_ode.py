@@ -18,7 +18,7 @@ from typing import Any
 import emulator
 import pytest
 import torch
-from emulator import Emulator
+from emulator import Emulator, needs_compiler
 from head_case import A100, H200, Case, tiny
 from torch import Tensor
 
@@ -45,7 +45,6 @@ DEVICES = {
     "bulk": Device(13, 99 << 10, 120),
     "warpgroups": Device(13, 227 << 10, 90),
 }
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the kernel for the CPU with")
 
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "9 tokens": (dict(num_layers=2), dict(batch=1, context=150)),
