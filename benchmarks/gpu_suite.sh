@@ -41,6 +41,8 @@ if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     run compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest -q -m gpu \
       tests/ops/test_preprocess.py tests/ops/test_action_ode.py
+    run compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest -q -m gpu \
+      tests/ops/test_self_attention.py -k cuda_on_a_gpu
   done
 fi
 
