@@ -28,10 +28,11 @@ struct Request {
     const std::uint16_t* qkv;  // bf16 [batch, length, 3 * heads * 128]
     const void* norm_q;        // [128], float32 or bf16, or null: no norm
     const void* norm_k;
-    const float* rotary;  // [2, length, 128]: cosines, sines; or null: no rotation
-    std::uint16_t* out;   // bf16 [batch, length, heads * 128]
+    const float* rotary;       // [2, length, angles]: cosines, sines; or null: no rotation
+    std::uint16_t* out;        // bf16 [batch, length, heads * 128]
     std::int64_t qkv_batch, qkv_row, out_batch, out_row;
     int heads, length, norm_is_float32;
+    int angles;  // of a row: 64, by which both halves turn, or 128
     float eps;
 };
 
@@ -86,10 +87,11 @@ struct Eight {
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] = v[i] * scale * weight.v[i];
     }
-    // cosine: the row's first angle at this thread's first column; its sine lies `table` floats further.
-    DEVICE void turn(const float* cosine, std::int64_t table) {
-        const Float4 c0 = load_constant_float4(cosine), c1 = load_constant_float4(cosine + kDim / 2);
-        const Float4 s0 = load_constant_float4(cosine + table), s1 = load_constant_float4(cosine + table + kDim / 2);
+    // cosine: of this thread's first column; its sine lies `table` floats further.
+    DEVICE void turn(const float* cosine, std::int64_t table, bool own_angles) {
+        const Float4 c0 = load_constant_float4(cosine), s0 = load_constant_float4(cosine + table);
+        Float4 c1 = c0, s1 = s0;
+        if (own_angles) c1 = load_constant_float4(cosine + kDim / 2), s1 = load_constant_float4(cosine + table + kDim / 2);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float first = v[i], second = v[4 + i];
@@ -271,7 +273,7 @@ private:
     // Norm and rotation of a tile's rows, the first of which is token `first`, in place: float32, rounded once.
     DEVICE void prepare(const Tile& tile, const Eight& norm, int first) const {
         if (request_.norm_q == nullptr && request_.rotary == nullptr) return;
-        const std::int64_t table = static_cast<std::int64_t>(request_.length) * kDim;
+        const std::int64_t table = static_cast<std::int64_t>(request_.length) * request_.angles;
 #pragma unroll 4
         for (int row = thread_index() / 16; row < kRows; row += kThreads / 16) {
             std::uint8_t* low = tile.row(row, column_) + column_ % 8 * 2;
@@ -280,7 +282,8 @@ private:
             x.load(low, high);
             if (request_.norm_q != nullptr) x.norm(norm, request_.eps);
             if (request_.rotary != nullptr && first + row < request_.length)
-                x.turn(request_.rotary + static_cast<std::int64_t>(first + row) * kDim + column_, table);
+                x.turn(request_.rotary + static_cast<std::int64_t>(first + row) * request_.angles + column_, table,
+                       request_.angles == kDim);
             x.store(low, high);
         }
 #if DIT4DIT_WARPGROUPS

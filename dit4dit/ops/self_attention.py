@@ -41,7 +41,7 @@ def self_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, every token to every token, with q, k, v as `qk_norm_rope` makes them.
 
-    qkv: [B, S, 3 * H * d]. norm_q, norm_k: [d] both or both None. rotary: float32 [2, S, d] or None.
+    qkv: [B, S, 3 * H * d]. norm_q, norm_k: [d] both or both None. rotary: float32 [2, S, d/2 or d] or None.
     backend: "cuda" (bfloat16, heads of 128; not run on a chip yet, only by emulation), "triton", "cudnn", "flash" (needs
         flash-attn 2 or 3) or "torch"; None chooses.
 

@@ -20,9 +20,10 @@ from dit4dit.ops.self_attention import queries_a_block, reference
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def make(batch, length, heads, dim, dtype, *, norm=True, rope=True):
+def make(batch, length, heads, dim, dtype, *, norm=True, rope=True, halves=False):
+    """halves: each half of a head turns by angles of its own."""
     generator = torch.Generator().manual_seed(length * dim)
-    angles = torch.randn(length, dim, generator=generator)
+    angles = torch.randn(length, dim if halves else dim // 2, generator=generator)
     weight = (1 + 0.2 * torch.randn(2, dim, generator=generator)).to(dtype)
     return (
         (2 * torch.randn(batch, length, 3 * heads * dim, generator=generator)).to(dtype),
@@ -41,6 +42,7 @@ def make(batch, length, heads, dim, dtype, *, norm=True, rope=True):
         ((1, 1, 1, 16), {}),
         ((2, 67, 2, 32), {}),
         ((1, 131, 1, 128), {}),
+        ((1, 40, 1, 128), dict(halves=True)),
         ((1, 128, 1, 64), {}),  # no ragged block of keys
         ((2, 9, 2, 64), dict(norm=False, rope=False)),
         ((1, 17, 3, 64), dict(norm=False, rope=False)),
@@ -111,8 +113,10 @@ def test_cuda_by_emulation(emulated, batch, heads, length, queries):
 
 
 @needs_compiler
-@pytest.mark.parametrize("parts", [dict(norm=False), dict(rope=False), dict(norm=False, rope=False)], ids=str)
-def test_cuda_without_norm_or_rotation(emulated, parts):
+@pytest.mark.parametrize(
+    "parts", [dict(norm=False), dict(rope=False), dict(norm=False, rope=False), dict(halves=True)], ids=str
+)
+def test_cuda_with_other_parts(emulated, parts):
     qkv, *rest = make(2, 70, 2, 128, BF16, **parts)
     if not parts.get("norm", True):
         qkv = qkv / 4  # scores of the size that norms would give
@@ -168,7 +172,7 @@ MUTANTS = {
     "copies: no mask": (">= count) scores[j][i] = -INFINITY", ">= count + 1) scores[j][i] = -INFINITY"),
     "copies: nothing fades": ("values[j][2 * half + e] *= fade;", "values[j][2 * half + e] *= 1;"),
     "copies: the sine has the other sign": ("v[i] = first * c0.v[i] - second", "v[i] = first * c0.v[i] + second"),
-    "copies: the half's own angle": ("c1 = load_constant_float4(cosine + kDim / 2)", "c1 = c0"),
+    "copies: the half's own angle": ("if (own_angles) c1", "if (!own_angles) c1"),
     "copies: a row too many": ("if (query < request_.length)", "if (query < request_.length + 1)"),
     "copies: rows past the end are copied": ("const bool there = begin + row < length", "const bool there = true"),
     "warpgroups: strides of keys exchanged": ("step * 16), kGroupBytes, 128)", "step * 16), 128, kGroupBytes)"),
@@ -251,6 +255,7 @@ F32_NORM = tensor(128, dtype="float32")
         (dict(norm_q=tensor(128, dtype="float16")), TypeError, "norm_q: expected float32 or bfloat16, got float16"),
         (dict(norm_k=F32_NORM), TypeError, "norm_k: expected bfloat16, got float32"),
         (dict(rotary=tensor(2, 8, 128, dtype="float32")), ValueError, r"rotary: expected shape \[2, 9, 128\]"),
+        (dict(rotary=tensor(2, 9, 32, dtype="float32")), ValueError, r"rotary: expected shape \[2, 9, 64\]"),
         (dict(rotary=tensor(2, 9, 128)), TypeError, "rotary: expected float32, got bfloat16"),
         (dict(queries=32), ValueError, "queries: expected 64 or 128, got 32"),
         (dict(qkv=tensor(2, 9)), ValueError, r"qkv: expected shape \[-1, -1, 768\]"),
