@@ -65,10 +65,10 @@ DEVICE float load_float(const float* p) {
     return f;
 }
 DEVICE int load_int(const int* p) { return __ldg(p); }  // of the schedule, which nobody writes
-// Of what nobody writes while the kernel runs: the multiprocessor's own cache may keep it.
+// Of what nobody writes while the kernel runs: the multiprocessor's own cache may keep it. It is issued where it is written.
 DEVICE Float4 load_constant_float4(const float* p) {
     Float4 f;
-    asm("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
         : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3]) : "l"(p));
     return f;
 }

@@ -73,13 +73,11 @@ Request request_of(const TensorView& qkv, const std::optional<TensorView>& norm_
     r.norm_k = norm_of(norm_k, norm_dtype, device);
     if (rotary) {
         expect_dtype(*rotary, {"float32"});
-        const bool halves = !rotary->shape.empty() && rotary->shape.back() == attention::kDim;
-        expect_shape(*rotary, {2, qkv.shape[1], halves ? attention::kDim : attention::kDim / 2});
+        expect_shape(*rotary, {2, qkv.shape[1], attention::kDim / 2});
         expect_device(*rotary, device);
         expect_contiguous(*rotary);
         expect_aligned(*rotary);
         r.rotary = rotary->data<const float>();
-        r.angles = static_cast<int>(rotary->shape.back());
     }
     r.out = out.data<std::uint16_t>();
     r.qkv_batch = qkv.strides[0], r.qkv_row = qkv.strides[1];

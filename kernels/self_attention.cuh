@@ -28,11 +28,10 @@ struct Request {
     const std::uint16_t* qkv;  // bf16 [batch, length, 3 * heads * 128]
     const void* norm_q;        // [128], float32 or bf16, or null: no norm
     const void* norm_k;
-    const float* rotary;       // [2, length, angles]: cosines, sines; or null: no rotation
+    const float* rotary;       // [2, length, 64]: cosines, sines; or null: no rotation
     std::uint16_t* out;        // bf16 [batch, length, heads * 128]
     std::int64_t qkv_batch, qkv_row, out_batch, out_row;
     int heads, length, norm_is_float32;
-    int angles;  // of a row: 64, by which both halves turn, or 128
     float eps;
 };
 
@@ -76,30 +75,34 @@ struct Eight {
         *reinterpret_cast<Pair*>(low) = {{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])}};
         *reinterpret_cast<Pair*>(high) = {{pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])}};
     }
-    // Over the 16 threads of a row.
-    DEVICE void norm(const Eight& weight, float eps) {
-        float squares = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
-#pragma unroll
-        for (int mask = 1; mask < 16; mask <<= 1) squares += shuffle_xor(squares, mask);
-        const float scale = inverse_root(squares / kDim + eps);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = v[i] * scale * weight.v[i];
-    }
-    // cosine: of this thread's first column; its sine lies `table` floats further.
-    DEVICE void turn(const float* cosine, std::int64_t table, bool own_angles) {
-        const Float4 c0 = load_constant_float4(cosine), s0 = load_constant_float4(cosine + table);
-        Float4 c1 = c0, s1 = s0;
-        if (own_angles) c1 = load_constant_float4(cosine + kDim / 2), s1 = load_constant_float4(cosine + table + kDim / 2);
+    DEVICE void turn(const Float4& cosine, const Float4& sine) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float first = v[i], second = v[4 + i];
-            v[i] = first * c0.v[i] - second * s0.v[i];
-            v[4 + i] = second * c1.v[i] + first * s1.v[i];
+            v[i] = first * cosine.v[i] - second * sine.v[i];
+            v[4 + i] = second * cosine.v[i] + first * sine.v[i];
         }
     }
 };
+
+// RMS norm of rows, each held by 16 threads; the rows' sums take turns, so that none waits for its own.
+template <int kCount>
+DEVICE void norm(Eight (&x)[kCount], const Eight& weight, float eps) {
+    float squares[kCount] = {};
+#pragma unroll
+    for (int u = 0; u < kCount; ++u)
+        for (int i = 0; i < 8; ++i) squares[u] += x[u].v[i] * x[u].v[i];
+#pragma unroll
+    for (int mask = 1; mask < 16; mask <<= 1)
+#pragma unroll
+        for (int u = 0; u < kCount; ++u) squares[u] += shuffle_xor(squares[u], mask);
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+        const float scale = inverse_root(squares[u] / kDim + eps);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[u].v[i] = x[u].v[i] * scale * weight.v[i];
+    }
+}
 
 // What a warp knows of its 16 queries; this thread of the queries lane / 4 and eight further.
 struct Sums {
@@ -214,9 +217,11 @@ public:
         fetch(0);
         fetch(1);
         const Eight norm_q = weight(request_.norm_q);
+        Angles angles;
         for (int part = 0; part < kParts; ++part) {
+            load(angles, first_ + part * kRows);
             next(part);
-            prepare(tile_of(part), norm_q, first_ + part * kRows);
+            prepare(tile_of(part), norm_q, angles, first_ + part * kRows);
             if (warp / 4 == part)
 #pragma unroll
                 for (int step = 0; step < 8; ++step)
@@ -224,12 +229,14 @@ public:
         }
         const Eight norm_k = weight(request_.norm_k);
         Sums sums;
+        load(angles, 0);
         for (int key = 0, index = kParts; key < request_.length; key += kRows, index += 2) {
             float scores[8][4];
             next(index);
-            prepare(tile_of(index), norm_k, key);
+            prepare(tile_of(index), norm_k, angles, key);
             score(scores, q, tile_of(index));
             sums.soften(scores, request_.length - key, scale);
+            load(angles, key + kRows);  // on their way while the values are summed
             next(index + 1);
             gather(sums.values, scores, tile_of(index + 1));
         }
@@ -237,7 +244,13 @@ public:
     }
 
 private:
-    static constexpr int kParts = kQueries / kRows;  // tiles of queries
+    static constexpr int kParts = kQueries / kRows;              // tiles of queries
+    static constexpr int kPasses = kRows * 16 / kThreads;        // rows of a tile that one thread norms and turns
+    static constexpr int kAtOnce = kPasses < 4 ? kPasses : 4;
+
+    struct Angles {
+        Float4 cosine[kAtOnce] = {}, sine[kAtOnce] = {};
+    };
 
     DEVICE Eight weight(const void* of) const {
         return of == nullptr ? Eight{} : Eight::of_weight(of, column_, request_.norm_is_float32 != 0);
@@ -270,26 +283,49 @@ private:
         fetch(index + 2);
     }
 
+    DEVICE int row_of(int pass) const { return (pass * kThreads + thread_index()) / 16; }
+
+    // Of kAtOnce rows of the tile whose first row is token `first`: long before they are used, because they come from far.
+    DEVICE void load(Angles& angles, int first, int begin = 0) const {
+        if (request_.rotary == nullptr) return;
+        constexpr int kAngles = kDim / 2;
+        const std::int64_t sines = static_cast<std::int64_t>(request_.length) * kAngles;
+        const int last = request_.length - 1;
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            // tokens past the end are zeros, which any angle leaves
+            const int token = first + row_of(begin + u) < last ? first + row_of(begin + u) : last;
+            const float* at = request_.rotary + static_cast<std::int64_t>(token) * kAngles + column_;
+            angles.cosine[u] = load_constant_float4(at);
+            angles.sine[u] = load_constant_float4(at + sines);
+        }
+    }
+
     // Norm and rotation of a tile's rows, the first of which is token `first`, in place: float32, rounded once.
-    DEVICE void prepare(const Tile& tile, const Eight& norm, int first) const {
+    // `next`: angles of the first rows.
+    DEVICE void prepare(const Tile& tile, const Eight& weight, Angles& next, int first) const {
         if (request_.norm_q == nullptr && request_.rotary == nullptr) return;
-        const std::int64_t table = static_cast<std::int64_t>(request_.length) * request_.angles;
-#pragma unroll 4
-        for (int row = thread_index() / 16; row < kRows; row += kThreads / 16) {
-            std::uint8_t* low = tile.row(row, column_) + column_ % 8 * 2;
-            std::uint8_t* high = tile.row(row, column_ + kDim / 2) + column_ % 8 * 2;
-            Eight x;
-            x.load(low, high);
-            if (request_.norm_q != nullptr) x.norm(norm, request_.eps);
-            if (request_.rotary != nullptr && first + row < request_.length)
-                x.turn(request_.rotary + static_cast<std::int64_t>(first + row) * request_.angles + column_, table,
-                       request_.angles == kDim);
-            x.store(low, high);
+#pragma unroll
+        for (int begin = 0; begin < kPasses; begin += kAtOnce) {
+            const Angles angles = next;
+            if (begin + kAtOnce < kPasses) load(next, first, begin + kAtOnce);
+            Eight x[kAtOnce];
+#pragma unroll
+            for (int u = 0; u < kAtOnce; ++u) x[u].load(piece(tile, begin + u, 0), piece(tile, begin + u, kDim / 2));
+            if (request_.norm_q != nullptr) norm(x, weight, request_.eps);
+            if (request_.rotary != nullptr)
+#pragma unroll
+                for (int u = 0; u < kAtOnce; ++u) x[u].turn(angles.cosine[u], angles.sine[u]);
+#pragma unroll
+            for (int u = 0; u < kAtOnce; ++u) x[u].store(piece(tile, begin + u, 0), piece(tile, begin + u, kDim / 2));
         }
 #if DIT4DIT_WARPGROUPS
         fence_shared_for_products();
 #endif
         sync_block();
+    }
+    DEVICE std::uint8_t* piece(const Tile& tile, int pass, int half) const {
+        return tile.row(row_of(pass), column_ + half) + column_ % 8 * 2;
     }
 
     // Through shared memory, so that rows are written whole.

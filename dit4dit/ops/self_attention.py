@@ -42,8 +42,8 @@ def self_attention(
     """softmax(q k^T / sqrt(d)) v, every token to every token, with q, k, v as `qk_norm_rope` makes them.
 
     qkv: [B, S, 3 * H * d]. norm_q, norm_k: [d] both or both None. rotary: float32 [2, S, d/2 or d] or None.
-    backend: "cuda" (bfloat16, heads of 128; not run on a chip yet, only by emulation), "triton", "cudnn", "flash" (needs
-        flash-attn 2 or 3) or "torch"; None chooses.
+    backend: "cuda" (bfloat16, heads of 128, rotary [2, S, d/2]; not run on a chip yet, only by emulation), "triton",
+        "cudnn", "flash" (needs flash-attn 2 or 3) or "torch"; None chooses.
 
     Returns [B, S, H * d] in qkv's dtype.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -97,7 +97,8 @@ def _refuse_cuda(
         return f"qkv is {qkv.dtype}, not bfloat16"
     if _dim(qkv, heads) != CUDA_DIM:
         return f"heads of {_dim(qkv, heads)}; it takes {CUDA_DIM}"
-    if qkv.stride(2) != 1 or qkv.stride(0) % 8 or qkv.stride(1) % 8 or qkv.data_ptr() % 16:
+    batch, row, column = qkv.stride()
+    if column != 1 or row % 8 or (batch % 8 and qkv.shape[0] > 1) or qkv.data_ptr() % 16:
         return f"qkv: its rows do not begin at multiples of 16 bytes, or are not dense: strides {qkv.stride()}"
     if norm_q is not None and norm_k is not None:
         dtypes = {norm_q.dtype, norm_k.dtype}
@@ -105,6 +106,8 @@ def _refuse_cuda(
             return f"norm_q is {norm_q.dtype} and norm_k {norm_k.dtype}, not both float32 or both bfloat16"
     if rotary is not None and rotary.dtype != torch.float32:
         return f"rotary is {rotary.dtype}, not float32"
+    if rotary is not None and rotary.shape[-1] != CUDA_DIM // 2:
+        return f"rotary has angles for {rotary.shape[-1]} columns; it takes {CUDA_DIM // 2}, by which both halves turn"
     for name, tensor in (("qkv", qkv), ("norm_q", norm_q), ("norm_k", norm_k), ("rotary", rotary)):
         if tensor is None:
             continue

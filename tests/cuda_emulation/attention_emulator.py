@@ -55,7 +55,6 @@ class AttentionEmulator:
             heads=heads,
             length=length,
             norm_is_float32=norm_q is not None and norm_q.dtype == torch.float32,
-            angles=0 if rotary is None else rotary.shape[-1],
             eps=eps,
         )
         for name, tensor in tensors.items():

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_it_is_never_chosen_by_itself() -> None:
     (found,) = ops.explain("action_ode")
-    assert (found.chosen, found.refused) == ("torch", {"cuda": "noise is on cpu"})
+    assert (found.chosen, found.refused) == ("torch", {"cuda": "it is on cpu"})
 
 
 def test_a_head_can_be_copied_and_sent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from emulator import needs_compiler
 from dit4dit import _C, ops
 from dit4dit.errors import BackendError
 from dit4dit.ops import self_attention
-from dit4dit.ops.self_attention import queries_a_block, reference
+from dit4dit.ops.self_attention import _refuse_cuda, queries_a_block, reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -113,10 +114,8 @@ def test_cuda_by_emulation(emulated, batch, heads, length, queries):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "parts", [dict(norm=False), dict(rope=False), dict(norm=False, rope=False), dict(halves=True)], ids=str
-)
-def test_cuda_with_other_parts(emulated, parts):
+@pytest.mark.parametrize("parts", [dict(norm=False), dict(rope=False), dict(norm=False, rope=False)], ids=str)
+def test_cuda_without_norm_or_rotation(emulated, parts):
     qkv, *rest = make(2, 70, 2, 128, BF16, **parts)
     if not parts.get("norm", True):
         qkv = qkv / 4  # scores of the size that norms would give
@@ -165,14 +164,15 @@ MUTANTS = {
     "copies: a tile is filled while it is read": ("fetch(index + 2);", "fetch(index + 3);"),
     "copies: no sync after a tile is there": ("        sync_block();\n        fetch(index", "        fetch(index"),
     "copies: no sync after the norm": (
-        "#endif\n        sync_block();\n    }\n\n    // Through",
-        "#endif\n    }\n\n    // Through",
+        "#endif\n        sync_block();\n    }\n    DEVICE std::uint8_t* piece",
+        "#endif\n    }\n    DEVICE std::uint8_t* piece",
     ),
     "copies: no sync before the end": ("        sync_block();  // all have read the last values\n", ""),
     "copies: no mask": (">= count) scores[j][i] = -INFINITY", ">= count + 1) scores[j][i] = -INFINITY"),
     "copies: nothing fades": ("values[j][2 * half + e] *= fade;", "values[j][2 * half + e] *= 1;"),
-    "copies: the sine has the other sign": ("v[i] = first * c0.v[i] - second", "v[i] = first * c0.v[i] + second"),
-    "copies: the half's own angle": ("if (own_angles) c1", "if (!own_angles) c1"),
+    "copies: the sine has the other sign": ("first * cosine.v[i] - second", "first * cosine.v[i] + second"),
+    "copies: angles of the tile before": ("load(angles, key + kRows)", "load(angles, key)"),
+    "copies: angles of the rows before": ("load(next, first, begin + kAtOnce)", "load(next, first, begin)"),
     "copies: a row too many": ("if (query < request_.length)", "if (query < request_.length + 1)"),
     "copies: rows past the end are copied": ("const bool there = begin + row < length", "const bool there = true"),
     "warpgroups: strides of keys exchanged": ("step * 16), kGroupBytes, 128)", "step * 16), 128, kGroupBytes)"),
@@ -218,6 +218,40 @@ def test_cuda_is_not_chosen_by_itself():
     assert ops.implementations("self_attention")[0] == "cuda"
 
 
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(dtype=F32), "qkv is torch.float32, not bfloat16"),
+        (dict(dim=64), "heads of 64; it takes 128"),
+        (dict(address=4104), "qkv: its rows do not begin at multiples of 16 bytes"),
+        (dict(step=2), "qkv: its rows do not begin at multiples of 16 bytes, or are not dense"),
+        (dict(norm=F16), "norm_q is torch.float16 and norm_k torch.float16, not both float32 or both bfloat16"),
+        (dict(angles=128), r"rotary has angles for 128 columns; it takes 64, by which both halves turn"),
+        (dict(table=BF16), "rotary is torch.bfloat16, not float32"),
+        (dict(grad=True), "norm_q needs a gradient"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_what_cuda_refuses(change, message, monkeypatch):
+    monkeypatch.setattr("dit4dit.ops.native.no_cuda_kernels", lambda device: None)
+    get = {**dict(dtype=BF16, dim=128, step=1, norm=BF16, angles=64, table=F32, grad=False, address=4096), **change}
+    qkv = torch.empty(2, 9, get["step"] * 3 * get["dim"], dtype=get["dtype"], device="meta")[..., :: get["step"]]
+    norm = torch.empty(get["dim"], dtype=get["norm"], device="meta", requires_grad=get["grad"])
+    rotary = torch.empty(2, 9, get["angles"], dtype=get["table"], device="meta")
+    qkv, norm, rotary = (as_if_on_a_gpu(x, get["address"]) for x in (qkv, norm, rotary))
+    found = _refuse_cuda(qkv, norm, norm, rotary, 1, 1e-5)
+    assert (found is None) if message is None else found.startswith(message)
+
+
+def as_if_on_a_gpu(x, address):
+    """What `_refuse_cuda` asks of a tensor."""
+    facts = dict(dtype=x.dtype, shape=x.shape, stride=x.stride, is_contiguous=x.is_contiguous)
+    return SimpleNamespace(
+        device=torch.device("cuda:0"), requires_grad=x.requires_grad, data_ptr=lambda: address, **facts
+    )
+
+
 @pytest.mark.gpu
 def test_cuda_is_not_chosen_by_itself_on_a_gpu():
     (found,) = ops.explain("self_attention", "cuda")
@@ -254,9 +288,9 @@ F32_NORM = tensor(128, dtype="float32")
         (dict(norm_q=tensor(64)), ValueError, r"norm_q: expected shape \[128\] .*, got \[64\]"),
         (dict(norm_q=tensor(128, dtype="float16")), TypeError, "norm_q: expected float32 or bfloat16, got float16"),
         (dict(norm_k=F32_NORM), TypeError, "norm_k: expected bfloat16, got float32"),
-        (dict(rotary=tensor(2, 8, 128, dtype="float32")), ValueError, r"rotary: expected shape \[2, 9, 128\]"),
-        (dict(rotary=tensor(2, 9, 32, dtype="float32")), ValueError, r"rotary: expected shape \[2, 9, 64\]"),
-        (dict(rotary=tensor(2, 9, 128)), TypeError, "rotary: expected float32, got bfloat16"),
+        (dict(rotary=tensor(2, 8, 128, dtype="float32")), ValueError, r"rotary: expected shape \[2, 9, 64\]"),
+        (dict(rotary=tensor(2, 9, 128, dtype="float32")), ValueError, r"rotary: expected shape \[2, 9, 64\]"),
+        (dict(rotary=tensor(2, 9, 64)), TypeError, "rotary: expected float32, got bfloat16"),
         (dict(queries=32), ValueError, "queries: expected 64 or 128, got 32"),
         (dict(qkv=tensor(2, 9)), ValueError, r"qkv: expected shape \[-1, -1, 768\]"),
     ],
