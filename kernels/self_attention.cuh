@@ -244,8 +244,8 @@ public:
     }
 
 private:
-    static constexpr int kParts = kQueries / kRows;              // tiles of queries
-    static constexpr int kPasses = kRows * 16 / kThreads;        // rows of a tile that one thread norms and turns
+    static constexpr int kParts = kQueries / kRows;        // tiles of queries
+    static constexpr int kPasses = kRows * 16 / kThreads;  // rows of a tile that one thread norms and turns
     static constexpr int kAtOnce = kPasses < 4 ? kPasses : 4;
 
     struct Angles {
@@ -258,9 +258,10 @@ private:
 
     // Tiles in the order of their use: the queries', then keys and values in turns. Rows past the end are zeros.
     DEVICE void fetch(int index) const {
+        const bool query = index < kParts;
         const int pair = (index - kParts) / 2, length = request_.length;
-        const int part = index < kParts ? 0 : 1 + (index - kParts) % 2, begin = index < kParts ? first_ + index * kRows : pair * kRows;
-        if (index < kParts || begin < length) {
+        const int part = query ? 0 : 1 + (index - kParts) % 2, begin = query ? first_ + index * kRows : pair * kRows;
+        if (query || begin < length) {
             const std::uint16_t* from = request_.qkv + batch_ * request_.qkv_batch + (part * request_.heads + head_) * kDim;
             const Tile to = tile_of(index);
 #pragma unroll
@@ -348,8 +349,8 @@ private:
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int row = mine + i * 2 + lane / 16, column = lane % 16 * 8, query = first_ + warp / 4 * kRows + row;
-            if (query < request_.length)
-                *reinterpret_cast<Quad*>(out + query * request_.out_row + column) = *reinterpret_cast<const Quad*>(to.row(row, column));
+            const Quad eight = *reinterpret_cast<const Quad*>(to.row(row, column));
+            if (query < request_.length) *reinterpret_cast<Quad*>(out + query * request_.out_row + column) = eight;
         }
     }
 

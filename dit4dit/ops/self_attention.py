@@ -57,8 +57,9 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     """The kernels to run, and the tensor they will have written. Tensors may be on the meta device.
 
     Norm and rotation are a pass of their own, and none where there is neither: inside attention every block of queries
-    would norm and turn all keys again (10 times at 588 tokens and 64 rows a block), reading rotary tables four times
-    the size of the keys each time, while the pass moves 10 MB, which the second-level cache holds.
+    would norm and turn all keys again (10 times at 588 tokens and 64 rows a block), reading rotary tables twice the size
+    of the keys each time, while the pass moves 10 MB, which the second-level cache holds. The CUDA kernel does the former;
+    which is faster only a measurement can tell.
     """
     todo, (q, k, v) = prologue(args, architecture)
     batch, heads, length, dim = q.shape
