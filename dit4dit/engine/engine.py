@@ -241,7 +241,7 @@ class Engine:
         grid = (latents.shape[3] // patch, latents.shape[4] // patch)
         if grid not in self._rotary:
             table = rotary_table(self.config.dit, self.config.latent_frames, *grid, device=latents.device)
-            self._rotary[grid] = table
+            self._rotary[grid] = table[..., : table.shape[-1] // 2].contiguous()  # both halves turn by the same
         return self._rotary[grid]
 
     @torch.no_grad()
