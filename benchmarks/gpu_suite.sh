@@ -100,7 +100,7 @@ done
 if [[ "$device" != cpu ]] && command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     part "sanitizer_$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 9 "$(command -v pytest)" -q -m gpu \
-      tests/ops/test_preprocess.py
+      tests/ops/test_preprocess.py tests/ops/test_action_ode.py
   done
 fi
 exit "$failed"

@@ -234,8 +234,20 @@ def run(
             torch.compiler.reset()
             if keep is not None:
                 write_json(keep, result)
+    if "action_ode" in names:
+        result["rows"] += _head(device, dtype, samples, batch, gr1_only)
     result["complete"] = True
     return result
+
+
+def _head(device: str, dtype: torch.dtype, samples: int, batch: int, gr1_only: bool) -> list[dict[str, Any]]:
+    """Rows of the whole action head, whose arguments are a head and not only tensors."""
+    from dit4dit.benchmarks.ops import bench_action_ode  # it shows its results with this file
+
+    kind = torch.bfloat16 if dtype == torch.float16 else dtype
+    sizes = [17] if gr1_only else bench_action_ode.TOKENS
+    given: dict[str, Any] = {"device": device, "dtype": kind, "samples": samples, "batch": min(batch, 4)}
+    return [row for tokens in sizes for row in bench_action_ode.case(tokens, **given)]
 
 
 def show(result: dict[str, Any]) -> str:

@@ -58,6 +58,15 @@ std::vector<TensorView> views_from(const py::sequence& tuples, const std::string
     return views;
 }
 
+[[maybe_unused]] NamedViews views_by_name(const py::dict& tuples) {
+    NamedViews views;
+    for (const auto& [key, tuple] : tuples) {
+        const auto name = key.cast<std::string>();
+        views.emplace(name, view_from(tuple, name));
+    }
+    return views;
+}
+
 // A launcher as Python calls it: tuples become tensor views, named after their argument, and the GIL is released.
 template <class... Rest>
 auto unpacked(void (*launcher)(const std::vector<TensorView>&, const std::vector<std::int64_t>&, const TensorView&,
@@ -142,5 +151,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("preprocess", unpacked(&preprocess_cpu), "views"_a, "widths"_a, "out"_a, "filter"_a);
 #ifdef DIT4DIT_WITH_CUDA
     m.def("preprocess_cuda", unpacked(&preprocess_cuda), "views"_a, "widths"_a, "out"_a, "filter"_a, "stream"_a);
+    m.def(
+        "action_ode_cuda",
+        [](const py::dict& tensors, const NamedNumbers& numbers, const std::vector<std::pair<std::int64_t, int>>& buffers,
+           float max_guidance, std::int64_t limit_ns, std::uintptr_t stream) {
+            const auto views = views_by_name(tensors);
+            const py::gil_scoped_release release;
+            action_ode_cuda(views, numbers, buffers, max_guidance, limit_ns, stream);
+        },
+        "tensors"_a, "numbers"_a, "buffers"_a, "max_guidance"_a, "limit_ns"_a, "stream"_a);
+    m.def("action_ode_facts", &action_ode_facts, "device"_a, "shared_bytes"_a);
 #endif
 }

@@ -19,14 +19,14 @@ inline std::string expect_cuda(const TensorView& t) {
     return t.device;
 }
 
-// Makes the tensor's device current for as long as it lives.
+// Makes a device current for as long as it lives.
 class DeviceGuard {
 public:
-    explicit DeviceGuard(const TensorView& t) {
-        const int wanted = std::stoi(expect_cuda(t).substr(5));
+    explicit DeviceGuard(int wanted) {
         check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
         if (wanted != before_) check_cuda(cudaSetDevice(wanted), "cudaSetDevice");
     }
+    explicit DeviceGuard(const TensorView& t) : DeviceGuard(std::stoi(expect_cuda(t).substr(5))) {}
     // the device was current before; where that fails now, it has failed as a whole and the next call says so
     ~DeviceGuard() { cudaSetDevice(before_); }
     DeviceGuard(const DeviceGuard&) = delete;

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tensor_view.h"
@@ -14,5 +16,14 @@ void preprocess_cpu(const std::vector<TensorView>& views, const std::vector<std:
                     const TensorView& out, const std::string& filter);
 void preprocess_cuda(const std::vector<TensorView>& views, const std::vector<std::int64_t>& widths,
                      const TensorView& out, const std::string& filter, std::uintptr_t stream);
+
+// The names are those of `Launch` in kernels/action_ode_tiles.cuh; buffers are (offset in bytes, columns) by Space.
+using NamedViews = std::map<std::string, TensorView>;
+using NamedNumbers = std::map<std::string, std::int64_t>;
+void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
+                     const std::vector<std::pair<std::int64_t, int>>& buffers, float max_guidance, std::int64_t limit_ns,
+                     std::uintptr_t stream);
+// multiprocessors, shared_memory (bytes of one block), capability (90), blocks_per_multiprocessor with shared_bytes
+std::map<std::string, int> action_ode_facts(int device, int shared_bytes);
 
 }  // namespace dit4dit

@@ -58,6 +58,13 @@ inline void expect_device(const TensorView& t, const std::string& device) {
     if (t.device != device) refuse(t.name, "device " + device, t.device);
 }
 
+inline void expect_contiguous(const TensorView& t) {
+    std::int64_t wanted = 1;
+    for (std::size_t i = t.shape.size(); i-- > 0; wanted *= t.shape[i])
+        if (t.shape[i] > 1 && t.strides[i] != wanted)
+            refuse(t.name, "contiguous elements", "strides " + to_string(t.strides) + " of shape " + to_string(t.shape));
+}
+
 // An output whose elements share memory would hold whatever was written last.
 inline void expect_writable(const TensorView& t) {
     for (std::size_t i = 0; i < t.shape.size(); ++i)

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from typing_extensions import Buffer
 
@@ -32,3 +32,12 @@ class Driver:
 def build_info() -> dict[str, object]: ...
 def preprocess(views: _Views, widths: Sequence[int], out: _View | Buffer, filter: str) -> None: ...
 def preprocess_cuda(views: Sequence[_View], widths: Sequence[int], out: _View, filter: str, stream: int) -> None: ...
+def action_ode_cuda(
+    tensors: Mapping[str, _View],
+    numbers: Mapping[str, int],
+    buffers: Sequence[tuple[int, int]],
+    max_guidance: float,
+    limit_ns: int,
+    stream: int,
+) -> None: ...
+def action_ode_facts(device: int, shared_bytes: int) -> dict[str, int]: ...

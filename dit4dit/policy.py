@@ -84,6 +84,7 @@ class Policy:
         posterior: Literal["sample", "mean"] = "sample",
         quantization: Literal["fp8"] | None = None,
         calibration: str | Path | Calibration | None = None,
+        head: Literal["auto", "library", "one_launch"] = "auto",
         prompt_embeds: Mapping[str, Any] | None = None,
         packs: str | Path | None = None,
         text_encoder: bool = True,
@@ -104,6 +105,7 @@ class Policy:
             quantization: "fp8" multiplies the backbone's matrices in 8-bit floats, with `calibration`; the model is then
                 left without its own (`Policy.model` cannot be run). Changes the result; engine only.
             calibration: file of `dit4dit calibrate`, or what `calibrate` returned, for this checkpoint in this dtype.
+            head: how the engine runs the action head (`Engine`); "one_launch" needs a GPU and head_dtype=torch.bfloat16.
             prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
                 these instructions can be used.
             packs: folder where prompt packs are kept between runs (`dit4dit pack`); engine only.
@@ -114,10 +116,10 @@ class Policy:
         """
         if engine not in ENGINES:
             raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
-        given = (steps, packs, quantization, calibration)
+        given = (steps, packs, quantization, calibration, None if head == "auto" else head)
         if engine == "off" and (posterior != "sample" or any(option is not None for option in given)):
             raise ConfigError(
-                "steps, posterior, packs, quantization and calibration are options of the engine: leave them out, or use "
+                "steps, posterior, packs, quantization, calibration and head are options of the engine: leave them out, or use "
                 "engine='auto'"
             )
         check_options(quantization, calibration)
@@ -147,7 +149,7 @@ class Policy:
             with_text=text_encoder and prompt_embeds is None,
         )
         tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None
-        options: dict[str, Any] = dict(steps=steps, posterior=posterior, quantization=quantization)
+        options: dict[str, Any] = dict(steps=steps, posterior=posterior, quantization=quantization, head=head)
         fast = Engine(model, **options, calibration=calibration, release=True) if engine == "auto" else None
         folder = None if packs is None else PackFolder.of(Path(packs), model)
         return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)

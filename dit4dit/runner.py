@@ -84,6 +84,8 @@ class EngineRunner:
             except torch.AcceleratorError as error:
                 native.check_device(self.engine.device, error)
                 raise
+            if self.engine.one_launch is not None and not np.isfinite(normalized).all():
+                self.engine.one_launch.check()  # what a launch that gave up leaves behind is NaN
         return normalized, [None] * len(requests) if actions is None else list(actions)
 
     def _make_plan(self, key: tuple[RequestShape, bool]) -> Plan:

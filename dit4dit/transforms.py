@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dit4dit.errors import ConfigError
 from dit4dit.stats import VectorStats
 
 Array = NDArray[np.float32]
@@ -149,9 +150,16 @@ def inverse_table(chain: Chain) -> NDArray[np.float64]:
     Rows: threshold (NaN: none), low, high, scale, offset; the result of both is the same to the bit.
 
     Raises:
-        TypeError: the chain has a step that does not act on each dimension alone.
+        ConfigError: the chain has another step than Normalize, Threshold and Pad.
     """
-    (normalize,) = (step for step in chain.steps if isinstance(step, Normalize))
+    for step in chain.steps:
+        if not isinstance(step, (Normalize, Threshold, Pad)):
+            raise ConfigError(f"action chain: expected Normalize, Threshold and Pad alone, got {type(step).__name__}")
+    normalize = next((step for step in chain.steps if isinstance(step, Normalize)), None)
+    if normalize is None:
+        size = next(step.size for step in chain.steps if isinstance(step, Pad))
+        none = np.zeros(size, dtype=bool)
+        normalize = Normalize(np.zeros(size), np.ones(size), none, none, none, np.full(size, np.nan), none)
     size = normalize.scale.shape[0]
     at = np.full(size, np.nan)
     # strictly above 0.5 in float32 is at least the next number
@@ -159,8 +167,6 @@ def inverse_table(chain: Chain) -> NDArray[np.float64]:
     for step in chain.steps:
         if isinstance(step, Threshold):
             at[step.index] = step.at
-        elif not isinstance(step, (Normalize, Pad)):
-            raise TypeError(f"{type(step).__name__}: no table for this step's inverse")
     low = np.where(normalize.bounded, -1.0, -np.inf)
     high = np.where(normalize.bounded, 1.0, np.inf)
     fixed = ~np.isnan(normalize.constant)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from dit4dit.benchmarks import harness, op_bench
 from dit4dit.benchmarks.harness import assert_no_worse, quantiles, time_cpu
+from dit4dit.benchmarks.ops import bench_action_ode
 
 from dit4dit import ops
 from dit4dit.cli import main
+from dit4dit.config import HeadConfig
 
 
 def product(x, y):
@@ -98,6 +100,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         return [c for op in names for c in sorted((c for c in real if c[0] == op), key=size)[:2]]
 
     monkeypatch.setattr(op_bench, "cases", smallest)
+    monkeypatch.setattr(bench_action_ode, "config", small_head)
 
 
 @pytest.mark.usefixtures("small")
@@ -120,6 +123,7 @@ def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -
         "linear_gelu",
         "linear_gated",
         "linear_fp8",
+        "action_ode",
     }
     assert {(r["op"], r["implementation"]) for r in timed} >= {("preprocess", "cpp"), ("linear_gelu", "onednn")}
     shown = capsys.readouterr().out
@@ -192,7 +196,7 @@ def test_an_end_by_a_time_limit_leaves_what_was_measured(tmp_path: Path, monkeyp
 
 
 def test_a_cpu_is_asked_for_one_model_only() -> None:
-    names = ops.names()
+    names = [op for op in ops.names() if op != "action_ode"]  # its arguments are no tensors alone
     every, some = op_bench.cases(names), op_bench.cases(names, gr1_only=True)
     assert {op for op, _, _ in some} == set(names)
     assert {case.split()[0] for _, case, _ in some} == set(op_bench.GR1)
@@ -206,7 +210,7 @@ def test_mistakes(capsys) -> None:
     assert "--samples: expected at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("op", ops.names())
+@pytest.mark.parametrize("op", [op for op in ops.names() if op != "action_ode"])
 def test_an_op_is_benchmarked_by_itself(op: str, tmp_path: Path, small, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--samples", "2", "--json", str(path)])
@@ -216,3 +220,32 @@ def test_an_op_is_benchmarked_by_itself(op: str, tmp_path: Path, small, monkeypa
     rows = json.loads(path.read_text())["rows"]
     assert {row["op"] for row in rows} == {op}
     assert [row["implementation"] for row in rows].count("eager") == 2
+
+
+def small_head(horizon):
+    return HeadConfig(num_layers=2, num_heads=2, head_dim=16, hidden_size=32, output_dim=32, action_horizon=horizon)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_head_is_benchmarked(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(bench_action_ode, "config", small_head)
+    path = tmp_path / "result.json"
+    words = ["bench", "--device", "cpu", "--dtype", dtype, "--samples", "2", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert bench_action_ode.main() == 0
+    rows = [row for row in json.loads(path.read_text())["rows"] if "ms" in row]
+    assert [(row["case"], row["implementation"]) for row in rows] == [("9", "eager"), ("17", "eager"), ("51", "eager")]
+    assert all(row["gb_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+def test_a_wrong_head_is_not_timed(monkeypatch, wrong, capsys):
+    monkeypatch.setattr(bench_action_ode, "config", small_head)
+    right = bench_action_ode.candidates
+    monkeypatch.setattr(
+        bench_action_ode, "candidates", lambda *args: {"eager": lambda: right(*args)["eager"]() + wrong}
+    )
+    monkeypatch.setattr(bench_action_ode, "time_cpu", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9"])
+    assert bench_action_ode.main() == 1
+    assert "eager: expected at most" in capsys.readouterr().out

@@ -18,13 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dit4dit import Noise, Policy
+from dit4dit import Noise, Policy, ops
+from dit4dit.action_ode.program import GREEN, OneLaunchHead
 from dit4dit.cli import main
 from dit4dit.commands import parity
 from dit4dit.engine import Engine
 from dit4dit.engine.fold import Matrix, fold_backbone, fold_head
 from dit4dit.engine.packs import PackFolder, packs_key, text_fingerprint
-from dit4dit.errors import CheckpointError, ConfigError, InputError
+from dit4dit.errors import BackendError, CheckpointError, ConfigError, InputError
 from dit4dit.model.weights import random_model
 from dit4dit.ops import onednn
 from dit4dit.presets import preset, without_state
@@ -72,6 +73,32 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_the_engine_is_the_model(batch: int, state: bool) -> None:
     config = TINY if state else without_state(preset("tiny")).model
     assert relative(*both(config, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_the_one_launch_head_is_given_what_the_loop_is(state: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reference stands for the kernel, which takes the same arguments."""
+    config = TINY if state else without_state(preset("tiny")).model
+    monkeypatch.setattr(OneLaunchHead, "backend", "torch")
+    model = random_model(config, 1, with_text=False)
+    engine, given = Engine(model), inputs(config, 2)
+    packs = [engine.pack(torch.randn(1, 9, config.dit.text_in))] * 2
+    want = engine.sample(packs=packs, **given)
+    engine.one_launch = OneLaunchHead(engine.head, config.head, engine.steps)
+    with ops.trace() as ran:
+        assert relative(engine.sample(packs=packs, **given), want) < 1e-5
+    assert ran["action_ode"] == {"torch"}
+
+
+def test_the_head_is_never_taken_by_itself_and_a_wish_that_cannot_be_met_raises() -> None:
+    model = random_model(TINY, 0, with_text=False)
+    assert Engine(model).one_launch is None
+    assert Engine(model, head="library").one_launch is None
+    with pytest.raises(BackendError, match="'one_launch' refused: it is on cpu"):
+        Engine(model, head="one_launch")
+    with pytest.raises(ConfigError, match="engine head: expected one of auto, library, one_launch, got 'fast'"):
+        Engine(model, head="fast")
+    assert not GREEN, "a chip is green: is its result committed in benchmarks/results?"
 
 
 @pytest.mark.parametrize(

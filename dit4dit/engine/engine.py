@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit4dit import ops
+from dit4dit.action_ode.program import HeadChoice, OneLaunchHead, choose_head
 from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_encoder, fold_head, pack_matrices
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
@@ -45,6 +46,7 @@ class Engine:
         quantization: Quantization | None = None,
         calibration: Calibration | None = None,
         release: bool = False,
+        head: HeadChoice = "auto",
     ) -> None:
         """Fold `model`, which must have an action head; its weights are shared, not copied, where nothing changes.
 
@@ -55,10 +57,12 @@ class Engine:
             calibration: the largest activations of this model (`calibrate`), for and only for fp8.
             release: with fp8, take the matrices that it replaces away from `model`, which then runs only through this
                 engine; without, both stay in memory.
+            head: "library" runs the action head as a loop over library calls, "one_launch" as one CUDA kernel (bfloat16;
+                it has not run on a chip yet), "auto" takes the kernel on chips with a committed green result: none so far.
 
         Raises:
             ConfigError: an option has another value. CheckpointError: the calibration is another model's. BackendError: the
-                folded model is not the plain one (`check_folding`).
+                folded model is not the plain one (`check_folding`), or "one_launch" where the kernel cannot run.
         """
         check_options(quantization, calibration)
         if model.head is None:
@@ -73,12 +77,14 @@ class Engine:
         blocks = list(fold_backbone(model.backbone))
         self.blocks: tuple[BackboneBlock, ...] = tuple(blocks)
         self.head: Head = fold_head(model.head, self.steps)
+        self.one_launch: OneLaunchHead | None = None
         self._rotary: dict[tuple[int, int], Tensor] = {}
         self._warm = False
         self._start()
         self.encoder = fold_encoder(model.backbone)
         if self.device.type != "meta":  # where operations are only counted
             self.check_folding()
+        self.one_launch = choose_head(head, self.head, model.config.head, self.steps)
         if calibration is not None:
             self.blocks = ()  # each matrix goes as soon as its quantised one is there
             quantize_blocks(model, blocks, calibration, release=release)
@@ -246,15 +252,29 @@ class Engine:
         dtype = head.decode_out.weight.dtype
         count = len([block for block in head.blocks if block.cross])
         context = head.context(features.to(dtype))
+        if self.one_launch is not None:
+            return self._one_launch(self.one_launch, noise, context, state)
         context = context.unflatten(-1, (2 * count, model.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        prefix = None
-        if model.state_encoder is not None and state is not None:
-            prefix = model.state_encoder(state.to(dtype))
+        prefix = self._state_token(state, dtype)
         x = noise.float()
         for step in range(self.steps):
             velocity = self._velocity(x.to(dtype), step, context, prefix)
             x = ops.euler_step(x, velocity.float(), 1.0 / self.steps)
         return x
+
+    def _state_token(self, state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Encoded state [B, 1, state_dim] -> its token [B, 1, W], where there is one."""
+        encoder = self.model.head.state_encoder if self.model.head is not None else None
+        return None if encoder is None or state is None else encoder(state.to(dtype))
+
+    def _one_launch(self, head: OneLaunchHead, noise: Tensor, context: Tensor, state: Tensor | None) -> Tensor:
+        token = self._state_token(state, context.dtype)
+        actions = ops.action_ode(
+            head, noise.float(), context, None if token is None else token[:, 0], backend=head.backend
+        )
+        if not head.capturing:  # whoever replays a graph reads the flag with the actions
+            head.check()
+        return actions
 
     def _velocity(self, actions: Tensor, step: int, context: Tensor, prefix: Tensor | None) -> Tensor:
         """Noisy actions [B, K, A] at Euler step `step` -> velocity [B, K, A]; context [2 * cross blocks, B, H, S, d]."""

@@ -15,11 +15,13 @@ from dit4dit.ops.linear_gelu import linear_gelu
 from dit4dit.ops.linear_gated import linear_gated
 from dit4dit.ops.linear_fp8 import linear_fp8
 from dit4dit.ops.euler_step import euler_step, prefix_weights
+from dit4dit.ops.action_ode import action_ode
 from dit4dit.ops.unnormalize import unnormalize
 # isort: on
 
 __all__ = [
     "Explanation",
+    "action_ode",
     "adaln",
     "cross_attention",
     "euler_step",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dit4dit.embodiments import EMBODIMENTS
-from dit4dit.errors import InputError
+from dit4dit.errors import ConfigError, InputError
 from dit4dit.ops import unnormalize
 from dit4dit.stats import Statistics, VectorStats
 from dit4dit.transforms import Chain, Normalize, Pad, SinCos, Threshold, inverse_table
@@ -67,5 +67,5 @@ def test_refuses_what_does_not_fit():
         unnormalize(torch.zeros(1, 2, 7), table.float())
     with pytest.raises(InputError, match="at most 6 dimensions, got 7"):
         unnormalize(torch.zeros(1, 2, 6), table)
-    with pytest.raises(TypeError, match="SinCos"):
+    with pytest.raises(ConfigError, match="SinCos"):
         inverse_table(Chain((SinCos((3,)), Normalize.from_stats(stats(3), ["none"] * 3))))

@@ -1,0 +1,188 @@
+// action_ode on CUDA: the whole ODE of the action head in one launch of one block per multiprocessor. Blocks wait for each
+// other, so all must be resident: the launch is cooperative, which the driver refuses where they are not.
+// Not run on a chip yet: compiled for all, and run on a CPU by tests/cuda_emulation.
+#include <climits>
+
+#include "action_ode_worker.cuh"
+#include "cuda_check.h"
+#include "launchers.h"
+
+namespace dit4dit {
+namespace {
+
+__global__ void __launch_bounds__(ode::kThreads, 1) action_ode_kernel(const __grid_constant__ ode::Launch launch) {
+    ode::worker(launch);
+}
+
+class Arguments {
+public:
+    Arguments(const NamedViews& tensors, const NamedNumbers& numbers) : tensors_(tensors), numbers_(numbers) {}
+
+    int number(const std::string& name, std::int64_t least) const {
+        const auto found = numbers_.find(name);
+        if (found == numbers_.end()) refuse(name, "a number", "none");
+        if (found->second < least || found->second > INT_MAX)
+            refuse(name, "a number from " + std::to_string(least), std::to_string(found->second));
+        return static_cast<int>(found->second);
+    }
+
+    const TensorView* find(const std::string& name) const {
+        const auto found = tensors_.find(name);
+        return found == tensors_.end() ? nullptr : &found->second;
+    }
+
+    const TensorView& view(const std::string& name) const {
+        const TensorView* found = find(name);
+        if (found == nullptr) refuse(name, "a tensor", "none");
+        return *found;
+    }
+
+    // Its address: contiguous, of this dtype and shape, on `device`, at a multiple of 16 bytes.
+    template <class T>
+    T* address(const std::string& name, const std::string& dtype, const std::vector<std::int64_t>& shape,
+               const std::string& device) const {
+        const TensorView& t = view(name);
+        expect_dtype(t, {dtype});
+        expect_shape(t, shape);
+        expect_device(t, device);
+        expect_contiguous(t);
+        if (t.address % 16) refuse(name, "an address that is a multiple of 16", std::to_string(t.address));
+        return t.data<T>();
+    }
+
+    template <class T>
+    T* optional(const std::string& name, const std::string& dtype, const std::vector<std::int64_t>& shape,
+                const std::string& device) const {
+        return find(name) == nullptr ? nullptr : address<T>(name, dtype, shape, device);
+    }
+
+private:
+    const NamedViews& tensors_;
+    const NamedNumbers& numbers_;
+};
+
+void set_sizes(ode::Launch& l, const Arguments& given) {
+    l.rows = given.number("rows", 1);
+    l.counter_count = given.number("counter_count", 1);
+    l.workers = given.number("workers", 1);
+    l.width = given.number("width", 16);
+    l.head_dim = given.number("head_dim", 16);
+    l.heads = given.number("heads", 1);
+    l.horizon = given.number("horizon", 1);
+    l.actions = given.number("actions", 1);
+    l.padded_actions = given.number("padded_actions", 16);
+    l.context_tokens = given.number("context_tokens", 1);
+    l.context_columns = given.number("context_columns", 0);
+    l.steps = given.number("steps", 1);
+    l.batch = given.number("batch", 1);
+    l.times = given.number("times", 0);
+    l.padded_tokens = given.number("padded_tokens", 8);
+    l.part = given.number("part", 256);
+    l.slots = given.number("slots", ode::kCopySlots);
+    l.staging = given.number("staging", 1);
+    const auto text = [](int x) { return std::to_string(x); };
+    if (l.width % 16 || l.width > ode::kMaxWidth) refuse("width", "a multiple of 16 up to 2048", text(l.width));
+    if (l.head_dim % 16 || l.head_dim > ode::kMaxHeadDim || l.head_dim * l.heads != l.width)
+        refuse("head_dim", "a multiple of 16 up to 64, width / heads", text(l.head_dim));
+    if (l.padded_actions % 16 || l.padded_actions < l.actions)
+        refuse("padded_actions", "a multiple of 16, not below actions", text(l.padded_actions));
+    if (l.padded_tokens % 8 || l.padded_tokens > ode::kMaxTokens)
+        refuse("padded_tokens", "a multiple of 8 up to 64", text(l.padded_tokens));
+    if (l.part % 256 || l.part / 8 * (16 * l.padded_tokens + 16) > l.staging)
+        refuse("part", "a multiple of 256 that the staging holds", text(l.part));
+    if (l.slots > ode::kMostSlots) refuse("slots", "at most 16", text(l.slots));
+}
+
+void set_tensors(ode::Launch& l, const Arguments& given) {
+    const std::string device = expect_cuda(given.view("out"));
+    l.tiles = given.address<int>("tiles", "int32", {-1, ode::kRecord}, device);
+    l.first_tile = given.address<int>("first_tile", "int32", {l.workers + 1}, device);
+    l.segments = given.address<int>("segments", "int32", {-1, 3}, device);
+    l.first_segment = given.address<int>("first_segment", "int32", {l.workers + 1}, device);
+    l.weights = given.address<std::uint8_t>("weights", "uint8", {-1}, device);
+    l.constants = given.address<float>("constants", "float32", {-1}, device);
+    const std::vector<std::int64_t> actions{l.batch, l.horizon, l.actions};
+    l.noise = given.address<float>("noise", "float32", actions, device);
+    l.context = given.address<std::uint16_t>("context", "bfloat16", {l.batch, l.context_tokens, l.context_columns}, device);
+    l.prefix = given.optional<float>("prefix", "float32", {l.batch, l.width}, device);
+    l.previous = given.optional<float>("previous", "float32", actions, device);
+    l.guidance = given.optional<float>("guidance", "float32", {l.horizon}, device);
+    l.units = given.optional<float>("units", "float32", {5, l.actions}, device);
+    l.out = given.address<float>("out", "float32", actions, device);
+    l.workspace = given.address<std::uint8_t>("workspace", "uint8", {-1}, device);
+    l.counters = given.address<int>("counters", "int32", {l.counter_count + 1}, device);
+    l.status = given.address<int>("status", "int32", {4}, device);
+    if ((l.previous == nullptr) != (l.guidance == nullptr)) refuse("guidance", "previous and guidance, or neither", "one");
+    if ((l.prefix != nullptr) != (l.rows == l.batch * (l.horizon + 1)))
+        refuse("prefix", "a tensor if and only if the schedule has state tokens", l.prefix ? "one" : "none");
+}
+
+int shared_bytes_of(const ode::Launch& l) { return ode::kFixedBytes + l.slots * ode::kSlotBytes + l.staging; }
+
+void launch_cooperatively(const ode::Launch& l, cudaStream_t stream) {
+    const int shared = shared_bytes_of(l);
+    check_cuda(cudaFuncSetAttribute(action_ode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+               "action_ode: " + std::to_string(shared) + " bytes of shared memory");
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(l.workers);
+    config.blockDim = dim3(ode::kThreads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check_cuda(cudaLaunchKernelEx(&config, action_ode_kernel, l), "action_ode: launch");
+}
+
+}  // namespace
+
+void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
+                     const std::vector<std::pair<std::int64_t, int>>& buffers, float max_guidance, std::int64_t limit_ns,
+                     std::uintptr_t stream) {
+    const Arguments given(tensors, numbers);
+    ode::Launch l{};
+    set_sizes(l, given);
+    set_tensors(l, given);
+    if (buffers.size() != ode::kSpaces)
+        refuse("buffers", std::to_string(ode::kSpaces) + " pairs", std::to_string(buffers.size()));
+    for (int space = 0; space < ode::kSpaces; ++space) {
+        l.offset[space] = buffers[space].first;
+        l.columns[space] = buffers[space].second;
+        if (l.offset[space] % 16 || l.offset[space] < 0 || l.offset[space] >= given.view("workspace").shape[0])
+            refuse("buffers[" + std::to_string(space) + "]", "an offset in the workspace, a multiple of 16",
+                   std::to_string(l.offset[space]));
+    }
+    if (limit_ns < 1) refuse("limit_ns", "at least 1", std::to_string(limit_ns));
+    l.max_guidance = max_guidance;
+    l.limit_ns = limit_ns;
+    const DeviceGuard guard(given.view("out"));
+    launch_cooperatively(l, reinterpret_cast<cudaStream_t>(stream));
+}
+
+std::map<std::string, int> action_ode_facts(int device, int shared_bytes) {
+    const DeviceGuard guard(device);
+    const auto attribute = [device](cudaDeviceAttr name) {
+        int value = 0;
+        check_cuda(cudaDeviceGetAttribute(&value, name, device), "action_ode: device attribute");
+        return value;
+    };
+    std::map<std::string, int> facts{
+        {"multiprocessors", attribute(cudaDevAttrMultiProcessorCount)},
+        {"shared_memory", attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)},
+        {"capability",
+         10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)},
+    };
+    int blocks = 0;
+    if (shared_bytes <= facts["shared_memory"] && attribute(cudaDevAttrCooperativeLaunch)) {
+        check_cuda(cudaFuncSetAttribute(action_ode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                   "action_ode: shared memory");
+        check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, action_ode_kernel, ode::kThreads, shared_bytes),
+                   "action_ode: occupancy");
+    }
+    facts["blocks_per_multiprocessor"] = blocks;
+    return facts;
+}
+
+}  // namespace dit4dit

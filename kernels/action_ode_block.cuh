@@ -1,0 +1,221 @@
+// What the tiles of one block share: shared memory, the weights on their way, sums over the block, waiting for others.
+#pragma once
+
+#include "action_ode_target.cuh"
+#include "action_ode_tiles.cuh"
+
+namespace dit4dit::ode {
+
+struct Fixed {
+    std::uint64_t full[kMostSlots], empty[kMostSlots];
+    int records[2][kRecord];
+    float sums[2][kWarps];
+    int alive;
+};
+constexpr int kFixedBytes = 1536;
+static_assert(sizeof(Fixed) <= kFixedBytes, "plan.py counts with this");
+
+// Shared memory: fixed part, weight slots, staging.
+struct Block {
+    const Launch& launch;
+    Fixed& fixed;
+    std::uint8_t* ring;
+    std::uint8_t* staging;
+
+    DEVICE explicit Block(const Launch& l)
+        : launch(l), fixed(*reinterpret_cast<Fixed*>(shared_memory())), ring(shared_memory() + kFixedBytes),
+          staging(shared_memory() + kFixedBytes + l.slots * kSlotBytes) {}
+
+    template <class T>
+    DEVICE T* buffer(int space, int row, int plane = 0) const {
+        const std::int64_t at = static_cast<std::int64_t>(plane) * launch.rows + row;
+        return reinterpret_cast<T*>(launch.workspace + launch.offset[space]) + at * launch.columns[space];
+    }
+    DEVICE const float* constant(int offset) const { return launch.constants + offset; }
+
+    // Until the tile's counter has its target. False: the launch has failed, here or elsewhere, and ends.
+    DEVICE bool wait(const Tile& tile, int index) const {
+        if (tile.wait != kNone) {
+            if (thread_index() == 0) fixed.alive = poll(tile, index);
+            sync_block();
+        }
+        return tile.wait == kNone || fixed.alive != 0;
+    }
+
+private:
+    DEVICE int poll(const Tile& tile, int index) const {
+        std::int64_t begin = 0;
+        for (;;) {
+            const int have = load_acquire(launch.counters + tile.wait);
+            if (have >= tile.target) return 1;
+            if (load_acquire(launch.status) != 0) return 0;
+            const std::int64_t now = nanoseconds();
+            if (begin == 0) begin = now;
+            if (now - begin > launch.limit_ns) {
+                if (compare_and_swap(launch.status, 0, 1 + block_index()) == 0) {
+                    launch.status[1] = index;
+                    launch.status[2] = tile.wait;
+                    launch.status[3] = have;
+                }
+                return 0;
+            }
+            pause();
+        }
+    }
+};
+
+// Sum over the block, the same for all of its threads and in every run.
+DEVICE float block_sum(float x, float (&sums)[kWarps]) {
+    for (int mask = 16; mask > 0; mask >>= 1) x += shuffle_xor(x, mask);
+    if (thread_index() % 32 == 0) sums[thread_index() / 32] = x;
+    sync_block();
+    float total = 0;
+    for (int w = 0; w < kWarps; ++w) total += sums[w];
+    return total;
+}
+
+DEVICE float low_half(std::uint32_t pair) { return as_float(pair << 16); }
+DEVICE float high_half(std::uint32_t pair) { return as_float(pair & 0xffff0000u); }
+DEVICE float exponential(float x) { return power_of_two(x * 1.4426950408889634f); }
+
+// Two e4m3 numbers, which bf16 holds exactly.
+DEVICE std::uint32_t unpack_e4m3(std::uint32_t low, std::uint32_t high) {
+    const float scale = as_float((120u + 127u) << 23);  // the difference of the exponents' biases
+    const float a = as_float((low & 0x80u) << 24 | (low & 0x7fu) << 20) * scale;
+    const float b = as_float((high & 0x80u) << 24 | (high & 0x7fu) << 20) * scale;
+    return as_bits(a) >> 16 | (as_bits(b) & 0xffff0000u);
+}
+
+// The weights of this block's products, one slot after the other in the schedule's order, fetched as far ahead as there are
+// slots. Fetching waits for no counter: weights never change. dit4dit/action_ode/weights.py says how a slot lies.
+class Weights {
+public:
+    struct Fragments {
+        std::uint32_t a[2][4];  // two of 16 x 16, next to each other
+    };
+
+    DEVICE explicit Weights(const Block& block)
+        : block_(block), segment_(load_int(block.launch.first_segment + block_index())),
+          last_(load_int(block.launch.first_segment + block_index() + 1)) {
+#if DIT4DIT_BULK_COPIES
+        if (thread_index() == 0) {
+            for (int s = 0; s < slots(); ++s) {
+                barrier_init(&block.fixed.full[s], 1);
+                barrier_init(&block.fixed.empty[s], kWarps);
+            }
+            fence_barrier_init();
+        }
+        sync_block();
+#endif
+        for (int i = 0; i + 1 < slots(); ++i) fetch();
+    }
+
+    // The next slot's fragments of this lane. All threads of the block call it.
+    DEVICE Fragments next(bool fp8) {
+        const int slot = used_ % slots();
+        const std::uint8_t* at = block_.ring + slot * kSlotBytes;
+#if DIT4DIT_BULK_COPIES
+        barrier_wait(&block_.fixed.full[slot], used_ / slots() & 1);
+#else
+        wait_copies<kCopySlots - 2>();
+#endif
+        const Fragments fragments = fp8 ? read_e4m3(at) : read_bf16(at);
+#if DIT4DIT_BULK_COPIES
+        sync_warp();
+        if (thread_index() % 32 == 0) barrier_arrive(&block_.fixed.empty[slot]);
+#endif
+        ++used_;
+        fetch();
+        return fragments;
+    }
+
+    // No copy may land in the shared memory of a block that has ended.
+    DEVICE void drain() {
+#if DIT4DIT_BULK_COPIES
+        if (thread_index() == 0)
+            for (; used_ < fetched_; ++used_) barrier_wait(&block_.fixed.full[used_ % slots()], used_ / slots() & 1);
+#else
+        wait_copies<0>();
+#endif
+    }
+
+private:
+    DEVICE int slots() const {
+#if DIT4DIT_BULK_COPIES
+        return block_.launch.slots;
+#else
+        return kCopySlots;
+#endif
+    }
+
+    DEVICE void fetch() {
+#if DIT4DIT_BULK_COPIES
+        if (thread_index() == 0 && advance()) {
+            const int slot = fetched_ % slots(), bytes = units_ * kWeightUnit;
+            if (fetched_ >= slots()) barrier_wait(&block_.fixed.empty[slot], (fetched_ / slots() - 1) & 1);
+            barrier_expect(&block_.fixed.full[slot], bytes);
+            bulk_copy(block_.ring + slot * kSlotBytes, from_, bytes, &block_.fixed.full[slot]);
+            from_ += bytes;
+            ++fetched_;
+        }
+#else
+        // each thread fetches what it will read itself, so that nobody waits for another
+        if (advance()) {
+            std::uint8_t* to = block_.ring + fetched_ % slots() * kSlotBytes;
+            const int lane = thread_index() % 32, warp = thread_index() / 32;
+            if (units_ == 1) {
+                copy_async(to + 16 * thread_index(), from_ + 16 * thread_index());
+            } else {
+                for (int f = 0; f < 2; ++f) {
+                    const int at = (warp * 2 + f) * 512 + lane * 16;
+                    copy_async(to + at, from_ + at);
+                }
+            }
+            from_ += units_ * kWeightUnit;
+            ++fetched_;
+        }
+        commit_copies();  // an empty group too: waits count groups
+#endif
+    }
+
+    // To the next slot; false after the last one.
+    DEVICE bool advance() {
+        if (left_ == 0) {
+            if (segment_ == last_) return false;
+            const int* row = block_.launch.segments + 3 * segment_++;
+            from_ = block_.launch.weights + static_cast<std::int64_t>(load_int(row)) * kWeightUnit;
+            left_ = load_int(row + 1);
+            units_ = load_int(row + 2);
+        }
+        --left_;
+        return true;
+    }
+
+    DEVICE Fragments read_bf16(const std::uint8_t* at) const {
+        const int lane = thread_index() % 32, warp = thread_index() / 32;
+        Fragments fragments;
+        for (int f = 0; f < 2; ++f) {
+            const Quad q = *reinterpret_cast<const Quad*>(at + (warp * 2 + f) * 512 + lane * 16);
+            for (int i = 0; i < 4; ++i) fragments.a[f][i] = q.v[i];
+        }
+        return fragments;
+    }
+
+    DEVICE Fragments read_e4m3(const std::uint8_t* at) const {
+        const Quad q = *reinterpret_cast<const Quad*>(at + 16 * thread_index());
+        Fragments fragments;
+        for (int f = 0; f < 2; ++f)
+            for (int i = 0; i < 4; ++i) {
+                const std::uint32_t pair = q.v[f * 2 + i / 2] >> (i % 2 * 16);
+                fragments.a[f][i] = unpack_e4m3(pair & 0xffu, pair >> 8 & 0xffu);
+            }
+        return fragments;
+    }
+
+    const Block& block_;
+    int segment_, last_;
+    int left_ = 0, units_ = 0, fetched_ = 0, used_ = 0;
+    const std::uint8_t* from_ = nullptr;
+};
+
+}  // namespace dit4dit::ode

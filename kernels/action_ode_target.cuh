@@ -1,0 +1,212 @@
+// Every instruction of the chip that action_ode uses, and nothing else: the kernel itself is plain C++ over these functions.
+// tests/cuda_emulation has a second set for the host, with which the very same kernel runs on a CPU.
+#pragma once
+
+#ifndef __CUDACC__
+#include "emulated_target.h"  // tests/cuda_emulation
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define DEVICE __device__ __forceinline__
+
+// Bulk copies with transaction barriers from sm_90 on; warpgroup products on sm_90a alone.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define DIT4DIT_BULK_COPIES 1
+#else
+#define DIT4DIT_BULK_COPIES 0
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define DIT4DIT_WARPGROUPS 1
+#else
+#define DIT4DIT_WARPGROUPS 0
+#endif
+
+namespace dit4dit::ode {
+
+struct alignas(16) Quad {
+    std::uint32_t v[4];
+};
+struct alignas(16) Float4 {
+    float v[4];
+};
+
+DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE std::uint8_t* shared_memory() {
+    extern __shared__ __align__(128) std::uint8_t memory[];
+    return memory;
+}
+DEVICE std::uint32_t shared_address(const void* p) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(p)); }
+
+// -- global memory: what other blocks write is read from the second-level cache, never from this multiprocessor's own --------
+
+DEVICE Quad load_quad(const void* p) {
+    Quad q;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3]) : "l"(p) : "memory");
+    return q;
+}
+DEVICE Float4 load_float4(const float* p) {
+    Float4 f;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3]) : "l"(p) : "memory");
+    return f;
+}
+DEVICE float load_float(const float* p) {
+    float f;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(f) : "l"(p) : "memory");
+    return f;
+}
+DEVICE int load_int(const int* p) { return __ldg(p); }  // of the schedule, which nobody writes
+
+// -- counters ----------------------------------------------------------------------------------------------------------------
+
+DEVICE int load_acquire(const int* p) {
+    int x;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+// All that the block wrote before its last sync_block is seen by whoever acquires the sum.
+DEVICE void add_release(int* p) {
+    __threadfence();
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(p) : "memory");
+}
+DEVICE int fetch_add(int* p) {
+    __threadfence();
+    const int before = atomicAdd(p, 1);
+    __threadfence();
+    return before;
+}
+DEVICE int compare_and_swap(int* p, int expected, int wanted) { return atomicCAS(p, expected, wanted); }
+DEVICE std::int64_t nanoseconds() {
+    std::int64_t t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+DEVICE void pause() { __nanosleep(20); }
+
+// -- numbers -----------------------------------------------------------------------------------------------------------------
+
+DEVICE float as_float(std::uint32_t bits) { return __uint_as_float(bits); }
+DEVICE std::uint32_t as_bits(float x) { return __float_as_uint(x); }
+DEVICE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float inverse_root(float x) { return rsqrtf(x); }
+DEVICE std::uint32_t pack_bf16(float low, float high) {
+    std::uint32_t d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+// -- copies into shared memory -----------------------------------------------------------------------------------------------
+
+DEVICE void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+DEVICE void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#if DIT4DIT_BULK_COPIES
+DEVICE void barrier_init(std::uint64_t* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Barriers initialised before it are seen by the copy engine.
+DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_arrive(std::uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+DEVICE void barrier_expect(std::uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+// Ends: the copy engine or the block's own warps complete the phase, never another block.
+DEVICE void barrier_wait(std::uint64_t* barrier, int parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+        ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+DEVICE void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+#endif
+
+// -- tensor cores ------------------------------------------------------------------------------------------------------------
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void load_matrices(std::uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+DEVICE void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+// d += a b: a 16 x 16, b 16 x 8 bf16, d 16 x 8 float32, in the fragments of mma.sync m16n8k16.
+DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#if DIT4DIT_WARPGROUPS
+// What this thread stored in shared memory is seen by warpgroup products after the next sync_block.
+DEVICE void fence_shared_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void products_end() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+#define ODE_D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define ODE_WARPGROUP(n, list, operands, a0, a1, a2, a3, b)                                                   \
+    template <>                                                                                               \
+    DEVICE void multiply_warpgroup<n>(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t tokens) {  \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, {" a0 ", " a1      \
+                     ", " a2 ", " a3 "}, " b ", 1, 1, 1, 0;"                                                  \
+                     : operands                                                                               \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens));                              \
+    }
+#define ODE_COMMA ,
+
+// d += a b: a is 64 x 16 from the registers of four warps, each with the fragments of `multiply`; b, 16 x kTokens, lies in
+// shared memory, described by `describe_tokens`. Between products_begin and products_end.
+template <int kTokens>
+DEVICE void multiply_warpgroup(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t tokens);
+
+ODE_WARPGROUP(8, "%0, %1, %2, %3", ODE_D4(0), "%4", "%5", "%6", "%7", "%8")
+ODE_WARPGROUP(16, "%0, %1, %2, %3, %4, %5, %6, %7", ODE_D4(0) ODE_COMMA ODE_D4(1), "%8", "%9", "%10", "%11", "%12")
+ODE_WARPGROUP(24, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11",
+              ODE_D4(0) ODE_COMMA ODE_D4(1) ODE_COMMA ODE_D4(2), "%12", "%13", "%14", "%15", "%16")
+ODE_WARPGROUP(32, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
+              ODE_D4(0) ODE_COMMA ODE_D4(1) ODE_COMMA ODE_D4(2) ODE_COMMA ODE_D4(3), "%16", "%17", "%18", "%19", "%20")
+ODE_WARPGROUP(48,
+              "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23",
+              ODE_D4(0) ODE_COMMA ODE_D4(1) ODE_COMMA ODE_D4(2) ODE_COMMA ODE_D4(3) ODE_COMMA ODE_D4(4) ODE_COMMA ODE_D4(5),
+              "%24", "%25", "%26", "%27", "%28")
+ODE_WARPGROUP(64,
+              "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+              "%24, %25, %26, %27, %28, %29, %30, %31",
+              ODE_D4(0) ODE_COMMA ODE_D4(1) ODE_COMMA ODE_D4(2) ODE_COMMA ODE_D4(3) ODE_COMMA ODE_D4(4) ODE_COMMA ODE_D4(5)
+              ODE_COMMA ODE_D4(6) ODE_COMMA ODE_D4(7), "%32", "%33", "%34", "%35", "%36")
+#undef ODE_COMMA
+#undef ODE_WARPGROUP
+#undef ODE_D4
+#endif
+
+}  // namespace dit4dit::ode
+#endif

@@ -1,0 +1,255 @@
+// The functions of kernels/action_ode_target.cuh on a CPU. EMULATE_BULK_COPIES and EMULATE_WARPGROUPS stand for the chip.
+//
+// Stricter than a chip where that finds faults: copies destroy their target at once and land as late as allowed, shared memory
+// begins as NaN, all threads of an instruction must reach it, and threads go on in a random order. It cannot show a missing
+// fence: each store is seen by all at once.
+#pragma once
+
+#include <cmath>
+
+#include "fibers.h"
+
+#define DEVICE inline
+
+#define DIT4DIT_BULK_COPIES EMULATE_BULK_COPIES
+#define DIT4DIT_WARPGROUPS EMULATE_WARPGROUPS
+
+namespace dit4dit::ode {
+
+using emulation::machine;
+
+struct alignas(16) Quad {
+    std::uint32_t v[4];
+};
+struct alignas(16) Float4 {
+    float v[4];
+};
+
+DEVICE int thread_index() { return machine->self().thread; }
+DEVICE int block_index() { return machine->self().block->index; }
+DEVICE std::uint8_t* shared_memory() { return machine->self().block->shared; }
+DEVICE std::uint32_t shared_address(const void* p) {
+    return static_cast<std::uint32_t>(static_cast<const std::uint8_t*>(p) - shared_memory());
+}
+
+inline int lane() { return thread_index() % emulation::kWarp; }
+inline emulation::Meeting& my_warp() { return machine->self().block->warps[thread_index() / emulation::kWarp]; }
+
+DEVICE void sync_block() {
+    int none = 0;
+    machine->meet(machine->self().block->all, "sync_block", thread_index(), &none, [](auto&) {});
+}
+DEVICE void sync_warp() {
+    int none = 0;
+    machine->meet(my_warp(), "sync_warp", lane(), &none, [](auto&) {});
+}
+DEVICE float shuffle_xor(float x, int mask) {
+    struct Operand {
+        float x, got;
+    } mine{x, 0};
+    machine->meet(my_warp(), "shuffle " + std::to_string(mask), lane(), &mine, [mask](auto& all) {
+        for (int l = 0; l < emulation::kWarp; ++l)
+            static_cast<Operand*>(all[l])->got = static_cast<Operand*>(all[l ^ mask])->x;
+    });
+    return mine.got;
+}
+
+DEVICE Quad load_quad(const void* p) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_quad from an address that is no multiple of 16");
+    return *static_cast<const Quad*>(p);
+}
+DEVICE Float4 load_float4(const float* p) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_float4 from an address that is no multiple of 16");
+    return *reinterpret_cast<const Float4*>(p);
+}
+DEVICE float load_float(const float* p) { return *p; }
+DEVICE int load_int(const int* p) { return *p; }
+
+DEVICE int load_acquire(const int* p) {
+    machine->yield();
+    return *static_cast<const volatile int*>(p);
+}
+DEVICE void add_release(int* p) { ++*p; }
+DEVICE int fetch_add(int* p) { return (*p)++; }
+DEVICE int compare_and_swap(int* p, int expected, int wanted) {
+    const int before = *p;
+    if (before == expected) *p = wanted;
+    return before;
+}
+DEVICE std::int64_t nanoseconds() { return static_cast<std::int64_t>(machine->clock()); }
+DEVICE void pause() { machine->yield(); }
+
+DEVICE float as_float(std::uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+DEVICE std::uint32_t as_bits(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+DEVICE float power_of_two(float x) { return std::exp2(x); }
+DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+inline std::uint32_t to_bf16(float x) {
+    const std::uint32_t bits = as_bits(x);
+    if (x != x) return 0x7fffu;
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+inline float from_bf16(std::uint32_t bits) { return as_float(bits << 16); }
+DEVICE std::uint32_t pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
+
+DEVICE void copy_async(void* to, const void* from) {
+    if (reinterpret_cast<std::uintptr_t>(from) % 16) machine->fail("copy_async from an address that is no multiple of 16");
+    std::memset(to, 0xff, 16);
+    machine->self().copies.push_back({to, from, 16, nullptr});
+}
+DEVICE void commit_copies() {
+    auto& fiber = machine->self();
+    fiber.committed.push_back(std::move(fiber.copies));
+    fiber.copies.clear();
+}
+template <int kPending>
+DEVICE void wait_copies() {
+    auto& fiber = machine->self();
+    for (; fiber.committed.size() > kPending; fiber.committed.pop_front())
+        for (const auto& copy : fiber.committed.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+}
+
+// -- transaction barriers ------------------------------------------------------------------------------------------------------
+
+struct Barrier {
+    std::int32_t bytes;  // still to come
+    std::uint8_t arrivals, left, phase, unused;
+};
+static_assert(sizeof(Barrier) == 8);
+
+inline void complete(Barrier& barrier) {
+    if (barrier.left == 0 && barrier.bytes == 0) {
+        barrier.left = barrier.arrivals;
+        barrier.phase ^= 1;
+    }
+}
+DEVICE void barrier_init(std::uint64_t* p, int arrivals) {
+    const auto count = static_cast<std::uint8_t>(arrivals);
+    *reinterpret_cast<Barrier*>(p) = {0, count, count, 0, 0};
+    machine->arrived_bytes = [](std::uint64_t* at, int bytes) {
+        auto& barrier = *reinterpret_cast<Barrier*>(at);
+        barrier.bytes -= bytes;
+        complete(barrier);
+    };
+}
+DEVICE void fence_barrier_init() {}
+DEVICE void barrier_arrive(std::uint64_t* p) {
+    auto& barrier = *reinterpret_cast<Barrier*>(p);
+    if (barrier.left-- == 0) machine->fail("more arrivals than the barrier expects");
+    complete(barrier);
+}
+DEVICE void barrier_expect(std::uint64_t* p, int bytes) {
+    reinterpret_cast<Barrier*>(p)->bytes += bytes;
+    barrier_arrive(p);
+}
+DEVICE void barrier_wait(std::uint64_t* p, int parity) {
+    while (static_cast<volatile Barrier*>(reinterpret_cast<Barrier*>(p))->phase == parity) machine->yield();
+}
+DEVICE void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barrier) {
+    if (reinterpret_cast<std::uintptr_t>(from) % 16 || shared_address(to) % 16 || bytes % 16)
+        machine->fail("bulk_copy of something that is no multiple of 16");
+    std::memset(to, 0xff, bytes);
+    machine->engine_copy({to, from, bytes, barrier});
+}
+
+// -- tensor cores --------------------------------------------------------------------------------------------------------------
+
+struct Matrices {
+    const std::uint16_t* row;
+    std::uint32_t* r;
+};
+
+inline void load_matrices_as(std::uint32_t (&r)[4], const void* row, bool transposed) {
+    if (shared_address(row) % 16) machine->fail("load_matrices from an address that is no multiple of 16");
+    Matrices mine{static_cast<const std::uint16_t*>(row), r};
+    machine->meet(my_warp(), transposed ? "ldmatrix.trans" : "ldmatrix", lane(), &mine, [transposed](auto& all) {
+        for (int m = 0; m < 4; ++m)
+            for (int l = 0; l < emulation::kWarp; ++l) {
+                std::uint32_t pair = 0;
+                for (int e = 0; e < 2; ++e) {
+                    const int i = transposed ? l % 4 * 2 + e : l / 4, j = transposed ? l / 4 : l % 4 * 2 + e;
+                    pair |= static_cast<std::uint32_t>(static_cast<Matrices*>(all[m * 8 + i])->row[j]) << 16 * e;
+                }
+                static_cast<Matrices*>(all[l])->r[m] = pair;
+            }
+    });
+}
+DEVICE void load_matrices(std::uint32_t (&r)[4], const void* row) { load_matrices_as(r, row, false); }
+DEVICE void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) { load_matrices_as(r, row, true); }
+
+// Element (i, k) of operand A, 16 x 16, from the fragments of a warp.
+template <class Lane>
+float element_a(const Lane& fragment_of, int i, int k) {
+    const std::uint32_t* a = fragment_of(i % 8 * 4 + k % 8 / 2);
+    const std::uint32_t pair = a[i / 8 + k / 8 * 2];
+    return from_bf16(k % 2 ? pair >> 16 : pair & 0xffffu);
+}
+
+struct Multiplication {
+    float* d;
+    const std::uint32_t* a;
+    std::uint32_t b[2];
+};
+
+DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+    Multiplication mine{d, a, {b0, b1}};
+    machine->meet(my_warp(), "mma", lane(), &mine, [](auto& all) {
+        const auto of = [&all](int l) { return static_cast<Multiplication*>(all[l]); };
+        float x[16][16], y[16][8];
+        for (int i = 0; i < 16; ++i)
+            for (int k = 0; k < 16; ++k) x[i][k] = element_a([&of](int l) { return of(l)->a; }, i, k);
+        for (int k = 0; k < 16; ++k)
+            for (int n = 0; n < 8; ++n) {
+                const std::uint32_t pair = of(n * 4 + k % 8 / 2)->b[k / 8];
+                y[k][n] = from_bf16(k % 2 ? pair >> 16 : pair & 0xffffu);
+            }
+        for (int l = 0; l < emulation::kWarp; ++l)
+            for (int i = 0; i < 4; ++i)
+                for (int k = 0; k < 16; ++k) of(l)->d[i] += x[l / 4 + i / 2 * 8][k] * y[k][l % 4 * 2 + i % 2];
+    });
+}
+
+struct WarpgroupMultiplication {
+    float (*d)[4];
+    const std::uint32_t* a;
+    std::uint64_t tokens;
+};
+
+DEVICE void fence_shared_for_products() {}
+DEVICE void products_begin() {}
+DEVICE void products_end() {}
+
+template <int kTokens>
+DEVICE void multiply_warpgroup(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t tokens) {
+    WarpgroupMultiplication mine{d, a, tokens};
+    auto& group = machine->self().block->groups[thread_index() / 128];
+    machine->meet(group, "wgmma " + std::to_string(kTokens), thread_index() % 128, &mine, [](auto& all) {
+        const auto of = [&all](int t) { return static_cast<WarpgroupMultiplication*>(all[t]); };
+        const std::uint64_t description = of(0)->tokens;
+        for (int t = 0; t < 128; ++t)
+            if (of(t)->tokens != description) machine->fail("wgmma: threads describe different tokens");
+        const std::uint8_t* base = shared_memory() + ((description & 0x3fff) << 4);
+        const std::uint64_t along_k = (description >> 16 & 0x3fff) << 4, along_n = (description >> 32 & 0x3fff) << 4;
+        if (description >> 46) machine->fail("wgmma: a description with a swizzle");
+        for (int warp = 0; warp < 4; ++warp)
+            for (int l = 0; l < emulation::kWarp; ++l)
+                for (int j = 0; j < kTokens / 8; ++j)
+                    for (int i = 0; i < 4; ++i)
+                        for (int k = 0; k < 16; ++k) {
+                            const auto fragment = [&](int other) { return of(warp * 32 + other)->a; };
+                            const float x = element_a(fragment, l / 4 + i / 2 * 8, k);
+                            std::uint16_t bits;  // 8 x 8 blocks: rows of 16 bytes
+                            std::memcpy(&bits, base + k / 8 * along_k + j * along_n + (l % 4 * 2 + i % 2) * 16 + k % 8 * 2, 2);
+                            of(warp * 32 + l)->d[j][i] += x * from_bf16(bits);
+                        }
+    });
+}
+
+}  // namespace dit4dit::ode

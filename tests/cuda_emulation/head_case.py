@@ -1,0 +1,70 @@
+"""A small head with random weights and one request of it, for the tests of action_ode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit4dit import ops
+from dit4dit.action_ode import Device, Schedule, head_shape
+from dit4dit.action_ode.epilogue import Guidance
+from dit4dit.action_ode.twin import Twin
+from dit4dit.action_ode.weights import pack
+from dit4dit.config import HeadConfig
+from dit4dit.engine.fold import fold_head
+from dit4dit.model.action_head import ActionHead
+
+SMALL = Device(workers=7, shared_memory=99 << 10, capability=80)
+A100 = Device(108, 163 << 10, 80)
+H200 = Device(132, 227 << 10, 90)
+TINY: dict[str, Any] = dict(
+    num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
+)
+
+
+class Case:
+    """A head with random weights, large enough for the velocity to matter, and one request."""
+
+    def __init__(
+        self, config: HeadConfig, batch: int = 1, context: int = 40, steps: int = 2, prefix: bool = True
+    ) -> None:
+        torch.manual_seed(0)
+        self.config, self.batch, self.steps = config, batch, steps
+        self.head = ActionHead(config).eval()
+        for parameter in self.head.parameters():
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        self.noise = torch.randn(batch, config.action_horizon, config.action_dim)
+        self.features = torch.randn(batch, context, config.context_dim)
+        self.state = torch.randn(batch, 1, config.state_dim) if prefix and config.state_dim else None
+        self.shape = head_shape(config, batch=batch, context=context, prefix=self.state is not None, steps=steps)
+        self.folded = fold_head(self.head, steps)
+
+    @torch.no_grad()
+    def want(self, guidance: Guidance | None = None) -> Tensor:
+        x, every = self.noise, self.config.num_timestep_buckets
+        for i in range(self.steps):
+            t = 1 - i / self.steps
+            index = torch.full((self.batch,), int(t * every))
+            v = self.head.velocity(x, index, self.features, self.state)
+            rest = {} if guidance is None else {"t": t, **vars(guidance)}
+            x = ops.euler_step(x, v, 1 / self.steps, **rest)
+        return x
+
+    @torch.no_grad()
+    def given(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """noise, context, prefix, as the op takes them."""
+        prefix = None if self.state is None else self.head.state_encoder(self.state)[:, 0]
+        return self.noise, self.folded.context(self.features), prefix
+
+    def twin(self, schedule: Schedule, dtype: torch.dtype = torch.float32, **rest: Any) -> Twin:
+        return Twin(schedule, pack(self.folded, schedule, dtype), *self.given(), dtype=dtype, **rest)
+
+    def error(self, got: Tensor, want: Tensor) -> float:
+        """Relative to what the head did, not to the noise that is in both."""
+        return ((got - want).abs().max() / (want - self.noise).abs().max()).item()
+
+
+def tiny(horizon: int = 8, **change: Any) -> HeadConfig:
+    return HeadConfig(**{**TINY, "action_horizon": horizon, **change})

@@ -1,0 +1,465 @@
+"""action_ode: the reference against the model's head, and the kernel's own source, run on a CPU, against its twin.
+
+tests/cuda_emulation compiles kernels/action_ode_worker.cuh with the host's compiler and runs all threads of several blocks in a
+random order, for three kinds of chips. It shows wrong numbers, missing barriers and waits, and bad addresses; not missing fences.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import emulator
+import pytest
+import torch
+from emulator import Emulator
+from head_case import A100, H200, Case, tiny
+from torch import Tensor
+
+from dit4dit import _C, ops
+from dit4dit.action_ode import Device, Schedule, plan
+from dit4dit.action_ode.epilogue import Guidance, Units
+from dit4dit.action_ode.plan import COPY_SLOTS, FIXED_SHARED, MOST_BULK_SLOTS
+from dit4dit.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
+from dit4dit.action_ode.schedule import NONE, OPERANDS, RECORD, THREADS, Epilogue, Opcode, Space
+from dit4dit.action_ode.validate import validate
+from dit4dit.action_ode.weights import pack
+from dit4dit.config import HeadConfig
+from dit4dit.engine.fold import fold_head
+from dit4dit.errors import BackendError, InputError, OutputError
+from dit4dit.ops.action_ode import reference
+from dit4dit.ops.euler_step import prefix_weights
+from dit4dit.transforms import Chain, Pad, Threshold
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+# as many blocks as make the planner cut rows and columns of matrices, and keys
+DEVICES = {
+    "copies": Device(13, 99 << 10, 80),
+    "bulk": Device(13, 99 << 10, 120),
+    "warpgroups": Device(13, 227 << 10, 90),
+}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the kernel for the CPU with")
+
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "9 tokens": (dict(num_layers=2), dict(batch=1, context=150)),
+    "9 tokens, batch 4": (dict(num_layers=2, num_heads=2, head_dim=64, hidden_size=256), dict(batch=4, context=70)),
+    "17 tokens, heads of 48": (
+        dict(num_layers=2, num_heads=8, head_dim=48, hidden_size=512, action_dim=36, action_horizon=16),
+        dict(batch=1, context=300, steps=1),
+    ),
+    "51 tokens": (dict(num_layers=2, num_heads=3, head_dim=32, action_horizon=50), dict(batch=2, context=130)),
+    "no state": (dict(num_layers=2, action_dim=1), dict(batch=2, prefix=False)),
+}
+
+
+@pytest.fixture(scope="module", params=list(DEVICES))
+def chip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Emulator, Device]:
+    return Emulator(request.param, tmp_path_factory.mktemp("emulated")), DEVICES[request.param]
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator("copies", tmp_path_factory.mktemp("copies"))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def in_bf16(case: Case) -> OneLaunchHead:
+    """The op's head, rounded to bfloat16 as a bf16 model is."""
+    half = copy.deepcopy(case.head).bfloat16()
+    return OneLaunchHead(fold_head(half, case.steps), case.config, case.steps)
+
+
+# -- the reference and the op ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_reference_is_the_head(size: str) -> None:
+    config, request = SIZES[size]
+    case = Case(tiny(**config), **request)
+    head = OneLaunchHead(case.folded, case.config, case.steps)
+    with torch.no_grad():
+        assert case.error(ops.action_ode(head, *case.given()), case.want()) < 1e-5
+
+
+def test_guidance_and_units_in_the_reference() -> None:
+    case = Case(tiny(), batch=2)
+    head = OneLaunchHead(case.folded, case.config, case.steps)
+    guidance, units = extras(case)
+    with torch.no_grad():
+        got = ops.action_ode(head, *case.given(), guidance=guidance)
+        assert case.error(got, case.want(guidance)) < 1e-5
+        assert torch.equal(ops.action_ode(head, *case.given(), guidance=guidance, units=units), units(got))
+
+
+def extras(case: Case) -> tuple[Guidance, Units]:
+    k, a = case.config.action_horizon, case.config.action_dim
+    guidance = Guidance(torch.randn_like(case.noise), prefix_weights("exp", 2, k - 2, k), 5.0)
+    units = Units.of(Chain((Threshold(0, 0.1), Pad(a, a))), a)
+    edge = replace(units, scale=units.scale.clone(), offset=torch.linspace(-1, 1, a), low=torch.full((a,), -0.5))
+    edge.scale[-1] = 0
+    return guidance, edge
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    case = Case(tiny(), batch=2)
+    head = OneLaunchHead(case.folded, case.config, case.steps)
+    noise, context, prefix = case.given()
+    with pytest.raises(InputError, match=r"noise: expected \[B, K, A\] = \[2, 8, 7\], got \[2, 9, 7\]"):
+        ops.action_ode(head, noise.new_zeros(2, 9, 7), context, prefix)
+    with pytest.raises(InputError, match=r"context: expected \[B, S, 256\], got \[2, 40, 128\]"):
+        ops.action_ode(head, noise, context[..., :128], prefix)
+    with pytest.raises(InputError, match=r"prefix"):
+        ops.action_ode(head, noise, context, prefix[:1])
+    with pytest.raises(BackendError, match="'cuda' refused: it is on cpu"):
+        ops.action_ode(head, noise, context, prefix, backend="cuda")
+
+
+def test_it_is_never_chosen_by_itself() -> None:
+    assert [e.chosen for e in ops.explain("action_ode")] == ["torch"]
+    assert ops.implementations("action_ode")[0] == "torch"
+
+
+def test_a_head_can_be_copied_and_sent() -> None:
+    case = Case(tiny())
+    head = OneLaunchHead(case.folded, case.config, case.steps)
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        with torch.no_grad():
+            assert torch.equal(ops.action_ode(twin, *case.given()), ops.action_ode(head, *case.given()))
+
+
+# -- one definition for Python and the kernel --------------------------------------------------------------------------
+
+
+def test_records_have_the_same_fields() -> None:
+    for opcode, kind in OPERANDS.items():
+        assert emulator.fields(kind.__name__) == [("int", name) for name in kind._fields], opcode
+        assert len(kind._fields) <= RECORD - 4
+    assert [name for _, name in emulator.fields("Tile")] == ["opcode", "wait", "target", "signal", "work[kRecord - 4]"]
+
+
+def test_enumerations_and_sizes_are_the_same() -> None:
+    text = re.sub(r"//.*", "", (KERNELS / "action_ode_tiles.cuh").read_text())
+    for enum, names in (("Opcode", Opcode), ("Epilogue", Epilogue), ("Space", Space)):
+        found = re.findall(r"k(\w+)", re.search(rf"enum {enum} {{(.*?)}}", text, re.DOTALL)[1])
+        wanted = [member.name.title().replace("_", "") for member in names]
+        if enum == "Space":
+            wanted = ["Partials" if name == "Partial" else name for name in wanted] + ["Spaces"]
+        assert found == wanted
+    block = (KERNELS / "action_ode_block.cuh").read_text()
+    for name, value in (
+        ("kRecord", RECORD),
+        ("kThreads", THREADS),
+        ("kCopySlots", COPY_SLOTS),
+        ("kMostSlots", MOST_BULK_SLOTS),
+        ("kFixedBytes", FIXED_SHARED),
+    ):
+        assert re.search(rf"constexpr int {name} = {value};", text + block), name
+
+
+# -- the kernel, run on this CPU ---------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_kernel_is_its_twin(chip: tuple[Emulator, Device], size: str, fp8: bool) -> None:
+    """Every buffer of activations within a few roundings of bf16, and the actions as near to the truth as PyTorch's."""
+    run, device = chip
+    config, request = SIZES[size]
+    case = Case(tiny(**config), **request)
+    schedule = plan(replace(case.shape, fp8=fp8), device)
+    validate(schedule)
+    twin = case.twin(schedule, torch.bfloat16)
+    twin.run()
+    result = run(schedule, pack(case.folded, schedule), *case.given())
+    assert result.status == [0, 0, 0, 0]
+    assert not result.counters.any(), "the last block leaves zeros"
+    for space in Space:
+        if space != Space.OUT and space not in (Space.HEADS, Space.STATS, Space.PARTIAL, Space.NOISY):
+            got, want = buffer_of(result.workspace, schedule, space), twin.buffers[space].float()
+            assert torch.equal(got.isnan(), want.isnan()), space
+            assert relative(got.nan_to_num(), want.nan_to_num()) < 2**-6, space
+    with torch.no_grad():
+        truth = case.want() if not fp8 else case.twin(schedule).run()
+        noise, context, prefix = case.given()
+        half = None if prefix is None else prefix.bfloat16()
+        plain = reference(in_bf16(case), noise, context.bfloat16(), half, None, None)
+    allowed = 2 * case.error(plain, case.want())
+    assert case.error(result.actions, truth) < allowed
+
+
+def buffer_of(workspace: Tensor, schedule: Schedule, space: Space) -> Tensor:
+    b = schedule.buffers[space]
+    part = workspace[b.offset : b.offset + b.bytes].view(torch.float32 if b.wide else torch.bfloat16)
+    return part.view(b.planes, b.rows, b.columns).float()
+
+
+@needs_compiler
+def test_the_sizes_reach_every_way_of_cutting(chip: tuple[Emulator, Device]) -> None:
+    """All heights of tiles, sliced products, ranges of keys, several groups and several parts of the columns."""
+    _, device = chip
+    schedules = [plan(Case(tiny(**config), **request).shape, device) for config, request in SIZES.values()]
+    matrices = [m for schedule in schedules for m in schedule.matrices.values()]
+    assert {m.tile_rows for m in matrices} == {16, 32, 64}
+    assert max(m.splits for m in matrices) > 1
+    assert {s.decoded[0].opcode for s in schedules} == {Opcode.START}
+    assert any(t.opcode == Opcode.COMBINE for s in schedules for t in s.decoded)
+    assert any(t.work.token for s in schedules for t in s.decoded if t.opcode == Opcode.PRODUCT)
+
+
+@needs_compiler
+def test_guidance_and_units_in_the_kernel(chip: tuple[Emulator, Device]) -> None:
+    run, device = chip
+    case = Case(tiny(), batch=2, steps=4)
+    guidance, units = extras(case)
+    schedule = plan(case.shape, device)
+    packed = pack(case.folded, schedule)
+    guided = run(schedule, packed, *case.given(), guidance=guidance).actions
+    want = case.twin(schedule, torch.bfloat16, guidance=guidance).run()
+    assert case.error(guided, want) < 2**-6
+    assert case.error(run(schedule, packed, *case.given()).actions, want) > 2**-5
+    both = run(schedule, packed, *case.given(), guidance=guidance, units=units).actions
+    torch.testing.assert_close(both, units(guided))
+
+
+@needs_compiler
+def test_same_bits_in_any_order_and_again(chip: tuple[Emulator, Device]) -> None:
+    """Other orders of threads and blocks, and launches that follow each other on the same counters, as in a CUDA graph."""
+    run, device = chip
+    config, request = SIZES["9 tokens, batch 4"]
+    case = Case(tiny(**config), **request)
+    schedule = plan(case.shape, device)
+    packed = pack(case.folded, schedule)
+    counters = torch.zeros(schedule.counters + 1, dtype=torch.int32)
+    runs = [run(schedule, packed, *case.given(), seed=seed, counters=counters).actions for seed in range(3)]
+    assert not runs[0].isnan().any()
+    assert all(torch.equal(actions, runs[0]) for actions in runs)
+
+
+@needs_compiler
+def test_a_wait_in_vain_ends_in_an_error(chip: tuple[Emulator, Device]) -> None:
+    """A signal that never comes: all blocks end, the flag says which, no action is left, and the next launch is sound."""
+    run, device = chip
+    case = Case(tiny())
+    sound = plan(case.shape, device)
+    packed = pack(case.folded, sound)
+    lost = next(i for i, t in enumerate(sound.decoded) if t.opcode == Opcode.NORM)
+    tiles = sound.tiles.copy()
+    tiles[lost, 3] = NONE
+    counters = torch.zeros(sound.counters + 1, dtype=torch.int32)
+    broken = replace(sound, tiles=tiles)
+    result = run(broken, packed, *case.given(), limit_ns=10**9, counters=counters)
+    worker, tile, counter, had = result.status
+    first = sound.first_tile
+    assert first[worker - 1] <= tile < first[worker]
+    # its own counter, or one that hangs on it
+    assert counter >= sound.decoded[lost].signal
+    assert counter == sound.decoded[tile].wait
+    assert had < sound.decoded[tile].target
+    assert result.actions.isnan().all()
+    assert not counters.any()
+    again = run(sound, packed, *case.given(), counters=counters)
+    assert again.status == [0, 0, 0, 0]
+    assert torch.equal(again.actions, run(sound, packed, *case.given()).actions)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("variant,device", [("copies", A100), ("warpgroups", H200)], ids=["a100", "h200"])
+def test_the_kernel_at_the_true_width(variant: str, device: Device, tmp_path: Path) -> None:
+    """DiT-B, two of its blocks, 17 tokens and 588 features, on as many blocks of threads as the chip has multiprocessors."""
+    case = Case(HeadConfig.dit_b(action_horizon=16, num_layers=2), context=588, steps=1)
+    schedule = plan(case.shape, device)
+    result = Emulator(variant, tmp_path)(schedule, pack(case.folded, schedule), *case.given())
+    assert result.status == [0, 0, 0, 0]
+    twin = case.twin(schedule, torch.bfloat16).run()
+    assert case.error(result.actions, case.want()) < 2 * case.error(twin, case.want())
+
+
+MUTANTS = {
+    "copies: a slot is read before it is there": (
+        "block",
+        "wait_copies<kCopySlots - 2>()",
+        "wait_copies<kCopySlots - 1>()",
+    ),
+    "copies: no sync after staging": (
+        "product",
+        "        sync_block();\n        for (int column",
+        "        for (int column",
+    ),
+    "copies: no sync before the sums": ("product", "    sync_block();\n    float* to", "    float* to"),
+    "copies: no wait for the counter": ("block", "if (have >= tile.target) return 1;", "return 1;"),
+    "copies: a signal before the tile is done": (
+        "worker",
+        "        if (!run(block",
+        "        if (thread == 0 && tile.signal != kNone) add_release(launch.counters + tile.signal);\n        if (!run(block",
+    ),
+    "copies: queries without a sync": (
+        "attention",
+        "query_tiles * 16, d);\n    sync_block();",
+        "query_tiles * 16, d);",
+    ),
+    "copies: an address off by a row": ("product", "token * 16; }", "(token + 1) * 16; }"),
+    "bulk: the other phase": ("block", "full[slot], used_ / slots() & 1", "full[slot], ~used_ / slots() & 1"),
+    "bulk: a slot filled while it is read": (
+        "block",
+        "if (fetched_ >= slots()) barrier_wait",
+        "if (false) barrier_wait",
+    ),
+    "warpgroups: strides exchanged": (
+        "product",
+        "along_columns << 16 | along_tokens << 32",
+        "along_tokens << 16 | along_columns << 32",
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_emulation_sees_faults_in_the_kernel(name: str, tmp_path: Path) -> None:
+    """What it is worth: each of these changes of the kernel gives an error or wrong actions."""
+    variant = name.partition(":")[0]
+    file, old, new = MUTANTS[name]
+    kernels = Path(shutil.copytree(KERNELS, tmp_path / "kernels"))
+    changed = kernels / f"action_ode_{file}.cuh"
+    assert changed.read_text().count(old) == 1, "the kernel no longer says this"
+    changed.write_text(changed.read_text().replace(old, new))
+    # with more slots a tile, so that the ring turns within one
+    config, request = SIZES["17 tokens, heads of 48" if variant == "bulk" else "9 tokens, batch 4"]
+    case = Case(tiny(**config), **request)
+    schedule = plan(case.shape, replace(DEVICES[variant], workers=5))
+    packed = pack(case.folded, schedule)
+    want = case.twin(schedule, torch.bfloat16).run()
+    run = Emulator(variant, tmp_path, kernels)
+    try:
+        error = max(case.error(run(schedule, packed, *case.given(), seed=s).actions, want) for s in range(2))
+    except RuntimeError:
+        return
+    assert not error < 2**-5
+
+
+# -- the launcher's checks, which come before it touches a GPU ----------------------------------------------------------
+
+
+def launcher_arguments(schedule: Schedule) -> dict[str, tuple]:
+    """name -> (address, shape, strides, dtype, device) of a sound request; the addresses are never followed."""
+    shape, columns = schedule.shape, 2 * schedule.shape.contexts * schedule.shape.width
+    actions = (shape.batch, shape.horizon, shape.actions)
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "tiles": (schedule.tiles.shape, "int32"),
+        "first_tile": (schedule.first_tile.shape, "int32"),
+        "segments": (schedule.segments.shape, "int32"),
+        "first_segment": (schedule.first_segment.shape, "int32"),
+        "weights": ((schedule.weight_bytes,), "uint8"),
+        "constants": ((schedule.constant_floats,), "float32"),
+        "noise": (actions, "float32"),
+        "context": ((shape.batch, shape.context, columns), "bfloat16"),
+        "prefix": ((shape.batch, shape.width), "float32"),
+        "out": (actions, "float32"),
+        "workspace": ((schedule.workspace_bytes,), "uint8"),
+        "counters": ((schedule.counters + 1,), "int32"),
+        "status": ((4,), "int32"),
+    }
+    return {name: described(*rest) for name, rest in shapes.items()}
+
+
+def described(shape: tuple[int, ...], dtype: str = "float32", address: int = 4096, device: str = "cuda:0") -> tuple:
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return address, tuple(shape), strides, dtype, device
+
+
+def test_the_error_flag_is_read_and_cleared() -> None:
+    case = Case(tiny())
+    head = OneLaunchHead(case.folded, case.config, case.steps)
+    status = torch.tensor([3, 40, 7, 2], dtype=torch.int32)
+    head._ready[(1, 40, True)] = _Ready(plan(case.shape, DEVICES["copies"]), {"status": status})
+    with pytest.raises(OutputError, match="block 2 waited more than 2 s in tile 40 for counter 7, which stood at 2"):
+        head.check()
+    head.check()
+
+
+@pytest.mark.skipif(not _C.cuda_architectures, reason="this build has no CUDA kernels")
+@pytest.mark.parametrize(
+    "change,numbers_change,error,message",
+    [
+        ({"noise": described((2, 8, 8))}, {}, ValueError, r"noise: expected shape \[2, 8, 7\] .*, got \[2, 8, 8\]"),
+        ({"context": described((2, 40, 256))}, {}, TypeError, "context: expected bfloat16, got float32"),
+        ({"prefix": None}, {}, ValueError, "prefix: expected a tensor if and only if the schedule has state tokens"),
+        ({"out": None}, {}, ValueError, "out: expected a tensor, got none"),
+        (
+            {"noise": described((2, 8, 7), address=4100)},
+            {},
+            ValueError,
+            "noise: expected an address that is a multiple",
+        ),
+        ({"constants": described((4,), device="cpu")}, {}, ValueError, "constants: expected device cuda:0, got cpu"),
+        ({"previous": described((2, 8, 7))}, {}, ValueError, "guidance: expected previous and guidance, or neither"),
+        ({}, {"width": 17}, ValueError, "width: expected a multiple of 16 up to 2048, got 17"),
+        ({}, {"slots": 99}, ValueError, "slots: expected at most 16, got 99"),
+    ],
+)
+def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Exception], message: str) -> None:
+    schedule = plan(Case(tiny(), batch=2).shape, DEVICES["copies"])
+    tensors = {k: v for k, v in (launcher_arguments(schedule) | change).items() if v is not None}
+    sizes = numbers(schedule) | numbers_change
+    with pytest.raises(error, match=message):
+        _C.action_ode_cuda(tensors, sizes, buffers(schedule), 0.0, 1, 0)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released() -> tuple[Case, OneLaunchHead, tuple[Tensor, ...]]:
+    case = Case(HeadConfig.dit_b(num_layers=4), batch=1, context=588, steps=4)
+    half = copy.deepcopy(case.head).cuda().bfloat16()
+    on_gpu = OneLaunchHead(fold_head(half, case.steps), case.config, case.steps)
+    noise, context, prefix = case.given()
+    return case, on_gpu, (noise.cuda(), context.cuda().bfloat16(), prefix.cuda().bfloat16())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(released) -> None:
+    case, head, given = released
+    with torch.no_grad():
+        plain = ops.action_ode(head, *given, backend="torch").cpu()
+        got = ops.action_ode(head, *given, backend="cuda")
+        head.check()
+    assert case.error(got.cpu(), case.want()) <= 2 * case.error(plain, case.want())
+
+
+@pytest.mark.gpu
+def test_replays_on_a_gpu_give_the_same_bits(released) -> None:
+    _, head, given = released
+    want = ops.action_ode(head, *given, backend="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.action_ode(head, *given, backend="cuda")
+    for _ in range(1000):
+        graph.replay()
+        assert torch.equal(out, want)
+    head.check()
+
+
+@pytest.mark.gpu
+def test_a_wait_in_vain_on_a_gpu(released) -> None:
+    _, head, given = released
+    want = ops.action_ode(head, *given, backend="cuda")
+    ready = head.prepare(given[0].device, 1, given[1].shape[1], True)
+    ready.tensors["counters"][0] = -1  # one signal more than there will be
+    broken = ops.action_ode(head, *given, backend="cuda")
+    with pytest.raises(OutputError, match="waited more than"):
+        head.check()
+    assert broken.isnan().all()
+    assert torch.equal(ops.action_ode(head, *given, backend="cuda"), want)
+    head.check()

@@ -1,0 +1,357 @@
+"""The one-launch action head without its kernel: the twin against the model's head, and what the validator catches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from head_case import A100, H200, SMALL, Case, tiny
+
+from dit4dit import embodiments
+from dit4dit.action_ode import Device, HeadShape, Schedule, head_shape, plan
+from dit4dit.action_ode.epilogue import Guidance, Units
+from dit4dit.action_ode.schedule import NONE, Norm, Opcode, Product, Space, Tile
+from dit4dit.action_ode.validate import ScheduleError, validate
+from dit4dit.action_ode.weights import from_slots, to_slots
+from dit4dit.config import HeadConfig
+from dit4dit.errors import ConfigError
+from dit4dit.ops.euler_step import prefix_weights
+from dit4dit.transforms import Chain, Normalize, Pad, SinCos, Threshold
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("horizon", [8, 16, 50])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_the_twin_is_the_head(horizon: int, batch: int, steps: int) -> None:
+    """9, 17 and 51 tokens; the features take more than one range of keys."""
+    case = Case(tiny(horizon), batch, context=150, steps=steps)
+    schedule = plan(case.shape, SMALL)
+    validate(schedule)
+    got = case.twin(schedule).run(torch.Generator().manual_seed(3))
+    assert case.error(got, case.want()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"interleave_self_attention": False},
+        {"add_pos_embed": False},
+        {"state_dim": None},
+        {"num_layers": 1, "action_dim": 1, "action_horizon": 1},
+        {"head_dim": 48, "num_heads": 2, "action_dim": 36},
+        {"head_dim": 64, "num_heads": 1, "action_horizon": 63},
+    ],
+    ids=str,
+)
+def test_other_heads(change: dict[str, Any]) -> None:
+    case = Case(tiny(**change), batch=2)
+    schedule = plan(case.shape, SMALL)
+    validate(schedule)
+    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+
+
+@pytest.mark.parametrize("horizon", [9, 16])
+def test_a_request_without_state(horizon: int) -> None:
+    case = Case(tiny(horizon), batch=3, prefix=False)
+    assert case.shape.tokens == horizon
+    schedule = plan(case.shape, SMALL)
+    validate(schedule)
+    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [A100, H200], ids=["a100", "h200"])
+@pytest.mark.parametrize("size", ["dit_b", "dit_l"])
+def test_true_sizes(size: str, device: Device) -> None:
+    """True widths; DiT-B in its full depth on one device."""
+    make = HeadConfig.dit_b if size == "dit_b" else HeadConfig.dit_l
+    deep = size == "dit_b" and device is H200
+    config = make(action_horizon=16, **({} if deep else {"num_layers": 2}))
+    case = Case(config, batch=1, context=588, steps=4 if deep else 1)
+    schedule = plan(case.shape, device)
+    validate(schedule)
+    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size,horizon,batch,device,fp8",
+    [
+        ("dit_b", 8, 1, Device(142, 99 << 10, 89), False),
+        ("dit_b", 50, 2, H200, True),
+        ("dit_b", 16, 4, Device(170, 99 << 10, 120), True),
+        ("dit_l", 50, 1, H200, False),
+        ("dit_l", 16, 4, A100, False),
+    ],
+    ids=str,
+)
+def test_released_sizes_are_sound(size: str, horizon: int, batch: int, device: Device, fp8: bool) -> None:
+    """The launch itself validates every schedule; here are some of all kinds, at two steps, which meet each other."""
+    make = HeadConfig.dit_b if size == "dit_b" else HeadConfig.dit_l
+    config = make(action_horizon=horizon, num_layers=4)
+    schedule = plan(head_shape(config, batch=batch, context=784, prefix=True, steps=2, fp8=fp8), device)
+    validate(schedule)
+    assert 1536 + schedule.slots * 8192 + schedule.staging <= device.shared_memory
+
+
+def test_the_plan_is_a_function_of_its_arguments() -> None:
+    shape = head_shape(tiny(), batch=2, context=40, prefix=True, steps=2)
+    a, b = plan(shape, SMALL), plan(shape, SMALL)
+    assert np.array_equal(a.tiles, b.tiles)
+    assert np.array_equal(a.segments, b.segments)
+
+
+def test_the_order_of_the_workers_does_not_matter() -> None:
+    case = Case(tiny(), batch=2, context=150)
+    schedule = plan(case.shape, SMALL)
+    runs = [case.twin(schedule).run(torch.Generator().manual_seed(seed)) for seed in range(4)]
+    runs.append(case.twin(schedule).run())
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def test_the_twin_stops_after_any_tile() -> None:
+    case = Case(tiny(), steps=1)
+    schedule = plan(case.shape, SMALL)
+    whole = case.twin(schedule)
+    actions = whole.run()
+    assert not actions.isnan().any()
+    for count in (0, 1, 5, 40, len(schedule.tiles) - 1):
+        part = case.twin(schedule)
+        assert part.run(stop_after=count).isnan().all()
+        assert sum(part.cursor) - int(schedule.first_tile[:-1].sum()) in (count, count + 1)
+    early = case.twin(schedule)
+    early.run(stop_after=60)
+    stream = early.buffers[Space.STREAM]
+    assert stream[~stream.isnan()].numel() > 0
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_guidance(steps: int) -> None:
+    case = Case(tiny(), batch=2, steps=steps)
+    guidance = Guidance(torch.randn_like(case.noise), prefix_weights("exp", 2, 6, 8), 5.0)
+    got = case.twin(plan(case.shape, SMALL), guidance=guidance).run()
+    want = case.want(guidance)
+    assert case.error(got, want) < 1e-5
+    assert case.error(case.want(), want) > 1e-2
+
+
+def test_units_are_the_inverse_of_the_action_chain() -> None:
+    empty, rng = np.nan, np.random.default_rng(0)
+    chain = Chain(
+        (
+            Normalize(
+                offset=np.array([0.5, -2.0, 0.0, 3.0, 0.0]),
+                scale=np.array([2.0, 0.1, 1.0, 1.0, 1.0]),
+                clip=np.zeros(5, bool),
+                bounded=np.array([True, False, True, False, True]),
+                flat=np.zeros(5, bool),
+                constant=np.array([empty, empty, empty, 7.0, empty]),
+                binary=np.array([False, False, True, False, False]),
+            ),
+            Threshold(4, 0.25),
+            Pad(5, 8),
+        )
+    )
+    y = np.concatenate([rng.normal(size=(50, 8)), np.full((1, 8), 0.5), np.full((1, 8), 0.25)]).astype(np.float32)
+    got = Units.of(chain, 8)(torch.from_numpy(y))
+    np.testing.assert_allclose(got[:, :5].numpy(), chain.inverse(y), rtol=1e-6, atol=1e-7)
+    assert torch.equal(got[:, 5:], torch.from_numpy(y[:, 5:]))
+    with pytest.raises(ConfigError, match="got SinCos"):
+        Units.of(Chain((SinCos((1,)),)), 2)
+    assert set(embodiments.EMBODIMENTS) == {"libero", "gr1", "g1", "tabletop"}, "a new one: does Units know its chain?"
+
+
+def test_units_come_last() -> None:
+    case = Case(tiny(), batch=2)
+    units = Units.of(Chain((Threshold(1, 0.0), Pad(7, 7))), 7)
+    got = case.twin(plan(case.shape, SMALL), units=units).run()
+    torch.testing.assert_close(got, units(case.want()), rtol=1e-5, atol=1e-5)
+    assert set(got[..., 1].unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("rows,columns", [(7, 96), (64, 64), (80, 272), (300, 528)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_slots_are_a_permutation(rows: int, columns: int, fp8: bool) -> None:
+    shape = head_shape(tiny(), batch=1, context=40, prefix=True, steps=1)
+    some = next(iter(plan(shape, SMALL).matrices.values()))
+    for tile_rows in (16, 32, 64):
+        matrix = replace(some, rows=rows, columns=columns, tile_rows=tile_rows, fp8=fp8)
+        weight = torch.arange(1, rows * columns + 1, dtype=torch.float32).view(rows, columns)
+        slots = to_slots(weight, matrix)
+        assert torch.equal(slots[slots > 0].sort().values, weight.flatten())
+        back = torch.cat([from_slots(row, matrix) for row in slots])
+        assert torch.equal(back[:rows, :columns], weight)
+
+
+def test_fp8_weights_are_near() -> None:
+    case = Case(tiny(), batch=2)
+    case.shape = replace(case.shape, fp8=True)
+    schedule = plan(case.shape, SMALL)
+    validate(schedule)
+    assert case.error(case.twin(schedule).run(), case.want()) < 0.15
+    exact = replace(case.shape, fp8=False)
+    assert schedule.weight_bytes < 0.75 * plan(exact, SMALL).weight_bytes
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"num_heads": 3, "head_dim": 20}, r"width: expected a multiple of 16, got 60"),
+        ({"num_heads": 2, "head_dim": 24}, r"head_dim: expected 16, 32, 48 or 64, got 48 / 2 heads"),
+        ({"num_heads": 2, "head_dim": 128}, r"head_dim: expected 16, 32, 48 or 64"),
+        ({"num_heads": 34, "head_dim": 64}, r"width: expected at most 2048, got 2176"),
+        ({"hidden_size": 90}, r"decoder: expected a multiple of 16, got 90"),
+        ({"action_horizon": 64}, r"tokens: expected 1 to 64 a sample, the state token included, got 65"),
+    ],
+)
+def test_odd_sizes_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        head_shape(tiny(**change), batch=1, context=40, prefix=True, steps=1)
+
+
+def test_a_device_too_small_is_refused() -> None:
+    shape = head_shape(HeadConfig.dit_b(), batch=1, context=40, prefix=True, steps=1)
+    with pytest.raises(ConfigError, match="shared_memory: expected at least"):
+        plan(shape, Device(16, 48 << 10, 80))
+    with pytest.raises(ConfigError, match="workers: expected at least 1"):
+        plan(shape, Device(0, 99 << 10, 80))
+
+
+# -- planted faults ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound() -> Schedule:
+    wide = {"num_layers": 2, "num_heads": 16, "hidden_size": 1024}
+    shape = head_shape(tiny(16, **wide), batch=4, context=150, prefix=True, steps=2)
+    schedule = plan(shape, replace(SMALL, workers=24))
+    validate(schedule)
+    assert len({t.opcode for t in schedule.decoded}) == len(Opcode), "every opcode is in it"
+    return schedule
+
+
+def changed(schedule: Schedule, i: int, **change: int) -> Schedule:
+    """The schedule with other numbers in tile i."""
+    tile = schedule.decoded[i]
+    work = tile.work._replace(**{k: v for k, v in change.items() if k in tile.work._fields})
+    tile = tile._replace(work=work, **{k: v for k, v in change.items() if k in Tile._fields})
+    tiles = schedule.tiles.copy()
+    tiles[i] = tile.record()
+    return replace(schedule, tiles=tiles)
+
+
+def waiting(schedule: Schedule) -> list[int]:
+    return [i for i, tile in enumerate(schedule.decoded) if tile.wait != NONE]
+
+
+def test_any_removed_wait_is_caught(sound: Schedule) -> None:
+    """Of products and norms, which need the work of several others."""
+    kinds = (Opcode.PRODUCT, Opcode.NORM)
+    chosen = [i for i in waiting(sound) if sound.decoded[i].opcode in kinds]
+    for i in np.random.default_rng(0).choice(chosen, 40, replace=False):
+        # a wait is redundant where its worker has passed the same one just before
+        before = {t.wait for t in sound.decoded[sound.first_tile[sound.first_tile <= i].max() : i]}
+        if sound.decoded[i].wait not in before:
+            with pytest.raises(ScheduleError, match=r"not written by then|no order between|still be being read"):
+                validate(changed(sound, int(i), wait=NONE, target=0))
+
+
+def test_any_wrong_target_is_caught(sound: Schedule) -> None:
+    for i in np.random.default_rng(1).choice(waiting(sound), 20, replace=False):
+        target = sound.decoded[i].target
+        with pytest.raises(ScheduleError, match="is never reached"):
+            validate(changed(sound, int(i), target=target + 1))
+        with pytest.raises(ScheduleError, match="does not say which tiles are done"):
+            validate(changed(sound, int(i), target=target - 1))
+
+
+def test_a_missing_signal_is_caught(sound: Schedule) -> None:
+    i = next(i for i, t in enumerate(sound.decoded) if t.opcode == Opcode.NORM)
+    with pytest.raises(ScheduleError, match="is never reached"):
+        validate(changed(sound, i, signal=NONE))
+
+
+def test_swapped_tiles_are_caught(sound: Schedule) -> None:
+    """Two tiles of one worker that depend on each other through the others, swapped: all wait for all."""
+    first = int(sound.first_tile[2])
+    tiles = sound.tiles.copy()
+    own = [i for i in range(first, int(sound.first_tile[3])) if sound.decoded[i].opcode == Opcode.NORM]
+    a, b = own[0], own[-1]
+    tiles[[a, b]] = tiles[[b, a]]
+    with pytest.raises(ScheduleError, match="wait for each other and never end"):
+        validate(replace(sound, tiles=tiles))
+
+
+def test_swapped_products_are_caught(sound: Schedule) -> None:
+    """Their weights would come in the other's order."""
+    mine = range(int(sound.first_tile[1]), int(sound.first_tile[2]))
+    a, b = [i for i in mine if sound.decoded[i].opcode == Opcode.PRODUCT][:2]
+    tiles = sound.tiles.copy()
+    tiles[[a, b]] = tiles[[b, a]]
+    with pytest.raises(ScheduleError, match="not fetched in the order"):
+        validate(replace(sound, tiles=tiles))
+
+
+def test_two_tiles_on_one_element_are_caught(sound: Schedule) -> None:
+    split = [i for i, t in enumerate(sound.decoded) if isinstance(t.work, Product) and t.work.plane == 1]
+    with pytest.raises(ScheduleError, match=r"no order between|not written by then"):
+        validate(changed(sound, split[0], plane=0))
+    norms = [i for i, t in enumerate(sound.decoded) if isinstance(t.work, Norm)]
+    with pytest.raises(ScheduleError):
+        validate(changed(sound, norms[1], token=sound.decoded[norms[0]].work.token))
+
+
+@pytest.mark.parametrize(
+    "opcode,change",
+    [
+        (Opcode.PRODUCT, {"token": 60}),
+        (Opcode.PRODUCT, {"column": 4096}),
+        (Opcode.PRODUCT, {"weight": 1 << 20}),
+        (Opcode.PRODUCT, {"bias": 1 << 28}),
+        (Opcode.PRODUCT, {"tile_rows": 48}),
+        (Opcode.PRODUCT, {"tokens": 66}),
+        (Opcode.NORM, {"token": 68}),
+        (Opcode.NORM, {"planes": 99}),
+        (Opcode.ATTEND, {"keys": 129}),
+        (Opcode.ATTEND, {"key": 149}),
+        (Opcode.ATTEND, {"head": 4}),
+        (Opcode.COMBINE, {"planes": 99}),
+        (Opcode.EULER, {"step": 2}),
+        (Opcode.START, {"sample": 4}),
+        (Opcode.NORM, {"wait": 1 << 20}),
+    ],
+    ids=str,
+)
+def test_what_is_out_of_bounds_is_caught(sound: Schedule, opcode: Opcode, change: dict[str, int]) -> None:
+    i = next(i for i, t in enumerate(sound.decoded) if t.opcode == opcode and (t.wait != NONE or opcode == 0))
+    with pytest.raises(ScheduleError):
+        validate(changed(sound, i, **change))
+
+
+def test_actions_that_nobody_writes_are_caught(sound: Schedule) -> None:
+    i = next(i for i, t in enumerate(sound.decoded) if t.opcode == Opcode.EULER and t.work.last)
+    with pytest.raises(ScheduleError, match="never written"):
+        validate(changed(sound, i, last=0))
+
+
+def test_a_broken_wait_gives_nan_in_the_twin() -> None:
+    """The twin is not blind: without waits, in a random order, tiles meet buffers that nobody has written."""
+    case = Case(tiny())
+    schedule = plan(case.shape, SMALL)
+    tiles = schedule.tiles.copy()
+    tiles[:, 1] = NONE
+    got = case.twin(replace(schedule, tiles=tiles)).run(torch.Generator().manual_seed(0))
+    assert got.isnan().any()
+
+
+def test_shapes_of_configurations() -> None:
+    config = HeadConfig.dit_l(action_horizon=50, action_dim=36)
+    shape = head_shape(config, batch=4, context=392, prefix=True, steps=8)
+    assert isinstance(shape, HeadShape)
+    assert (shape.width, shape.head_dim, shape.tokens, shape.rows, shape.padded_actions) == (1536, 48, 51, 204, 48)
