@@ -1,9 +1,10 @@
 """An installed wheel with NumPy alone: it imports, resizes a picture, and holds what it was built with.
 
-smoke.py [--cubins N] ARCHITECTURE...     N: how many Triton kernels were compiled ahead of time
+smoke.py [--cubins MANIFEST] ARCHITECTURE...     MANIFEST: of the Triton kernels that were compiled ahead of time
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import dit4dit
 from dit4dit import _C
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--cubins", type=int, default=0)
+parser.add_argument("--cubins", type=Path)
 parser.add_argument("architectures", nargs="*")
 args = parser.parse_args()
 
@@ -27,7 +28,13 @@ assert "torch" not in sys.modules
 assert set(_C.cuda_architectures) == set(args.architectures), (
     f"built for {_C.cuda_architectures}, expected {args.architectures}"
 )
-manifest = Path(dit4dit.__file__).parent / "cubins" / "manifest.json"
-kernels = json.loads(manifest.read_text())["kernels"] if manifest.is_file() else {}
-assert sum(map(len, kernels.values())) == args.cubins, f"{kernels.keys()}: expected {args.cubins} kernels"
+folder = Path(dit4dit.__file__).parent / "cubins"
+if args.cubins is None:
+    assert not [*folder.rglob("*.cubin"), *folder.glob("*.json")], "built without kernels compiled ahead of time"
+else:
+    assert (folder / "manifest.json").read_bytes() == args.cubins.read_bytes()
+    for rows in json.loads(args.cubins.read_text())["kernels"].values():
+        assert rows
+        for row in rows:
+            assert hashlib.sha256((folder / row["file"]).read_bytes()).hexdigest() == row["sha256"]
 print(f"Python {sys.version.split()[0]}, NumPy {np.__version__}: dit4dit {dit4dit.__version__}, {_C.build_info()}")
