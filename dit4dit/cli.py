@@ -226,6 +226,11 @@ def pack(
     return 0
 
 
+def train() -> int:
+    """Train from a recipe or a YAML file; `dit4dit train --help`."""
+    raise AssertionError("main() hands train its words: --a.b.c value is any key of a configuration")
+
+
 def demo(out: Path = Path("demo"), seed: int = 1_000_000, device: Device = "auto") -> int:
     """A small model drives one episode of the built-in tabletop world; writes a video, a plot and a JSON file.
 
@@ -319,6 +324,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert,
     "push": push,
     "pack": pack,
+    "train": train,
     "demo": demo,
 }
 BENCHMARKS: dict[str, Callable[..., int]] = {"flops": bench_flops, "latency": bench_latency}
@@ -357,6 +363,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] == ["bench"]:
         commands, program, words = dict(BENCHMARKS), "dit4dit bench", words[1:]
     try:
+        if words[:1] == ["train"] and program == "dit4dit":
+            from dit4dit.commands import train as module
+
+            program = "dit4dit train"
+            sys.exit(module.main(words[1:], _say))
         if words and not words[0].startswith("-") and words[0] not in commands:
             known = list(commands)
             raise InputError(

@@ -61,7 +61,7 @@ class Inference:
     """What the policy part holds: weights under published names, and everything around them."""
 
     model: ModelConfig
-    embodiment: str
+    embodiment: str | None
     weights: Mapping[str, Tensor]
     statistics: Mapping[str, Any]
     tokenizer: Any

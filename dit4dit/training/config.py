@@ -15,7 +15,7 @@ from typing import Any, Literal
 from dit4dit.config import ModelConfig, build
 from dit4dit.errors import ConfigError, did_you_mean
 
-Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
+Strategy = Literal["ddp", "fsdp2"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb"]
 
@@ -49,6 +49,14 @@ class DataConfig:
     """Loader processes per training process; 0 loads in the training process itself."""
     holdout: float = 0.02
     """Share of the episodes that is never trained on."""
+    mask_padding: bool = False
+    """Leave time steps past the end of an episode out of the action loss; the published loader does not."""
+    skip_bad: bool = False
+    """Leave damaged episodes out, counted, instead of refusing to start."""
+    video_delta_indices: tuple[int, ...] | None = None
+    """Frames that a clip may have, counted from its first; None spreads them over the action chunk."""
+    action_video_freq_ratio: int = 1
+    """Every how manieth of them it has."""
     cache_latents: bool = False
     """Encode every clip once, before the first step, and train from the files."""
     cache: str = ""
@@ -97,9 +105,8 @@ class OptimConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        for name in ("accumulate",):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.accumulate < 1:
+            raise ConfigError(f"optim.accumulate: expected at least 1, got {self.accumulate}")
         for name in ("warmup_steps", "clip", "min_lr", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name}: expected at least 0, got {getattr(self, name)}")
@@ -123,7 +130,7 @@ class RunConfig:
     gradient_checkpointing: bool = True
     compile: bool = False
     """torch.compile each block."""
-    device: str = "auto"
+    device: Literal["auto", "cpu"] = "auto"
     save_every: int = 5000
     keep: int = 2
     """Checkpoints kept, newest first."""
@@ -153,8 +160,9 @@ class TrainConfig:
     """A whole run. `model.flow.training` picks the losses: joint, action or video."""
 
     model: ModelConfig
-    embodiment: str
-    """Robot whose conventions the checkpoints carry."""
+    embodiment: str | None
+    """Robot whose conventions the checkpoints carry; None for one that the package does not know, which `Policy` is then
+    given by its user."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

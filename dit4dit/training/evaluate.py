@@ -22,6 +22,7 @@ from dit4dit.training.randomness import draws
 from dit4dit.types import Batch
 
 FUTURE_STEPS = 8
+SUMS = ("action_loss", "action_mae", "entries", "video_loss", "samples")
 
 
 def chosen(data: TrainingData, count: int, ranks: int) -> list[int]:
@@ -47,8 +48,7 @@ def evaluate(
 ) -> dict[str, float]:
     """{"eval/action_loss", "eval/video_loss", "eval/action_mae" (mean |error| in normalised units)}, those that the mode has."""
     mine = chosen(data, samples, processes.ranks)[processes.rank :: processes.ranks]
-    names = ("action_loss", "video_loss", "action_mae")
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=processes.device)
+    sums = {name: torch.zeros((), dtype=torch.float64, device=processes.device) for name in SUMS}
     training = root.training
     root.eval()
     for start in range(0, len(mine), batch_size):
@@ -56,16 +56,15 @@ def evaluate(
         raw = collate(indices, indices, [data.sample(index) for index in indices])
         batch = to_batch(raw, root.model.config, processes.device, prompts, None)
         drawn = draws_for(root.model, batch, seed, indices)
-        results = module(partial(held_out_step, batch=batch, drawn=drawn))
-        values = [results[name].double() if name in results else sums.new_zeros(()) for name in names]
-        sums += len(indices) * torch.stack([*values, sums.new_ones(())])
+        for name, value in module(partial(held_out_step, batch=batch, drawn=drawn)).items():
+            sums[name] += value
     root.train(training)
-    *totals, count = processes.sum(sums).tolist()
-    mode = root.model.config.flow.training
-    absent = {"joint": (), "action": ("video_loss",), "video": ("action_loss", "action_mae")}[mode]
-    return {
-        f"eval/{name}": total / count for name, total in zip(names, totals, strict=True) if count and name not in absent
-    }
+    totals = dict(zip(SUMS, processes.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+    out = {}
+    for name, per in (("action_loss", "entries"), ("action_mae", "entries"), ("video_loss", "samples")):
+        if totals[per]:
+            out[f"eval/{name}"] = totals[name] / totals[per]
+    return out
 
 
 def draws_for(model: DiT4DiT, batch: Batch, seed: int, indices: Sequence[int]) -> Draws:
@@ -77,19 +76,19 @@ def draws_for(model: DiT4DiT, batch: Batch, seed: int, indices: Sequence[int]) -
 
 
 def held_out_step(model: DiT4DiT, batch: Batch, drawn: Draws) -> dict[str, Tensor]:
-    """Losses of one batch, and the error of the actions that the policy would have sent."""
+    """Sums over one batch of its losses and of the error of the actions that the policy would have sent, and their counts."""
     losses = model.loss(batch, drawn)
-    out = {}
+    out: dict[str, Tensor] = {}
     if losses.video is not None:
-        out["video_loss"] = losses.video
+        count = torch.tensor(len(batch.actions), device=batch.actions.device)
+        out |= {"video_loss": losses.video * count, "samples": count}
     if losses.action is not None:
         assert batch.video is not None
-        out["action_loss"] = losses.action
-        noise = drawn.action_noise[: len(batch.actions)]
+        noise, mask = drawn.action_noise[: len(batch.actions)], batch.action_mask
         context = model.context(batch.prompt_embeds)
         actions = model.sample(batch.video[:, 0], context, batch.state, drawn.posterior, drawn.latent, noise)
-        mask = batch.action_mask
-        out["action_mae"] = ((actions - batch.actions).abs() * mask).sum() / mask.sum()
+        error = (actions - batch.actions).abs() * mask
+        out |= {"action_loss": losses.action * mask.sum(), "action_mae": error.sum(), "entries": mask.sum()}
     return out
 
 

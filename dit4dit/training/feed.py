@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dit4dit.config import ModelConfig
-from dit4dit.errors import InputError
+from dit4dit.errors import Dit4DitError, InputError
 from dit4dit.training.caches import LatentCache, PromptCache
 from dit4dit.types import Batch, ClipLatents
 
@@ -189,17 +189,35 @@ class Feed:
         )
 
     def __iter__(self) -> Iterator[Raw]:
-        return iter(self._loader)
+        for made in self._loader:
+            if isinstance(made, Dit4DitError):
+                raise made
+            yield made
 
 
-class _Positions(Dataset[tuple[int, int, Sample]]):
+Loaded = tuple[int, int, Sample]
+
+
+class _Positions(Dataset[Loaded | Dit4DitError]):
     def __init__(self, data: TrainingData, video: bool) -> None:
         self.data, self.video = data, video
 
-    def __getitem__(self, position: int) -> tuple[int, int, Sample]:
+    def __getitem__(self, position: int) -> Loaded | Dit4DitError:
+        """A user's error is handed over as it is: torch would bury it in a worker's traceback."""
         index = self.data.index(position)
-        return position, index, self.data.sample(index, video=self.video)
+        try:
+            return position, index, self.data.sample(index, video=self.video)
+        except Dit4DitError as error:
+            return error
 
 
-def _collate(rows: list[tuple[int, int, Sample]]) -> Raw:
-    return collate(*(list(column) for column in zip(*rows, strict=True)))  # type: ignore[arg-type]
+def _collate(rows: list[Loaded | Dit4DitError]) -> Raw | Dit4DitError:
+    good: list[Loaded] = []
+    for row in rows:
+        if isinstance(row, Dit4DitError):
+            return row
+        good.append(row)
+    try:
+        return collate([row[0] for row in good], [row[1] for row in good], [row[2] for row in good])
+    except Dit4DitError as error:
+        return error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -280,11 +280,8 @@ class Trainer:
         restore_tensors(everything, saved.weights, f"{saved.folder}: weights")
         if self.average is not None:
             restore_tensors(self.average.values, saved.average, f"{saved.folder}: average")
-        for name, parameter in self.parameters.items():
-            blank = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            moments = {kind: saved.moments[f"{kind}.{name}"] for kind in blank if f"{kind}.{name}" in saved.moments}
-            restore_tensors(blank, moments, f"{saved.folder}: optimiser: {name}")
-            self.optimizer.state[parameter] = blank
+        moments = {f"{kind}.{n}": t for n, p in self.parameters.items() for kind, t in self._blank_moments(p).items()}
+        restore_tensors(moments, saved.moments, f"{saved.folder}: optimiser")
         if progress.scale is not None:
             self.scaler.load_state_dict(
                 {**self.scaler.state_dict(), "scale": progress.scale, "_growth_tracker": progress.growth}
@@ -293,6 +290,13 @@ class Trainer:
         if own:  # a rank that was not there before starts its generators anew; no draw of a step comes from them
             checkpoint.set_rng_state(own, self.processes.device)
         self.step = progress.step
+
+
+    def _blank_moments(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's state of a parameter, registered with the optimiser, to be filled."""
+        blank = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        self.optimizer.state[parameter] = blank
+        return blank
 
 
 def prepare(model: DiT4DiT, config: TrainConfig, keys: Keys) -> tuple[str, ...]:
@@ -320,8 +324,11 @@ def loss_step(model: DiT4DiT, batch: Batch, drawn: Draws) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def restore_tensors(targets: dict[str, Tensor], values: dict[str, Tensor], where: str) -> None:
+def restore_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], where: str) -> None:
     """Write `values` into `targets`, name by name; ConfigError when they do not have the same names and shapes."""
+    extra = next((name for name in values if name not in targets), None)
+    if extra is not None:
+        raise ConfigError(f"{where}: {extra}: this run does not have it; resume with the run's own configuration")
     for name, target in targets.items():
         if name not in values or values[name].shape != target.shape:
             got = "none" if name not in values else list(values[name].shape)

@@ -31,9 +31,15 @@ class Root(nn.Module):
 
     def forward(self, use: Callable[[DiT4DiT], dict[str, Tensor]]) -> dict[str, Tensor]:
         """use(model) in the run's precision; a dictionary, because FSDP looks for tensors in its results."""
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+        with self.precision():
             return use(self.model)
+
+    def precision(self) -> torch.autocast:
+        """The run's autocast. Weights that were cast are not kept: that would be a second copy of the model beside the activations
+        that gradient checkpointing saves.
+        """
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False)
 
 
 class Processes:

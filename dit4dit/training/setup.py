@@ -49,14 +49,27 @@ def load(config: TrainConfig, device: torch.device) -> Start:
     return _fresh(config, device)
 
 
+def sized(config: TrainConfig) -> TrainConfig:
+    """The configuration with the sizes of the weights that it starts from; reads small files only."""
+    if config.weights.checkpoint is not None:
+        opened = checkpoint.open_checkpoint(config.weights.checkpoint, config.weights.backbone)
+        return replace(config, model=_model_of(config, opened.model))
+    return config
+
+
+def _model_of(config: TrainConfig, found: ModelConfig) -> ModelConfig:
+    """A checkpoint's sizes with the configuration's losses and dropout; with `fresh_head`, its head, frames and pictures too."""
+    wanted = config.model
+    if config.weights.fresh_head:
+        head, frames, size = replace(wanted.head, context_dim=found.dit.width), wanted.frames, wanted.image_size
+    else:
+        head, frames, size = replace(found.head, dropout=wanted.head.dropout), found.frames, found.image_size
+    return replace(found, head=head, flow=wanted.flow, frames=frames, image_size=size)
+
+
 def _from_checkpoint(config: TrainConfig, device: torch.device) -> Start:
     opened = checkpoint.open_checkpoint(str(config.weights.checkpoint), config.weights.backbone)
-    wanted, found = config.model, opened.model
-    fresh = config.weights.fresh_head
-    head = replace(wanted.head, context_dim=found.dit.width) if fresh else replace(found.head, dropout=wanted.head.dropout)
-    frames = wanted.frames if fresh else found.frames
-    sizes = wanted.image_size if fresh else found.image_size
-    model_config = replace(found, head=head, flow=wanted.flow, frames=frames, image_size=sizes)
+    fresh, model_config = config.weights.fresh_head, _model_of(config, opened.model)
     with_head = model_config.flow.training != "video"
     model = weights.build(
         model_config,
