@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
+from dit4dit.commands import data as data_commands
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
 Device = str
@@ -324,15 +325,27 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert,
     "push": push,
     "pack": pack,
+    "stats": data_commands.stats,
     "train": train,
     "demo": demo,
 }
-BENCHMARKS: dict[str, Callable[..., int]] = {"flops": bench_flops, "latency": bench_latency}
+BENCHMARKS: dict[str, Callable[..., int]] = {
+    "flops": bench_flops,
+    "latency": bench_latency,
+    "loader": data_commands.bench_loader,
+}
+DATA: dict[str, Callable[..., int]] = {"check": data_commands.data_check}
+GROUPS = {"bench": BENCHMARKS, "data": DATA}
 
 
 def bench() -> int:
-    """Benchmarks: flops and latency; `dit4dit bench latency --help`."""
+    """Benchmarks: flops, latency and loader; `dit4dit bench latency --help`."""
     raise AssertionError("main() sends bench to its own subcommands")
+
+
+def data() -> int:
+    """Data sets: check; `dit4dit data check --help`."""
+    raise AssertionError("main() sends data to its own subcommands")
 
 
 def _dtype(name: str) -> Any:
@@ -359,9 +372,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands, program = {**COMMANDS, "bench": bench}, "dit4dit"
-    if words[:1] == ["bench"]:
-        commands, program, words = dict(BENCHMARKS), "dit4dit bench", words[1:]
+    commands, program = {**COMMANDS, "data": data, "bench": bench}, "dit4dit"
+    if words and words[0] in GROUPS:
+        commands, program, words = dict(GROUPS[words[0]]), f"dit4dit {words[0]}", words[1:]
     try:
         if words[:1] == ["train"] and program == "dit4dit":
             from dit4dit.commands import train as module

@@ -22,6 +22,10 @@ class CheckpointError(Dit4DitError, ValueError):
     """A checkpoint or backbone folder is missing, truncated, or holds other tensors than its configuration says."""
 
 
+class DataError(Dit4DitError, ValueError):
+    """A data set is damaged, or is not what a robot or mixture says of it; names the file, and the row where there is one."""
+
+
 class BackendError(Dit4DitError, RuntimeError):
     """An implementation or device that was asked for by name cannot run here."""
 

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dit4dit.errors import ConfigError, InputError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean
 from dit4dit.training import checkpoint, memory, published, setup
 from dit4dit.training.config import TrainConfig, read_config, split_words, write_config
 from dit4dit.training.feed import TrainingData
+from dit4dit.training.lerobot_data import LeRobotData
 from dit4dit.training.loop import PREEMPTED, train
 from dit4dit.training.random_data import RandomData
 from dit4dit.training.recipes import RECIPES, recipe
@@ -32,7 +33,17 @@ Several processes: torchrun --nproc-per-node 8 -m dit4dit.cli train ...; several
 SIGTERM saves a checkpoint and ends with exit code {PREEMPTED}: start again with --resume."""
 
 FLAGS = ("recipe", "config", "resume", "dry-run", "processes", "print")
-SAME = ("model", "embodiment", "weights", "optim", "run.seed", "run.steps", "run.precision", "data.mixture", "data.holdout")
+SAME = (
+    "model",
+    "embodiment",
+    "weights",
+    "optim",
+    "run.seed",
+    "run.steps",
+    "run.precision",
+    "data.mixture",
+    "data.holdout",
+)
 """What a run that goes on must keep; how many processes share the work, and what is written, may change."""
 MAY_DIFFER = ("optim.accumulate",)
 
@@ -59,10 +70,14 @@ def main(words: Sequence[str], say: Callable[[str], None]) -> int:
     if "resume" in own:
         resume = Path(own["resume"]) if own["resume"] else checkpoint.latest(run)
         if resume is None:
-            raise ConfigError(f"--resume: {run} has no checkpoint; start without --resume, or name the run with --run.out")
+            raise ConfigError(
+                f"--resume: {run} has no checkpoint; start without --resume, or name the run with --run.out"
+            )
         check_same(read_config(run / "config.yaml"), config, run)
     elif checkpoint.latest(run) is not None:
-        raise ConfigError(f"{run}: has checkpoints already; go on with --resume, or choose another folder with --run.out")
+        raise ConfigError(
+            f"{run}: has checkpoints already; go on with --resume, or choose another folder with --run.out"
+        )
     if int(os.environ.get("RANK", "0")) == 0:
         run.mkdir(parents=True, exist_ok=True)
         write_config(run / "config.yaml", config)
@@ -80,9 +95,7 @@ def _with_values(words: Sequence[str]) -> list[str]:
     return out
 
 
-def configure(
-    name: str | None, file: str | None, options: dict[str, str], say: Callable[[str], None]
-) -> TrainConfig:
+def configure(name: str | None, file: str | None, options: dict[str, str], say: Callable[[str], None]) -> TrainConfig:
     """The configuration that the words mean; keys of a published file that nothing reads are told once."""
     if (name is None) == (file is None):
         raise ConfigError(f"give one of --recipe ({', '.join(RECIPES)}) and --config FILE")
@@ -112,13 +125,17 @@ def check_same(before: TrainConfig, now: TrainConfig, run: Path) -> None:
     for key in old:
         kept = any(key == same or key.startswith(same + ".") for same in SAME) and key not in MAY_DIFFER
         if kept and old[key] != new[key]:
-            raise ConfigError(f"--resume: --{key}: {run} was started with {old[key]}, now {new[key]}; keep it, or start a new run")
+            raise ConfigError(
+                f"--resume: --{key}: {run} was started with {old[key]}, now {new[key]}; keep it, or start a new run"
+            )
 
 
 def _leaves(node: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(node, dict):
         return {prefix: list(node) if isinstance(node, tuple) else node}
-    return {k: v for key, value in node.items() for k, v in _leaves(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        k: v for key, value in node.items() for k, v in _leaves(value, f"{prefix}.{key}" if prefix else key).items()
+    }
 
 
 def dry_run(config: TrainConfig, processes: str | None) -> str:
@@ -141,9 +158,9 @@ def picture_size(config: TrainConfig) -> tuple[int, int]:
 
 def open_data(config: TrainConfig) -> TrainingData:
     """The mixture; "random" is data of the right sizes that mean nothing."""
-    sized = setup.sized(config)
-    if config.data.mixture == "random":
-        if config.embodiment is None:
-            raise ConfigError("data.mixture random: needs an embodiment with known sizes; choose one with --embodiment")
-        return RandomData(sized.model, config.embodiment)
-    raise InputError(f"data.mixture {config.data.mixture!r}: unknown; known: random")
+    model = setup.sized(config).model
+    if config.data.mixture != "random":
+        return LeRobotData.open(config.data, model, config.run.seed)
+    if config.embodiment is None:
+        raise ConfigError("data.mixture random: needs an embodiment with known sizes; choose one with --embodiment")
+    return RandomData(model, config.embodiment)

@@ -147,7 +147,7 @@ def latent_key(model: DiT4DiT, data: TrainingData) -> str:
     """What makes a clip's latents: the data, the VAE's weights, the number of frames."""
     assert model.video_vae is not None
     modules: list[nn.Module] = [model.video_vae.wan]
-    return digest(data.fingerprint, weights_key(modules), model.config.vae, model.config.frames)
+    return digest(data.clip_fingerprint, weights_key(modules), model.config.vae, model.config.frames)
 
 
 @torch.no_grad()

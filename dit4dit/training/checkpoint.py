@@ -73,7 +73,9 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def write(run: Path, progress: Progress, inference: Inference, state: Mapping[str, Tensor], rng: Mapping[str, Tensor]) -> Path:
+def write(
+    run: Path, progress: Progress, inference: Inference, state: Mapping[str, Tensor], rng: Mapping[str, Tensor]
+) -> Path:
     """Write a checkpoint; returns its folder. Called by the first process alone.
 
     Raises:
@@ -96,7 +98,11 @@ def write(run: Path, progress: Progress, inference: Inference, state: Mapping[st
             own_format.write_json(partial / MANIFEST, entries)
     except (OSError, SafetensorError) as error:
         newest = latest(run)
-        rest = f"the newest one is {newest}; free space and go on with --resume" if newest else "there is none yet; free space"
+        rest = (
+            f"the newest one is {newest}; free space and go on with --resume"
+            if newest
+            else "there is none yet; free space"
+        )
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{target}: not written ({reason}); {rest}") from None
     return target
@@ -136,7 +142,9 @@ def verify(folder: Path) -> None:
     for name, entry in entries.items():
         file = folder / name
         if not file.is_file():
-            raise CheckpointError(f"{file}: missing; the checkpoint is incomplete, resume an older one with --resume FOLDER")
+            raise CheckpointError(
+                f"{file}: missing; the checkpoint is incomplete, resume an older one with --resume FOLDER"
+            )
         if file.stat().st_size != entry["size"] or sha256(file) != entry["sha256"]:
             raise CheckpointError(
                 f"{file}: expected {entry['size']} bytes with SHA-256 {entry['sha256'][:12]}…, got {file.stat().st_size} other "

@@ -152,7 +152,9 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}: expected at least 1, got {getattr(self, name)}")
         if self.precision == "float16" and self.strategy != "ddp":
-            raise ConfigError("run.precision: float16 scales its loss, which works with strategy ddp alone; use bfloat16")
+            raise ConfigError(
+                "run.precision: float16 scales its loss, which works with strategy ddp alone; use bfloat16"
+            )
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,9 @@ class TrainConfig:
         if not 0 <= self.data.holdout < 1:
             raise ConfigError(f"data.holdout: expected a share from 0 to below 1, got {self.data.holdout}")
         if self.weights.fresh_head and self.weights.checkpoint is None:
-            raise ConfigError("weights.fresh_head: goes with weights.checkpoint; a run without one has a fresh head anyway")
+            raise ConfigError(
+                "weights.fresh_head: goes with weights.checkpoint; a run without one has a fresh head anyway"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready data; `from_dict` is its inverse."""
@@ -204,7 +208,9 @@ class TrainConfig:
 def _has(hint: Any, part: str, key: str) -> bool:
     known = [f.name for f in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
     if part not in known:
-        raise ConfigError(f"--{key}: unknown key {part!r}{did_you_mean(part, known)}; known there: {', '.join(known) or 'none'}")
+        raise ConfigError(
+            f"--{key}: unknown key {part!r}{did_you_mean(part, known)}; known there: {', '.join(known) or 'none'}"
+        )
     return True
 
 

@@ -48,7 +48,11 @@ class TrainingData(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that decides which sample stands at which position, and of the samples' clips."""
+        """A hash of everything that decides which sample stands at which position, and what it holds."""
+
+    @property
+    def clip_fingerprint(self) -> str:
+        """A hash of what decides the pictures of the sample with a given index."""
 
     @property
     def instructions(self) -> Sequence[str]:
@@ -173,10 +177,12 @@ class Share:
 class Feed:
     """Micro batches of a run from a given step on, loaded ahead by worker processes."""
 
-    def __init__(self, data: TrainingData, share: Share, first: int, last: int, *, workers: int, video: bool, pin: bool) -> None:
+    def __init__(
+        self, data: TrainingData, share: Share, first: int, last: int, *, workers: int, video: bool, pin: bool
+    ) -> None:
         """first, last: the steps, last excluded. video: decode pictures. pin: page-locked memory for a GPU."""
         steps = range(first, last)
-        wanted = [share.positions(step, micro) for step in steps for micro in range(share.accumulate)]
+        wanted = [list(share.positions(step, micro)) for step in steps for micro in range(share.accumulate)]
         self._loader = DataLoader(
             _Positions(data, video),
             batch_sampler=wanted,

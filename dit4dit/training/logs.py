@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dit4dit.extras import require
 from dit4dit.training.config import RunConfig
-from dit4dit.training.extras import require
 
 log = logging.getLogger("dit4dit.training")
 
@@ -40,7 +40,9 @@ class Meter:
 class Log:
     """All trackers of a run; on ranks other than the first it does nothing."""
 
-    def __init__(self, folder: Path, config: RunConfig, *, first_step: int, active: bool, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, *, first_step: int, active: bool, settings: Mapping[str, Any]
+    ) -> None:
         """first_step: steps done so far; lines of later ones, which a dead process left, are dropped."""
         self.active = active
         self.file = folder / "log.jsonl"
@@ -52,7 +54,7 @@ class Log:
             return
         _cut(self.file, first_step)
         if "tensorboard" in config.trackers:
-            require("tensorboard")
+            require("tensorboard", "train")
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -62,7 +64,12 @@ class Log:
             known = json.loads(identity.read_text())["id"] if identity.is_file() else wandb.util.generate_id()
             identity.write_text(json.dumps({"id": known}))
             self._wandb = wandb.init(
-                project=config.project, name=folder.name, id=known, resume="allow", dir=str(folder), config=dict(settings)
+                project=config.project,
+                name=folder.name,
+                id=known,
+                resume="allow",
+                dir=str(folder),
+                config=dict(settings),
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -71,9 +71,7 @@ def fill_caches(
         text = start.text()
         prompts = caches.PromptCache(folder, caches.prompt_key(text, start.tokenizer))
         with bar("prompts", len(prompts.missing(data.instructions)) // ranks, processes.first) as done:
-            caches.fill_prompts(
-                prompts, text, start.tokenizer, data.instructions, rank=rank, ranks=ranks, done=done
-            )
+            caches.fill_prompts(prompts, text, start.tokenizer, data.instructions, rank=rank, ranks=ranks, done=done)
         if config.run.save_frozen and processes.first:
             setup.save_frozen(frozen, start.model, text)
     latents = None
@@ -116,7 +114,9 @@ class Trainer:
     def run(self, stop: Stop) -> int:
         """All remaining steps; returns the exit code."""
         run, steps = self.config.run, self.config.run.steps
-        log_to = Log(Path(run.out), run, first_step=self.step, active=self.processes.first, settings=self.config.to_dict())
+        log_to = Log(
+            Path(run.out), run, first_step=self.step, active=self.processes.first, settings=self.config.to_dict()
+        )
         feed = iter(self._feed(self.step, steps))
         meter, agreed = Meter(), torch.zeros(2, dtype=torch.float64)
         with contextlib.closing(log_to):
@@ -228,7 +228,9 @@ class Trainer:
                 state[f"{kind}.{name}"] = full(value).cpu()
         lora = self.config.optim.lora.rank > 0
         if lora or averaged:
-            state |= {f"weights.{n}": t for n, t in everything.items()} | {f"average.{n}": t for n, t in averaged.items()}
+            state |= {f"weights.{n}": t for n, t in everything.items()} | {
+                f"average.{n}": t for n, t in averaged.items()
+            }
         best = everything | averaged
         rngs = self.processes.gather(checkpoint.rng_state(self.processes.device))
         error = None
@@ -271,11 +273,17 @@ class Trainer:
         progress = saved.progress
         for name, here, there in (
             ("run.seed", self.config.run.seed, progress.seed),
-            ("global batch (data.batch_size x optim.accumulate x processes)", self.share.global_batch, progress.global_batch),
+            (
+                "global batch (data.batch_size x optim.accumulate x processes)",
+                self.share.global_batch,
+                progress.global_batch,
+            ),
             ("the data's fingerprint", self.data.fingerprint, progress.data),
         ):
             if here != there:
-                raise ConfigError(f"--resume {saved.folder}: {name}: the run has {there}, this one {here}; make them equal")
+                raise ConfigError(
+                    f"--resume {saved.folder}: {name}: the run has {there}, this one {here}; make them equal"
+                )
         everything = optim.named_parameters(self.model)
         restore_tensors(everything, saved.weights, f"{saved.folder}: weights")
         if self.average is not None:
@@ -291,10 +299,13 @@ class Trainer:
             checkpoint.set_rng_state(own, self.processes.device)
         self.step = progress.step
 
-
     def _blank_moments(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
         """AdamW's state of a parameter, registered with the optimiser, to be filled."""
-        blank = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        blank = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
         self.optimizer.state[parameter] = blank
         return blank
 
@@ -332,7 +343,9 @@ def restore_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor],
     for name, target in targets.items():
         if name not in values or values[name].shape != target.shape:
             got = "none" if name not in values else list(values[name].shape)
-            raise ConfigError(f"{where}: {name}: expected {list(target.shape)}, got {got}; resume with the run's own configuration")
+            raise ConfigError(
+                f"{where}: {name}: expected {list(target.shape)}, got {got}; resume with the run's own configuration"
+            )
         assign(target, values[name])
 
 

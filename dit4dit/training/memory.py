@@ -136,7 +136,9 @@ def plan(config: TrainConfig, picture_size: tuple[int, int], processes: int) -> 
     trained = {n: p for n, p in optim.named_parameters(model).items() if n in parameters}
     fixed = {n: p for n, p in optim.named_parameters(model).items() if n not in parameters}
     moving = tensor_bytes(trained, split)
-    vae = sum(p.numel() * p.element_size() for part in (model.backbone.frame_encoder, model.video_vae) for p in part.parameters())  # type: ignore[union-attr]
+    assert model.video_vae is not None
+    whole = [*model.backbone.frame_encoder.parameters(), *model.video_vae.parameters()]
+    vae = sum(p.numel() * p.element_size() for p in whole)
     return Plan(
         trained=moving,
         frozen=tensor_bytes(fixed, split) + vae,
@@ -150,8 +152,12 @@ def plan(config: TrainConfig, picture_size: tuple[int, int], processes: int) -> 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], split: int) -> int:
     """Bytes on the first of `split` ranks, which holds the largest piece: sharding cuts the first dimension."""
-    pieces = (math.ceil(t.shape[0] / split) * (t.numel() // t.shape[0]) if t.dim() and t.numel() else t.numel() for t in tensors.values())
-    return sum(count * t.element_size() for count, t in zip(pieces, tensors.values(), strict=True))
+    total = 0
+    for tensor in tensors.values():
+        rows = tensor.shape[0] if tensor.dim() else 1
+        count = math.ceil(rows / split) * (tensor.numel() // rows)
+        total += count * tensor.element_size()
+    return total
 
 
 def blank_step(config: TrainConfig, picture_size: tuple[int, int]) -> tuple[Batch, Draws]:
@@ -184,6 +190,8 @@ def blank_step(config: TrainConfig, picture_size: tuple[int, int]) -> tuple[Batc
 
 def show(made: Plan, config: TrainConfig, processes: int) -> str:
     """The plan as a table."""
-    rows = [[name, f"{value / 2**30:,.3f}", f"{value:,}"] for name, value in (*vars(made).items(), ("total", made.total))]
+    rows = [
+        [name, f"{value / 2**30:,.3f}", f"{value:,}"] for name, value in (*vars(made).items(), ("total", made.total))
+    ]
     head = f"{config.run.strategy} on {processes} process(es), {config.data.batch_size} samples each, {config.run.precision}"
     return head + "\n" + table(["memory of each process", "GiB", "bytes"], rows, right=(1, 2))

@@ -43,7 +43,9 @@ def freeze(model: DiT4DiT, patterns: Iterable[str]) -> None:
     parameters = named_parameters(model)
     always = [prefix.rstrip(".") for prefix in FROZEN.values()]
     for pattern in patterns:
-        found = [name for name in parameters if fnmatchcase(name, pattern) or name.startswith(pattern.rstrip(".") + ".")]
+        found = [
+            name for name in parameters if fnmatchcase(name, pattern) or name.startswith(pattern.rstrip(".") + ".")
+        ]
         if not found and not any(fnmatchcase(name, pattern) or name.startswith(pattern + ".") for name in always):
             modules = sorted({name.rsplit(".", i)[0] for name in parameters for i in (1, 2, 3)})
             raise ConfigError(
@@ -143,10 +145,10 @@ def add_lora(model: DiT4DiT, config: LoraConfig, seed: int) -> None:
     Raises:
         ConfigError: a target that ends no linear layer's name.
     """
-    from dit4dit.training.extras import require
+    from dit4dit.extras import require
 
-    peft = require("peft")
-    ends = {end: False for end in config.targets}
+    peft = require("peft", "train")
+    ends = dict.fromkeys(config.targets, False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part in trained_parts(model).values():
@@ -155,11 +157,15 @@ def add_lora(model: DiT4DiT, config: LoraConfig, seed: int) -> None:
             chosen = [n for n in linears if n.endswith(config.targets)]
             ends |= {end: True for end in config.targets if any(n.endswith(end) for n in chosen)}
             if chosen:
-                adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=chosen, lora_dropout=0.0)
+                adapters = peft.LoraConfig(
+                    r=config.rank, lora_alpha=config.alpha, target_modules=chosen, lora_dropout=0.0
+                )
                 peft.inject_adapter_in_model(adapters, part)
     unused = [end for end, used in ends.items() if not used]
     if unused:
-        raise ConfigError(f"optim.lora.targets: {unused[0]!r} ends no linear layer's name; known ends: to_q, ff.net.2, ...")
+        raise ConfigError(
+            f"optim.lora.targets: {unused[0]!r} ends no linear layer's name; known ends: to_q, ff.net.2, ..."
+        )
 
 
 def merged_weights(model: DiT4DiT, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

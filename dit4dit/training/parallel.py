@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dit4dit.extras import require
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,8 +37,8 @@ class Root(nn.Module):
             return use(self.model)
 
     def precision(self) -> torch.autocast:
-        """The run's autocast. Weights that were cast are not kept: that would be a second copy of the model beside the activations
-        that gradient checkpointing saves.
+        """The run's autocast. Weights that were cast are not kept: that would be a second copy of the model beside what gradient
+        checkpointing saves.
         """
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False)
@@ -100,7 +102,9 @@ class Processes:
             self._lone_group()
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         model = root.model
-        whole = {p for part in (model.backbone.frame_encoder, model.video_vae) if part is not None for p in part.parameters()}
+        whole = {
+            p for part in (model.backbone.frame_encoder, model.video_vae) if part is not None for p in part.parameters()
+        }
         blocks: list[nn.Module] = [*model.backbone.transformer.blocks, *(model.head.model.blocks if model.head else [])]
         for block in blocks:
             fully_shard(block, mesh=mesh)
@@ -137,9 +141,12 @@ class Processes:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's view of the processes that torchrun, SLURM or `accelerate launch` started."""
+    accelerate = require("accelerate", "train")
     # there are no buffers that training changes
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(cpu=config.run.device == "cpu", kwargs_handlers=[ddp])
+    ddp = require("accelerate.utils", "train").DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    return accelerate.Accelerator(cpu=config.run.device == "cpu", kwargs_handlers=[ddp])
 
 
 def full(tensor: Tensor) -> Tensor:

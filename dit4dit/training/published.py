@@ -1,4 +1,4 @@
-"""The published training YAML as a `TrainConfig`. Keys that nothing reads are listed; those given on the command line are refused.
+"""The published training YAML as a `TrainConfig`. Keys that nothing reads are listed, and refused on the command line.
 
 Of doubled keys the one that the published code reads wins: trainer.optimizer.weight_decay, trainer.num_warmup_steps,
 trainer.gradient_clipping, trainer.repeated_diffusion_steps.
@@ -24,7 +24,18 @@ from dit4dit.training.config import (
     parse,
 )
 
-ROOTS = ("run_id", "run_root_dir", "seed", "trackers", "wandb_entity", "wandb_project", "is_debug", "framework", "datasets", "trainer")
+ROOTS = (
+    "run_id",
+    "run_root_dir",
+    "seed",
+    "trackers",
+    "wandb_entity",
+    "wandb_project",
+    "is_debug",
+    "framework",
+    "datasets",
+    "trainer",
+)
 
 
 def is_published(path: Path) -> bool:
@@ -100,7 +111,9 @@ def _optim(keys: KeyReader) -> OptimConfig:
     betas = keys.numbers(name("optimizer.betas"), default.betas, count=2)
     frozen = keys.raw(name("freeze_modules"), "") or ""
     if not isinstance(frozen, str):
-        raise ConfigError(f"{keys.where}: {name('freeze_modules')}: expected module paths with commas between, got {frozen!r}")
+        raise ConfigError(
+            f"{keys.where}: {name('freeze_modules')}: expected module paths with commas between, got {frozen!r}"
+        )
     return OptimConfig(
         learning_rate=LearningRates(
             base=base,

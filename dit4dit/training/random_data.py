@@ -44,6 +44,10 @@ class RandomData:
         return digest("random", self.model.frames, self.picture_size, self.clips, self.seed)
 
     @property
+    def clip_fingerprint(self) -> str:
+        return self.fingerprint
+
+    @property
     def picture_size(self) -> tuple[int, int]:
         height, width = self.model.image_size
         return height, width * len(embodiments.embodiment(self.embodiment).views)

@@ -89,7 +89,12 @@ def uniform_bits(rows: Tensor, salt: int, count: int) -> Tensor:
 
 def key_dropouts(module: nn.Module, keys: Keys) -> int:
     """Replace every nn.Dropout below `module`; returns how many there were."""
-    found = [(parent, name) for parent in module.modules() for name, child in parent.named_children() if type(child) is nn.Dropout]
+    found = [
+        (parent, name)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Dropout
+    ]
     for salt, (parent, name) in enumerate(found):
         layer = getattr(parent, name)
         setattr(parent, name, KeyedDropout(layer.p, salt + 1, keys).train(layer.training))

@@ -146,5 +146,3 @@ def save_frozen(folder: Path, model: DiT4DiT, text: TextEncoder) -> None:
     with own_format.new_folder(folder) as partial:
         for part, prefix in FROZEN.items():
             own_format.write_shards(partial / part, {n: t for n, t in tensors.items() if n.startswith(prefix)})
-
-

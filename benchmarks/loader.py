@@ -1,0 +1,138 @@
+"""Throughput of the data loader: samples per second for several numbers of workers, and where one process spends its time.
+
+Before anything is timed, the batches of every number of workers must be the same to the bit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dit4dit.benchmarks.harness import machine
+from numpy.typing import NDArray
+
+from dit4dit.config import ModelConfig
+from dit4dit.data.columns import Progress
+from dit4dit.data.lerobot import LeRobot
+from dit4dit.data.loader import Loader
+from dit4dit.data.mixture import Mixture
+from dit4dit.data.robots import Catalogue, Entry
+from dit4dit.data.samples import Samples, Window
+from dit4dit.data.writer import Writer
+
+MADE = {"episodes": 8, "frames": 120, "height": 256, "width": 256, "fps": 10}
+"""The data set that is made when none is given: LIBERO's keys, two views, h264 with a key frame every second frame."""
+
+
+def measure(
+    datasets: Sequence[Path],
+    robot: str | None,
+    model: ModelConfig,
+    *,
+    known: Catalogue,
+    modality: Path | None,
+    workers: Sequence[int],
+    batch_size: int,
+    batches: int,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Samples per second per number of workers, and shares of time in one process, with the machine they belong to."""
+    with tempfile.TemporaryDirectory() as scratch:
+        made = not datasets
+        if made:
+            datasets, robot = [make(Path(scratch) / "made")], "libero_franka"
+        assert robot is not None
+        named = None if modality is None else str(modality.resolve())
+        entries = [Entry(str(path), robot, modality=named) for path in datasets]
+        mixture = Mixture.open(entries, Path(), known, progress=progress)
+        window = Window.for_model(model)
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": 0}
+        _agree(mixture, window, workers, options)
+        runs = []
+        for count in workers:
+            seconds = _time(Loader(mixture, window, workers=count, **options), batches)
+            runs.append({"workers": count, "seconds": seconds, "samples_per_second": batches * batch_size / seconds})
+        return {
+            "data": MADE if made else [str(path) for path in datasets],
+            "window": {"frames": len(window.offsets), "horizon": window.horizon, "image_size": window.image_size},
+            "batch_size": batch_size,
+            "batches": batches,
+            "runs": runs,
+            "share_of_time": _shares(mixture, window, batches, options),
+            "machine": machine(),
+        }
+
+
+def make(root: Path, seed: int = 0) -> Path:
+    """A data set with LIBERO's keys: smooth moving pictures, which compress as a camera's do, and random numbers."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: MADE["height"], : MADE["width"]]
+    with Writer(root, MADE["fps"], version="v2.1") as writer:
+        for episode in range(MADE["episodes"]):
+            n = MADE["frames"]
+            shift = 3.0 * np.arange(n)[:, None, None]
+            waves = [128 + 100 * np.sin((x + shift) / (17 + 5 * c) + (y - shift) / (23 + episode)) for c in range(3)]
+            pictures = (np.stack(waves, axis=-1) + rng.normal(0, 4, (n, *x.shape, 1))).clip(0, 255).astype(np.uint8)
+            state, action = (rng.normal(size=(n, d)).astype(np.float32) for d in (8, 7))
+            views = {"observation.images.image": pictures, "observation.images.wrist_image": pictures[:, ::-1]}
+            writer.add({"observation.state": state, "action": action}, views, f"task {episode % 2}")
+    return root
+
+
+def _agree(mixture: Mixture, window: Window, workers: Sequence[int], options: dict[str, Any]) -> None:
+    first: list[Samples] = []
+    for count in workers:
+        iterator = iter(Loader(mixture, window, workers=count, **options))
+        got = [next(iterator) for _ in range(2)]
+        first = first or got
+        for a, b in zip(first, got, strict=True):
+            if a.sources != b.sources or not (torch.equal(a.video, b.video) and torch.equal(a.actions, b.actions)):
+                raise AssertionError(f"{count} workers give other batches than {workers[0]}: not timed")
+
+
+def _time(loader: Loader, batches: int) -> float:
+    """Seconds for `batches` batches, after as many as workers had ready when the clock started."""
+    iterator = iter(loader)
+    for _ in range(1 + 2 * loader.workers):
+        next(iterator)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    return time.perf_counter() - start
+
+
+class _Clocked(LeRobot):
+    """The same data set, adding up the seconds that decoding takes."""
+
+    seconds = 0.0
+
+    def pictures(self, camera: str, episode: int, frames: Sequence[int]) -> NDArray[np.uint8]:
+        start = time.perf_counter()
+        found = super().pictures(camera, episode, frames)
+        self.seconds += time.perf_counter() - start
+        return found
+
+
+def _shares(mixture: Mixture, window: Window, batches: int, options: dict[str, Any]) -> dict[str, float]:
+    """Shares of one process's time: decoding, and the rest (resizing, numbers, stacking)."""
+    loader = Loader(mixture, window, workers=0, **options)
+    clocked = [
+        _Clocked(r.data.meta, r.data.modality, r.data.columns, r.data.videos.backend) for r in mixture.recordings
+    ]
+    for reader, clock in zip(loader.dataset.readers, clocked, strict=True):
+        reader.recording = replace(reader.recording, data=clock)
+    iterator = iter(loader)
+    next(iterator)
+    before = sum(clock.seconds for clock in clocked)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    total = time.perf_counter() - start
+    decoding = (sum(clock.seconds for clock in clocked) - before) / total
+    return {"decoding": decoding, "the rest": 1 - decoding}

@@ -1,0 +1,233 @@
+"""`dit4dit stats`, `dit4dit data check` and `dit4dit bench loader`: the commands about training data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dit4dit.errors import DataError, InputError
+
+Datasets = tyro.conf.Positional[tuple[Path, ...]]
+
+
+def stats(
+    dataset: Datasets = (),
+    robot: str | None = None,
+    mixture: str | None = None,
+    root: Path = Path(),
+    robots: Path | None = None,
+    modality: Path | None = None,
+    skip_bad: bool = False,
+    out: Path | None = None,
+) -> int:
+    """Exact statistics of data sets, merged as the published code merges them.
+
+    Args:
+        dataset: LeRobot data set folders; with --mixture, none.
+        robot: robot type of the data sets; without one, statistics of their flat columns are shown.
+        mixture: a mixture instead, by name; its data sets are folders below --root.
+        root: folder that holds the data sets of a mixture.
+        robots: YAML file with robots and mixtures of your own.
+        modality: a modality.json for data sets that have none.
+        skip_bad: leave damaged episodes out, and say how many.
+        out: write this dataset_statistics.json.
+    """
+    from dit4dit.commands.report import table, write_json
+    from dit4dit.data.mixture import Mixture
+    from dit4dit.data.robots import Entry, catalogue
+
+    known = catalogue(robots)
+    if (mixture is None) == (not dataset):
+        raise InputError("stats: give data set folders, or --mixture and --root")
+    if mixture is None and robot is None:
+        if out is not None or skip_bad:
+            raise InputError("stats: --out and --skip-bad need --robot (or --mixture): they are about one robot's keys")
+        return _flat(dataset, modality)
+    if mixture is not None:
+        if robot is not None or modality is not None:
+            raise InputError(
+                "stats: the mixture says robot and modality of each data set; leave out --robot and --modality"
+            )
+        entries: tuple[Entry, ...] = known.mixture(mixture)
+    else:
+        assert robot is not None
+        named = None if modality is None else str(modality.resolve())
+        entries = tuple(Entry(str(path.resolve()), robot, modality=named) for path in dataset)
+    with _progress() as progress:
+        opened = Mixture.open(entries, root, known, skip_bad=skip_bad, progress=progress)
+        found = opened.statistics
+    for note in opened.notes:
+        _say(f"note: {note}")
+    for tag, entry in found.items():
+        _say(f"{tag}: {entry['num_transitions']:,} frames of {entry['num_trajectories']:,} episodes")
+        robots_of_tag = [r.embodiment for r in opened.recordings if r.embodiment.tag == tag]
+        names = {"action": robots_of_tag[0].action_names}
+        names["state"] = tuple(
+            f"{k.name}.{i}" if k.dim > 1 else k.name for k in robots_of_tag[0].state for i in range(k.dim)
+        )
+        for part in ("state", "action"):
+            if part in entry:
+                _say(table([part, *_NAMES], _rows(names[part], entry[part]), right=range(1, 7)))
+    if out is not None:
+        write_json(out, found)
+        _say(f"wrote {out}")
+    return 0
+
+
+def data_check(
+    dataset: Datasets,
+    robot: str | None = None,
+    robots: Path | None = None,
+    modality: Path | None = None,
+    decode: bool = True,
+    out: Path = Path("data_check"),
+) -> int:
+    """Look for everything in data sets that could spoil training; exit code 1 when there is any.
+
+    Writes a page with sample frames and joint curves (index.html) and everything found (check.json).
+
+    Args:
+        dataset: LeRobot data set folders.
+        robot: check that they hold what this robot type needs, too.
+        robots: YAML file with robots of your own.
+        modality: a modality.json for data sets that have none.
+        decode: decode every picture; --no-decode reads the headers of the video files only.
+        out: folder for the page and the JSON file.
+    """
+    from dit4dit.commands import data_sheet
+    from dit4dit.commands.report import write_json
+    from dit4dit.data.check import check
+    from dit4dit.data.robots import catalogue
+
+    if not dataset:
+        raise InputError("data check: give at least one data set folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder")
+    chosen = None if robot is None else catalogue(robots).robot(robot)
+    results: list[dict[str, Any]] = []
+    for path in dataset:
+        try:
+            with _progress() as progress:
+                results.append(check(path, robot=chosen, modality=modality, decode=decode, progress=progress))
+        except DataError as error:
+            whole = {"file": str(path), "row": None, "episode": None, "column": None, "message": str(error)}
+            results.append({"dataset": str(path), "errors": [whole], "warnings": []})
+    for result in results:
+        count = len(result["errors"])
+        size = f"{result['episodes']:,} episodes, {result['frames']:,} frames: " if "version" in result else ""
+        _say(f"{result['dataset']}: {size}{'ok' if not count else f'{count} errors' if count > 1 else '1 error'}")
+        for wrong in result["errors"][:20]:
+            _say(f"  error: {data_sheet.describe(wrong) if wrong['episode'] is not None else wrong['message']}")
+        if count > 20:
+            _say(f"  and {count - 20} more in {out / 'check.json'}")
+        for warning in result["warnings"]:
+            _say(f"  warning: {warning}")
+    write_json(out / "check.json", {"datasets": results})
+    _say(f"wrote {data_sheet.write(out, results)} and {out / 'check.json'}")
+    return 1 if any(result["errors"] for result in results) else 0
+
+
+def bench_loader(
+    dataset: Datasets = (),
+    robot: str | None = None,
+    preset: str = "libero",
+    robots: Path | None = None,
+    modality: Path | None = None,
+    workers: tuple[int, ...] = (0, 1, 2),
+    batch_size: int = 8,
+    batches: int = 20,
+    json: Path | None = None,
+) -> int:
+    """Samples per second of the data loader, and how much of the time goes into decoding.
+
+    Args:
+        dataset: LeRobot data set folders; without any, a small one of random pictures is made for the run.
+        robot: robot type of the data sets.
+        preset: model whose window (frames, horizon, picture size) is read.
+        robots: YAML file with robots of your own.
+        modality: a modality.json for data sets that have none.
+        workers: numbers of worker processes to time.
+        batch_size: samples of a batch.
+        batches: timed batches.
+        json: also write every number to this file.
+    """
+    from dit4dit.benchmarks import loader as module  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.commands.report import table, write_json
+    from dit4dit.data.robots import catalogue
+    from dit4dit.presets import preset as find
+
+    if batches < 1 or batch_size < 1 or min(workers, default=-1) < 0:
+        raise InputError("bench loader: expected --batches >= 1, --batch-size >= 1 and --workers >= 0")
+    if dataset and robot is None:
+        raise InputError("bench loader: give --robot, the robot type of the data sets")
+    with _progress() as progress:
+        result = module.measure(
+            [path.resolve() for path in dataset],
+            robot,
+            find(preset).model,
+            known=catalogue(robots),
+            modality=modality,
+            workers=workers,
+            batch_size=batch_size,
+            batches=batches,
+            progress=progress,
+        )
+    rows = [[r["workers"], f"{r['samples_per_second']:.1f}"] for r in result["runs"]]
+    _say(table(["workers", "samples/s"], rows, right=(0, 1)))
+    share = result["share_of_time"]
+    _say("one process: " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in share.items()))
+    if json is not None:
+        write_json(json, {"preset": preset, **result})
+    return 0
+
+
+_NAMES = ("mean", "std", "min", "max", "q01", "q99")
+
+
+def _rows(names: tuple[str, ...], entry: dict[str, Any]) -> list[list[str]]:
+    return [[name, *(f"{entry[key][i]:.6g}" for key in _NAMES)] for i, name in enumerate(names)]
+
+
+def _flat(datasets: tuple[Path, ...], modality: Path | None) -> int:
+    from dit4dit.commands.report import table
+    from dit4dit.data.lerobot import LeRobot
+    from dit4dit.data.statistics import flat_statistics
+
+    for path in datasets:
+        with _progress() as progress:
+            data = LeRobot.open(path, modality=modality, progress=progress)
+        used = {where.column for part in ("state", "action") for where in data.modality.part(part).values()}
+        problems = data.problems(used)
+        if problems:
+            raise DataError(
+                f"{problems[0]}; `dit4dit data check` lists all, --robot with --skip-bad leaves such episodes out"
+            )
+        _say(f"{path}: {data.meta.frames:,} frames of {len(data.meta.episodes):,} episodes")
+        for column in sorted(used):
+            found = {name: values.tolist() for name, values in flat_statistics(data, column).items()}
+            numbered = tuple(str(i) for i in range(len(found["mean"])))
+            _say(table([column, *_NAMES], _rows(numbered, found), right=range(1, 7)))
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(unit="file", disable=None, leave=False) as bar:
+
+        def progress(what: str, done: int, of: int) -> None:
+            bar.set_description(what[-50:])
+            bar.total, bar.n = of, done
+            bar.refresh()
+
+        yield progress
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,149 @@
+"""Looks at everything in a data set that could spoil a training run, decoding all of its pictures, and lists what is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit4dit.data.columns import Problem, Progress
+from dit4dit.data.lerobot import LeRobot
+from dit4dit.data.robots import Robot
+from dit4dit.data.samples import Recording
+from dit4dit.data.statistics import NAMES, flat_statistics
+from dit4dit.errors import DataError
+
+BATCH = 64
+"""Pictures decoded at once."""
+
+
+def check(
+    root: Path,
+    *,
+    robot: Robot | None = None,
+    modality: Path | None = None,
+    decode: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Everything about the data set in `root`, ready for JSON: facts, `errors` (each with file, row and message), `warnings`.
+
+    Args:
+        robot: check that the data set holds what this robot needs, too.
+        modality: a modality.json to use instead of the data set's own.
+        decode: decode every picture; without it only the headers of the video files are read.
+        progress: told how far it has come.
+
+    Raises:
+        DataError: there is no data set, or its meta folder is damaged.
+    """
+    standard = None if robot is None else robot.modality
+    data = LeRobot.open(root, modality=modality, standard=standard, progress=progress)
+    errors = list(data.columns.problems)
+    recording = None
+    if robot is not None:
+        recording = Recording.of(data, robot)
+    if decode:
+        errors += _decode(data, {(problem.episode, problem.column) for problem in errors}, progress)
+    spoilt = {problem.episode for problem in errors}
+    good = [i for i, episode in enumerate(data.meta.episodes) if episode.index not in spoilt]
+    columns = _columns(data, frozenset(range(len(data.meta.episodes))) - frozenset(good)) if good else {}
+    tasks = _tasks(data, good)
+    return {
+        "dataset": str(root),
+        "version": data.meta.version,
+        "robot": None if robot is None else robot.name,
+        "modality": None if modality is None else str(modality),
+        "fps": data.fps,
+        "episodes": len(data.meta.episodes),
+        "frames": data.meta.frames,
+        "seconds": data.meta.frames / data.fps,
+        "cameras": {
+            name: list(f.get("shape", [])) for name, f in data.meta.features.items() if f.get("dtype") == "video"
+        },
+        "keys": {part: list(data.modality.part(part)) for part in ("state", "action", "video", "annotation")},
+        "decoded": decode,
+        "errors": [asdict(problem) for problem in errors],
+        "warnings": _warnings(data, columns, tasks, recording),
+        "columns": columns,
+        "tasks": tasks,
+    }
+
+
+def _decode(data: LeRobot, known: set[tuple[int, str | None]], progress: Progress | None) -> list[Problem]:
+    """Problems found by decoding every picture of the episodes that are not known to be damaged."""
+    problems = []
+    episodes = data.meta.episodes
+    for i, episode in enumerate(episodes):
+        if progress is not None:
+            progress(f"decoding episode {episode.index}", i, len(episodes))
+        for camera, place in episode.videos.items():
+            if known & {(episode.index, None), (episode.index, camera)}:
+                continue
+            try:
+                for first in range(0, episode.length, BATCH):
+                    data.pictures(camera, i, range(first, min(first + BATCH, episode.length)))
+            except DataError as error:
+                why = str(error).removeprefix(f"{place.path}: ")
+                problems.append(Problem(str(place.path), None, episode.index, camera, why))
+    return problems
+
+
+def _columns(data: LeRobot, without: frozenset[int]) -> dict[str, dict[str, list[float]]]:
+    """Statistics of the columns that state and action are made of."""
+    used = {where.column for part in ("state", "action") for where in data.modality.part(part).values()}
+    out = {}
+    for column in sorted(used & set(data.columns.digests)):
+        vectors = flat_statistics(data, column, without)
+        out[column] = {name: vectors[name].tolist() for name in NAMES}
+    return out
+
+
+def _tasks(data: LeRobot, good: list[int]) -> dict[str, int]:
+    """Instruction -> frames that have it, over all annotations."""
+    count: Counter[str] = Counter()
+    for column in sorted(set(data.modality.annotation.values()) & set(data.columns.digests)):
+        for i in good:
+            numbers, frames = np.unique(data.columns[column][data.rows(i)], return_counts=True)
+            count.update({data.meta.tasks[int(n)]: int(k) for n, k in zip(numbers, frames, strict=True)})
+    return dict(count)
+
+
+def _warnings(
+    data: LeRobot,
+    columns: Mapping[str, Mapping[str, list[float]]],
+    tasks: Mapping[str, int],
+    recording: Recording | None,
+) -> list[str]:
+    """What is allowed and still worth a look."""
+    out = []
+    for column, found in columns.items():
+        low, high, q01, q99 = (np.asarray(found[name]) for name in ("min", "max", "q01", "q99"))
+        if (low == high).any():
+            out.append(
+                f"{column}: constant at positions {np.flatnonzero(low == high).tolist()}; min_max maps them to 0"
+            )
+        spread = q99 - q01
+        far = (np.maximum(high - q99, q01 - low) > 10 * spread) & (spread > 0)
+        if far.any():
+            out.append(
+                f"{column}: outliers at positions {np.flatnonzero(far).tolist()}: beyond ten times the range of q01..q99"
+            )
+    blank = [words for words in tasks if not words.strip()]
+    if blank:
+        out.append(f"{tasks[blank[0]]} frames have an empty instruction")
+    same = Counter(" ".join(words.lower().split()) for words in tasks)
+    twice = [words for words, n in same.items() if n > 1]
+    if twice:
+        out.append(f"instructions that differ only in case or spaces: {twice[0]!r}")
+    if not (data.meta.root / "meta" / "modality.json").is_file():
+        out.append(
+            f"no meta/modality.json: keys are {'the standard ones of the robot' if recording else 'whole columns'}"
+        )
+    relative = [] if recording is None else [source.name for source in recording.action if not source.where.absolute]
+    if relative:
+        out.append(f"relative actions, zero past the end of an episode: {', '.join(relative)}")
+    return out

@@ -1,0 +1,104 @@
+"""A LeRobot data set to read from: v2.0, v2.1 or v3.0 (info.json tells), with or without GR00T's modality.json."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit4dit.data.columns import Columns, Problem, Progress, open_columns
+from dit4dit.data.meta import EpisodeMeta, Meta, read_meta
+from dit4dit.data.modality import Modality, Slice, from_features, parse, read_modality
+from dit4dit.data.video import Backend, Frames, VideoReader
+from dit4dit.errors import DataError
+
+
+class LeRobot:
+    """See the module. Episodes are addressed by their position in `meta.episodes`, frames from 0 within the episode.
+
+    Picklable: a worker opens its own files and shares the memory-mapped numbers.
+    """
+
+    def __init__(self, meta: Meta, modality: Modality, columns: Columns, backend: Backend = "pyav") -> None:
+        self.meta, self.modality, self.columns = meta, modality, columns
+        self.videos = VideoReader(backend)
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        *,
+        modality: Path | None = None,
+        standard: Mapping[str, Any] | None = None,
+        backend: Backend = "pyav",
+        progress: Progress | None = None,
+    ) -> LeRobot:
+        """Open the data set in the folder `root`.
+
+        Args:
+            modality: a modality.json to use instead of the data set's own.
+            standard: content of one to use when the data set has none; without it keys come whole from info.json.
+            backend: pyav or torchcodec.
+            progress: told how far reading the files for the first time has come.
+
+        Raises:
+            DataError: no data set, or a meta folder that is damaged. Damaged episodes are listed in `columns.problems`.
+        """
+        meta = read_meta(root)
+        return cls(meta, _modality(meta, modality, standard), open_columns(meta, progress), backend)
+
+    @property
+    def name(self) -> str:
+        return str(self.meta.root)
+
+    @property
+    def fps(self) -> float:
+        return self.meta.fps
+
+    def problems(self, columns: Collection[str]) -> list[Problem]:
+        """What is wrong with episodes as a whole, or with one of these columns or cameras."""
+        return [problem for problem in self.columns.problems if problem.column is None or problem.column in columns]
+
+    def rows(self, episode: int) -> slice:
+        """The rows of an episode in `columns`."""
+        start = self.columns.starts[episode]
+        return slice(start, start + self.meta.episodes[episode].length)
+
+    def values(self, where: Slice, episode: int) -> NDArray[np.float32]:
+        """One key of one episode, float32 [length, size]."""
+        found: NDArray[np.float32] = self.columns[where.column][self.rows(episode), where.start : where.end]
+        return found
+
+    def task(self, column: str, episode: int, frame: int) -> str:
+        """The instruction of one frame."""
+        return self.meta.tasks[int(self.columns[column][self.rows(episode)][frame, 0])]
+
+    def pictures(self, camera: str, episode: int, frames: Sequence[int]) -> Frames:
+        """uint8 [n, H, W, 3] of these frames of an episode.
+
+        Raises:
+            DataError: the file is missing or damaged, or holds no such frame.
+        """
+        place = self.meta.episodes[episode].videos[camera]
+        decoder = self.videos.decoder(place.path)
+        first = 0 if place.start == 0 else decoder.first_frame(place.start)
+        return decoder.frames([first + frame for frame in frames])
+
+    def episode(self, episode: int) -> EpisodeMeta:
+        return self.meta.episodes[episode]
+
+
+def _modality(meta: Meta, named: Path | None, standard: Mapping[str, Any] | None) -> Modality:
+    own = meta.root / "meta" / "modality.json"
+    if named is not None or own.is_file():
+        return read_modality(named or own, meta.features)
+    if standard:
+        where = f"{meta.root} has no meta/modality.json, and the robot's standard one does not fit"
+        try:
+            return parse(standard, meta.features, str(meta.info))
+        except DataError as error:
+            raise DataError(f"{where} ({error}); name one with `modality`") from None
+    return from_features(meta.features, str(meta.info))

@@ -1,0 +1,142 @@
+"""Several data sets as one source of samples: opened, checked, weighted, with their statistics and a split by episode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from dit4dit import stats
+from dit4dit.data.columns import Problem, Progress
+from dit4dit.data.lerobot import LeRobot
+from dit4dit.data.robots import Catalogue, Entry
+from dit4dit.data.samples import Recording, SampleReader, Window
+from dit4dit.data.statistics import mixture_statistics
+from dit4dit.data.video import Backend
+from dit4dit.errors import ConfigError, DataError
+
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """See the module.
+
+    Attributes:
+        names: the data sets, as their entries call them.
+        weights: a data set is drawn with its weight, whatever its length.
+        skipped: damaged episodes that are left out, because that was asked for.
+    """
+
+    names: tuple[str, ...]
+    recordings: tuple[Recording, ...]
+    weights: tuple[float, ...]
+    skipped: tuple[Problem, ...] = ()
+    without: tuple[frozenset[int], ...] = ()
+
+    @classmethod
+    def open(
+        cls,
+        entries: Sequence[Entry],
+        root: Path,
+        catalogue: Catalogue,
+        *,
+        skip_bad: bool = False,
+        backend: Backend = "pyav",
+        progress: Progress | None = None,
+    ) -> Mixture:
+        """Open the data sets of `entries`, folders below `root`.
+
+        Raises:
+            DataError: a damaged data set, with file and row (with `skip_bad` only where no episode is left), or a frame rate
+                that the entry does not declare.
+            ConfigError: an unknown robot, or one that does not fit.
+        """
+        recordings, skipped, without = [], [], []
+        for entry in entries:
+            recording = _open(entry, root, catalogue, backend, progress)
+            problems = recording.data.problems(recording.columns)
+            if problems and not skip_bad:
+                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                raise DataError(
+                    f"{problems[0]}{more}; `dit4dit data check` lists all, --skip-bad leaves such episodes out"
+                )
+            spoilt = {problem.episode for problem in problems}
+            episodes = recording.data.meta.episodes
+            bad = frozenset(i for i, episode in enumerate(episodes) if episode.index in spoilt)
+            if len(bad) == len(episodes):
+                raise DataError(f"{recording.data.name}: no episode without damage; the first: {problems[0]}")
+            recordings.append(recording)
+            skipped += problems
+            without.append(bad)
+        names = tuple(entry.dataset for entry in entries)
+        return cls(names, tuple(recordings), tuple(e.weight for e in entries), tuple(skipped), tuple(without))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know before training on this mixture."""
+        rates = {name: recording.data.fps for name, recording in zip(self.names, self.recordings, strict=True)}
+        out = []
+        if len(set(rates.values())) > 1:
+            listed = ", ".join(f"{name} {fps:g}" for name, fps in rates.items())
+            out.append(f"mixed frame rates, so that a step lasts differently long: {listed} fps")
+        if self.skipped:
+            out.append(f"{sum(map(len, self.without))} damaged episodes left out; the first: {self.skipped[0]}")
+        return tuple(out)
+
+    @cached_property
+    def statistics(self) -> dict[str, Any]:
+        """Content of dataset_statistics.json, over all episodes that are used, held out or not."""
+        return mixture_statistics(self.recordings, self.weights, self.without)
+
+    def readers(self, window: Window) -> tuple[SampleReader, ...]:
+        """One reader for each data set, normalising with the merged statistics of its embodiment's tag."""
+        where = "statistics of the mixture"
+        return tuple(
+            SampleReader(recording, stats.parse(self.statistics, recording.embodiment.tag, where), window)
+            for recording in self.recordings
+        )
+
+    def episodes(self, split: Split, fraction: float, seed: int) -> tuple[tuple[int, ...], ...]:
+        """Positions of the episodes of one side of the split, for each data set.
+
+        `fraction` of each data set's episodes (rounded, at least one and never all where there are two) is held out. Which ones
+        is a function of `seed`, the data set's name and the episode's number: more episodes later do not reshuffle it.
+
+        Raises:
+            ConfigError: a fraction outside 0..1, or a side that has no episodes at all.
+        """
+        if not 0 <= fraction < 1:
+            raise ConfigError(f"held-out fraction: expected 0 to below 1, got {fraction}")
+        out = []
+        for name, recording, bad in zip(self.names, self.recordings, self.without, strict=True):
+            good = [i for i in range(len(recording.data.meta.episodes)) if i not in bad]
+            count = min(max(1, round(fraction * len(good))), len(good) - 1) if fraction else 0
+            ranked = sorted(good, key=lambda i: _rank(seed, name, recording.data.meta.episodes[i].index))
+            held = set(ranked[:count])
+            out.append(tuple(i for i in good if (i in held) == (split == "heldout")))
+        if not any(out):
+            raise ConfigError(
+                f"no episodes for {split!r} with a held-out fraction of {fraction}; give more data, or another"
+            )
+        return tuple(out)
+
+
+def _rank(seed: int, name: str, episode: int) -> bytes:
+    return hashlib.blake2b(f"{seed} {name} {episode}".encode(), digest_size=8).digest()
+
+
+def _open(entry: Entry, root: Path, catalogue: Catalogue, backend: Backend, progress: Progress | None) -> Recording:
+    robot = catalogue.robot(entry.robot)
+    modality = None if entry.modality is None else root / entry.modality
+    data = LeRobot.open(
+        root / entry.dataset, modality=modality, standard=robot.modality, backend=backend, progress=progress
+    )
+    if entry.fps is not None and abs(data.fps - entry.fps) > 1e-6 * entry.fps:
+        raise DataError(
+            f"{data.meta.info}: fps: the mixture declares {entry.fps:g}, the data set has {data.fps:g}; mend whichever is wrong"
+        )
+    return Recording.of(data, robot)

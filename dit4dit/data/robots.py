@@ -1,0 +1,268 @@
+"""Robot types and mixtures as data: the published ones ship in robots.yaml and mixtures.yaml, users add theirs in a file alike.
+
+A robot type says which keys of a data set make up state, action and pictures. It becomes an `Embodiment`, the object that the
+policy uses, once a data set tells how many values each key has; where the policy has the embodiment already, that one is taken.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dit4dit.config import build
+from dit4dit.data.rotations import TARGETS
+from dit4dit.embodiments import EMBODIMENTS
+from dit4dit.embodiments.embodiment import Array, Embodiment, Key, field_of, join_action, split_action
+from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.transforms import Mode
+from dit4dit.types import Observation
+
+MODES = typing.get_args(Mode)
+
+
+@dataclass(frozen=True)
+class Robot:
+    """One entry of `robots:`; robots.yaml explains the keys."""
+
+    name: str
+    language: str
+    action_steps: int
+    embodiment: str | None = None
+    """Name of the policy's embodiment; views, keys, normalisation, encoding and tag are then its own."""
+    tag: str = "new_embodiment"
+    video: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    action: tuple[str, ...] = ()
+    normalization: dict = field(default_factory=dict)
+    sin_cos_state: bool = False
+    target_rotations: dict = field(default_factory=dict)
+    modality: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = f"robot {self.name!r}"
+        if not self.language.startswith("annotation."):
+            raise ConfigError(f"{where}: language: expected 'annotation.<key>', got {self.language!r}")
+        keys = [f"state.{key}" for key in self.state] + [f"action.{key}" for key in self.action]
+        for option in ("normalization", "target_rotations"):
+            for key in getattr(self, option):
+                if key not in keys:
+                    raise ConfigError(f"{where}: {option}: unknown key {key!r}{did_you_mean(str(key), keys)}")
+        for key, mode in self.normalization.items():
+            if mode not in MODES:
+                raise ConfigError(f"{where}: normalization of {key}: expected one of {', '.join(MODES)}, got {mode!r}")
+        for key, target in self.target_rotations.items():
+            if target not in TARGETS:
+                raise ConfigError(f"{where}: rotation of {key}: expected one of {', '.join(TARGETS)}, got {target!r}")
+        if self.action_steps < 1:
+            raise ConfigError(f"{where}: action_steps: expected at least 1, got {self.action_steps}")
+        for part in ("video", "action"):
+            if not getattr(self, part):
+                raise ConfigError(f"{where}: {part}: expected at least one key; list them, or name an embodiment")
+
+    @property
+    def annotation(self) -> str:
+        """Key of the task's annotation in modality.json."""
+        return self.language.removeprefix("annotation.")
+
+    def to_embodiment(self, sizes: Mapping[str, int], rate_hz: float, where: str) -> Embodiment:
+        """What the policy calls this robot.
+
+        Args:
+            sizes: values of each key as a sample holds it, by "state.<key>" and "action.<key>".
+            rate_hz: frames per second of the data, for a robot that the policy does not know yet.
+            where: the data set, for the message.
+
+        Raises:
+            ConfigError: the policy knows the robot, with other sizes.
+        """
+        if self.embodiment is not None:
+            known = EMBODIMENTS[self.embodiment]
+            for part, listed in (("state", known.state), ("action", known.action)):
+                for key in listed:
+                    got = sizes[f"{part}.{key.name}"]
+                    if got != key.dim:
+                        raise ConfigError(
+                            f"{where}: {part}.{key.name}: robot {self.name!r} has {key.dim} values there, the data set {got}; "
+                            "choose another robot, or mend modality.json"
+                        )
+            return known
+        return Embodiment(
+            name=self.name,
+            tag=self.tag,
+            views=self.video,
+            state=self._keys("state", self.state, sizes),
+            action=self._keys("action", self.action, sizes),
+            state_encoding="sin_cos" if self.sin_cos_state else "normalized",
+            rate_hz=rate_hz,
+            observe=_Observe(self),
+            command=_Command(tuple((key, sizes[f"action.{key}"]) for key in self.action)),
+            record=_Record(tuple((key, sizes[f"action.{key}"]) for key in self.action)),
+            resize="bilinear",
+        )
+
+    def _keys(self, part: str, names: Sequence[str], sizes: Mapping[str, int]) -> tuple[Key, ...]:
+        return tuple(
+            Key(name, sizes[f"{part}.{name}"], self.normalization.get(f"{part}.{name}", "none")) for name in names
+        )
+
+
+@dataclass(frozen=True)
+class _Observe:
+    """{"video.<view>": picture, "state.<key>": [d]} -> named data. A class, so that an embodiment can be pickled."""
+
+    robot: Robot
+
+    def __call__(self, raw: Mapping[str, Any]) -> Observation:
+        name = self.robot.name
+        images = {view: field_of(raw, f"video.{view}", name) for view in self.robot.video}
+        return Observation(images=images, state={key: field_of(raw, f"state.{key}", name) for key in self.robot.state})
+
+
+@dataclass(frozen=True)
+class _Command:
+    parts: tuple[tuple[str, int], ...]
+
+    def __call__(self, action: Array) -> dict[str, Array]:
+        return split_action(action, self.parts)
+
+
+@dataclass(frozen=True)
+class _Record:
+    parts: tuple[tuple[str, int], ...]
+
+    def __call__(self, sent: Mapping[str, Any]) -> Array:
+        return join_action(sent, self.parts)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set of a mixture; mixtures.yaml explains the keys."""
+
+    dataset: str
+    robot: str
+    weight: float = 1.0
+    fps: float | None = None
+    modality: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"data set {self.dataset!r}: weight: expected more than 0, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All robots and mixtures that are known: the package's, and those of a user's file."""
+
+    robots: Mapping[str, Robot]
+    mixtures: Mapping[str, tuple[Entry, ...]]
+    unpublished: frozenset[str] = frozenset()
+
+    def robot(self, name: str) -> Robot:
+        """ConfigError with a suggestion when there is none of that name."""
+        if name in self.unpublished and name not in self.robots:
+            raise ConfigError(
+                f"robot {name!r}: never published, so not available; define it in a file of your own (--robots)"
+            )
+        if name not in self.robots:
+            known = list(self.robots)
+            raise ConfigError(f"robot {name!r}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
+        return self.robots[name]
+
+    def mixture(self, name: str) -> tuple[Entry, ...]:
+        """ConfigError with a suggestion when there is none of that name, or when one of its robots is not available."""
+        if name not in self.mixtures:
+            known = list(self.mixtures)
+            raise ConfigError(f"mixture {name!r}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
+        for entry in self.mixtures[name]:
+            self.robot(entry.robot)
+        return self.mixtures[name]
+
+
+def catalogue(extra: Path | None = None) -> Catalogue:
+    """The package's robots and mixtures, and those of the YAML file `extra` (`robots:` and `mixtures:`, same keys).
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, has an unknown key, or names something that the package has.
+    """
+    here = Path(__file__).parent
+    own, ours = read_yaml(here / "robots.yaml"), read_yaml(here / "mixtures.yaml")
+    known = Catalogue(
+        {name: _robot(name, data, "robots.yaml") for name, data in own["robots"].items()},
+        {name: _entries(name, data, "mixtures.yaml") for name, data in ours["mixtures"].items()},
+        frozenset(own["unpublished"]),
+    )
+    return known if extra is None else _extend(known, extra)
+
+
+def _extend(known: Catalogue, path: Path) -> Catalogue:
+    data = read_yaml(path)
+    for key in data:
+        if key not in ("robots", "mixtures"):
+            raise ConfigError(f"{path}: unknown key {key!r}{did_you_mean(str(key), ['robots', 'mixtures'])}")
+    parts: dict[str, dict[str, Any]] = {}
+    for part, names in (("robots", known.robots), ("mixtures", known.mixtures)):
+        parts[part] = data.get(part) or {}
+        if not isinstance(parts[part], dict):
+            raise ConfigError(f"{path}: {part}: expected a mapping from names, got {type(parts[part]).__name__}")
+        for name in parts[part]:
+            if name in names:
+                raise ConfigError(f"{path}: {part}: {name!r} is the package's own; choose another name")
+    robots = {**known.robots, **{n: _robot(n, d, str(path)) for n, d in parts["robots"].items()}}
+    mixtures = {**known.mixtures, **{n: _entries(n, d, str(path)) for n, d in parts["mixtures"].items()}}
+    return replace(known, robots=robots, mixtures=mixtures)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; ConfigError when the file is missing or something else."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping, got {type(data).__name__}")
+    return data
+
+
+def _robot(name: str, data: Any, where: str) -> Robot:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: robots.{name}: expected a mapping, got {type(data).__name__}")
+    data = dict(data)
+    chosen = data.get("embodiment")
+    if chosen is not None:
+        if chosen not in EMBODIMENTS:
+            known = ", ".join(EMBODIMENTS)
+            near = did_you_mean(str(chosen), list(EMBODIMENTS))
+            raise ConfigError(f"{where}: robots.{name}.embodiment: unknown {chosen!r}{near}; known: {known}")
+        its_own = ("tag", "video", "state", "action", "normalization", "sin_cos_state", "target_rotations")
+        for key in its_own:
+            if key in data:
+                raise ConfigError(f"{where}: robots.{name}.{key}: embodiment {chosen!r} decides it; leave it out")
+        data |= _of_embodiment(EMBODIMENTS[chosen])
+    return build(Robot, {"name": name, **data}, f"{where}: robots.{name}")
+
+
+def _of_embodiment(known: Embodiment) -> dict[str, Any]:
+    keys = {"state": known.state, "action": known.action}
+    # a sin/cos state is not normalised, whatever its keys say
+    modes = {f"{part}.{key.name}": key.normalization for part, listed in keys.items() for key in listed}
+    shown = {k: m for k, m in modes.items() if m != "none" and not (known.state_encoding == "sin_cos" and k[0] == "s")}
+    return {
+        "tag": known.tag,
+        "video": known.views,
+        **{part: tuple(key.name for key in listed) for part, listed in keys.items()},
+        "normalization": shown,
+        "sin_cos_state": known.state_encoding == "sin_cos",
+    }
+
+
+def _entries(name: str, data: Any, where: str) -> tuple[Entry, ...]:
+    if not isinstance(data, list) or not data:
+        raise ConfigError(f"{where}: mixtures.{name}: expected a list of data sets, got {data!r:.60}")
+    return tuple(build(Entry, item, f"{where}: mixtures.{name}[{i}]") for i, item in enumerate(data))

@@ -1,0 +1,295 @@
+"""Training samples: what a robot would have seen at frame t of an episode, what came next, and what it did.
+
+The published loader's sample (section "A training sample" of its code's description), made with the embodiment's own chains, the
+ones that the policy runs: pictures by `ops.preprocess` with the bilinear filter, state encoded and padded, actions normalised
+and padded. Past the end of an episode pictures and absolute actions repeat the last one, relative actions are zero before
+normalisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit4dit.config import ModelConfig
+from dit4dit.data.lerobot import LeRobot
+from dit4dit.data.modality import Slice
+from dit4dit.data.robots import Robot
+from dit4dit.data.rotations import TARGETS, convert
+from dit4dit.embodiments.embodiment import Embodiment
+from dit4dit.errors import ConfigError, DataError
+from dit4dit.ops.preprocess import preprocess
+from dit4dit.transforms import Chain
+from dit4dit.types import Batch
+
+if TYPE_CHECKING:
+    from dit4dit.stats import Statistics
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which frames and actions a sample has, and how wide they are."""
+
+    offsets: tuple[int, ...]
+    """Frames of the clip, counted from t; the first is 0."""
+    horizon: int
+    image_size: tuple[int, int]
+    action_dim: int
+    state_dim: int | None
+    mask_padded: bool = False
+    """Leave time steps past the end of an episode out of the action loss; the published loader does not."""
+
+    def __post_init__(self) -> None:
+        if not self.offsets or self.offsets[0] != 0 or list(self.offsets) != sorted(set(self.offsets)):
+            raise ConfigError(f"window: offsets: expected 0 and rising numbers, got {self.offsets}")
+
+    @classmethod
+    def for_model(
+        cls, model: ModelConfig, *, video_delta_indices: Sequence[int] | None = None, action_video_freq_ratio: int = 1,
+        mask_padded: bool = False,
+    ) -> Window:  # fmt: skip
+        """What `model` takes. Without `video_delta_indices` the clip spans the action chunk with equal steps.
+
+        Raises:
+            ConfigError: the indices give another number of frames than the model has, or K does not split into F - 1 steps.
+        """
+        head = model.head
+        if video_delta_indices is None:
+            if model.frames > 1 and head.action_horizon % (model.frames - 1):
+                raise ConfigError(
+                    f"window: {head.action_horizon} actions do not split into {model.frames - 1} equal steps of the clip; "
+                    "give video_delta_indices and action_video_freq_ratio"
+                )
+            step = head.action_horizon // max(1, model.frames - 1)
+            offsets = tuple(step * i for i in range(model.frames))
+        else:
+            offsets = tuple(video_delta_indices[::action_video_freq_ratio])
+        if len(offsets) != model.frames:
+            raise ConfigError(
+                f"window: the model takes {model.frames} frames, the indices give {len(offsets)}: {offsets}"
+            )
+        return cls(offsets, head.action_horizon, model.image_size, head.action_dim, head.state_dim, mask_padded)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a sample comes from."""
+
+    dataset: str
+    episode: int
+    """The data set's own number."""
+    frame: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One training sample.
+
+    Attributes:
+        video: joined views of the clip, float32 [F, 3, H, W] in [-1, 1]; frame 0 is the one that a policy sees. None where it
+            was not asked for.
+        lang: the instruction.
+        actions: normalised, zero-padded actions [K, A_model].
+        action_mask: True on real entries [K, A_model].
+        state: encoded, padded state [1, state_dim]; None for a model without a state token.
+    """
+
+    video: Tensor | None
+    lang: str
+    actions: Tensor
+    action_mask: Tensor
+    state: Tensor | None
+    source: Source
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Samples stacked along a first axis B; `batch` makes of them what the model takes."""
+
+    video: Tensor
+    lang: tuple[str, ...]
+    actions: Tensor
+    action_mask: Tensor
+    state: Tensor | None
+    sources: tuple[Source, ...]
+
+    @classmethod
+    def collate(cls, samples: Sequence[Sample]) -> Samples:
+        """ConfigError where pictures differ in size (robots with other numbers of views need batches of their own)."""
+        videos = [sample.video for sample in samples if sample.video is not None]
+        sizes = {tuple(video.shape) for video in videos}
+        if len(sizes) > 1:
+            raise ConfigError(f"samples of one batch have clips of different sizes: {sorted(sizes)}; train them apart")
+        states = [sample.state for sample in samples if sample.state is not None]
+        return cls(
+            video=torch.stack(videos),
+            lang=tuple(sample.lang for sample in samples),
+            actions=torch.stack([sample.actions for sample in samples]),
+            action_mask=torch.stack([sample.action_mask for sample in samples]),
+            state=torch.stack(states) if states else None,
+            sources=tuple(sample.source for sample in samples),
+        )
+
+    def pin_memory(self) -> Samples:
+        """The same in page-locked memory; torch's loader calls it."""
+        state = None if self.state is None else self.state.pin_memory()
+        tensors = (self.actions.pin_memory(), self.action_mask.pin_memory(), state)
+        return Samples(self.video.pin_memory(), self.lang, *tensors, self.sources)
+
+    def batch(self, prompt_embeds: Tensor) -> Batch:
+        """The model's batch, on the device of `prompt_embeds` [B, L, text_in] (one for each of `lang`)."""
+        device = prompt_embeds.device
+        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        return Batch(
+            video=move(self.video),
+            prompt_embeds=prompt_embeds,
+            actions=move(self.actions),
+            action_mask=move(self.action_mask),
+            state=None if self.state is None else move(self.state),
+        )
+
+
+@dataclass(frozen=True)
+class KeySource:
+    """One key of a robot's state or action: where it is stored, and what its rotations become."""
+
+    name: str
+    where: Slice
+    target: str | None
+
+    @property
+    def size(self) -> int:
+        return self.where.size if self.target is None else TARGETS[self.target][0]
+
+    @property
+    def stored_as(self) -> str:
+        return self.where.rotation or "axis_angle"
+
+    @property
+    def converted(self) -> bool:
+        return self.target is not None and self.target != self.stored_as
+
+    def read(self, values: Array) -> Array:
+        """Stored values [..., where.size] -> what the robot calls this key [..., size]."""
+        if self.target is None or not self.converted:
+            return values
+        return convert(values, self.stored_as, self.target)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A data set seen as one robot's: the keys in the robot's order, resolved and checked once."""
+
+    data: LeRobot
+    robot: Robot
+    embodiment: Embodiment
+    state: tuple[KeySource, ...]
+    action: tuple[KeySource, ...]
+    cameras: tuple[str, ...]
+    language: str
+
+    @classmethod
+    def of(cls, data: LeRobot, robot: Robot) -> Recording:
+        """See `robot` in `data`.
+
+        Raises:
+            DataError: a key, camera or annotation that the robot needs is not there.
+            ConfigError: the policy knows the robot, with other sizes.
+        """
+        modality = data.modality
+        parts: dict[str, tuple[KeySource, ...]] = {}
+        for part, keys in (("state", robot.state), ("action", robot.action)):
+            sources = []
+            for key in keys:
+                where, target = modality.find(part, key), robot.target_rotations.get(f"{part}.{key}")
+                if target is not None and where.rotation is None and where.size != 3:
+                    raise DataError(f"{modality.where}: {part}.{key}: needs its rotation_type, to become {target}")
+                sources.append(KeySource(key, where, target))
+            parts[part] = tuple(sources)
+        cameras = tuple(modality.find("video", view) for view in robot.video)
+        for view, camera in zip(robot.video, cameras, strict=True):
+            if data.meta.features[camera].get("dtype") != "video":
+                raise DataError(
+                    f"{data.meta.info}: {camera!r} (view {view!r}): pictures stored inside parquet files are not supported; "
+                    "convert the data set to video"
+                )
+        sizes = {f"{part}.{source.name}": source.size for part, sources in parts.items() for source in sources}
+        embodiment = robot.to_embodiment(sizes, data.fps, modality.where)
+        language = modality.find("annotation", robot.annotation)
+        return cls(data, robot, embodiment, parts["state"], parts["action"], cameras, language)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Columns and cameras that samples read."""
+        keys = {source.where.column for source in (*self.state, *self.action)}
+        return frozenset({*keys, *self.cameras, self.language, "timestamp"})
+
+    def vector(self, part: str, episode: int, frames: NDArray[np.int64]) -> Array:
+        """The state or action vector at these frames of an episode in robot units, float32 [n, d]."""
+        sources = self.state if part == "state" else self.action
+        pieces = [source.read(self.data.values(source.where, episode)[frames]) for source in sources]
+        return np.concatenate(pieces, axis=1) if pieces else np.zeros((len(frames), 0), np.float32)
+
+    def length(self, episode: int) -> int:
+        return self.data.meta.episodes[episode].length
+
+    @property
+    def relative(self) -> NDArray[np.bool_]:
+        """True on action dimensions that are zero, not repeated, past the end of an episode."""
+        return np.array([not source.where.absolute for source in self.action for _ in range(source.size)])
+
+
+class SampleReader:
+    """Samples of one recording for one model."""
+
+    def __init__(self, recording: Recording, statistics: Statistics, window: Window) -> None:
+        self.recording, self.window = recording, window
+        robot = recording.embodiment
+        self.action: Chain = robot.action_chain(statistics, window.action_dim)
+        self.state: Chain | None = None if window.state_dim is None else robot.state_chain(statistics, window.state_dim)
+
+    def read(self, episode: int, frame: int, *, video: bool = True) -> Sample:
+        """The sample at `frame` of the episode at position `episode`; without `video` nothing is decoded.
+
+        Raises:
+            DataError: its video cannot be decoded.
+        """
+        recording, window = self.recording, self.window
+        length = recording.length(episode)
+        actions, valid = self._actions(episode, frame, length)
+        mask = np.zeros((window.horizon, window.action_dim), dtype=bool)
+        mask[:, : recording.embodiment.action_dim] = valid[:, None] | (not window.mask_padded)
+        state = None
+        if self.state is not None:
+            now = recording.vector("state", episode, np.array([frame]))
+            state = torch.from_numpy(self.state.forward(now))
+        return Sample(
+            video=self._clip(episode, frame, length) if video else None,
+            lang=recording.data.task(recording.language, episode, frame),
+            actions=torch.from_numpy(self.action.forward(actions)),
+            action_mask=torch.from_numpy(mask),
+            state=state,
+            source=Source(recording.data.name, recording.data.meta.episodes[episode].index, frame),
+        )
+
+    def _clip(self, episode: int, frame: int, length: int) -> Tensor:
+        recording, window = self.recording, self.window
+        numbers = [min(frame + offset, length - 1) for offset in window.offsets]
+        views = [torch.from_numpy(recording.data.pictures(camera, episode, numbers)) for camera in recording.cameras]
+        return preprocess(views, window.image_size, "bilinear", torch.float32)
+
+    def _actions(self, episode: int, frame: int, length: int) -> tuple[Array, NDArray[np.bool_]]:
+        """Robot actions [K, d] from `frame` on, padded past the end; and which of them are real [K]."""
+        steps = frame + np.arange(self.window.horizon)
+        valid = steps < length
+        actions = self.recording.vector("action", episode, np.minimum(steps, length - 1))
+        actions[np.ix_(~valid, self.recording.relative)] = 0.0
+        return actions, valid
