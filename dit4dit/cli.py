@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from dit4dit.commands import data as data_commands
+from dit4dit.commands import train_bench
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
 Device = str
@@ -333,6 +334,7 @@ BENCHMARKS: dict[str, Callable[..., int]] = {
     "flops": bench_flops,
     "latency": bench_latency,
     "loader": data_commands.bench_loader,
+    "training": train_bench.bench_training,
 }
 DATA: dict[str, Callable[..., int]] = {"check": data_commands.data_check}
 GROUPS = {"bench": BENCHMARKS, "data": DATA}

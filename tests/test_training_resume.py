@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
+import training_runs as runs
+import training_worker as worker
 
 from dit4dit.errors import CheckpointError, ConfigError
 from dit4dit.training import checkpoint
 from dit4dit.training.loop import PREEMPTED, train
 from dit4dit.training.random_data import RandomData
 
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-runs, worker = _load("training_runs"), _load("training_worker")
 STEPS = 30
 BASE = ("--run.steps", STEPS, "--run.save_every", 3, "--run.save_frozen", "false")
 SHARES = {1: ("--data.batch_size", 2), 2: ("--data.batch_size", 1)}

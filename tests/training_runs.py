@@ -18,7 +18,10 @@ LOSSES = ("train/action_loss", "train/video_loss", "train/grad_norm")
 class Run:
     """The processes of one run."""
 
-    def __init__(self, out: Path, *words: object, ranks: int = 1, file_limit: int | None = None) -> None:
+    def __init__(
+        self, out: Path, *words: object, ranks: int = 1, file_limit: int | None = None, script: Path | None = None
+    ) -> None:
+        """file_limit: largest file, in KB. script: another program, which gets no words."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -29,16 +32,27 @@ class Run:
                 facts |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             command = [sys.executable, str(WORKER), "--run.out", str(out), *map(str, words)]
+            if script is not None:
+                command = [sys.executable, str(script)]
+                facts["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
             if file_limit is not None:
                 command = ["bash", "-c", f'ulimit -f {file_limit}; exec "$@"', "-", *command]
             self.processes.append(
-                subprocess.Popen(command, env={**os.environ, **facts}, stderr=subprocess.PIPE, text=True)
+                subprocess.Popen(
+                    command, env={**os.environ, **facts}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
             )
 
     def wait(self) -> tuple[int, str]:
         """(largest exit code, all of stderr); a process that hangs fails the test."""
         ended = [process.communicate(timeout=180)[1] for process in self.processes]
         return max(abs(process.returncode) for process in self.processes), "\n".join(ended)
+
+    def outputs(self) -> list[str]:
+        """What each process printed, when all have ended well."""
+        ended = [process.communicate(timeout=180) for process in self.processes]
+        assert all(process.returncode == 0 for process in self.processes), ended
+        return [out for out, _ in ended]
 
     def ok(self) -> Run:
         code, errors = self.wait()
@@ -69,6 +83,6 @@ def losses(out: Path) -> dict[int, tuple[float, ...]]:
             data = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if LOSSES[0] in data:
-            found[data["step"]] = tuple(data[name] for name in LOSSES)
+        if LOSSES[-1] in data:
+            found[data["step"]] = tuple(data[name] for name in LOSSES if name in data)
     return found

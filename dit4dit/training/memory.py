@@ -116,13 +116,15 @@ def plan(config: TrainConfig, picture_size: tuple[int, int], processes: int) -> 
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+    keys = Keys()
+    # built and changed without data first: adapters cannot be put on fake layers
+    with torch.device("meta"):
         model = DiT4DiT(
             config.model, with_text=False, with_video_vae=True, with_head=config.model.flow.training != "video"
         )
-        keys = Keys()
         prepare(model, replace(config, run=replace(config.run, compile=False)), keys)
-        model.train()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        model.to_empty(device="cpu")
         root = Root(model, config.run.precision).train()
         parameters = optim.trainable(model)
         batch, drawn = blank_step(config, picture_size)
