@@ -1,4 +1,5 @@
-"""GFLOP per stage of one action chunk, counted by torch's FlopCounterMode over the real modules on meta tensors.
+"""Work per stage of one action chunk, counted over the real modules on meta tensors: GFLOP by torch's FlopCounterMode, or
+the numbers that the matrix products move (`operands`).
 
 "published" is the schedule of the published code: text encoder with its output matrix every call, diffusers' VAE on the
 padded clip, diffusers' transformer with all blocks, four head steps. "executed" is what this package runs for a chunk of
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit4dit.config import ModelConfig, TextConfig
@@ -27,6 +29,10 @@ from dit4dit.presets import Preset
 STAGES = ("text_encoder", "text_projection", "vae", "backbone", "action_head")
 
 
+Counter = Callable[[Callable[[], Any]], dict[str, float]]
+"""What a call does, by module path; "Global" is all of it."""
+
+
 def count(preset: Preset) -> dict[str, dict[str, float]]:
     """{"published" | "executed" | "first_chunk": {stage: GFLOP, "total": GFLOP}} for batch 1."""
     views = len(EMBODIMENTS[preset.embodiment].views)
@@ -36,6 +42,47 @@ def count(preset: Preset) -> dict[str, dict[str, float]]:
         "first_chunk": first_chunk(preset.model, views),
     }
     return {name: {**stages, "total": sum(stages.values())} for name, stages in schedules.items()}
+
+
+def moved(preset: Preset) -> dict[str, dict[str, float]]:
+    """{"published" | "executed": {stage: numbers moved, in 1e9}} for batch 1, see `operands`.
+
+    The published text projection is part of its backbone here.
+    """
+    views = len(EMBODIMENTS[preset.embodiment].views)
+    return {
+        "published": published(preset.model, views, operands),
+        "executed": executed(preset.model, views, operands),
+    }
+
+
+class Operands(TorchFunctionMode):
+    """Adds up the operands and results of every matrix product, convolution and attention."""
+
+    linear = ("linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "baddbmm")
+    products = frozenset((*linear, "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in self.products:
+            given = [*args, *(kwargs or {}).values(), result]
+            self.numbers += sum(x.numel() for x in given if isinstance(x, Tensor))
+        return result
+
+
+def operands(run: Callable[[], Any]) -> dict[str, float]:
+    """{"Global": numbers moved, in 1e9}: each operand of each product read once, each result written once.
+
+    Everything between two products counts as fused into them, and attention as one product, so this is the least that a
+    schedule of these products moves.
+    """
+    with torch.device("meta"), torch.no_grad(), Operands() as counter:
+        run()
+    return {"Global": counter.numbers / 1e9}
 
 
 def measure(run: Callable[[], Any]) -> dict[str, float]:
@@ -50,14 +97,14 @@ def frame_of(config: ModelConfig, views: int) -> tuple[int, int]:
     return config.image_size[0], config.image_size[1] * views
 
 
-def published(config: ModelConfig, views: int) -> dict[str, float]:
+def published(config: ModelConfig, views: int, measure: Counter = measure) -> dict[str, float]:
     """Every stage as the published code runs it; the text side of the backbone is a stage of its own."""
     with torch.device("meta"):
         return {
-            "text_encoder": published_text(config),
-            "vae": published_vae(config, views),
-            **published_backbone(config, views),
-            "action_head": head_steps(DiT4DiT(config, with_text=False), config, views),
+            "text_encoder": published_text(config, measure),
+            "vae": published_vae(config, views, measure),
+            **published_backbone(config, views, measure),
+            "action_head": head_steps(DiT4DiT(config, with_text=False), config, views, measure),
         }
 
 
@@ -75,7 +122,7 @@ class CpuRotary(nn.Module):
             return tuple(y.to("meta") for y in self.table(torch.zeros(1, dtype=x.dtype), positions))
 
 
-def published_text(config: ModelConfig) -> float:
+def published_text(config: ModelConfig, measure: Counter = measure) -> float:
     """Qwen2.5-VL with its output matrix, one padded prompt."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -88,14 +135,14 @@ def published_text(config: ModelConfig) -> float:
     return measure(lambda: model(input_ids=tokens, position_ids=positions, use_cache=False))["Global"]
 
 
-def published_vae(config: ModelConfig, views: int) -> float:
+def published_vae(config: ModelConfig, views: int, measure: Counter = measure) -> float:
     """diffusers' encoder on the frame padded to a whole clip."""
     model = build_wan(config.vae)
     clip = torch.zeros(1, 3, config.frames, *frame_of(config, views))
     return measure(lambda: model.encode(clip))["Global"]
 
 
-def published_backbone(config: ModelConfig, views: int) -> dict[str, float]:
+def published_backbone(config: ModelConfig, views: int, measure: Counter = measure) -> dict[str, float]:
     """diffusers' transformer, all blocks and its output head."""
     from diffusers import CosmosTransformer3DModel
 
@@ -118,7 +165,7 @@ def split_text(counts: dict[str, float]) -> dict[str, float]:
     return {"text_projection": text_side, "backbone": counts["Global"] - text_side}
 
 
-def head_steps(model: DiT4DiT, config: ModelConfig, views: int) -> float:
+def head_steps(model: DiT4DiT, config: ModelConfig, views: int, measure: Counter = measure) -> float:
     """The action head's whole ODE."""
     assert model.head is not None
     head, tokens = model.head, config.tokens(views)
@@ -128,7 +175,7 @@ def head_steps(model: DiT4DiT, config: ModelConfig, views: int) -> float:
     return measure(lambda: head.sample(noise, context, state))["Global"]
 
 
-def executed(config: ModelConfig, views: int) -> dict[str, float]:
+def executed(config: ModelConfig, views: int, measure: Counter = measure) -> dict[str, float]:
     """One chunk of a known instruction, counted while the engine's own step runs on its reference ops."""
     with torch.device("meta"):
         engine = Engine(DiT4DiT(config, with_text=False))

@@ -1,11 +1,11 @@
 """What every benchmark shares: the machine, the timing, the quantiles, and the refusal to time a wrong result.
 
-Order of use: `assert_no_worse` on the very tensors that will be timed, then `time_cpu` or `time_gpu`, then `report`.
+Order of use: `assert_no_worse` on the very tensors that will be timed, then `time_cpu` or `time_gpu`, then `quantiles`.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import platform
 import time
@@ -62,21 +62,41 @@ def time_cpu(fn: Callable[[], object], samples: int = 200, warmup: int = 20) -> 
 def time_gpu(fn: Callable[[], object], samples: int = 200, warmup: int = 20) -> list[float]:
     """Time of each call on torch's current CUDA stream between two events, seconds.
 
-    A cache-sized buffer is written before each call, so that inputs come from memory as they do in use.
+    A cache-sized buffer is written before each call, so that inputs come from memory as they do in use, and often enough
+    that the host has handed over the whole call before the GPU comes to it: what is timed is the GPU, not Python.
     """
     flush = torch.empty(max(2 * _l2_bytes(), 1), dtype=torch.uint8, device="cuda")
     for _ in range(warmup):
         fn()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    fn()
+    host = time.perf_counter() - begin
+    flushing = min(_between_events(flush.zero_)[0] for _ in range(3))
     events = []
     for _ in range(samples):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        fn()
-        end.record()
-        events.append((start, end))
+        for _ in range(flushes(host, flushing)):
+            flush.zero_()
+        events.append(_between_events(fn, wait=False)[1])
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1000 for start, end in events]
+
+
+def flushes(host: float, flushing: float) -> int:
+    """How many flushes of `flushing` seconds keep the GPU busy while the host spends `host` on a call; at most 64."""
+    return min(max(math.ceil(1.5 * host / max(flushing, 1e-6)), 1), 64)
+
+
+def _between_events(fn: Callable[[], object], wait: bool = True) -> tuple[float, tuple[Any, Any]]:
+    """Seconds of `fn` on the current stream (0 without waiting for it), and the events around it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    fn()
+    end.record()
+    if not wait:
+        return 0.0, (start, end)
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000, (start, end)
 
 
 def _l2_bytes() -> int:
@@ -154,20 +174,3 @@ def _with_dtype(arg: Any, dtype: torch.dtype) -> Any:
     if isinstance(arg, torch.dtype):
         return dtype if arg.is_floating_point else arg
     return type(arg)(_with_dtype(inner, dtype) for inner in arg) if isinstance(arg, (list, tuple)) else arg
-
-
-def report(title: str, rows: Sequence[dict[str, Any]], path: Path | None = None) -> None:
-    """Print the machine and a table of `rows` (each {"case": ..., "implementation": ..., "ratio": ..., quantiles in
-    seconds}); with `path`, write both there as JSON. `ratio` is the reference's median over this one's: above 1 is faster.
-    """
-    here = machine()
-    print(f"{title} on {here['gpu'] or here['cpu']}, torch {here['torch']}, {here['torch_threads']} thread(s)")
-    width = max(len(str(row["case"])) for row in rows)
-    print(
-        f"{'case':{width}}  {'by':6} {'ratio':>6} {'p50 ms':>9} {'p95 ms':>9} {'p99 ms':>9} {'max ms':>9} {'jitter':>7}"
-    )
-    for row in rows:
-        times = " ".join(f"{row[q] * 1e3:9.4f}" for q in ("p50", "p95", "p99", "max"))
-        print(f"{row['case']:{width}}  {row['implementation']:6} {row['ratio']:6.2f} {times} {row['jitter']:7.2f}")
-    if path is not None:
-        path.write_text(json.dumps({"benchmark": title, "machine": here, "rows": list(rows)}, indent=2) + "\n")

@@ -23,14 +23,22 @@ from torch import Tensor
 
 from dit4dit.ops import launch
 from dit4dit.ops.launch import Launch
+from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY
 
 # compute capability -> bytes of shared memory that one thread block can have
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 BF16, F32 = torch.bfloat16, torch.float32
-SIGNATURES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64"}
 WIDTH, HEADS, DIM = 2048, 16, 128  # the backbone
 HEAD_WIDTH, HEAD_HEADS, HEAD_DIM = 768, 12, 64  # the action head
+POINTERS = {  # Triton's names
+    F32: "fp32",
+    BF16: "bf16",
+    torch.float16: "fp16",
+    FP8: "fp8e4nv",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+}
 FRAMES = {588: 3, 784: 2}  # backbone tokens -> latent frames
 ACTION_TOKENS = (9, 17, 51)
 
@@ -39,8 +47,14 @@ def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _fp8(x: Tensor, columns: int, activation: str = "none") -> tuple[Any, ...]:
+    """linear_fp8's arguments for x [..., K] and a matrix [columns, K]."""
+    return x, 0.03125, _empty(columns, x.shape[-1], dtype=FP8), _empty(columns, dtype=F32), None, activation, BF16
+
+
 def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """(case, op, arguments) of every op call in one step of the released models, bfloat16 with a float32 residual."""
+    """(case, op, arguments) of every op call in one step of the released models, bfloat16 with a float32 residual; the
+    backbone's matrices also in fp8."""
     norm, f32 = _empty(DIM, dtype=F32), partial(_empty, dtype=F32)
     for tokens, frames in FRAMES.items():
         shape = (batch, frames, tokens // frames)
@@ -56,6 +70,10 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"{tokens} attention", "linear_gated", (h, _empty(WIDTH, WIDTH), None, x, table)
         wide = _empty(*shape, 4 * WIDTH)
         yield f"{tokens} feed-forward", "linear_gated", (wide, _empty(WIDTH, 4 * WIDTH), None, x, table)
+        yield f"{tokens} qkv", "linear_fp8", _fp8(h, 3 * WIDTH)
+        yield f"{tokens} attention", "linear_fp8", _fp8(h, WIDTH)
+        yield f"{tokens} feed-forward in", "linear_fp8", _fp8(h, 4 * WIDTH, "gelu")
+        yield f"{tokens} feed-forward out", "linear_fp8", _fp8(wide, WIDTH)
     for tokens in ACTION_TOKENS:
         width = HEAD_WIDTH
         x, table, h = f32(batch, 1, tokens, width), f32(1, width), _empty(batch, 1, tokens, width)
@@ -72,17 +90,21 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"{tokens} feed-forward", "linear_gated", (wide, _empty(width, 4 * width), bias, x, None)
     for channels, side in ((96, 224), (192, 112), (384, 28)):
         x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
-        yield f"{channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
+        yield f"gr1 {channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
     a, left = f32(batch, 16, 32), f32(batch, 16, 32)
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
-    yield "", "philox_normal", (_empty(batch, 2, dtype=torch.int64), 1, (16, 3, 28, 28))
-    yield "", "unnormalize", (a, _empty(5, 29, dtype=torch.float64))
+    requests = _empty(batch, 2, dtype=torch.int64)
+    for robot, latent, size in (("gr1", (16, 3, 28, 28), 29), ("libero", (16, 2, 28, 56), 7)):
+        yield robot, "philox_normal", (requests, 1, latent)
+        yield robot, "unnormalize", (a, _empty(5, size, dtype=torch.float64))
 
 
 def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
-    """(case, launch) of every call, with the tiles of a capability such as 90."""
+    """(case, launch) of every call that a capability such as 90 can run, with its tiles."""
     for case, op, args in calls(batch):
+        if op == "linear_fp8" and capability < LEAST_CAPABILITY:
+            continue
         for step in importlib.import_module(f"dit4dit.ops.{op}").launches(args, str(capability))[0]:
             yield f"{op} {case}", step
 
@@ -102,7 +124,7 @@ def compiled(step: Launch, capability: int) -> Any:
     for i, name in enumerate(function.arg_names):
         value = step.arguments.get(name)
         if isinstance(value, Tensor):
-            signature[name] = "*" + SIGNATURES[value.dtype]
+            signature[name] = "*" + POINTERS[value.dtype]
             aligned[(i,)] = [["tt.divisibility", 16]]  # as torch allocates
         elif name in constants or value is None or (type(value) is int and value == 1):
             signature[name] = "constexpr"
@@ -141,13 +163,19 @@ def products(ptx: str) -> str | None:
     return None
 
 
+def multiplies_fp8(ptx: str) -> bool:
+    """Whether a kernel's tensor core instructions take e4m3 operands as they are."""
+    return re.search(r"mma\S*(e4m3\.e4m3|kind::f8f6f4)", ptx) is not None
+
+
 def report(capability: int, batch: int = 1) -> list[dict[str, Any]]:
-    """One row a launch: case, kernel, tile, registers, stack, local, shared bytes, tensor core instructions."""
+    """One row a launch: case, kernel, tile, registers, stack, local, shared bytes, tensor core instructions, in fp8 or not."""
     rows = []
     for case, step in launches(capability, batch):
         kernel = compiled(step, capability)
         row = {"case": case, "kernel": step.kernel, "capability": capability, "tile": dict(step.tile)}
-        row |= {"shared": kernel.metadata.shared, "products": products(kernel.asm["ptx"])}
+        ptx = kernel.asm["ptx"]
+        row |= {"shared": kernel.metadata.shared, "products": products(ptx), "fp8": multiplies_fp8(ptx)}
         rows.append({**row, **resources(kernel.asm["cubin"])})
     return rows
 

@@ -1,173 +1,36 @@
 """Latency of one action chunk: the engine, and beside it the published schedule in the same process on the same weights.
 
-The baseline does all of the published code's work at its best: diffusers' unmodified VAE on the padded clip, diffusers'
-transformer with all blocks, PyTorch's fused attention, k and v of the action head in each step. Random weights at true
-sizes need no download; before anything is timed the two must agree on the very tensors that will be.
+The engine is timed as a policy runs it, from uint8 pictures on the host to actions on the host; the published schedule starts
+with everything on the device. Random weights at true sizes need no download; before anything is timed the two must agree on
+the very tensors that will be.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
-from dit4dit.benchmarks import flops
+from dit4dit.benchmarks import flops, roofline
+from dit4dit.benchmarks.contenders import Clock, Inputs, Planned, Published, random_pictures
 from dit4dit.benchmarks.harness import machine, quantiles
 from torch import Tensor
 from tqdm import tqdm
 
-from dit4dit.config import ModelConfig
 from dit4dit.embodiments import EMBODIMENTS
-from dit4dit.engine import Engine, PromptPack, stack
-from dit4dit.model.dit4dit import DiT4DiT
-from dit4dit.model.export import transformer_arguments
-from dit4dit.model.text import byte_tokenizer, standardize, tokenize
+from dit4dit.engine import Engine, calibrate, errors
 from dit4dit.model.weights import random_model
+from dit4dit.noise import Noise
 from dit4dit.ops import onednn
 from dit4dit.presets import Preset
 
 STAGES = ("text", "vae", "backbone", "action_head")
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 """Largest relative difference between the two at which they are still timed."""
-
-
-@dataclass
-class Clock:
-    """Seconds per stage of the calls made so far; waits for the device at each boundary."""
-
-    device: torch.device
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One request on the device, as `DiT4DiT.sample` takes it; `tokens` is None where the text encoder is left out."""
-
-    frame: Tensor
-    embeds: Tensor
-    tokens: Tensor | None
-    state: Tensor | None
-    posterior: Tensor
-    latent: Tensor
-    action: Tensor
-
-    @classmethod
-    def random(cls, config: ModelConfig, views: int, seed: int, device: torch.device, *, text: bool) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device)
-
-        height, width = config.image_size[0], config.image_size[1] * views
-        rows, columns = config.latent_size(height, width)
-        head, z = config.head, config.vae.z_dim
-        tokens = tokenize(byte_tokenizer(), ["put the cup in the drawer"], config.text.max_length) if text else None
-        return cls(
-            frame=normal(1, 3, height, width).clamp(-1, 1),
-            embeds=normal(1, config.text.max_length, config.dit.text_in),
-            tokens=None if tokens is None else tokens.to(device),
-            state=None if head.state_dim is None else normal(1, 1, head.state_dim),
-            posterior=normal(1, z, 1, rows, columns),
-            latent=normal(1, z, config.latent_frames, rows, columns),
-            action=normal(1, head.action_horizon, head.action_dim),
-        )
-
-
-class Published:
-    """The published schedule on a model's own weights."""
-
-    def __init__(self, model: DiT4DiT) -> None:
-        from diffusers import CosmosTransformer3DModel
-
-        assert model.video_vae is not None
-        self.model, self.config = model, model.config
-        channels = self.config.dit.latent_channels + 2
-        # the padding-mask channel goes in with the latents: diffusers would add it with torchvision, at no cost either way
-        arguments = {**transformer_arguments(self.config), "in_channels": channels, "concat_padding_mask": False}
-        with torch.device("meta"):
-            self.transformer = CosmosTransformer3DModel(**arguments).eval()
-        self.transformer.load_state_dict(model.backbone.transformer.state_dict(), assign=True)
-        text, like = self.config.text, model.backbone.transformer.proj_out.weight
-        self.output_matrix = torch.zeros(text.vocab_size, text.hidden_size, dtype=like.dtype, device=like.device)
-        self.seen: list[Tensor] = []
-        layer = self.transformer.transformer_blocks[self.config.extract_layer]
-        layer.register_forward_hook(lambda *call: self.seen.append(call[2]))
-
-    @torch.no_grad()
-    def sample(self, inputs: Inputs, clock: Clock) -> Tensor:
-        """Normalised actions, float32 [1, K, A_model]."""
-        model, dtype = self.model, self.model.backbone.transformer.dtype
-        embeds = inputs.embeds
-        with clock.stage("text"):
-            if inputs.tokens is not None:
-                embeds = self._embed(inputs.tokens)
-        with clock.stage("vae"):
-            condition = self._condition(inputs)
-        with clock.stage("backbone"):
-            latents = torch.cat([condition, inputs.latent[:, :, 1:]], dim=2)
-            masks = torch.zeros_like(latents[:, :2])
-            masks[:, 0, 0] = 1
-            times = torch.full((1, 1, latents.shape[2], 1, 1), self.config.sigma, device=latents.device)
-            times[:, :, 0] = self.config.conditional_frame_timestep
-            self.seen.clear()
-            self.transformer(torch.cat([latents, masks], dim=1).to(dtype), times.to(dtype), embeds.to(dtype))
-            features = self.seen[0]
-        with clock.stage("action_head"):
-            assert model.head is not None
-            head_dtype = model.head.action_decoder.layer2.weight.dtype
-            state = None if inputs.state is None else inputs.state.to(head_dtype)
-            return model.head.sample(inputs.action.to(head_dtype), features.to(head_dtype), state).float()
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """Prompt embeddings; the published call also multiplies by the output matrix, for logits that nothing reads."""
-        assert self.model.text is not None
-        states = self.model.text.hidden_states(tokens)
-        torch.nn.functional.linear(states[-1], self.output_matrix)
-        return torch.cat([standardize(h) for h in states], dim=-1)
-
-    def _condition(self, inputs: Inputs) -> Tensor:
-        vae = self.model.video_vae
-        assert vae is not None
-        dtype = vae.wan.quant_conv.weight.dtype
-        clip = inputs.frame.new_zeros(1, 3, self.config.frames, *inputs.frame.shape[2:])
-        clip[:, :, 0] = inputs.frame
-        posterior = vae.wan.encode(clip.to(dtype)).latent_dist
-        z = posterior.mean[:, :, :1].float() + posterior.std[:, :, :1].float() * inputs.posterior
-        return vae.scale.normalize(z)
-
-
-class Fast:
-    """The engine with its stages timed."""
-
-    def __init__(self, engine: Engine, inputs: Inputs) -> None:
-        self.engine = engine
-        engine.warm_up()
-        self.pack: PromptPack = engine.pack(inputs.embeds)
-
-    @torch.no_grad()
-    def sample(self, inputs: Inputs, clock: Clock) -> Tensor:
-        """Normalised actions, float32 [1, K, A_model]; the instruction's pack is at hand, as in a control loop."""
-        with clock.stage("vae"):
-            condition = self.engine.condition(inputs.frame, inputs.posterior)
-        with clock.stage("backbone"):
-            features = self.engine.backbone(torch.cat([condition, inputs.latent[:, :, 1:]], dim=2), stack([self.pack]))
-        with clock.stage("action_head"):
-            return self.engine.actions(features, inputs.state, inputs.action)
+QUANTISED = 2e-1
+"""Likewise, relative rms difference of the features of a quantised and the exact engine."""
 
 
 def measure(
@@ -180,11 +43,16 @@ def measure(
     baseline: bool,
     text: bool,
     seed: int,
+    quantization: Literal["fp8"] | None = None,
+    engine_chunks: int = 0,
 ) -> dict[str, Any]:
     """Time `chunks` chunks, alternating with the published schedule where `baseline`; the result is ready for JSON.
 
+    With `quantization` the exact engine is held to the published schedule and the quantised one, which is timed, to the
+    exact one: "error" in the result. After that `engine_chunks` chunks of the engine alone, if any, give its percentiles.
+
     Raises:
-        RuntimeError: engine and published schedule do not agree; nothing has been timed.
+        RuntimeError: engine and published schedule, or quantised and exact engine, do not agree; nothing has been timed.
     """
     config = preset.model
     views = len(EMBODIMENTS[preset.embodiment].views)
@@ -192,40 +60,87 @@ def measure(
     inputs = Inputs.random(config, views, seed, device, text=text and baseline)
     if inputs.tokens is not None:
         inputs = Inputs(**{**vars(inputs), "embeds": model.embed(inputs.tokens)})
+    pictures, frame = random_pictures(config, views, seed, device, dtype)
+    inputs = replace(inputs, frame=frame)
+    exact = None if quantization is None else Planned(Engine(model), inputs, pictures)
+    calibration = None if exact is None else calibrate(exact.engine, [exact.step_inputs()])
     start = time.perf_counter()
-    fast = Fast(Engine(model), inputs)
+    engine = Engine(model, quantization=quantization, calibration=calibration)
     folded = time.perf_counter()
-    result = fast.sample(inputs, Clock(device))
+    fast = Planned(engine, inputs, pictures)
+    planned = time.perf_counter()
+    result = fast.checked()
     first = time.perf_counter()
-    contenders: dict[str, Callable[[Inputs, Clock], Tensor]] = {"engine": fast.sample}
-    if baseline:
-        published = Published(model)
+    error = None
+    if exact is not None:
+        error = quantisation_error(exact, fast)
+        result = exact.checked()
+    published = Published(model) if baseline else None
+    if published is not None:
         check(result, published.sample(inputs, Clock(device)), dtype)
-        contenders["baseline"] = published.sample
     rates = [matrix_rate(device, dtype)]
-    clocks = {who: Clock(device) for who in contenders}
-    totals: dict[str, list[float]] = {who: [] for who in contenders}
-    for _ in tqdm(range(chunks), desc="chunks", disable=None):
-        for who, run in contenders.items():
-            whole = Clock(device)
-            with whole.stage("total"):
-                run(inputs, clocks[who])
-            totals[who] += whole.seconds["total"]
+    clocks, totals = timed(fast, published, chunks, seed)
+    alone = engine_alone(fast, engine_chunks, seed) or totals["engine"]
     rates.append(matrix_rate(device, dtype))
     counts = flops.count(preset)
+    stages = {who: {s: median(c.seconds[s]) * 1e3 for s in c.seconds} for who, c in clocks.items()}
+    assert model.head is not None
     return {
         "preset": name,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
+        "quantization": quantization,
+        "error": error,
         "text_encoder_in_baseline": inputs.tokens is not None,
         "machine": machine(),
-        "cold_start_seconds": {"fold_pack_and_warm_up": folded - start, "first_chunk": first - folded},
+        "cold_start_seconds": {"fold": folded - start, "plan": planned - folded, "first_chunk": first - planned},
         "ratio": ratios(totals, clocks) if baseline else None,
-        "stages": {who: {s: median(c.seconds[s]) * 1e3 for s in c.seconds} for who, c in clocks.items()},
+        "stages": stages,
+        "roofline": roofline.points(
+            preset,
+            counts,
+            stages,
+            matrix_gflops=max(rates),
+            memory_gb_per_s=roofline.memory_rate(device),
+            dtype=dtype,
+            head_dtype=model.head.action_decoder.layer2.weight.dtype,
+            text=inputs.tokens is not None,
+        ),
         "share_of_measured_rate": shares(totals, counts, max(rates), inputs.tokens is not None),
-        "samples_ms": {who: [t * 1e3 for t in times] for who, times in totals.items()},
-        **{who: {k: v if k == "jitter" else v * 1e3 for k, v in quantiles(t).items()} for who, t in totals.items()},
+        "samples_ms": {who: [round(t * 1e3, 4) for t in times] for who, times in totals.items()},
+        "engine_alone_ms": [round(t * 1e3, 4) for t in alone] if engine_chunks else None,
+        **{
+            who: {k: v if k == "jitter" else v * 1e3 for k, v in quantiles(alone if who == "engine" else t).items()}
+            for who, t in totals.items()
+        },
     }
+
+
+def timed(
+    fast: Planned, published: Published | None, chunks: int, seed: int
+) -> tuple[dict[str, Clock], dict[str, list[float]]]:
+    """Each contender's stages, and its seconds per chunk; they take turns."""
+    device = fast.inputs.frame.device
+    clocks, wholes = ({who: Clock(device) for who in ("engine", "baseline")} for _ in range(2))
+    for i in tqdm(range(chunks), desc="chunks", disable=None):
+        with wholes["engine"].stage("total"):
+            fast.chunk(Noise.from_seed(seed, i))
+        fast.stages(clocks["engine"])
+        if published is not None:
+            with wholes["baseline"].stage("total"):
+                published.sample(fast.inputs, clocks["baseline"])
+    who_ran = [who for who, whole in wholes.items() if whole.seconds]
+    return {who: clocks[who] for who in who_ran}, {who: wholes[who].seconds["total"] for who in who_ran}
+
+
+def engine_alone(fast: Planned, chunks: int, seed: int) -> list[float]:
+    """Seconds per chunk of the engine by itself, as in a control loop: for the tail."""
+    seconds = []
+    for i in tqdm(range(chunks), desc="engine alone", disable=None):
+        start = time.perf_counter()
+        fast.chunk(Noise.from_seed(seed, i))
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def check(engine: Tensor, published: Tensor, dtype: torch.dtype) -> None:
@@ -235,6 +150,15 @@ def check(engine: Tensor, published: Tensor, dtype: torch.dtype) -> None:
         raise RuntimeError(
             f"engine and published schedule differ by {error:.2e} (at most {AGREE[dtype]:.0e}): not timed"
         )
+
+
+def quantisation_error(exact: Planned, other: Planned) -> dict[str, dict[str, float]]:
+    """`errors` on the inputs that will be timed; RuntimeError where they are those of something broken."""
+    found = errors(exact.engine, other.engine, [exact.step_inputs()])
+    if not found["features"]["rms"] <= QUANTISED:
+        rms = found["features"]["rms"]
+        raise RuntimeError(f"quantised and exact features differ by {rms:.2e} (at most {QUANTISED:.0e}): not timed")
+    return found
 
 
 def median(values: Sequence[float]) -> float:

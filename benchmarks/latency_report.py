@@ -63,18 +63,43 @@ def stages(axis: Any, result: dict[str, Any]) -> None:
         axis.bar_label(bars, [f"{v:.2f}" if v else "" for v in values], fontsize=7, padding=2)
     axis.set_yticks([n + 0.4 - height / 2 for n in range(len(names))], names)
     axis.invert_yaxis()
+    axis.margins(x=0.12)
     axis.set_xlabel("ms, median")
     axis.legend()
 
 
 def roofline(axis: Any, result: dict[str, Any]) -> None:
-    """Achieved share of the rate of one large matrix product, measured in the same run."""
-    share = result["share_of_measured_rate"]
-    names = [who for who in COLOURS if who in share]
-    bars = axis.barh(names, [100 * share[who] for who in names], color=[COLOURS[who] for who in names])
-    axis.bar_label(bars, [f"{100 * share[who]:.1f} %" for who in names], padding=2)
-    axis.axvline(100, color="0.4", linestyle="--", linewidth=1)
-    axis.set_xlabel(f"% of {share['matrix_gflops']:,.0f} GFLOP/s (one large matrix product, {result['dtype']})")
+    """Each stage by its arithmetic intensity and the rate it reached, under the measured roof."""
+    from matplotlib.ticker import NullFormatter
+
+    roof = result["roofline"]
+    most, bandwidth, points = roof["matrix_gflops"], roof["memory_gb_per_s"], roof["points"]
+    ridge = most / bandwidth
+    low = min([p["intensity"] for p in points] + [ridge]) / 4
+    high = max([p["intensity"] for p in points] + [ridge]) * 4
+    axis.plot([low, ridge, high], [low * bandwidth, most, most], color="0.3", linewidth=1.5)
+    axis.text(high, most * 1.12, f"{most:,.0f} GFLOP/s, one large product, {roof['dtype']}", fontsize=7, ha="right")
+    axis.text(low * 1.1, most * 1.12, f"{bandwidth:,.0f} GB/s, one large copy", fontsize=7)
+    for who in COLOURS:
+        own = [p for p in points if p["who"] == who]
+        if not own:
+            continue
+        x, y = [p["intensity"] for p in own], [p["gflop_per_s"] for p in own]
+        axis.scatter(x, y, color=COLOURS[who], marker="o" if who == "engine" else "s", label=who, zorder=3)
+        for p in own:
+            dtype = "" if p["dtype"] == roof["dtype"] else f", {p['dtype']}"
+            text = f"{p['stage']}{dtype} {100 * p['share_of_roof']:.0f} %"
+            place = {"xytext": (0, 6 if who == "engine" else -13), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(text, (p["intensity"], p["gflop_per_s"]), fontsize=7, color=COLOURS[who], **place)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(min(p["gflop_per_s"] for p in points) / 3, most * 2.2)
+    axis.set_xlim(low, high * 1.1)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("FLOP per byte (% of the roof above each point)")
+    axis.set_ylabel("GFLOP/s")
+    axis.legend(loc="lower right")
 
 
 def _page(folder: Path, pictures: list[str], result: dict[str, Any]) -> str:
@@ -88,6 +113,7 @@ def _page(folder: Path, pictures: list[str], result: dict[str, Any]) -> str:
     )
     ratio = result["ratio"]
     verdict = "" if not ratio else f"<p>published / engine: <b>{ratio['total']:.2f}</b></p>"
+    counted = f"<p>Bytes in the roofline: {html.escape(result['roofline']['bytes'])}.</p>"
     images = "".join(
         f'<p><img src="data:image/png;base64,{_encoded(folder / f"{p}.png")}" alt="{p}"></p>' for p in pictures
     )
@@ -98,7 +124,7 @@ def _page(folder: Path, pictures: list[str], result: dict[str, Any]) -> str:
         f"<h1>{html.escape(result['preset'])}, {result['dtype']}, {where}</h1>"
         f"<p>torch {html.escape(machine['torch'])}, {machine['torch_threads']} threads, "
         f"dit4dit {html.escape(machine['dit4dit'])}; milliseconds per chunk, jitter = p99.9 / p50</p>"
-        f"<table><tr><th></th>{header}</tr>{body}</table>{verdict}{images}"
+        f"<table><tr><th></th>{header}</tr>{body}</table>{verdict}{images}{counted}"
     )
 
 

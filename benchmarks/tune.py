@@ -1,31 +1,34 @@
-"""Measures tiles on the GPU at hand and writes a new table; nothing is ever tuned while a robot runs.
-
-python -m dit4dit.benchmarks.tune --out tiles.json          then read it, and commit it as dit4dit/ops/tiles.json
+"""The search for tiles on the GPU at hand (`dit4dit tune`); nothing is ever tuned while a robot runs.
 
 Each row of the table that calls of the released models take is measured with candidates around it, on those calls; the
-row keeps its limits. A candidate that does not agree with the reference, or does not launch, is left out.
+row keeps its limits. A candidate that does not agree with the reference, or does not launch, is no candidate.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from dit4dit.benchmarks.harness import assert_no_worse, machine, quantiles, time_gpu
-from dit4dit.benchmarks.kernels import calls
-from dit4dit.benchmarks.op_bench import fill, positional, reference_of
+from dit4dit.benchmarks.harness import assert_no_worse, machine, quantiles, time_cpu, time_gpu
+from dit4dit.benchmarks.op_bench import Case, cases, fill, positional, reference_of
+from tqdm import tqdm
 
 from dit4dit import ops
+from dit4dit.commands.report import table as text_table
+from dit4dit.commands.report import write_json
+from dit4dit.errors import BackendError, InputError, did_you_mean
 from dit4dit.ops import launch, tiles
 
-Call = tuple[str, tuple[Any, ...]]  # op, arguments
-Measure = Callable[[Call], float | None]  # seconds, or None where the candidate is no good
+Measure = Callable[[Case], float | str]
+"""Seconds of a call with the tile that is being tried, or why that tile is no good."""
 
 # what a row may be changed to, beside what it says; tl.dot wants at least 16
 CHOICES = {
@@ -34,6 +37,7 @@ CHOICES = {
     "DEPTH": (32, 64, 128),
     "KEYS": (16, 32, 64, 128),
     "SPLIT": (1, 2, 3, 4),
+    "FUSED": (0, 1),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
 }
@@ -56,68 +60,181 @@ def candidates(op: str, tile: dict[str, int]) -> Iterator[dict[str, int]]:
                 yield {**tile, **dict(changes)}
 
 
-def tune(architecture: str, found: list[Call], measure: Measure, rounds: int = 3) -> dict[str, Any]:
-    """The table with a measured column for `architecture`: from each row uphill, at most `rounds` times."""
-    table = {
-        op: {name: [dict(row) for row in rows] for name, rows in columns.items()}
-        for op, columns in tiles.table().items()
-    }
-    for op in table:
-        own = [dict(row) for row in table[op][tiles.nearest(op, architecture)]]
-        groups: dict[int, list[Call]] = {}
-        for call in found:
-            if call[0] == op:
-                groups.setdefault(row_of(call, architecture), []).append(call)
-        for i, group in groups.items():
-            own[i]["tile"] = _best(op, own[i]["tile"], group, measure, rounds)
-        table[op][architecture] = own
-    return table
+@dataclass
+class Search:
+    """What has been found so far on one architecture.
+
+    Attributes:
+        columns: op -> its column, rows that were measured with their best tile; no op without a measured row.
+        timings: one entry per row and tile tried: "op", "row", "upto", "cases", "tile", "ms" per case (None where the tile
+            is no good) and "refused" (why).
+        best: one entry per measured row: "op", "upto", "before" and "tile", their milliseconds, "tried".
+        left: "op row" of rows that no time was left for.
+    """
+
+    architecture: str
+    columns: dict[str, list[tiles.Row]] = field(default_factory=dict)
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    best: list[dict[str, Any]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
 
 
-def row_of(call: Call, architecture: str) -> int:
+def tune(
+    architecture: str,
+    found: Sequence[Case],
+    measure: Measure,
+    *,
+    rounds: int = 3,
+    seconds: float | None = None,
+    keep: Callable[[Search], None] = lambda search: None,
+) -> Search:
+    """From each row that calls take uphill, at most `rounds` times; `keep` sees the search after each row.
+
+    seconds: for the whole search, shared out among the rows; what is left at its end keeps the tile it has.
+    """
+    search = Search(architecture)
+    groups: dict[tuple[str, int], list[Case]] = {}
+    for case in found:
+        groups.setdefault((case[0], row_of(case, architecture)), []).append(case)
+    end = None if seconds is None else time.monotonic() + seconds
+    with tqdm(groups.items(), unit="row", disable=None) as bar:
+        for n, ((op, i), group) in enumerate(bar):
+            bar.set_description(f"{op} row {i + 1}")
+            now = time.monotonic()
+            share = None if end is None else now + max(end - now, 0.0) / (len(groups) - n)
+            if end is not None and now >= end:
+                search.left.append(f"{op} row {i + 1}")
+                continue
+            if op not in search.columns:
+                column = tiles.table()[op][tiles.nearest(op, architecture)]
+                search.columns[op] = [{name: dict(part) for name, part in row.items()} for row in column]
+            _uphill(search, op, i, group, measure, rounds, share)
+            keep(search)
+    return search
+
+
+def row_of(case: Case, architecture: str) -> int:
     """The row of its op's column that a call takes."""
-    op, args = call
+    op, _, args = case
     meta = tuple(x.to("meta") if isinstance(x, torch.Tensor) else x for x in args)
     with tiles.trying(op, None) as trial:
         reference_of(op, "launches")(meta, architecture)
     return tiles.row(op, architecture, trial.sizes[-1])
 
 
-def _best(op: str, tile: dict[str, int], group: list[Call], measure: Measure, rounds: int) -> dict[str, int]:
+def _uphill(
+    search: Search, op: str, i: int, group: list[Case], measure: Measure, rounds: int, end: float | None
+) -> None:
+    row = search.columns[op][i]
     seen: dict[str, float] = {}
-    best = tile
+    before = best = row["tile"]
+
+    def total(tile: dict[str, int]) -> float:
+        key = json.dumps(tile, sort_keys=True)
+        if key not in seen:
+            with tiles.trying(op, tile):
+                times = [measure(case) for case in group]
+            wrong = [t for t in times if isinstance(t, str)]
+            good = [t for t in times if not isinstance(t, str)]
+            seen[key] = float("inf") if wrong else sum(good)
+            entry = {"op": op, "row": i, "upto": row["upto"], "cases": [case[1] for case in group], "tile": tile}
+            ms = None if wrong else [t * 1e3 for t in good]
+            search.timings.append({**entry, "ms": ms, "refused": wrong[0] if wrong else None})
+        return seen[key]
+
     for _ in range(rounds):
         start = best
         for candidate in candidates(op, start):
-            key = json.dumps(candidate, sort_keys=True)
-            if key not in seen:
-                with tiles.trying(op, candidate):
-                    times = [measure(call) for call in group]
-                seen[key] = float("inf") if None in times else sum(t for t in times if t is not None)
-            if seen[key] < seen.setdefault(json.dumps(best, sort_keys=True), float("inf")):
+            if end is not None and seen and time.monotonic() >= end:
+                break
+            if total(candidate) < total(best):
                 best = candidate
         if best == start:
             break
-    return best
+    row["tile"] = best
+    ms = {name: _ms(total(tile)) for name, tile in (("before_ms", before), ("ms", best))}
+    search.best.append({"op": op, "upto": row["upto"], "before": before, "tile": best, **ms, "tried": len(seen)})
 
 
-def measured(call: Call, samples: int) -> float | None:
-    """Median seconds of a call on the GPU, or None where it disagrees with the reference or cannot be launched."""
-    op, args = call
+def _ms(seconds: float) -> float | None:
+    return None if seconds == float("inf") else seconds * 1e3
+
+
+def measured(case: Case, samples: int) -> float | str:
+    """Median seconds of a call by its Triton kernel, or why not: it disagrees with the reference, or cannot be launched."""
+    op, _, args = case
     fn = positional(op, "triton")
+    timer = time_gpu if args[0].device.type == "cuda" else time_cpu
     try:
         assert_no_worse(fn, reference_of(op), args, float32_limit=1e-5)
-    except AssertionError:
-        return None
+    except AssertionError as error:
+        return f"disagrees with the reference: {error}"
     except Exception as error:  # what Triton raises has no common base: too much shared memory, too few registers
         if type(error).__module__.split(".")[0] != "triton":
             raise
-        return None
-    return quantiles(time_gpu(partial(fn, *args), samples=samples, warmup=5))["p50"]
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return quantiles(timer(partial(fn, *args), samples=samples, warmup=5))["p50"]
 
 
-def write(table: dict[str, Any], note: str, path: Path) -> None:
-    """As the committed table is laid out: one row a line."""
+def check(names: Sequence[str], device: torch.device) -> list[str]:
+    """The ops to tune. BackendError: no GPU here, or one that Triton does not run on. InputError: no op with tiles."""
+    known = list(tiles.committed())
+    for name in names:
+        if name not in known:
+            raise InputError(f"tune {name!r}: no op with tiles{did_you_mean(name, known)}; known: {', '.join(known)}")
+    if device.type != "cuda":
+        sees = "--device is cpu" if torch.cuda.is_available() else f"PyTorch {torch.__version__} sees none"
+        raise BackendError(f"tune: tiles are measured on the GPU that they are for, and {sees}; run it on that machine")
+    reason = launch.refuse(products=True, x=torch.zeros(1, dtype=torch.bfloat16, device=device))
+    if reason is not None:
+        raise BackendError(f"tune: Triton's kernels do not run on {device}: {reason}")
+    return [op for op in ops.names() if op in (names or known)]
+
+
+def on_gpu(names: Sequence[str], device: torch.device, batches: Sequence[int], seed: int) -> list[Case]:
+    """The calls of these ops with random bfloat16 arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (op, f"{case} batch {batch}", fill(args, str(device), torch.bfloat16, generator))
+        for batch in batches
+        for op, case, args in cases(names, batch=batch)
+    ]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a search is kept, row by row: `out` the tiles, `timings` every number.
+
+    `out` is a machine's own table (what it holds already of other ops and chips stays) or, with `whole`, the committed
+    table with the new columns, to replace the package's.
+    """
+
+    out: Path
+    timings: Path
+    whole: bool = False
+
+    def check(self) -> None:
+        """ConfigError or InputError where `out` holds something else, before hours are spent."""
+        if not self.whole and self.out.exists():
+            tiles.read_own(self.out)
+        for path in (self.out, self.timings):
+            if path.is_dir() or not path.parent.is_dir():
+                raise InputError(f"{path}: expected a file in a folder that exists; choose another")
+
+    def keep(self, search: Search) -> None:
+        here = machine()
+        own = {} if self.whole or not self.out.exists() else tiles.read_own(self.out)
+        table = {op: dict(columns) for op, columns in (tiles.committed() if self.whole else own).items()}
+        for op, rows in search.columns.items():
+            table.setdefault(op, {})[search.architecture] = rows
+        measured_on = f"Column {search.architecture} measured on {here['gpu'] or here['cpu']}, torch {here['torch']}."
+        note = f"{json.loads(tiles.TABLE.read_text())['note']} {measured_on}" if self.whole else measured_on
+        write(table, note, self.out)
+        write_json(self.timings, {"machine": here, **vars(search)})
+
+
+def write(table: dict[str, tiles.Columns], note: str, path: Path) -> None:
+    """As the committed table is laid out, one row a line; a reader never sees half of it."""
     text = json.dumps({"note": note, "tiles": {op: dict.fromkeys(columns) for op, columns in table.items()}}, indent=2)
     for op, columns in table.items():
         head, _, tail = text.partition(f'    "{op}": {{')
@@ -125,34 +242,21 @@ def write(table: dict[str, Any], note: str, path: Path) -> None:
             lines = ",\n".join("        " + json.dumps(row) for row in rows)
             tail = tail.replace(f'      "{name}": null', f'      "{name}": [\n{lines}\n      ]', 1)
         text = f'{head}    "{op}": {{{tail}'
-    path.write_text(text + "\n")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text + "\n")
+    aside.replace(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--op", action="append", choices=[op for op in ops.names() if op in tiles.table()])
-    parser.add_argument("--batch", type=int, action="append", help="default: 1 and 16")
-    parser.add_argument("--samples", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no GPU is visible to PyTorch; tiles are measured on the one they are for")
-    generator = torch.Generator().manual_seed(args.seed)
-    found = [
-        (op, fill(given, "cuda", torch.bfloat16, generator))
-        for batch in args.batch or (1, 16)
-        for _, op, given in calls(batch)
-        if args.op is None or op in args.op
-    ]
-    architecture = launch.architecture(torch.device("cuda", torch.cuda.current_device()))
-    with torch.no_grad():
-        table = tune(architecture, found, partial(measured, samples=args.samples))
-    here = machine()
-    old = json.loads(tiles.TABLE.read_text())["note"]
-    write(table, f"{old} Column {architecture} measured on {here['gpu']}, torch {here['torch']}.", args.out)
-    print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    main()
+def show(search: Search) -> str:
+    """One line a row: what it was, what is best."""
+    rows = []
+    for row in search.best:
+        before, now = row["before_ms"], row["ms"]
+        changed = {name: value for name, value in row["tile"].items() if value != row["before"][name]}
+        limits = " ".join(f"{name}<={value}" for name, value in row["upto"].items()) or "any"
+        gain = f"{before / now:.2f}" if before and now else "none works" if now is None else "before did not work"
+        times = ["" if ms is None else f"{ms:.4f}" for ms in (before, now)]
+        rows.append([row["op"], limits, row["tried"], *times, gain, " ".join(f"{k}={v}" for k, v in changed.items())])
+    header = ["op", "row", "tiles tried", "before ms", "best ms", "before / best", "changed"]
+    left = f"\nno time was left for: {', '.join(search.left)}" if search.left else ""
+    return text_table(header, rows, right=range(2, 6)) + left

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import tyro
 
+from dit4dit.commands import bench as measuring
 from dit4dit.commands import data as data_commands
-from dit4dit.commands import train_bench
+from dit4dit.commands.shell import Device, Dtype, dtype_of, finish, say
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
-Device = str
-Dtype = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["fp8"] | None
 Images = tyro.conf.UseAppendAction[tuple[Path, ...]]
 
 
@@ -30,7 +30,7 @@ def doctor(json: Path | None = None) -> int:
     from dit4dit import doctor as module
 
     result = module.examine()
-    _finish(module.show(result), result, json)
+    finish(module.show(result), result, json)
     return 0 if result["healthy"] else 1
 
 
@@ -51,7 +51,7 @@ def inspect(
     from dit4dit.commands import inspect as module
 
     result = module.inspect(checkpoint, backbone=backbone, embodiment=embodiment)
-    _finish(module.show(result), result, json)
+    finish(module.show(result), result, json)
     return 0
 
 
@@ -65,6 +65,8 @@ def predict(
     seed: int = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    calibration: Path | None = None,
     json: Path | None = None,
     plot: Path | None = None,
 ) -> int:
@@ -80,6 +82,8 @@ def predict(
         seed: of the noise; same seed and input, same bits.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        quantization: fp8 multiplies the backbone's matrices in 8-bit floats; changes the result.
+        calibration: file of dit4dit calibrate, for and only for fp8.
         json: write the chunk to this file.
         plot: write a picture of the chunk to this file.
     """
@@ -87,10 +91,11 @@ def predict(
     from dit4dit.policy import Policy
 
     module.check_plot(plot)
-    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=_dtype(dtype), embodiment=embodiment)
+    options: dict[str, Any] = {"embodiment": embodiment, "quantization": quantization, "calibration": calibration}
+    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=dtype_of(dtype), **options)
     result = module.predict(policy, list(image), state, instruction, seed)
     module.save(result, json, plot)
-    _say(module.show(result))
+    say(module.show(result))
     return 0
 
 
@@ -132,9 +137,9 @@ def parity(
                 "--checkpoint and --dtype"
             )
         stages = parity_record.record(folder, record, backbone=backbone, seed=seed, device=place)
-        _say(f"wrote {folder}: {', '.join(stages)}")
+        say(f"wrote {folder}: {', '.join(stages)}")
         return 0
-    kind = _dtype(dtype)
+    kind = dtype_of(dtype)
     lines = module.check(
         folder,
         device=place,
@@ -144,7 +149,7 @@ def parity(
         checkpoint=checkpoint,
         engine=engine,
     )
-    _finish(module.show(lines), module.as_json(lines, device=place, dtype=kind), json)
+    finish(module.show(lines), module.as_json(lines, device=place, dtype=kind), json)
     return 0 if all(line.ok for line in lines) else 1
 
 
@@ -176,7 +181,7 @@ def convert(
             own_format.to_own(source, target, backbone, progress)
         else:
             own_format.to_published(source, target, backbone, progress)
-    _say(f"wrote {target} ({'own format' if to_own else 'published layout'})")
+    say(f"wrote {target} ({'own format' if to_own else 'published layout'})")
     return 0
 
 
@@ -190,7 +195,7 @@ def push(folder: tyro.conf.Positional[Path], repository: tyro.conf.Positional[st
     """
     from dit4dit.model import own_format
 
-    _say(own_format.push_to_hub(folder, repository, private=not public))
+    say(own_format.push_to_hub(folder, repository, private=not public))
     return 0
 
 
@@ -221,10 +226,51 @@ def pack(
     lines = list(dict.fromkeys(line.strip() for line in instructions.read_text().splitlines() if line.strip()))
     if not lines:
         raise InputError(f"{instructions}: empty; expected one instruction a line")
-    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=_dtype(dtype), packs=out)
+    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=dtype_of(dtype), packs=out)
     for line in tqdm(lines, desc="packs", disable=None):
         policy.prepare(line).result()
-    _say(f"{len(lines)} packs in {out}")
+    say(f"{len(lines)} packs in {out}")
+    return 0
+
+
+def calibrate(
+    checkpoint: str,
+    out: Path,
+    examples: Path | None = None,
+    image: Images = (),
+    state: Path | None = None,
+    instruction: str | None = None,
+    backbone: str | None = None,
+    embodiment: str | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Path | None = None,
+) -> int:
+    """The largest activations of a checkpoint, which fp8 needs, and the measured error of fp8 on the examples.
+
+    Args:
+        checkpoint: run folder, .pt file, folder in the own format, or hub id.
+        out: file for the calibration.
+        examples: JSON lines file, each line {"images": [one per view], "state": object or file, "instruction": words}.
+        image: of a single example: one 8-bit RGB picture per view, in the embodiment's order.
+        state: of a single example: JSON object, state key -> number or list of numbers, in robot units.
+        instruction: of a single example: what to do, in words.
+        backbone: Cosmos-Predict2.5 folder or hub id.
+        embodiment: robot name or statistics tag; what the checkpoint implies when not given.
+        seed: of the noise; example i takes chunk i of it.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU; the policy must be loaded with the same.
+        json: write the errors to this file.
+    """
+    from dit4dit.commands import calibrate as module
+    from dit4dit.policy import Policy
+
+    found = module.choose_examples(examples, list(image), state, instruction)
+    policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=dtype_of(dtype), embodiment=embodiment)
+    calibration, errors = module.calibrate(policy, found, seed)
+    calibration.save(out)
+    finish(f"{module.show(calibration, errors)}\nwrote {out}", {"samples": calibration.samples, **errors}, json)
     return 0
 
 
@@ -250,71 +296,7 @@ def demo(out: Path = Path("demo"), seed: int = 1_000_000, device: Device = "auto
     out.mkdir(parents=True, exist_ok=True)
     with tqdm(unit="step", desc="episode", disable=None) as bar:
         result = module.demo(out, seed=seed, device=device, progress=bar.update)
-    _say(module.show(result, out))
-    return 0
-
-
-def bench_flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
-    """GFLOP per stage of one chunk, counted over the real modules: the published schedule, and what this package runs.
-
-    Args:
-        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
-        json: also write the counts to this file.
-    """
-    from dit4dit.benchmarks import flops  # type: ignore[import-not-found, unused-ignore]
-    from dit4dit.commands.report import table
-    from dit4dit.presets import preset as find
-
-    counts = flops.count(find(preset))
-    rows = [[stage, *(f"{counts[s][stage]:,.2f}" for s in counts)] for stage in (*flops.STAGES, "total")]
-    _finish(table(["GFLOP", *counts], rows, right=(1, 2, 3)), {"preset": preset, **counts}, json)
-    return 0
-
-
-def bench_latency(
-    preset: str = "mid",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    chunks: int = 5,
-    baseline: bool = False,
-    text: bool = True,
-    seed: int = 0,
-    json: Path | None = None,
-    report: Path | None = None,
-) -> int:
-    """Latency of one chunk on random weights of true sizes: the engine and, beside it, the published schedule.
-
-    Args:
-        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
-        device: auto, cpu, cuda or cuda:N.
-        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
-        chunks: timed chunks of each contender.
-        baseline: also time the published schedule, alternating, and report the ratio.
-        text: the baseline encodes its instruction in each chunk, as published; --no-text leaves that out.
-        seed: of weights and inputs.
-        json: also write every number to this file.
-        report: write an HTML report and its pictures into this folder.
-    """
-    import torch
-
-    from dit4dit.benchmarks import latency, latency_report
-    from dit4dit.commands.report import table
-    from dit4dit.device import pick_device
-    from dit4dit.presets import preset as find
-
-    if chunks < 1:
-        raise InputError(f"--chunks: expected at least 1, got {chunks}")
-    place, chosen = pick_device(device), find(preset)
-    kind = _dtype(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    options = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
-    result = latency.measure(chosen, preset, device=place, dtype=kind, **options)
-    header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
-    lines = [table(header, latency.rows(result), right=range(1, 8))]
-    if result["ratio"]:
-        lines.append("published / engine: " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratio"].items()))
-    if report is not None:
-        lines.append(f"wrote {latency_report.write(report, result)}")
-    _finish("\n".join(lines), result, json)
+    say(module.show(result, out))
     return 0
 
 
@@ -326,46 +308,25 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert,
     "push": push,
     "pack": pack,
+    "calibrate": calibrate,
     "stats": data_commands.stats,
     "train": train,
     "demo": demo,
+    "tune": measuring.tune,
 }
-BENCHMARKS: dict[str, Callable[..., int]] = {
-    "flops": bench_flops,
-    "latency": bench_latency,
-    "loader": data_commands.bench_loader,
-    "training": train_bench.bench_training,
-}
+BENCHMARKS: dict[str, Callable[..., int]] = {**measuring.BENCHMARKS, "loader": data_commands.bench_loader}
 DATA: dict[str, Callable[..., int]] = {"check": data_commands.data_check}
 GROUPS = {"bench": BENCHMARKS, "data": DATA}
 
 
 def bench() -> int:
-    """Benchmarks: flops, latency and loader; `dit4dit bench latency --help`."""
+    """Benchmarks: flops, latency, ops, options and loader; `dit4dit bench latency --help`."""
     raise AssertionError("main() sends bench to its own subcommands")
 
 
 def data() -> int:
     """Data sets: check; `dit4dit data check --help`."""
     raise AssertionError("main() sends data to its own subcommands")
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return None if name == "auto" else getattr(torch, name)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-def _finish(text: str, data: dict[str, Any], json_file: Path | None) -> None:
-    from dit4dit.commands.report import write_json
-
-    if json_file is not None:
-        write_json(json_file, data)
-    _say(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -382,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from dit4dit.commands import train as module
 
             program = "dit4dit train"
-            sys.exit(module.main(words[1:], _say))
+            sys.exit(module.main(words[1:], say))
         if words and not words[0].startswith("-") and words[0] not in commands:
             known = list(commands)
             raise InputError(

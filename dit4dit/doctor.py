@@ -6,11 +6,12 @@ import importlib
 import importlib.metadata
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dit4dit.commands.report import table
+from dit4dit.errors import ConfigError
 
 PACKAGES = {
     "torch": "2.10",
@@ -38,7 +39,7 @@ class Finding:
 
 def examine() -> dict[str, Any]:
     """All findings, ready for JSON; "healthy" is False when a problem was found."""
-    findings = [*_packages(), *_extension(), *_devices(), *_memory(), _self_test()]
+    findings = [*_packages(), *_extension(), *_devices(), *_memory(), _tiles(), _self_test()]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -121,6 +122,23 @@ def _fits(place: str, free: int, size: int) -> list[Finding]:
     return [Finding(what, "note", f"does not fit ({need}; {have})")]
 
 
+def _tiles() -> Finding:
+    """Which table of block sizes Triton's kernels take."""
+    from dit4dit.ops import tiles
+
+    path = tiles.own_file()
+    if path is None:
+        return Finding("tiles", "ok", "the package's own table (dit4dit tune measures one for this machine's GPU)")
+    try:
+        own = tiles.own()
+    except ConfigError as error:
+        return Finding("tiles", "problem", str(error))
+    columns = ", ".join(f"{op} {'/'.join(columns)}" for op, columns in own.items())
+    return Finding(
+        "tiles", "ok", f"{path} ({tiles.VARIABLE}) for {columns or 'nothing'}; the package's own for the rest"
+    )
+
+
 def _self_test() -> Finding:
     """One chunk of a small random model through the text encoder and the engine: do these versions work together?"""
     import torch
@@ -150,19 +168,26 @@ def _ops() -> list[dict[str, Any]]:
 
     from dit4dit import ops
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [
-        {"op": e.op, "device": device, "chosen": e.chosen, "refused": dict(e.refused)}
-        for device in devices
-        for e in ops.explain(device=device)
-    ]
+    found = []
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        try:
+            found += [{"device": device, **asdict(explanation)} for explanation in ops.explain(device=device)]
+        except ConfigError:  # a broken table of tiles, which is a finding of its own
+            continue
+    return found
 
 
 def show(result: dict[str, Any]) -> str:
     """What the command prints."""
     rows = [[f["what"], f["level"], f["detail"]] for f in result["findings"]]
     ops_rows = [
-        [o["op"], o["device"], o["chosen"] or "nothing", "; ".join(f"{k}: {v}" for k, v in o["refused"].items())]
+        [
+            o["op"],
+            o["device"],
+            o["chosen"] or "nothing",
+            o["tiles"] or "",
+            "; ".join(f"{k}: {v}" for k, v in o["refused"].items()),
+        ]
         for o in result["ops"]
     ]
     verdict = "healthy" if result["healthy"] else "problems found"
@@ -170,7 +195,7 @@ def show(result: dict[str, Any]) -> str:
         [
             f"Python {result['python']} on {result['platform']}",
             table(["what", "level", "detail"], rows),
-            table(["op", "device", "would run", "passed over"], ops_rows),
+            table(["op", "device", "would run", "tiles", "passed over"], ops_rows),
             verdict,
         ]
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,36 +20,34 @@ from dit4dit.device import pick_device
 from dit4dit.embodiments.embodiment import Array, Embodiment, Resize
 from dit4dit.engine import (
     MAX_BATCH,
+    Calibration,
     Engine,
     PackFolder,
-    Plan,
     PromptPack,
     RequestShape,
+    StepInputs,
+    calibrate,
     host_memory,
     packs_key,
     text_fingerprint,
 )
+from dit4dit.engine.fp8 import check_options
 from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
 from dit4dit.instructions import Embedder, Recent, load_tokenizer
 from dit4dit.model.checkpoint import open_checkpoint
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.weights import build
-from dit4dit.ops import preprocess
-from dit4dit.requests import Request, groups, noises_of, states
-from dit4dit.transforms import inverse_table
+from dit4dit.requests import Request, groups, noises_of
+from dit4dit.runner import EngineRunner, ModelRunner, Size, step_inputs
 from dit4dit.types import ActionChunk, Noise, Observation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger("dit4dit.policy")
-
 ENGINES = ("auto", "off")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PACK_BUDGET = 2 * 2**30
 """Bytes of prompt packs kept: 27 instructions of the released models in bfloat16."""
-PLANS = 32
-"""Request shapes whose buffers (and on a GPU graphs) are kept."""
 CONTEXT_BUDGET = 64 * 2**20
 """Bytes of projected text kept, least recently used out first (1 MB each for the released models in bfloat16)."""
 
@@ -79,6 +75,7 @@ class Policy:
         self.codec = codec
         self.engine = engine
         self._pack_folder = packs
+        self._runner = ModelRunner(model, codec) if engine is None else EngineRunner(engine, codec)
         self._embedder = Embedder(model, tokenizer, prompt_embeds)
         self._start_caches()
 
@@ -88,13 +85,11 @@ class Policy:
             if self.engine is None
             else Recent(self._make_pack, PACK_BUDGET, lambda pack: pack.bytes)
         )
-        self._plans: Recent[tuple[RequestShape, bool], Plan] = Recent(self._make_plan, PLANS, lambda _: 1)
-        self._turn = threading.Lock()  # the engine's buffers serve one request at a time
         self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads and caches stay behind; a copy starts its own."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_texts", "_plans", "_turn", "_background")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_texts", "_background")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -113,6 +108,8 @@ class Policy:
         engine: Literal["auto", "off"] = "auto",
         steps: int | None = None,
         posterior: Literal["sample", "mean"] = "sample",
+        quantization: Literal["fp8"] | None = None,
+        calibration: str | Path | Calibration | None = None,
         prompt_embeds: Mapping[str, Any] | None = None,
         packs: str | Path | None = None,
         text_encoder: bool = True,
@@ -130,6 +127,9 @@ class Policy:
             engine: "auto", the latency path (`dit4dit.engine`); "off", the plain model.
             steps: Euler steps (1, 2, 4, 8) instead of the checkpoint's number. Changes the result; engine only.
             posterior: "mean" takes the frame's mean latent instead of a sample. Changes the result; engine only.
+            quantization: "fp8" multiplies the backbone's matrices in 8-bit floats, with `calibration`; the model is then
+                left without its own (`Policy.model` cannot be run). Changes the result; engine only.
+            calibration: file of `dit4dit calibrate`, or what `calibrate` returned, for this checkpoint in this dtype.
             prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
                 these instructions can be used.
             packs: folder where prompt packs are kept between runs (`dit4dit pack`); engine only.
@@ -140,10 +140,13 @@ class Policy:
         """
         if engine not in ENGINES:
             raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
-        if engine == "off" and (steps is not None or posterior != "sample" or packs is not None):
+        given = (steps, packs, quantization, calibration)
+        if engine == "off" and (posterior != "sample" or any(option is not None for option in given)):
             raise ConfigError(
-                "steps, posterior and packs are options of the engine: leave them out, or use engine='auto'"
+                "steps, posterior, packs, quantization and calibration are options of the engine: leave them out, or use "
+                "engine='auto'"
             )
+        check_options(quantization, calibration)
         if packs is not None and prompt_embeds is not None:
             raise ConfigError(
                 "packs and prompt_embeds: give one of them; packs on disk must come from the text encoder"
@@ -156,6 +159,8 @@ class Policy:
             if kind is not None and kind not in DTYPES:
                 raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r}")
         place = pick_device(device)
+        if isinstance(calibration, (str, Path)):
+            calibration = Calibration.load(calibration)
         checkpoint = open_checkpoint(path, backbone)
         codec = Codec.for_checkpoint(checkpoint, embodiment)
         model = build(
@@ -168,9 +173,8 @@ class Policy:
             with_text=text_encoder and prompt_embeds is None,
         )
         tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None
-        fast = Engine(model, steps=steps, posterior=posterior) if engine == "auto" else None
-        if fast is not None:
-            fast.check_folding()
+        options: dict[str, Any] = dict(steps=steps, posterior=posterior, quantization=quantization)
+        fast = Engine(model, **options, calibration=calibration, release=True) if engine == "auto" else None
         folder = None
         if packs is not None:
             folder = PackFolder(Path(packs), packs_key(model), place, text_fingerprint(model.text))
@@ -212,6 +216,40 @@ class Policy:
         self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
     ) -> list[ActionChunk]:
         """Several requests in one pass; each one's noise is its own, whatever else is in the batch."""
+        requests = self._requests(observations, instructions, noise)
+        results = self._sample(requests, self.config.image_size, self.embodiment.resize, units=True)
+        names, rate = self.embodiment.action_names, self.embodiment.rate_hz
+        return [
+            ActionChunk(actions=actions, names=names, rate_hz=rate, normalized=normalized, noise=one)
+            for (normalized, actions), one in zip(results, (request.noise for request in requests), strict=True)
+            if actions is not None
+        ]
+
+    def calibrate(
+        self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
+    ) -> Calibration:
+        """The largest activations of these examples, for `quantization="fp8"`; give some that are like what will come.
+
+        Raises:
+            ConfigError: this policy has no engine, or a quantised one. InputError: as in `infer_batch`.
+        """
+        if self.engine is None:
+            raise ConfigError("calibrate: it is the engine that is calibrated; load the policy with engine='auto'")
+        with self._plain():
+            return calibrate(self.engine, self.step_inputs(observations, instructions, noise=noise))
+
+    def step_inputs(
+        self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
+    ) -> Iterator[StepInputs]:
+        """What the engine is asked for these observations, one at a time: for measuring it."""
+        for request in self._requests(observations, instructions, noise):
+            packs = [self._texts.get(request.instruction)]
+            yield step_inputs(self.model, [request], packs, self.config.image_size, self.embodiment.resize)
+
+    def _requests(
+        self, observations: Sequence[Observation], instructions: Sequence[str], noise: Sequence[Noise] | None
+    ) -> list[Request]:
+        """One request per observation; InputError where something does not fit."""
         if not observations or len(observations) != len(instructions):
             raise InputError(
                 f"batch: {len(observations)} observations and {len(instructions)} instructions; expected as many"
@@ -220,16 +258,9 @@ class Policy:
             if not isinstance(observation, Observation):
                 raise InputError(f"observation: expected an Observation, got {type(observation).__name__}")
         noises = noises_of(noise, len(observations))
-        requests = [
+        return [
             Request(self.embodiment.ordered_views(o.images), self._state(o), words, one)
             for o, words, one in zip(observations, instructions, noises, strict=True)
-        ]
-        results = self._sample(requests, self.config.image_size, self.embodiment.resize, units=True)
-        names, rate = self.embodiment.action_names, self.embodiment.rate_hz
-        return [
-            ActionChunk(actions=actions, names=names, rate_hz=rate, normalized=normalized, noise=one)
-            for (normalized, actions), one in zip(results, noises, strict=True)
-            if actions is not None
         ]
 
     def predict_action(
@@ -269,17 +300,13 @@ class Policy:
         with self._plain():
             return {instruction: self._embedder(instruction)[0].cpu() for instruction in instructions}
 
-    def _sample(self, requests: Sequence[Request], size: _Size, resize: Resize, *, units: bool) -> list[_Result]:
-        """Each request's normalised actions [K, A_model], and with `units` its actions in robot units [K, A].
-
-        size: what each view is brought to, with the filter `resize`; None leaves the pictures as they are.
-        """
-        run = self._run_model if self.engine is None else self._run_engine
+    def _sample(self, requests: Sequence[Request], size: Size, resize: Resize, *, units: bool) -> list[_Result]:
+        """Each request's normalised actions [K, A_model], and with `units` its actions in robot units [K, A]."""
         results: list[_Result | None] = [None] * len(requests)
         with self._plain():
-            contexts = [self._texts.get(request.instruction) for request in requests]
-            for group in groups(requests, contexts):
-                found = run([requests[i] for i in group], [contexts[i] for i in group], size, resize, units)
+            texts = [self._texts.get(request.instruction) for request in requests]
+            for group in groups(requests, texts):
+                found = self._runner.run([requests[i] for i in group], [texts[i] for i in group], size, resize, units)
                 for i, normalized, actions in zip(group, *found, strict=True):
                     results[i] = normalized, actions
         done = [result for result in results if result is not None]
@@ -289,40 +316,6 @@ class Policy:
                 "where they were given, the prompt embeddings"
             )
         return done
-
-    def _run_engine(
-        self, requests: Sequence[Request], packs: Sequence[PromptPack], size: _Size, resize: Resize, units: bool
-    ) -> tuple[Array, Sequence[Array | None]]:
-        shape = RequestShape(
-            batch=len(requests),
-            views=tuple((int(p.shape[0]), int(p.shape[1])) for p in requests[0].pictures),
-            size=size,
-            resize=resize,
-            state=requests[0].state is not None,
-            text_length=packs[0].length,
-        )
-        state = states(requests)
-        if self.device.type == "cuda" and (shape, units) not in self._plans:
-            log.warning("recording a CUDA graph for %s inside a request; call Policy.warm_up beforehand", shape)
-        plan = self._plans.get((shape, units))
-        with self._turn:
-            normalized, actions = plan.run([r.pictures for r in requests], state, [r.noise for r in requests], packs)
-        return normalized, [None] * len(requests) if actions is None else list(actions)
-
-    @torch.no_grad()
-    def _run_model(
-        self, requests: Sequence[Request], contexts: Sequence[Tensor], size: _Size, resize: Resize, units: bool
-    ) -> tuple[Array, Sequence[Array | None]]:
-        views = [np.stack(view) for view in zip(*(r.pictures for r in requests), strict=True)]
-        place = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(self.device)  # noqa: E731
-        frame = preprocess([place(view) for view in views], size, resize, self.model.backbone.transformer.dtype)
-        shapes = self.config.noise_shapes(*frame.shape[2:])
-        drawn = [request.noise.draw(shapes) for request in requests]
-        posterior, latent, action = (place(np.stack([draw[name] for draw in drawn])) for name in shapes)
-        state = states(requests)
-        context, placed = torch.cat(list(contexts)), None if state is None else place(state)
-        normalized = self.model.sample(frame, context, placed, posterior, latent, action).cpu().numpy()
-        return normalized, list(self.codec.action.inverse(normalized)) if units else [None] * len(requests)
 
     def _plain(self) -> contextlib.AbstractContextManager[Any]:
         """Outside of the caller's autocast, which would change the numbers and what is cached."""
@@ -339,7 +332,7 @@ class Policy:
         """
         if self.device.type == "cpu":
             host_memory.hold()
-        if self.engine is None:
+        if not isinstance(self._runner, EngineRunner):
             return
         names, given = self.embodiment.views, dict(pictures or {})
         for name in given:
@@ -352,7 +345,7 @@ class Policy:
         length, state = self.config.text.max_length, self.codec.state is not None
         shape = RequestShape(batch, views, size, self.embodiment.resize, state, length)
         with self._plain():
-            self._plans.get((shape, True))
+            self._runner.warm_up(shape)
 
     def prepare(self, instruction: str) -> Future[None]:
         """Encode an instruction in the background, so that the chunk that first uses it does not wait.
@@ -387,13 +380,6 @@ class Policy:
         """Projected text [1, L, text_dim], kept for the next chunks of the same instruction."""
         return self.model.context(self._embedder(instruction))
 
-    def _make_plan(self, key: tuple[RequestShape, bool]) -> Plan:
-        assert self.engine is not None
-        shape, units = key
-        table = torch.from_numpy(inverse_table(self.codec.action)) if units else None
-        with self._turn:
-            return Plan(self.engine, shape, table)
-
     def _state(self, observation: Observation) -> Array | None:
         """Encoded state [1, state_dim]; None for a model without a state token, which looks at no state."""
         if self.codec.state is None:
@@ -402,7 +388,6 @@ class Policy:
 
 
 _Result = tuple[Array, Array | None]
-_Size = tuple[int, int] | None
 
 
 def _tensor_bytes(tensor: Tensor) -> int:

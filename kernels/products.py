@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from dit4dit.kernels.common import dot
+from dit4dit.kernels.common import dot, to_e4m3
 
 
 @triton.jit
@@ -29,6 +29,7 @@ def product(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    inverse=None,  # multiplies x, which then becomes e4m3
 ):
     """float32 [ROWS, COLUMNS]."""
     # rows and columns past the end read the last one again, which costs less than masks; nobody stores them
@@ -43,6 +44,8 @@ def product(
         else:
             x_tile = tl.load(x_at + start)
             weight_tile = tl.load(weight_at + start)
+        if inverse is not None:
+            x_tile = to_e4m3(x_tile.to(tl.float32) * inverse)
         result = dot(x_tile, tl.trans(weight_tile), result)
     return result
 

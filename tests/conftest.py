@@ -17,9 +17,13 @@ GOLDEN = Path(__file__).parent / "golden"
 FIXTURES = ("libero_tiny", "gr1_tiny")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, and say so, where PyTorch sees no GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, and say so, where PyTorch sees no GPU; those marked long unless they are asked for."""
     import torch
+
+    for item in items:
+        if "long" in item.keywords and "long" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m long"))
 
     if not torch.cuda.is_available():
         for item in items:
@@ -102,3 +106,56 @@ def cosmos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = {n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
         save_file(state, target / part / f"{name}.safetensors", metadata={"format": "pt"})
     return target
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _data_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Caches of data sets go to a folder of this run."""
+    before = os.environ.get("DIT4DIT_CACHE")
+    os.environ["DIT4DIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["DIT4DIT_CACHE"]
+    else:
+        os.environ["DIT4DIT_CACHE"] = before
+
+
+LIBERO_CAMERAS = ("observation.images.image", "observation.images.wrist_image")
+
+
+def make_libero_episode(number: int, length: int, height: int = 24, width: int = 32):
+    """Columns and pictures of an episode with LIBERO's keys; random, the same for the same arguments."""
+    rng = np.random.default_rng(number)
+    columns = {
+        "observation.state": rng.normal(size=(length, 8)).astype(np.float32),
+        "action": rng.normal(size=(length, 7)).astype(np.float32),
+    }
+    return columns, {c: rng.integers(0, 256, (length, height, width, 3), dtype=np.uint8) for c in LIBERO_CAMERAS}
+
+
+@pytest.fixture(scope="session")
+def libero_episode():
+    return make_libero_episode
+
+
+@pytest.fixture(scope="session")
+def write_libero():
+    """Write a small data set with LIBERO's keys, pictures kept to the bit: write_libero(folder, version=..., lengths=...)."""
+    from dit4dit.data.writer import VideoCodec, Writer
+
+    def write(root: Path, lengths=(12, 9, 17, 11), **options) -> Path:
+        with Writer(root, 10, **{"codec": VideoCodec.lossless(), "episodes_per_file": 3, **options}) as writer:
+            for number, length in enumerate(lengths):
+                writer.add(*make_libero_episode(number, length), f"task {number % 2}")
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def libero_data(write_libero, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of data sets with the same four episodes: v2.0, v2.1 and v3.0. Not to be written to."""
+    root = tmp_path_factory.mktemp("data")
+    for version in ("v2.0", "v2.1", "v3.0"):
+        write_libero(root / version, version=version)
+    return root

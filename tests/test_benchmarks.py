@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from dit4dit.benchmarks import harness, op_bench
 from dit4dit.benchmarks.harness import assert_no_worse, quantiles, time_cpu
-from dit4dit.benchmarks.ops import bench_preprocess
 
 from dit4dit import ops
+from dit4dit.cli import main
 
 
 def product(x, y):
@@ -71,47 +74,145 @@ def test_the_machine_is_named():
     json.dumps(found)
 
 
-def test_a_benchmark_runs_and_writes_its_numbers(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "result.json"
-    monkeypatch.setattr(bench_preprocess, "CASES", {"small": ([(8, 8), (9, 9)], (4, 4), "cv2_area")})
-    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--samples", "3", "--json", str(path)])
-    threads = torch.get_num_threads()
-    try:
-        bench_preprocess.main()
-    finally:
-        torch.set_num_threads(threads)
-    written = json.loads(path.read_text())
-    assert {row["implementation"] for row in written["rows"]} == {"cpp", "torch"}
-    assert "p50 ms" in capsys.readouterr().out
+def test_the_gpu_is_kept_busy_while_the_host_hands_a_call_over():
+    assert harness.flushes(host=0.0, flushing=20e-6) == 1
+    assert harness.flushes(host=100e-6, flushing=20e-6) == 8
+    assert harness.flushes(host=1.0, flushing=20e-6) == 64
 
 
-def test_a_benchmark_does_not_time_what_is_wrong(monkeypatch):
-    monkeypatch.setattr(bench_preprocess, "CASES", {"small": ([(8, 8)], (4, 4), "cv2_area")})
-    monkeypatch.setattr(bench_preprocess, "reference", lambda *args: bench_preprocess.preprocess(*args) + 0.5)
-    monkeypatch.setattr(bench_preprocess, "time_cpu", lambda *_, **__: pytest.fail("timed"))
-    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu"])
-    threads = torch.get_num_threads()
-    try:
-        with pytest.raises(AssertionError, match="from the truth"):
-            bench_preprocess.main()
-    finally:
-        torch.set_num_threads(threads)
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "ops", "--device", "cpu", *words])
+    return int(end.value.code or 0)
 
 
-@pytest.mark.parametrize("op", [op for op in ops.names() if op != "preprocess"])
-def test_every_op_is_benchmarked_at_sizes_of_the_models(op, tmp_path, monkeypatch):
-    """Shrunk here: the head's calls, at most two of each op, timed twice."""
-    real = [call for call in op_bench.calls() if call[1] == op]
-    assert real
-    smallest = sorted(real, key=lambda call: call[2][0].numel())[:2]
-    monkeypatch.setattr(op_bench, "calls", lambda batch: iter(smallest))
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two smallest calls of each op."""
+    real = op_bench.cases(ops.names())
+
+    def size(case: op_bench.Case) -> int:
+        return sum(x.numel() for x in op_bench._tensors(case[2]))
+
+    def smallest(names, **_):
+        return [c for op in names for c in sorted((c for c in real if c[0] == op), key=size)[:2]]
+
+    monkeypatch.setattr(op_bench, "cases", smallest)
+
+
+@pytest.mark.usefixtures("small")
+def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "ops.json"
+    assert run("--samples", "3", "--no-compile", "--json", str(path)) == 0
+    data = json.loads(path.read_text())
+    assert data["complete"]
+    assert data["machine"]["torch"] == torch.__version__
+    timed = [row for row in data["rows"] if "ms" in row]
+    assert {row["op"] for row in timed} == set(ops.names())
+    for row in timed:
+        assert 0 < row["ms"]["p50"] <= row["ms"]["max"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"]["p50"] / 1e6)
+        assert row["gflop_per_s"] == pytest.approx(row["flops"] / row["ms"]["p50"] / 1e6)
+        assert row["implementation"] != "eager" or row["ratio"] == 1
+    assert {r["op"] for r in timed if r["flops"]} == {
+        "self_attention",
+        "cross_attention",
+        "linear_gelu",
+        "linear_gated",
+        "linear_fp8",
+    }
+    assert {(r["op"], r["implementation"]) for r in timed} >= {("preprocess", "cpp"), ("linear_gelu", "onednn")}
+    shown = capsys.readouterr().out
+    assert "GFLOP/s" in shown
+    assert "triton: x is on cpu, where Triton runs only with TRITON_INTERPRET=1 (adaln" in shown
+
+
+@pytest.mark.usefixtures("small")
+def test_compile_is_timed_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    path = tmp_path / "ops.json"
+    words = ["--ops", "euler_step", "--samples", "2", "--json", str(path)]
+    assert run(*words) == 0
+    (plain, _) = [row for row in json.loads(path.read_text())["rows"] if row["implementation"] == "compile"]
+    assert plain["ratio"] > 0 if shutil.which("g++") else plain["left_out"]
+
+    def broken(model, inputs):
+        raise RuntimeError("no compiler here")
+
+    real = torch.compile
+    monkeypatch.setattr(op_bench.torch, "compile", lambda fn, **options: real(fn, backend=broken, **options))
+    assert run(*words) == 0
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["implementation"] == "compile"]
+    assert all("no compiler here" in row["left_out"] for row in rows)
+    assert "no compiler here (euler_step)" in capsys.readouterr().out
+
+
+def test_contenders_are_timed_in_turns() -> None:
+    calls: list[str] = []
+    todo = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    found = op_bench.alternating(todo, (torch.zeros(1),), samples=7, rounds=3)
+    assert set(found) == {"a", "b"}
+    order = [name for i, name in enumerate(calls) if i == 0 or name != calls[i - 1]]
+    assert order == ["a", "b"] * 3
+    assert calls.count("a") == 7 + 3 * 2  # and two calls before each turn
+
+
+def test_a_call_without_new_memory_counts_what_it_reads() -> None:
+    x, y = torch.zeros(4, 8), torch.zeros(8, 2)
+    assert op_bench.work(lambda x, y: x @ y, (x, y)) == {"flops": 2 * 4 * 8 * 2, "bytes": 4 * (32 + 16 + 8)}
+    assert op_bench.work(lambda x: x[:1], (x,)) == {"flops": 0, "bytes": 4 * 32}
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    real = op_bench.positional
+    monkeypatch.setattr(op_bench, "positional", lambda *args: lambda *given: real(*args)(*given) + 0.5)
+    path = tmp_path / "ops.json"
+    assert run("--ops", "preprocess", "--samples", "2", "--no-compile", "--json", str(path)) == 1
+    (row, *_) = [row for row in json.loads(path.read_text())["rows"] if row["implementation"] == "cpp"]
+    assert row["disagrees"]
+    assert "ms" not in row
+    assert "from the truth" in capsys.readouterr().out
+
+
+def test_an_end_by_a_time_limit_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def measure(case, *rest):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(case)
+        return [{"op": case[0]}]
+
+    monkeypatch.setattr(op_bench, "measure", measure)
+    path = tmp_path / "ops.json"
+    with pytest.raises(KeyboardInterrupt):
+        op_bench.run(["euler_step"], device="cpu", dtype=torch.float32, samples=1, keep=path)
+    data = json.loads(path.read_text())
+    assert (data["complete"], data["rows"]) == (False, [{"op": "euler_step"}])
+
+
+def test_a_cpu_is_asked_for_one_model_only() -> None:
+    names = ops.names()
+    every, some = op_bench.cases(names), op_bench.cases(names, gr1_only=True)
+    assert {op for op, _, _ in some} == set(names)
+    assert {case.split()[0] for _, case, _ in some} == set(op_bench.GR1)
+    assert len(some) < 0.6 * len(every)
+
+
+def test_mistakes(capsys) -> None:
+    assert run("--ops", "adalm") == 2
+    assert "did you mean 'adaln'" in capsys.readouterr().err
+    assert run("--samples", "0") == 2
+    assert "--samples: expected at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", ops.names())
+def test_an_op_is_benchmarked_by_itself(op: str, tmp_path: Path, small, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--samples", "2", "--json", str(path)])
-    threads = torch.get_num_threads()
-    try:
-        op_bench.bench(op, None)
-    finally:
-        torch.set_num_threads(threads)
-    written = json.loads(path.read_text())
-    assert {row["implementation"] for row in written["rows"]} == {"torch"}
-    assert len(written["rows"]) == len(smallest)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"dit4dit.benchmarks.ops.bench_{op}", run_name="__main__")
+    assert end.value.code == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["op"] for row in rows} == {op}
+    assert [row["implementation"] for row in rows].count("eager") == 2

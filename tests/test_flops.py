@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from dit4dit.benchmarks import flops
+from torch.utils.flop_counter import FlopCounterMode
 
 from dit4dit.cli import main
 from dit4dit.presets import preset
@@ -54,3 +56,46 @@ def test_command_writes_every_stage(tmp_path: Path, capsys) -> None:
         assert stages["total"] == pytest.approx(sum(stages[s] for s in flops.STAGES))
     assert data["preset"] == "tiny"
     assert "action_head" in capsys.readouterr().out
+
+
+def test_bytes_of_one_product_by_hand() -> None:
+    layer = torch.nn.Linear(8, 3, device="meta")
+    x = torch.zeros(5, 8, device="meta")
+    want = 5 * 8 + 3 * 8 + 3 + 5 * 3
+    assert flops.operands(lambda: torch.relu(layer(x)) + 1)["Global"] * 1e9 == pytest.approx(want)
+
+
+@pytest.mark.parametrize("schedule", [flops.published, flops.executed])
+def test_no_product_escapes_the_count_of_bytes(schedule) -> None:
+    """All FLOPs of a schedule are spent inside the functions whose operands are added up."""
+    inside = []
+
+    class Watch(flops.Operands):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            with FlopCounterMode(display=False) as counter:
+                result = super().__torch_function__(func, types, args, kwargs)
+            if getattr(func, "__name__", "") in self.products:
+                inside.append(counter.get_total_flops())
+            elif counter.get_total_flops():
+                escaped.append(func)
+            return result
+
+    escaped: list = []
+
+    def watched(run):
+        with torch.device("meta"), torch.no_grad(), Watch():
+            run()
+        return {"Global": 0.0}
+
+    config = preset("tiny").model
+    schedule(config, 2, watched)
+    assert not escaped
+    assert sum(inside) / 1e9 == pytest.approx(sum(schedule(config, 2).values()))
+
+
+def test_the_engine_moves_less_than_the_published_schedule() -> None:
+    moved = flops.moved(preset("robocasa_gr1"))
+    for stage in ("vae", "backbone", "action_head"):
+        assert 0 < moved["executed"][stage] < moved["published"][stage]
+    # 114 M weights in each of four steps, and little else
+    assert moved["executed"]["action_head"] == pytest.approx(4 * 0.114, rel=0.25)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit4dit.benchmarks import flops, latency
+from dit4dit.benchmarks import contenders, flops, latency, roofline
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,12 +35,36 @@ def test_command_writes_numbers_and_pictures(tmp_path: Path, capsys) -> None:
         assert len(data["samples_ms"][who]) == 3
         assert data["share_of_measured_rate"][who] > 0
     pairs = [b / e for b, e in zip(data["samples_ms"]["baseline"], data["samples_ms"]["engine"], strict=True)]
-    assert data["ratio"]["total"] == pytest.approx(sorted(pairs)[1])
+    assert data["ratio"]["total"] == pytest.approx(sorted(pairs)[1], rel=1e-3)  # the samples are rounded
     for name in ("histogram", "stages", "roofline"):
         assert Image.open(report / f"{name}.png").size[0] > 500
+    roof = data["roofline"]
+    assert {(p["who"], p["stage"]) for p in roof["points"]} == {
+        (who, stage) for who, stages in data["stages"].items() for stage in stages
+    }
+    for p in roof["points"]:
+        assert p["gflop_per_s"] == pytest.approx(p["gflop"] / data["stages"][p["who"]][p["stage"]] * 1e3)
+        assert p["intensity"] == pytest.approx(p["gflop"] / p["gbytes"])
+        assert p["roof_gflop_per_s"] == pytest.approx(
+            min(roof["matrix_gflops"], roof["memory_gb_per_s"] * p["intensity"])
+        )
+        assert p["share_of_roof"] == pytest.approx(p["gflop_per_s"] / p["roof_gflop_per_s"])
+    work = {who: sum(p["gflop"] for p in roof["points"] if p["who"] == who) for who in ("engine", "baseline")}
+    counts = flops.count(preset("tiny"))
+    assert work["engine"] == pytest.approx(counts["executed"]["total"])
+    assert work["baseline"] == pytest.approx(counts["published"]["total"])
     page = (report / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "published / engine" in capsys.readouterr().out
+
+
+def test_the_engine_alone_gives_its_percentiles() -> None:
+    options = dict(chunks=1, baseline=False, text=False, seed=0, engine_chunks=5)
+    result = latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
+    alone = result["engine_alone_ms"]
+    assert len(alone) == 5
+    assert result["engine"]["p50"] == pytest.approx(sorted(alone)[2], rel=1e-3)
+    assert len(result["samples_ms"]["engine"]) == 1
 
 
 def test_without_baseline(tmp_path: Path) -> None:
@@ -49,14 +73,47 @@ def test_without_baseline(tmp_path: Path) -> None:
     )
     assert result["ratio"] is None
     assert "baseline" not in result
+    assert {p["who"] for p in result["roofline"]["points"]} == {"engine"}
+
+
+def test_the_head_is_counted_in_its_own_dtype() -> None:
+    tiny = preset("tiny")
+    shared = {"matrix_gflops": 100.0, "memory_gb_per_s": 10.0, "head_dtype": torch.float32, "text": False}
+    stages = {"engine": {"vae": 1.0, "backbone": 1.0, "action_head": 1.0}}
+    wide, narrow = (
+        {p["stage"]: p for p in roofline.points(tiny, flops.count(tiny), stages, dtype=dtype, **shared)["points"]}
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for stage, factor in (("vae", 2), ("backbone", 2), ("action_head", 1)):
+        assert wide[stage]["gbytes"] == pytest.approx(factor * narrow[stage]["gbytes"])
+    assert narrow["action_head"]["dtype"] == "float32"
 
 
 def test_a_mismatch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency.Published, "sample", lambda self, inputs, clock: torch.ones_like(inputs.action))
+    monkeypatch.setattr(contenders.Published, "sample", lambda self, inputs, clock: torch.ones_like(inputs.action))
     with pytest.raises(RuntimeError, match="not timed"):
         latency.measure(
             preset("tiny"), "tiny", device=CPU, dtype=torch.float32, chunks=1, baseline=True, text=False, seed=0
         )
+
+
+def test_fp8_is_timed_with_its_error_beside_it(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "l.json"
+    words = ["--preset", "tiny", "--device", "cpu", "--chunks", "1", "--baseline", "--no-text", "--quantization", "fp8"]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "latency", *words, "--json", str(out)])
+    assert end.value.code == 0
+    data = json.loads(out.read_text())
+    assert data["quantization"] == "fp8"
+    assert 0.005 < data["error"]["features"]["rms"] < 0.1
+    assert "fp8 against the exact engine, rms: features" in capsys.readouterr().out
+
+
+def test_fp8_that_is_far_off_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "QUANTISED", 1e-3)
+    options = dict(chunks=1, baseline=False, text=False, seed=0, quantization="fp8")
+    with pytest.raises(RuntimeError, match=r"quantised and exact features differ by .* not timed"):
+        latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -64,9 +121,9 @@ def test_the_baseline_does_all_the_published_work(text: bool) -> None:
     """Counted while it runs, the text encoder's output matrix for logits that nobody reads included."""
     config = preset("tiny").model
     model = random_model(config, 0, with_text=text)
-    inputs = latency.Inputs.random(config, 2, 0, CPU, text=text)
-    published = latency.Published(model)
-    clock = latency.Clock(CPU)
+    inputs = contenders.Inputs.random(config, 2, 0, CPU, text=text)
+    published = contenders.Published(model)
+    clock = contenders.Clock(CPU)
     published.sample(inputs, clock)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         published.sample(inputs, clock)

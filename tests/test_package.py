@@ -89,6 +89,7 @@ def installed() -> set[str]:
 def test_what_is_installed():
     names = installed()
     assert "dit4dit/py.typed" in names
+    assert {"dit4dit/data/robots.yaml", "dit4dit/data/mixtures.yaml"} <= names
     assert "dit4dit/benchmarks/harness.py" in names
     assert "dit4dit/benchmarks/ops/bench_preprocess.py" in names
     # these would shadow the Hugging Face package `kernels` where the source tree is on the path

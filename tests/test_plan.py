@@ -190,11 +190,11 @@ def test_warm_up_plans_for_the_pictures_to_come(small_libero: Path, make_observa
     seen = make_observation(0)
     sizes = {name: picture.shape[:2] for name, picture in seen.images.items()}
     policy.warm_up(sizes)
-    made = policy._plans.total_cost
+    made = policy._runner.plans
     policy.infer(seen, "open", seed=0)
-    assert made == policy._plans.total_cost == 1
+    assert made == policy._runner.plans == 1
     policy.warm_up(sizes, batch=2)
-    assert policy._plans.total_cost == 2
+    assert policy._runner.plans == 2
     with pytest.raises(InputError, match=r"no view 'wrist'; did you mean 'wrist_image'\?"):
         policy.warm_up({"wrist": (32, 32)})
     with pytest.raises(InputError, match="batch: expected 1 to 16, got 17"):

@@ -153,7 +153,7 @@ def test_lower_precision_keeps_float32_masters_and_the_scaler(tmp_path: Path) ->
     assert checkpoint.read(checkpoint.latest(tmp_path)).progress.growth == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_blocks_train_the_same(plain: Path, tmp_path: Path) -> None:
     same(runs.losses(plain), run(tmp_path, run__compile="true"), 1e-4)
 

@@ -57,7 +57,7 @@ def test_killed_and_resumed_losses_are_bit_identical(ranks: int, uninterrupted, 
     kill_and_resume(tmp_path, ranks, 0, uninterrupted[ranks])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 11))
 @pytest.mark.parametrize("ranks", SHARES)
 def test_killed_and_resumed_ten_times(ranks: int, seed: int, uninterrupted, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def killed_in_save(source: Path, out: Path, file: int) -> None:
     assert list((out / "checkpoints").glob(".step_*")), "it did not die while writing"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("file", [1, 3])
 def test_killed_in_the_other_files_of_a_save(file: int, three_steps: Path, tmp_path: Path) -> None:
     killed_in_save(three_steps, tmp_path / "run", file)

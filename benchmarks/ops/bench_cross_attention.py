@@ -8,4 +8,4 @@ from __future__ import annotations
 from dit4dit.benchmarks.op_bench import bench
 
 if __name__ == "__main__":
-    bench("cross_attention", __doc__)
+    raise SystemExit(bench("cross_attention", __doc__))

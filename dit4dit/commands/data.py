@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from dit4dit.commands.shell import say
 from dit4dit.errors import DataError, InputError
 
 Datasets = tyro.conf.Positional[tuple[Path, ...]]
@@ -62,20 +62,18 @@ def stats(
         opened = Mixture.open(entries, root, known, skip_bad=skip_bad, progress=progress)
         found = opened.statistics
     for note in opened.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     for tag, entry in found.items():
-        _say(f"{tag}: {entry['num_transitions']:,} frames of {entry['num_trajectories']:,} episodes")
-        robots_of_tag = [r.embodiment for r in opened.recordings if r.embodiment.tag == tag]
-        names = {"action": robots_of_tag[0].action_names}
-        names["state"] = tuple(
-            f"{k.name}.{i}" if k.dim > 1 else k.name for k in robots_of_tag[0].state for i in range(k.dim)
-        )
+        say(f"{tag}: {entry['num_transitions']:,} frames of {entry['num_trajectories']:,} episodes")
+        robot_of_tag = next(r.embodiment for r in opened.recordings if r.embodiment.tag == tag)
+        state = tuple(f"{k.name}.{i}" if k.dim > 1 else k.name for k in robot_of_tag.state for i in range(k.dim))
+        names = {"action": robot_of_tag.action_names, "state": state}
         for part in ("state", "action"):
             if part in entry:
-                _say(table([part, *_NAMES], _rows(names[part], entry[part]), right=range(1, 7)))
+                say(table([part, *_NAMES], _rows(names[part], entry[part]), right=range(1, 7)))
     if out is not None:
         write_json(out, found)
-        _say(f"wrote {out}")
+        say(f"wrote {out}")
     return 0
 
 
@@ -120,15 +118,15 @@ def data_check(
     for result in results:
         count = len(result["errors"])
         size = f"{result['episodes']:,} episodes, {result['frames']:,} frames: " if "version" in result else ""
-        _say(f"{result['dataset']}: {size}{'ok' if not count else f'{count} errors' if count > 1 else '1 error'}")
+        say(f"{result['dataset']}: {size}{'ok' if not count else f'{count} errors' if count > 1 else '1 error'}")
         for wrong in result["errors"][:20]:
-            _say(f"  error: {data_sheet.describe(wrong) if wrong['episode'] is not None else wrong['message']}")
+            say(f"  error: {data_sheet.describe(wrong) if wrong['episode'] is not None else wrong['message']}")
         if count > 20:
-            _say(f"  and {count - 20} more in {out / 'check.json'}")
+            say(f"  and {count - 20} more in {out / 'check.json'}")
         for warning in result["warnings"]:
-            _say(f"  warning: {warning}")
+            say(f"  warning: {warning}")
     write_json(out / "check.json", {"datasets": results})
-    _say(f"wrote {data_sheet.write(out, results)} and {out / 'check.json'}")
+    say(f"wrote {data_sheet.write(out, results)} and {out / 'check.json'}")
     return 1 if any(result["errors"] for result in results) else 0
 
 
@@ -178,9 +176,9 @@ def bench_loader(
             progress=progress,
         )
     rows = [[r["workers"], f"{r['samples_per_second']:.1f}"] for r in result["runs"]]
-    _say(table(["workers", "samples/s"], rows, right=(0, 1)))
+    say(table(["workers", "samples/s"], rows, right=(0, 1)))
     share = result["share_of_time"]
-    _say("one process: " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in share.items()))
+    say("one process: " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in share.items()))
     if json is not None:
         write_json(json, {"preset": preset, **result})
     return 0
@@ -207,11 +205,11 @@ def _flat(datasets: tuple[Path, ...], modality: Path | None) -> int:
             raise DataError(
                 f"{problems[0]}; `dit4dit data check` lists all, --robot with --skip-bad leaves such episodes out"
             )
-        _say(f"{path}: {data.meta.frames:,} frames of {len(data.meta.episodes):,} episodes")
+        say(f"{path}: {data.meta.frames:,} frames of {len(data.meta.episodes):,} episodes")
         for column in sorted(used):
             found = {name: values.tolist() for name, values in flat_statistics(data, column).items()}
             numbered = tuple(str(i) for i in range(len(found["mean"])))
-            _say(table([column, *_NAMES], _rows(numbered, found), right=range(1, 7)))
+            say(table([column, *_NAMES], _rows(numbered, found), right=range(1, 7)))
     return 0
 
 
@@ -227,7 +225,3 @@ def _progress() -> Iterator[Any]:
             bar.refresh()
 
         yield progress
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")

@@ -131,14 +131,27 @@ def _curves(data: LeRobot, column: str, episodes: Sequence[int]) -> str:
     figure, axes = plt.subplots(1, len(episodes), figsize=(3.6 * len(episodes), 2.8), sharey=True, squeeze=False)
     for axis, i in zip(axes[0], episodes, strict=True):
         values = data.columns[column][data.rows(i)]
-        axis.plot(np.arange(len(values)) / data.fps, values, linewidth=0.9)
+        lines = axis.plot(np.arange(len(values)) / data.fps, values, linewidth=0.9)
         axis.set_title(f"episode {data.meta.episodes[i].index}", fontsize=9)
         axis.set_xlabel("s")
-    figure.tight_layout()
+    labels = _labels(data, column)
+    columns = min(len(labels), 3 * len(episodes))
+    figure.tight_layout(rect=(0, 0.08 * -(-len(labels) // columns), 1, 1))
+    figure.legend(lines, labels, loc="lower center", ncol=columns, fontsize=8, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     plt.close(figure)
     return _inline(buffer)
+
+
+def _labels(data: LeRobot, column: str) -> list[str]:
+    """One name for each value of a column: the narrowest key that holds it."""
+    out = [str(d) for d in range(data.columns[column].shape[1])]
+    keys = [(key, where) for part in ("state", "action") for key, where in data.modality.part(part).items()]
+    for key, where in sorted((k for k in keys if k[1].column == column), key=lambda item: -item[1].size):
+        for d in range(where.start, where.end):
+            out[d] = key if where.size == 1 else f"{key}.{d - where.start}"
+    return out
 
 
 def _ranges(name: str, found: Mapping[str, Sequence[float]]) -> str:

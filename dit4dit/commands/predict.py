@@ -14,14 +14,7 @@ from dit4dit.types import ActionChunk, Observation
 
 def predict(policy: Policy, images: list[Path], state: Path | None, instruction: str, seed: int) -> dict[str, Any]:
     """The chunk and how it came about, ready for JSON; "chunk" holds the `ActionChunk` itself."""
-    views = policy.embodiment.views
-    if len(images) != len(views):
-        raise InputError(
-            f"--image: expected {len(views)} ({', '.join(views)}, in this order) for embodiment "
-            f"{policy.embodiment.name!r}, got {len(images)}"
-        )
-    pictures = {view: read_picture(path) for view, path in zip(views, images, strict=True)}
-    observation = Observation(images=pictures, state=read_json_object(state) if state else {})
+    observation = observe(policy, images, state)
     start = time.perf_counter()
     chunk = policy.infer(observation, instruction, seed=seed)
     seconds = time.perf_counter() - start
@@ -37,6 +30,18 @@ def predict(policy: Policy, images: list[Path], state: Path | None, instruction:
         "device": str(policy.device),
         "chunk": chunk,
     }
+
+
+def observe(policy: Policy, images: list[Path], state: Path | dict[str, Any] | None) -> Observation:
+    """Pictures, one per view in the embodiment's order, and a state (a JSON file or its content) as an observation."""
+    views = policy.embodiment.views
+    if len(images) != len(views):
+        raise InputError(
+            f"--image: expected {len(views)} ({', '.join(views)}, in this order) for embodiment "
+            f"{policy.embodiment.name!r}, got {len(images)}"
+        )
+    pictures = {view: read_picture(path) for view, path in zip(views, images, strict=True)}
+    return Observation(images=pictures, state=read_json_object(state) if isinstance(state, Path) else state or {})
 
 
 def show(result: dict[str, Any]) -> str:

@@ -114,12 +114,14 @@ class Loader:
         Raises:
             DataError: a sample cannot be read; with workers too.
         """
+        if self.workers:
+            for reader in self.dataset.readers:
+                reader.recording.data.videos.close()
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.sampler,
             num_workers=self.workers,
             collate_fn=_collate,
-            worker_init_fn=_forget_open_files,
             prefetch_factor=self.prefetch if self.workers else None,
             pin_memory=self.pin_memory,
         )
@@ -147,13 +149,3 @@ def _collate(made: Sequence[Made | str]) -> tuple[Samples, tuple[Skip, ...]] | s
             return item
         good.append(item)
     return Samples.collate([sample for sample, _ in good]), tuple(skip for _, skips in good for skip in skips)
-
-
-def _forget_open_files(worker: int) -> None:
-    from torch.utils.data import get_worker_info
-
-    info = get_worker_info()
-    assert info is not None
-    assert isinstance(info.dataset, SampleDataset)
-    for reader in info.dataset.readers:
-        reader.recording.data.videos.clear()

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from dit4dit import stats
 from dit4dit.data.columns import Problem, Progress
 from dit4dit.data.lerobot import LeRobot
@@ -86,6 +88,17 @@ class Mixture:
         if self.skipped:
             out.append(f"{sum(map(len, self.without))} damaged episodes left out; the first: {self.skipped[0]}")
         return tuple(out)
+
+    @cached_property
+    def instructions(self) -> tuple[str, ...]:
+        """Every distinct instruction of the episodes that are used, sorted: what has to be embedded before the first step."""
+        found: set[str] = set()
+        for recording, bad in zip(self.recordings, self.without, strict=True):
+            data = recording.data
+            kept = [data.rows(i) for i in range(len(data.meta.episodes)) if i not in bad]
+            numbers = {int(n) for rows in kept for n in np.unique(data.columns[recording.language][rows])}
+            found |= {data.meta.tasks[n] for n in numbers}
+        return tuple(sorted(found))
 
     @cached_property
     def statistics(self) -> dict[str, Any]:

@@ -170,18 +170,15 @@ class KeySource:
         return self.where.size if self.target is None else TARGETS[self.target][0]
 
     @property
-    def stored_as(self) -> str:
-        return self.where.rotation or "axis_angle"
-
-    @property
     def converted(self) -> bool:
-        return self.target is not None and self.target != self.stored_as
+        return self.target is not None and self.target != self.where.rotation
 
     def read(self, values: Array) -> Array:
         """Stored values [..., where.size] -> what the robot calls this key [..., size]."""
         if self.target is None or not self.converted:
             return values
-        return convert(values, self.stored_as, self.target)
+        assert self.where.rotation is not None
+        return convert(values, self.where.rotation, self.target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +207,7 @@ class Recording:
             sources = []
             for key in keys:
                 where, target = modality.find(part, key), robot.target_rotations.get(f"{part}.{key}")
-                if target is not None and where.rotation is None and where.size != 3:
+                if target is not None and where.rotation is None:
                     raise DataError(f"{modality.where}: {part}.{key}: needs its rotation_type, to become {target}")
                 sources.append(KeySource(key, where, target))
             parts[part] = tuple(sources)

@@ -36,7 +36,7 @@ def key_statistics(data: LeRobot, source: KeySource, without: Collection[int] = 
     if not source.converted:
         flat = flat_statistics(data, where.column, without)
         return {name: values[where.start : where.end] for name, values in flat.items()}
-    how = f"{where.start}:{where.end} {source.stored_as} {source.target}"
+    how = f"{where.start}:{where.end} {where.rotation} {source.target}"
     return _cached(data, where.column, without, how, lambda x: source.read(x[:, where.start : where.end]))
 
 

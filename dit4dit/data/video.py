@@ -76,6 +76,8 @@ class PyAvDecoder:
         av = require("av", "train")
         # one for all frames: setting up the conversion costs more than converting
         self.reformatter = av.video.reformatter.VideoReformatter()
+        # from PyAV 17 on it would otherwise start a thread for each core, in every open file of every worker
+        self.one_thread = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
         try:
             times = [packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None]
         except av.error.FFmpegError as error:
@@ -103,8 +105,8 @@ class PyAvDecoder:
         try:
             self.container.seek(min(wanted), stream=self.stream, backward=True)
             for frame in self.container.decode(self.stream):
-                if frame.pts in wanted:
-                    found[frame.pts] = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
+                if frame.pts in wanted and not frame.is_corrupt:
+                    found[frame.pts] = self._rgb(frame)
                 if frame.pts is not None and frame.pts >= max(wanted):
                     break
         except av.error.FFmpegError as error:
@@ -117,6 +119,10 @@ class PyAvDecoder:
                 f"{self.path}: frame {lost[0]}: the decoder did not give it; the file is damaged, copy it again"
             )
         return np.stack([found[int(self.times[number])] for number in numbers])
+
+    def _rgb(self, frame: Any) -> Frames:
+        picture: Frames = self.reformatter.reformat(frame, format="rgb24", **self.one_thread).to_ndarray()
+        return picture
 
     def close(self) -> None:
         self.container.close()
@@ -155,7 +161,7 @@ class TorchcodecDecoder:
 
 
 class VideoReader:
-    """Decoders of the files used last, opened when needed; a process that inherits or unpickles one starts empty."""
+    """Decoders of the files used last, opened when needed. Pickling leaves them behind."""
 
     def __init__(self, backend: Backend = "pyav", keep: int = 16) -> None:
         if backend not in ("pyav", "torchcodec"):
@@ -180,9 +186,14 @@ class VideoReader:
                 oldest.close()
         return made
 
-    def clear(self) -> None:
-        """Forget all open files, without closing them: a forked worker must not touch those of its parent."""
-        self._open = OrderedDict()
+    def close(self) -> None:
+        """Close all open files; they are opened again when needed. Do so before a fork: a child that inherits an open decoder
+        hangs when it frees it, because the decoder's threads stayed in the parent.
+        """
+        for decoder in self._open.values():
+            if isinstance(decoder, PyAvDecoder):
+                decoder.close()
+        self._open.clear()
 
 
 def _open(path: Path) -> Any:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from dit4dit import ops
+from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_encoder, fold_head, pack_matrices
+from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.packs import PromptPack, make_pack, stack
 from dit4dit.errors import BackendError, ConfigError
 from dit4dit.model.dit4dit import DiT4DiT
@@ -31,16 +33,31 @@ log = logging.getLogger("dit4dit.engine")
 class Engine:
     """The same function as `DiT4DiT.sample`, made fast for inference; not differentiable."""
 
-    def __init__(self, model: DiT4DiT, *, steps: int | None = None, posterior: Posterior = "sample") -> None:
+    def __init__(
+        self,
+        model: DiT4DiT,
+        *,
+        steps: int | None = None,
+        posterior: Posterior = "sample",
+        quantization: Quantization | None = None,
+        calibration: Calibration | None = None,
+        release: bool = False,
+    ) -> None:
         """Fold `model`, which must have an action head; its weights are shared, not copied, where nothing changes.
 
         Args:
             steps: Euler steps (1, 2, 4 or 8); the model's own number when None. Other numbers change the result.
             posterior: "mean" takes the conditioning latent's mean instead of a sample; changes the result.
+            quantization: "fp8" multiplies the backbone's matrices in e4m3 (`fp8`); changes the result.
+            calibration: the largest activations of this model (`calibrate`), for and only for fp8.
+            release: with fp8, take the matrices that it replaces away from `model`, which then runs only through this
+                engine; without, both stay in memory.
 
         Raises:
-            ConfigError: an option has another value.
+            ConfigError: an option has another value. CheckpointError: the calibration is another model's. BackendError: the
+                folded model is not the plain one (`check_folding`).
         """
+        check_options(quantization, calibration)
         if model.head is None:
             raise ConfigError("engine: this model has no action head")
         if steps is not None and steps not in STEPS:
@@ -49,12 +66,20 @@ class Engine:
             raise ConfigError(f"engine posterior: expected sample or mean, got {posterior!r}")
         self.model, self.config, self.posterior = model, model.config, posterior
         self.steps = model.config.head.num_inference_timesteps if steps is None else steps
-        self.blocks: tuple[BackboneBlock, ...] = fold_backbone(model.backbone)
+        self.quantization = quantization
+        blocks = list(fold_backbone(model.backbone))
+        self.blocks: tuple[BackboneBlock, ...] = tuple(blocks)
         self.head: Head = fold_head(model.head, self.steps)
         self._rotary: dict[tuple[int, int], Tensor] = {}
         self._warm = False
         self._pool: Any = None
         self.encoder = fold_encoder(model.backbone)
+        if self.device.type != "meta":  # where operations are only counted
+            self.check_folding()
+        if calibration is not None:
+            self.blocks = ()  # each matrix goes as soon as its quantised one is there
+            quantize_blocks(model, blocks, calibration, release=release)
+            self.blocks = tuple(blocks)
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +110,8 @@ class Engine:
     def folding_error(self, seed: int = 0) -> dict[str, float]:
         """How far the folded model is from the plain one on one small random input, relative to the largest value.
 
-        "features" and "actions" each from the same inputs, so that one's error does not show in the other.
+        "features" and "actions" each from the same inputs, so that one's error does not show in the other. By the ops'
+        references: it is the constants that are looked at, and no kernel is compiled for a size that is never used again.
         """
         dit, head, model = self.config.dit, self.config.head, self.model
         generator = torch.Generator().manual_seed(seed)
@@ -97,13 +123,15 @@ class Engine:
         embeds = normal(1, 4, dit.text_in)
         context = model.context(embeds)
         features = model.backbone.features(latents[:, :, :1], latents, context).float()
-        folded = {"features": self.backbone(latents, stack([self.pack(embeds)]))}
+        with ops.use_backend("torch"):
+            folded = {"features": self.backbone(latents, stack([self.pack(embeds)]))}
         assert model.head is not None
         noise = normal(1, head.action_horizon, head.action_dim)
         dtype = model.head.action_decoder.layer2.weight.dtype
         plain = {"features": features}
         plain["actions"] = model.head.sample(noise.to(dtype), features.to(dtype), None, self.steps).float()
-        folded["actions"] = self.actions(features, None, noise)
+        with ops.use_backend("torch"):
+            folded["actions"] = self.actions(features, None, noise)
         return {name: ((folded[name] - y).abs().max() / y.abs().max()).item() for name, y in plain.items()}
 
     def check_folding(self) -> None:
@@ -173,7 +201,7 @@ class Engine:
             a = ops.cross_attention(q, pack.keys[:, i], pack.values[:, i], block.cross_norm_q, heads, 1e-5)
             branch, gate, norm = block.cross_out(a).view_as(x), norm.gate, block.mlp_norm
             x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
-            branch, gate = block.mlp_out(ops.linear_gelu(h, block.mlp_in.weight, None, "none")), norm.gate
+            branch, gate = block.mlp_out(block.mlp_in.gelu(h)), norm.gate
         x, _ = ops.adaln(x, branch, gate, None, None, 1e-6, dtype)
         return x.flatten(1, 2)
 

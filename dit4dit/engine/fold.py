@@ -7,7 +7,9 @@ Products of matrices are formed in float64 and rounded once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,10 @@ class Matrix:
             return onednn.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
+    def gelu(self, x: Tensor) -> Tensor:
+        """The map and the exact GELU behind it, x [..., K] -> [..., N]."""
+        return ops.linear_gelu(x, self.weight, self.bias, "none")
+
 
 @dataclass(frozen=True)
 class Modulation:
@@ -65,6 +71,10 @@ class Modulation:
     shift: Tensor
     scale: Tensor
     gate: Tensor | None = None
+
+
+MATRICES = ("qkv", "self_out", "cross_q", "cross_out", "mlp_in", "mlp_out")
+"""The matrices of a `BackboneBlock`."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,11 @@ class BackboneBlock:
     mlp_norm: Modulation
     mlp_in: Matrix
     mlp_out: Matrix
+
+    def with_matrices(self, change: Callable[[str, Matrix], Matrix]) -> BackboneBlock:
+        """The block with change(name, matrix) in the place of each of its matrices."""
+        changed: dict[str, Any] = {name: change(name, getattr(self, name)) for name in MATRICES}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,11 @@ class Plan:
         engine.warm_up()
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        self._draw = self._record(self._draw_noise)
-        self._step = self._record(self._compute)
+        self._draw = self.record(self._draw_noise)
+        self._step = self.record(self._compute)
 
-    def _record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """The function itself, or on a GPU the replay of its kernels as one graph."""
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """A function of fixed buffers itself, or on a GPU the replay of its kernels as one graph."""
         if self._stream is None:
             return function
         self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))

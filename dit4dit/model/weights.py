@@ -205,6 +205,9 @@ def random_model(
 ) -> DiT4DiT:
     """A model with fresh weights, a function of the seed: PyTorch's own initialisation of each layer.
 
+    They are drawn where the model will be (ten thousand million numbers take most of a minute on a processor), so that a GPU
+    and a CPU draw other ones.
+
     Args:
         config: sizes. seed: fixes every weight. device, dtype, head_dtype, with_text: as in `build`.
         vae_weights: trained VAE weights under diffusers' names; fresh ones when None.
@@ -212,7 +215,8 @@ def random_model(
     Returns:
         A model with its clip VAE, whose frame encoder is that VAE's, in evaluation mode.
     """
-    with torch.random.fork_rng(devices=[]):
+    place = torch.device(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
         torch.manual_seed(seed)
         model = DiT4DiT(config, with_text=with_text, with_video_vae=True)
     assert model.video_vae is not None

@@ -13,6 +13,7 @@ from dit4dit.ops.self_attention import self_attention
 from dit4dit.ops.cross_attention import cross_attention
 from dit4dit.ops.linear_gelu import linear_gelu
 from dit4dit.ops.linear_gated import linear_gated
+from dit4dit.ops.linear_fp8 import linear_fp8
 from dit4dit.ops.euler_step import euler_step, prefix_weights
 from dit4dit.ops.unnormalize import unnormalize
 # isort: on
@@ -24,6 +25,7 @@ __all__ = [
     "euler_step",
     "explain",
     "implementations",
+    "linear_fp8",
     "linear_gated",
     "linear_gelu",
     "names",

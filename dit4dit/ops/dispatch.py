@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dit4dit.errors import BackendError, did_you_mean
+from dit4dit.ops import launch, tiles
 
 log = logging.getLogger("dit4dit.ops")
 
@@ -35,11 +36,14 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `op` would run on a device (None: nothing), and why each implementation before that would not."""
+    """What `op` would run on a device (None: nothing), why each implementation before that would not, and, where a Triton
+    kernel would run, which table its block sizes come from.
+    """
 
     op: str
     chosen: str | None
     refused: dict[str, str] = field(default_factory=dict)
+    tiles: str | None = None
 
 
 # Per thread and per asyncio task: a wish made in one never reaches another.
@@ -180,7 +184,7 @@ def trace() -> Iterator[dict[str, set[str]]]:
 def explain(op: str | None = None, device: str | torch.device = "cpu") -> list[Explanation]:
     """For `op`, or for every op, what would run on `device` with usual arguments, and why the better ones would not.
 
-    Wishes made with `use_backend` count. BackendError: no such op.
+    Wishes made with `use_backend` count. BackendError: no such op; ConfigError: the table that DIT4DIT_TILES names is broken.
     """
     if op is not None and op not in _ops:
         raise BackendError(f"no op is called {op!r}{did_you_mean(op, names())}; there are: {', '.join(_ops)}")
@@ -195,6 +199,14 @@ def _explain(op: Op, device: torch.device) -> Explanation:
     wish = op.wish()
     if wish is not None:
         refusal = op._find(wish).refuse(*args)
-        return Explanation(op.name, None if refusal else wish, {wish: refusal} if refusal else {})
+        if refusal:
+            return Explanation(op.name, None, {wish: refusal})
+        return Explanation(op.name, wish, {}, _tiles(op, wish, device))
     chosen, refused = op.choose(args)
-    return Explanation(op.name, chosen.name if chosen else None, refused)
+    if chosen is None:
+        return Explanation(op.name, None, refused)
+    return Explanation(op.name, chosen.name, refused, _tiles(op, chosen.name, device))
+
+
+def _tiles(op: Op, chosen: str, device: torch.device) -> str | None:
+    return tiles.source(op.name, launch.architecture(device)) if chosen == "triton" else None

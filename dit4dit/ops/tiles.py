@@ -1,24 +1,127 @@
-"""Block sizes, warps and stages of the Triton kernels: a committed table, looked up, never tuned while running."""
+"""Block sizes, warps and stages of the Triton kernels: tables that are looked up, never tuned while running.
+
+The committed table is `tiles.json` beside this file. A machine's own (`dit4dit tune` writes one) is named by DIT4DIT_TILES; each
+of its columns replaces the committed column of the same op and architecture. Both are read once, at the first use.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from dit4dit.errors import ConfigError, did_you_mean
 
 TABLE = Path(__file__).with_name("tiles.json")
+VARIABLE = "DIT4DIT_TILES"
 
 Row = dict[str, dict[str, int]]  # {"upto": {"rows": 64}, "tile": {"ROWS": 1, "num_warps": 4, "num_stages": 1}}
+Columns = dict[str, list[Row]]  # architecture -> rows, of which the first that fits is taken
+
+
+def own_file() -> Path | None:
+    """The file that DIT4DIT_TILES names."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else None
 
 
 @functools.cache
-def table(path: Path = TABLE) -> dict[str, dict[str, list[Row]]]:
-    """op -> architecture -> rows, of which the first that fits is taken."""
-    read: dict[str, dict[str, list[Row]]] = json.loads(path.read_text())["tiles"]
+def committed() -> dict[str, Columns]:
+    """op -> columns of the table that came with the package."""
+    read: dict[str, Columns] = json.loads(TABLE.read_text())["tiles"]
     return read
+
+
+@functools.cache
+def own() -> dict[str, Columns]:
+    """The same of the machine's own table; {} where there is none. ConfigError: see `read_own`."""
+    path = own_file()
+    return {} if path is None else read_own(path)
+
+
+@functools.cache
+def table() -> dict[str, Columns]:
+    """op -> columns, own ones over the committed ones."""
+    return {op: {**columns, **own().get(op, {})} for op, columns in committed().items()}
+
+
+def forget() -> None:
+    """Read the tables again at the next use."""
+    for kept in (committed, own, table, _row):
+        kept.cache_clear()
+
+
+def read_own(path: Path) -> dict[str, Columns]:
+    """A machine's own table, checked. ConfigError: it cannot be read, or says something that no kernel takes."""
+    where = f"{path} (own tiles)"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: cannot be read ({error.strerror}); make it with dit4dit tune, or unset {VARIABLE}"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: not valid JSON ({error}); make it again with dit4dit tune") from None
+    tables = data.get("tiles") if isinstance(data, dict) else None
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{where}: expected an object with 'tiles'; make it again with dit4dit tune")
+    for op, columns in tables.items():
+        if op not in committed():
+            known = list(committed())
+            raise ConfigError(f"{where}: {op!r}: no op with tiles{did_you_mean(op, known)}; known: {', '.join(known)}")
+        if not isinstance(columns, dict):
+            raise ConfigError(f"{where}: {op}: expected an object, architecture -> rows, got {columns!r:.40}")
+        for architecture, rows in columns.items():
+            _check_column(f"{where}: {op} {architecture}", op, architecture, rows)
+    return tables
+
+
+def _check_column(where: str, op: str, architecture: str, rows: Any) -> None:
+    if not architecture.isdigit() and architecture != "interpreter":
+        raise ConfigError(f"{where}: expected a compute capability without its dot, such as '90', got {architecture!r}")
+    if not isinstance(rows, list) or not rows:
+        raise ConfigError(f"{where}: expected a list of rows, got {rows!r:.40}")
+    entries = set(next(iter(committed()[op].values()))[0]["tile"])
+    limits = {name for column in committed()[op].values() for row in column for name in row["upto"]}
+    for i, row in enumerate(rows):
+        here = f"{where} row {i + 1}"
+        if not isinstance(row, dict) or set(row) != {"upto", "tile"}:
+            raise ConfigError(f"{here}: expected 'upto' and 'tile', got {row!r:.60}")
+        upto, tile = row["upto"], row["tile"]
+        if not isinstance(upto, dict) or not set(upto) <= limits or not all(type(n) is int for n in upto.values()):
+            known = ", ".join(sorted(limits)) or "none"
+            raise ConfigError(f"{here}: upto: expected whole numbers by the names ({known}), got {upto!r:.60}")
+        if bool(upto) == (i == len(rows) - 1):
+            raise ConfigError(f"{here}: expected limits in every row but the last, got {upto!r:.60}")
+        if not isinstance(tile, dict) or set(tile) != entries:
+            raise ConfigError(f"{here}: tile: expected {', '.join(sorted(entries))}, got {tile!r:.100}")
+        for name, value in tile.items():
+            if not _fits(name, value):
+                raise ConfigError(f"{here}: {name}: expected {_WANTED.get(name, 'a power of two')}, got {value!r:.20}")
+
+
+_WANTED = {"SPLIT": "1 or more", "num_stages": "1 or more", "SPAN": "0 or more"}
+
+
+def _fits(name: str, value: Any) -> bool:
+    if type(value) is not int:
+        return False
+    if name in _WANTED:
+        return value >= (0 if name == "SPAN" else 1)
+    return value >= 1 and value & (value - 1) == 0
+
+
+def source(op: str, architecture: str) -> str:
+    """Which table and column serves an op on an architecture, in words."""
+    column = nearest(op, architecture)
+    if column in own().get(op, {}):
+        return f"{own_file()} ({VARIABLE}), column {column}"
+    return f"{TABLE.name} of dit4dit, column {column}"
 
 
 def lookup(op: str, architecture: str, **sizes: int) -> dict[str, int]:

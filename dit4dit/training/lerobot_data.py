@@ -85,11 +85,7 @@ class LeRobotData:
 
     @cached_property
     def instructions(self) -> Sequence[str]:
-        found = []
-        for recording in self.mixture.recordings:
-            column = recording.data.columns[recording.language]
-            found += [recording.data.meta.tasks[int(number)] for number in np.unique(column)]
-        return list(dict.fromkeys(found))
+        return self.mixture.instructions
 
     @property
     def statistics(self) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import subprocess
 import sys
@@ -28,7 +29,9 @@ class Interpreter:
     def __call__(self, op: str, *args: Any, tiles: str | None = "90", **kwargs: Any) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        pickle.dump((op, args, kwargs, tiles), self.process.stdin)
+        request = io.BytesIO()
+        torch.save((op, args, kwargs, tiles), request)  # plain pickle loses tensors of 8-bit floats
+        pickle.dump(request.getvalue(), self.process.stdin)
         self.process.stdin.flush()
         fine, result = pickle.load(self.process.stdout)
         assert fine, result

@@ -1,11 +1,13 @@
 """Runs Triton's kernels on the CPU, in a process of its own: a process that interprets cannot compile.
 
-Reads (op, args, kwargs, architecture) from standard input, one pickle after the other, and answers each with (True, result)
-or (False, message). The kernels take the tiles of `architecture`; all memory they are given to write is NaN before.
+Reads (op, args, kwargs, architecture) from standard input, as pickled bytes of torch.save, and answers each with a pickle of
+(True, result) or (False, message). The kernels take the tiles of `architecture`; all memory that they are given to write is
+NaN before.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
@@ -25,7 +27,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     architecture = launch.architecture
     while True:
         try:
-            op, args, kwargs, tiles = pickle.load(requests)
+            op, args, kwargs, tiles = torch.load(io.BytesIO(pickle.load(requests)), weights_only=False)
         except EOFError:
             return
         launch.architecture = (lambda device, name=tiles: name) if tiles else architecture

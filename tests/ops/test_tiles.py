@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dit4dit import ops
-from dit4dit.ops import launch, tiles
+from dit4dit.errors import ConfigError
+from dit4dit.ops import dispatch, launch, tiles
 
 OPS = [op for op in ops.names() if "triton" in ops.implementations(op)]
 
@@ -58,10 +63,11 @@ def test_explain_says_why_not_on_a_cpu(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_without_a_gpu_the_step_down_is_no_warning(op, caplog):
+def test_without_a_gpu_the_step_down_is_no_warning(op, caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_said", set())  # whatever other tests made it say
     module = importlib.import_module(f"dit4dit.ops.{op}")
     module._op(*module._op.example(torch.device("cpu")))
-    assert not [record for record in caplog.records if "triton" in record.getMessage()]
+    assert not [record for record in caplog.records if "'triton' refused" in record.getMessage()]
 
 
 @pytest.mark.parametrize(
@@ -80,3 +86,89 @@ def test_what_triton_refuses(monkeypatch, tensor, reason):
     assert launch.refuse(x=tensor) == reason
     reason = launch.refuse(strided=("x",), x=torch.zeros(2, 3).T)
     assert reason == "x: its last dimension has stride 3, not 1"
+
+
+EULER = {"upto": {}, "tile": {"BLOCK": 64, "num_warps": 2, "num_stages": 1}}
+
+
+@pytest.fixture
+def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Path]]:
+    """use(data): DIT4DIT_TILES names a file with `data` (text as it is)."""
+
+    def name(data: Any) -> Path:
+        path = tmp_path / "own.json"
+        path.write_text(data if isinstance(data, str) else json.dumps(data))
+        monkeypatch.setenv(tiles.VARIABLE, str(path))
+        tiles.forget()
+        return path
+
+    yield name
+    monkeypatch.undo()
+    tiles.forget()
+
+
+def test_own_columns_replace_committed_ones_and_nothing_else(use) -> None:
+    path = use({"note": "", "tiles": {"euler_step": {"90": [EULER]}}})
+    assert tiles.lookup("euler_step", "90") == EULER["tile"]
+    assert tiles.lookup("euler_step", "100") == EULER["tile"]  # the latest before it
+    assert tiles.lookup("euler_step", "80") == tiles.committed()["euler_step"]["80"][0]["tile"]
+    assert tiles.table()["linear_gelu"] == tiles.committed()["linear_gelu"]
+    assert tiles.source("euler_step", "90") == f"{path} (DIT4DIT_TILES), column 90"
+    assert tiles.source("euler_step", "86") == "tiles.json of dit4dit, column 80"
+    assert "90" not in tiles.committed()["euler_step"]
+
+
+def test_explain_and_doctor_say_which_table(use, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit4dit import doctor
+
+    assert ops.explain("euler_step")[0].tiles is None  # no Triton kernel would run
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.explain("euler_step")[0].tiles == "tiles.json of dit4dit, column 80"
+    path = use({"tiles": {"euler_step": {"interpreter": [EULER]}}})
+    assert ops.explain("euler_step")[0].tiles == f"{path} (DIT4DIT_TILES), column interpreter"
+    assert f"{path} (DIT4DIT_TILES) for euler_step interpreter" in doctor._tiles().detail
+    path = use("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        ops.explain("euler_step")
+    assert doctor._tiles().level == "problem"
+    assert doctor._ops() == []
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"tiles": {"euler_step": {"90": [{**EULER, **changes}]}}}
+
+
+MISTAKES = {
+    "not JSON": ("{", "not valid JSON"),
+    "no tiles": ({"note": ""}, "expected an object with 'tiles'"),
+    "no such op": ({"tiles": {"linear_gelo": {}}}, "did you mean 'linear_gelu'"),
+    "no columns": ({"tiles": {"adaln": []}}, "expected an object, architecture -> rows"),
+    "architecture": ({"tiles": {"adaln": {"sm_90": []}}}, "compute capability without its dot"),
+    "no rows": ({"tiles": {"adaln": {"90": []}}}, "expected a list of rows"),
+    "row": ({"tiles": {"adaln": {"90": [{"tile": {}}]}}}, "adaln 90 row 1: expected 'upto' and 'tile'"),
+    "limit": (row(upto={"rows": 3}), r"whole numbers by the names \(none\)"),
+    "no last row": (
+        {"tiles": {"adaln": {"90": [{"upto": {"width": 256}, "tile": {}}]}}},
+        "limits in every row but the last",
+    ),
+    "two last rows": ({"tiles": {"euler_step": {"90": [EULER, EULER]}}}, "row 1: expected limits"),
+    "entry": (row(tile={"BLOK": 64, "num_warps": 2, "num_stages": 1}), "tile: expected BLOCK, num_stages, num_warps"),
+    "size": (row(tile={**EULER["tile"], "BLOCK": 48}), "BLOCK: expected a power of two, got 48"),
+    "words": (row(tile={**EULER["tile"], "num_stages": "2"}), "num_stages: expected 1 or more, got '2'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_broken_table_is_a_clear_error(use, name: str) -> None:
+    data, message = MISTAKES[name]
+    path = use(data)
+    with pytest.raises(ConfigError, match=message) as error:
+        tiles.lookup("euler_step", "90")
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_table_that_is_not_there(use, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use("{}")
+    monkeypatch.setenv(tiles.VARIABLE, str(tmp_path / "gone.json"))
+    with pytest.raises(ConfigError, match="unset DIT4DIT_TILES"):
+        tiles.table()

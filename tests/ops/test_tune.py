@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from dit4dit.benchmarks import tune
-from dit4dit.benchmarks.kernels import calls
+from dit4dit.benchmarks.op_bench import cases
 
+from dit4dit.cli import main
+from dit4dit.errors import BackendError, ConfigError, InputError
 from dit4dit.ops import tiles
 
 
@@ -16,45 +24,178 @@ def wanted(tile: dict[str, int]) -> float:
     return 1 + abs(tile["KEYS"] - 32) + abs(tile["num_warps"] - 2)
 
 
-def test_finds_the_best_tile_of_every_row_that_is_called():
-    found = [(op, args) for _, op, args in calls() if op == "cross_attention"]
+def test_finds_the_best_tile_of_every_row_that_is_called() -> None:
+    found = cases(["cross_attention"])
     tried = []
 
-    def measure(call):
+    def measure(case):
         tried.append(dict(tiles._trials["cross_attention"].tile))
-        return None if tried[-1]["ROWS"] == 16 else wanted(tried[-1])
+        return "too small" if tried[-1]["ROWS"] == 16 else wanted(tried[-1])
 
     before = tiles.table()["cross_attention"]["90"]
-    table = tune.tune("90", found, measure, rounds=5)
+    search = tune.tune("90", found, measure, rounds=5)
     called = {tune.row_of(call, "90") for call in found}
     assert len(called) == len(before) - 1  # no call of a single sample takes the row for larger batches
-    for i, row in enumerate(table["cross_attention"]["90"]):
+    for i, row in enumerate(search.columns["cross_attention"]):
         assert row["upto"] == before[i]["upto"]
         if i in called:
             assert (row["tile"]["KEYS"], row["tile"]["num_warps"]) == (32, 2)
             assert row["tile"]["ROWS"] != 16  # what cannot be measured is not chosen
         else:
             assert row == before[i]
-    assert table["linear_gelu"] == tiles.table()["linear_gelu"]
+    assert set(search.columns) == {"cross_attention"}
     assert "cross_attention" not in tiles._trials
+    assert search.left == []
+    refused = [entry for entry in search.timings if entry["tile"]["ROWS"] == 16]
+    assert refused
+    assert all(entry["refused"] == "too small" and entry["ms"] is None for entry in refused)
+    for entry in search.timings:
+        if entry not in refused:
+            assert entry["ms"] == [1e3 * wanted(entry["tile"])] * len(entry["cases"])
+    assert len(search.best) == len(called)
+    shown = tune.show(search)
+    assert "KEYS=32" in shown
+    assert "before did not work" in shown
 
 
-def test_a_new_architecture_gets_a_column_of_its_own():
-    found = [(op, args) for _, op, args in calls() if op == "euler_step"]
-    table = tune.tune("103", found, lambda call: 1.0)
-    assert table["euler_step"]["103"] == tiles.table()["euler_step"]["80"]
+def test_a_new_architecture_gets_a_column_of_its_own() -> None:
+    search = tune.tune("103", cases(["euler_step"]), lambda case: 1.0)
+    assert search.columns["euler_step"] == tiles.table()["euler_step"]["80"]
     assert "103" not in tiles.table()["euler_step"]
 
 
-def test_writes_the_committed_layout(tmp_path):
+def test_ends_in_time_and_says_what_is_left() -> None:
+    def slow(case) -> float:
+        time.sleep(0.03)
+        return 1.0
+
+    begin = time.monotonic()
+    search = tune.tune("90", cases(["adaln", "self_attention"]), slow, seconds=0.25)
+    assert time.monotonic() - begin < 2
+    rows = {(entry["op"], entry["row"]) for entry in search.timings}
+    assert len(rows) == len(search.best)
+    assert len(search.best) + len(search.left) == 6
+    none = tune.tune("90", cases(["adaln"]), slow, seconds=0.0)
+    assert none.left
+    assert (none.columns, none.timings, none.best) == ({}, [], [])
+    assert f"no time was left for: {', '.join(none.left)}" in tune.show(none)
+
+
+def test_what_is_found_is_kept_row_by_row_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tune.Files(tmp_path / "own.json", tmp_path / "timings.json")
+    files.check()
+    lengths = []
+
+    def keep(search: tune.Search) -> None:
+        files.keep(search)
+        lengths.append(len(json.loads(files.timings.read_text())["timings"]))
+
+    tune.tune("90", cases(["cross_attention"]), lambda case: wanted(tiles._trials[case[0]].tile), keep=keep)
+    assert len(lengths) > 1
+    assert lengths == sorted(set(lengths))
+    tune.tune("100", cases(["euler_step"]), lambda case: 1.0, keep=files.keep)
+    assert set(tiles.read_own(files.out)) == {"cross_attention", "euler_step"}  # the first search's stay
+    assert json.loads(files.timings.read_text())["machine"]["torch"] == torch.__version__
+    monkeypatch.setenv(tiles.VARIABLE, str(files.out))
+    tiles.forget()
+    try:
+        found = tiles.lookup("cross_attention", "90", length=588, dim=128, heads=16)
+        assert (found["KEYS"], found["num_warps"]) == (32, 2)
+    finally:
+        monkeypatch.undo()
+        tiles.forget()
+
+
+def test_a_whole_table_can_replace_the_committed_one(tmp_path: Path) -> None:
+    files = tune.Files(tmp_path / "tiles.json", tmp_path / "timings.json", whole=True)
+    tune.tune("103", cases(["euler_step"]), lambda case: 1.0, keep=files.keep)
+    data = json.loads(files.out.read_text())
+    assert data["tiles"]["euler_step"].pop("103")
+    assert data["tiles"] == tiles.committed()
+    assert "Column 103 measured on" in data["note"]
+
+
+def test_writes_the_committed_layout(tmp_path: Path) -> None:
     committed = json.loads(tiles.TABLE.read_text())
     tune.write(committed["tiles"], committed["note"], tmp_path / "tiles.json")
     assert (tmp_path / "tiles.json").read_text() == tiles.TABLE.read_text()
 
 
-def test_needs_a_gpu(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sys.argv", ["tune", "--out", str(tmp_path / "x.json")])
-    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        tune.main()
-    assert "no GPU is visible" in capsys.readouterr().err
+def test_refuses_to_spoil_another_file(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match="expected an object with 'tiles'"):
+        tune.Files(other, tmp_path / "t.json").check()
+    with pytest.raises(InputError, match="in a folder that exists"):
+        tune.Files(tmp_path / "gone" / "x.json", tmp_path / "t.json").check()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must be absent")
+def test_needs_a_gpu(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["tune", "--out", str(tmp_path / "x.json")])
+    assert end.value.code == 2
+    assert "tiles are measured on the GPU that they are for" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(InputError, match="did you mean 'linear_gelu'"):
+        tune.check(["linear_gel"], torch.device("cpu"))
+    with pytest.raises(InputError, match="no op with tiles"):
+        tune.check(["preprocess"], torch.device("cpu"))
+    with pytest.raises(BackendError, match="run it on that machine"):
+        tune.check([], torch.device("cpu"))
+
+
+SCRIPT = """
+import torch
+from dit4dit.benchmarks import op_bench, tune
+from dit4dit.ops import tiles
+(case, *_) = op_bench.cases(["euler_step"])
+case = (*case[:2], op_bench.fill(case[2], "cpu", torch.float32, torch.Generator()))
+with torch.no_grad():
+    for size in (64, 512):
+        with tiles.trying("euler_step", {"BLOCK": size, "num_warps": 1, "num_stages": 1}):
+            print(tune.measured(case, samples=2) > 0)
+    real = tune.reference_of
+    tune.reference_of = lambda op: lambda *args: real(op)(*args) + 1
+    print(tune.measured(case, samples=2))
+"""
+
+
+def test_a_tile_is_measured_through_its_kernel(tmp_path: Path) -> None:
+    """Under the interpreter, in a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    words = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, wrong = done.stdout.splitlines()
+    assert (first, second) == ("True", "True")
+    assert wrong.startswith("disagrees with the reference: result 0: expected at most")
+
+
+@pytest.mark.gpu
+def test_tunes_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "tiles.json"
+    with pytest.raises(SystemExit) as end:
+        main(
+            [
+                "tune",
+                "--ops",
+                "euler_step",
+                "adaln",
+                "--batch",
+                "1",
+                "--samples",
+                "5",
+                "--seconds",
+                "20",
+                "--out",
+                str(out),
+            ]
+        )
+    assert end.value.code == 0
+    assert set(tiles.read_own(out)) == {"euler_step", "adaln"}
+    timings = json.loads((tmp_path / "tiles.timings.json").read_text())["timings"]
+    assert all(entry["ms"] for entry in timings if entry["refused"] is None)

@@ -1,0 +1,207 @@
+"""Who is timed: the published schedule at its best, and the engine as a policy runs it, on one model's weights.
+
+The published one does all of the published code's work: diffusers' unmodified VAE on the padded clip, diffusers' transformer
+with all blocks, PyTorch's fused attention, k and v of the action head in each step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit4dit import ops
+from dit4dit.config import ModelConfig
+from dit4dit.engine import Engine, Plan, PromptPack, RequestShape, StepInputs
+from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.model.export import transformer_arguments
+from dit4dit.model.text import byte_tokenizer, standardize, tokenize
+from dit4dit.noise import Noise
+
+
+@dataclass
+class Clock:
+    """Seconds per stage of the calls made so far; waits for the device at each boundary."""
+
+    device: torch.device
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One request on the device, as `DiT4DiT.sample` takes it; `tokens` is None where the text encoder is left out."""
+
+    frame: Tensor
+    embeds: Tensor
+    tokens: Tensor | None
+    state: Tensor | None
+    posterior: Tensor
+    latent: Tensor
+    action: Tensor
+
+    @classmethod
+    def random(cls, config: ModelConfig, views: int, seed: int, device: torch.device, *, text: bool) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        height, width = config.image_size[0], config.image_size[1] * views
+        rows, columns = config.latent_size(height, width)
+        head, z = config.head, config.vae.z_dim
+        tokens = tokenize(byte_tokenizer(), ["put the cup in the drawer"], config.text.max_length) if text else None
+        return cls(
+            frame=normal(1, 3, height, width).clamp(-1, 1),
+            embeds=normal(1, config.text.max_length, config.dit.text_in),
+            tokens=None if tokens is None else tokens.to(device),
+            state=None if head.state_dim is None else normal(1, 1, head.state_dim),
+            posterior=normal(1, z, 1, rows, columns),
+            latent=normal(1, z, config.latent_frames, rows, columns),
+            action=normal(1, head.action_horizon, head.action_dim),
+        )
+
+
+class Published:
+    """The published schedule on a model's own weights."""
+
+    def __init__(self, model: DiT4DiT) -> None:
+        from diffusers import CosmosTransformer3DModel
+
+        assert model.video_vae is not None
+        self.model, self.config = model, model.config
+        channels = self.config.dit.latent_channels + 2
+        # the padding-mask channel goes in with the latents: diffusers would add it with torchvision, at no cost either way
+        arguments = {**transformer_arguments(self.config), "in_channels": channels, "concat_padding_mask": False}
+        with torch.device("meta"):
+            self.transformer = CosmosTransformer3DModel(**arguments).eval()
+        self.transformer.load_state_dict(model.backbone.transformer.state_dict(), assign=True)
+        text, like = self.config.text, model.backbone.transformer.proj_out.weight
+        self.output_matrix = torch.zeros(text.vocab_size, text.hidden_size, dtype=like.dtype, device=like.device)
+        self.seen: list[Tensor] = []
+        layer = self.transformer.transformer_blocks[self.config.extract_layer]
+        layer.register_forward_hook(lambda *call: self.seen.append(call[2]))
+
+    @torch.no_grad()
+    def sample(self, inputs: Inputs, clock: Clock) -> Tensor:
+        """Normalised actions, float32 [1, K, A_model]."""
+        model, dtype = self.model, self.model.backbone.transformer.dtype
+        embeds = inputs.embeds
+        with clock.stage("text"):
+            if inputs.tokens is not None:
+                embeds = self._embed(inputs.tokens)
+        with clock.stage("vae"):
+            condition = self._condition(inputs)
+        with clock.stage("backbone"):
+            latents = torch.cat([condition, inputs.latent[:, :, 1:]], dim=2)
+            masks = torch.zeros_like(latents[:, :2])
+            masks[:, 0, 0] = 1
+            times = torch.full((1, 1, latents.shape[2], 1, 1), self.config.sigma, device=latents.device)
+            times[:, :, 0] = self.config.conditional_frame_timestep
+            self.seen.clear()
+            self.transformer(torch.cat([latents, masks], dim=1).to(dtype), times.to(dtype), embeds.to(dtype))
+            features = self.seen[0]
+        with clock.stage("action_head"):
+            assert model.head is not None
+            head_dtype = model.head.action_decoder.layer2.weight.dtype
+            state = None if inputs.state is None else inputs.state.to(head_dtype)
+            return model.head.sample(inputs.action.to(head_dtype), features.to(head_dtype), state).float()
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Prompt embeddings; the published call also multiplies by the output matrix, for logits that nothing reads."""
+        assert self.model.text is not None
+        states = self.model.text.hidden_states(tokens)
+        torch.nn.functional.linear(states[-1], self.output_matrix)
+        return torch.cat([standardize(h) for h in states], dim=-1)
+
+    def _condition(self, inputs: Inputs) -> Tensor:
+        vae = self.model.video_vae
+        assert vae is not None
+        dtype = vae.wan.quant_conv.weight.dtype
+        clip = inputs.frame.new_zeros(1, 3, self.config.frames, *inputs.frame.shape[2:])
+        clip[:, :, 0] = inputs.frame
+        posterior = vae.wan.encode(clip.to(dtype)).latent_dist
+        z = posterior.mean[:, :, :1].float() + posterior.std[:, :, :1].float() * inputs.posterior
+        return vae.scale.normalize(z)
+
+
+class Planned:
+    """The engine's plan for one request: uint8 pictures and a seed in, actions in robot units out, on the host.
+
+    The instruction's pack is at hand, as in a control loop.
+    """
+
+    def __init__(self, engine: Engine, inputs: Inputs, pictures: list[NDArray[np.uint8]]) -> None:
+        """pictures: one uint8 [h, w, 3] per view; `inputs.frame` is what they become."""
+        self.engine, self.config, self.inputs, self.pictures = engine, engine.config, inputs, pictures
+        self.pack: PromptPack = engine.pack(inputs.embeds)
+        self.state = None if inputs.state is None else inputs.state.cpu().numpy()
+        sizes = tuple((int(p.shape[0]), int(p.shape[1])) for p in pictures)
+        shape = RequestShape(1, sizes, self.config.image_size, "cv2_area", self.state is not None, self.pack.length)
+        table = torch.tensor([[torch.nan, -1.0, 1.0, 1.0, 0.0]] * self.config.head.action_dim, dtype=torch.float64)
+        self.plan = Plan(engine, shape, table.T.contiguous())
+        self._stages = {name: self.plan.record(stage) for name, stage in self._functions().items()}
+
+    def chunk(self, noise: Noise) -> NDArray[np.float32]:
+        """Normalised actions [1, K, A_model] of one request."""
+        return self.plan.run([self.pictures], self.state, [noise], [self.pack])[0]
+
+    def checked(self) -> Tensor:
+        """The same with the noise of `inputs`, for comparing."""
+        given = {name: getattr(self.inputs, name)[0].cpu().numpy() for name in self.plan.draws}
+        return torch.from_numpy(self.chunk(Noise(**given))).to(self.inputs.frame.device)
+
+    def stages(self, clock: Clock) -> None:
+        """The last request again, stage by stage; on a GPU each is a graph of its own."""
+        for name, run in self._stages.items():
+            with clock.stage(name), torch.no_grad():
+                run()
+
+    def step_inputs(self) -> StepInputs:
+        """The inputs as the engine's own functions take them."""
+        given = self.inputs
+        return StepInputs(given.frame, [self.pack], given.state, given.posterior, given.latent, given.action)
+
+    def _functions(self) -> dict[str, Callable[[], None]]:
+        """Each stage from fixed buffers to fixed buffers."""
+        inputs, engine, batch = self.inputs, self.engine, PromptPack(self.pack.keys[None], self.pack.values[None])
+        latents = inputs.latent.clone()
+        features = torch.zeros(1, self.config.tokens(len(self.pictures)), self.config.dit.width, device=latents.device)
+
+        def vae() -> None:
+            latents[:, :, :1].copy_(engine.condition(inputs.frame, inputs.posterior))
+
+        def backbone() -> None:
+            features.copy_(engine.backbone(latents, batch))
+
+        def action_head() -> None:
+            engine.actions(features, inputs.state, inputs.action)
+
+        return {"vae": vae, "backbone": backbone, "action_head": action_head}
+
+
+def random_pictures(
+    config: ModelConfig, views: int, seed: int, device: torch.device, dtype: torch.dtype
+) -> tuple[list[NDArray[np.uint8]], Tensor]:
+    """One picture of the model's size per view, and the frame that they become on the device."""
+    generator = np.random.default_rng(seed)
+    pictures = [generator.integers(0, 256, (*config.image_size, 3), dtype=np.uint8) for _ in range(views)]
+    placed = [torch.from_numpy(picture)[None].to(device) for picture in pictures]
+    return pictures, ops.preprocess(placed, config.image_size, "cv2_area", dtype)

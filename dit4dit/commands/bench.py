@@ -1,0 +1,265 @@
+"""The commands that measure: `dit4dit bench ...` and `dit4dit tune`, one function each; what they run is `dit4dit.benchmarks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from dit4dit.commands.shell import Device, Dtype, dtype_of, finish, say
+from dit4dit.errors import InputError
+
+Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
+
+
+def flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
+    """GFLOP per stage of one chunk, counted over the real modules: the published schedule, and what this package runs.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
+        json: also write the counts to this file.
+    """
+    from dit4dit.benchmarks import flops as module  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.commands.report import table
+    from dit4dit.presets import preset as find
+
+    counts = module.count(find(preset))
+    rows = [[stage, *(f"{counts[s][stage]:,.2f}" for s in counts)] for stage in (*module.STAGES, "total")]
+    finish(table(["GFLOP", *counts], rows, right=(1, 2, 3)), {"preset": preset, **counts}, json)
+    return 0
+
+
+def latency(
+    preset: str = "mid",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    chunks: int = 5,
+    baseline: bool = False,
+    text: bool = True,
+    quantization: Literal["fp8"] | None = None,
+    engine_chunks: int = 0,
+    seed: int = 0,
+    json: Path | None = None,
+    report: Path | None = None,
+) -> int:
+    """Latency of one chunk on random weights of true sizes: the engine and, beside it, the published schedule.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        chunks: timed chunks of each contender, in turns.
+        baseline: also time the published schedule, alternating, and report the ratio.
+        text: the baseline encodes its instruction in each chunk, as published; --no-text leaves that out.
+        quantization: fp8 in the engine, calibrated on the inputs that are timed; its errors are reported.
+        engine_chunks: then so many chunks of the engine alone, for its percentiles.
+        seed: of weights and inputs.
+        json: also write every number to this file.
+        report: write an HTML report and its pictures into this folder.
+    """
+    import torch
+
+    from dit4dit.benchmarks import latency as module
+    from dit4dit.benchmarks import latency_report
+    from dit4dit.commands.report import table
+    from dit4dit.device import pick_device
+    from dit4dit.presets import preset as find
+
+    if chunks < 1:
+        raise InputError(f"--chunks: expected at least 1, got {chunks}")
+    place, chosen = pick_device(device), find(preset)
+    kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    if engine_chunks < 0:
+        raise InputError(f"--engine-chunks: expected 0 or more, got {engine_chunks}")
+    options: dict[str, Any] = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
+    options |= {"quantization": quantization, "engine_chunks": engine_chunks}
+    result = module.measure(chosen, preset, device=place, dtype=kind, **options)
+    header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
+    lines = [table(header, module.rows(result), right=range(1, 8))]
+    if result["error"]:
+        of = "  ".join(f"{what} {e['rms']:.2e}" for what, e in result["error"].items())
+        lines.append(f"{quantization} against the exact engine, rms: {of}")
+    if result["ratio"]:
+        lines.append("published / engine: " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratio"].items()))
+    if report is not None:
+        lines.append(f"wrote {latency_report.write(report, result)}")
+    finish("\n".join(lines), result, json)
+    return 0
+
+
+def ops(
+    ops: tuple[str, ...] = (),
+    device: Device = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    sizes: Literal["auto", "gr1", "all"] = "auto",
+    batch: int = 1,
+    samples: int | None = None,
+    compile: bool = True,
+    seed: int = 0,
+    json: Path | None = None,
+) -> int:
+    """Time single ops: PyTorch eager, torch.compile, and every implementation that fits, at the released models' sizes.
+
+    Nothing is timed before it agrees with the reference on the very tensors; exit code 1 where something does not.
+
+    Args:
+        ops: some of the ops; all when not given.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        sizes: calls of every released model, or of RoboCasa-GR1 alone; auto is all on a GPU and gr1 on a CPU.
+        batch: requests at a time.
+        samples: timed calls each; 200 on a GPU and 10 on a CPU when not given.
+        compile: time torch.compile of the reference too.
+        seed: of the tensors.
+        json: also write every number to this file, as they come.
+    """
+    import torch
+
+    from dit4dit import ops as all_ops
+    from dit4dit.benchmarks import op_bench
+    from dit4dit.device import pick_device
+
+    for name, value in (("--batch", batch), ("--samples", samples)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}: expected at least 1, got {value}")
+    for op in ops:
+        all_ops.implementations(op)  # BackendError: no such op
+    place = pick_device(device)
+    gpu = place.type == "cuda"
+    result = op_bench.run(
+        ops or all_ops.names(),
+        device=str(place),
+        dtype=dtype_of(dtype) or (torch.bfloat16 if gpu else torch.float32),
+        samples=samples or (200 if gpu else 10),
+        batch=batch,
+        gr1_only=sizes == "gr1" or (sizes == "auto" and not gpu),
+        compiling=compile,
+        seed=seed,
+        keep=json,
+    )
+    finish(op_bench.show(result), result, json)
+    return 1 if op_bench.disagreements(result) else 0
+
+
+def options(
+    preset: Texts = (),
+    checkpoint: Texts = (),
+    backbone: str | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seeds: int = 8,
+    seed: int = 0,
+    json: Path | None = None,
+) -> int:
+    """Error of every option that changes numbers, against the exact engine with the same noise.
+
+    A preset has random weights; of a trained model only its checkpoint tells.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop; may be given several times.
+        checkpoint: run folder, .pt file, folder in the own format, or hub id; may be given several times.
+        backbone: Cosmos-Predict2.5 folder or hub id, for the checkpoints.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        seeds: requests, each with a picture, a state and noise of its own.
+        seed: of the first request, and of a preset's weights.
+        json: also write every number to this file.
+    """
+    import torch
+
+    from dit4dit.benchmarks import options as module
+    from dit4dit.device import pick_device
+    from dit4dit.presets import preset as find
+
+    if not preset and not checkpoint:
+        raise InputError("bench options: give --preset or --checkpoint")
+    if seeds < 1:
+        raise InputError(f"--seeds: expected at least 1, got {seeds}")
+    place = pick_device(device)
+    kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    found = [(name, find(name)) for name in preset]
+    subjects = [module.of_preset(name, chosen, device=place, dtype=kind, seed=seed) for name, chosen in found]
+    subjects += [module.of_checkpoint(path, backbone, device=place, dtype=kind) for path in checkpoint]
+    results = [module.measure(subject, module.OPTIONS, seeds=seeds, seed=seed) for subject in subjects]
+    finish("\n\n".join(module.show(result) for result in results), {"subjects": results}, json)
+    return 0
+
+
+def tune(
+    ops: tuple[str, ...] = (),
+    out: Path = Path("tiles.json"),
+    device: Device = "auto",
+    batch: tuple[int, ...] = (1, 16),
+    samples: int = 30,
+    seconds: float | None = None,
+    seed: int = 0,
+    json: Path | None = None,
+    whole: bool = False,
+) -> int:
+    """Measure block sizes of the Triton kernels on this GPU and write a table that DIT4DIT_TILES can name.
+
+    Nothing else ever tunes. What OUT holds already of other ops and chips stays; files are written after each row.
+
+    Args:
+        ops: some of the ops with tiles; all when not given.
+        out: the table; use it with DIT4DIT_TILES=OUT.
+        device: auto, cuda or cuda:N.
+        batch: requests at a time, all of which a row has to serve.
+        samples: timed calls of each tile.
+        seconds: end the search after about this long; rows that were not reached keep their tiles.
+        seed: of the tensors.
+        json: every timing goes here; OUT with the ending .timings.json when not given.
+        whole: write the package's table with the new columns instead, to replace dit4dit/ops/tiles.json.
+    """
+    from functools import partial
+
+    import torch
+
+    from dit4dit.benchmarks import tune as module
+    from dit4dit.device import pick_device
+    from dit4dit.ops import launch
+
+    if not batch or min(batch) < 1 or samples < 1:
+        raise InputError(f"--batch, --samples: expected at least 1, got {list(batch)} and {samples}")
+    place = pick_device(device)
+    names = module.check(ops, place)
+    files = module.Files(out, json or out.with_suffix(".timings.json"), whole)
+    files.check()
+    found = module.on_gpu(names, place, batch, seed)
+    measure = partial(module.measured, samples=samples)
+    with torch.no_grad():
+        search = module.tune(launch.architecture(place), found, measure, seconds=seconds, keep=files.keep)
+    files.keep(search)
+    use = "replace dit4dit/ops/tiles.json with it" if whole else f"export DIT4DIT_TILES={out.resolve()}"
+    say(f"{module.show(search)}\nwrote {out} and {files.timings}; to use it: {use}")
+    return 0
+
+
+def training(steps: int = 7, batch_size: int = 4, seed: int = 0, json: Path | None = None) -> int:
+    """Samples per second of a training step on this CPU against the published schedule, with and without cached latents.
+
+    Args:
+        steps: timed steps of each schedule, in alternation.
+        batch_size: samples of a step.
+        seed: of weights, data and draws.
+        json: also write every number to this file.
+    """
+    from dit4dit.benchmarks import training as module  # type: ignore[import-not-found, unused-ignore]
+
+    for name, value in (("steps", steps), ("batch-size", batch_size)):
+        if value < 1:
+            raise InputError(f"--{name}: expected at least 1, got {value}")
+    result = module.measure(steps=steps, batch_size=batch_size, seed=seed)
+    finish(module.show(result), result, json)
+    return 0
+
+
+BENCHMARKS: dict[str, Callable[..., int]] = {
+    "flops": flops,
+    "latency": latency,
+    "ops": ops,
+    "options": options,
+    "training": training,
+}

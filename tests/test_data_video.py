@@ -1,0 +1,178 @@
+"""Frames by number, from videos whose frames show their number."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit4dit.data.video import PyAvDecoder, VideoReader, read_header
+from dit4dit.data.writer import VideoCodec, VideoFile
+from dit4dit.errors import ConfigError, DataError
+
+BLOCK, BITS = 16, 8
+
+
+def numbered(number: int) -> np.ndarray:
+    """uint8 [32, 64, 3]: eight blocks, black or white, that no lossy codec can confuse."""
+    bits = np.array([(number >> i) & 1 for i in range(BITS)], dtype=np.uint8).reshape(2, 4)
+    return np.repeat(np.kron(bits * 255, np.ones((BLOCK, BLOCK), np.uint8))[..., None], 3, axis=2)
+
+
+def shown(picture: np.ndarray) -> int:
+    blocks = picture.mean(axis=2).reshape(2, BLOCK, 4, BLOCK).mean(axis=(1, 3)).reshape(-1)
+    return sum(1 << i for i, value in enumerate(blocks) if value > 127)
+
+
+CODECS = {
+    "default": VideoCodec(),
+    "long gop, B-frames": VideoCodec(gop=60, options={"bf": "3"}),
+    "open gop": VideoCodec(gop=12, options={"x264-params": "open-gop=1:bframes=3:b-adapt=0"}),
+    "one key frame": VideoCodec(gop=1000),
+    "av1": VideoCodec(name="libsvtav1", crf=30, options={"preset": "12"}),
+    "lossless": VideoCodec.lossless(),
+}
+
+
+def write(path: Path, count: int = 90, codec: VideoCodec = CODECS["default"], fps: float = 10) -> Path:
+    video = VideoFile(path, fps, (32, 64), codec)
+    video.append(np.stack([numbered(i) for i in range(count)]))
+    video.close()
+    return path
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_the_exact_frame(name: str, tmp_path: Path) -> None:
+    decoder = PyAvDecoder(write(tmp_path / "v.mp4", codec=CODECS[name]))
+    assert [shown(x) for x in decoder.frames(range(90))] == list(range(90))
+    for numbers in ([0], [89], [13, 15, 17, 19], [40, 40, 7, 89, 0], [59, 60, 61]):
+        assert [shown(x) for x in decoder.frames(numbers)] == numbers
+
+
+@pytest.mark.parametrize("name", ["default", "open gop", "av1"])
+def test_torchcodec_gives_the_same_frames(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchcodec")
+    reader = VideoReader("torchcodec")
+    path = write(tmp_path / "v.mp4", codec=CODECS[name])
+    assert [shown(x) for x in reader.decoder(path).frames([40, 40, 7, 89, 0])] == [40, 40, 7, 89, 0]
+
+
+def test_uneven_times_do_not_matter(tmp_path: Path) -> None:
+    """A camera that dropped frames: the i-th frame is the i-th one, not the one nearest i / fps."""
+    import av
+
+    times = np.cumsum(np.random.default_rng(0).integers(1, 7, 40)).tolist()
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"g": "9", "bf": "2"})
+        stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 90)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(numbered(i), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 90)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    decoder = PyAvDecoder(tmp_path / "v.mp4")
+    assert [shown(x) for x in decoder.frames(range(40))] == list(range(40))
+    assert [shown(x) for x in decoder.frames([39, 3, 20])] == [39, 3, 20]
+
+
+def test_frames_by_time_are_exact_or_refused(tmp_path: Path) -> None:
+    decoder = PyAvDecoder(write(tmp_path / "v.mp4"))
+    assert [decoder.first_frame(seconds) for seconds in (0.0, 0.1, 4.7000001, 8.9)] == [0, 1, 47, 89]
+    with pytest.raises(DataError, match=r"v\.mp4: no frame at 9\.5000 s: the nearest, 89"):
+        decoder.first_frame(9.5)
+
+
+def test_the_header(tmp_path: Path) -> None:
+    header = read_header(write(tmp_path / "v.mp4", count=7, fps=12.5))
+    assert (header.frames, header.fps, header.height, header.width) == (7, 12.5, 32, 64)
+
+
+def remux_with_index_first(source: Path, target: Path) -> Path:
+    import av
+
+    with av.open(str(source)) as old, av.open(str(target), "w", options={"movflags": "faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+def test_damage_names_the_file(tmp_path: Path) -> None:
+    last = write(tmp_path / "last.mp4", codec=CODECS["lossless"])
+    whole = remux_with_index_first(last, tmp_path / "first.mp4").read_bytes()
+    cases = {
+        "missing": (None, "no such file"),
+        "no index": (last.read_bytes()[: len(whole) * 3 // 4], "unreadable video"),
+        "cut off": (whole[: len(whole) * 3 // 4], "truncated: its index reaches to byte"),
+        "text": (b"not a video" * 100, "unreadable video"),
+    }
+    for name, (content, message) in cases.items():
+        path = tmp_path / f"{name}.mp4"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            read_header(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert message in str(caught.value), name
+    with pytest.raises(DataError, match=r"first\.mp4: frame 90: the video has 90 frames"):
+        PyAvDecoder(tmp_path / "first.mp4").frames([3, 90])
+
+
+def test_a_hole_in_the_data_is_an_error_and_the_rest_still_reads(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    video = VideoFile(tmp_path / "v.mp4", 10, (64, 64), VideoCodec(gop=10))
+    video.append(rng.integers(0, 256, (60, 64, 64, 3), dtype=np.uint8))
+    video.close()
+    data = bytearray((tmp_path / "v.mp4").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4000] = rng.integers(0, 256, 4000, dtype=np.uint8).tobytes()
+    (tmp_path / "v.mp4").write_bytes(data)
+    decoder = PyAvDecoder(tmp_path / "v.mp4")
+    with pytest.raises(DataError, match=r"v\.mp4: frame \d+: (cannot be decoded|the decoder did not give it)"):
+        decoder.frames(range(60))
+    assert decoder.frames([0, 1]).shape == (2, 64, 64, 3)
+
+
+def _in_a_child(reader: VideoReader, path: Path, queue) -> None:
+    queue.put([shown(x) for x in reader.decoder(path).frames([5, 6])])
+
+
+def test_a_reader_keeps_few_files_open_and_can_be_sent_to_a_process(tmp_path: Path) -> None:
+    reader = VideoReader(keep=2)
+    paths = [write(tmp_path / f"{i}.mp4", count=10) for i in range(4)]
+    for path in (*paths, *paths):
+        assert shown(reader.decoder(path).frames([9])[0]) == 9
+        assert len(reader._open) <= 2
+    assert not pickle.loads(pickle.dumps(reader))._open
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=_in_a_child, args=(reader, paths[0], queue))
+    child.start()
+    assert queue.get(timeout=60) == [5, 6]
+    child.join()
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected pyav or torchcodec, got 'decord'"):
+        VideoReader("decord")  # type: ignore[arg-type]
+
+
+def test_decoding_starts_no_threads(tmp_path: Path) -> None:
+    """Threads would not survive the fork that makes a worker, and would be one per core and open file."""
+    reader = VideoReader()
+    before = len(list(Path("/proc/self/task").iterdir()))
+    for i, name in enumerate(("default", "av1", "lossless")):
+        path = write(tmp_path / f"{i}.mp4", count=20, codec=CODECS[name])
+        reader.decoder(path).frames(range(20))
+    assert len(list(Path("/proc/self/task").iterdir())) == before
+    assert len(reader._open) == 3
+    reader.close()
+    assert not reader._open
+    assert shown(reader.decoder(path).frames([7])[0]) == 7
