@@ -109,12 +109,14 @@ def test_killed_during_a_save_and_on_a_full_disk(three_steps: Path, uninterrupte
 
 @pytest.mark.parametrize("ranks", SHARES)
 def test_sigterm_saves_and_another_number_of_processes_goes_on(ranks: int, uninterrupted, tmp_path: Path) -> None:
+    """From one process to two that shard the weights, and the other way round."""
     out, other = tmp_path / "run", 3 - ranks
-    code, errors = runs.Run(out, *BASE, *SHARES[ranks], ranks=ranks).signal_after(2, signal.SIGTERM)
+    how = {1: (), 2: ("--run.strategy", "fsdp2", "--run.reshard", "false")}
+    code, errors = runs.Run(out, *BASE, *SHARES[ranks], *how[ranks], ranks=ranks).signal_after(2, signal.SIGTERM)
     assert code == PREEMPTED == 75, errors
     step = readable(out)[-1]
     assert max(runs.losses(out)) == step < STEPS
-    words = (*BASE, *SHARES[other], "--resume", checkpoint.latest(out))
+    words = (*BASE, *SHARES[other], *how[other], "--resume", checkpoint.latest(out))
     assert runs.Run(out, *words, ranks=other).signal_after(step + 3, signal.SIGTERM)[0] == PREEMPTED
     for at, got in runs.losses(out).items():
         assert got == pytest.approx(uninterrupted[ranks][at], rel=1e-5)

@@ -29,7 +29,7 @@ Every key of the configuration is an option: --run.steps 1000, --optim.learning_
 --model.flow.training action, --optim.freeze "backbone_interface.extractor.transformer". With a published file its own words
 work too: --trainer.max_train_steps 1000.
 
-Several processes: torchrun --nproc-per-node 8 -m dit4dit.cli train ...; several nodes: benchmarks/slurm_train.sh.
+Several processes: torchrun --standalone --nproc-per-node 8 --no-python dit4dit train ...; several nodes: training/slurm.sh.
 SIGTERM saves a checkpoint and ends with exit code {PREEMPTED}: start again with --resume."""
 
 FLAGS = ("recipe", "config", "resume", "dry-run", "processes", "print")

@@ -125,6 +125,10 @@ class RunConfig:
     seed: int = 42
     steps: int = 80_000
     strategy: Strategy = "ddp"
+    """ddp: a whole copy on each process; fsdp2: weights, gradients and optimiser split over the processes."""
+    reshard: bool = True
+    """fsdp2: give gathered weights back after each block's forward pass (what DeepSpeed calls ZeRO-3); False keeps them until
+    the backward pass (ZeRO-2), which sends less and holds more."""
     precision: Precision = "bfloat16"
     """Of the arithmetic; trained weights, gradients and optimiser stay float32."""
     gradient_checkpointing: bool = True

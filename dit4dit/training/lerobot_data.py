@@ -37,7 +37,11 @@ class LeRobotData:
             mask_padded=config.mask_padding,
         )
         self.readers = mixture.readers(self.window)
-        lengths = [[r.length(i) for i in range(len(r.data.meta.episodes))] for r in mixture.recordings]
+        # damaged episodes that are left out have no frames
+        lengths = [
+            [0 if i in bad else r.length(i) for i in range(len(r.data.meta.episodes))]
+            for r, bad in zip(mixture.recordings, mixture.without, strict=True)
+        ]
         # starts[d][e]: index of the first frame of episode e of data set d; the last entry is where the next data set begins
         ends = np.cumsum([0, *(sum(each) for each in lengths)])
         self._starts = [end + np.cumsum([0, *each]) for end, each in zip(ends, lengths, strict=False)]

@@ -48,7 +48,7 @@ class Processes:
     """This process among its peers, and the model wrapped for them."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.strategy = config.run.strategy
+        self.strategy, self.reshard = config.run.strategy, config.run.reshard
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
 
@@ -107,7 +107,7 @@ class Processes:
         }
         blocks: list[nn.Module] = [*model.backbone.transformer.blocks, *(model.head.model.blocks if model.head else [])]
         for block in blocks:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard)
         fully_shard(root, mesh=mesh, ignored_params=whole)
 
     def _lone_group(self) -> None:
