@@ -6,6 +6,7 @@ Unknown keys are refused by name; only the reader of published files (`dit4dit.t
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -268,10 +269,12 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
-    """The inverse of `read_config`."""
+    """The inverse of `read_config`; the file appears whole, because other ranks may be reading it."""
     import yaml
 
-    path.write_text(yaml.safe_dump(_plain(config.to_dict()), sort_keys=False))
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(yaml.safe_dump(_plain(config.to_dict()), sort_keys=False))
+    partial.replace(path)
 
 
 def _plain(value: Any) -> Any:

@@ -110,13 +110,17 @@ def _fresh(config: TrainConfig, device: torch.device) -> Start:
     vae = None
     if config.embodiment == "tabletop":
         vae = {n: t.float() for n, t in load_file(tabletop_vae_dir() / "model.safetensors").items()}
-    model = weights.random_model(config.model, config.run.seed, device=device, vae_weights=vae)
-    encoder = model.text
-    assert encoder is not None
-    model.text = None
+    model = weights.random_model(config.model, config.run.seed, device=device, with_text=False, vae_weights=vae)
     if config.model.flow.training == "video":
         model.head = None
-    return Start(config, model, lambda: encoder, byte_tokenizer())
+
+    def text() -> TextEncoder:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            encoder = TextEncoder(config.model.text)
+        return encoder.to(device).eval().requires_grad_(False)
+
+    return Start(config, model, text, byte_tokenizer())
 
 
 def _fresh_head(config: ModelConfig, seed: int) -> ActionHead:
