@@ -10,7 +10,9 @@
 namespace dit4dit {
 
 inline void check_cuda(cudaError_t error, const std::string& where) {
-    if (error != cudaSuccess) throw CudaError(where, error, cudaGetErrorName(error), cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // the runtime keeps it for the next launch otherwise, which would be blamed
+    throw CudaError(where, error, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
 // The device of a tensor on CUDA, "cuda:N".

@@ -81,6 +81,10 @@ class OneLaunchHead:
         reason = self._unsuitable(noise.device, context.dtype)
         if reason is not None:
             return reason
+        given = {"noise": noise, "context": context, "prefix": prefix}
+        for name, tensor in given.items():
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+                return f"{name} needs a gradient"
         try:
             self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         except (ConfigError, BackendError) as error:
@@ -103,7 +107,7 @@ class OneLaunchHead:
     def _unsuitable(self, device: torch.device, context: torch.dtype) -> str | None:
         dtype = self.folded.decode_out.weight.dtype
         if device.type != "cuda":
-            return f"it is on {device}"
+            return f"it is on {device}: load with device='cuda', or take head='library'"
         if context != torch.bfloat16 or dtype != torch.bfloat16:
             return f"context is {context} and the head {dtype}, not bfloat16 (head_dtype=torch.bfloat16)"
         return native.no_cuda_kernels(device)
@@ -170,7 +174,9 @@ class OneLaunchHead:
 
         OutputError: one ended because a wait in it took too long. DeviceError: the GPU is lost to this process.
         """
-        for ready in self._ready.values():
+        with self._lock:
+            all_ready = list(self._ready.values())
+        for ready in all_ready:
             try:
                 worker, tile, counter, had = ready.status.tolist()
             except torch.AcceleratorError as error:

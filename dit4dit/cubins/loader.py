@@ -50,6 +50,12 @@ def explain(architecture: str) -> str:
     return f"{count} ahead of time for sm_{architecture} (Triton {manifest.triton}), other sizes just in time"
 
 
+def late(architecture: str) -> str | None:
+    """Why this machine's driver cannot load what was compiled for a chip, or None; it asks the driver."""
+    manifest = usable(architecture)
+    return manifest if isinstance(manifest, str) else _too_old(manifest, architecture)
+
+
 def find(step: Launch, architecture: str) -> Compiled | str:
     """The cubin of a launch on a chip such as "90", or why there is none."""
     manifest = usable(architecture)

@@ -154,6 +154,9 @@ def refuser(refuse: Callable[..., str | None], launches: Launches) -> Callable[.
         if reason is not None or device.type != "cuda" or (no_compiler := _no_compiler()) is None:
             return reason
         chip = architecture(device)
+        late = loader.late(chip)
+        if late is not None:
+            return f"{late}, and Triton cannot compile: {no_compiler}"
         for step in launches(args, chip)[0]:
             found = loader.find(step, chip)
             if isinstance(found, str):

@@ -172,6 +172,20 @@ def test_without_a_compiler_other_sizes_step_down_to_torch(machine, monkeypatch)
     assert not machine.compiled
 
 
+def test_without_a_compiler_an_old_driver_steps_down_to_torch(machine, monkeypatch):
+    """Before anything is launched: in the middle of a request it would be too late."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    machine.fake.set("VERSION", "11080")
+    old = machine.fake.open()
+    monkeypatch.setattr(native, "driver", lambda: old)
+    y = OnGpu(torch.empty(1, 1, 9, 64, dtype=torch.bfloat16, device="meta"))
+    x, row = (OnGpu(torch.empty(shape, device="meta")) for shape in ((1, 1, 9, 64), (1, 64)))
+    chosen, refused = ops.dispatch._ops["adaln"].choose((x, y, None, row, row, 1e-6, torch.bfloat16))
+    assert chosen.name == "torch"
+    assert re.search(r"the driver is for 11.8, and Triton cannot compile: no C compiler is on PATH", refused["triton"])
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
