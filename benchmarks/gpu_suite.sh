@@ -101,6 +101,8 @@ if [[ "$device" != cpu ]] && command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     part "sanitizer_$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 9 "$(command -v pytest)" -q -m gpu \
       tests/ops/test_preprocess.py tests/ops/test_action_ode.py
+    run compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest -q -m gpu \
+      tests/ops/test_self_attention.py -k cuda_on_a_gpu
   done
 fi
 exit "$failed"

@@ -52,7 +52,7 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         x, table, h = f32(*shape, WIDTH), f32(frames, WIDTH), _empty(*shape, WIDTH)
         yield f"{tokens}", "adaln", (x, None, None, table, table, 1e-6, BF16)
         yield f"{tokens} gated", "adaln", (x, h, table, table, table, 1e-6, BF16)
-        attention = (_empty(batch, tokens, 3 * WIDTH), norm, norm, f32(2, tokens, DIM), HEADS, 1e-5)
+        attention = (_empty(batch, tokens, 3 * WIDTH), norm, norm, f32(2, tokens, DIM // 2), HEADS, 1e-5)
         yield f"{tokens}", "qk_norm_rope", attention
         yield f"{tokens}", "self_attention", attention
         text = _empty(1, HEADS, 512, DIM)

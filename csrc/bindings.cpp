@@ -58,6 +58,13 @@ std::vector<TensorView> views_from(const py::sequence& tuples, const std::string
     return views;
 }
 
+#ifdef DIT4DIT_WITH_CUDA
+std::optional<TensorView> optional_view_from(const std::optional<py::tuple>& tuple, const std::string& name) {
+    if (!tuple) return std::nullopt;
+    return view_from(*tuple, name);
+}
+#endif
+
 [[maybe_unused]] NamedViews views_by_name(const py::dict& tuples) {
     NamedViews views;
     for (const auto& [key, tuple] : tuples) {
@@ -160,6 +167,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             action_ode_cuda(views, numbers, buffers, max_guidance, limit_ns, stream);
         },
         "tensors"_a, "numbers"_a, "buffers"_a, "max_guidance"_a, "limit_ns"_a, "stream"_a);
+    m.def(
+        "self_attention_cuda",
+        [](const py::tuple& qkv, const std::optional<py::tuple>& norm_q, const std::optional<py::tuple>& norm_k,
+           const std::optional<py::tuple>& rotary, const py::tuple& out, int heads, float eps, int queries,
+           std::uintptr_t stream) {
+            const auto qkv_view = view_from(qkv, "qkv"), out_view = view_from(out, "out");
+            const auto norm_q_view = optional_view_from(norm_q, "norm_q"), norm_k_view = optional_view_from(norm_k, "norm_k");
+            const auto rotary_view = optional_view_from(rotary, "rotary");
+            const py::gil_scoped_release release;
+            self_attention_cuda(qkv_view, norm_q_view, norm_k_view, rotary_view, out_view, heads, eps, queries, stream);
+        },
+        "qkv"_a, "norm_q"_a, "norm_k"_a, "rotary"_a, "out"_a, "heads"_a, "eps"_a, "queries"_a, "stream"_a);
     m.def("action_ode_facts", &action_ode_facts, "device"_a, "shared_bytes"_a);
 #endif
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,5 +26,10 @@ void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
                      std::uintptr_t stream);
 // multiprocessors, shared_memory (bytes of one block), capability (90), blocks_per_multiprocessor with shared_bytes
 std::map<std::string, int> action_ode_facts(int device, int shared_bytes);
+
+// queries: 64 or 128 a block; the result does not depend on it.
+void self_attention_cuda(const TensorView& qkv, const std::optional<TensorView>& norm_q,
+                         const std::optional<TensorView>& norm_k, const std::optional<TensorView>& rotary,
+                         const TensorView& out, int heads, float eps, int queries, std::uintptr_t stream);
 
 }  // namespace dit4dit

@@ -284,6 +284,11 @@ def calibrate(
     return 0
 
 
+def train() -> int:
+    """Train from a recipe or a YAML file; `dit4dit train --help`."""
+    raise AssertionError("main() hands train its words: --a.b.c value is any key of a configuration")
+
+
 def demo(out: Path = Path("demo"), seed: int = 1_000_000, device: Device = "auto") -> int:
     """A small model drives one episode of the built-in tabletop world; writes a video, a plot and a JSON file.
 
@@ -315,6 +320,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "pack": pack,
     "calibrate": calibrate,
     "stats": data_commands.stats,
+    "train": train,
     "demo": demo,
     "tune": measuring.tune,
 }
@@ -343,6 +349,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words and words[0] in GROUPS:
         commands, program, words = dict(GROUPS[words[0]]), f"dit4dit {words[0]}", words[1:]
     try:
+        if words[:1] == ["train"] and program == "dit4dit":
+            from dit4dit.commands import train as module
+
+            program = "dit4dit train"
+            sys.exit(module.main(words[1:], say))
         if words and not words[0].startswith("-") and words[0] not in commands:
             known = list(commands)
             raise InputError(

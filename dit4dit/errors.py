@@ -42,6 +42,10 @@ class OutputError(Dit4DitError, ArithmeticError):
     """The model wrote something that must not reach a robot."""
 
 
+class TrainingError(Dit4DitError, RuntimeError):
+    """A run cannot go on: its loss is no longer a number."""
+
+
 class MissingExtra(Dit4DitError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -230,6 +230,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{folder}: no tokenizer_config.json; give a backbone folder with its tokenizer")
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        # tokenizers raises plain Exception for a file that it cannot read; any other unknown kind is a bug
+        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{folder}: not a readable tokenizer ({reason:.120}); copy the folder again") from None

@@ -14,7 +14,7 @@ from dit4dit.noise import Noise
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ActionChunk", "Batch", "Noise", "Observation"]
+__all__ = ["ActionChunk", "Batch", "ClipLatents", "Noise", "Observation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,19 +50,36 @@ class ActionChunk:
 
 
 @dataclass(frozen=True, eq=False)
+class ClipLatents:
+    """What the frozen VAE makes of a batch's clips, on the model's device.
+
+    Attributes:
+        mean, std: posterior of the first frame, float32 [B, z, h, w], not normalised.
+        clip: normalised posterior means of the whole clip, float32 [B, z, T, h, w].
+    """
+
+    mean: Tensor
+    std: Tensor
+    clip: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """One training batch, on the model's device.
 
     Attributes:
-        video: joined views, float [B, F, 3, H, W] in [-1, 1]; frame 0 is the one that a policy sees.
+        video: joined views, float [B, F, 3, H, W] in [-1, 1]; frame 0 is the one that a policy sees. None where `latents`
+            stand for it.
         prompt_embeds: embedded instructions [B, L, text_in].
         actions: normalised, zero-padded actions [B, K, A_model].
         action_mask: True on real entries [B, K, A_model].
         state: encoded, padded state [B, 1, state_dim]; None for a model without a state token.
+        latents: the clips as the VAE encodes them, computed beforehand; None where the model encodes `video` itself.
     """
 
-    video: Tensor
+    video: Tensor | None
     prompt_embeds: Tensor
     actions: Tensor
     action_mask: Tensor
     state: Tensor | None = None
+    latents: ClipLatents | None = None

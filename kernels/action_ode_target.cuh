@@ -1,4 +1,5 @@
-// Every instruction of the chip that action_ode uses, and nothing else: the kernel itself is plain C++ over these functions.
+// Every instruction of the chip that action_ode and self_attention use, and nothing else: the kernels themselves are plain C++
+// over these functions.
 // tests/cuda_emulation has a second set for the host, with which the very same kernel runs on a CPU.
 #pragma once
 
@@ -64,6 +65,13 @@ DEVICE float load_float(const float* p) {
     return f;
 }
 DEVICE int load_int(const int* p) { return __ldg(p); }  // of the schedule, which nobody writes
+// Of what nobody writes while the kernel runs: the multiprocessor's own cache may keep it. It is issued where it is written.
+DEVICE Float4 load_constant_float4(const float* p) {
+    Float4 f;
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+        : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3]) : "l"(p));
+    return f;
+}
 
 // -- counters ----------------------------------------------------------------------------------------------------------------
 
@@ -101,6 +109,7 @@ DEVICE float power_of_two(float x) {
     return y;
 }
 DEVICE float inverse_root(float x) { return rsqrtf(x); }
+DEVICE float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }  // one rounding; the build fuses none by itself
 DEVICE std::uint32_t pack_bf16(float low, float high) {
     std::uint32_t d;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -111,6 +120,11 @@ DEVICE std::uint32_t pack_bf16(float low, float high) {
 
 DEVICE void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+// 16 zeros where there is nothing to copy; `from` is not read then.
+DEVICE void copy_async_or_zeros(void* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -203,6 +217,24 @@ ODE_WARPGROUP(64,
               "%24, %25, %26, %27, %28, %29, %30, %31",
               ODE_D4(0) ODE_COMMA ODE_D4(1) ODE_COMMA ODE_D4(2) ODE_COMMA ODE_D4(3) ODE_COMMA ODE_D4(4) ODE_COMMA ODE_D4(5)
               ODE_COMMA ODE_D4(6) ODE_COMMA ODE_D4(7), "%32", "%33", "%34", "%35", "%36")
+
+// d += a b as above for 128 columns; b, 16 x 128, lies with its columns next to each other: 8 x 8 blocks whose rows are k.
+DEVICE void multiply_warpgroup_transposed(float (&d)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+        "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, "
+        "%37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+        "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+        : ODE_D4(0), ODE_D4(1), ODE_D4(2), ODE_D4(3), ODE_D4(4), ODE_D4(5), ODE_D4(6), ODE_D4(7), ODE_D4(8), ODE_D4(9),
+          ODE_D4(10), ODE_D4(11), ODE_D4(12), ODE_D4(13), ODE_D4(14), ODE_D4(15)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+// Nothing that reads the sums may be moved to before products_end.
+template <int kCount>
+DEVICE void settle(float (&d)[kCount][4]) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) asm volatile("" : ODE_D4(j)::"memory");
+}
 #undef ODE_COMMA
 #undef ODE_WARPGROUP
 #undef ODE_D4

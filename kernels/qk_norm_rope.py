@@ -10,13 +10,14 @@ def qk_norm_rope(
     qkv,  # [batch, length, 3 * HEADS * DIM]
     norm_q,  # [DIM], or None
     norm_k,
-    rotary,  # float32 [2, length, DIM], or None
+    rotary,  # float32 [2, length, ANGLES], or None
     qk,  # [2, batch, HEADS, length, DIM]; one tensor, because a choice between two pointers forgets their alignment
     length,
     batches,
     eps,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    ANGLES: tl.constexpr,  # DIM, or DIM / 2: both halves turn by the same
     HALF: tl.constexpr,  # power of two, at least DIM / 2
     ROWS: tl.constexpr,
 ):
@@ -38,12 +39,15 @@ def qk_norm_rope(
         first *= scale * tl.load(weight + column, mask=column < DIM // 2, other=0.0).to(tl.float32)[None, :]
         second *= scale * tl.load(weight + DIM // 2 + column, mask=column < DIM // 2, other=0.0).to(tl.float32)[None, :]
     if rotary is not None:
-        cos = rotary + row[:, None] * DIM + column[None, :]
-        sin = cos + length * DIM
-        turned = first * tl.load(cos, mask=inside, other=0.0) - second * tl.load(sin, mask=inside, other=0.0)
-        second = second * tl.load(cos + DIM // 2, mask=inside, other=0.0) + first * tl.load(
-            sin + DIM // 2, mask=inside, other=0.0
-        )
+        cos_at = rotary + row[:, None] * ANGLES + column[None, :]
+        sin_at = cos_at + length * ANGLES
+        cos = tl.load(cos_at, mask=inside, other=0.0)
+        sin = tl.load(sin_at, mask=inside, other=0.0)
+        turned = first * cos - second * sin
+        if ANGLES == DIM:
+            cos = tl.load(cos_at + DIM // 2, mask=inside, other=0.0)
+            sin = tl.load(sin_at + DIM // 2, mask=inside, other=0.0)
+        second = second * cos + first * sin
         first = turned
     at = qk + (((which * batches + batch) * HEADS + head) * length + row)[:, None] * DIM + column[None, :]
     tl.store(at, narrow(first, qk.dtype.element_ty), mask=inside)

@@ -17,9 +17,13 @@ GOLDEN = Path(__file__).parent / "golden"
 FIXTURES = ("libero_tiny", "gr1_tiny")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, and say so, where PyTorch sees no GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, and say so, where PyTorch sees no GPU; those marked long unless they are asked for."""
     import torch
+
+    for item in items:
+        if "long" in item.keywords and "long" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m long"))
 
     if not torch.cuda.is_available():
         for item in items:

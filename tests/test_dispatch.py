@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 from dit4dit import ops
 from dit4dit.errors import BackendError
-from dit4dit.ops import dispatch, native
+from dit4dit.ops import dispatch, measured, native
 from dit4dit.ops.dispatch import Implementation, Op, explain, names, trace, use_backend
+from dit4dit.ops.measured import Choice
 from dit4dit.ops.native import unsupported
 
 
@@ -124,6 +127,76 @@ def test_nothing_left_is_an_error_with_every_reason(op, monkeypatch):
         BackendError, match=r"every implementation refused: 'cuda': x is on cpu; 'cpp': x is torch\.int32"
     ):
         op(INT)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """An op whose first implementation runs by itself only where it was measured."""
+    monkeypatch.setattr(dispatch, "_ops", dict(dispatch._ops))
+    monkeypatch.setattr(dispatch, "_said", set())
+    return Op(
+        "triple",
+        [
+            Implementation("kernel", lambda x: None, lambda x: 3 * x, "cpu", measured_only=True),
+            Implementation("torch", lambda x: None, lambda x: x + x + x),
+            Implementation("library", lambda x: "x is odd" if x.numel() % 2 else None, lambda x: x * 3, "cpu"),
+        ],
+        example=lambda device: (torch.zeros(2, device=device),),
+    )
+
+
+def test_what_was_not_measured_runs_only_on_a_wish(fast, caplog):
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"), trace() as ran:
+        fast(FLOAT)
+    assert ran == {"triple": {"torch"}}
+    assert not caplog.records, "nothing better is known, so nobody stepped down"
+    (found,) = explain("triple")
+    assert found.chosen == "torch"
+    assert found.refused["kernel"].startswith("no committed measurement chooses it on cpu")
+    with use_backend(triple="kernel"), trace() as ran:
+        fast(FLOAT)
+    assert ran == {"triple": {"kernel"}}
+
+
+@pytest.mark.parametrize("name", ["kernel", "library"])
+def test_what_was_measured_goes_first(fast, name, monkeypatch, caplog):
+    monkeypatch.setattr(
+        measured, "CHOICES", {"triple": {"cpu": Choice(name, "a result"), "sm_90": Choice("torch", "")}}
+    )
+    assert explain("triple")[0].chosen == name
+    with use_backend(triple="torch"):
+        assert explain("triple")[0].chosen == "torch"
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"), trace() as ran:
+        fast(torch.ones(3))
+    steps_down = name == "library"
+    assert ran == {"triple": {"torch" if steps_down else name}}
+    said = ["triple: running 'torch' because 'library' refused: x is odd"] if steps_down else []
+    assert [record.getMessage() for record in caplog.records] == said
+
+
+def unsound(choices):
+    """Rows that name no op, no implementation of it, no chip, or no committed result."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    for op, rows in choices.items():
+        for place, row in rows.items():
+            known = op in names() and row.implementation in ops.implementations(op)
+            if not (known and re.fullmatch(r"cpu|sm_\d+", place) and row.result and (results / row.result).is_file()):
+                yield op, place
+
+
+def test_the_measured_choices_are_sound():
+    assert not list(unsound(measured.CHOICES))
+    result = "amd-epyc-2-cores-mid.json"
+    good = {"self_attention": {"sm_90": Choice("cuda", result), "cpu": Choice("torch", result)}}
+    assert not list(unsound(good))
+    for op, place, row in (
+        ("attention", "sm_90", Choice("cuda", result)),
+        ("self_attention", "90", Choice("cuda", result)),
+        ("self_attention", "sm_90", Choice("cudas", result)),
+        ("self_attention", "sm_90", Choice("cuda", "none.json")),
+        ("self_attention", "sm_90", Choice("cuda", "")),
+    ):
+        assert list(unsound({op: {place: row}})) == [(op, place)]
 
 
 def test_explain(op):

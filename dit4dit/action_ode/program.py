@@ -18,7 +18,7 @@ from dit4dit.action_ode.validate import validate
 from dit4dit.action_ode.weights import as_bytes, pack_constants, pack_matrices
 from dit4dit.config import HeadConfig
 from dit4dit.errors import BackendError, ConfigError, OutputError
-from dit4dit.ops import native
+from dit4dit.ops import measured, native
 
 if TYPE_CHECKING:
     from dit4dit.engine.fold import Head
@@ -27,10 +27,6 @@ log = logging.getLogger("dit4dit.action_ode")
 
 HeadChoice = Literal["auto", "library", "one_launch"]
 CHOICES = ("auto", "library", "one_launch")
-
-# Capabilities (90, ...) of which benchmarks/results holds a run with every GPU test of action_ode green. "auto" takes the
-# kernel on these alone; it has not run on any chip yet.
-GREEN: frozenset[int] = frozenset()
 
 LONGEST_WAIT_NS = 2_000_000_000
 """A wait inside the kernel that takes longer ends the launch with an error; a launch takes about a thousandth of it."""
@@ -237,7 +233,8 @@ def choose_head(
     if choice not in CHOICES:
         raise ConfigError(f"engine head: expected one of {', '.join(CHOICES)}, got {choice!r}")
     weight = folded.decode_out.weight
-    if choice == "library" or (choice == "auto" and not _is_green(weight.device)):
+    measured_here = measured.choice("action_ode", weight.device) == "cuda"
+    if choice == "library" or (choice == "auto" and not measured_here):
         return None
     head = OneLaunchHead(folded, config, steps, fp8=fp8)
     reason = head.refuse_any()
@@ -247,13 +244,6 @@ def choose_head(
         log.warning("engine head: running 'library' because 'one_launch' refused: %s", reason)
         return None
     return head
-
-
-def _is_green(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor in GREEN
 
 
 def example(device: torch.device) -> tuple[OneLaunchHead, Tensor, Tensor, Tensor | None, None, None]:

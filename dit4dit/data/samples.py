@@ -94,14 +94,15 @@ class Sample:
     """One training sample.
 
     Attributes:
-        video: joined views of the clip, float32 [F, 3, H, W] in [-1, 1]; frame 0 is the one that a policy sees.
+        video: joined views of the clip, float32 [F, 3, H, W] in [-1, 1]; frame 0 is the one that a policy sees. None where it
+            was not asked for.
         lang: the instruction.
         actions: normalised, zero-padded actions [K, A_model].
         action_mask: True on real entries [K, A_model].
         state: encoded, padded state [1, state_dim]; None for a model without a state token.
     """
 
-    video: Tensor
+    video: Tensor | None
     lang: str
     actions: Tensor
     action_mask: Tensor
@@ -123,12 +124,13 @@ class Samples:
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> Samples:
         """ConfigError where pictures differ in size (robots with other numbers of views need batches of their own)."""
-        sizes = {tuple(sample.video.shape) for sample in samples}
+        videos = [sample.video for sample in samples if sample.video is not None]
+        sizes = {tuple(video.shape) for video in videos}
         if len(sizes) > 1:
             raise ConfigError(f"samples of one batch have clips of different sizes: {sorted(sizes)}; train them apart")
         states = [sample.state for sample in samples if sample.state is not None]
         return cls(
-            video=torch.stack([sample.video for sample in samples]),
+            video=torch.stack(videos),
             lang=tuple(sample.lang for sample in samples),
             actions=torch.stack([sample.actions for sample in samples]),
             action_mask=torch.stack([sample.action_mask for sample in samples]),
@@ -251,16 +253,14 @@ class SampleReader:
         self.action: Chain = robot.action_chain(statistics, window.action_dim)
         self.state: Chain | None = None if window.state_dim is None else robot.state_chain(statistics, window.state_dim)
 
-    def read(self, episode: int, frame: int) -> Sample:
-        """The sample at `frame` of the episode at position `episode`.
+    def read(self, episode: int, frame: int, *, video: bool = True) -> Sample:
+        """The sample at `frame` of the episode at position `episode`; without `video` nothing is decoded.
 
         Raises:
             DataError: its video cannot be decoded.
         """
         recording, window = self.recording, self.window
         length = recording.length(episode)
-        numbers = [min(frame + offset, length - 1) for offset in window.offsets]
-        views = [torch.from_numpy(recording.data.pictures(camera, episode, numbers)) for camera in recording.cameras]
         actions, valid = self._actions(episode, frame, length)
         mask = np.zeros((window.horizon, window.action_dim), dtype=bool)
         mask[:, : recording.embodiment.action_dim] = valid[:, None] | (not window.mask_padded)
@@ -269,13 +269,19 @@ class SampleReader:
             now = recording.vector("state", episode, np.array([frame]))
             state = torch.from_numpy(self.state.forward(now))
         return Sample(
-            video=preprocess(views, window.image_size, "bilinear", torch.float32),
+            video=self._clip(episode, frame, length) if video else None,
             lang=recording.data.task(recording.language, episode, frame),
             actions=torch.from_numpy(self.action.forward(actions)),
             action_mask=torch.from_numpy(mask),
             state=state,
             source=Source(recording.data.name, recording.data.meta.episodes[episode].index, frame),
         )
+
+    def _clip(self, episode: int, frame: int, length: int) -> Tensor:
+        recording, window = self.recording, self.window
+        numbers = [min(frame + offset, length - 1) for offset in window.offsets]
+        views = [torch.from_numpy(recording.data.pictures(camera, episode, numbers)) for camera in recording.cameras]
+        return preprocess(views, window.image_size, "bilinear", torch.float32)
 
     def _actions(self, episode: int, frame: int, length: int) -> tuple[Array, NDArray[np.bool_]]:
         """Robot actions [K, d] from `frame` on, padded past the end; and which of them are real [K]."""

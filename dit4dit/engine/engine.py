@@ -53,7 +53,8 @@ class Engine:
         Args:
             steps: Euler steps (1, 2, 4 or 8); the model's own number when None. Other numbers change the result.
             posterior: "mean" takes the conditioning latent's mean instead of a sample; changes the result.
-            quantization: "fp8" multiplies the backbone's matrices in e4m3 (`fp8`); changes the result.
+            quantization: "fp8" multiplies the backbone's matrices in e4m3 (`fp8`), and with head="one_launch" keeps the head's
+                weights in e4m3, one scale a row; changes the result.
             calibration: the largest activations of this model (`calibrate`), for and only for fp8.
             release: with fp8, take the matrices that it replaces away from `model`, which then runs only through this
                 engine; without, both stay in memory.
@@ -84,7 +85,7 @@ class Engine:
         self.encoder = fold_encoder(model.backbone)
         if self.device.type != "meta":  # where operations are only counted
             self.check_folding()
-        self.one_launch = choose_head(head, self.head, model.config.head, self.steps)
+        self.one_launch = choose_head(head, self.head, model.config.head, self.steps, fp8=quantization == "fp8")
         if calibration is not None:
             self.blocks = ()  # each matrix goes as soon as its quantised one is there
             quantize_blocks(model, blocks, calibration, release=release)
@@ -241,7 +242,7 @@ class Engine:
         grid = (latents.shape[3] // patch, latents.shape[4] // patch)
         if grid not in self._rotary:
             table = rotary_table(self.config.dit, self.config.latent_frames, *grid, device=latents.device)
-            self._rotary[grid] = table
+            self._rotary[grid] = table[..., : table.shape[-1] // 2].contiguous()  # both halves turn by the same
         return self._rotary[grid]
 
     @torch.no_grad()

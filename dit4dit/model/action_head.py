@@ -12,6 +12,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dit4dit.config import HeadConfig
 from dit4dit.model import flow
@@ -152,6 +153,7 @@ class HeadTransformer(nn.Module):
         self.norm_out = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.proj_out_1 = nn.Linear(config.width, 2 * config.width)
         self.proj_out_2 = nn.Linear(config.width, config.output_dim)
+        self.gradient_checkpointing = False
 
     @property
     def blocks(self) -> list[Block]:
@@ -162,7 +164,10 @@ class HeadTransformer(nn.Module):
         """x [B, N, W], t [B] integer, context [B, S, D] -> [B, N, output_dim]."""
         temb = self.timestep_encoder(t)
         for block in self.transformer_blocks:
-            x = block(x, temb, context)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, temb, context, use_reentrant=False)
+            else:
+                x = block(x, temb, context)
         shift, scale = self.proj_out_1(F.silu(temb)).chunk(2, dim=-1)
         return self.proj_out_2(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
 

@@ -43,8 +43,23 @@ class Draws:
     @classmethod
     def random(cls, config: ModelConfig, batch: Batch, generator: torch.Generator | None) -> Draws:
         """Fresh draws for `batch` from `generator` (on the batch's device)."""
-        device, count = batch.video.device, batch.video.shape[0]
-        rows, columns = config.latent_size(batch.video.shape[3], batch.video.shape[4])
+        if batch.latents is not None:
+            rows, columns = batch.latents.mean.shape[-2:]
+        else:
+            assert batch.video is not None
+            rows, columns = config.latent_size(batch.video.shape[3], batch.video.shape[4])
+        return cls.draw(config, batch.actions.shape[0], (rows, columns), generator, batch.actions.device)
+
+    @classmethod
+    def draw(
+        cls,
+        config: ModelConfig,
+        count: int,
+        size: tuple[int, int],
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> Draws:
+        """Fresh draws for `count` samples whose latents have `size` rows and columns."""
         repeated = count * config.flow.repeated_diffusion_steps
 
         def normal(*shape: int) -> Tensor:
@@ -52,10 +67,10 @@ class Draws:
 
         z, frames = config.vae.z_dim, config.latent_frames
         return cls(
-            posterior=normal(count, z, 1, rows, columns),
-            latent=normal(count, z, frames, rows, columns),
+            posterior=normal(count, z, 1, *size),
+            latent=normal(count, z, frames, *size),
             video_time=flow.video_times(count, config.flow, generator, device),
-            video_noise=normal(count, z, frames - 1, rows, columns),
+            video_noise=normal(count, z, frames - 1, *size),
             action_time=flow.action_times(repeated, config.flow, generator, device),
             action_noise=normal(repeated, config.head.action_horizon, config.head.action_dim),
         )
@@ -147,8 +162,7 @@ class DiT4DiT(nn.Module):
         """
         mode = self.config.flow.training
         context = self.context(batch.prompt_embeds)
-        frame = batch.video[:, 0]
-        condition = self.backbone.condition(frame, draws.posterior)
+        condition = self._condition(batch, draws.posterior)
         action = self._action_loss(batch, draws, condition, context) if mode != "video" else None
         video = self._video_loss(batch, draws, condition, context) if mode != "action" else None
         weighted = 0.0 if video is None else self.config.flow.future_video_weight * video
@@ -163,12 +177,23 @@ class DiT4DiT(nn.Module):
         features = features.to(head.action_decoder.layer2.weight.dtype)
         return head.loss(batch.actions, batch.action_mask, features, batch.state, draws.action_time, draws.action_noise)
 
+    def _condition(self, batch: Batch, noise: Tensor) -> Tensor:
+        if batch.latents is not None:
+            return self.backbone.posterior(batch.latents.mean, batch.latents.std, noise)
+        assert batch.video is not None, "a batch has a video or its latents"
+        return self.backbone.condition(batch.video[:, 0], noise)
+
     def _video_loss(self, batch: Batch, draws: Draws, condition: Tensor, context: Tensor) -> Tensor:
+        clean = batch.latents.clip if batch.latents is not None else self.encode_clip(batch.video)
+        return self.backbone.video_loss(clean, condition, context, draws.video_time, draws.video_noise)
+
+    def encode_clip(self, video: Tensor | None) -> Tensor:
+        """Clip [B, F, 3, H, W] in [-1, 1] -> normalised posterior means, float32 [B, z, T, h, w]."""
         if self.video_vae is None:
             raise RuntimeError("the video loss needs the clip VAE: build the model with with_video_vae=True")
+        assert video is not None, "a batch has a video or its latents"
         with torch.no_grad():
-            clean = self.video_vae.encode(batch.video.transpose(1, 2))
-        return self.backbone.video_loss(clean, condition, context, draws.video_time, draws.video_noise)
+            return self.video_vae.encode(video.transpose(1, 2))
 
     def _head(self) -> ActionHead:
         if self.head is None:

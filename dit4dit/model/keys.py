@@ -17,11 +17,12 @@ class KeyReader:
 
     def __init__(self, data: dict[str, Any], where: str) -> None:
         self.data, self.where = data, where
-        self._read: set[str] = set()
+        self.read_keys: set[str] = set()
+        """Dotted keys that somebody asked for."""
 
     def raw(self, key: str, default: Any = NEEDED) -> Any:
         """The value as it is."""
-        self._read.add(key)
+        self.read_keys.add(key)
         node: Any = self.data
         for part in key.split("."):
             if not isinstance(node, dict) or part not in node:
@@ -98,7 +99,7 @@ class KeyReader:
     def unread(self) -> tuple[str, ...]:
         """Dotted keys of all leaves that nobody asked for, in file order."""
         return tuple(
-            key for key in _leaves(self.data) if not any(key == r or key.startswith(r + ".") for r in self._read)
+            key for key in _leaves(self.data) if not any(key == r or key.startswith(r + ".") for r in self.read_keys)
         )
 
     def _wrong(self, key: str, wanted: str, got: Any) -> ConfigError:

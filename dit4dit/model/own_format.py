@@ -70,10 +70,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         for file in partial.rglob("*"):
+            _sync(file)
             if file.is_file():
-                _sync(file)
                 # safetensors and mkdtemp make theirs for the owner alone; a checkpoint is shared like any other file
                 file.chmod(0o666 & ~umask)
+        _sync(partial)
         if target.is_dir():
             target.rmdir()
         partial.chmod(0o777 & ~umask)

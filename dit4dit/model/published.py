@@ -42,8 +42,14 @@ def read_run(config_path: Path, cosmos: Path) -> PublishedRun:
     Raises:
         CheckpointError: a file is missing or unreadable. ConfigError: a needed key is missing or has another type.
     """
-    text, vae, dit, sigma_max = read_cosmos(cosmos)
     keys = KeyReader(read_yaml(config_path), str(config_path))
+    model, data_mix = read_run_keys(keys, cosmos)
+    return PublishedRun(model, data_mix, keys.unread())
+
+
+def read_run_keys(keys: KeyReader, cosmos: Path) -> tuple[ModelConfig, str | None]:
+    """Model and data mixture of a published config.yaml, through a reader that remembers what was read."""
+    text, vae, dit, sigma_max = read_cosmos(cosmos)
     flow = _read_flow(keys)
     deltas = keys.integers("datasets.vla_data.video_delta_indices")
     ratio = keys.integer("datasets.vla_data.action_video_freq_ratio", 1)
@@ -64,7 +70,7 @@ def read_run(config_path: Path, cosmos: Path) -> PublishedRun:
     except ConfigError as error:
         raise ConfigError(str(error) if str(error).startswith(keys.where) else f"{keys.where}: {error}") from None
     data_mix = keys.raw("datasets.vla_data.data_mix", None)
-    return PublishedRun(model, data_mix if isinstance(data_mix, str) else None, keys.unread())
+    return model, data_mix if isinstance(data_mix, str) else None
 
 
 def _read_head(keys: KeyReader, context_dim: int, *, needed: bool) -> HeadConfig:

@@ -54,9 +54,12 @@ class VideoBackbone(nn.Module):
             noise: standard normal [B, z, T - 1, h, w].
         """
         x_t, target = flow.bridge(clean[:, :, 1:], noise, t)
-        latents = torch.cat([condition, x_t], dim=2)
-        velocity = self.transformer.velocity(latents, self._times(latents, t), context)
-        return (velocity[:, :, 1:].float() - target).square().mean()
+        return (self.future_velocity(x_t, condition, context, t) - target).square().mean()
+
+    def future_velocity(self, future: Tensor, condition: Tensor, context: Tensor, t: Tensor) -> Tensor:
+        """Velocity of noisy future latents [B, z, T - 1, h, w] at times t [B], behind the conditioning latent; float32."""
+        latents = torch.cat([condition, future], dim=2)
+        return self.transformer.velocity(latents, self._times(latents, t), context)[:, :, 1:].float()
 
     def _times(self, latents: Tensor, t: Tensor) -> Tensor:
         """One time per latent frame [B, T]: the conditioning frame's constant, then t [B]."""

@@ -1,7 +1,8 @@
 """The whole ODE of the action head, noise to actions: every block of every Euler step in one launch.
 
 The CUDA kernel (kernels/action_ode.cu) runs a schedule of `dit4dit.action_ode`. It has not run on a chip yet, only compiled for
-all of them, and run on a CPU by emulation (tests/cuda_emulation); so it is never chosen by itself, only asked for by name.
+all of them, and run on a CPU by emulation (tests/cuda_emulation); it is chosen by itself only where measured.py names it, which
+is nowhere yet.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def action_ode(
         context: the features' k | v of every block that attends to them, one product: [B, S, 2 * blocks * W].
         prefix: the state token [B, W], or None for a request without state.
         guidance: keep to a chunk that is being carried out. units: back to robot units at the end.
-        backend: "torch", or "cuda" (bfloat16 on a GPU; read `head.check()` with the actions); None takes "torch".
+        backend: "torch", or "cuda" (bfloat16 on a GPU; read `head.check()` with the actions); None chooses.
 
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
@@ -129,9 +130,8 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "action_ode",
     [
-        # TODO(first green result on a chip): the kernel before the reference
+        Implementation("cuda", _refuse, _run, device="cuda", measured_only=True),
         Implementation("torch", lambda *_: None, reference),
-        Implementation("cuda", _refuse, _run, device="cuda"),
     ],
     _example,
 )

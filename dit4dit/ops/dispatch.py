@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: the first of its list that does not refuse the tensors it is given.
+"""Which implementation of an op runs: the first of its list that does not refuse the tensors it is given; before all others
+the one that measured.py names for the chip.
 
 The automatic choice may step down, and says why once. A wish (`backend=`, `use_backend`) that cannot be met raises.
 """
@@ -16,7 +17,7 @@ import torch
 
 from dit4dit.cubins import loader
 from dit4dit.errors import BackendError, did_you_mean
-from dit4dit.ops import launch, tiles
+from dit4dit.ops import launch, measured, tiles
 
 log = logging.getLogger("dit4dit.ops")
 
@@ -26,13 +27,14 @@ class Implementation:
     """One way to run an op. `refuse` and `run` take the op's arguments; `refuse` says why not, or None.
 
     `device` is the kind of device ("cuda", "cpu") that it was written for, None for any: refusing there is worth a
-    warning, refusing elsewhere is not.
+    warning, refusing elsewhere is not. `measured_only`: without a wish it runs only where measured.py names it.
     """
 
     name: str
     refuse: Callable[..., str | None]
     run: Callable[..., Any]
     device: str | None = None
+    measured_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Explanation:
 # Per thread and per asyncio task: a wish made in one never reaches another.
 _wishes: ContextVar[dict[str, str]] = ContextVar("dit4dit_wishes")  # op -> implementation; "" -> for every op
 _trace: ContextVar[dict[str, set[str]] | None] = ContextVar("dit4dit_trace", default=None)
+
+NOWHERE = torch.device("meta")
 
 _ops: dict[str, Op] = {}
 _said: set[tuple[str, str, str]] = set()  # (op, implementation, reason) that has been warned about
@@ -83,14 +87,23 @@ class Op:
     def choose(self, args: tuple, backend: str | None = None) -> tuple[Implementation | None, dict[str, str]]:
         """The implementation for these arguments, and the reasons of those before it. BackendError: a refused wish."""
         wish = backend or self.wish()
+        reason: str | None
         if wish is not None:
             reason = self._find(wish).refuse(*args)
             if reason is not None:
                 raise BackendError(f"{self.name}: {wish!r} refused: {reason}")
             return self.implementations[wish], {}
         refused: dict[str, str] = {}
-        for implementation in self.implementations.values():
-            reason = implementation.refuse(*args)
+        device = _device(args)
+        best = measured.choice(self.name, device)
+        in_order = list(self.implementations.values())
+        if best is not None:
+            in_order.sort(key=lambda i: i.name != best)  # stable: the others keep their order
+        for implementation in in_order:
+            if implementation.measured_only and implementation.name != best and implementation.device == device.type:
+                reason = measured.missing(implementation.name, device)
+            else:
+                reason = implementation.refuse(*args)
             if reason is None:
                 return implementation, refused
             refused[implementation.name] = reason
@@ -111,23 +124,26 @@ class Op:
         return self.implementations[backend]
 
     def _say_why(self, chosen: Implementation, refused: dict[str, str], args: tuple) -> None:
-        here = _device_type(args)
+        device = _device(args)
+        best = measured.choice(self.name, device)
         for name, reason in refused.items():
-            if self.implementations[name].device == here and (self.name, name, reason) not in _said:
+            if self.implementations[name].measured_only and name != best:
+                continue  # nothing better is known to exist
+            if self.implementations[name].device == device.type and (self.name, name, reason) not in _said:
                 _said.add((self.name, name, reason))
                 log.warning("%s: running %r because %r refused: %s", self.name, chosen.name, name, reason)
 
 
-def _device_type(args: tuple) -> str | None:
-    """The kind of device of the first tensor among the arguments, looking into lists and tuples."""
+def _device(args: tuple) -> torch.device:
+    """The device of the first tensor among the arguments, looking into lists and tuples; "meta" where there is none."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            return arg.device.type
+            return arg.device
         if isinstance(arg, (list, tuple)):
-            inner = _device_type(tuple(arg))
-            if inner is not None:
+            inner = _device(tuple(arg))
+            if inner != NOWHERE:
                 return inner
-    return None
+    return NOWHERE
 
 
 def names() -> list[str]:

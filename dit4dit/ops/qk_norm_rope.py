@@ -19,6 +19,8 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: see `qk_norm_rope` for the arguments and the result."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    if rotary is not None and rotary.shape[-1] < q.shape[-1]:
+        rotary = torch.cat([rotary, rotary], dim=-1)
     return _norm_rope(q, norm_q, rotary, eps), _norm_rope(k, norm_k, rotary, eps), v
 
 
@@ -54,7 +56,8 @@ def qk_norm_rope(
 
     qkv: [B, S, 3 * H * d], q | k | v, each head after head.
     norm_q, norm_k: weights [d] of the RMS norms both, or both None.
-    rotary: float32 [2, S, d], cosines and sines; dimension i turns with i + d/2. None: no positions.
+    rotary: float32 [2, S, d/2], cosines and sines; dimension i turns with i + d/2. Or [2, S, d], where the angles of the two
+        differ; twice the bytes to read. None: no positions.
     heads: H. eps: of the RMS norms. Norm and rotation in float32, rounded once.
     backend: "triton" or "torch"; None chooses.
 
@@ -77,7 +80,9 @@ def check(
             f"{op}: qkv: expected 3 * heads * (an even number) columns for {heads} heads, got {shapes['E']}"
         )
     shapes.sizes["d"] = dim
-    shapes.of("norm_q", norm_q, "d").of("norm_k", norm_k, "d").of("rotary", rotary, "2 S d")
+    shapes.sizes["d/2"] = dim // 2
+    halves = rotary is not None and rotary.ndim > 0 and rotary.shape[-1] == dim
+    shapes.of("norm_q", norm_q, "d").of("norm_k", norm_k, "d").of("rotary", rotary, "2 S d" if halves else "2 S d/2")
     floating(op, qkv=qkv, norm_q=norm_q, norm_k=norm_k, rotary=rotary)
     if (norm_q is None) != (norm_k is None):
         raise InputError(f"{op}: expected norm_q and norm_k both or neither, got one of them")
@@ -93,7 +98,8 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], tuple[Tensor
     tile = tiles.lookup("qk_norm_rope", architecture, length=length, dim=dim)
     qk = torch.empty(2, batch, heads, length, dim, dtype=qkv.dtype, device=qkv.device)
     arguments = dict(qkv=qkv, norm_q=norm_q, norm_k=norm_k, rotary=rotary, qk=qk, length=length, batches=batch, eps=eps)
-    constants = dict(HEADS=heads, DIM=dim, HALF=launch.power_of_2(dim // 2))
+    columns = dim if rotary is None else rotary.shape[-1]
+    constants = dict(HEADS=heads, DIM=dim, ANGLES=columns, HALF=launch.power_of_2(dim // 2))
     grid = (launch.blocks(length, tile["ROWS"]), 2 * heads, batch)
     return [Launch("qk_norm_rope", grid, arguments, constants, tile)], (qk[0], qk[1], v)
 
@@ -122,7 +128,7 @@ def example(device: torch.device) -> _Args:
     """Small arguments of the usual kind."""
     qkv = torch.zeros(1, 16, 3 * 2 * 64, dtype=torch.bfloat16, device=device)
     norm = torch.ones(64, dtype=torch.bfloat16, device=device)
-    return qkv, norm, norm, torch.zeros(2, 16, 64, device=device), 2, 1e-5
+    return qkv, norm, norm, torch.zeros(2, 16, 32, device=device), 2, 1e-5
 
 
 _op = Op(

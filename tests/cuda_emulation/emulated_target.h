@@ -64,6 +64,7 @@ DEVICE Float4 load_float4(const float* p) {
 }
 DEVICE float load_float(const float* p) { return *p; }
 DEVICE int load_int(const int* p) { return *p; }
+DEVICE Float4 load_constant_float4(const float* p) { return load_float4(p); }
 
 DEVICE int load_acquire(const int* p) {
     machine->yield();
@@ -91,6 +92,7 @@ DEVICE std::uint32_t as_bits(float x) {
 }
 DEVICE float power_of_two(float x) { return std::exp2(x); }
 DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+DEVICE float multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 inline std::uint32_t to_bf16(float x) {
     const std::uint32_t bits = as_bits(x);
     if (x != x) return 0x7fffu;
@@ -103,6 +105,11 @@ DEVICE void copy_async(void* to, const void* from) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16) machine->fail("copy_async from an address that is no multiple of 16");
     std::memset(to, 0xff, 16);
     machine->self().copies.push_back({to, from, 16, nullptr});
+}
+DEVICE void copy_async_or_zeros(void* to, const void* from, bool there) {
+    static const Quad zeros{};
+    if (reinterpret_cast<std::uintptr_t>(to) % 16) machine->fail("copy_async to an address that is no multiple of 16");
+    copy_async(to, there ? from : &zeros);
 }
 DEVICE void commit_copies() {
     auto& fiber = machine->self();
@@ -226,11 +233,13 @@ DEVICE void fence_shared_for_products() {}
 DEVICE void products_begin() {}
 DEVICE void products_end() {}
 
-template <int kTokens>
-DEVICE void multiply_warpgroup(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t tokens) {
+// kTransposed: rows of the 8 x 8 blocks are k, else columns.
+template <bool kTransposed, int kBlocks>
+void multiply_groups(float (*d)[4], const std::uint32_t (&a)[4], std::uint64_t tokens) {
     WarpgroupMultiplication mine{d, a, tokens};
     auto& group = machine->self().block->groups[thread_index() / 128];
-    machine->meet(group, "wgmma " + std::to_string(kTokens), thread_index() % 128, &mine, [](auto& all) {
+    const std::string what = (kTransposed ? "wgmma.trans " : "wgmma ") + std::to_string(kBlocks * 8);
+    machine->meet(group, what, thread_index() % 128, &mine, [](auto& all) {
         const auto of = [&all](int t) { return static_cast<WarpgroupMultiplication*>(all[t]); };
         const std::uint64_t description = of(0)->tokens;
         for (int t = 0; t < 128; ++t)
@@ -238,18 +247,36 @@ DEVICE void multiply_warpgroup(float (&d)[8][4], const std::uint32_t (&a)[4], st
         const std::uint8_t* base = shared_memory() + ((description & 0x3fff) << 4);
         const std::uint64_t along_k = (description >> 16 & 0x3fff) << 4, along_n = (description >> 32 & 0x3fff) << 4;
         if (description >> 46) machine->fail("wgmma: a description with a swizzle");
-        for (int warp = 0; warp < 4; ++warp)
+        const std::uint64_t last = ((description & 0x3fff) << 4) + along_k + (kBlocks - 1) * along_n + 128;
+        if (last > machine->self().block->shared_bytes) machine->fail("wgmma: a description of more than shared memory");
+        float b[16][kBlocks * 8];
+        for (int k = 0; k < 16; ++k)
+            for (int n = 0; n < kBlocks * 8; ++n) {
+                std::uint16_t bits;  // 8 x 8 blocks: rows of 16 bytes
+                const int row = kTransposed ? k % 8 : n % 8, column = kTransposed ? n % 8 : k % 8;
+                std::memcpy(&bits, base + k / 8 * along_k + n / 8 * along_n + row * 16 + column * 2, 2);
+                b[k][n] = from_bf16(bits);
+            }
+        for (int warp = 0; warp < 4; ++warp) {
+            const auto fragment = [&](int other) { return of(warp * 32 + other)->a; };
             for (int l = 0; l < emulation::kWarp; ++l)
-                for (int j = 0; j < kTokens / 8; ++j)
-                    for (int i = 0; i < 4; ++i)
-                        for (int k = 0; k < 16; ++k) {
-                            const auto fragment = [&](int other) { return of(warp * 32 + other)->a; };
-                            const float x = element_a(fragment, l / 4 + i / 2 * 8, k);
-                            std::uint16_t bits;  // 8 x 8 blocks: rows of 16 bytes
-                            std::memcpy(&bits, base + k / 8 * along_k + j * along_n + (l % 4 * 2 + i % 2) * 16 + k % 8 * 2, 2);
-                            of(warp * 32 + l)->d[j][i] += x * from_bf16(bits);
-                        }
+                for (int half = 0; half < 2; ++half)
+                    for (int k = 0; k < 16; ++k) {
+                        const float x = element_a(fragment, l / 4 + half * 8, k);
+                        for (int j = 0; j < kBlocks; ++j)
+                            for (int e = 0; e < 2; ++e) of(warp * 32 + l)->d[j][half * 2 + e] += x * b[k][j * 8 + l % 4 * 2 + e];
+                    }
+        }
     });
 }
+template <int kTokens>
+DEVICE void multiply_warpgroup(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t tokens) {
+    multiply_groups<false, kTokens / 8>(d, a, tokens);
+}
+DEVICE void multiply_warpgroup_transposed(float (&d)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    multiply_groups<true, 16>(d, a, b);
+}
+template <int kCount>
+DEVICE void settle(float (&)[kCount][4]) {}
 
 }  // namespace dit4dit::ode

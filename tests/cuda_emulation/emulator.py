@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from dit4dit.action_ode.weights import PackedHead
 ROOT = Path(__file__).parents[2]
 # name -> what stands for the chip: sm_80, sm_100 and sm_120, sm_90a
 VARIANTS = {"copies": (0, 0), "bulk": (1, 0), "warpgroups": (1, 1)}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the kernel for the CPU with")
 CTYPES = {"int": ctypes.c_int, "float": ctypes.c_float, "std::int64_t": ctypes.c_int64}
 
 
@@ -43,6 +46,17 @@ def _ctype(kind: str, name: str) -> tuple[str, Any]:
     return base, one * len(Space) if size else one
 
 
+def build(name: str, variant: str, folder: Path, kernels: Path = ROOT / "kernels") -> ctypes.CDLL:
+    """NAME.cpp of this folder with the kernels of `kernels`, for one of VARIANTS; the library goes into `folder`."""
+    bulk, warpgroups = VARIANTS[variant]
+    library = folder / f"{name}_{variant}.so"
+    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [f"-DEMULATE_BULK_COPIES={bulk}", f"-DEMULATE_WARPGROUPS={warpgroups}"]
+    command += [f"-I{kernels}", f"-I{Path(__file__).parent}"]
+    subprocess.run([*command, str(Path(__file__).with_name(f"{name}.cpp")), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
 class LaunchRecord(ctypes.Structure):
     """`Launch` of kernels/action_ode_tiles.cuh."""
 
@@ -60,23 +74,7 @@ class Result:
 class Emulator:
     def __init__(self, variant: str, folder: Path, kernels: Path = ROOT / "kernels") -> None:
         """Compile `kernels` for one of VARIANTS; the library goes into `folder`."""
-        bulk, warpgroups = VARIANTS[variant]
-        library = folder / f"action_ode_{variant}.so"
-        command = [
-            "g++",
-            "-std=c++17",
-            "-O2",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-Wno-unknown-pragmas",
-            "-shared",
-            "-fPIC",
-        ]
-        command += [f"-DEMULATE_BULK_COPIES={bulk}", f"-DEMULATE_WARPGROUPS={warpgroups}"]
-        command += [f"-I{kernels}", f"-I{Path(__file__).parent}"]
-        subprocess.run([*command, str(Path(__file__).with_name("action_ode.cpp")), "-o", str(library)], check=True)
-        self.library = ctypes.CDLL(str(library))
+        self.library = build("action_ode", variant, folder, kernels)
         assert self.library.launch_bytes() == ctypes.sizeof(LaunchRecord)
 
     def __call__(

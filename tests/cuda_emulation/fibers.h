@@ -52,6 +52,7 @@ struct Fiber {
 struct Block {
     int index = 0;
     std::uint8_t* shared = nullptr;
+    std::size_t shared_bytes = 0;
     Meeting all;
     std::vector<Meeting> warps, groups;
 };
@@ -69,6 +70,7 @@ public:
             std::uint8_t* memory = map(rounded + page, PROT_READ | PROT_WRITE);
             if (mprotect(memory + rounded, page, PROT_NONE) != 0) throw std::runtime_error("mprotect");
             block->shared = memory + rounded - shared_bytes;
+            block->shared_bytes = shared_bytes;
             std::memset(memory, 0xff, rounded);  // NaN in every format
             block->all.size = threads;
             block->warps.assign(threads / kWarp, Meeting{kWarp, 0, "", {}, {}});

@@ -17,9 +17,10 @@ from dit4dit.ops.qk_norm_rope import reference
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def make(batch, length, heads, dim, dtype, *, norm=True, rope=True, norm_dtype=None):
+def make(batch, length, heads, dim, dtype, *, norm=True, rope=True, norm_dtype=None, halves=False):
+    """halves: each half of a head turns by angles of its own."""
     generator = torch.Generator().manual_seed(length * dim)
-    angles = torch.randn(length, dim // 2, generator=generator).repeat(1, 2)
+    angles = torch.randn(length, dim if halves else dim // 2, generator=generator)
     weight = 1 + 0.2 * torch.randn(2, dim, generator=generator)
     return (
         torch.randn(batch, length, 3 * heads * dim, generator=generator).to(dtype),
@@ -38,6 +39,7 @@ def make(batch, length, heads, dim, dtype, *, norm=True, rope=True, norm_dtype=N
         ((1, 1, 1, 16), {}),
         ((2, 37, 2, 32), {}),
         ((1, 19, 3, 128), {}),
+        ((2, 37, 2, 48), dict(halves=True)),
         ((2, 17, 2, 48), dict(rope=False)),
         ((1, 9, 2, 64), dict(norm=False)),
         ((1, 9, 2, 64), dict(norm=False, rope=False)),
@@ -45,6 +47,15 @@ def make(batch, length, heads, dim, dtype, *, norm=True, rope=True, norm_dtype=N
 )
 def test_triton(triton_op, sizes, parts, dtype):
     assert_no_worse(partial(triton_op, "qk_norm_rope"), reference, make(*sizes, dtype, **parts), float32_limit=1e-5)
+
+
+def test_angles_once_or_for_both_halves():
+    qkv, norm_q, norm_k, rotary, *rest = make(2, 9, 2, 32, BF16)
+    twice = torch.cat([rotary, rotary], dim=-1)
+    for got, want in zip(
+        qk_norm_rope(qkv, norm_q, norm_k, rotary, *rest), qk_norm_rope(qkv, norm_q, norm_k, twice, *rest), strict=True
+    ):
+        assert torch.equal(got, want)
 
 
 def test_triton_with_float32_weights(triton_op):

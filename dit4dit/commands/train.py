@@ -1,0 +1,166 @@
+"""`dit4dit train`: a recipe or a file, changed by `--a.b.c value`, then a run, its continuation, or a memory plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.training import checkpoint, memory, published, setup
+from dit4dit.training.config import TrainConfig, read_config, split_words, write_config
+from dit4dit.training.feed import TrainingData
+from dit4dit.training.lerobot_data import LeRobotData
+from dit4dit.training.loop import PREEMPTED, train
+from dit4dit.training.random_data import RandomData
+from dit4dit.training.recipes import RECIPES, recipe
+
+USAGE = f"""usage: dit4dit train (--recipe NAME | --config FILE) [options] [--a.b.c value ...]
+
+  --recipe NAME     {", ".join(RECIPES)}
+  --config FILE     a configuration of our own (a run folder's config.yaml), or a published training YAML
+  --resume [DIR]    go on from the run's newest checkpoint, or from the checkpoint DIR
+  --dry-run         print the memory plan and stop; nothing is loaded
+  --processes N     of the plan (default: WORLD_SIZE, else 1)
+  --print           print the configuration and stop
+
+Every key of the configuration is an option: --run.steps 1000, --optim.learning_rate.action_model 1e-4, --data.batch_size 8,
+--model.flow.training action, --optim.freeze "backbone_interface.extractor.transformer". With a published file its own words
+work too: --trainer.max_train_steps 1000.
+
+Several processes: torchrun --standalone --nproc-per-node 8 --no-python dit4dit train ...; several nodes: training/slurm.sh.
+SIGTERM saves a checkpoint and ends with exit code {PREEMPTED}: start again with --resume."""
+
+FLAGS = ("recipe", "config", "resume", "dry-run", "processes", "print")
+SAME = (
+    "model",
+    "embodiment",
+    "weights",
+    "optim",
+    "run.seed",
+    "run.steps",
+    "run.precision",
+    "data.mixture",
+    "data.holdout",
+)
+"""What a run that goes on must keep; how many processes share the work, and what is written, may change."""
+MAY_DIFFER = ("optim.accumulate",)
+
+
+def main(words: Sequence[str], say: Callable[[str], None]) -> int:
+    """Run the command; returns its exit code."""
+    if not words or "--help" in words or "-h" in words:
+        say(USAGE)
+        return 0
+    options = split_words(_with_values(words))
+    own = {name: options.pop(name) for name in FLAGS if name in options}
+    config = configure(own.get("recipe"), own.get("config"), options, say)
+    if "print" in own:
+        import json
+
+        say(json.dumps(config.to_dict(), indent=1))
+        return 0
+    if "dry-run" in own:
+        say(dry_run(config, own.get("processes")))
+        return 0
+    if "processes" in own:
+        raise ConfigError("--processes: goes with --dry-run; torchrun starts the processes of a run")
+    run, resume = Path(config.run.out), None
+    if "resume" in own:
+        resume = Path(own["resume"]) if own["resume"] else checkpoint.latest(run)
+        if resume is None:
+            raise ConfigError(
+                f"--resume: {run} has no checkpoint; start without --resume, or name the run with --run.out"
+            )
+        check_same(read_config(run / "config.yaml"), config, run)
+    elif checkpoint.latest(run) is not None:
+        raise ConfigError(
+            f"{run}: has checkpoints already; go on with --resume, or choose another folder with --run.out"
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_config(run / "config.yaml", config)
+    return train(config, open_data(config), resume=resume)
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    """The words, with an empty value behind each flag that takes none."""
+    out: list[str] = []
+    for i, word in enumerate(words):
+        out.append(word)
+        alone = i + 1 == len(words) or words[i + 1].startswith("--")
+        if word in ("--dry-run", "--print") or (word == "--resume" and alone):
+            out[-1] = f"{word}="
+    return out
+
+
+def configure(name: str | None, file: str | None, options: dict[str, str], say: Callable[[str], None]) -> TrainConfig:
+    """The configuration that the words mean; keys of a published file that nothing reads are told once."""
+    if (name is None) == (file is None):
+        raise ConfigError(f"give one of --recipe ({', '.join(RECIPES)}) and --config FILE")
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    if file is not None and published.is_published(Path(file)):
+        theirs = {key: text for key, text in options.items() if key.split(".")[0] in published.ROOTS}
+        ours = {key: text for key, text in options.items() if key not in theirs}
+        _check_roots(ours, [*fields, *published.ROOTS, *FLAGS])
+        config, ignored = published.read(Path(file), theirs, ours.get("weights.backbone"))
+        if ignored:
+            say(f"{file}: {len(ignored)} keys that nothing reads: {', '.join(ignored)}")
+        return config.override(ours)
+    _check_roots(options, [*fields, *FLAGS])
+    return (recipe(str(name)) if file is None else read_config(Path(file))).override(options)
+
+
+def _check_roots(options: dict[str, str], known: list[str]) -> None:
+    for key in options:
+        root = key.split(".")[0]
+        if root not in known or root in FLAGS:
+            raise ConfigError(f"--{key}: unknown option {root!r}{did_you_mean(root, known)}; dit4dit train --help")
+
+
+def check_same(before: TrainConfig, now: TrainConfig, run: Path) -> None:
+    """ConfigError unless a run that goes on is the run that it was."""
+    old, new = _leaves(before.to_dict()), _leaves(now.to_dict())
+    for key in old:
+        kept = any(key == same or key.startswith(same + ".") for same in SAME) and key not in MAY_DIFFER
+        if kept and old[key] != new[key]:
+            raise ConfigError(
+                f"--resume: --{key}: {run} was started with {old[key]}, now {new[key]}; keep it, or start a new run"
+            )
+
+
+def _leaves(node: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(node, dict):
+        return {prefix: list(node) if isinstance(node, tuple) else node}
+    return {
+        k: v for key, value in node.items() for k, v in _leaves(value, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def dry_run(config: TrainConfig, processes: str | None) -> str:
+    """The memory plan as text."""
+    text = processes or os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--processes: expected a number of at least 1, got {text!r}")
+    sized = setup.sized(config)
+    return memory.show(memory.plan(sized, picture_size(sized), int(text)), sized, int(text))
+
+
+def picture_size(config: TrainConfig) -> tuple[int, int]:
+    """Height and width of the joined views of the configuration's robot; one view where the robot is the data's own."""
+    from dit4dit import embodiments
+
+    views = 1 if config.embodiment is None else len(embodiments.embodiment(config.embodiment).views)
+    height, width = config.model.image_size
+    return height, width * views
+
+
+def open_data(config: TrainConfig) -> TrainingData:
+    """The mixture; "random" is data of the right sizes that mean nothing."""
+    model = setup.sized(config).model
+    if config.data.mixture != "random":
+        return LeRobotData.open(config.data, model, config.run.seed)
+    if config.embodiment is None:
+        raise ConfigError("data.mixture random: needs an embodiment with known sizes; choose one with --embodiment")
+    return RandomData(model, config.embodiment)

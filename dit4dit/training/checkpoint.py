@@ -1,0 +1,245 @@
+"""Checkpoints of a run: everything that is needed to go on exactly, all or nothing, checked before it is believed.
+
+checkpoints/step_00005000/
+    manifest.json            size and SHA-256 of every other file
+    policy/                  a folder in the package's own format, which `Policy.from_pretrained` takes as it is
+    state/                   optimiser, and live weights where the policy's are averaged or merged; whole tensors, so that
+                             another number of processes can read them
+    progress.json            step, position, scaler
+    rng.safetensors          states of every rank's generators
+
+A checkpoint is written beside its place, synced, and renamed. A process that dies while it writes leaves a folder whose name
+begins with a dot, which the next start removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit4dit.config import ModelConfig, build
+from dit4dit.errors import CheckpointError
+from dit4dit.model import own_format
+from dit4dit.model.checkpoint import FROZEN, safetensor_files
+from dit4dit.model.keys import read_json
+
+MANIFEST, PROGRESS, RNG, STATE, POLICY = "manifest.json", "progress.json", "rng.safetensors", "state", "policy"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: steps done. seed, global_batch: what its positions and draws follow from.
+        data: the data's fingerprint. prompts: the prompt cache's key.
+        scale, growth: state of float16's loss scaler, None without one.
+    """
+
+    step: int
+    seed: int
+    global_batch: int
+    data: str
+    prompts: str
+    scale: float | None = None
+    growth: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """What the policy part holds: weights under published names, and everything around them."""
+
+    model: ModelConfig
+    embodiment: str | None
+    weights: Mapping[str, Tensor]
+    statistics: Mapping[str, Any]
+    tokenizer: Any
+    frozen: Path | None
+    """Folder with text_encoder/ and vae/ to link to; None leaves them to the backbone."""
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def write(
+    run: Path, progress: Progress, inference: Inference, state: Mapping[str, Tensor], rng: Mapping[str, Tensor]
+) -> Path:
+    """Write a checkpoint; returns its folder. Called by the first process alone.
+
+    Raises:
+        CheckpointError: it could not be written; nothing of it stays, older ones are untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    target = folder_of(run, progress.step)
+    if target.exists():
+        discard(target)
+    try:
+        with own_format.new_folder(target) as partial:
+            _write_policy(partial / POLICY, inference)
+            own_format.write_shards(partial / STATE, state)
+            save_file(dict(rng), partial / RNG)
+            own_format.write_json(partial / PROGRESS, asdict(progress))
+            files = sorted(file for file in partial.rglob("*") if file.is_file())
+            entries = {str(f.relative_to(partial)): {"size": f.stat().st_size, "sha256": sha256(f)} for f in files}
+            own_format.write_json(partial / MANIFEST, entries)
+    except (OSError, SafetensorError) as error:
+        newest = latest(run)
+        rest = (
+            f"the newest one is {newest}; free space and go on with --resume"
+            if newest
+            else "there is none yet; free space"
+        )
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{target}: not written ({reason}); {rest}") from None
+    return target
+
+
+def _write_policy(folder: Path, inference: Inference) -> None:
+    folder.mkdir()
+    own_format.write_folder(folder, model=inference.model, embodiment=inference.embodiment, tensors=inference.weights)
+    own_format.write_json(folder / "statistics.json", inference.statistics)
+    inference.tokenizer.save_pretrained(folder / "tokenizer")
+    for part in FROZEN:
+        if inference.frozen is not None:
+            (folder / part).mkdir()
+            for file in sorted((inference.frozen / part).iterdir()):
+                os.link(file, folder / part / file.name)
+
+
+_hashes: dict[tuple[int, int, int, int], str] = {}
+
+
+def sha256(file: Path) -> str:
+    """A file's hash; one that was hashed before and has not changed (a linked one) is not read again."""
+    facts = file.stat()
+    stamp = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    if stamp not in _hashes:
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+        _hashes[stamp] = digest.hexdigest()
+    return _hashes[stamp]
+
+
+def verify(folder: Path) -> None:
+    """CheckpointError unless every file of the manifest is there, whole and unchanged."""
+    entries = read_json(folder / MANIFEST, "not a training checkpoint; give a folder checkpoints/step_N of a run")
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file}: missing; the checkpoint is incomplete, resume an older one with --resume FOLDER"
+            )
+        if file.stat().st_size != entry["size"] or sha256(file) != entry["sha256"]:
+            raise CheckpointError(
+                f"{file}: expected {entry['size']} bytes with SHA-256 {entry['sha256'][:12]}…, got {file.stat().st_size} other "
+                "bytes; the checkpoint is damaged, resume an older one with --resume FOLDER"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """An opened, verified checkpoint; tensors are mapped from disk."""
+
+    folder: Path
+    progress: Progress
+    weights: Mapping[str, Tensor]
+    """Live weights of backbone and head under the names of `optim.named_parameters`."""
+    average: Mapping[str, Tensor]
+    """Averaged weights, empty without one."""
+    moments: Mapping[str, Tensor]
+    """"exp_avg.<name>", "exp_avg_sq.<name>", "step.<name>"."""
+    rng: Mapping[str, Tensor]
+
+
+def read(folder: Path) -> Saved:
+    """Open and verify; CheckpointError names the file that is missing or damaged."""
+    from safetensors.torch import load_file
+
+    verify(folder)
+    progress = build(Progress, read_json(folder / PROGRESS), str(folder / PROGRESS))
+    state = safetensor_files(folder / STATE, "")
+    live = {n.removeprefix("weights."): state[n] for n in state if n.startswith("weights.")}
+    policy = safetensor_files(folder / POLICY, "")
+    return Saved(
+        folder=folder,
+        progress=progress,
+        weights=live or {n: policy[n] for n in policy},
+        average={n.removeprefix("average."): state[n] for n in state if n.startswith("average.")},
+        moments={n: state[n] for n in state if n.startswith(("exp_avg.", "exp_avg_sq.", "step."))},
+        rng=load_file(folder / RNG),
+    )
+
+
+def all_steps(run: Path) -> dict[int, Path]:
+    """Step -> folder of every checkpoint of a run, oldest first."""
+    found = {}
+    for folder in sorted((run / "checkpoints").glob("step_*")):
+        if match := re.fullmatch(r"step_(\d+)", folder.name):
+            found[int(match[1])] = folder
+    return found
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint of a run."""
+    return next(reversed(all_steps(run).values()), None)
+
+
+def sweep(run: Path) -> None:
+    """Remove what a process that died while writing or removing left behind."""
+    for rest in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(rest)
+
+
+def rotate(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
+    for folder in list(all_steps(run).values())[:-keep]:
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint so that no half of it is ever under its name."""
+    hidden = folder.with_name(f".removed.{folder.name}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """This process's generators: Python's, NumPy's, torch's, and the device's."""
+    _, python, gauss = random.getstate()
+    _, words, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (libraries use the global one)
+    out = {
+        "python": torch.tensor(python, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(words, dtype=np.uint32).astype(np.int64)),
+        "numpy_rest": torch.tensor([float(position), float(has_gauss), cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    return out | ({"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """The inverse of `rng_state`."""
+    gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
+    position, has_gauss, cached = state["numpy_rest"].tolist()
+    words = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, int(position), int(has_gauss), cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "device" in state:
+        torch.cuda.set_rng_state(state["device"], device)

@@ -1,0 +1,229 @@
+"""From samples to batches. Which sample stands at which position of a run is the data's business, who loads it is ours.
+
+Step s uses the positions s G to s G + G - 1; rank r of W takes the r-th of the W equal stretches of each micro step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dit4dit.config import ModelConfig
+from dit4dit.errors import Dit4DitError, InputError
+from dit4dit.training.caches import LatentCache, PromptCache
+from dit4dit.types import Batch, ClipLatents
+
+
+class Sample(Protocol):
+    """One training sample, as `dit4dit.data` gives it (tests and demos bring small ones of their own)."""
+
+    @property
+    def video(self) -> Tensor | None:
+        """Joined views, float32 [F, 3, H, W] in [-1, 1]; None where it was not asked for."""
+
+    @property
+    def lang(self) -> str:
+        """The task in words."""
+
+    @property
+    def actions(self) -> Tensor:
+        """Normalised, zero-padded float32 [K, A_model]."""
+
+    @property
+    def action_mask(self) -> Tensor:
+        """True on real entries [K, A_model]."""
+
+    @property
+    def state(self) -> Tensor | None:
+        """Encoded, padded float32 [1, state_dim]; None for a model without a state token."""
+
+
+class TrainingData(Protocol):
+    """What training asks of its data."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides which sample stands at which position, and what it holds."""
+
+    @property
+    def clip_fingerprint(self) -> str:
+        """A hash of what decides the pictures of the sample with a given index."""
+
+    @property
+    def instructions(self) -> Sequence[str]:
+        """All distinct instructions, held-out episodes included."""
+
+    @property
+    def statistics(self) -> Mapping[str, Any]:
+        """Normalisation statistics as a checkpoint carries them, keyed by embodiment tag."""
+
+    @property
+    def clips(self) -> int:
+        """Number of samples there are; each has an index below it."""
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the joined views."""
+
+    def index(self, position: int) -> int:
+        """Index of the training sample at a position, which counts up without end; a pure function."""
+
+    def held_out(self) -> Sequence[int]:
+        """Indices of samples that are never trained on."""
+
+    def sample(self, index: int, *, video: bool = True) -> Sample:
+        """The sample; without `video` nothing is decoded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """One collated micro batch on the CPU; `positions` are its samples' numbers in the run."""
+
+    positions: tuple[int, ...]
+    indices: tuple[int, ...]
+    instructions: tuple[str, ...]
+    video: Tensor | None
+    actions: Tensor
+    action_mask: Tensor
+    state: Tensor | None
+
+
+def collate(positions: Sequence[int], indices: Sequence[int], samples: Sequence[Sample]) -> Raw:
+    """Samples -> one micro batch; InputError where their shapes differ."""
+
+    def join(name: str) -> Tensor | None:
+        values = [getattr(sample, name) for sample in samples]
+        if all(value is None for value in values):
+            return None
+        shapes = {None if value is None else tuple(value.shape) for value in values}
+        if len(shapes) > 1:
+            raise InputError(f"samples {list(indices)}: {name}: expected one shape, got {', '.join(map(str, shapes))}")
+        return torch.stack(values)
+
+    actions, mask = join("actions"), join("action_mask")
+    assert actions is not None
+    assert mask is not None
+    words = tuple(sample.lang for sample in samples)
+    return Raw(tuple(positions), tuple(indices), words, join("video"), actions, mask, join("state"))
+
+
+def to_batch(
+    raw: Raw, config: ModelConfig, device: torch.device, prompts: PromptCache, latents: LatentCache | None
+) -> Batch:
+    """The micro batch as the model takes it: pictures in [-1, 1] (or their latents), embeddings from the cache."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    head = config.head
+    if raw.actions.shape[1:] != (head.action_horizon, head.action_dim):
+        raise InputError(
+            f"samples {list(raw.indices)}: actions: expected shape [{head.action_horizon}, {head.action_dim}], "
+            f"got {list(raw.actions.shape[1:])}; choose the data's own horizon and width"
+        )
+    return Batch(
+        video=pictures(raw, config, device) if latents is None else None,
+        prompt_embeds=move(torch.stack([prompts[words] for words in raw.instructions])),
+        actions=move(raw.actions),
+        action_mask=move(raw.action_mask),
+        state=None if raw.state is None else move(raw.state),
+        latents=None if latents is None else _latents(latents, raw.indices, device),
+    )
+
+
+def pictures(raw: Raw, config: ModelConfig, device: torch.device) -> Tensor:
+    """The micro batch's clips, float32 [B, F, 3, H, W] in [-1, 1]."""
+    if raw.video is None or raw.video.shape[1] != config.frames:
+        got = "none" if raw.video is None else list(raw.video.shape[1:])
+        raise InputError(f"samples {list(raw.indices)}: video: expected [{config.frames}, 3, H, W], got {got}")
+    return raw.video.to(device, non_blocking=True)
+
+
+def _latents(cache: LatentCache, indices: Sequence[int], device: torch.device) -> ClipLatents:
+    clips = [cache[index] for index in indices]
+    stacked = {name: torch.stack([clip[name] for clip in clips]).to(device) for name in ("mean", "std", "clip")}
+    return ClipLatents(**stacked)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which positions this process takes.
+
+    Attributes:
+        rank, ranks: this process and how many there are. batch_size: per process and micro step.
+        accumulate: micro steps per step.
+    """
+
+    rank: int
+    ranks: int
+    batch_size: int
+    accumulate: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.ranks * self.batch_size * self.accumulate
+
+    def positions(self, step: int, micro: int) -> range:
+        """This rank's positions in one micro step."""
+        start = step * self.global_batch + (micro * self.ranks + self.rank) * self.batch_size
+        return range(start, start + self.batch_size)
+
+
+class Feed:
+    """Micro batches of a run from a given step on, loaded ahead by worker processes."""
+
+    def __init__(
+        self, data: TrainingData, share: Share, first: int, last: int, *, workers: int, video: bool, pin: bool
+    ) -> None:
+        """first, last: the steps, last excluded. video: decode pictures. pin: page-locked memory for a GPU."""
+        steps = range(first, last)
+        wanted = [list(share.positions(step, micro)) for step in steps for micro in range(share.accumulate)]
+        self._loader = DataLoader(
+            _Positions(data, video),
+            batch_sampler=wanted,
+            collate_fn=_collate,
+            num_workers=workers,
+            pin_memory=pin,
+            prefetch_factor=2 if workers else None,
+            # without one of its own a loader draws from the global generator
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __iter__(self) -> Iterator[Raw]:
+        for made in self._loader:
+            if isinstance(made, Dit4DitError):
+                raise made
+            yield made
+
+
+Loaded = tuple[int, int, Sample]
+
+
+class _Positions(Dataset[Loaded | Dit4DitError]):
+    def __init__(self, data: TrainingData, video: bool) -> None:
+        self.data, self.video = data, video
+
+    def __getitem__(self, position: int) -> Loaded | Dit4DitError:
+        """A user's error is handed over as it is: torch would bury it in a worker's traceback."""
+        index = self.data.index(position)
+        try:
+            return position, index, self.data.sample(index, video=self.video)
+        except Dit4DitError as error:
+            return error
+
+
+def _collate(rows: list[Loaded | Dit4DitError]) -> Raw | Dit4DitError:
+    good: list[Loaded] = []
+    for row in rows:
+        if isinstance(row, Dit4DitError):
+            return row
+        good.append(row)
+    try:
+        return collate([row[0] for row in good], [row[1] for row in good], [row[2] for row in good])
+    except Dit4DitError as error:
+        return error

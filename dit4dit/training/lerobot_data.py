@@ -1,0 +1,121 @@
+"""LeRobot mixtures as `TrainingData`: the order is the data's own sampler, an index is a frame, counted over all data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit4dit.config import ModelConfig
+from dit4dit.data.mixture import Mixture, Split
+from dit4dit.data.robots import catalogue
+from dit4dit.data.sampler import Draws
+from dit4dit.data.samples import Sample, Window
+from dit4dit.errors import ConfigError
+from dit4dit.training.caches import digest
+from dit4dit.training.config import DataConfig
+from dit4dit.training.logs import log
+
+
+class LeRobotData:
+    """See `dit4dit.training.feed.TrainingData`."""
+
+    def __init__(self, mixture: Mixture, model: ModelConfig, config: DataConfig, seed: int) -> None:
+        """seed: of the order of samples and of the split by episode.
+
+        Raises:
+            ConfigError: robots of the mixture join their views to pictures of different sizes.
+        """
+        self.mixture = mixture
+        self.window = Window.for_model(
+            model,
+            video_delta_indices=config.video_delta_indices,
+            action_video_freq_ratio=config.action_video_freq_ratio,
+            mask_padded=config.mask_padding,
+        )
+        self.readers = mixture.readers(self.window)
+        # damaged episodes that are left out have no frames
+        lengths = [
+            [0 if i in bad else r.length(i) for i in range(len(r.data.meta.episodes))]
+            for r, bad in zip(mixture.recordings, mixture.without, strict=True)
+        ]
+        # starts[d][e]: index of the first frame of episode e of data set d; the last entry is where the next data set begins
+        ends = np.cumsum([0, *(sum(each) for each in lengths)])
+        self._starts = [end + np.cumsum([0, *each]) for end, each in zip(ends, lengths, strict=False)]
+        self._ends = ends[1:]
+        self._train = self._draws("train", config.holdout, seed)
+        self._episodes = mixture.episodes("heldout", config.holdout, seed) if config.holdout else ()
+        views = {r.embodiment.name: len(r.embodiment.views) for r in mixture.recordings}
+        if len(set(views.values())) > 1:
+            raise ConfigError(f"the mixture's robots have different numbers of views ({views}); train them apart")
+        height, width = model.image_size
+        self._size = (height, width * next(iter(views.values())))
+
+    @classmethod
+    def open(cls, config: DataConfig, model: ModelConfig, seed: int) -> LeRobotData:
+        """Open the mixture that `config` names; DataError and ConfigError as `Mixture.open` has them."""
+        known = catalogue(None if config.robots is None else Path(config.robots))
+        mixture = Mixture.open(known.mixture(config.mixture), Path(config.root), known, skip_bad=config.skip_bad)
+        for note in mixture.notes:
+            log.warning("%s: %s", config.mixture, note)
+        return cls(mixture, model, config, seed)
+
+    def _draws(self, split: Split, holdout: float, seed: int) -> Draws:
+        episodes = self.mixture.episodes(split, holdout, seed)
+        recordings = self.mixture.recordings
+        lengths = [[r.length(i) for i in chosen] for r, chosen in zip(recordings, episodes, strict=True)]
+        return Draws(episodes, lengths, self.mixture.weights, seed)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the order of samples and of the samples themselves."""
+        return digest(self._train.fingerprint, self.clip_fingerprint, self.window, sorted(self.statistics.items()))
+
+    @cached_property
+    def clip_fingerprint(self) -> str:
+        """Of the pictures: the files of all videos by name, size and time, and how clips are cut from them."""
+        facts: list[object] = [self.window.offsets, self.window.image_size]
+        for recording in self.mixture.recordings:
+            facts += [recording.cameras, recording.data.fps]
+            root, episodes = recording.data.meta.root, recording.data.meta.episodes
+            for file in sorted({e.videos[camera].path for e in episodes for camera in recording.cameras}):
+                stat = file.stat()
+                facts.append((file.relative_to(root), stat.st_size, stat.st_mtime_ns))
+            facts += [(e.length, *(e.videos[camera].start for camera in recording.cameras)) for e in episodes]
+        return digest(*facts)
+
+    @cached_property
+    def instructions(self) -> Sequence[str]:
+        return self.mixture.instructions
+
+    @property
+    def statistics(self) -> Mapping[str, Any]:
+        return self.mixture.statistics
+
+    @property
+    def clips(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        return self._size
+
+    def index(self, position: int) -> int:
+        drawn = self._train.draw(position)
+        return int(self._starts[drawn.dataset][drawn.episode]) + drawn.frame
+
+    def held_out(self) -> Sequence[int]:
+        frames: list[int] = []
+        for starts, episodes in zip(self._starts, self._episodes, strict=False):
+            for episode in episodes:
+                frames += range(int(starts[episode]), int(starts[episode + 1]))
+        return frames
+
+    def sample(self, index: int, *, video: bool = True) -> Sample:
+        dataset = int(np.searchsorted(self._ends, index, side="right"))
+        starts = self._starts[dataset]
+        episode = int(np.searchsorted(starts, index, side="right")) - 1
+        return self.readers[dataset].read(episode, index - int(starts[episode]), video=video)

@@ -1,0 +1,369 @@
+"""Training, top to bottom: weights, caches, one step after another, checkpoints.
+
+    config, data -> setup (weights) -> caches (prompts, latents) -> Trainer -> for each step: draw, loss, backward, move, log
+
+Everything random in a step follows from (seed, position) alone (`randomness`), so a run that was killed goes on with the very
+losses that it would have had, and several processes train what one would with the same global batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from dit4dit.errors import CheckpointError, ConfigError, TrainingError
+from dit4dit.model.dit4dit import DiT4DiT, Draws
+from dit4dit.training import caches, checkpoint, evaluate, optim, setup
+from dit4dit.training.config import TrainConfig
+from dit4dit.training.feed import Feed, Raw, Share, TrainingData, to_batch
+from dit4dit.training.logs import Log, Meter, bar, log
+from dit4dit.training.parallel import Processes, Root, assign, full
+from dit4dit.training.randomness import Keys, draws, dropout_keys, key_dropouts
+from dit4dit.types import Batch
+
+FINISHED, PREEMPTED = 0, 75
+"""Exit codes; 75 (EX_TEMPFAIL): SIGTERM came, a checkpoint was written, start again with --resume."""
+
+
+def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None) -> int:
+    """Train from the configured weights, or go on from the checkpoint folder `resume`; returns the exit code.
+
+    Raises:
+        ConfigError, CheckpointError: before the first step, where the run cannot start. TrainingError: the loss is NaN.
+    """
+    torch.set_float32_matmul_precision("high")
+    processes = Processes(config)
+    start = setup.load(config, processes.device)
+    run = Path(config.run.out)
+    if processes.first:
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.sweep(run)
+    saved = None if resume is None else checkpoint.read(resume)
+    prompts, latents = fill_caches(start, data, processes, saved)
+    processes.wait()
+    trainer = Trainer(start, data, processes, prompts, latents)
+    if saved is not None:
+        trainer.restore(saved)
+    with stop_signal() as stop:
+        return trainer.run(stop)
+
+
+def fill_caches(
+    start: setup.Start, data: TrainingData, processes: Processes, saved: checkpoint.Saved | None
+) -> tuple[caches.PromptCache, caches.LatentCache | None]:
+    """Both caches, complete on disk. The text encoder lives only in here, and only where an embedding is missing."""
+    config, rank, ranks = start.config, processes.rank, processes.ranks
+    folder = Path(config.data.cache or Path(config.run.out) / "cache")
+    frozen = Path(config.run.out) / "frozen"
+    prompts = None
+    if saved is not None:
+        prompts = caches.PromptCache(folder, saved.progress.prompts)
+    wanted = config.run.save_frozen and not frozen.is_dir()
+    if prompts is None or processes.agree(bool(prompts.missing(data.instructions))) or processes.agree(wanted):
+        text = start.text()
+        prompts = caches.PromptCache(folder, caches.prompt_key(text, start.tokenizer))
+        with bar("prompts", len(prompts.missing(data.instructions)) // ranks, processes.first) as done:
+            caches.fill_prompts(prompts, text, start.tokenizer, data.instructions, rank=rank, ranks=ranks, done=done)
+        if config.run.save_frozen and processes.first:
+            setup.save_frozen(frozen, start.model, text)
+    latents = None
+    if config.data.cache_latents:
+        latents = caches.LatentCache(folder, caches.latent_key(start.model, data), data.clips)
+        with bar("latents", data.clips // ranks, processes.first) as done:
+            caches.fill_latents(latents, start.model, data, rank=rank, ranks=ranks, done=done)
+    return prompts, latents
+
+
+class Trainer:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        start: setup.Start,
+        data: TrainingData,
+        processes: Processes,
+        prompts: caches.PromptCache,
+        latents: caches.LatentCache | None,
+    ) -> None:
+        config = self.config = start.config
+        self.start, self.data, self.processes = start, data, processes
+        self.prompts, self.latents = prompts, latents
+        self.keys, self.model = Keys(), start.model
+        for what in prepare(self.model, config, self.keys):
+            log.info("frozen, because no loss of mode %s reaches it: %s", config.model.flow.training, what)
+        self.root = Root(self.model, config.run.precision).train()
+        processes.shard(self.root)
+        self.parameters = optim.trainable(self.model)
+        self.optimizer = optim.make_optimizer(self.parameters, config.optim)
+        self.module = processes.wrap(self.root)
+        self.average = None if config.optim.ema is None else optim.Average(self.parameters, config.optim.ema)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.run.precision == "float16")
+        self.share = Share(processes.rank, processes.ranks, config.data.batch_size, config.optim.accumulate)
+        self.size = self.model.config.latent_size(*data.picture_size)
+        self.step = 0
+        self._pending: list[Tensor] = []
+
+    def run(self, stop: Stop) -> int:
+        """All remaining steps; returns the exit code."""
+        run, steps = self.config.run, self.config.run.steps
+        log_to = Log(
+            Path(run.out), run, first_step=self.step, active=self.processes.first, settings=self.config.to_dict()
+        )
+        feed = iter(self._feed(self.step, steps))
+        meter, agreed = Meter(), torch.zeros(2, dtype=torch.float64)
+        with contextlib.closing(log_to):
+            while self.step < steps:
+                start = time.perf_counter()
+                micros = [next(feed) for _ in range(self.share.accumulate)]
+                waited = time.perf_counter() - start
+                # read one step late, when it has long arrived
+                if agreed[1].item() > 0:
+                    self._log(log_to, meter)
+                    self.save()
+                    log.warning("stopped by SIGTERM after step %d; go on with --resume", self.step)
+                    return PREEMPTED
+                agreed = self._agree(micros, stop.requested)
+                self.take_step(micros, agreed[0])
+                meter.add(self.share.global_batch, waited)
+                log_to.advance()
+                if self.step % run.log_every == 0 or self.step == steps:
+                    self._log(log_to, meter)
+                if run.eval_every and (self.step % run.eval_every == 0 or self.step == steps):
+                    self._evaluate(log_to)
+                if self.step % run.save_every == 0 or self.step == steps:
+                    self._log(log_to, meter)
+                    self.save()
+        return FINISHED
+
+    def _feed(self, first: int, last: int) -> Feed:
+        workers, pin = self.config.data.workers, self.processes.device.type == "cuda"
+        return Feed(self.data, self.share, first, last, workers=workers, video=self.latents is None, pin=pin)
+
+    def _agree(self, micros: list[Raw], stop: bool) -> Tensor:
+        """[real action entries of the whole step, ranks that want to stop] over all processes."""
+        count = sum(int(raw.action_mask.sum()) for raw in micros)
+        return self.processes.sum(torch.tensor([count, stop], dtype=torch.float64, device=self.processes.device))
+
+    def take_step(self, micros: list[Raw], entries: Tensor) -> None:
+        """Forward, backward and one move of the weights; `entries` is the number of action entries in the global batch."""
+        flow, pieces = self.model.config.flow, self.share.ranks * self.share.accumulate
+        rates = optim.set_rates(self.optimizer, optim.schedule(self.step, self.config.run.steps, self.config.optim))
+        seen = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
+        for i, raw in enumerate(micros):
+            last = i == len(micros) - 1
+            with contextlib.nullcontext() if last else self.processes.no_sync(self.module):
+                batch = to_batch(raw, self.model.config, self.processes.device, self.prompts, self.latents)
+                drawn = self._draws(raw)
+                losses = self.module(partial(loss_step, batch=batch, drawn=drawn))
+                # the action loss is a mean over real entries: each piece counts by how many of them it has
+                weight = (batch.action_mask.sum() * pieces / entries).float()
+                action = losses["action"] * weight if "action" in losses else seen.new_zeros((), dtype=torch.float32)
+                video = losses.get("video", torch.zeros_like(action))
+                self.scaler.scale((action + flow.future_video_weight * video) / self.share.accumulate).backward()
+                seen += torch.stack([action.detach(), video.detach()]).double() / pieces
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.optim.clip or float("inf")
+        norm = full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.parameters)
+        self.step += 1
+        self.rates = rates
+        # the norm is the same on every rank, so that a rank's share of it is what is summed
+        self._pending.append(torch.cat([seen, norm.double()[None] / self.processes.ranks]))
+
+    def _draws(self, raw: Raw) -> Draws:
+        """This micro step's draws on the device; sets its dropout keys too."""
+        config, seed, device = self.model.config, self.config.run.seed, self.processes.device
+        self.keys.rows = dropout_keys(seed, raw.positions, config.flow.repeated_diffusion_steps).to(device)
+        drawn = draws(config, self.size, seed, "training", raw.positions)
+        return Draws(**{name: value.to(device, non_blocking=True) for name, value in vars(drawn).items()})
+
+    def _log(self, log_to: Log, meter: Meter) -> None:
+        """Means since the last line; TrainingError when a loss is not a number."""
+        if not self._pending:
+            return
+        rows, self._pending = self.processes.sum(torch.stack(self._pending)), []
+        action, video, norm = rows.mean(dim=0).tolist()
+        mode = self.model.config.flow.training
+        named = {"action_loss": action, "video_loss": video}
+        named = {f"train/{k}": v for k, v in named.items() if mode in ("joint", k.removesuffix("_loss"))}
+        if not rows[:, :2].isfinite().all():
+            raise TrainingError(
+                f"step {self.step}: the loss is not a number ({named}); lower the learning rate, and go on from a checkpoint"
+            )
+        rates = {f"learning_rate/{name}": rate for name, rate in self.rates.items()}
+        speed = meter.read()
+        log_to.write(self.step, {**named, "train/grad_norm": norm, **rates, **speed})
+        log_to.tell(f"{speed['samples_per_s']:.2f} samples/s, data wait {speed['data_wait']:.0%}")
+
+    def _evaluate(self, log_to: Log) -> None:
+        run = self.config.run
+        common = (self.root, self.module, self.processes, self.data, self.prompts)
+        batch = self.config.data.batch_size
+        values = evaluate.evaluate(*common, samples=run.eval_samples, batch_size=batch, seed=run.seed)
+        log_to.write(self.step, values)
+        if self.model.config.flow.training != "action" and run.eval_strips:
+            folder = Path(run.out) / "strips" / f"step_{self.step:08d}"
+            for file in evaluate.draw_strips(*common, folder, count=run.eval_strips, seed=run.seed):
+                log_to.picture(self.step, f"future/{file.stem}", file)
+
+    def save(self) -> None:
+        """A checkpoint of this step. All ranks give their pieces, the first writes."""
+        everything = {name: full(p).cpu() for name, p in optim.named_parameters(self.model).items()}
+        averaged = {} if self.average is None else {n: full(v).cpu() for n, v in self.average.values.items()}
+        state = {}
+        for name, parameter in self.parameters.items():
+            for kind, value in self.optimizer.state[parameter].items():
+                state[f"{kind}.{name}"] = full(value).cpu()
+        lora = self.config.optim.lora.rank > 0
+        if lora or averaged:
+            state |= {f"weights.{n}": t for n, t in everything.items()} | {
+                f"average.{n}": t for n, t in averaged.items()
+            }
+        best = everything | averaged
+        rngs = self.processes.gather(checkpoint.rng_state(self.processes.device))
+        error = None
+        if self.processes.first:
+            weights = optim.merged_weights(self.model, best) if lora else best
+            rng = {f"{rank}.{name}": value for rank, one in enumerate(rngs) for name, value in one.items()}
+            try:
+                checkpoint.write(Path(self.config.run.out), self._progress(), self._inference(weights), state, rng)
+                checkpoint.rotate(Path(self.config.run.out), self.config.run.keep)
+            except CheckpointError as caught:
+                error = caught
+        # every rank must hear of it, or the others would wait for the first one forever
+        if error := self.processes.agree(error):
+            raise error
+
+    def _progress(self) -> checkpoint.Progress:
+        scaler = self.scaler.state_dict()
+        return checkpoint.Progress(
+            step=self.step,
+            seed=self.config.run.seed,
+            global_batch=self.share.global_batch,
+            data=self.data.fingerprint,
+            prompts=self.prompts.key,
+            scale=scaler.get("scale"),
+            growth=scaler.get("_growth_tracker"),
+        )
+
+    def _inference(self, weights: dict[str, Tensor]) -> checkpoint.Inference:
+        return checkpoint.Inference(
+            model=self.model.config,
+            embodiment=self.config.embodiment,
+            weights=weights,
+            statistics=self.data.statistics,
+            tokenizer=self.start.tokenizer,
+            frozen=Path(self.config.run.out) / "frozen" if self.config.run.save_frozen else None,
+        )
+
+    def restore(self, saved: checkpoint.Saved) -> None:
+        """Go on from a checkpoint; ConfigError where the run is another one."""
+        progress = saved.progress
+        for name, here, there in (
+            ("run.seed", self.config.run.seed, progress.seed),
+            (
+                "global batch (data.batch_size x optim.accumulate x processes)",
+                self.share.global_batch,
+                progress.global_batch,
+            ),
+            ("the data's fingerprint", self.data.fingerprint, progress.data),
+        ):
+            if here != there:
+                raise ConfigError(
+                    f"--resume {saved.folder}: {name}: the run has {there}, this one {here}; make them equal"
+                )
+        everything = optim.named_parameters(self.model)
+        restore_tensors(everything, saved.weights, f"{saved.folder}: weights")
+        if self.average is not None:
+            restore_tensors(self.average.values, saved.average, f"{saved.folder}: average")
+        moments = {f"{kind}.{n}": t for n, p in self.parameters.items() for kind, t in self._blank_moments(p).items()}
+        restore_tensors(moments, saved.moments, f"{saved.folder}: optimiser")
+        if progress.scale is not None:
+            self.scaler.load_state_dict(
+                {**self.scaler.state_dict(), "scale": progress.scale, "_growth_tracker": progress.growth}
+            )
+        own = {n.split(".", 1)[1]: t for n, t in saved.rng.items() if n.split(".", 1)[0] == str(self.processes.rank)}
+        if own:  # a rank that was not there before starts its generators anew; no draw of a step comes from them
+            checkpoint.set_rng_state(own, self.processes.device)
+        self.step = progress.step
+
+    def _blank_moments(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's state of a parameter, registered with the optimiser, to be filled."""
+        blank = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+        self.optimizer.state[parameter] = blank
+        return blank
+
+
+def prepare(model: DiT4DiT, config: TrainConfig, keys: Keys) -> tuple[str, ...]:
+    """Everything that happens to the modules before they are wrapped; returns what the mode froze by itself."""
+    if config.optim.lora.rank:
+        optim.add_lora(model, config.optim.lora, config.run.seed)
+    unreached = optim.freeze_unreached(model)
+    optim.freeze(model, config.optim.freeze)
+    blocks = list(model.backbone.transformer.blocks)
+    model.backbone.transformer.gradient_checkpointing = config.run.gradient_checkpointing
+    if model.head is not None:
+        key_dropouts(model.head, keys)
+        blocks += model.head.model.blocks  # type: ignore[arg-type]
+        model.head.model.gradient_checkpointing = config.run.gradient_checkpointing
+    if config.run.compile:
+        for block in blocks:
+            block.compile()
+    return unreached
+
+
+def loss_step(model: DiT4DiT, batch: Batch, drawn: Draws) -> dict[str, Tensor]:
+    """The losses that the mode has, by name."""
+    losses = model.loss(batch, drawn)
+    named = {"action": losses.action, "video": losses.video}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def restore_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], where: str) -> None:
+    """Write `values` into `targets`, name by name; ConfigError when they do not have the same names and shapes."""
+    extra = next((name for name in values if name not in targets), None)
+    if extra is not None:
+        raise ConfigError(f"{where}: {extra}: this run does not have it; resume with the run's own configuration")
+    for name, target in targets.items():
+        if name not in values or values[name].shape != target.shape:
+            got = "none" if name not in values else list(values[name].shape)
+            raise ConfigError(
+                f"{where}: {name}: expected {list(target.shape)}, got {got}; resume with the run's own configuration"
+            )
+        assign(target, values[name])
+
+
+class Stop:
+    """Whether somebody asked this process to end."""
+
+    requested = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """SIGTERM sets a flag instead of ending the process."""
+    stop = Stop()
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,172 @@
+"""A LeRobot data set through the command: caches, order, held-out episodes, and a policy at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_worker import small_config
+
+from dit4dit import Noise, Observation, Policy
+from dit4dit.cli import main
+from dit4dit.data.sampler import Draws
+from dit4dit.errors import DataError
+from dit4dit.model.text import byte_tokenizer, tokenize
+from dit4dit.model.weights import random_model
+from dit4dit.presets import preset
+from dit4dit.training import caches
+from dit4dit.training.config import DataConfig, read_config, write_config
+from dit4dit.training.feed import Feed, Share
+from dit4dit.training.lerobot_data import LeRobotData
+from dit4dit.training.random_data import RandomData
+
+pytest.importorskip("pyarrow")
+GOLDEN = Path(__file__).parent / "golden"
+TINY = preset("tiny").model
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> DataConfig:
+    file = tmp_path_factory.mktemp("mine") / "robots.yaml"
+    file.write_text("mixtures:\n  mine:\n    - {dataset: lerobot_v3, robot: libero_franka}\n")
+    return DataConfig(root=str(GOLDEN), mixture="mine", robots=str(file), holdout=0.34, batch_size=2, workers=0)
+
+
+@pytest.fixture(scope="module")
+def data(config: DataConfig) -> LeRobotData:
+    return LeRobotData.open(config, TINY, seed=3)
+
+
+def test_an_index_is_a_frame(data: LeRobotData) -> None:
+    (recording,), (reader,) = data.mixture.recordings, data.readers
+    lengths = [recording.length(i) for i in range(3)]
+    assert data.clips == sum(lengths)
+    assert data.picture_size == (32, 64)
+    for index, (episode, frame) in {0: (0, 0), lengths[0]: (1, 0), data.clips - 1: (2, lengths[2] - 1)}.items():
+        got, want = data.sample(index), reader.read(episode, frame)
+        assert got.source == want.source
+        assert torch.equal(got.video, want.video)
+        assert torch.equal(got.actions, want.actions)
+    blind = data.sample(5, video=False)
+    assert blind.video is None
+    assert torch.equal(blind.actions, data.sample(5).actions)
+
+
+def test_order_is_the_samplers_and_never_held_out(data: LeRobotData) -> None:
+    (held,) = data.mixture.episodes("heldout", 0.34, 3)
+    (kept,) = data.mixture.episodes("train", 0.34, 3)
+    (recording,) = data.mixture.recordings
+    draws = Draws([kept], [[recording.length(i) for i in kept]], (1.0,), 3)
+    starts = np.cumsum([0, *(recording.length(i) for i in range(3))])
+    indices = [data.index(position) for position in range(50)]
+    assert indices == [starts[draws.draw(p).episode] + draws.draw(p).frame for p in range(50)]
+    assert set(data.held_out()) == {i for e in held for i in range(starts[e], starts[e + 1])}
+    assert not set(indices) & set(data.held_out())
+    assert {data.sample(index).lang for index in range(data.clips)} == set(data.instructions)
+
+
+def test_fingerprints(config: DataConfig, data: LeRobotData) -> None:
+    other = LeRobotData.open(config, TINY, seed=4)
+    assert other.fingerprint != data.fingerprint
+    assert other.clip_fingerprint == data.clip_fingerprint
+    assert LeRobotData.open(config, TINY, seed=3).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_feed_goes_on_where_it_is_told(workers: int) -> None:
+    data = RandomData(TINY, "libero")
+    options = {"workers": workers, "video": False, "pin": False}
+    whole = list(Feed(data, Share(1, 2, 2, 2), 0, 4, **options))
+    rest = list(Feed(data, Share(1, 2, 2, 2), 2, 4, **options))
+    assert [raw.positions for raw in whole[:2]] == [(2, 3), (6, 7)]
+    assert [raw.positions for raw in rest] == [raw.positions for raw in whole[4:]]
+    for a, b in zip(rest, whole[4:], strict=True):
+        assert a.indices == tuple(data.index(position) for position in a.positions)
+        assert torch.equal(a.actions, b.actions)
+        assert a.video is None
+
+
+class Broken(RandomData):
+    def sample(self, index: int, *, video: bool = True):
+        raise DataError(f"episode_{index:06d}.mp4: truncated")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_sample_is_the_readers_own_error(workers: int) -> None:
+    feed = Feed(Broken(TINY, "libero"), Share(0, 1, 2, 1), 0, 2, workers=workers, video=True, pin=False)
+    with pytest.raises(DataError, match=r"^episode_\d+\.mp4: truncated$"):
+        next(iter(feed))
+
+
+def test_caches_know_what_made_them_and_share_their_work(tmp_path: Path) -> None:
+    data, model, tokenizer = RandomData(TINY, "libero", clips=130), random_model(TINY, 0), byte_tokenizer()
+    key = caches.prompt_key(model.text, tokenizer)
+    prompts = caches.PromptCache(tmp_path, key)
+    told: list[int] = []
+    caches.fill_prompts(prompts, model.text, tokenizer, data.instructions, rank=0, ranks=2, done=told.append)
+    assert len(prompts.missing(data.instructions)) == 1
+    caches.fill_prompts(prompts, model.text, tokenizer, data.instructions, rank=1, ranks=2, done=told.append)
+    assert (prompts.missing(data.instructions), told) == ([], [1, 1, 1])
+    want = model.embed(tokenize(tokenizer, ["open the drawer"], TINY.text.max_length))[0]
+    assert torch.equal(prompts["open the drawer"], want)
+    with pytest.raises(ValueError, match="no embedding of 'dance'"):
+        prompts["dance"]
+    other = random_model(TINY, 1)
+    assert caches.prompt_key(other.text, tokenizer) != key
+    latents = caches.LatentCache(tmp_path, caches.latent_key(model, data), data.clips)
+    for rank in (0, 1):
+        caches.fill_latents(latents, model, data, rank=rank, ranks=2, done=told.append)
+        assert len(latents.missing(range(latents.chunks))) == 1 - rank
+    assert sum(told) == 3 + data.clips
+    video = data.sample(129).video[None]
+    mean, std = model.backbone.frame_encoder(video[:, 0])
+    got = latents[129]
+    for name, value in (("mean", mean), ("std", std), ("clip", model.encode_clip(video))):
+        assert torch.allclose(got[name], value[0], atol=1e-5), name
+    assert caches.latent_key(other, data) != caches.latent_key(model, data)
+
+
+def test_the_command_trains_a_policy_and_goes_on(config: DataConfig, tmp_path: Path, capsys) -> None:
+    """Trained on the golden LeRobot data set with cached latents, resumed, and asked for actions."""
+    out = tmp_path / "run"
+    file = tmp_path / "config.yaml"
+    write_config(file, replace(small_config(out), data=config))
+    words = ["train", "--config", str(file), "--data.cache_latents", "true", "--run.trackers", "tensorboard"]
+    words += ["--run.save_every", "2", "--run.eval_every", "3", "--run.eval_samples", "3", "--run.eval_strips", "1"]
+
+    def run(*more: str) -> int:
+        with pytest.raises(SystemExit) as end:
+            main([*words, *more])
+        return int(end.value.code or 0)
+
+    assert run() == 0
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/action_loss" in line] == [1, 2, 3, 4, 5, 6]
+    evaluated = [line for line in lines if "eval/action_mae" in line]
+    assert [line["step"] for line in evaluated] == [3, 6]
+    assert all({"eval/action_loss", "eval/video_loss"} <= set(line) for line in evaluated)
+    assert len(list((out / "strips").rglob("*.png"))) == 2
+    assert list((out / "tensorboard").iterdir())
+    assert read_config(out / "config.yaml").data.mixture == "mine"
+    # a second start must say what it wants
+    assert run() == 2
+    assert "has checkpoints already; go on with --resume" in capsys.readouterr().err
+    assert run("--resume", "--optim.clip", "0.5") == 2
+    assert "--optim.clip: " in capsys.readouterr().err
+    assert run("--resume", str(out / "checkpoints" / "step_00000004")) == 0
+    again = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    timing = ("samples_per_s", "data_wait")
+    assert [{k: v for k, v in line.items() if k not in timing} for line in again] == [
+        {k: v for k, v in line.items() if k not in timing} for line in lines
+    ]
+    policy = Policy.from_pretrained(out / "checkpoints" / "step_00000006" / "policy", device="cpu")
+    state = {key.name: np.zeros(key.dim) for key in policy.embodiment.state}
+    picture = np.zeros((24, 32, 3), np.uint8)
+    observation = Observation(images=dict.fromkeys(policy.embodiment.views, picture), state=state)
+    chunk = policy.infer(observation, "open the drawer", noise=Noise.from_seed(1, 0))
+    assert chunk.actions.shape == (8, 7)
+    assert np.isfinite(chunk.actions).all()
