@@ -18,7 +18,7 @@ from dit4dit.cubins.specialization import ALIGNED, Specialization
 from dit4dit.ops import launch
 
 SCRATCH = 2
-"""Pointers that Triton 3.6 and 3.7 pass behind the arguments: for global and for profiling memory."""
+"""Pointers that Triton (3.6 to 3.8) passes behind the arguments: for global and for profiling memory."""
 SIZES = {"*": 8, "i32": 4, "i64": 8, "fp32": 4}
 
 
