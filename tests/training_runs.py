@@ -34,7 +34,8 @@ class Run:
             command = [sys.executable, str(WORKER), "--run.out", str(out), *map(str, words)]
             if script is not None:
                 command = [sys.executable, str(script)]
-                facts["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
+                # an empty part would be the current folder, where the source tree may stand
+                facts["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WORKER.parent), os.environ.get("PYTHONPATH")]))
             if file_limit is not None:
                 command = ["bash", "-c", f'ulimit -f {file_limit}; exec "$@"', "-", *command]
             self.processes.append(
