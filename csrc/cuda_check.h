@@ -26,16 +26,20 @@ class DeviceGuard {
 public:
     explicit DeviceGuard(int wanted) {
         check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-        if (wanted != before_) check_cuda(cudaSetDevice(wanted), "cudaSetDevice");
+        changed_ = wanted != before_;
+        if (changed_) check_cuda(cudaSetDevice(wanted), "cudaSetDevice");
     }
     explicit DeviceGuard(const TensorView& t) : DeviceGuard(std::stoi(expect_cuda(t).substr(5))) {}
     // the device was current before; where that fails now, it has failed as a whole and the next call says so
-    ~DeviceGuard() { cudaSetDevice(before_); }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);
+    }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
 private:
     int before_ = 0;
+    bool changed_ = false;
 };
 
 }  // namespace dit4dit

@@ -7,7 +7,6 @@ random order, for three kinds of chips. It shows wrong numbers, missing barriers
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 import re
 import shutil
@@ -22,11 +21,11 @@ from emulator import Emulator, needs_compiler
 from head_case import A100, H200, Case, tiny
 from torch import Tensor
 
-from dit4dit import _C, ops
+from dit4dit import ops
 from dit4dit.action_ode import Device, Schedule, plan
 from dit4dit.action_ode.epilogue import Guidance, Units
 from dit4dit.action_ode.plan import COPY_SLOTS, FIXED_SHARED, MOST_BULK_SLOTS
-from dit4dit.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
+from dit4dit.action_ode.program import OneLaunchHead
 from dit4dit.action_ode.schedule import NONE, OPERANDS, RECORD, THREADS, Epilogue, Opcode, Space
 from dit4dit.action_ode.validate import validate
 from dit4dit.action_ode.weights import pack
@@ -345,74 +344,6 @@ def test_the_emulation_sees_faults_in_the_kernel(name: str, tmp_path: Path) -> N
     except RuntimeError:
         return
     assert not error < 2**-5
-
-
-# -- the launcher's checks, which come before it touches a GPU ----------------------------------------------------------
-
-
-def launcher_arguments(schedule: Schedule) -> dict[str, tuple]:
-    """name -> (address, shape, strides, dtype, device) of a sound request; the addresses are never followed."""
-    shape, columns = schedule.shape, 2 * schedule.shape.contexts * schedule.shape.width
-    actions = (shape.batch, shape.horizon, shape.actions)
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "tiles": (schedule.tiles.shape, "int32"),
-        "first_tile": (schedule.first_tile.shape, "int32"),
-        "segments": (schedule.segments.shape, "int32"),
-        "first_segment": (schedule.first_segment.shape, "int32"),
-        "weights": ((schedule.weight_bytes,), "uint8"),
-        "constants": ((schedule.constant_floats,), "float32"),
-        "noise": (actions, "float32"),
-        "context": ((shape.batch, shape.context, columns), "bfloat16"),
-        "prefix": ((shape.batch, shape.width), "float32"),
-        "out": (actions, "float32"),
-        "workspace": ((schedule.workspace_bytes,), "uint8"),
-        "counters": ((schedule.counters + 1,), "int32"),
-        "status": ((4,), "int32"),
-    }
-    return {name: described(*rest) for name, rest in shapes.items()}
-
-
-def described(shape: tuple[int, ...], dtype: str = "float32", address: int = 4096, device: str = "cuda:0") -> tuple:
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return address, tuple(shape), strides, dtype, device
-
-
-def test_the_error_flag_is_read_and_cleared() -> None:
-    case = Case(tiny())
-    head = OneLaunchHead(case.folded, case.config, case.steps)
-    status = torch.tensor([3, 40, 7, 2], dtype=torch.int32)
-    head._ready[(1, 40, True)] = _Ready(plan(case.shape, DEVICES["copies"]), {"status": status})
-    with pytest.raises(OutputError, match="block 2 waited more than 2 s in tile 40 for counter 7, which stood at 2"):
-        head.check()
-    head.check()
-
-
-@pytest.mark.skipif(not _C.cuda_architectures, reason="this build has no CUDA kernels")
-@pytest.mark.parametrize(
-    "change,numbers_change,error,message",
-    [
-        ({"noise": described((2, 8, 8))}, {}, ValueError, r"noise: expected shape \[2, 8, 7\] .*, got \[2, 8, 8\]"),
-        ({"context": described((2, 40, 256))}, {}, TypeError, "context: expected bfloat16, got float32"),
-        ({"prefix": None}, {}, ValueError, "prefix: expected a tensor if and only if the schedule has state tokens"),
-        ({"out": None}, {}, ValueError, "out: expected a tensor, got none"),
-        (
-            {"noise": described((2, 8, 7), address=4100)},
-            {},
-            ValueError,
-            "noise: expected an address that is a multiple",
-        ),
-        ({"constants": described((4,), device="cpu")}, {}, ValueError, "constants: expected device cuda:0, got cpu"),
-        ({"previous": described((2, 8, 7))}, {}, ValueError, "guidance: expected previous and guidance, or neither"),
-        ({}, {"width": 17}, ValueError, "width: expected a multiple of 16 up to 2048, got 17"),
-        ({}, {"slots": 99}, ValueError, "slots: expected at most 16, got 99"),
-    ],
-)
-def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Exception], message: str) -> None:
-    schedule = plan(Case(tiny(), batch=2).shape, DEVICES["copies"])
-    tensors = {k: v for k, v in (launcher_arguments(schedule) | change).items() if v is not None}
-    sizes = numbers(schedule) | numbers_change
-    with pytest.raises(error, match=message):
-        _C.action_ode_cuda(tensors, sizes, buffers(schedule), 0.0, 1, 0)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""action_ode's launcher: what it refuses before it touches a GPU, and its error flag."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from head_case import Case, tiny
+
+from dit4dit import _C
+from dit4dit.action_ode import Device, Schedule, plan
+from dit4dit.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
+from dit4dit.errors import OutputError
+
+DEVICE = Device(13, 99 << 10, 80)
+
+
+def launcher_arguments(schedule: Schedule) -> dict[str, tuple]:
+    """name -> (address, shape, strides, dtype, device) of a sound request; the addresses are never followed."""
+    shape, columns = schedule.shape, 2 * schedule.shape.contexts * schedule.shape.width
+    actions = (shape.batch, shape.horizon, shape.actions)
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "tiles": (schedule.tiles.shape, "int32"),
+        "first_tile": (schedule.first_tile.shape, "int32"),
+        "segments": (schedule.segments.shape, "int32"),
+        "first_segment": (schedule.first_segment.shape, "int32"),
+        "weights": ((schedule.weight_bytes,), "uint8"),
+        "constants": ((schedule.constant_floats,), "float32"),
+        "noise": (actions, "float32"),
+        "context": ((shape.batch, shape.context, columns), "bfloat16"),
+        "prefix": ((shape.batch, shape.width), "float32"),
+        "out": (actions, "float32"),
+        "workspace": ((schedule.workspace_bytes,), "uint8"),
+        "counters": ((schedule.counters + 1,), "int32"),
+        "status": ((4,), "int32"),
+    }
+    return {name: described(*rest) for name, rest in shapes.items()}
+
+
+def described(shape: tuple[int, ...], dtype: str = "float32", address: int = 4096, device: str = "cuda:0") -> tuple:
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return address, tuple(shape), strides, dtype, device
+
+
+def test_the_error_flag_is_read_and_cleared() -> None:
+    case = Case(tiny())
+    head = OneLaunchHead(case.folded, case.config, case.steps)
+    status = torch.tensor([3, 40, 7, 2], dtype=torch.int32)
+    head._ready[(1, 40, True)] = _Ready(plan(case.shape, DEVICE), {"status": status})
+    with pytest.raises(OutputError, match="block 2 waited more than 2 s in tile 40 for counter 7, which stood at 2"):
+        head.check()
+    head.check()
+
+
+@pytest.mark.skipif(not _C.cuda_architectures, reason="this build has no CUDA kernels")
+@pytest.mark.parametrize(
+    "change,numbers_change,error,message",
+    [
+        ({"noise": described((2, 8, 8))}, {}, ValueError, r"noise: expected shape \[2, 8, 7\] .*, got \[2, 8, 8\]"),
+        ({"context": described((2, 40, 256))}, {}, TypeError, "context: expected bfloat16, got float32"),
+        ({"prefix": None}, {}, ValueError, "prefix: expected a tensor if and only if the schedule has state tokens"),
+        ({"out": None}, {}, ValueError, "out: expected a tensor, got none"),
+        (
+            {"noise": described((2, 8, 7), address=4100)},
+            {},
+            ValueError,
+            "noise: expected an address that is a multiple",
+        ),
+        ({"constants": described((4,), device="cpu")}, {}, ValueError, "constants: expected device cuda:0, got cpu"),
+        ({"previous": described((2, 8, 7))}, {}, ValueError, "guidance: expected previous and guidance, or neither"),
+        ({}, {"width": 17}, ValueError, "width: expected a multiple of 16 up to 2048, got 17"),
+        ({}, {"slots": 99}, ValueError, "slots: expected at most 16, got 99"),
+    ],
+)
+def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Exception], message: str) -> None:
+    schedule = plan(Case(tiny(), batch=2).shape, DEVICE)
+    tensors = {k: v for k, v in (launcher_arguments(schedule) | change).items() if v is not None}
+    sizes = numbers(schedule) | numbers_change
+    with pytest.raises(error, match=message):
+        _C.action_ode_cuda(tensors, sizes, buffers(schedule), 0.0, 1, 0)
