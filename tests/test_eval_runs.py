@@ -11,6 +11,7 @@ from eval_standin import make_plan, play, untimed
 
 from dit4dit.cli import main
 from dit4dit.errors import ConfigError, DataError
+from dit4dit.evaluation import runs
 from dit4dit.evaluation.runs import Book, Run, merge
 
 CONFIG = {
@@ -95,7 +96,8 @@ def test_a_run_goes_on_as_it_was_started_or_not_at_all(folder: Path, change: dic
     Book(folder, {**CONFIG, "workers": 7, "policy": {"checkpoint": "a", "path": "elsewhere"}}, resume=True).close()
 
 
-def test_a_run_is_not_written_over_nor_by_two(folder: Path) -> None:
+def test_a_run_is_not_written_over_nor_by_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.2)
     with pytest.raises(ConfigError, match="has a run already; go on with --resume"):
         Book(folder, CONFIG, resume=False)
     book = Book(folder, CONFIG, resume=True)

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from dit4dit.errors import ConfigError, DataError
 from dit4dit.evaluation.plan import Key
 
 FORMAT = 1
+LOCK_SECONDS = 5.0
 MAY_DIFFER = (
     "format",
     "workers",
@@ -89,13 +91,9 @@ class Book:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._lock = folder, threading.Lock()
         self._file: IO[bytes] = (folder / "episodes.jsonl").open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(self._file):
             self._file.close()
-            raise ConfigError(
-                f"{folder}: another evaluation is writing here; wait for it, or give another folder"
-            ) from None
+            raise ConfigError(f"{folder}: another evaluation is writing here; wait for it, or give another folder")
         try:
             before = _read_config(folder)
             if before is not None and not resume:
@@ -175,6 +173,21 @@ def merge(folders: Iterable[Path], out: Path) -> Run:
             book.add({**record, "video": video and os.path.relpath(run.folder / video, out)})
     book.close()
     return Run.open(out)
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Take the file for this process alone. An evaluator that was killed may leave a lock behind for a moment: with a child that
+    it had begun to start and that has not become a worker yet.
+    """
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
