@@ -26,7 +26,7 @@ CONFIG = {
 
 def record(trial: int, success: bool | None = True) -> dict[str, Any]:
     error = None if success is not None else {"type": "SimulatorError", "message": "", "traceback": ""}
-    return {"suite": "s", "task": "t", "trial": trial, "success": success, "error": error}
+    return {"suite": "s", "task": "t", "trial": trial, "seed": 7, "success": success, "error": error}
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_half_a_last_line_counts_as_not_there(folder: Path, cut: int) -> None:
     book.add(record(2, False))
     book.close()
     run = Run.open(folder)
-    assert run.outcomes == {("s", "t", 0): True, ("s", "t", 1): True, ("s", "t", 2): False}
+    assert run.outcomes == {("s", "t", 0, 7): True, ("s", "t", 1, 7): True, ("s", "t", 2, 7): False}
     assert run.missing == 0
 
 

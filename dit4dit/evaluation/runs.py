@@ -64,9 +64,12 @@ class Run:
         return cls(folder, config, [records[key] for key in sorted(records)])
 
     @property
-    def outcomes(self) -> dict[Key, bool]:
-        """Episode -> success, for those that ended without an error."""
-        return {key_of(record): record["success"] for record in self.records if record["error"] is None}
+    def outcomes(self) -> dict[tuple[str, str, int, int], bool]:
+        """(suite, task, trial, seed) -> success, for episodes that ended without an error.
+
+        With the seed, because trial 3 of another seed is another episode.
+        """
+        return {(*key_of(r), r["seed"]): r["success"] for r in self.records if r["error"] is None}
 
     @property
     def errors(self) -> list[Record]:
