@@ -63,7 +63,7 @@ def histogram(series: Sequence[tuple[int, Sequence[float]]], unit: str, bins: in
     values = np.concatenate([np.asarray(one, dtype=float) for _, one in series])
     top = float(np.quantile(values, 0.995)) * 1.02 or 1.0
     edges = np.linspace(0.0, top, bins + 1)
-    left, height, scale = 40, 150, WIDTH - 60
+    left, height, scale = 40, 150, WIDTH - 80
     shares = [(run, np.histogram(np.minimum(one, top), edges)[0] / len(one)) for run, one in series]
     most = max(float(share.max()) for _, share in shares)
     parts = []

@@ -81,7 +81,8 @@ def comparisons(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any
         if first.config["benchmark"] != second.config["benchmark"]:
             continue
         a, b = first.outcomes, second.outcomes
-        for suite in (None, *sorted({key[0] for key in a} & {key[0] for key in b})):
+        suites = sorted({key[0] for key in a} & {key[0] for key in b})
+        for suite in (None, *suites) if len(suites) > 1 else (None,):
             mine, theirs = ({k: v for k, v in one.items() if suite in (None, k[0])} for one in (a, b))
             found = compare(mine, theirs)
             if found is not None:

@@ -91,9 +91,21 @@ def _key(row: Mapping[str, Any]) -> str:
     return str(row["suite"]) if row["task"] is None else f"{row['suite']} / {row['task']}"
 
 
+def _shown(infos: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of the rows in their order; a sum of one thing only is left out."""
+    rows = [row for info in infos for row in info["results"]]
+    suites = {row["suite"] for row in rows if row["suite"] is not None}
+    tasks = {suite: {r["task"] for r in rows if r["suite"] == suite and r["task"] is not None} for suite in suites}
+
+    def alone(row: Mapping[str, Any]) -> bool:
+        return len(suites) == 1 if row["suite"] is None else row["task"] is None and len(tasks[row["suite"]]) == 1
+
+    return list(dict.fromkeys(_key(row) for row in rows if not alone(row) or row["published"] is not None))
+
+
 def _results(infos: Sequence[Mapping[str, Any]]) -> str:
     found = [{_key(row): row for row in info["results"]} for info in infos]
-    names = list(dict.fromkeys(key for rows in found for key in rows))
+    names = _shown(infos)
     twice = any(row["published_count"] is not None for rows in found for row in rows.values())
     header = [""]
     for info in infos:
@@ -136,6 +148,7 @@ def _bars(infos: Sequence[Mapping[str, Any]]) -> str:
                 groups.setdefault(_key(row), []).append(Bar(i, row["percent"] / 100, low / 100, high / 100))
                 if row["published"] is not None:
                     known[_key(row)] = row["published"] / 100
+    groups = {key: groups[key] for key in _shown(infos) if key in groups}
     shown = dict(list(groups.items())[:MOST_GROUPS])
     more = f"<p class=note>and {len(groups) - len(shown)} more in the table</p>" if len(groups) > len(shown) else ""
     return f"<p>{_legend(infos)}<span class=note> red line: published</span></p>{bars(shown, known)}{more}"
