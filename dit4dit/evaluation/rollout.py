@@ -5,12 +5,14 @@ them into rows (`execution`), and sends its worker all rows up to the next chunk
 while the simulators of others run.
 
 An episode is a function of its seeds, the plan, the checkpoint and the options that run.json holds: two runs have the same lines
-but for `took`. A simulator's exception, or a policy that writes NaN, makes the episode an error, which is neither a success nor a
-failure; a worker that died or hangs is replaced and the episode begun again, `retries` times.
+but for `took`, down to a hash of every executed action. A simulator's exception, or a policy that writes NaN, makes the episode
+an error, which is neither a success nor a failure; a worker that died or hangs is replaced and the episode begun again, `retries`
+times.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -339,6 +341,7 @@ class Play:
             "chunks": 0,
             "held": 0,
             "delays": [],
+            "actions_hash": None,
         }
 
     def run(
@@ -360,6 +363,7 @@ class Play:
         policy.prepare(instruction).result()
         executor = Executor(self._options.execution, facts["rate_hz"], hold)
         successes: list[bool] = []
+        executed = hashlib.blake2b(digest_size=16)
         at_chunk_ends = done = False
         while not done:
             self._ask(executor, observation, instruction, policy, server)
@@ -368,6 +372,8 @@ class Play:
             observation, now = result["observation"], result["success"]
             executor.advance(len(now))
             successes += now
+            for row in rows[: len(now)]:
+                executed.update(row.tobytes())
             if self._video is not None:
                 for picture, success in zip(result["pictures"], now, strict=True):
                     self._video.add(picture, success)
@@ -379,6 +385,7 @@ class Play:
             "success": any(successes),
             "success_at_end": successes[-1],
             "success_at_chunk_ends": at_chunk_ends,
+            "actions_hash": executed.hexdigest(),
         }
         self.close(any(successes))
 
