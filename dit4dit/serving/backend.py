@@ -1,4 +1,4 @@
-"""A policy as the server sees it: what it tells clients about itself, which requests it takes, and how several run in one pass."""
+"""A policy as the server sees it: what it says of itself, which requests it takes, and how several run in one pass."""
 
 from __future__ import annotations
 

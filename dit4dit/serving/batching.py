@@ -2,7 +2,7 @@
 
 While a pass runs, requests queue; the next pass takes all of them that fit together. A request's noise is its own whatever it
 shares a pass with, but matrices of another size add up in another order: the same request in a pass of another size agrees to
-rounding (about 1e-6 relative in float32), not to the bit. `most=1` gives each request a pass of its own, and the same bits always.
+rounding (about 1e-6 relative in float32), not to the bit. `most=1` gives each request a pass of its own: always the same bits.
 """
 
 from __future__ import annotations

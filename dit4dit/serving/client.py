@@ -1,7 +1,7 @@
 """Client of a DiT4DiT policy server. One self-contained file: copy it to the robot.
 
-It needs Python 3.8 or later, numpy, msgpack >= 1.0 and websockets >= 13.1, and no checkpoint: pictures and state go out as the robot
-has them, actions come back in its units.
+It needs Python 3.8 or later, numpy, msgpack >= 1.0 and websockets >= 13.1, and no checkpoint: pictures and state go out as the
+robot has them, actions come back in its units.
 
     with Client("127.0.0.1", api_key=key, wait_s=60) as policy:
         policy.metadata["views"], policy.metadata["state_keys"]     # what an observation must hold
@@ -9,17 +9,19 @@ has them, actions come back in its units.
         chunk = policy.infer({"images": {"primary_image": picture, ...}, "state": {"x": [0.1], ...}}, "open the drawer")
         chunk.actions                                               # float32 [K, A], robot units
 
-`predict_action` speaks the published dialect, to the published server too. Every error is a `ServingError`.
+`predict_action` speaks the published dialect, to the published server too. What a server or a connection does wrong is a
+`ServingError`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import sys
 import threading
 import time
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Any, Mapping, NamedTuple
 
 import msgpack
 import numpy as np
@@ -68,12 +70,12 @@ class Chunk(NamedTuple):
     """
 
     actions: np.ndarray
-    names: Tuple[str, ...]
+    names: tuple[str, ...]
     rate_hz: float
     normalized: np.ndarray
     seed: int
     chunk: int
-    timing: Dict[str, float]
+    timing: dict[str, float]
 
 
 def pack(message: Any) -> bytes:
@@ -89,15 +91,15 @@ def unpack(frame: bytes) -> Any:
 
 def _marked(value: Any) -> Any:
     if not isinstance(value, (np.ndarray, np.generic)):
-        raise TypeError("a %s cannot be sent; expected arrays, numbers, text, lists and dicts" % type(value).__name__)
+        raise TypeError(f"a {type(value).__name__} cannot be sent; expected arrays, numbers, text, lists and dicts")
     if value.dtype.kind in "OVc":
-        raise TypeError("an array of dtype %s cannot be sent; no object, void or complex dtypes" % value.dtype)
+        raise TypeError(f"an array of dtype {value.dtype} cannot be sent; no object, void or complex dtypes")
     if isinstance(value, np.ndarray):
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
 
 
-def _restored(found: Dict[Any, Any]) -> Any:
+def _restored(found: dict[Any, Any]) -> Any:
     if b"__ndarray__" in found:
         dtype = _plain_dtype(found[b"dtype"])
         return np.ndarray(tuple(found[b"shape"]), dtype, buffer=found[b"data"])
@@ -109,7 +111,7 @@ def _restored(found: Dict[Any, Any]) -> Any:
 def _plain_dtype(text: str) -> np.dtype:
     dtype = np.dtype(text)
     if dtype.kind not in "biufSUmM":
-        raise ValueError("an array of dtype %s is not part of the protocol" % dtype)
+        raise ValueError(f"an array of dtype {dtype} is not part of the protocol")
     return dtype
 
 
@@ -128,7 +130,7 @@ class Client:
         host: str = "127.0.0.1",
         port: int = PORT,
         *,
-        api_key: Optional[str] = None,
+        api_key: str | None = None,
         timeout_s: float = 60.0,
         connect_timeout_s: float = 10.0,
         wait_s: float = 0.0,
@@ -150,15 +152,15 @@ class Client:
         """
         if timeout_s <= 0 or connect_timeout_s <= 0 or wait_s < 0 or backoff_s <= 0:
             raise ValueError("timeout_s, connect_timeout_s and backoff_s must be more than 0, wait_s 0 or more")
-        name = "[%s]" % host if ":" in host and "://" not in host and not host.startswith("[") else host
-        self.address = host if "://" in host else "ws://%s:%d" % (name, port)
+        name = f"[{host}]" if ":" in host and "://" not in host and not host.startswith("[") else host
+        self.address = host if "://" in host else f"ws://{name}:{port}"
         self.timeout_s, self.connect_timeout_s = timeout_s, connect_timeout_s
         self.wait_s, self.backoff_s, self.max_frame_bytes = wait_s, backoff_s, max_frame_bytes
-        self.metadata: Dict[str, Any] = {}
-        self.timing: Dict[str, float] = {}
+        self.metadata: dict[str, Any] = {}
+        self.timing: dict[str, float] = {}
         self._api_key = api_key
-        self._connection: Optional[ClientConnection] = None
-        self._session: Optional[Tuple[int, int]] = None  # seed and next chunk, once reset
+        self._connection: ClientConnection | None = None
+        self._session: tuple[int, int] | None = None  # seed and next chunk, once reset
         self._count = 0
         self._lock = threading.RLock()
         self.connect()
@@ -170,7 +172,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return "Client(%s, %s)" % (self.address, "open" if self._connection is not None else "closed")
+        return "Client({}, {})".format(self.address, "open" if self._connection is not None else "closed")
 
     @property
     def knows_observations(self) -> bool:
@@ -210,7 +212,7 @@ class Client:
         """
         self._need_own("infer")
         get = observation.get if isinstance(observation, Mapping) else lambda key: getattr(observation, key, None)
-        raw: Dict[str, Any] = {"images": dict(get("images") or {}), "state": dict(get("state") or {})}
+        raw: dict[str, Any] = {"images": dict(get("images") or {}), "state": dict(get("state") or {})}
         reply = self._ask("infer", "inference_result", observation=raw, instruction=instruction)
         data, noise = reply["data"], reply["noise"]
         return Chunk(
@@ -223,7 +225,7 @@ class Client:
             timing=self.timing,
         )
 
-    def predict_action(self, examples: Union[List[Dict[str, Any]], Dict[str, Any]]) -> Dict[str, Any]:
+    def predict_action(self, examples: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
         """The published call.
 
         Args:
@@ -242,7 +244,7 @@ class Client:
         self._ask("ping", "ping")
         return self.timing["total"] / 1e3
 
-    def reset(self, seed: Optional[int] = None, chunk: int = 0) -> int:
+    def reset(self, seed: int | None = None, chunk: int = 0) -> int:
         """Begin a session (an episode): its chunk n has the noise (seed, n), from `chunk` on. None asks for a fresh seed.
 
         Returns:
@@ -263,12 +265,12 @@ class Client:
     def _need_own(self, what: str) -> None:
         if not self.knows_observations:
             raise ProtocolError(
-                "%s: the server at %s speaks the published dialect only, without raw observations and reset; use "
-                "predict_action" % (what, self.address)
+                f"{what}: the server at {self.address} speaks the published dialect only, without raw observations and reset; "
+                "use predict_action"
             )
 
-    def _attempt(self) -> Tuple[ClientConnection, Dict[str, Any]]:
-        options: Dict[str, Any] = {"compression": None, "max_size": self.max_frame_bytes, "close_timeout": 2.0}
+    def _attempt(self) -> tuple[ClientConnection, dict[str, Any]]:
+        options: dict[str, Any] = {"compression": None, "max_size": self.max_frame_bytes, "close_timeout": 2.0}
         if int(websockets.__version__.split(".")[0]) >= 15:
             # straight to the address, whatever proxy the environment names; and the published server answers no pings
             # while it computes: a request's own time limit is what counts
@@ -279,12 +281,12 @@ class Client:
             connection = connect(self.address, open_timeout=self.connect_timeout_s, **options)
         except InvalidStatus as error:
             status, body = error.response.status_code, bytes(error.response.body or b"").decode("utf-8", "replace")
-            text = "%s: refused with status %d (%s)" % (self.address, status, body.strip()[:200])
+            text = f"{self.address}: refused with status {status} ({body.strip()[:200]})"
             raise (_NotYet(text) if status == 503 else ConnectError(text)) from None
         except InvalidURI as error:
-            raise ConnectError("%s: not an address (%s)" % (self.address, error)) from None
+            raise ConnectError(f"{self.address}: not an address ({error})") from None
         except (OSError, InvalidHandshake, EOFError) as error:
-            raise _NotYet("%s: no policy server there (%s)" % (self.address, error or type(error).__name__)) from None
+            raise _NotYet(f"{self.address}: no policy server there ({error or type(error).__name__})") from None
         if sys.platform == "linux":  # a server that stops reading holds up no request for longer than its time limit
             limit = struct.pack("@ll", int(self.timeout_s), int(self.timeout_s % 1 * 1e6))
             connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -292,18 +294,18 @@ class Client:
             metadata = unpack(_binary(connection.recv(timeout=self.connect_timeout_s)))
         except (TimeoutError, ConnectionClosed) as error:
             connection.close()
-            raise _NotYet("%s: said nothing on connecting (%s)" % (self.address, error)) from None
+            raise _NotYet(f"{self.address}: said nothing on connecting ({error})") from None
         except (ValueError, TypeError, KeyError, msgpack.UnpackException, ServerError) as error:
             connection.close()
-            raise ConnectError("%s: not a policy server (%s)" % (self.address, error)) from None
+            raise ConnectError(f"{self.address}: not a policy server ({error})") from None
         return connection, metadata if isinstance(metadata, dict) else {}
 
-    def _ask(self, kind: str, wanted: str, **fields: Any) -> Dict[str, Any]:
+    def _ask(self, kind: str, wanted: str, **fields: Any) -> dict[str, Any]:
         """One request, one answer; its times go to `timing`."""
         with self._lock:
             connection = self._connection
             if connection is None:
-                raise ConnectionLost("not connected to %s; call connect()" % self.address)
+                raise ConnectionLost(f"not connected to {self.address}; call connect()")
             self._count += 1
             identity = str(self._count)
             started = time.perf_counter()
@@ -329,44 +331,44 @@ class Client:
         most = self.metadata.get("max_frame_bytes")
         if isinstance(most, int) and len(frame) > most:
             raise ServerError(
-                "the request has %d bytes and %s takes %d; send smaller pictures, or start the server with a larger frame"
-                % (len(frame), self.address, most)
+                f"the request has {len(frame)} bytes and {self.address} takes {most}; send smaller pictures, or start the "
+                "server with a larger frame"
             )
 
-    def _exchange(self, connection: ClientConnection, frame: bytes) -> Union[bytes, str]:
+    def _exchange(self, connection: ClientConnection, frame: bytes) -> bytes | str:
         try:
             connection.send(frame)
             return connection.recv(timeout=self.timeout_s)
         except TimeoutError:
             self._drop()
-            raise RequestTimeout("%s: no answer in %g s" % (self.address, self.timeout_s)) from None
+            raise RequestTimeout(f"{self.address}: no answer in {self.timeout_s:g} s") from None
         except ConnectionClosed as error:
             self._drop()
-            raise ConnectionLost("%s: the connection ended (%s)" % (self.address, error)) from None
+            raise ConnectionLost(f"{self.address}: the connection ended ({error})") from None
 
-    def _read(self, answer: Union[bytes, str], identity: str, wanted: str) -> Dict[str, Any]:
+    def _read(self, answer: bytes | str, identity: str, wanted: str) -> dict[str, Any]:
         try:
             reply = unpack(_binary(answer))
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
             self._drop()
-            raise ProtocolError("%s: an answer that cannot be read (%s)" % (self.address, error)) from None
+            raise ProtocolError(f"{self.address}: an answer that cannot be read ({error})") from None
         if not isinstance(reply, dict) or reply.get("request_id") not in (identity, "default"):
             self._drop()
-            raise ProtocolError("%s: an answer to another request; the connection is closed" % self.address)
+            raise ProtocolError(f"{self.address}: an answer to another request; the connection is closed")
         if reply.get("ok") is not True:
             detail = reply.get("error")
             raise ServerError(str(detail.get("message") if isinstance(detail, dict) else detail))
         if reply.get("type") != wanted:
-            raise ProtocolError("%s: expected the answer %r, got %r" % (self.address, wanted, reply.get("type")))
+            raise ProtocolError(
+                "{}: expected the answer {!r}, got {!r}".format(self.address, wanted, reply.get("type"))
+            )
         return reply
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            try:
+            with contextlib.suppress(OSError):
                 connection.socket.shutdown(socket.SHUT_RDWR)  # no closing handshake with who does not answer
-            except OSError:
-                pass
             connection.close()
 
 
@@ -374,7 +376,7 @@ class _NotYet(Exception):
     """An attempt failed in a way that may pass."""
 
 
-def _binary(answer: Union[bytes, str]) -> bytes:
+def _binary(answer: bytes | str) -> bytes:
     """Frames are binary; the published server sends its traceback as text."""
     if isinstance(answer, str):
         raise ServerError(answer)

@@ -43,6 +43,10 @@ SPARE_CONNECTIONS = 32
 """TCP connections beyond the clients: for /healthz, and for saying that the server is full."""
 
 
+class _GoneError(Exception):
+    """A client left before its answer."""
+
+
 class Session:
     """One connection's noise: chunk n of a session is a function of its seed and n."""
 
@@ -224,6 +228,8 @@ class Server:
                     self._last_message = time.monotonic()
         except ConnectionClosed as closed:
             log.info("%s: closed (%s)", peer, closed)
+        except _GoneError:
+            log.info("%s: left before its answer", peer)
         except asyncio.TimeoutError:
             log.warning("%s: did not read its answer for %g s; cut off", peer, SEND_TIMEOUT_S)
             connection.transport.abort()
@@ -236,7 +242,8 @@ class Server:
     async def _reply(self, connection: ServerConnection, session: Session, frame: str | bytes) -> bytes:
         """The answer to one frame, whatever it holds."""
         started = time.perf_counter()
-        kind, identity = "unknown", protocol.NO_ID
+        kind = "unknown"
+        identity: str | int = protocol.NO_ID
         try:
             if isinstance(frame, str):
                 raise InputError("message: a text frame; send msgpack in a binary frame")
@@ -253,7 +260,7 @@ class Server:
         except (InputError, BusyError, OutputError) as error:
             why = str(error)
             log.info("%s: request %r refused: %.300s", connection.remote_address, identity, why)
-        except (ConnectionClosed, asyncio.CancelledError):
+        except (_GoneError, asyncio.CancelledError):
             raise
         except Exception:
             # a bug, or a device that failed: the peer gets a number, the log the rest, and the others their answers
@@ -283,7 +290,7 @@ class Server:
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
-                await connection.recv()  # raises ConnectionClosed with its reason
+                raise _GoneError
             return answer.result()
         finally:
             gone.cancel()

@@ -76,7 +76,9 @@ class Settings:
             family, _, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             bound = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
-            raise ConfigError(f"host {self.host!r}: {error.strerror or error}; give an address of this machine") from None
+            raise ConfigError(
+                f"host {self.host!r}: {error.strerror or error}; give an address of this machine"
+            ) from None
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)

@@ -25,7 +25,21 @@ MAX_DIMENSIONS = 32
 _DTYPE = re.compile(r"[<>|=]?(?:[biufSU][0-9]{1,7}|[mM]8\[[0-9]{0,4}[A-Za-z]{1,2}\])")
 
 # msgpack's first byte -> bytes that follow (https://github.com/msgpack/msgpack/blob/master/spec.md)
-_FOLLOWED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+_FOLLOWED = {
+    0xC0: 0,
+    0xC2: 0,
+    0xC3: 0,
+    0xCA: 4,
+    0xCB: 8,
+    0xCC: 1,
+    0xCD: 2,
+    0xCE: 4,
+    0xCF: 8,
+    0xD0: 1,
+    0xD1: 2,
+    0xD2: 4,
+    0xD3: 8,
+}
 # first byte -> bytes of the length that follows
 _RAW = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 _LISTS = {0xDC: 2, 0xDD: 4}
@@ -106,7 +120,9 @@ def _step(frame: bytes, position: int) -> tuple[int, int]:
 
 def _marked(value: Any) -> Any:
     if not isinstance(value, (np.ndarray, np.generic)):
-        raise TypeError(f"message: a {type(value).__name__} cannot be sent; expected arrays, numbers, text, lists and maps")
+        raise TypeError(
+            f"message: a {type(value).__name__} cannot be sent; expected arrays, numbers, text, lists and maps"
+        )
     if value.dtype.kind in "OVc":
         raise ValueError(f"message: an array of dtype {value.dtype} cannot be sent; no object, void or complex dtypes")
     if isinstance(value, np.ndarray):
@@ -123,16 +139,17 @@ def _restored(found: dict[Any, Any]) -> Any:
 
 
 def _array(found: Mapping[Any, Any]) -> np.ndarray[Any, Any]:
-    dtype, data, shape = _dtype(found), found.get(b"data"), found.get(b"shape")
+    dtype, data = _dtype(found), found.get(b"data")
+    shape: Any = found.get(b"shape")
     whole = isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**31 for size in shape)
     if not isinstance(data, bytes) or not whole or len(shape) > MAX_DIMENSIONS:
         raise InputError("array: expected data as bytes and shape as a list of sizes, as the protocol says")
     if math.prod(shape) * dtype.itemsize != len(data):
-        raise InputError(f"array: {len(data)} bytes are not a {dtype} array of shape {str(shape):.60}")
+        raise InputError(f"array: {len(data)} bytes are not a {dtype} array of shape {shape!s:.60}")
     try:
         return np.ndarray(shape, dtype, buffer=data)
     except (ValueError, TypeError, OverflowError) as error:  # an empty array whose other sizes are too large
-        raise InputError(f"array: shape {str(shape):.60} ({error!s:.60})") from None
+        raise InputError(f"array: shape {shape!s:.60} ({error!s:.60})") from None
 
 
 def _scalar(found: Mapping[Any, Any]) -> Any:
