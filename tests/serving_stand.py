@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import urllib.error
 import urllib.request
@@ -24,9 +25,8 @@ WAIT = 30.0
 class StandIn:
     """Takes {"value": number} and answers with it as the only action. `gate` holds passes back, `fail` fails them."""
 
-    metadata = {"server": "dit4dit", "embodiment": "stand-in", "action_names": ["x"], "rate_hz": 10.0}
-
     def __init__(self) -> None:
+        self.metadata = {"server": "dit4dit", "embodiment": "stand-in", "action_names": ["x"], "rate_hz": 10.0}
         self.gate, self.entered = threading.Event(), threading.Semaphore(0)
         self.gate.set()
         self.passes: list[list[float]] = []
@@ -76,7 +76,12 @@ class Running:
         assert not self.thread.is_alive()
 
     def raw(self, **options):
-        """A connection of the published kind; its metadata is still to be received."""
+        """A connection of the published kind; its metadata is still to be received.
+
+        legacy=True, where websockets knows it: not only as a context manager.
+        """
+        if "legacy" not in inspect.signature(connect).parameters:
+            options.pop("legacy", None)
         return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
 
     def health(self):
@@ -105,8 +110,8 @@ def ask(connection, message):
     return wire.unpack(connection.recv(timeout=WAIT))
 
 
-# By hand from the msgpack specification: 0x8n map of n, 0x9n array of n, 0xa0+n text of n bytes, c4 n binary of n bytes, c2 false,
-# c3 true, cb float64, and below 0x80 the number itself. Text beside a line is what its bytes say.
+# By hand from the msgpack specification: 0x8n map of n, 0x9n array of n, 0xa0+n text of n bytes, c4 n binary of n bytes,
+# c2 false, c3 true, cb float64, and below 0x80 the number itself. Text beside a line is what its bytes say.
 NDARRAY = "c40b 5f5f6e6461727261795f5f c3"  # b"__ndarray__": true
 DATA, DTYPE, SHAPE = "c404 64617461", "c405 6474797065", "c405 7368617065"
 TYPE, REQUEST_ID = "a4 74797065", "aa 726571756573745f6964"

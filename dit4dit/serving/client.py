@@ -16,6 +16,7 @@ robot has them, actions come back in its units.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import socket
 import struct
 import sys
@@ -25,7 +26,6 @@ from typing import Any, Mapping, NamedTuple
 
 import msgpack
 import numpy as np
-import websockets
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
@@ -271,10 +271,11 @@ class Client:
 
     def _attempt(self) -> tuple[ClientConnection, dict[str, Any]]:
         options: dict[str, Any] = {"compression": None, "max_size": self.max_frame_bytes, "close_timeout": 2.0}
-        if int(websockets.__version__.split(".")[0]) >= 15:
-            # straight to the address, whatever proxy the environment names; and the published server answers no pings
-            # while it computes: a request's own time limit is what counts
-            options.update(proxy=None, ping_interval=None)
+        # What older websockets do not know. Straight to the address, whatever proxy the environment names; no pings of our own,
+        # which the published server does not answer while it computes (a request's time limit is what counts).
+        newer: dict[str, Any] = {"proxy": None, "ping_interval": None, "legacy": True}
+        known = inspect.signature(connect).parameters
+        options.update((name, value) for name, value in newer.items() if name in known)
         if self._api_key:
             options["additional_headers"] = {"Authorization": "Api-Key " + self._api_key}
         try:
