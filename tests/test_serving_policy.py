@@ -137,7 +137,6 @@ def test_the_command_serves_stops_on_sigterm_and_reports(small_libero: Path, tmp
     words = tmp_path / "words.txt"
     words.write_text("go\n")
     report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "dit4dit", "serve"]
     command = [str(Path(sys.executable).with_name("dit4dit")), "serve", "--checkpoint", str(small_libero), "--port", "0",
                "--device", "cpu", "--instructions", str(words), "--warm-up", "--max-batch", "2",
                "--picture", "primary_image=48x48", "--picture", "wrist_image=48x48", "--json", str(report)]  # fmt: skip

@@ -267,21 +267,26 @@ def test_a_failure_is_a_number_for_the_peer_and_a_traceback_in_the_log(caplog) -
             raise RuntimeError("/secret/path of the server")
 
     backend.fail = fail
-    with running(backend, batch_window_ms=1000) as server, ThreadPoolExecutor(2) as pool:
-        with server.raw() as bad, server.raw() as good, caplog.at_level(logging.ERROR, "dit4dit.serving"):
-            bad.recv(), good.recv()
-            failed, fine = pool.map(ask, (bad, good), ({"value": 13}, {"value": 2}))
-            assert (len(server.backend.passes[0]), fine["ok"], failed["ok"]) == (
-                2,
-                True,
-                False,
-            )  # one pass, then each alone
-            message = failed["error"]["message"]
-            assert failed["type"] == "inference_result"
-            assert "secret" not in message
-            assert message.split()[2].rstrip(";") in caplog.text
-            assert "/secret/path" in caplog.text
-            assert ask(bad, {"value": 3})["noise"]["chunk"] == 0  # the failure has used none
+    with (
+        running(backend, batch_window_ms=1000) as server,
+        ThreadPoolExecutor(2) as pool,
+        server.raw() as bad,
+        server.raw() as good,
+        caplog.at_level(logging.ERROR, "dit4dit.serving"),
+    ):
+        bad.recv(), good.recv()
+        failed, fine = pool.map(ask, (bad, good), ({"value": 13}, {"value": 2}))
+        assert (len(server.backend.passes[0]), fine["ok"], failed["ok"]) == (
+            2,
+            True,
+            False,
+        )  # one pass, then each alone
+        message = failed["error"]["message"]
+        assert failed["type"] == "inference_result"
+        assert "secret" not in message
+        assert message.split()[2].rstrip(";") in caplog.text
+        assert "/secret/path" in caplog.text
+        assert ask(bad, {"value": 3})["noise"]["chunk"] == 0  # the failure has used none
 
 
 def test_a_lost_device_ends_the_server() -> None:
