@@ -13,7 +13,8 @@ import tyro
 from dit4dit.commands import bench as measuring
 from dit4dit.commands import data as data_commands
 from dit4dit.commands import evaluation as evaluating
-from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, finish, say
+from dit4dit.commands import serving as serving_commands
+from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, finish, read_lines, say
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
 Quantization = Literal["fp8"] | None
@@ -222,17 +223,7 @@ def pack(
 
     from dit4dit.policy import Policy
 
-    if not instructions.is_file():
-        raise InputError(f"{instructions}: no such file; expected one instruction a line")
-    try:
-        text = instructions.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{instructions}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-    if not lines:
-        raise InputError(f"{instructions}: empty; expected one instruction a line")
+    lines = read_lines(instructions)
     check_folder("--out", out)
     policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=dtype_of(dtype), packs=out)
     for line in tqdm(lines, desc="packs", disable=None):
@@ -322,6 +313,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "calibrate": calibrate,
     "stats": data_commands.stats,
     "train": train,
+    "serve": serving_commands.serve,
     "demo": demo,
     "tune": measuring.tune,
 }

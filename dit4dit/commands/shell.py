@@ -34,6 +34,20 @@ def check_folder(option: str, folder: Path) -> None:
         raise InputError(f"{option} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
+def read_lines(file: Path) -> list[str]:
+    """Instructions of a text file, one a line, each once; InputError where there are none."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; expected one instruction a line")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if not lines:
+        raise InputError(f"{file}: empty; expected one instruction a line")
+    return lines
+
+
 def finish(text: str, data: Any, json_file: Path | None) -> None:
     """Write `data` as JSON where a file is asked for, then print."""
     from dit4dit.commands.report import write_json

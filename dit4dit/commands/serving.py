@@ -1,0 +1,146 @@
+"""`dit4dit serve`: a policy behind a WebSocket."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from dit4dit.commands.shell import Device, Dtype, dtype_of, read_lines, say
+from dit4dit.errors import InputError
+from dit4dit.extras import require
+
+if TYPE_CHECKING:
+    from dit4dit.policy import Policy
+
+Pictures = tyro.conf.UseAppendAction[tuple[str, ...]]
+
+
+def serve(
+    checkpoint: str,
+    host: str = "127.0.0.1",
+    port: int = 10093,
+    backbone: str | None = None,
+    embodiment: str | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    steps: int | None = None,
+    quantization: Literal["fp8"] | None = None,
+    calibration: Path | None = None,
+    packs: Path | None = None,
+    instructions: Path | None = None,
+    warm_up: bool = False,
+    picture: Pictures = (),
+    max_batch: int = 8,
+    batch_window_ms: float = 2.0,
+    max_clients: int = 32,
+    max_queued: int = 64,
+    max_frame_mib: int = 32,
+    idle_timeout: float | None = None,
+    seed: int | None = None,
+    api_key_file: Path | None = None,
+    insecure: bool = False,
+    json: Path | None = None,
+) -> int:
+    """Serve a checkpoint to robots and simulators (the published WebSocket dialect, with actions in robot units beside it).
+
+    Args:
+        checkpoint: run folder, .pt file, folder in the own format, or hub id.
+        host: address to listen at; any that others can reach needs a key.
+        port: 0 takes a free one.
+        backbone: Cosmos-Predict2.5 folder or hub id.
+        embodiment: robot name or statistics tag; what the checkpoint implies when not given.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        steps: Euler steps (1, 2, 4, 8) instead of the checkpoint's number; changes the result.
+        quantization: fp8 multiplies the backbone's matrices in 8-bit floats; changes the result.
+        calibration: file of dit4dit calibrate, for and only for fp8.
+        packs: folder of dit4dit pack: only its instructions can be used, and no text encoder is loaded.
+        instructions: text file, one instruction a line, that are encoded before the first request.
+        warm_up: run a pass of each batch size before the first request.
+        picture: VIEW=HEIGHTxWIDTH of the robot's own pictures, for --warm-up; once per view, the model's size when not given.
+        max_batch: chunks in one pass; 1 keeps each client's bits independent of the others.
+        batch_window_ms: how long a pass waits for other connected clients.
+        max_clients: connections; more are refused.
+        max_queued: requests that wait; more are refused.
+        max_frame_mib: largest request.
+        idle_timeout: end after so many seconds without a message.
+        seed: of every connection's noise until it resets; a fresh one each when not given.
+        api_key_file: file with the key that clients must send; without it, the variable DIT4DIT_API_KEY.
+        insecure: serve any address without a key.
+        json: write the statistics to this file at the end.
+    """
+    import asyncio
+
+    for module in ("msgpack", "websockets"):
+        require(module, "serve")
+    from dit4dit.commands.report import write_json
+    from dit4dit.serving.server import Server
+    from dit4dit.serving.settings import Settings, find_key
+
+    settings = Settings(
+        host=host,
+        port=port,
+        api_key=find_key(api_key_file),
+        insecure=insecure,
+        max_batch=max_batch,
+        batch_window_ms=batch_window_ms,
+        max_clients=max_clients,
+        max_queued=max_queued,
+        max_frame_bytes=max_frame_mib * 2**20,
+        idle_timeout_s=idle_timeout,
+        seed=seed,
+    )
+    pictures = dict(_size(text) for text in picture)
+    if pictures and not warm_up:
+        raise InputError("--picture says what --warm-up prepares for; give both")
+    words = [] if instructions is None else read_lines(instructions)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    bound = settings.listen()
+    where = "{}:{}".format(*bound.getsockname()[:2])
+    with bound:
+        options: dict[str, Any] = {"steps": steps, "quantization": quantization, "calibration": calibration}
+        options.update(packs=packs, text_encoder=packs is None, embodiment=embodiment, device=device)
+        backend = _load(checkpoint, backbone, dtype=dtype_of(dtype), **options)
+        _prepare(backend.policy, words, max_batch if warm_up else 0, pictures)
+        server = Server(backend, settings)
+        name = backend.metadata["embodiment"]
+        try:
+            asyncio.run(server.run(bound, lambda: say(f"serving {name} at ws://{where}"), signals=True))
+        finally:
+            logging.getLogger("dit4dit.serving").info("%s", server.statistics.line())
+            if json is not None:
+                write_json(json, server.statistics.summary())
+    return 0
+
+
+def _load(checkpoint: str, backbone: str | None, **options: Any) -> Any:
+    from dit4dit.evaluation.identity import checkpoint_hash
+    from dit4dit.policy import Policy
+    from dit4dit.serving.backend import PolicyBackend
+
+    policy = Policy.from_pretrained(checkpoint, backbone, **options)
+    return PolicyBackend(policy, Path(checkpoint).name, checkpoint_hash(checkpoint, backbone))
+
+
+def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str, tuple[int, int]]) -> None:
+    """Encode the words; and for raw and for joined pictures make a plan of each batch size."""
+    from tqdm import tqdm
+
+    for line in tqdm(words, desc="instructions", disable=None if words else True):
+        policy.prepare(line).result()
+    height, width = policy.config.image_size
+    joined = (height, width * len(policy.embodiment.views))
+    for batch in tqdm(range(1, batches + 1), desc="batch sizes", disable=None if batches else True):
+        policy.warm_up(pictures, batch=batch)
+        policy.warm_up(batch=batch, joined=joined)
+
+
+def _size(text: str) -> tuple[str, tuple[int, int]]:
+    view, _, size = text.partition("=")
+    height, _, width = size.partition("x")
+    if not view or not height.isdecimal() or not width.isdecimal():
+        raise InputError(f"--picture {text!r:.60}: expected VIEW=HEIGHTxWIDTH, such as wrist_image=480x640")
+    return view, (int(height), int(width))

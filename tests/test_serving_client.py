@@ -1,0 +1,278 @@
+"""The client: what it says when something goes wrong, the published server, and a real Python 3.8."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving_stand import WAIT, StandIn, running
+from websockets.sync.server import serve
+
+import dit4dit.serving.client as module
+from dit4dit.serving.client import (
+    Client,
+    ConnectError,
+    ConnectionLost,
+    ProtocolError,
+    RequestTimeout,
+    ServerError,
+    ServingError,
+)
+
+KEY = "a-key-of-more-than-16-letters"
+
+
+class Observing(StandIn):
+    """Takes raw observations; the action is the state's x."""
+
+    def check(self, message):
+        if "examples" in message:
+            return super().check({"value": float(len(message["examples"]))})
+        return super().check({"value": float(np.asarray(message["observation"]["state"]["x"]).item())})
+
+
+@contextmanager
+def published(answer):
+    """A server as the published one: metadata of its own, and what `answer` makes of each message; None says nothing."""
+
+    def handle(connection):
+        connection.send(module.pack({"env": "libero"}))
+        for frame in connection:
+            found = answer(module.unpack(frame))
+            if found is not None:
+                connection.send(found if isinstance(found, (str, bytes)) else module.pack(found))
+
+    with serve(handle, "127.0.0.1", 0, compression=None, max_size=None) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server.socket.getsockname()[1]
+        finally:
+            server.shutdown()
+            thread.join(WAIT)
+
+
+def infer(client: Client, x: float = 1.0):
+    return client.infer({"images": {}, "state": {"x": [x]}}, "go")
+
+
+def test_a_session_goes_on_after_a_lost_connection() -> None:
+    with running(Observing()) as server:
+        with Client(port=server.port) as client:
+            assert client.reset(7) == 7
+            first = infer(client, 2.5)
+            assert (first.actions.tolist(), first.names, first.rate_hz) == ([[2.5]], ("x",), 10.0)
+            assert (first.seed, first.chunk, infer(client).chunk) == (7, 0, 1)
+            assert set(first.timing) == {"encode", "network", "queue", "infer", "server", "decode", "total"}
+            assert first.timing["total"] >= first.timing["server"] >= first.timing["infer"]
+            client._connection.socket.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(ConnectionLost):
+                infer(client)
+            with pytest.raises(ConnectionLost, match=r"call connect\(\)"):
+                infer(client)
+            client.connect()
+            assert (infer(client).seed, infer(client).chunk) == (7, 3)
+            assert client.predict_action([{"lang": "go"}] * 2)["actions"].tolist() == [[[2.0]]]
+            assert client.ping() < WAIT
+        assert "closed" in repr(client)
+        client.close()  # again
+
+
+def test_the_server_s_refusal_leaves_the_connection_open() -> None:
+    with running(Observing()) as server, Client(port=server.port) as client:
+        with pytest.raises(ServerError, match="internal error"):
+            client.infer({"images": {}, "state": {"y": [1]}}, "go")
+        with pytest.raises(TypeError, match="cannot be sent"):
+            client.infer({"images": {"a": object()}}, "go")
+        assert infer(client).actions.shape == (1, 1)
+
+
+def test_an_answer_that_does_not_come_is_not_taken_for_the_next() -> None:
+    backend = Observing()
+    with running(backend) as server, Client(port=server.port, timeout_s=0.3) as client:
+        backend.gate.clear()
+        with pytest.raises(RequestTimeout, match=r"no answer in 0\.3 s"):
+            infer(client, 1.0)
+        backend.gate.set()
+        client.timeout_s = WAIT
+        client.connect()
+        assert infer(client, 2.0).actions.item() == 2.0
+
+
+def test_a_server_that_does_not_read_holds_nobody_up() -> None:
+    stop = threading.Event()
+
+    def handle(connection):
+        connection.send(module.pack({"server": "dit4dit"}))
+        connection.recv_bufsize = 1
+        connection.protocol.receive_data = lambda data: stop.wait(WAIT)  # and never looks at the rest
+        stop.wait(WAIT)
+
+    with serve(handle, "127.0.0.1", 0, compression=None) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = Client(port=server.socket.getsockname()[1], timeout_s=0.5)
+        began = time.monotonic()
+        with pytest.raises((RequestTimeout, ConnectionLost)):
+            client.predict_action({"image": np.zeros(30_000_000, np.uint8), "lang": "go"})
+        assert time.monotonic() - began < WAIT / 2
+        stop.set()
+        server.shutdown()
+
+
+def test_connecting_says_what_is_wrong() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(ConnectError, match="no policy server there"):
+            Client(port=port, connect_timeout_s=0.2)
+    with pytest.raises(ConnectError, match="no policy server there"):
+        Client(port=port)
+    with pytest.raises(ConnectError, match="not an address"):
+        Client("http://127.0.0.1")
+    with running(api_key=KEY) as server:
+        with pytest.raises(ConnectError, match="401"):
+            Client(port=server.port, wait_s=WAIT)  # waiting would not help
+        with Client(port=server.port, api_key=KEY) as client:
+            client.ping()
+    for bad in ({"timeout_s": 0}, {"wait_s": -1}, {"backoff_s": 0}):
+        with pytest.raises(ValueError):
+            Client(port=port, **bad)
+
+
+def test_it_waits_for_a_server_that_is_still_loading() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(Client(port=port, wait_s=WAIT, backoff_s=0.05)))
+    waiting.start()
+    time.sleep(0.3)
+
+    def handle(connection):
+        connection.send(module.pack({"ready": True}))
+        connection.recv()
+
+    with serve(handle, "127.0.0.1", port) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        waiting.join(WAIT)
+        assert found[0].metadata == {"ready": True}
+        found[0].close()
+        server.shutdown()
+
+
+def test_a_request_over_the_server_s_bound_is_not_sent() -> None:
+    with running(Observing(), max_frame_bytes=2000) as server, Client(port=server.port) as client:
+        with pytest.raises(ServerError, match="takes 2000; send smaller pictures"):
+            client.predict_action({"image": np.zeros(3000, np.uint8), "lang": "go"})
+        client.ping()
+
+
+def test_the_published_server() -> None:
+    def answer(message):
+        if message["type"] == "ping":
+            return {"status": "ok", "ok": True, "type": "ping", "request_id": message["request_id"]}
+        assert message["type"] == "predict_action"
+        if message["examples"][0]["lang"] == "crash":
+            return "Traceback (most recent call last): ..."
+        if message["examples"][0]["lang"] == "another":
+            return {"status": "ok", "ok": True, "type": "inference_result", "request_id": "other", "data": {}}
+        if message["examples"][0]["lang"] == "bad":
+            return {"status": "error", "ok": False, "type": "inference_result", "request_id": message["request_id"],
+                    "error": {"message": "no such thing"}}  # fmt: skip
+        data = {"normalized_actions": np.ones((1, 8, 7), np.float32)}
+        return {
+            "status": "ok",
+            "ok": True,
+            "type": "inference_result",
+            "request_id": message["request_id"],
+            "data": data,
+        }
+
+    with published(answer) as port, Client(port=port) as client:
+        assert client.metadata == {"env": "libero"}
+        client.ping()
+        assert client.predict_action({"lang": "go"})["normalized_actions"].shape == (1, 8, 7)
+        assert set(client.timing) == {"encode", "decode", "total"}
+        for call in (lambda: infer(client), lambda: client.reset(1)):
+            with pytest.raises(ProtocolError, match="published dialect only"):
+                call()
+        with pytest.raises(ServerError, match="no such thing"):
+            client.predict_action({"lang": "bad"})
+        with pytest.raises(ServerError, match="Traceback"):
+            client.predict_action({"lang": "crash"})
+        with pytest.raises(ProtocolError, match="another request"):
+            client.predict_action({"lang": "another"})
+
+
+@pytest.mark.parametrize("answer", [b"\xc1", b"\x91", module.pack([1]), b""], ids=repr)
+def test_answers_that_are_none(answer: bytes) -> None:
+    with published(lambda message: answer) as port, Client(port=port) as client, pytest.raises(ProtocolError):
+        client.ping()
+
+
+def test_every_error_is_one_kind() -> None:
+    kinds = (ConnectError, ConnectionLost, RequestTimeout, ServerError, ProtocolError)
+    assert all(issubclass(kind, ServingError) for kind in kinds)
+
+
+def test_the_file_stands_alone_and_is_python_3_8() -> None:
+    tree = ast.parse(Path(module.__file__).read_text(), feature_version=(3, 8))
+    imported = {
+        alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+    imported |= {str(node.module).partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported <= {"__future__", "contextlib", "inspect", "socket", "struct", "sys", "threading", "time", "typing",
+                        "msgpack", "numpy", "websockets"}  # fmt: skip
+
+
+SCRIPT = """
+import json, sys
+import numpy as np
+import client
+from serving_golden import REQUEST_BYTES, RESPONSE_BYTES
+for text in (REQUEST_BYTES, RESPONSE_BYTES):
+    frame = bytes.fromhex(text)
+    assert client.pack(client.unpack(frame)) == frame
+try:
+    client.Client(port=1)
+except client.ConnectError:
+    pass
+with client.Client(port=int(sys.argv[1]), wait_s=5) as policy:
+    policy.ping()
+    policy.reset(3)
+    chunk = policy.infer({"images": {"a": np.zeros((4, 4, 3), np.uint8)}, "state": {"x": np.float32(1.5)}}, "go")
+    found = policy.predict_action([{"lang": "go"}])
+    try:
+        policy.infer({"images": {}, "state": {}}, "go")
+    except client.ServerError:
+        pass
+print(json.dumps([sys.version_info[:2], chunk.actions.tolist(), chunk.seed, found["actions"].tolist()]))
+"""
+
+
+def python_38() -> str | None:
+    """An interpreter with the client's three packages: DIT4DIT_CLIENT_PYTHON, as .ci/run makes it."""
+    return shutil.which(os.environ.get("DIT4DIT_CLIENT_PYTHON", ""))
+
+
+@pytest.mark.skipif(python_38() is None, reason="DIT4DIT_CLIENT_PYTHON names no Python with numpy, msgpack, websockets")
+def test_under_a_real_python_38(tmp_path: Path) -> None:
+    from serving_stand import REQUEST_BYTES, RESPONSE_BYTES, hand
+
+    shutil.copy(module.__file__, tmp_path / "client.py")  # alone, as on a robot
+    golden = {"REQUEST_BYTES": hand(REQUEST_BYTES).hex(), "RESPONSE_BYTES": hand(RESPONSE_BYTES).hex()}
+    (tmp_path / "serving_golden.py").write_text("".join(f"{name} = {text!r}\n" for name, text in golden.items()))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    with running(Observing()) as server:
+        command = [str(python_38()), "-W", "error", "script.py", str(server.port)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=4 * WAIT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[3, 8], [[1.5]], 3, [[[1.0]]]]

@@ -1,0 +1,149 @@
+"""The codec on both ends, against bytes written by hand, and against what an adversary sends."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import msgpack
+import numpy as np
+import pytest
+from serving_stand import REQUEST, REQUEST_BYTES, RESPONSE, RESPONSE_BYTES, SCALAR, SCALAR_BYTES, hand
+
+from dit4dit.errors import InputError
+from dit4dit.serving import client, wire
+
+
+def same(a, b) -> bool:
+    if isinstance(a, (np.ndarray, np.generic)):
+        return type(a) is type(b) and a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("codec", [wire, client], ids=["server", "client"])
+@pytest.mark.parametrize(
+    "message, text", [(REQUEST, REQUEST_BYTES), (RESPONSE, RESPONSE_BYTES), (SCALAR, SCALAR_BYTES)]
+)
+def test_golden_bytes(codec, message, text: str) -> None:
+    assert codec.pack(message).hex(" ") == hand(text).hex(" ")
+    assert same(codec.unpack(hand(text)), message)
+
+
+@pytest.mark.parametrize("codec", [wire, client], ids=["server", "client"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros((0, 3), np.int64),
+        np.array(3.0),
+        np.array([[1, 2], [3, 4]], ">i2").T,
+        np.array(["a", "bc"]),
+        np.array([True, False]),
+        np.int8(-3),
+        np.bool_(True),
+        np.uint64(2**64 - 1),
+    ],
+    ids=str,
+)
+def test_there_and_back(codec, value) -> None:
+    back = codec.unpack(codec.pack(value))
+    assert back.dtype == value.dtype
+    assert back.shape == value.shape
+    assert np.array_equal(back, value)
+
+
+@pytest.mark.parametrize("codec", [wire, client], ids=["server", "client"])
+@pytest.mark.parametrize(
+    "value", [np.array([None]), np.zeros(1, "c8"), np.zeros(1, [("a", "f4")]), np.complex64(1), object(), {1, 2}]
+)
+def test_what_has_no_form_on_the_wire_is_refused(codec, value) -> None:
+    with pytest.raises((TypeError, ValueError), match="cannot be sent"):
+        codec.pack({"x": value})
+
+
+def array(dtype: object, shape: object, data: object, **more: object) -> bytes:
+    return msgpack.packb({b"__ndarray__": True, b"data": data, b"dtype": dtype, b"shape": shape, **more})
+
+
+HOSTILE = {
+    "empty": b"",
+    "cut short": hand(REQUEST_BYTES)[:-3],
+    "more after the end": hand(REQUEST_BYTES) + b"\x00",
+    "a list of four billion": b"\xdd\xff\xff\xff\xff",
+    "a map of four billion": b"\xdf\xff\xff\xff\xff",
+    "bytes of four billion": b"\xc6\xff\xff\xff\xff",
+    "text of four billion": b"\xdb\xff\xff\xff\xff",
+    "a length cut short": b"\xdc\x01",
+    "lists in lists": b"\x91" * 100_000,
+    "maps in maps": b"\x81\xa1a" * 100_000,
+    "many empty lists": b"\xdd\x00\x01\x00\x00" + b"\x90" * 65536,
+    "large lists in large lists": b"\xdc\x4e\x00" * 1000,
+    "extension": b"\xc7\x04\x01abcd",
+    "timestamp": b"\xd6\xff\x00\x00\x00\x00",
+    "never used": b"\xc1",
+    "bad UTF-8": b"\xa2\xff\xfe",
+    "a list as key": b"\x81\x90\x01",
+    "a number as key": b"\x81\x01\x01",
+    "object dtype": array("|O", [1], bytes(8)),
+    "object dtype in words": array("O8", [1], bytes(8)),
+    "void dtype": array("|V8", [1], bytes(8)),
+    "structure": array("f4,f4", [1], bytes(8)),
+    "complex dtype": array("<c8", [1], bytes(8)),
+    "text with pointers": array("T16", [1], bytes(16)),
+    "code": array("__import__('os')", [1], bytes(8)),
+    "dtype is no text": array([["a", "f4"]], [1], bytes(4)),
+    "no such size": array("<f5", [1], bytes(5)),
+    "no dtype": msgpack.packb({b"__ndarray__": True, b"data": b"", b"shape": [0]}),
+    "fewer bytes than the shape": array("<f4", [1000, 1000], bytes(4)),
+    "negative size": array("<f4", [-1, -1], bytes(4)),
+    "huge and empty": array("<f4", [0, 2**31 - 1, 2**31 - 1, 2**31 - 1], b""),
+    "size over 2^31": array("<f4", [0, 2**40], b""),
+    "size is a float": array("<f4", [1.0], bytes(4)),
+    "size is true": array("<f4", [True], bytes(4)),
+    "too many sizes": array("<f4", [1] * 33, bytes(4)),
+    "shape is text": array("<f4", "1", bytes(4)),
+    "data is text": array("|u1", [1], "a"),
+    "scalar of a long text dtype": msgpack.packb({b"__npgeneric__": True, b"data": 1, b"dtype": "<U9999999"}),
+    "scalar from bytes": msgpack.packb({b"__npgeneric__": True, b"data": b"1", b"dtype": "<f4"}),
+    "scalar out of range": msgpack.packb({b"__npgeneric__": True, b"data": 300, b"dtype": "|i1"}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bytes_cost_nothing(name: str) -> None:
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        with pytest.raises(InputError):
+            wire.unpack(HOSTILE[name])
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - began < 2
+
+
+def test_the_bounds_let_real_requests_through() -> None:
+    example = {"image": np.zeros((224, 448, 3), np.uint8), "lang": "a" * 200, "state": [[0.5] * 64]}
+    assert len(wire.unpack(wire.pack({"examples": [example] * 64, "nested": [[[[[[1]]]]]]}))["examples"]) == 64
+    longest = wire.pack([0] * (wire.MAX_OBJECTS - 1))
+    assert len(wire.unpack(longest)) == wire.MAX_OBJECTS - 1
+    with pytest.raises(InputError, match="more than 20000 values"):
+        wire.unpack(wire.pack([0] * wire.MAX_OBJECTS))
+
+
+def test_mutated_messages_are_read_or_refused() -> None:
+    """Whatever one byte of a good message is changed to, there is a value or an InputError."""
+    good = hand(REQUEST_BYTES)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for position in range(len(good)):
+        for value in rng.integers(0, 256, 12):
+            frame = good[:position] + bytes([value]) + good[position + 1 :]
+            try:
+                wire.unpack(frame)
+            except InputError:
+                refused += 1
+    assert refused > 100
