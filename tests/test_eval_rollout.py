@@ -247,6 +247,9 @@ def test_killing_the_evaluator_loses_nothing(tmp_path: Path, monkeypatch: pytest
             process.kill()
             process.join()
             before = lines(folder)
+            told = folder.with_suffix(".told")
+            heard = told.read_text().split() if told.exists() else []
+            assert set(heard) <= {str(json.loads(line)["seed"]) for line in before}  # what ended is on disk
             caught += 0 < len(before) < len(wanted)
         records = play(folder, kill_plan(), workers=2, resume=True)
         assert lines(folder)[: len(before)] == before
