@@ -291,7 +291,7 @@ def test_killing_workers_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_player_stays_with_its_environment_and_others_begin_where_fewest_are() -> None:
-    episodes = [Episode("suite", task, trial, 0, 0, "world", {"task": task}) for trial in range(3) for task in "abc"]
+    episodes = [Episode("suite", task, trial, 0, 0, "world", {"task": task}) for task in "abc" for trial in range(3)]
     desk = Desk(episodes)
     first, second = desk.take(None), desk.take(None)
     assert first is not None
