@@ -22,7 +22,8 @@ from dit4dit.embodiments import LIBERO
 from dit4dit.errors import ConfigError, InputError
 from dit4dit.evaluation import tabletop
 from dit4dit.evaluation.execution import Ensemble, Execution, Latency
-from dit4dit.evaluation.rollout import Options
+from dit4dit.evaluation.plan import Episode
+from dit4dit.evaluation.rollout import Desk, Options
 from dit4dit.evaluation.runs import Run
 from dit4dit.evaluation.summary import rows, summarise
 from dit4dit.evaluation.workers import SCRIPT
@@ -247,6 +248,9 @@ def test_killing_the_evaluator_loses_nothing(tmp_path: Path, monkeypatch: pytest
             process.kill()
             process.join()
             before = lines(folder)
+            told = folder.with_suffix(".told")
+            heard = told.read_text().split() if told.exists() else []
+            assert set(heard) <= {str(json.loads(line)["seed"]) for line in before}  # what ended is on disk
             caught += 0 < len(before) < len(wanted)
         records = play(folder, kill_plan(), workers=2, resume=True)
         assert lines(folder)[: len(before)] == before
@@ -284,6 +288,23 @@ def test_killing_workers_loses_nothing(tmp_path: Path) -> None:
         assert untimed(records) == wanted
         attempts += sum(r["took"]["attempts"] for r in records)
     assert attempts >= 10 * len(wanted) + 10
+
+
+def test_a_player_stays_with_its_environment_and_others_begin_where_fewest_are() -> None:
+    episodes = [Episode("suite", task, trial, 0, 0, "world", {"task": task}) for task in "abc" for trial in range(3)]
+    desk = Desk(episodes)
+    first, second = desk.take(None), desk.take(None)
+    assert first is not None
+    assert second is not None
+    assert (first.task, second.task) == ("a", "b")
+    mine = [desk.take(first.world), desk.take(first.world)]
+    assert [e.task for e in mine if e] == ["a", "a"]
+    after = desk.take(first.world)  # no more of a: c, where nobody is
+    assert after is not None
+    assert after.task == "c"
+    left = [desk.take(after.world) for _ in range(5)]
+    assert sorted(e.task for e in left[:4] if e) == ["b", "b", "c", "c"]
+    assert left[4] is None
 
 
 def test_simulators_run_while_others_do(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from dit4dit.evaluation.workers import Worker
 END_SECONDS = 10.0
 _one_at_a_time = threading.Lock()
 
-__all__ = ["Options", "Stopped", "configuration", "evaluate"]
+__all__ = ["Desk", "Options", "Stopped", "configuration", "evaluate"]
 
 
 def evaluate(
