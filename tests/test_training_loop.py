@@ -82,9 +82,9 @@ processes = Processes(config)
 start = setup.load(config, processes.device)
 whole = bytes_here(optim.named_parameters(start.model))
 trainer = loop.Trainer(start, RandomData(config.model, "libero"), processes, None, None)
-parameters = trainer.parameters
+parameters = trainer.moves.parameters
 assert all(isinstance(p, DTensor) for p in parameters.values()), [n for n, p in parameters.items() if not isinstance(p, DTensor)]
-assert all(isinstance(v, DTensor) for v in trainer.average.values.values())
+assert all(isinstance(v, DTensor) for v in trainer.moves.average.values.values())
 here = bytes_here(parameters)
 odd = sum(p.numel() // p.shape[0] * 4 for p in parameters.values() if p.shape[0] % 2)
 # the first rank holds the larger half where a first dimension is odd
