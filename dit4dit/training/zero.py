@@ -20,7 +20,7 @@ from dit4dit.extras import require
 from dit4dit.training import optim
 from dit4dit.training.config import TrainConfig
 from dit4dit.training.moves import Moves, check_tensors
-from dit4dit.training.parallel import Processes, Root
+from dit4dit.training.parallel import Root
 
 BUCKET = 50_000_000
 """Gradients sent at once: DeepSpeed keeps buffers of this many values."""
