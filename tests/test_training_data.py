@@ -15,10 +15,11 @@ from dit4dit import Noise, Observation, Policy
 from dit4dit.cli import main
 from dit4dit.data.sampler import Draws
 from dit4dit.errors import DataError
+from dit4dit.evaluation.action_error import ActionError
 from dit4dit.model.text import byte_tokenizer, tokenize
 from dit4dit.model.weights import random_model
 from dit4dit.presets import preset
-from dit4dit.training import caches
+from dit4dit.training import caches, evaluate
 from dit4dit.training.config import DataConfig, read_config, write_config
 from dit4dit.training.feed import Feed, Share
 from dit4dit.training.lerobot_data import LeRobotData
@@ -67,6 +68,26 @@ def test_order_is_the_samplers_and_never_held_out(data: LeRobotData) -> None:
     assert set(data.held_out()) == {i for e in held for i in range(starts[e], starts[e + 1])}
     assert not set(indices) & set(data.held_out())
     assert {data.sample(index).lang for index in range(data.clips)} == set(data.instructions)
+
+
+def test_the_error_of_actions_in_robot_units(data: LeRobotData) -> None:
+    """Against the recorded values; what is not real does not count."""
+    (robot,) = data.robots
+    assert (robot.names, data.robot(0)) == (("x", "y", "z", "roll", "pitch", "yaw", "gripper"), 0)
+    sample, (recording,) = data.sample(2), data.mixture.recordings
+    recorded = recording.vector("action", 0, np.arange(2, 2 + TINY.head.action_horizon))
+    # the gripper of this set is random numbers, of which a robot's threshold makes 0 and 1
+    np.testing.assert_allclose(robot.robot(sample.actions.numpy())[:, :6], recorded[:, :6], atol=1e-5)
+    low, high = (np.asarray(data.statistics["franka"]["action"][name]) for name in ("min", "max"))
+    error = ActionError(7)
+    # a tenth of the range
+    off = torch.where(sample.actions > 0, sample.actions - 0.2, sample.actions + 0.2)
+    mask = sample.action_mask.clone()
+    mask[:, 1] = False
+    evaluate.add_robot_error(error, robot, off, sample.actions, mask)
+    np.testing.assert_allclose(error.mae[[0, 2, 3, 4, 5]], 0.1 * (high - low)[[0, 2, 3, 4, 5]], rtol=1e-4)
+    np.testing.assert_allclose(error.mse[[0, 2]], (0.1 * (high - low)[[0, 2]]) ** 2, rtol=1e-4)
+    assert np.isnan(error.mae[1])
 
 
 def test_fingerprints(config: DataConfig, data: LeRobotData) -> None:
@@ -149,6 +170,10 @@ def test_the_command_trains_a_policy_and_goes_on(config: DataConfig, tmp_path: P
     evaluated = [line for line in lines if "eval/action_mae" in line]
     assert [line["step"] for line in evaluated] == [3, 6]
     assert all({"eval/action_loss", "eval/video_loss"} <= set(line) for line in evaluated)
+    dimensions = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+    assert all(
+        {f"action_{kind}/{name}" for kind in ("mae", "mse") for name in dimensions} <= set(line) for line in evaluated
+    )
     assert len(list((out / "strips").rglob("*.png"))) == 2
     assert list((out / "tensorboard").iterdir())
     assert read_config(out / "config.yaml").data.mixture == "mine"

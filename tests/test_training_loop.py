@@ -52,7 +52,15 @@ def test_two_processes_train_what_one_does(strategy: str, plain: Path, tmp_path:
     words = ["--data.batch_size", 2, "--run.eval_every", 3, "--run.eval_samples", 4, "--run.eval_strips", 0]
     words += ["--run.strategy", strategy, "--optim.ema", 0.9]
     runs.Run(tmp_path / "two", *words, ranks=2).ok()
-    names = ("step", *runs.LOSSES, "eval/action_loss", "eval/video_loss", "eval/action_mae")
+    names = (
+        "step",
+        *runs.LOSSES,
+        "eval/action_loss",
+        "eval/video_loss",
+        "eval/action_mae",
+        "action_mae/x",
+        "action_mse/yaw",
+    )
     for one, two in zip(lines(plain), lines(tmp_path / "two"), strict=True):
         shared = [name for name in names if name in one]
         assert len(shared) >= 4

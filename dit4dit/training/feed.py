@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit4dit.config import ModelConfig
 from dit4dit.errors import Dit4DitError, InputError
+from dit4dit.evaluation.action_error import ActionUnits
 from dit4dit.training.caches import LatentCache, PromptCache
 from dit4dit.types import Batch, ClipLatents
 
@@ -75,6 +76,13 @@ class TrainingData(Protocol):
 
     def held_out(self) -> Sequence[int]:
         """Indices of samples that are never trained on."""
+
+    @property
+    def robots(self) -> Sequence[ActionUnits]:
+        """Every robot that there are samples of, with its way back to its own units."""
+
+    def robot(self, index: int) -> int:
+        """Which of them a sample is of."""
 
     def sample(self, index: int, *, video: bool = True) -> Sample:
         """The sample; without `video` nothing is decoded."""
