@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit4dit.data.robots import Catalogue, Robot
 from dit4dit.data.samples import Recording
@@ -39,7 +40,7 @@ class Episode:
     task: str
     length: int
     points: tuple[int, ...]
-    rows: Array
+    rows: NDArray[np.int64]
     predicted: Array
     recorded: Array
     units: ActionError
@@ -177,7 +178,7 @@ def _one(
             rows.append(np.arange(frame, frame + count))
             predicted.append(chunk.actions[:count])
         progress(len(asked))
-    at = np.concatenate(rows)
+    at = np.concatenate(rows).astype(np.int64)
     return Episode(
         index=data.meta.episodes[episode].index,
         task=data.task(recording.language, episode, 0),

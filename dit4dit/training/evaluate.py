@@ -67,8 +67,8 @@ def evaluate(
         found = module(partial(held_out_step, batch=batch, drawn=drawn))
         if (actions := found.pop("actions", None)) is not None:
             for row, index in enumerate(indices):
-                which = data.robot(index)
-                add_robot_error(errors[which], robots[which], actions[row], raw.actions[row], raw.action_mask[row])
+                robot = data.robot(index)
+                add_robot_error(errors[robot], robots[robot], actions[row], raw.actions[row], raw.action_mask[row])
         for name, value in found.items():
             sums[name] += value
     root.train(training)
@@ -79,11 +79,19 @@ def evaluate(
     for name, per in (("action_loss", "entries"), ("action_mae", "entries"), ("video_loss", "samples")):
         if totals[per]:
             out[f"eval/{name}"] = totals[name] / totals[per]
+    return out | robot_errors(robots, errors)
+
+
+def robot_errors(robots: Sequence[ActionUnits], errors: Sequence[ActionError]) -> dict[str, float]:
+    """{"action_mae/<dimension>": ..., "action_mse/<dimension>": ...}; dimensions are named with their robot where there are
+    several.
+    """
+    out: dict[str, float] = {}
     for robot, error in zip(robots, errors, strict=True):
         which = f"{robot.embodiment.name}." if len(robots) > 1 else ""
         for kind, values in (("mae", error.mae), ("mse", error.mse)):
             counted = {n: float(v) for n, v in zip(robot.names, values, strict=True) if not np.isnan(v)}
-            out |= {f"action_{kind}/{which}{name}": value for name, value in counted.items()}
+            out |= {f"action_{kind}/{which}{dimension}": value for dimension, value in counted.items()}
     return out
 
 

@@ -94,7 +94,7 @@ class ZeroMoves(Moves):
             model=root, optimizer=self.optimizer, config=settings(self.config), dist_init_required=False
         )
         self._link_state()
-        return self.engine  # type: ignore[no-any-return]
+        return self.engine
 
     @property
     def splits_parameters(self) -> bool:
@@ -149,7 +149,7 @@ class ZeroMoves(Moves):
     @property
     def _base(self) -> torch.optim.Optimizer:
         """torch's optimiser, whose parameters are this process's flat pieces."""
-        return self.optimizer.optimizer  # type: ignore[attr-defined, no-any-return]
+        return self.optimizer.optimizer  # type: ignore[attr-defined]
 
     def _shape(self, parameter: nn.Parameter) -> list[int]:
         return list(parameter.ds_shape if self.splits_parameters else parameter.shape)  # type: ignore[attr-defined]
