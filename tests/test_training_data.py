@@ -23,6 +23,7 @@ from dit4dit.training import caches, evaluate
 from dit4dit.training.config import DataConfig, read_config, write_config
 from dit4dit.training.feed import Feed, Share
 from dit4dit.training.lerobot_data import LeRobotData
+from dit4dit.training.loop import train
 from dit4dit.training.random_data import RandomData
 
 pytest.importorskip("pyarrow")
@@ -120,6 +121,43 @@ class Broken(RandomData):
 def test_an_unreadable_sample_is_the_readers_own_error(workers: int) -> None:
     feed = Feed(Broken(TINY, "libero"), Share(0, 1, 2, 1), 0, 2, workers=workers, video=True, pin=False)
     with pytest.raises(DataError, match=r"^episode_\d+\.mp4: truncated$"):
+        next(iter(feed))
+
+
+class AllBroken(Broken):
+    skip_bad = True
+
+
+class HalfBroken(RandomData):
+    skip_bad = True
+
+    def index(self, position: int, attempt: int = 0) -> int:
+        return (2 * position + attempt) % 8
+
+    def sample(self, index: int, *, video: bool = True):
+        if index % 4 == 2:
+            raise DataError(f"episode_{index:06d}.mp4: truncated")
+        return super().sample(index, video=video)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_sample_is_replaced_and_counted_when_asked_for(workers: int) -> None:
+    (raw,) = Feed(HalfBroken(TINY, "libero"), Share(0, 1, 4, 1), 0, 1, workers=workers, video=False, pin=False)
+    assert (raw.positions, raw.indices) == ((0, 1, 2, 3), (0, 3, 4, 7))
+    assert raw.skipped == ("episode_000002.mp4: truncated", "episode_000006.mp4: truncated")
+
+
+def test_a_run_goes_on_past_unreadable_samples_and_says_how_many(tmp_path: Path, caplog) -> None:
+    config = small_config(tmp_path).override({"run.steps": "2", "run.log_every": "2"})
+    assert train(config, HalfBroken(config.model, "libero")) == 0
+    (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert line["skipped"] == 4
+    assert "step 1: another sample stands for one that cannot be read: episode_000002.mp4: truncated" in caplog.text
+
+
+def test_all_unreadable_is_an_error() -> None:
+    feed = Feed(AllBroken(TINY, "libero"), Share(0, 1, 2, 1), 0, 1, workers=0, video=True, pin=False)
+    with pytest.raises(DataError, match="100 samples in a row cannot be read; the last: episode_"):
         next(iter(feed))
 
 

@@ -76,7 +76,7 @@ class GoldenData(LeRobotData):
         data.masks = golden["in.action_mask"].bool()
         return data
 
-    def index(self, position: int) -> int:
+    def index(self, position: int, attempt: int = 0) -> int:
         return position * self.clips // len(self.masks)
 
     def sample(self, index: int, *, video: bool = True) -> Sample:

@@ -53,7 +53,9 @@ class DataConfig:
     mask_padding: bool = False
     """Leave time steps past the end of an episode out of the action loss; the published loader does not."""
     skip_bad: bool = False
-    """Leave damaged episodes out, counted, instead of refusing to start."""
+    """Leave damaged episodes out, counted, instead of refusing to start; let another sample stand for one whose pictures turn
+    out to be unreadable, counted as `skipped` in the log. With `cache_latents` those are found, and refused, beforehand.
+    """
     video_delta_indices: tuple[int, ...] | None = None
     """Frames that a clip may have, counted from its first; None spreads them over the action chunk."""
     action_video_freq_ratio: int = 1

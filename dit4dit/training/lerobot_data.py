@@ -30,7 +30,7 @@ class LeRobotData:
         Raises:
             ConfigError: robots of the mixture join their views to pictures of different sizes.
         """
-        self.mixture = mixture
+        self.mixture, self.skip_bad = mixture, config.skip_bad
         self.window = Window.for_model(
             model,
             video_delta_indices=config.video_delta_indices,
@@ -104,8 +104,8 @@ class LeRobotData:
     def picture_size(self) -> tuple[int, int]:
         return self._size
 
-    def index(self, position: int) -> int:
-        drawn = self._train.draw(position)
+    def index(self, position: int, attempt: int = 0) -> int:
+        drawn = self._train.draw(position, attempt)
         return int(self._starts[drawn.dataset][drawn.episode]) + drawn.frame
 
     def held_out(self) -> Sequence[int]:

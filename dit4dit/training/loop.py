@@ -164,11 +164,14 @@ class Trainer:
                 video = losses.get("video", torch.zeros_like(action))
                 self.moves.backward((action + flow.future_video_weight * video) / self.share.accumulate)
                 seen += torch.stack([action.detach(), video.detach()]).double() / pieces
+            for why in raw.skipped:
+                log.warning("step %d: another sample stands for one that cannot be read: %s", self.step + 1, why)
         norm = self.moves.step()
         self.step += 1
         self.rates = rates
+        skipped = torch.tensor([sum(len(raw.skipped) for raw in micros)], dtype=torch.float64, device=seen.device)
         # the norm is the same on every rank, so that a rank's share of it is what is summed
-        self._pending.append(torch.cat([seen, norm.double()[None] / self.processes.ranks]))
+        self._pending.append(torch.cat([seen, norm.double()[None] / self.processes.ranks, skipped]))
 
     def _draws(self, raw: Raw) -> Draws:
         """This micro step's draws on the device; sets its dropout keys too."""
@@ -182,7 +185,7 @@ class Trainer:
         if not self._pending:
             return
         rows, self._pending = self.processes.sum(torch.stack(self._pending)), []
-        action, video, norm = rows.mean(dim=0).tolist()
+        action, video, norm, _ = rows.mean(dim=0).tolist()
         mode = self.model.config.flow.training
         named = {"action_loss": action, "video_loss": video}
         named = {f"train/{k}": v for k, v in named.items() if mode in ("joint", k.removesuffix("_loss"))}
@@ -192,7 +195,8 @@ class Trainer:
             )
         rates = {f"learning_rate/{name}": rate for name, rate in self.rates.items()}
         speed = meter.read()
-        log_to.write(self.step, {**named, "train/grad_norm": norm, **rates, **speed})
+        skipped = {"skipped": rows[:, 3].sum().item()} if self.data.skip_bad else {}
+        log_to.write(self.step, {**named, "train/grad_norm": norm, **rates, **speed, **skipped})
         log_to.tell(f"{speed['samples_per_s']:.2f} samples/s, data wait {speed['data_wait']:.0%}")
 
     def _evaluate(self, log_to: Log) -> None:

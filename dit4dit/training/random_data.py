@@ -63,7 +63,11 @@ class RandomData:
 
         return {robot.tag: {"action": vector(robot.action_dim), "state": vector(robot.state_dim)}}
 
-    def index(self, position: int) -> int:
+    @property
+    def skip_bad(self) -> bool:
+        return False
+
+    def index(self, position: int, attempt: int = 0) -> int:
         return key(self.seed, "order", position) % (self.clips - HELD_OUT)
 
     def held_out(self) -> Sequence[int]:
