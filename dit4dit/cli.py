@@ -331,7 +331,7 @@ GROUPS = {"bench": BENCHMARKS, "data": DATA, "eval": evaluating.EVALUATIONS}
 
 
 def bench() -> int:
-    """Benchmarks: flops, latency, ops, options and loader; `dit4dit bench latency --help`."""
+    """Benchmarks: flops, latency, ops, options, training, rollout and loader; `dit4dit bench latency --help`."""
     raise AssertionError("main() sends bench to its own subcommands")
 
 
@@ -341,7 +341,7 @@ def data() -> int:
 
 
 def evaluate() -> int:
-    """Success rates and open-loop errors: tabletop, openloop, compare, merge, episodes; `dit4dit eval tabletop --help`."""
+    """Evaluation: tabletop, openloop, report, compare, merge, episodes; `dit4dit eval tabletop --help`."""
     raise AssertionError("main() sends eval to its own subcommands")
 
 

@@ -159,7 +159,7 @@ def test_an_interpreter_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "wrong environment" in error.value.traceback
 
 
-def test_no_worker_outlives_its_evaluator() -> None:
+def test_no_worker_outlives_its_evaluator(tmp_path: Path) -> None:
     """The evaluator is killed while its worker hangs in a step."""
     script = textwrap.dedent(f"""
         import threading, time
@@ -173,7 +173,8 @@ def test_no_worker_outlives_its_evaluator() -> None:
         print(worker.pid, flush=True)
         time.sleep(60)
     """)
-    evaluator = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    # from another folder, where the source tree is not taken for the package
+    evaluator = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert evaluator.stdout is not None
     pid = int(evaluator.stdout.readline())
     assert not gone(pid, 0.1)
