@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,3 +236,26 @@ def test_the_command_trains_a_policy_and_goes_on(config: DataConfig, tmp_path: P
     chunk = policy.infer(observation, "open the drawer", noise=Noise.from_seed(1, 0))
     assert chunk.actions.shape == (8, 7)
     assert np.isfinite(chunk.actions).all()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_command_as_the_readme_says(config: DataConfig, tmp_path: Path) -> None:
+    """Two processes; the held-out error of each dimension is in the log."""
+    write_config(tmp_path / "config.yaml", replace(small_config(tmp_path / "run"), data=replace(config, batch_size=1)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    words = ["dit4dit", "train", "--config", str(tmp_path / "config.yaml"), "--run.steps", "2", "--run.eval_every", "2"]
+    facts = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
+    facts |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    ended = subprocess.run(
+        [*launch, *words, "--run.eval_strips", "0"],
+        env={**os.environ, **facts},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert {"eval/action_mae", "action_mae/gripper", "action_mse/x"} <= set(lines[-1])
