@@ -73,9 +73,9 @@ def run(
         "seed": seed,
         "every": step,
         "batch": batch,
+        "chunks": total,
         "episodes": len(found),
         "damaged": len({problem.episode for problem in recording.data.problems(recording.columns)}),
-        "chunks": total,
         "actions": int(units.sums[2].max()),
         **openloop.errors(units, normalized, names),
     }
