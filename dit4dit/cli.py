@@ -333,7 +333,7 @@ def data() -> int:
 
 
 def evaluate() -> int:
-    """Success rates: tabletop, report, compare, merge, episodes; `dit4dit eval tabletop --help`."""
+    """Evaluation: tabletop, openloop, report, compare, merge, episodes; `dit4dit eval tabletop --help`."""
     raise AssertionError("main() sends eval to its own subcommands")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +18,15 @@ from dit4dit import Noise, Observation, Policy
 from dit4dit.cli import main
 from dit4dit.data.sampler import Draws
 from dit4dit.errors import DataError
+from dit4dit.evaluation.action_error import ActionError
 from dit4dit.model.text import byte_tokenizer, tokenize
 from dit4dit.model.weights import random_model
 from dit4dit.presets import preset
-from dit4dit.training import caches
+from dit4dit.training import caches, evaluate
 from dit4dit.training.config import DataConfig, read_config, write_config
 from dit4dit.training.feed import Feed, Share
 from dit4dit.training.lerobot_data import LeRobotData
+from dit4dit.training.loop import train
 from dit4dit.training.random_data import RandomData
 
 pytest.importorskip("pyarrow")
@@ -69,6 +74,26 @@ def test_order_is_the_samplers_and_never_held_out(data: LeRobotData) -> None:
     assert {data.sample(index).lang for index in range(data.clips)} == set(data.instructions)
 
 
+def test_the_error_of_actions_in_robot_units(data: LeRobotData) -> None:
+    """Against the recorded values; what is not real does not count."""
+    (robot,) = data.robots
+    assert (robot.names, data.robot(0)) == (("x", "y", "z", "roll", "pitch", "yaw", "gripper"), 0)
+    sample, (recording,) = data.sample(2), data.mixture.recordings
+    recorded = recording.vector("action", 0, np.arange(2, 2 + TINY.head.action_horizon))
+    # the gripper of this set is random numbers, of which a robot's threshold makes 0 and 1
+    np.testing.assert_allclose(robot.robot(sample.actions.numpy())[:, :6], recorded[:, :6], atol=1e-5)
+    low, high = (np.asarray(data.statistics["franka"]["action"][name]) for name in ("min", "max"))
+    error = ActionError(7)
+    # a tenth of the range
+    off = torch.where(sample.actions > 0, sample.actions - 0.2, sample.actions + 0.2)
+    mask = sample.action_mask.clone()
+    mask[:, 1] = False
+    evaluate.add_robot_error(error, robot, off, sample.actions, mask)
+    np.testing.assert_allclose(error.mae[[0, 2, 3, 4, 5]], 0.1 * (high - low)[[0, 2, 3, 4, 5]], rtol=1e-4)
+    np.testing.assert_allclose(error.mse[[0, 2]], (0.1 * (high - low)[[0, 2]]) ** 2, rtol=1e-4)
+    assert np.isnan(error.mae[1])
+
+
 def test_fingerprints(config: DataConfig, data: LeRobotData) -> None:
     other = LeRobotData.open(config, TINY, seed=4)
     assert other.fingerprint != data.fingerprint
@@ -99,6 +124,43 @@ class Broken(RandomData):
 def test_an_unreadable_sample_is_the_readers_own_error(workers: int) -> None:
     feed = Feed(Broken(TINY, "libero"), Share(0, 1, 2, 1), 0, 2, workers=workers, video=True, pin=False)
     with pytest.raises(DataError, match=r"^episode_\d+\.mp4: truncated$"):
+        next(iter(feed))
+
+
+class AllBroken(Broken):
+    skip_bad = True
+
+
+class HalfBroken(RandomData):
+    skip_bad = True
+
+    def index(self, position: int, attempt: int = 0) -> int:
+        return (2 * position + attempt) % 8
+
+    def sample(self, index: int, *, video: bool = True):
+        if index % 4 == 2:
+            raise DataError(f"episode_{index:06d}.mp4: truncated")
+        return super().sample(index, video=video)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_sample_is_replaced_and_counted_when_asked_for(workers: int) -> None:
+    (raw,) = Feed(HalfBroken(TINY, "libero"), Share(0, 1, 4, 1), 0, 1, workers=workers, video=False, pin=False)
+    assert (raw.positions, raw.indices) == ((0, 1, 2, 3), (0, 3, 4, 7))
+    assert raw.skipped == ("episode_000002.mp4: truncated", "episode_000006.mp4: truncated")
+
+
+def test_a_run_goes_on_past_unreadable_samples_and_says_how_many(tmp_path: Path, caplog) -> None:
+    config = small_config(tmp_path).override({"run.steps": "2", "run.log_every": "2"})
+    assert train(config, HalfBroken(config.model, "libero")) == 0
+    (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert line["skipped"] == 4
+    assert "step 1: another sample stands for one that cannot be read: episode_000002.mp4: truncated" in caplog.text
+
+
+def test_all_unreadable_is_an_error() -> None:
+    feed = Feed(AllBroken(TINY, "libero"), Share(0, 1, 2, 1), 0, 1, workers=0, video=True, pin=False)
+    with pytest.raises(DataError, match="100 samples in a row cannot be read; the last: episode_"):
         next(iter(feed))
 
 
@@ -149,6 +211,10 @@ def test_the_command_trains_a_policy_and_goes_on(config: DataConfig, tmp_path: P
     evaluated = [line for line in lines if "eval/action_mae" in line]
     assert [line["step"] for line in evaluated] == [3, 6]
     assert all({"eval/action_loss", "eval/video_loss"} <= set(line) for line in evaluated)
+    dimensions = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+    assert all(
+        {f"action_{kind}/{name}" for kind in ("mae", "mse") for name in dimensions} <= set(line) for line in evaluated
+    )
     assert len(list((out / "strips").rglob("*.png"))) == 2
     assert list((out / "tensorboard").iterdir())
     assert read_config(out / "config.yaml").data.mixture == "mine"
@@ -170,3 +236,26 @@ def test_the_command_trains_a_policy_and_goes_on(config: DataConfig, tmp_path: P
     chunk = policy.infer(observation, "open the drawer", noise=Noise.from_seed(1, 0))
     assert chunk.actions.shape == (8, 7)
     assert np.isfinite(chunk.actions).all()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_command_as_the_readme_says(config: DataConfig, tmp_path: Path) -> None:
+    """Two processes; the held-out error of each dimension is in the log."""
+    write_config(tmp_path / "config.yaml", replace(small_config(tmp_path / "run"), data=replace(config, batch_size=1)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    words = ["dit4dit", "train", "--config", str(tmp_path / "config.yaml"), "--run.steps", "2", "--run.eval_every", "2"]
+    facts = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
+    facts |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    ended = subprocess.run(
+        [*launch, *words, "--run.eval_strips", "0"],
+        env={**os.environ, **facts},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert {"eval/action_mae", "action_mae/gripper", "action_mse/x"} <= set(lines[-1])

@@ -52,7 +52,15 @@ def test_two_processes_train_what_one_does(strategy: str, plain: Path, tmp_path:
     words = ["--data.batch_size", 2, "--run.eval_every", 3, "--run.eval_samples", 4, "--run.eval_strips", 0]
     words += ["--run.strategy", strategy, "--optim.ema", 0.9]
     runs.Run(tmp_path / "two", *words, ranks=2).ok()
-    names = ("step", *runs.LOSSES, "eval/action_loss", "eval/video_loss", "eval/action_mae")
+    names = (
+        "step",
+        *runs.LOSSES,
+        "eval/action_loss",
+        "eval/video_loss",
+        "eval/action_mae",
+        "action_mae/x",
+        "action_mse/yaw",
+    )
     for one, two in zip(lines(plain), lines(tmp_path / "two"), strict=True):
         shared = [name for name in names if name in one]
         assert len(shared) >= 4
@@ -82,9 +90,9 @@ processes = Processes(config)
 start = setup.load(config, processes.device)
 whole = bytes_here(optim.named_parameters(start.model))
 trainer = loop.Trainer(start, RandomData(config.model, "libero"), processes, None, None)
-parameters = trainer.parameters
+parameters = trainer.moves.parameters
 assert all(isinstance(p, DTensor) for p in parameters.values()), [n for n, p in parameters.items() if not isinstance(p, DTensor)]
-assert all(isinstance(v, DTensor) for v in trainer.average.values.values())
+assert all(isinstance(v, DTensor) for v in trainer.moves.average.values.values())
 here = bytes_here(parameters)
 odd = sum(p.numel() // p.shape[0] * 4 for p in parameters.values() if p.shape[0] % 2)
 # the first rank holds the larger half where a first dimension is odd

@@ -79,18 +79,18 @@ def test_the_rest_is_exact(changes: dict[str, str]) -> None:
     processes = Processes(config)
     start = setup.load(config, processes.device)
     trainer = loop.Trainer(start, RandomData(config.model, "libero"), processes, None, None)
-    for parameter in trainer.parameters.values():
+    for parameter in trainer.moves.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()
+    trainer.moves.optimizer.step()
 
     def size(tensors) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    trained = list(trainer.parameters.values())
+    trained = list(trainer.moves.parameters.values())
     assert plan.trained == size(trained)
     assert plan.gradients == size(p.grad for p in trained)
-    assert plan.optimizer == size(t for state in trainer.optimizer.state.values() for t in state.values())
-    assert plan.average == size(trainer.average.values.values())
+    assert plan.optimizer == size(t for state in trainer.moves.optimizer.state.values() for t in state.values())
+    assert plan.average == size(trainer.moves.average.values.values())
     assert plan.frozen == size(start.model.parameters()) - size(trained)
     assert plan.total == sum(vars(plan).values())
 

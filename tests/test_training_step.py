@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,56 +16,92 @@ from dit4dit.commands.parity import (
     golden_video_time,
     gradient_norm,
     load_golden,
-    prepare_video,
     relative_error,
 )
+from dit4dit.config import ModelConfig
+from dit4dit.data.samples import Sample, Window
+from dit4dit.data.writer import VideoCodec, Writer
 from dit4dit.model.checkpoint import open_checkpoint
 from dit4dit.model.dit4dit import Draws
 from dit4dit.presets import preset
 from dit4dit.training import caches, setup
-from dit4dit.training.config import TrainConfig, WeightsConfig
-from dit4dit.training.feed import Share, collate, to_batch
+from dit4dit.training.config import DataConfig, TrainConfig, WeightsConfig
+from dit4dit.training.feed import Feed, Share, collate, to_batch
+from dit4dit.training.lerobot_data import LeRobotData
 from dit4dit.training.loop import loss_step, prepare
 from dit4dit.training.parallel import Root
-from dit4dit.training.random_data import RandomData, RandomSample
+from dit4dit.training.random_data import RandomData
 from dit4dit.training.randomness import KeyedDropout, Keys, draws, dropout_keys, key_dropouts, uniform_bits
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
 
 
-class GoldenData:
-    """The golden batch as a data set of its own samples."""
+class GoldenData(LeRobotData):
+    """The golden batch as a LeRobot data set: sample i is the first frame of episode i.
 
-    def __init__(self, folder: Path) -> None:
-        self.golden = load_golden(folder / "golden.safetensors", CPU)
-        self.instructions = json.loads((folder / "golden.json").read_text())["prompts"]
-        self.video = prepare_video(self.golden["in.images"], torch.float32)
-        self.clip_fingerprint, self.clips = str(folder), len(self.video)
+    State and actions are written as the model has them, for a robot without normalisation. The fixtures' padded entries hold
+    numbers where a loader has zeros, so those are written too, and the mask alone is the fixture's.
+    """
 
-    def sample(self, index: int, *, video: bool = True) -> RandomSample:
-        golden = self.golden
-        return RandomSample(
-            video=self.video[index] if video else None,
-            lang=self.instructions[index],
-            actions=golden["in.actions"][index],
-            action_mask=golden["in.action_mask"][index].bool(),
-            state=golden["in.state"][index] if "in.state" in golden else None,
+    @classmethod
+    def write(cls, folder: Path, golden: dict[str, torch.Tensor], prompts: list[str], model: ModelConfig) -> GoldenData:
+        images, actions, state = (golden[f"in.{name}"].numpy() for name in ("images", "actions", "state"))
+        views = ("left", "right") if images.shape[3] > images.shape[2] else ("only",)
+        offsets = Window.for_model(model).offsets
+        with Writer(folder / "set", 10, codec=VideoCodec.lossless()) as writer:
+            for i, words in enumerate(prompts):
+                length = offsets[-1] + 1
+                shown = np.zeros((length, *images.shape[2:]), np.uint8)
+                shown[list(offsets)] = images[i]
+                done = np.resize(actions[i], (length, actions.shape[2]))
+                columns = {"action": done, "observation.state": np.repeat(state[i], length, axis=0)}
+                cameras = {
+                    f"observation.images.{v}": part
+                    for v, part in zip(views, np.split(shown, len(views), 2), strict=True)
+                }
+                writer.add(columns, cameras, words)
+        modality = {
+            "state": {"all": {"start": 0, "end": state.shape[2]}},
+            "action": {"all": {"start": 0, "end": actions.shape[2]}},
+            "video": {view: {"original_key": f"observation.images.{view}"} for view in views},
+            "annotation": {"task": {"original_key": "task_index"}},
+        }
+        robot = {"video": list(views), "state": ["all"], "action": ["all"], "language": "annotation.task"}
+        robots = {"golden": {**robot, "action_steps": actions.shape[1], "modality": modality}}
+        mixtures = {"golden": [{"dataset": "set", "robot": "golden"}]}
+        (folder / "robots.yaml").write_text(json.dumps({"robots": robots, "mixtures": mixtures}))
+        own = DataConfig(root=str(folder), mixture="golden", robots=str(folder / "robots.yaml"), holdout=0.0)
+        data = cls.open(own, replace(model, image_size=(images.shape[2], images.shape[3] // len(views))), seed=0)
+        data.masks = golden["in.action_mask"].bool()
+        return data
+
+    def index(self, position: int, attempt: int = 0) -> int:
+        return position * self.clips // len(self.masks)
+
+    def sample(self, index: int, *, video: bool = True) -> Sample:
+        return replace(
+            super().sample(index, video=video), action_mask=self.masks[index * len(self.masks) // self.clips]
         )
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["pictures", "latents"])
 @pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny"])
 def test_published_losses_and_gradients(name: str, cached: bool, tmp_path: Path) -> None:
-    data = GoldenData(GOLDEN / name)
-    golden = data.golden
-    weights = WeightsConfig(checkpoint=str(GOLDEN / name))
-    flow = open_checkpoint(GOLDEN / name).model.flow
-    base = preset("tiny").model
-    config = TrainConfig(model=replace(base, flow=flow), embodiment=None, weights=weights)
+    """From video files and parquet through reader, worker, collation and caches to the losses and their gradients."""
+    golden = load_golden(GOLDEN / name / "golden.safetensors", CPU)
+    prompts = json.loads((GOLDEN / name / "golden.json").read_text())["prompts"]
+    published = open_checkpoint(GOLDEN / name).model
+    data = GoldenData.write(tmp_path, golden, prompts, published)
+    flow = published.flow
+    config = TrainConfig(
+        model=replace(preset("tiny").model, flow=flow),
+        embodiment=None,
+        weights=WeightsConfig(checkpoint=str(GOLDEN / name)),
+    )
     start = setup.load(config, CPU)
-    prompts = caches.PromptCache(tmp_path, caches.prompt_key(start.text(), start.tokenizer))
-    caches.fill_prompts(prompts, start.text(), start.tokenizer, data.instructions)
+    embedded = caches.PromptCache(tmp_path, caches.prompt_key(start.text(), start.tokenizer))
+    caches.fill_prompts(embedded, start.text(), start.tokenizer, data.instructions)
     latents = None
     if cached:
         latents = caches.LatentCache(tmp_path, caches.latent_key(start.model, data), data.clips)
@@ -72,9 +109,10 @@ def test_published_losses_and_gradients(name: str, cached: bool, tmp_path: Path)
     keys = Keys()
     prepare(start.model, start.config, keys)  # gradient checkpointing is on
     root = Root(start.model, "float32").eval()
-    indices = range(data.clips)
-    raw = collate(indices, indices, [data.sample(index, video=not cached) for index in indices])
-    batch = to_batch(raw, start.model.config, CPU, prompts, latents)
+    share = Share(0, 1, len(prompts), 1)
+    (raw,) = Feed(data, share, 0, 1, workers=1, video=not cached, pin=False)
+    assert raw.instructions == tuple(prompts)
+    batch = to_batch(raw, start.model.config, CPU, embedded, latents)
     drawn = Draws(
         posterior=golden["train.posterior_noise"],
         latent=golden["train.latent_noise"],

@@ -46,12 +46,12 @@ class Run:
 
     def wait(self) -> tuple[int, str]:
         """(largest exit code, all of stderr); a process that hangs fails the test."""
-        ended = [process.communicate(timeout=180)[1] for process in self.processes]
+        ended = [process.communicate(timeout=600)[1] for process in self.processes]
         return max(abs(process.returncode) for process in self.processes), "\n".join(ended)
 
     def outputs(self) -> list[str]:
         """What each process printed, when all have ended well."""
-        ended = [process.communicate(timeout=180) for process in self.processes]
+        ended = [process.communicate(timeout=600) for process in self.processes]
         assert all(process.returncode == 0 for process in self.processes), ended
         return [out for out, _ in ended]
 

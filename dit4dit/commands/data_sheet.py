@@ -28,11 +28,14 @@ figcaption{color:#555;font-size:13px}figure{margin:.8em 0}"""
 def write(folder: Path, results: Sequence[Mapping[str, Any]]) -> Path:
     """Write index.html into `folder`; returns its path. The page is one file: its pictures are inside."""
     folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "index.html"
-    body = "\n".join(_dataset(result) for result in results)
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>data check</title><style>{STYLE}</style>"
-    page.write_text(f"{head}<h1>Data check</h1>\n{body}\n</html>\n", encoding="utf-8")
-    return page
+    return page(folder / "index.html", "Data check", "\n".join(_dataset(result) for result in results))
+
+
+def page(file: Path, title: str, body: str) -> Path:
+    """Write a page in the style of all reports of data; returns its path."""
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    file.write_text(f"{head}<h1>{html.escape(title)}</h1>\n{body}\n</html>\n", encoding="utf-8")
+    return file
 
 
 def _dataset(result: Mapping[str, Any]) -> str:

@@ -41,8 +41,8 @@ class PolicyOptions:
     packs: Path | None = None
     """Folder of prompt packs (dit4dit pack)."""
 
-    def load(self) -> Any:
-        """The policy."""
+    def load(self, embodiment: Any = None) -> Any:
+        """The policy; `embodiment`: a robot of the user's own, which has no name here."""
         from dit4dit.policy import Policy
 
         return Policy.from_pretrained(
@@ -50,7 +50,7 @@ class PolicyOptions:
             self.backbone,
             device=self.device,
             dtype=dtype_of(self.dtype),
-            embodiment=self.embodiment,
+            embodiment=embodiment or self.embodiment,
             engine=self.engine,
             steps=self.steps,
             posterior=self.posterior,

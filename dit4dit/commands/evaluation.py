@@ -43,6 +43,51 @@ def tabletop(
     return eval_run.run(plan, policy, run)
 
 
+def openloop(
+    dataset: tyro.conf.Positional[Path],
+    policy: Policy,
+    out: Path,
+    robot: str | None = None,
+    robots: Path | None = None,
+    modality: Path | None = None,
+    episodes: tuple[int, ...] = (),
+    every: int | None = None,
+    seed: int = 0,
+    batch: int = 4,
+    plots: int = 20,
+) -> int:
+    """Predicted against recorded actions of a LeRobot data set, per dimension: no robot, no simulator.
+
+    Args:
+        dataset: LeRobot data set folder.
+        policy: the policy.
+        out: folder for openloop.json, episodes.jsonl, plots and index.html.
+        robot: robot type of the data set; the one of the checkpoint's embodiment when not given.
+        robots: YAML file with robots of your own.
+        modality: a modality.json for a data set that has none.
+        episodes: numbers of the episodes; all when not given.
+        every: frames from one chunk to the next, of which so many rows are compared; the chunk's length when not given.
+        seed: of the noise.
+        batch: chunks in one pass.
+        plots: how many episodes are drawn, the first ones.
+    """
+    from dit4dit.commands import eval_openloop
+
+    return eval_openloop.run(
+        dataset,
+        policy,
+        out,
+        robot=robot,
+        robots=robots,
+        modality=modality,
+        episodes=episodes,
+        every=every,
+        seed=seed,
+        batch=batch,
+        plots=plots,
+    )
+
+
 def merge(out: tyro.conf.Positional[Path], shards: tyro.conf.Positional[tuple[Path, ...]]) -> int:
     """The shards of one run (--shard i/n) as one run.
 
@@ -139,6 +184,7 @@ def episodes(width: float = 0.1, rate: float = 0.5, confidence: float = 0.95, js
 
 EVALUATIONS: dict[str, Callable[..., int]] = {
     "tabletop": tabletop,
+    "openloop": openloop,
     "compare": compare,
     "merge": merge,
     "report": report,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -50,13 +50,14 @@ class Mixture:
         backend: Backend = "pyav",
         progress: Progress | None = None,
     ) -> Mixture:
-        """Open the data sets of `entries`, folders below `root`.
+        """Open the data sets of `entries`, folders below `root`; an entry with a * is all data sets that it matches.
 
         Raises:
             DataError: a damaged data set, with file and row (with `skip_bad` only where no episode is left), or a frame rate
                 that the entry does not declare.
             ConfigError: an unknown robot, or one that does not fit.
         """
+        entries = [one for entry in entries for one in matching(entry, root)]
         recordings, skipped, without = [], [], []
         for entry in entries:
             recording = _open(entry, root, catalogue, backend, progress)
@@ -136,6 +137,23 @@ class Mixture:
                 f"no episodes for {split!r} with a held-out fraction of {fraction}; give more data, or another"
             )
         return tuple(out)
+
+
+def matching(entry: Entry, root: Path) -> list[Entry]:
+    """The entry, or one for each data set that its pattern matches, by name; each has the entry's whole weight.
+
+    Raises:
+        DataError: a pattern that matches none.
+    """
+    if "*" not in entry.dataset or (root / entry.dataset).is_dir():
+        return [entry]
+    found = sorted(info.parent.parent.relative_to(root) for info in root.glob(f"{entry.dataset}/meta/info.json"))
+    if not found:
+        raise DataError(
+            f"{root}: no data set matches {entry.dataset!r}, wanted folders with meta/info.json for robot {entry.robot!r}; "
+            "put them there, or name the folder above them (training: --data.root, stats: --root)"
+        )
+    return [replace(entry, dataset=str(path)) for path in found]
 
 
 def _rank(seed: int, name: str, episode: int) -> bytes:

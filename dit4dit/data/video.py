@@ -132,7 +132,7 @@ class TorchcodecDecoder:
     """torchcodec, where it is installed: the same frames by number, from FFmpeg through torch's own bindings."""
 
     def __init__(self, path: Path) -> None:
-        decoders = require("torchcodec.decoders", "train")
+        decoders = require("torchcodec.decoders", "torchcodec")
         if not path.is_file():
             raise DataError(f"{path}: no such file; copy the data set again")
         self.path = path

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dit4dit.config import ModelConfig, build
 from dit4dit.errors import ConfigError, did_you_mean
 
-Strategy = Literal["ddp", "fsdp2"]
+Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb"]
 
@@ -53,7 +53,9 @@ class DataConfig:
     mask_padding: bool = False
     """Leave time steps past the end of an episode out of the action loss; the published loader does not."""
     skip_bad: bool = False
-    """Leave damaged episodes out, counted, instead of refusing to start."""
+    """Leave damaged episodes out, counted, instead of refusing to start; let another sample stand for one whose pictures turn
+    out to be unreadable, counted as `skipped` in the log. With `cache_latents` those are found, and refused, beforehand.
+    """
     video_delta_indices: tuple[int, ...] | None = None
     """Frames that a clip may have, counted from its first; None spreads them over the action chunk."""
     action_video_freq_ratio: int = 1
@@ -126,7 +128,8 @@ class RunConfig:
     seed: int = 42
     steps: int = 80_000
     strategy: Strategy = "ddp"
-    """ddp: a whole copy on each process; fsdp2: weights, gradients and optimiser split over the processes."""
+    """ddp: a whole copy on each process; fsdp2: weights, gradients and optimiser split over the processes; zero2, zero3:
+    DeepSpeed's stages 2 (gradients and optimiser split) and 3 (weights too)."""
     reshard: bool = True
     """fsdp2: give gathered weights back after each block's forward pass (what DeepSpeed calls ZeRO-3); False keeps them until
     the backward pass (ZeRO-2), which sends less and holds more."""
@@ -182,6 +185,11 @@ class TrainConfig:
             raise ConfigError(f"data.workers: expected at least 0, got {self.data.workers}")
         if not 0 <= self.data.holdout < 1:
             raise ConfigError(f"data.holdout: expected a share from 0 to below 1, got {self.data.holdout}")
+        zero = self.run.strategy in ("zero2", "zero3")
+        if zero and self.run.compile:
+            raise ConfigError(f"run.compile: does not go with strategy {self.run.strategy}; leave it out, or use fsdp2")
+        if self.run.strategy == "zero3" and self.optim.ema is not None:
+            raise ConfigError("optim.ema: strategy zero3 keeps no moving average; use zero2 or fsdp2")
         if self.weights.fresh_head and self.weights.checkpoint is None:
             raise ConfigError(
                 "weights.fresh_head: goes with weights.checkpoint; a run without one has a fresh head anyway"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dit4dit.evaluation.action_error import ActionError, ActionUnits
 from dit4dit.model import flow
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.training.caches import PromptCache
@@ -46,9 +47,16 @@ def evaluate(
     batch_size: int,
     seed: int,
 ) -> dict[str, float]:
-    """{"eval/action_loss", "eval/video_loss", "eval/action_mae" (mean |error| in normalised units)}, those that the mode has."""
+    """Means over the held-out samples, those that the mode has.
+
+    Returns:
+        {"eval/action_loss", "eval/video_loss", "eval/action_mae" (mean |error| in normalised units)}, and per dimension in
+        robot units {"action_mae/<dimension>", "action_mse/<dimension>"}; with several robots "action_mae/<robot>.<dimension>".
+    """
     mine = chosen(data, samples, processes.ranks)[processes.rank :: processes.ranks]
     sums = {name: torch.zeros((), dtype=torch.float64, device=processes.device) for name in SUMS}
+    robots = data.robots
+    errors = [ActionError(len(robot.names)) for robot in robots]
     training = root.training
     root.eval()
     for start in range(0, len(mine), batch_size):
@@ -56,15 +64,41 @@ def evaluate(
         raw = collate(indices, indices, [data.sample(index) for index in indices])
         batch = to_batch(raw, root.model.config, processes.device, prompts, None)
         drawn = draws_for(root.model, batch, seed, indices)
-        for name, value in module(partial(held_out_step, batch=batch, drawn=drawn)).items():
+        found = module(partial(held_out_step, batch=batch, drawn=drawn))
+        if (actions := found.pop("actions", None)) is not None:
+            for row, index in enumerate(indices):
+                robot = data.robot(index)
+                add_robot_error(errors[robot], robots[robot], actions[row], raw.actions[row], raw.action_mask[row])
+        for name, value in found.items():
             sums[name] += value
     root.train(training)
+    for error in errors:
+        error.sums = processes.sum(torch.from_numpy(error.sums).to(processes.device)).cpu().numpy()
     totals = dict(zip(SUMS, processes.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
     out = {}
     for name, per in (("action_loss", "entries"), ("action_mae", "entries"), ("video_loss", "samples")):
         if totals[per]:
             out[f"eval/{name}"] = totals[name] / totals[per]
+    return out | robot_errors(robots, errors)
+
+
+def robot_errors(robots: Sequence[ActionUnits], errors: Sequence[ActionError]) -> dict[str, float]:
+    """{"action_mae/<dimension>": ..., "action_mse/<dimension>": ...}; dimensions are named with their robot where there are
+    several.
+    """
+    out: dict[str, float] = {}
+    for robot, error in zip(robots, errors, strict=True):
+        which = f"{robot.embodiment.name}." if len(robots) > 1 else ""
+        for kind, values in (("mae", error.mae), ("mse", error.mse)):
+            counted = {n: float(v) for n, v in zip(robot.names, values, strict=True) if not np.isnan(v)}
+            out |= {f"action_{kind}/{which}{dimension}": value for dimension, value in counted.items()}
     return out
+
+
+def add_robot_error(error: ActionError, robot: ActionUnits, predicted: Tensor, recorded: Tensor, mask: Tensor) -> None:
+    """Add one chunk in robot units: predicted, recorded (normalised) and mask [K, A_model]."""
+    both = [robot.robot(chunk.float().cpu().numpy()) for chunk in (predicted, recorded)]
+    error.add(both[0], both[1], mask.cpu().numpy()[:, : len(robot.names)])
 
 
 def draws_for(model: DiT4DiT, batch: Batch, seed: int, indices: Sequence[int]) -> Draws:
@@ -76,7 +110,9 @@ def draws_for(model: DiT4DiT, batch: Batch, seed: int, indices: Sequence[int]) -
 
 
 def held_out_step(model: DiT4DiT, batch: Batch, drawn: Draws) -> dict[str, Tensor]:
-    """Sums over one batch of its losses and of the error of the actions that the policy would have sent, and their counts."""
+    """Sums over one batch of its losses and of the error of the actions that the policy would have sent, and their counts;
+    under "actions" those actions themselves, normalised [B, K, A_model].
+    """
     losses = model.loss(batch, drawn)
     out: dict[str, Tensor] = {}
     if losses.video is not None:
@@ -89,6 +125,7 @@ def held_out_step(model: DiT4DiT, batch: Batch, drawn: Draws) -> dict[str, Tenso
         actions = model.sample(batch.video[:, 0], context, batch.state, drawn.posterior, drawn.latent, noise)
         error = (actions - batch.actions).abs() * mask
         out |= {"action_loss": losses.action * mask.sum(), "action_mae": error.sum(), "entries": mask.sum()}
+        out["actions"] = actions
     return out
 
 

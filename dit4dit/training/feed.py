@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dit4dit.config import ModelConfig
-from dit4dit.errors import Dit4DitError, InputError
+from dit4dit.data.loader import MOST_ATTEMPTS
+from dit4dit.errors import DataError, Dit4DitError, InputError
+from dit4dit.evaluation.action_error import ActionUnits
 from dit4dit.training.caches import LatentCache, PromptCache
 from dit4dit.types import Batch, ClipLatents
 
@@ -70,11 +72,24 @@ class TrainingData(Protocol):
     def picture_size(self) -> tuple[int, int]:
         """Height and width of the joined views."""
 
-    def index(self, position: int) -> int:
-        """Index of the training sample at a position, which counts up without end; a pure function."""
+    @property
+    def skip_bad(self) -> bool:
+        """Whether a sample that cannot be read is replaced and counted, instead of ending the run."""
+
+    def index(self, position: int, attempt: int = 0) -> int:
+        """Index of the training sample at a position, which counts up without end; a pure function. `attempt` counts the
+        replacements of one that cannot be read.
+        """
 
     def held_out(self) -> Sequence[int]:
         """Indices of samples that are never trained on."""
+
+    @property
+    def robots(self) -> Sequence[ActionUnits]:
+        """Every robot that there are samples of, with its way back to its own units."""
+
+    def robot(self, index: int) -> int:
+        """Which of them a sample is of."""
 
     def sample(self, index: int, *, video: bool = True) -> Sample:
         """The sample; without `video` nothing is decoded."""
@@ -91,9 +106,13 @@ class Raw:
     actions: Tensor
     action_mask: Tensor
     state: Tensor | None
+    skipped: tuple[str, ...] = ()
+    """What was wrong with samples that others stand for."""
 
 
-def collate(positions: Sequence[int], indices: Sequence[int], samples: Sequence[Sample]) -> Raw:
+def collate(
+    positions: Sequence[int], indices: Sequence[int], samples: Sequence[Sample], skipped: Sequence[str] = ()
+) -> Raw:
     """Samples -> one micro batch; InputError where their shapes differ."""
 
     def join(name: str) -> Tensor | None:
@@ -109,7 +128,7 @@ def collate(positions: Sequence[int], indices: Sequence[int], samples: Sequence[
     assert actions is not None
     assert mask is not None
     words = tuple(sample.lang for sample in samples)
-    return Raw(tuple(positions), tuple(indices), words, join("video"), actions, mask, join("state"))
+    return Raw(tuple(positions), tuple(indices), words, join("video"), actions, mask, join("state"), tuple(skipped))
 
 
 def to_batch(
@@ -201,7 +220,14 @@ class Feed:
             yield made
 
 
-Loaded = tuple[int, int, Sample]
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """One sample from a worker, and why others before it could not be it."""
+
+    position: int
+    index: int
+    sample: Sample
+    skipped: tuple[str, ...]
 
 
 class _Positions(Dataset[Loaded | Dit4DitError]):
@@ -210,11 +236,18 @@ class _Positions(Dataset[Loaded | Dit4DitError]):
 
     def __getitem__(self, position: int) -> Loaded | Dit4DitError:
         """A user's error is handed over as it is: torch would bury it in a worker's traceback."""
-        index = self.data.index(position)
-        try:
-            return position, index, self.data.sample(index, video=self.video)
-        except Dit4DitError as error:
-            return error
+        skipped: list[str] = []
+        for attempt in range(MOST_ATTEMPTS):
+            index = self.data.index(position, attempt)
+            try:
+                return Loaded(position, index, self.data.sample(index, video=self.video), tuple(skipped))
+            except DataError as error:
+                if not self.data.skip_bad:
+                    return error
+                skipped.append(str(error))
+            except Dit4DitError as error:
+                return error
+        return DataError(f"{MOST_ATTEMPTS} samples in a row cannot be read; the last: {skipped[-1]}")
 
 
 def _collate(rows: list[Loaded | Dit4DitError]) -> Raw | Dit4DitError:
@@ -223,7 +256,8 @@ def _collate(rows: list[Loaded | Dit4DitError]) -> Raw | Dit4DitError:
         if isinstance(row, Dit4DitError):
             return row
         good.append(row)
+    skipped = [why for row in good for why in row.skipped]
     try:
-        return collate([row[0] for row in good], [row[1] for row in good], [row[2] for row in good])
+        return collate([r.position for r in good], [r.index for r in good], [r.sample for r in good], skipped)
     except Dit4DitError as error:
         return error

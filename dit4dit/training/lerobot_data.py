@@ -15,6 +15,7 @@ from dit4dit.data.robots import catalogue
 from dit4dit.data.sampler import Draws
 from dit4dit.data.samples import Sample, Window
 from dit4dit.errors import ConfigError
+from dit4dit.evaluation.action_error import ActionUnits
 from dit4dit.training.caches import digest
 from dit4dit.training.config import DataConfig
 from dit4dit.training.logs import log
@@ -29,7 +30,7 @@ class LeRobotData:
         Raises:
             ConfigError: robots of the mixture join their views to pictures of different sizes.
         """
-        self.mixture = mixture
+        self.mixture, self.skip_bad = mixture, config.skip_bad
         self.window = Window.for_model(
             model,
             video_delta_indices=config.video_delta_indices,
@@ -103,8 +104,8 @@ class LeRobotData:
     def picture_size(self) -> tuple[int, int]:
         return self._size
 
-    def index(self, position: int) -> int:
-        drawn = self._train.draw(position)
+    def index(self, position: int, attempt: int = 0) -> int:
+        drawn = self._train.draw(position, attempt)
         return int(self._starts[drawn.dataset][drawn.episode]) + drawn.frame
 
     def held_out(self) -> Sequence[int]:
@@ -113,6 +114,16 @@ class LeRobotData:
             for episode in episodes:
                 frames += range(int(starts[episode]), int(starts[episode + 1]))
         return frames
+
+    @cached_property
+    def robots(self) -> Sequence[ActionUnits]:
+        found = {r.recording.embodiment.name: ActionUnits(r.recording.embodiment, r.action) for r in self.readers}
+        return tuple(found.values())
+
+    def robot(self, index: int) -> int:
+        dataset = int(np.searchsorted(self._ends, index, side="right"))
+        names = [robot.embodiment.name for robot in self.robots]
+        return names.index(self.readers[dataset].recording.embodiment.name)
 
     def sample(self, index: int, *, video: bool = True) -> Sample:
         dataset = int(np.searchsorted(self._ends, index, side="right"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,8 @@ from dit4dit.training import caches, checkpoint, evaluate, optim, setup
 from dit4dit.training.config import TrainConfig
 from dit4dit.training.feed import Feed, Raw, Share, TrainingData, to_batch
 from dit4dit.training.logs import Log, Meter, bar, log
-from dit4dit.training.parallel import Processes, Root, assign, full
+from dit4dit.training.moves import make_moves
+from dit4dit.training.parallel import Processes, Root
 from dit4dit.training.randomness import Keys, draws, dropout_keys, key_dropouts
 from dit4dit.types import Batch
 
@@ -100,12 +101,7 @@ class Trainer:
         for what in prepare(self.model, config, self.keys):
             log.info("frozen, because no loss of mode %s reaches it: %s", config.model.flow.training, what)
         self.root = Root(self.model, config.run.precision).train()
-        processes.shard(self.root)
-        self.parameters = optim.trainable(self.model)
-        self.optimizer = optim.make_optimizer(self.parameters, config.optim)
-        self.module = processes.wrap(self.root)
-        self.average = None if config.optim.ema is None else optim.Average(self.parameters, config.optim.ema)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.run.precision == "float16")
+        self.moves = make_moves(self.root, config, processes)
         self.share = Share(processes.rank, processes.ranks, config.data.batch_size, config.optim.accumulate)
         self.size = self.model.config.latent_size(*data.picture_size)
         self.step = 0
@@ -155,32 +151,27 @@ class Trainer:
     def take_step(self, micros: list[Raw], entries: Tensor) -> None:
         """Forward, backward and one move of the weights; `entries` is the number of action entries in the global batch."""
         flow, pieces = self.model.config.flow, self.share.ranks * self.share.accumulate
-        rates = optim.set_rates(self.optimizer, optim.schedule(self.step, self.config.run.steps, self.config.optim))
+        rates = self.moves.set_rates(optim.schedule(self.step, self.config.run.steps, self.config.optim))
         seen = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         for i, raw in enumerate(micros):
-            last = i == len(micros) - 1
-            with contextlib.nullcontext() if last else self.processes.no_sync(self.module):
+            with self.moves.micro_step(last=i == len(micros) - 1):
                 batch = to_batch(raw, self.model.config, self.processes.device, self.prompts, self.latents)
                 drawn = self._draws(raw)
-                losses = self.module(partial(loss_step, batch=batch, drawn=drawn))
+                losses = self.moves.module(partial(loss_step, batch=batch, drawn=drawn))
                 # the action loss is a mean over real entries: each piece counts by how many of them it has
                 weight = (batch.action_mask.sum() * pieces / entries).float()
                 action = losses["action"] * weight if "action" in losses else seen.new_zeros((), dtype=torch.float32)
                 video = losses.get("video", torch.zeros_like(action))
-                self.scaler.scale((action + flow.future_video_weight * video) / self.share.accumulate).backward()
+                self.moves.backward((action + flow.future_video_weight * video) / self.share.accumulate)
                 seen += torch.stack([action.detach(), video.detach()]).double() / pieces
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.optim.clip or float("inf")
-        norm = full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(self.parameters)
+            for why in raw.skipped:
+                log.warning("step %d: another sample stands for one that cannot be read: %s", self.step + 1, why)
+        norm = self.moves.step()
         self.step += 1
         self.rates = rates
+        skipped = torch.tensor([sum(len(raw.skipped) for raw in micros)], dtype=torch.float64, device=seen.device)
         # the norm is the same on every rank, so that a rank's share of it is what is summed
-        self._pending.append(torch.cat([seen, norm.double()[None] / self.processes.ranks]))
+        self._pending.append(torch.cat([seen, norm.double()[None] / self.processes.ranks, skipped]))
 
     def _draws(self, raw: Raw) -> Draws:
         """This micro step's draws on the device; sets its dropout keys too."""
@@ -194,7 +185,7 @@ class Trainer:
         if not self._pending:
             return
         rows, self._pending = self.processes.sum(torch.stack(self._pending)), []
-        action, video, norm = rows.mean(dim=0).tolist()
+        action, video, norm, _ = rows.mean(dim=0).tolist()
         mode = self.model.config.flow.training
         named = {"action_loss": action, "video_loss": video}
         named = {f"train/{k}": v for k, v in named.items() if mode in ("joint", k.removesuffix("_loss"))}
@@ -204,12 +195,13 @@ class Trainer:
             )
         rates = {f"learning_rate/{name}": rate for name, rate in self.rates.items()}
         speed = meter.read()
-        log_to.write(self.step, {**named, "train/grad_norm": norm, **rates, **speed})
+        skipped = {"skipped": rows[:, 3].sum().item()} if self.data.skip_bad else {}
+        log_to.write(self.step, {**named, "train/grad_norm": norm, **rates, **speed, **skipped})
         log_to.tell(f"{speed['samples_per_s']:.2f} samples/s, data wait {speed['data_wait']:.0%}")
 
     def _evaluate(self, log_to: Log) -> None:
         run = self.config.run
-        common = (self.root, self.module, self.processes, self.data, self.prompts)
+        common = (self.root, self.moves.module, self.processes, self.data, self.prompts)
         batch = self.config.data.batch_size
         values = evaluate.evaluate(*common, samples=run.eval_samples, batch_size=batch, seed=run.seed)
         log_to.write(self.step, values)
@@ -220,12 +212,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step. All ranks give their pieces, the first writes."""
-        everything = {name: full(p).cpu() for name, p in optim.named_parameters(self.model).items()}
-        averaged = {} if self.average is None else {n: full(v).cpu() for n, v in self.average.values.items()}
-        state = {}
-        for name, parameter in self.parameters.items():
-            for kind, value in self.optimizer.state[parameter].items():
-                state[f"{kind}.{name}"] = full(value).cpu()
+        everything, averaged, state = self.moves.weights(), self.moves.averaged(), self.moves.moments()
         lora = self.config.optim.lora.rank > 0
         if lora or averaged:
             state |= {f"weights.{n}": t for n, t in everything.items()} | {
@@ -247,7 +234,7 @@ class Trainer:
             raise error
 
     def _progress(self) -> checkpoint.Progress:
-        scaler = self.scaler.state_dict()
+        scaler = self.moves.scaler.state_dict()
         return checkpoint.Progress(
             step=self.step,
             seed=self.config.run.seed,
@@ -284,30 +271,15 @@ class Trainer:
                 raise ConfigError(
                     f"--resume {saved.folder}: {name}: the run has {there}, this one {here}; make them equal"
                 )
-        everything = optim.named_parameters(self.model)
-        restore_tensors(everything, saved.weights, f"{saved.folder}: weights")
-        if self.average is not None:
-            restore_tensors(self.average.values, saved.average, f"{saved.folder}: average")
-        moments = {f"{kind}.{n}": t for n, p in self.parameters.items() for kind, t in self._blank_moments(p).items()}
-        restore_tensors(moments, saved.moments, f"{saved.folder}: optimiser")
+        self.moves.restore(saved.weights, saved.moments, str(saved.folder))
+        self.moves.restore_average(saved.average, str(saved.folder))
         if progress.scale is not None:
-            self.scaler.load_state_dict(
-                {**self.scaler.state_dict(), "scale": progress.scale, "_growth_tracker": progress.growth}
-            )
+            scaler = self.moves.scaler
+            scaler.load_state_dict({**scaler.state_dict(), "scale": progress.scale, "_growth_tracker": progress.growth})
         own = {n.split(".", 1)[1]: t for n, t in saved.rng.items() if n.split(".", 1)[0] == str(self.processes.rank)}
         if own:  # a rank that was not there before starts its generators anew; no draw of a step comes from them
             checkpoint.set_rng_state(own, self.processes.device)
         self.step = progress.step
-
-    def _blank_moments(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
-        """AdamW's state of a parameter, registered with the optimiser, to be filled."""
-        blank = {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-        self.optimizer.state[parameter] = blank
-        return blank
 
 
 def prepare(model: DiT4DiT, config: TrainConfig, keys: Keys) -> tuple[str, ...]:
@@ -333,20 +305,6 @@ def loss_step(model: DiT4DiT, batch: Batch, drawn: Draws) -> dict[str, Tensor]:
     losses = model.loss(batch, drawn)
     named = {"action": losses.action, "video": losses.video}
     return {name: value for name, value in named.items() if value is not None}
-
-
-def restore_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], where: str) -> None:
-    """Write `values` into `targets`, name by name; ConfigError when they do not have the same names and shapes."""
-    extra = next((name for name in values if name not in targets), None)
-    if extra is not None:
-        raise ConfigError(f"{where}: {extra}: this run does not have it; resume with the run's own configuration")
-    for name, target in targets.items():
-        if name not in values or values[name].shape != target.shape:
-            got = "none" if name not in values else list(values[name].shape)
-            raise ConfigError(
-                f"{where}: {name}: expected {list(target.shape)}, got {got}; resume with the run's own configuration"
-            )
-        assign(target, values[name])
 
 
 class Stop:

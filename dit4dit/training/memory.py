@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dit4dit.commands.report import table
 from dit4dit.model.dit4dit import DiT4DiT, Draws
-from dit4dit.training import optim
+from dit4dit.training import optim, zero
 from dit4dit.training.config import TrainConfig
 from dit4dit.training.loop import loss_step, prepare
 from dit4dit.training.parallel import Root
@@ -140,6 +140,10 @@ def plan(config: TrainConfig, picture_size: tuple[int, int], processes: int) -> 
     moving = tensor_bytes(trained, split)
     assert model.video_vae is not None
     whole = [*model.backbone.frame_encoder.parameters(), *model.video_vae.parameters()]
+    average = 0 if config.optim.ema is None else moving
+    if config.run.strategy in ("zero2", "zero3"):
+        parts = zero.planned(config.run.strategy, trained, [*fixed.values(), *dict.fromkeys(whole)], processes)
+        return Plan(**parts, average=average, activations=activations)
     vae = sum(p.numel() * p.element_size() for p in whole)
     return Plan(
         trained=moving,
@@ -147,7 +151,7 @@ def plan(config: TrainConfig, picture_size: tuple[int, int], processes: int) -> 
         gradients=moving,
         # two moments, and a step counter of four bytes for each parameter
         optimizer=2 * moving + 4 * len(trained),
-        average=0 if config.optim.ema is None else moving,
+        average=average,
         activations=activations,
     )
 

@@ -98,8 +98,7 @@ class Processes:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        if not dist.is_initialized():
-            self._lone_group()
+        self.ensure_group()
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         model = root.model
         whole = {
@@ -110,8 +109,12 @@ class Processes:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard)
         fully_shard(root, mesh=mesh, ignored_params=whole)
 
-    def _lone_group(self) -> None:
+    def ensure_group(self) -> None:
+        """A process group of one where there is none: what shards needs one."""
         import tempfile
+
+        if dist.is_initialized():
+            return
 
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         with tempfile.TemporaryDirectory() as folder:

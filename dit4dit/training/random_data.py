@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit4dit import embodiments
+from dit4dit import embodiments, stats
 from dit4dit.config import ModelConfig
+from dit4dit.evaluation.action_error import ActionUnits
 from dit4dit.training.caches import digest
 from dit4dit.training.randomness import key
 
@@ -62,11 +63,24 @@ class RandomData:
 
         return {robot.tag: {"action": vector(robot.action_dim), "state": vector(robot.state_dim)}}
 
-    def index(self, position: int) -> int:
+    @property
+    def skip_bad(self) -> bool:
+        return False
+
+    def index(self, position: int, attempt: int = 0) -> int:
         return key(self.seed, "order", position) % (self.clips - HELD_OUT)
 
     def held_out(self) -> Sequence[int]:
         return range(self.clips - HELD_OUT, self.clips)
+
+    @property
+    def robots(self) -> Sequence[ActionUnits]:
+        robot = embodiments.embodiment(self.embodiment)
+        statistics = stats.parse(self.statistics, robot.tag, "random data")
+        return (ActionUnits(robot, robot.action_chain(statistics, self.model.head.action_dim)),)
+
+    def robot(self, index: int) -> int:
+        return 0
 
     def sample(self, index: int, *, video: bool = True) -> RandomSample:
         random = np.random.default_rng(key(self.seed, "sample", index))

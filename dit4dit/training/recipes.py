@@ -51,12 +51,15 @@ def g1_tabletop() -> TrainConfig:
 
 
 def g1_whole_body() -> TrainConfig:
-    """Whole-body Unitree G1: 36 actions, 50 steps ahead (its client executes 32 of them)."""
+    """Whole-body Unitree G1: 36 actions, 50 steps ahead (its client executes 32 of them). No such data are published: the
+    mixture is every data set of yours below `data.root`.
+    """
     return TrainConfig(
         model=preset("unitree_g1").model,
         embodiment="g1",
         weights=COSMOS,
-        data=DataConfig(mixture="g1_whole_body"),
+        # 50 actions do not split into 4 equal steps of the clip
+        data=DataConfig(mixture="g1_whole_body", video_delta_indices=(0, 12, 24, 36, 48)),
         run=RunConfig(out="runs/g1_whole_body", steps=100_000),
     )
 
