@@ -13,7 +13,7 @@ from torch import Tensor
 from dit4dit import _C
 from dit4dit.action_ode.epilogue import Guidance, Units
 from dit4dit.action_ode.plan import FIXED_SHARED, head_shape, plan
-from dit4dit.action_ode.schedule import WEIGHT_UNIT, Device, Schedule
+from dit4dit.action_ode.schedule import COUNTER_STRIDE, WEIGHT_UNIT, Device, Schedule
 from dit4dit.action_ode.validate import validate
 from dit4dit.action_ode.weights import as_bytes, pack_constants, pack_matrices
 from dit4dit.config import HeadConfig
@@ -139,7 +139,7 @@ class OneLaunchHead:
         tensors["weights"] = self._weights[cut]
         tensors["constants"] = pack_constants(self.folded, schedule)
         tensors["workspace"] = torch.empty(schedule.workspace_bytes, dtype=torch.uint8, device=device)
-        tensors["counters"] = torch.zeros(schedule.counters + 1, dtype=torch.int32, device=device)
+        tensors["counters"] = torch.zeros(schedule.counters + 1, COUNTER_STRIDE, dtype=torch.int32, device=device)
         tensors["status"] = torch.zeros(4, dtype=torch.int32, device=device)
         return _Ready(schedule, tensors)
 
@@ -206,9 +206,9 @@ def numbers(schedule: Schedule) -> dict[str, int]:
     }
 
 
-def buffers(schedule: Schedule) -> list[tuple[int, int]]:
-    """(offset in bytes, columns) of every buffer."""
-    return [(buffer.offset, buffer.columns) for buffer in schedule.buffers]
+def buffers(schedule: Schedule) -> list[tuple[int, int, int]]:
+    """(offset in bytes, planes, columns) of every buffer."""
+    return [(buffer.offset, buffer.planes, buffer.columns) for buffer in schedule.buffers]
 
 
 def device_of(device: torch.device) -> Device:
