@@ -321,8 +321,10 @@ def test_swapped_tiles_are_caught(sound: Schedule) -> None:
 
 def test_a_circle_of_waits_is_caught(sound: Schedule) -> None:
     totals = np.bincount(sound.tiles[sound.tiles[:, 3] != NONE, 3])
+    i = a_tile(sound, Attend)
+    after = sound.decoded[i].signal + 4  # of the same group, two stages later
     with pytest.raises(ScheduleError, match=r"\d+ tiles wait for each other and never end"):
-        validate(changed(sound, a_tile(sound, Attend), wait=len(totals) - 1, target=int(totals[-1])))
+        validate(changed(sound, i, wait=after, target=int(totals[after])))
 
 
 def test_swapped_products_are_caught(sound: Schedule) -> None:
@@ -371,7 +373,7 @@ def test_two_heads_on_one_plane_are_caught(sound: Schedule) -> None:
         (Opcode.PRODUCT, {"norm": 1, "columns": 16}),
         (Opcode.PRODUCT, {"modulation": 1 << 28}),
         (Opcode.PRODUCT, {"modulation": 0}),
-        (Opcode.PRODUCT, {"out": int(Space.STREAM)}),
+        (Opcode.PRODUCT, {"out": int(Space.OUT)}),
         (Opcode.PRODUCT, {"source": int(Space.STREAM)}),
         (Opcode.PRODUCT, {"row": 8}),
         (Opcode.PRODUCT, {"step": 2}),

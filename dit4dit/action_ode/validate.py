@@ -73,7 +73,9 @@ def validate(schedule: Schedule) -> None:
     """
     _check_tables(schedule)
     _check_numbers(schedule)
-    _check_accesses(schedule, _stages(schedule))
+    stages = _stages(schedule)
+    _check_accesses(schedule, stages)
+    _check_end(schedule, stages)
 
 
 def reads(schedule: Schedule, tile: Tile) -> Iterator[Access]:
@@ -241,9 +243,12 @@ def _check_bounds(schedule: Schedule, i: int, tile: Tile) -> None:
 
 @dataclass(frozen=True)
 class _Stages:
-    """of: the stage of each tile. before: bool [stages, stages], whether the second comes before the first. order: a run."""
+    """of: the stage of each tile. depth: stages of the longest chain before each. order: stages, each after those before it.
+    before: bool [stages, stages], whether the second comes before the first.
+    """
 
     of: Integers
+    depth: Integers
     before: NDArray[np.bool_]
     order: list[int]
 
@@ -277,13 +282,19 @@ def _stages(schedule: Schedule) -> _Stages:
     if len(order) < count:
         stuck = np.isin(of, [stage for stage in range(count) if left[stage]])
         raise ScheduleError(f"{int(stuck.sum())} tiles wait for each other and never end, such as {int(np.argmax(stuck))}")
-    falls = np.diff(depth[of]) < 0
-    falls[schedule.first_tile[1:-1][(schedule.first_tile[1:-1] > 0) & (schedule.first_tile[1:-1] < len(of))] - 1] = False
+    return _Stages(of, depth, before, order)
+
+
+def _check_end(schedule: Schedule, stages: _Stages) -> None:
+    depth = stages.depth[stages.of]
+    worker = np.repeat(np.arange(schedule.device.workers), np.diff(schedule.first_tile))
+    falls = (np.diff(depth) < 0) & (np.diff(worker) == 0)
     if falls.any():
         i = int(np.argmax(falls))
-        raise ScheduleError(f"tile {i} comes before tile {i + 1} of its worker, which others before it may wait for: they may "
-                            "wait for each other and never end")
-    return _Stages(of, before, order)
+        raise ScheduleError(
+            f"tile {i} {_name(schedule, i)}: comes before tile {i + 1} of its worker, which it may depend on: workers may wait "
+            "for each other and never end"
+        )
 
 
 class _Cells:

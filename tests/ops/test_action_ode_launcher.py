@@ -11,6 +11,7 @@ from head_case import Case, tiny
 from dit4dit import _C
 from dit4dit.action_ode import Device, Schedule, plan
 from dit4dit.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
+from dit4dit.action_ode.schedule import COUNTER_STRIDE, Space
 from dit4dit.errors import OutputError
 
 DEVICE = Device(13, 99 << 10, 80)
@@ -32,7 +33,7 @@ def launcher_arguments(schedule: Schedule) -> dict[str, tuple]:
         "prefix": ((shape.batch, shape.width), "float32"),
         "out": (actions, "float32"),
         "workspace": ((schedule.workspace_bytes,), "uint8"),
-        "counters": ((schedule.counters + 1,), "int32"),
+        "counters": ((schedule.counters + 1, COUNTER_STRIDE), "int32"),
         "status": ((4,), "int32"),
     }
     return {name: described(*rest) for name, rest in shapes.items()}
@@ -53,7 +54,7 @@ def test_the_error_flag_is_read_and_cleared() -> None:
     head.check()
 
 
-@pytest.mark.skipif(not _C.cuda_architectures, reason="this build has no CUDA kernels")
+@pytest.mark.cuda_build
 @pytest.mark.parametrize(
     "change,numbers_change,error,message",
     [
@@ -71,6 +72,13 @@ def test_the_error_flag_is_read_and_cleared() -> None:
         ({"previous": described((2, 8, 7))}, {}, ValueError, "guidance: expected previous and guidance, or neither"),
         ({}, {"width": 17}, ValueError, "width: expected a multiple of 16 up to 2048, got 17"),
         ({}, {"slots": 99}, ValueError, "slots: expected at most 16, got 99"),
+        ({}, {"padded_tokens": 40}, ValueError, "padded_tokens: expected 8, 16, 24, 32, 48 or 64, got 40"),
+        ({}, {"padded_tokens": 56}, ValueError, "padded_tokens: expected 8, 16, 24, 32, 48 or 64, got 56"),
+        ({}, {"part": 300}, ValueError, "part: expected a multiple of 256 that the staging holds, got 300"),
+        ({}, {"rows": 17}, ValueError, "rows: expected as many for each sample, got 17"),
+        ({}, {"rows": 20}, ValueError, "rows: expected the horizon's, and perhaps a state token's"),
+        ({"counters": described((9, 1), "int32")}, {}, ValueError, r"counters: expected shape \[\d+, 32\]"),
+        ({"workspace": described((4096,), "uint8")}, {}, ValueError, r"workspace: expected at least \d+ bytes for buffers"),
     ],
 )
 def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Exception], message: str) -> None:
@@ -79,3 +87,24 @@ def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Ex
     sizes = numbers(schedule) | numbers_change
     with pytest.raises(error, match=message):
         _C.action_ode_cuda(tensors, sizes, buffers(schedule), 0.0, 1, 0)
+
+
+@pytest.mark.cuda_build
+@pytest.mark.parametrize(
+    "space,change,message",
+    [
+        (Space.NOISY, {"offset": 8}, r"buffers\[1\]: expected an offset that is a multiple of 16, from \d+, got 8"),
+        (Space.STREAM, {"offset": 0}, r"buffers\[3\]: expected an offset that is a multiple of 16, from \d+, got 0"),
+        (Space.STREAM, {"columns": 32}, r"buffers\[3\]: expected at least 1 plane of 64 columns, got 1 of 32"),
+        (Space.STATS, {"planes": 0}, r"buffers\[7\]: expected at least 1 plane of 8 columns, got 0 of 8"),
+        (Space.ATTENDED, {"planes": 2}, r"buffers\[7\]: expected an offset that is a multiple of 16, from \d+"),
+        (Space.DECODED, {"planes": 1000}, r"workspace: expected at least \d+ bytes for buffers\[9\], got \d+"),
+    ],
+)
+def test_the_launcher_refuses_buffers_that_do_not_fit(space: Space, change: dict, message: str) -> None:
+    schedule = plan(Case(tiny(), batch=2).shape, DEVICE)
+    places = buffers(schedule)
+    names = ("offset", "planes", "columns")
+    places[space] = tuple(change.get(name, value) for name, value in zip(names, places[space], strict=True))
+    with pytest.raises(ValueError, match=message):
+        _C.action_ode_cuda(launcher_arguments(schedule), numbers(schedule), places, 0.0, 1, 0)
