@@ -59,9 +59,7 @@ def measure(
     """
     config = preset.model
     views = len(EMBODIMENTS[preset.embodiment].views)
-    model = random_model(
-        config, seed, device=device, dtype=dtype, head_dtype=head_dtype, with_text=text and baseline
-    )
+    model = random_model(config, seed, device=device, dtype=dtype, head_dtype=head_dtype, with_text=text and baseline)
     inputs = Inputs.random(config, views, seed, device, text=text and baseline)
     if inputs.tokens is not None:
         inputs = Inputs(**{**vars(inputs), "embeds": model.embed(inputs.tokens)})

@@ -140,7 +140,9 @@ def parity(
     if head != "auto" and not engine:
         raise InputError(f"--head {head}: it is an option of the engine; add --engine")
     if head == "one_launch" and dtype != "bfloat16":
-        raise InputError(f"--head one_launch: the kernel runs in bfloat16, and the limits are those of {dtype}; add --dtype bfloat16")
+        raise InputError(
+            f"--head one_launch: the kernel runs in bfloat16, and the limits are those of {dtype}; add --dtype bfloat16"
+        )
     if record is not None:
         if json is not None or backend is not None or engine or checkpoint is not None or dtype != "float32":
             raise InputError(

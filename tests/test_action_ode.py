@@ -347,7 +347,11 @@ def test_two_tiles_on_one_element_are_caught(sound: Schedule, epilogue: Epilogue
         with pytest.raises(ScheduleError, match="no order between the two"):
             validate(changed(sound, other, row=row, rows=sound.decoded[first].work.rows))
     # the tokens of another group
-    token = next(t.work.token for t in sound.decoded if isinstance(t.work, Product) and t.work.token != sound.decoded[first].work.token)
+    token = next(
+        t.work.token
+        for t in sound.decoded
+        if isinstance(t.work, Product) and t.work.token != sound.decoded[first].work.token
+    )
     with pytest.raises(ScheduleError, match=r"no order between the two|still be being read"):
         validate(changed(sound, first, token=token, tokens=sound.shape.tokens))
 

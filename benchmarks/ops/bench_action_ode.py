@@ -2,9 +2,9 @@
 
 python -m dit4dit.benchmarks.ops.bench_action_ode --device cuda --json result.json
 
-The yardstick is "eager graph": the reference's library kernels as one CUDA graph. Bytes are the blocks' weights, read once a step,
-GB/s those bytes over the time that was reached, and operations their products. "cuda fp8" keeps these weights in e4m3 and is held
-to the head with weights so rounded. "stages" of the kernel's rows: how often all multiprocessors wait for each other.
+The yardstick is "eager graph": the reference's library kernels as one CUDA graph. Bytes are the blocks' weights, read once a
+step, GB/s those bytes over the time that was reached, and operations their products. "cuda fp8" keeps these weights in e4m3 and
+is held to the head with weights so rounded. "stages" of the kernel's rows: how often all multiprocessors wait for each other.
 The kernel has not run on a chip yet: there is no result so far.
 """
 
@@ -28,7 +28,7 @@ from dit4dit.action_ode.program import OneLaunchHead, device_of
 from dit4dit.action_ode.weights import FP8, row_scale
 from dit4dit.commands.report import write_json
 from dit4dit.config import HeadConfig
-from dit4dit.engine.fold import Head, Matrix, fold_head
+from dit4dit.engine.fold import Head, HeadBlock, Matrix, fold_head
 from dit4dit.model.action_head import ActionHead
 
 TOKENS = {9: (8, 784), 17: (16, 588), 51: (50, 392)}
@@ -85,9 +85,11 @@ def in_fp8(head: Head) -> Head:
         scale = row_scale(weight)[:, None]
         return Matrix((weight / scale).to(FP8).float() * scale, matrix.bias)
 
-    parts = ("project", "out", "mlp_in", "mlp_out")
-    blocks = tuple(replace(b, **{part: rounded(getattr(b, part)) for part in parts}) for b in head.blocks)
-    return replace(head, blocks=blocks)
+    def block(b: HeadBlock) -> HeadBlock:
+        changed = {part: rounded(getattr(b, part)) for part in ("project", "out", "mlp_in", "mlp_out")}
+        return HeadBlock(b.norms, b.cross, **changed)
+
+    return replace(head, blocks=tuple(map(block, head.blocks)))
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def case(
         distance = (entry.run().cpu() - entry.want).abs().max().item()
         if not distance <= allowed:  # a NaN is not near
             why = f"expected at most {allowed:.3g} from the truth, got {distance:.3g}"
-            reason = f"not timed, it disagrees with the reference: {name}: {why}"
-            rows.append({**common, "left_out": reason, "disagrees": True})
+            told = f"not timed, it disagrees with the reference: {name}: {why}"
+            rows.append({**common, "left_out": told, "disagrees": True})
             continue
         entry.head.check()
         times = quantiles(timer(entry.run, samples=samples))

@@ -2,10 +2,10 @@
 
 A step is a chain of stages: products, and attention between them. Norms, the merging of ranges of keys, the residual stream and
 the sampler's step are parts of the products around them, because a stage costs a round trip between all multiprocessors, which
-is longer than its work; hence no product is cut along its columns either, whose parts would have to be summed. A group is as many samples as fit into one product's tokens;
-groups have nothing to do with each other, so that a tile waits for one counter only: the one of its group's stage before.
-Rows of weights are the tall operand of every product and tokens the narrow one, so that few tokens waste no tensor cores and
-each weight is read once. What makes a schedule right is proved by `validate`, not here.
+is longer than its work; hence no product is cut along its columns either, whose parts would have to be summed. A group is as
+many samples as fit into one product's tokens; groups have nothing to do with each other, so that a tile waits for one counter
+only: the one of its group's stage before. Rows of weights are the tall operand of every product and tokens the narrow one, so
+that few tokens waste no tensor cores. What makes a schedule right is proved by `validate`, not here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from dit4dit.action_ode.schedule import (
     MAX_WIDTH,
     NONE,
     OPERANDS,
-    SLOT_ELEMENTS,
     TILE_ROWS,
     WEIGHT_UNIT,
     Attend,
@@ -223,7 +222,9 @@ class _Planner:
             yield products("encode", Space.NOISY, Space.EMBEDDED, Epilogue.SILU)
             yield products("encode_out", Space.EMBEDDED, Space.STREAM, Epilogue.TOKENS)
             for i, cross in enumerate(s.blocks):
-                first = products(f"{i}.project", Space.ROUNDED, Space.PROJECTED, Epilogue.PLAIN, eps=1e-5, table=f"{i}.norm")
+                first = products(
+                    f"{i}.project", Space.ROUNDED, Space.PROJECTED, Epilogue.PLAIN, eps=1e-5, table=f"{i}.norm"
+                )
                 yield first
                 ranges = self.key_ranges if cross else [(0, s.tokens)]
                 yield self._attention(group, sum(s.blocks[:i]) if cross else NONE, ranges)
@@ -357,7 +358,9 @@ class _Planner:
         s = self.shape
         product = partial(product_bytes, self.padded, modulated=s.width)
         keys = max(s.tokens, *(keys for _, keys in self.key_ranges))
-        least = max(product(256), attend_bytes(s.tokens, s.tokens, s.head_dim), attend_bytes(s.tokens, keys, s.head_dim))
+        least = max(
+            product(256), attend_bytes(s.tokens, s.tokens, s.head_dim), attend_bytes(s.tokens, keys, s.head_dim)
+        )
         needed = FIXED_SHARED + COPY_SLOTS * 2 * WEIGHT_UNIT + _round(least)
         if self.device.shared_memory < needed:
             raise ConfigError(

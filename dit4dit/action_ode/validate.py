@@ -222,7 +222,7 @@ def _check_bounds(schedule: Schedule, i: int, tile: Tile) -> None:
         limit = shape.tokens if w.context == NONE else shape.context
         need(NONE <= w.context < shape.contexts and 0 <= w.sample < shape.batch, "context or sample")
         need(w.tokens == shape.tokens and w.token == w.sample * shape.tokens, "sample")
-        need(w.key >= 0 and 0 < w.keys and w.key + w.keys <= limit, f"keys, of {limit}")
+        need(w.key >= 0 and w.keys > 0 and w.key + w.keys <= limit, f"keys, of {limit}")
         need(attend_rows(w.tokens, w.keys)[2] <= 64, "more than 64 keys a warp")
         need(attend_bytes(w.tokens, w.keys, shape.head_dim) <= schedule.staging, "staging")
     else:
@@ -281,7 +281,9 @@ def _stages(schedule: Schedule) -> _Stages:
                 order.append(child)
     if len(order) < count:
         stuck = np.isin(of, [stage for stage in range(count) if left[stage]])
-        raise ScheduleError(f"{int(stuck.sum())} tiles wait for each other and never end, such as {int(np.argmax(stuck))}")
+        raise ScheduleError(
+            f"{int(stuck.sum())} tiles wait for each other and never end, such as {int(np.argmax(stuck))}"
+        )
     return _Stages(of, depth, before, order)
 
 
@@ -332,12 +334,16 @@ class _Cells:
         try:
             for i, cells in zip(tiles.tolist(), written, strict=True):
                 if (self.owner[cells] != NONE).any():
-                    raise ScheduleError(f"tile {i} {_name(schedule, i)}: writes what another one does, no order between the two")
+                    raise ScheduleError(
+                        f"tile {i} {_name(schedule, i)}: writes what another one does, no order between the two"
+                    )
                 self.owner[cells] = i
             for i, cells in zip(tiles.tolist(), read, strict=True):
                 owner = self.owner[cells]
                 if ((owner != NONE) & (owner != i)).any():
-                    raise ScheduleError(f"tile {i} {_name(schedule, i)}: reads what another one writes, no order between the two")
+                    raise ScheduleError(
+                        f"tile {i} {_name(schedule, i)}: reads what another one writes, no order between the two"
+                    )
         finally:
             for cells in written:
                 self.owner[cells] = NONE
@@ -374,11 +380,16 @@ def _check_accesses(schedule: Schedule, stages: _Stages) -> None:
 
         def need(ok: NDArray[np.bool_], what: str, which: Integers = tiles) -> None:
             if not ok.all():
-                raise ScheduleError(f"tile {int(which[0])} {_name(schedule, int(which[0]))} or another of its stage: {what}")
+                raise ScheduleError(
+                    f"tile {int(which[0])} {_name(schedule, int(which[0]))} or another of its stage: {what}"
+                )
 
         need(writer[read] != NONE, "reads what is not written by then")
         need(before[writer[read]], "reads what may be being written: no order between the two")
-        need((writer[written] == NONE) | before[writer[written]], "writes what another one does: no order between the two")
+        need(
+            (writer[written] == NONE) | before[writer[written]],
+            "writes what another one does: no order between the two",
+        )
         need((reader[written] == NONE) | before[reader[written]], "writes what may still be being read")
         # one reader is kept for each cell: the last, after all others
         need((reader[read] == NONE) | before[reader[read]], "reads what others read: no order between the two")

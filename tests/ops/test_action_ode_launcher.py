@@ -78,7 +78,12 @@ def test_the_error_flag_is_read_and_cleared() -> None:
         ({}, {"rows": 17}, ValueError, "rows: expected as many for each sample, got 17"),
         ({}, {"rows": 20}, ValueError, "rows: expected the horizon's, and perhaps a state token's"),
         ({"counters": described((9, 1), "int32")}, {}, ValueError, r"counters: expected shape \[\d+, 32\]"),
-        ({"workspace": described((4096,), "uint8")}, {}, ValueError, r"workspace: expected at least \d+ bytes for buffers"),
+        (
+            {"workspace": described((4096,), "uint8")},
+            {},
+            ValueError,
+            r"workspace: expected at least \d+ bytes for buffers",
+        ),
     ],
 )
 def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Exception], message: str) -> None:
