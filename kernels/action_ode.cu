@@ -93,8 +93,10 @@ void set_sizes(ode::Launch& l, const Arguments& given) {
     if (l.rows % l.batch) refuse("rows", "as many for each sample", text(l.rows));
     const int prefix = l.rows / l.batch - l.horizon;
     if (prefix != 0 && prefix != 1) refuse("rows", "the horizon's, and perhaps a state token's, for each sample", text(l.rows));
-    if (l.part % 256 || l.part / 8 * (16 * l.padded_tokens + 16) > l.staging)
+    // a norm's scale and shift, and behind them the tokens; last the sums of all warps
+    if (l.part % 256 || 8 * l.width + l.part / 8 * (16 * l.padded_tokens + 16) > l.staging)
         refuse("part", "a multiple of 256 that the staging holds", text(l.part));
+    if (640 * l.padded_tokens > l.staging) refuse("staging", "at least " + text(640 * l.padded_tokens), text(l.staging));
     if (l.slots > ode::kMostSlots) refuse("slots", "at most 16", text(l.slots));
 }
 

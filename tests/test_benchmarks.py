@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ import torch
 from dit4dit.benchmarks import harness, op_bench
 from dit4dit.benchmarks.harness import assert_no_worse, quantiles, time_cpu
 from dit4dit.benchmarks.ops import bench_action_ode
+from head_case import SMALL, Case, tiny
 
 from dit4dit import ops
+from dit4dit.action_ode import plan
+from dit4dit.action_ode.program import OneLaunchHead
 from dit4dit.cli import main
 from dit4dit.config import HeadConfig
+from dit4dit.engine.fold import fold_head
 
 
 def product(x, y):
@@ -244,7 +249,7 @@ def test_the_head_is_benchmarked(tmp_path, monkeypatch, dtype):
 @torch.no_grad()
 def test_the_fp8_kernel_is_held_to_its_own_weights():
     """The schedule with fp8 weights, run without rounding, is the head whose weights are rounded so, and no other."""
-    case = Case(HeadConfig(**{**TINY, "action_horizon": 8}))
+    case = Case(tiny())
     case.folded = fold_head(case.head.bfloat16().float(), case.steps)
     schedule = plan(replace(case.shape, fp8=True), SMALL)
     got = case.twin(schedule).run()
