@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from head_case import Case, tiny
 
 from dit4dit import _C
-from dit4dit.action_ode import Device, Schedule, plan
+from dit4dit.action_ode import Device, Schedule, plan, program
 from dit4dit.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
 from dit4dit.action_ode.schedule import COUNTER_STRIDE, Space
 from dit4dit.errors import OutputError
@@ -52,6 +54,78 @@ def test_the_error_flag_is_read_and_cleared() -> None:
     with pytest.raises(OutputError, match="block 2 waited more than 2 s in tile 40 for counter 7, which stood at 2"):
         head.check()
     head.check()
+
+
+# -- what is known before a launch ---------------------------------------------------------------------------------------
+
+
+class Chip:
+    """What the launcher says of a GPU, which this machine need not have."""
+
+    def __init__(self, multiprocessors: int = 13, shared_memory: int = 99 << 10, blocks: int = 1) -> None:
+        self.facts = {"multiprocessors": multiprocessors, "shared_memory": shared_memory, "capability": 80}
+        self.blocks = blocks
+
+    def __call__(self, device: int, shared_bytes: int) -> dict[str, int]:
+        return {
+            **self.facts,
+            "blocks_per_multiprocessor": self.blocks if shared_bytes <= self.facts["shared_memory"] else 0,
+        }
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, chip: Chip, **change) -> str | None:
+    """What a head says on a GPU like this, its kernel and its tensors taken for granted."""
+    monkeypatch.setattr(_C, "action_ode_facts", chip, raising=False)
+    monkeypatch.setattr(OneLaunchHead, "_unsuitable", lambda *_: None)
+    case = Case(tiny())
+    head = OneLaunchHead(case.folded, replace(case.config, **change), case.steps)
+    noise, context, prefix = case.given()
+    reason = head.refuse(noise, context, prefix)
+    assert (head.refuse_any() is None) == (reason is None), "asked at load, it says the same"
+    return reason
+
+
+def test_what_can_run_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of a chip's multiprocessors, as MPS gives one, is what the schedule is made for."""
+    assert refusal(monkeypatch, Chip()) is None
+    assert refusal(monkeypatch, Chip(multiprocessors=3)) is None
+
+
+def test_blocks_that_cannot_all_be_there_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for each other: the occupancy query answers before the launch."""
+    reason = refusal(monkeypatch, Chip(blocks=0))
+    assert reason is not None
+    assert "expected room for 13 blocks at once, got 0" in reason
+    assert "use head='library'" in reason
+
+
+def test_a_chip_with_too_little_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = refusal(monkeypatch, Chip(shared_memory=48 << 10))
+    assert reason is not None
+    assert "shared_memory: expected at least" in reason
+
+
+def test_a_head_without_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = refusal(monkeypatch, Chip(), hidden_size=90)
+    assert reason is not None
+    assert "decoder: expected a multiple of 16, got 90" in reason
+
+
+def test_a_schedule_that_is_not_sound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "action_ode_facts", Chip(), raising=False)
+    monkeypatch.setattr(OneLaunchHead, "_unsuitable", lambda *_: None)
+    right = program.plan
+
+    def broken(*args: Any) -> Schedule:
+        tiles = right(*args).tiles.copy()
+        tiles[-1, 3] = 0
+        return replace(right(*args), tiles=tiles)
+
+    monkeypatch.setattr(program, "plan", broken)
+    case = Case(tiny())
+    reason = OneLaunchHead(case.folded, case.config, case.steps).refuse(*case.given())
+    assert reason is not None
+    assert "the schedule must not run: tile" in reason
 
 
 @pytest.mark.cuda_build
