@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of less than eight minutes: build for the visible chip, parity, latency (with the action
-# head by libraries and in one launch), GPU tests, single ops and the whole head (its kernel in bf16 and fp8, a graph of library
-# kernels beside it), options, tiles, counts.
+# Everything that needs a GPU, in one call of less than eight minutes: build for the visible chip, parity, latency (with the
+# action head by libraries and in one launch), GPU tests, single ops and the whole head (its kernel in bf16 and fp8, a graph of
+# library kernels beside it), options, tiles, counts.
 #
 # Usage: benchmarks/gpu_suite.sh [OUT]     OUT (benchmarks/results) gets <machine>.json and one folder of pictures a preset
 #

@@ -77,15 +77,16 @@ struct Addends {
     // Before the wait: what never changes.
     DEVICE void fetch_constants(const Block& block, const Product& w) {
         for (int half = 0; half < 2; ++half) {
-            const bool there = row(w, half) < w.rows;
-            scale[half] = w.fp8 && there ? load_constant_float(block.constant(w.scale + row(w, half))) : 1.0f;
-            bias[half] = first && there && w.epilogue != kTokens ? load_constant_float(block.constant(w.bias + row(w, half))) : 0.0f;
+            const int r = row(w, half);
+            const bool there = r < w.rows, biased = there && first && w.epilogue != kTokens;
+            scale[half] = there && w.fp8 ? load_constant_float(block.constant(w.scale + r)) : 1.0f;
+            bias[half] = biased ? load_constant_float(block.constant(w.bias + r)) : 0.0f;
         }
     }
 
     // The residual stream, or the bias of each token.
     DEVICE void fetch(const Block& block, const Product& w) {
-        const int columns = block.launch.padded_tokens / 8;
+        const int columns = block.launch.padded_tokens / 8, width = block.launch.width;
         const bool stream = w.epilogue == kResidual;
 #pragma unroll
         for (int j = 0; j < 8; ++j)
@@ -98,8 +99,9 @@ struct Addends {
                 for (int i = 0; i < 4; ++i) {
                     const int token = j * 8 + thread_index() % 4 * 2 + i % 2, r = row(w, i / 2);
                     if (token >= w.tokens || r >= w.rows) continue;
+                    const float* of_token = block.constant(w.bias + token % block.tokens() * width + r);
                     more[j][i] = stream ? load_float(block.buffer<float>(kStream, w.token + token) + w.row + r)
-                                        : load_constant_float(block.constant(w.bias + token % block.tokens() * block.launch.width + r));
+                                        : load_constant_float(of_token);
                 }
     }
 };
