@@ -169,9 +169,12 @@ DEVICE bool product(const Block& block, Weights& weights, const Tile& tile, int 
     addends.fetch_constants(block, w);
     fetch_modulation(block, w);
     if (!block.wait(tile, index)) return false;
-    addends.fetch(block, w);
+    // before the products, to be there after them; where the compiler has no registers left for that (sm_100, sm_120), after them
+    constexpr bool kEarly = DIT4DIT_WARPGROUPS || !DIT4DIT_BULK_COPIES;
+    if (kEarly) addends.fetch(block, w);
     float sums[8][4] = {};
     multiply_all(block, weights, w, sums);
+    if (!kEarly) addends.fetch(block, w);
     sync_block();
     float* to = reinterpret_cast<float*>(block.staging);
 #pragma unroll

@@ -32,7 +32,7 @@ MUTANTS = {
         "poll(tile, index);\n        sync_block();",
         "poll(tile, index);",
     ),
-    "copies: a norm of the wrong part": ("stage", "to.row(c - column, token)", "to.row(c, token)"),
+    "copies: a norm of the wrong part": ("stage", "to.row(c - column, token)", "to.row((c - column) % 16, token)"),
     "copies: ranges of keys without their shares": ("stage", "exponential(score - largest) * sum", "sum"),
     "copies: the stream is added by all warps": (
         "product",
