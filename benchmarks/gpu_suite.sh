@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of less than eight minutes: build for the visible chip, parity, latency, GPU tests,
-# single ops, options, tiles, counts.
+# Everything that needs a GPU, in one call of less than eight minutes: build for the visible chip, parity, latency (with the
+# action head by libraries and in one launch), GPU tests, single ops and the whole head (its kernel in bf16 and fp8, a graph of
+# library kernels beside it), options, tiles, counts.
 #
 # Usage: benchmarks/gpu_suite.sh [OUT]     OUT (benchmarks/results) gets <machine>.json and one folder of pictures a preset
 #
@@ -64,11 +65,28 @@ for fixture in libero_tiny gr1_tiny; do
   part "parity_$fixture" 40 dit4dit parity "tests/golden/$fixture" --engine --device "$device" \
     --json "$scratch/parity_$fixture.json"
 done
+if [[ "$device" == cpu ]]; then
+  record parity_one_launch - 0 0 "DEVICE=cpu: the kernel runs on a GPU"
+else
+  part parity_one_launch 40 dit4dit parity tests/golden/gr1_tiny --engine --head one_launch --dtype bfloat16 \
+    --device "$device" --json "$scratch/parity_one_launch.json"
+fi
 
 for preset in "${presets[@]}"; do
   part "latency_$preset" 130 dit4dit bench latency --preset "$preset" --device "$device" --baseline \
     --chunks "${CHUNKS:-100}" --engine-chunks "${ALONE:-10000}" \
     --json "$scratch/latency_$preset.json" --report "$out/latency_$preset"
+done
+for preset in "${presets[@]}"; do
+  if [[ "$device" == cpu ]]; then
+    record "latency_one_launch_$preset" - 0 0 "DEVICE=cpu: the kernel runs on a GPU"
+    continue
+  fi
+  # the library's loop on a bfloat16 head beside it: the yardstick in the same run
+  for head in library one_launch; do
+    part "latency_${head}_$preset" 40 dit4dit bench latency --preset "$preset" --device "$device" --head "$head" \
+      --head-dtype bfloat16 --chunks 20 --engine-chunks "${ALONE:-1000}" --json "$scratch/latency_${head}_$preset.json"
+  done
 done
 for preset in "${presets[@]}"; do
   part "latency_fp8_$preset" 45 dit4dit bench latency --preset "$preset" --device "$device" --quantization fp8 \
@@ -78,7 +96,7 @@ done
 if [[ "$device" == cpu || "${TESTS:-1}" != 1 ]]; then
   record gpu_tests - 0 0 "DEVICE=$device TESTS=${TESTS:-1}"
 else
-  part gpu_tests 100 pytest -q -m gpu tests
+  part gpu_tests 120 pytest -q -m gpu tests
 fi
 
 part ops 100 dit4dit bench ops ${ops:+--ops "${ops[@]}"} --sizes gr1 --device "$device" --json "$scratch/ops.json"

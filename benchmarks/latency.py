@@ -19,6 +19,7 @@ from dit4dit.benchmarks.harness import machine, quantiles
 from torch import Tensor
 from tqdm import tqdm
 
+from dit4dit.action_ode.program import HeadChoice
 from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.engine import Engine, calibrate, errors
 from dit4dit.model.weights import random_model
@@ -43,6 +44,8 @@ def measure(
     baseline: bool,
     text: bool,
     seed: int,
+    head: HeadChoice = "auto",
+    head_dtype: torch.dtype = torch.float32,
     quantization: Literal["fp8"] | None = None,
     engine_chunks: int = 0,
 ) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def measure(
     """
     config = preset.model
     views = len(EMBODIMENTS[preset.embodiment].views)
-    model = random_model(config, seed, device=device, dtype=dtype, with_text=text and baseline)
+    model = random_model(config, seed, device=device, dtype=dtype, head_dtype=head_dtype, with_text=text and baseline)
     inputs = Inputs.random(config, views, seed, device, text=text and baseline)
     if inputs.tokens is not None:
         inputs = Inputs(**{**vars(inputs), "embeds": model.embed(inputs.tokens)})
@@ -65,7 +68,7 @@ def measure(
     exact = None if quantization is None else Planned(Engine(model), inputs, pictures)
     calibration = None if exact is None else calibrate(exact.engine, [exact.step_inputs()])
     start = time.perf_counter()
-    engine = Engine(model, quantization=quantization, calibration=calibration)
+    engine = Engine(model, quantization=quantization, calibration=calibration, head=head)
     folded = time.perf_counter()
     fast = Planned(engine, inputs, pictures)
     planned = time.perf_counter()
@@ -77,7 +80,7 @@ def measure(
         result = exact.checked()
     published = Published(model) if baseline else None
     if published is not None:
-        check(result, published.sample(inputs, Clock(device)), dtype)
+        check(result, published.sample(inputs, Clock(device)), min(dtype, head_dtype, key=lambda kind: kind.itemsize))
     rates = [matrix_rate(device, dtype)]
     clocks, totals = timed(fast, published, chunks, seed)
     alone = engine_alone(fast, engine_chunks, seed) or totals["engine"]
@@ -90,6 +93,8 @@ def measure(
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "quantization": quantization,
+        "head": "library" if engine.one_launch is None else "one_launch",
+        "head_dtype": str(head_dtype).removeprefix("torch."),
         "error": error,
         "text_encoder_in_baseline": inputs.tokens is not None,
         "machine": machine(),

@@ -160,8 +160,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("preprocess_cuda", unpacked(&preprocess_cuda), "views"_a, "widths"_a, "out"_a, "filter"_a, "stream"_a);
     m.def(
         "action_ode_cuda",
-        [](const py::dict& tensors, const NamedNumbers& numbers, const std::vector<std::pair<std::int64_t, int>>& buffers,
-           float max_guidance, std::int64_t limit_ns, std::uintptr_t stream) {
+        [](const py::dict& tensors, const NamedNumbers& numbers, const std::vector<BufferPlace>& buffers, float max_guidance,
+           std::int64_t limit_ns, std::uintptr_t stream) {
             const auto views = views_by_name(tensors);
             const py::gil_scoped_release release;
             action_ode_cuda(views, numbers, buffers, max_guidance, limit_ns, stream);

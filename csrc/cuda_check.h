@@ -24,7 +24,7 @@ inline std::string expect_cuda(const TensorView& t) {
 // Makes a device current for as long as it lives.
 class DeviceGuard {
 public:
-    explicit DeviceGuard(int wanted) {
+    explicit DeviceGuard(int wanted) : device_(wanted) {
         check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
         changed_ = wanted != before_;
         if (changed_) check_cuda(cudaSetDevice(wanted), "cudaSetDevice");
@@ -34,11 +34,12 @@ public:
     ~DeviceGuard() {
         if (changed_) cudaSetDevice(before_);
     }
+    int device() const { return device_; }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
 private:
-    int before_ = 0;
+    int device_, before_ = 0;
     bool changed_ = false;
 };
 

@@ -6,7 +6,7 @@
 #include <map>
 #include <optional>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "tensor_view.h"
@@ -18,12 +18,12 @@ void preprocess_cpu(const std::vector<TensorView>& views, const std::vector<std:
 void preprocess_cuda(const std::vector<TensorView>& views, const std::vector<std::int64_t>& widths,
                      const TensorView& out, const std::string& filter, std::uintptr_t stream);
 
-// The names are those of `Launch` in kernels/action_ode_tiles.cuh; buffers are (offset in bytes, columns) by Space.
+// The names are those of `Launch` in kernels/action_ode_tiles.cuh; buffers by Space.
 using NamedViews = std::map<std::string, TensorView>;
 using NamedNumbers = std::map<std::string, std::int64_t>;
+using BufferPlace = std::tuple<std::int64_t, int, int>;  // offset in bytes, planes, columns
 void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
-                     const std::vector<std::pair<std::int64_t, int>>& buffers, float max_guidance, std::int64_t limit_ns,
-                     std::uintptr_t stream);
+                     const std::vector<BufferPlace>& buffers, float max_guidance, std::int64_t limit_ns, std::uintptr_t stream);
 // multiprocessors, shared_memory (bytes of one block), capability (90), blocks_per_multiprocessor with shared_bytes
 std::map<std::string, int> action_ode_facts(int device, int shared_bytes);
 

@@ -35,7 +35,7 @@ def preprocess_cuda(views: Sequence[_View], widths: Sequence[int], out: _View, f
 def action_ode_cuda(
     tensors: Mapping[str, _View],
     numbers: Mapping[str, int],
-    buffers: Sequence[tuple[int, int]],
+    buffers: Sequence[tuple[int, int, int]],
     max_guidance: float,
     limit_ns: int,
     stream: int,

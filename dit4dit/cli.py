@@ -14,7 +14,7 @@ from dit4dit.commands import bench as measuring
 from dit4dit.commands import data as data_commands
 from dit4dit.commands import evaluation as evaluating
 from dit4dit.commands import serving as serving_commands
-from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, finish, read_lines, say
+from dit4dit.commands.shell import Device, Dtype, Head, check_folder, dtype_of, finish, head_dtype_of, read_lines, say
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
 Quantization = Literal["fp8"] | None
@@ -67,6 +67,8 @@ def predict(
     seed: int = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    head: Head = "auto",
+    head_dtype: Dtype = "auto",
     quantization: Quantization = None,
     calibration: Path | None = None,
     json: Path | None = None,
@@ -84,6 +86,8 @@ def predict(
         seed: of the noise; same seed and input, same bits.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        head: one_launch runs the action head as one CUDA kernel; auto does where it was measured on this chip.
+        head_dtype: of the action head; auto is float32, and bfloat16 for one_launch.
         quantization: fp8 multiplies the backbone's matrices in 8-bit floats; changes the result.
         calibration: file of dit4dit calibrate, for and only for fp8.
         json: write the chunk to this file.
@@ -94,6 +98,7 @@ def predict(
 
     module.check_plot(plot)
     options: dict[str, Any] = {"embodiment": embodiment, "quantization": quantization, "calibration": calibration}
+    options |= {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
     policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=dtype_of(dtype), **options)
     result = module.predict(policy, list(image), state, instruction, seed)
     module.save(result, json, plot)
@@ -110,6 +115,7 @@ def parity(
     dtype: Literal["float32", "bfloat16"] = "float32",
     backend: str | None = None,
     engine: bool = False,
+    head: Head = "auto",
     seed: int = 0,
     json: Path | None = None,
 ) -> int:
@@ -124,6 +130,7 @@ def parity(
         dtype: of the model; the limits of float32 are the promise.
         backend: run every op with this implementation.
         engine: run the engine instead of the plain model (inference stages only).
+        head: how the engine runs the action head; one_launch needs --engine, and runs it in bfloat16: --dtype bfloat16.
         seed: of a recorded folder's inputs and noise.
         json: also write the table to this file.
     """
@@ -132,6 +139,12 @@ def parity(
     from dit4dit.device import pick_device
 
     place = pick_device(device)
+    if head != "auto" and not engine:
+        raise InputError(f"--head {head}: it is an option of the engine; add --engine")
+    if head == "one_launch" and dtype != "bfloat16":
+        raise InputError(
+            f"--head one_launch: the kernel runs in bfloat16, and the limits are those of {dtype}; add --dtype bfloat16"
+        )
     if record is not None:
         if json is not None or backend is not None or engine or checkpoint is not None or dtype != "float32":
             raise InputError(
@@ -150,6 +163,7 @@ def parity(
         backbone=backbone,
         checkpoint=checkpoint,
         engine=engine,
+        head=head,
     )
     finish(module.show(lines), module.as_json(lines, device=place, dtype=kind), json)
     return 0 if all(line.ok for line in lines) else 1

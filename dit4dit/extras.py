@@ -16,4 +16,8 @@ def require(module: str, extra: str) -> Any:
         top = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != top:
             raise  # the module is there and broken: its own traceback says more
-        raise MissingExtra(f"{top} is not installed; pip install 'dit4dit[{extra}]'") from None
+        from importlib import metadata
+
+        # dit4dit-cu12 is the same package: an extra of the other's name would bring the other
+        name = metadata.packages_distributions().get("dit4dit", ["dit4dit"])[0]
+        raise MissingExtra(f"{top} is not installed; pip install '{name}[{extra}]'") from None

@@ -2,6 +2,8 @@
 // other, so all must be resident: the launch is cooperative, which the driver refuses where they are not.
 // Not run on a chip yet: compiled for all, and run on a CPU by tests/cuda_emulation.
 #include <climits>
+#include <mutex>
+#include <set>
 
 #include "action_ode_worker.cuh"
 #include "cuda_check.h"
@@ -86,10 +88,15 @@ void set_sizes(ode::Launch& l, const Arguments& given) {
         refuse("head_dim", "a multiple of 16 up to 64, width / heads", text(l.head_dim));
     if (l.padded_actions % 16 || l.padded_actions < l.actions)
         refuse("padded_actions", "a multiple of 16, not below actions", text(l.padded_actions));
-    if (l.padded_tokens % 8 || l.padded_tokens > ode::kMaxTokens)
-        refuse("padded_tokens", "a multiple of 8 up to 64", text(l.padded_tokens));
-    if (l.part % 256 || l.part / 8 * (16 * l.padded_tokens + 16) > l.staging)
+    static const std::set<int> padded{8, 16, 24, 32, 48, 64};  // products of warpgroups are instances of one of them
+    if (!padded.count(l.padded_tokens)) refuse("padded_tokens", "8, 16, 24, 32, 48 or 64", text(l.padded_tokens));
+    if (l.rows % l.batch) refuse("rows", "as many for each sample", text(l.rows));
+    const int prefix = l.rows / l.batch - l.horizon;
+    if (prefix != 0 && prefix != 1) refuse("rows", "the horizon's, and perhaps a state token's, for each sample", text(l.rows));
+    // a norm's scale and shift, and behind them the tokens; last the sums of all warps
+    if (l.part % 256 || 8 * l.width + l.part / 8 * (16 * l.padded_tokens + 16) > l.staging)
         refuse("part", "a multiple of 256 that the staging holds", text(l.part));
+    if (640 * l.padded_tokens > l.staging) refuse("staging", "at least " + text(640 * l.padded_tokens), text(l.staging));
     if (l.slots > ode::kMostSlots) refuse("slots", "at most 16", text(l.slots));
 }
 
@@ -110,26 +117,64 @@ void set_tensors(ode::Launch& l, const Arguments& given) {
     l.units = given.optional<float>("units", "float32", {5, l.actions}, device);
     l.out = given.address<float>("out", "float32", actions, device);
     l.workspace = given.address<std::uint8_t>("workspace", "uint8", {-1}, device);
-    l.counters = given.address<int>("counters", "int32", {l.counter_count + 1}, device);
+    l.counters = given.address<int>("counters", "int32", {l.counter_count + 1, ode::kCounterStride}, device);
     l.status = given.address<int>("status", "int32", {4}, device);
     if ((l.previous == nullptr) != (l.guidance == nullptr)) refuse("guidance", "previous and guidance, or neither", "one");
     if ((l.prefix != nullptr) != (l.rows == l.batch * (l.horizon + 1)))
         refuse("prefix", "a tensor if and only if the schedule has state tokens", l.prefix ? "one" : "none");
 }
 
+// Each buffer in the workspace, behind the one before, and wide enough for what the kernel takes for granted.
+void set_buffers(ode::Launch& l, const std::vector<BufferPlace>& buffers, std::int64_t workspace_bytes) {
+    if (buffers.size() != ode::kSpaces)
+        refuse("buffers", std::to_string(ode::kSpaces) + " of (offset, planes, columns)", std::to_string(buffers.size()));
+    const std::map<int, int> least{{ode::kActions, l.actions}, {ode::kNoisy, l.padded_actions}, {ode::kEmbedded, l.width},
+                                   {ode::kStream, l.width},    {ode::kRounded, l.width},        {ode::kProjected, l.width},
+                                   {ode::kAttended, l.width},  {ode::kStats, 2 * l.heads},      {ode::kHidden, 16},
+                                   {ode::kDecoded, 16},        {ode::kOut, l.actions}};
+    std::int64_t end = 0;
+    for (int space = 0; space < ode::kSpaces; ++space) {
+        const auto [offset, planes, columns] = buffers[space];
+        const std::string name = "buffers[" + std::to_string(space) + "]";
+        if (planes < 1 || columns < least.at(space))
+            refuse(name, "at least 1 plane of " + std::to_string(least.at(space)) + " columns",
+                   std::to_string(planes) + " of " + std::to_string(columns));
+        l.offset[space] = offset;
+        l.columns[space] = columns;
+        if (space == ode::kOut) continue;  // a tensor of its own
+        const bool wide = space == ode::kActions || space == ode::kStream || space == ode::kStats;
+        if (offset % 16 || offset < end)
+            refuse(name, "an offset that is a multiple of 16, from " + std::to_string(end), std::to_string(offset));
+        end = offset + static_cast<std::int64_t>(planes) * l.rows * columns * (wide ? 4 : 2);
+        if (end > workspace_bytes)
+            refuse("workspace", "at least " + std::to_string(end) + " bytes for " + name, std::to_string(workspace_bytes));
+    }
+}
+
+// The kernel may take all the shared memory of a block of this device, which must be current. Said once: a launch of one schedule
+// changes nothing for another's.
+void allow_shared_memory(int device) {
+    static std::mutex mutex;
+    static std::set<int> allowed;
+    const std::lock_guard<std::mutex> guard(mutex);
+    if (allowed.count(device)) return;
+    int most = 0;
+    check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "action_ode: device attribute");
+    check_cuda(cudaFuncSetAttribute(action_ode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+               "action_ode: " + std::to_string(most) + " bytes of shared memory");
+    allowed.insert(device);
+}
+
 int shared_bytes_of(const ode::Launch& l) { return ode::kFixedBytes + l.slots * ode::kSlotBytes + l.staging; }
 
 void launch_cooperatively(const ode::Launch& l, cudaStream_t stream) {
-    const int shared = shared_bytes_of(l);
-    check_cuda(cudaFuncSetAttribute(action_ode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-               "action_ode: " + std::to_string(shared) + " bytes of shared memory");
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(l.workers);
     config.blockDim = dim3(ode::kThreads);
-    config.dynamicSmemBytes = shared;
+    config.dynamicSmemBytes = shared_bytes_of(l);
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
@@ -139,25 +184,17 @@ void launch_cooperatively(const ode::Launch& l, cudaStream_t stream) {
 }  // namespace
 
 void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
-                     const std::vector<std::pair<std::int64_t, int>>& buffers, float max_guidance, std::int64_t limit_ns,
-                     std::uintptr_t stream) {
+                     const std::vector<BufferPlace>& buffers, float max_guidance, std::int64_t limit_ns, std::uintptr_t stream) {
     const Arguments given(tensors, numbers);
     ode::Launch l{};
     set_sizes(l, given);
     set_tensors(l, given);
-    if (buffers.size() != ode::kSpaces)
-        refuse("buffers", std::to_string(ode::kSpaces) + " pairs", std::to_string(buffers.size()));
-    for (int space = 0; space < ode::kSpaces; ++space) {
-        l.offset[space] = buffers[space].first;
-        l.columns[space] = buffers[space].second;
-        if (l.offset[space] % 16 || l.offset[space] < 0 || l.offset[space] >= given.view("workspace").shape[0])
-            refuse("buffers[" + std::to_string(space) + "]", "an offset in the workspace, a multiple of 16",
-                   std::to_string(l.offset[space]));
-    }
+    set_buffers(l, buffers, given.view("workspace").shape[0]);
     if (limit_ns < 1) refuse("limit_ns", "at least 1", std::to_string(limit_ns));
     l.max_guidance = max_guidance;
     l.limit_ns = limit_ns;
     const DeviceGuard guard(given.view("out"));
+    allow_shared_memory(guard.device());
     launch_cooperatively(l, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -176,8 +213,7 @@ std::map<std::string, int> action_ode_facts(int device, int shared_bytes) {
     };
     int blocks = 0;
     if (shared_bytes <= facts["shared_memory"] && attribute(cudaDevAttrCooperativeLaunch)) {
-        check_cuda(cudaFuncSetAttribute(action_ode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-                   "action_ode: shared memory");
+        allow_shared_memory(device);
         check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, action_ode_kernel, ode::kThreads, shared_bytes),
                    "action_ode: occupancy");
     }

@@ -1,4 +1,4 @@
-// Attention of one head of one sample to at most 128 keys: scores and sums of values on the tensor cores.
+// Attention of one head of one sample to a range of keys, at most 64 a warp: scores and sums of values on the tensor cores.
 #pragma once
 
 #include "action_ode_block.cuh"
@@ -15,12 +15,21 @@ struct Rows {
 
 // `count` rows of head_dim columns from global memory, and zeros up to `padded` rows.
 DEVICE void load_rows(const Rows& to, const std::uint16_t* from, std::int64_t stride, int count, int padded, int head_dim) {
+    constexpr int kAtOnce = 8;
     const int pieces = head_dim / 8;
-    for (int i = thread_index(); i < padded * pieces; i += kThreads) {
-        const int r = i / pieces, c = i % pieces * 8;
-        Quad q{};
-        if (r < count) q = load_quad(from + r * stride + c);
-        *reinterpret_cast<Quad*>(to.at + r * to.stride + c * 2) = q;
+    for (int begin = thread_index(); begin < padded * pieces; begin += kThreads * kAtOnce) {
+        Quad q[kAtOnce];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            const int i = begin + u * kThreads, r = i / pieces;
+            q[u] = Quad{};
+            if (r < count) q[u] = load_quad(from + r * stride + i % pieces * 8);
+        }
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            const int i = begin + u * kThreads, r = i / pieces;
+            if (r < padded) *reinterpret_cast<Quad*>(to.at + r * to.stride + i % pieces * 16) = q[u];
+        }
     }
 }
 
@@ -133,13 +142,8 @@ DEVICE void merge_pair(const Block& block, const Attend& w, int query_tiles, int
         for (int e = 0; e < 2; ++e) y[e] += share * left[row * d + column + e];
     }
     const int token = w.token + query, at = w.head * d + column;
-    if (w.plane == kNone) {
-        std::uint16_t* out = block.buffer<std::uint16_t>(kAttended, token);
-        reinterpret_cast<std::uint32_t*>(out)[at / 2] = pack_bf16(y[0] / total, y[1] / total);
-        return;
-    }
-    float* out = block.buffer<float>(kHeads, token, w.plane) + at;
-    for (int e = 0; e < 2; ++e) out[e] = y[e];
+    std::uint16_t* out = block.buffer<std::uint16_t>(kAttended, token, w.plane);
+    reinterpret_cast<std::uint32_t*>(out)[at / 2] = pack_bf16(y[0] / total, y[1] / total);
     if (column == 0) {
         float* out_stats = block.buffer<float>(kStats, token, w.plane) + 2 * w.head;
         out_stats[0] = most;
@@ -149,13 +153,13 @@ DEVICE void merge_pair(const Block& block, const Attend& w, int query_tiles, int
 
 // False: the launch has failed. The features' keys and values never change: they are fetched before the wait.
 DEVICE bool attend(const Block& block, const Tile& tile, int index) {
-    const Attend& w = reinterpret_cast<const Attend&>(tile.work);
+    const Attend& w = block.work<Attend>(tile);
     const Launch& launch = block.launch;
     const int d = launch.head_dim, warp = thread_index() / 32;
     const int query_tiles = w.tokens <= 16 ? 1 : w.tokens <= 32 ? 2 : 4, key_groups = kWarps / query_tiles;
     const int per_warp = (w.keys + key_groups * 16 - 1) / (key_groups * 16) * 16;
-    const Rows k{block.staging, d * 2 + 16}, v{k.at + kMaxKeys * k.stride, k.stride}, q{v.at + kMaxKeys * k.stride, k.stride};
     const int padded_keys = per_warp * key_groups;
+    const Rows k{block.staging, d * 2 + 16}, v{k.at + padded_keys * k.stride, k.stride}, q{v.at + padded_keys * k.stride, k.stride};
     if (w.context != kNone) {
         const std::int64_t stride = launch.context_columns;
         const std::uint16_t* from = launch.context + (w.sample * static_cast<std::int64_t>(launch.context_tokens) + w.key) * stride +

@@ -1,15 +1,16 @@
 // What the tiles of one block share: shared memory, the weights on their way, sums over the block, waiting for others.
 #pragma once
 
-#include "action_ode_target.cuh"
+#include "target.cuh"
 #include "action_ode_tiles.cuh"
 
 namespace dit4dit::ode {
 
+using namespace target;
+
 struct Fixed {
     std::uint64_t full[kMostSlots], empty[kMostSlots];
     int records[2][kRecord];
-    float sums[2][kWarps];
     int alive;
 };
 constexpr int kFixedBytes = 1536;
@@ -31,23 +32,33 @@ struct Block {
         const std::int64_t at = static_cast<std::int64_t>(plane) * launch.rows + row;
         return reinterpret_cast<T*>(launch.workspace + launch.offset[space]) + at * launch.columns[space];
     }
+    template <class Work>
+    DEVICE const Work& work(const Tile& tile) const {
+        static_assert(sizeof(Work) <= sizeof(tile.work), "a record has no room for it");
+        return reinterpret_cast<const Work&>(tile.work);
+    }
+    DEVICE int tokens() const { return launch.rows / launch.batch; }  // of one sample
     DEVICE const float* constant(int offset) const { return launch.constants + offset; }
 
-    // Until the tile's counter has its target. False: the launch has failed, here or elsewhere, and ends.
+    DEVICE int* counter(int index) const { return launch.counters + index * kCounterStride; }
+
+    // Until the tile's counter has its target; what the block stored before is seen by all of it after. False: the launch has
+    // failed, here or elsewhere, and ends.
     DEVICE bool wait(const Tile& tile, int index) const {
-        if (tile.wait != kNone) {
-            if (thread_index() == 0) fixed.alive = poll(tile, index);
-            sync_block();
-        }
-        return tile.wait == kNone || fixed.alive != 0;
+        if (thread_index() == 0) fixed.alive = tile.wait == kNone || poll(tile, index);
+        sync_block();
+        return fixed.alive != 0;
     }
 
 private:
+    // A poll is a round trip to the second-level cache, so that the clock and the error flag have their turn now and then only.
     DEVICE int poll(const Tile& tile, int index) const {
+        constexpr int kPolls = 64;
         std::int64_t begin = 0;
-        for (;;) {
-            const int have = load_acquire(launch.counters + tile.wait);
+        for (int turn = 1;; ++turn) {
+            const int have = load_acquire(counter(tile.wait));
             if (have >= tile.target) return 1;
+            if (turn % kPolls != 0) continue;
             if (load_acquire(launch.status) != 0) return 0;
             const std::int64_t now = nanoseconds();
             if (begin == 0) begin = now;
@@ -59,23 +70,10 @@ private:
                 }
                 return 0;
             }
-            pause();
         }
     }
 };
 
-// Sum over the block, the same for all of its threads and in every run.
-DEVICE float block_sum(float x, float (&sums)[kWarps]) {
-    for (int mask = 16; mask > 0; mask >>= 1) x += shuffle_xor(x, mask);
-    if (thread_index() % 32 == 0) sums[thread_index() / 32] = x;
-    sync_block();
-    float total = 0;
-    for (int w = 0; w < kWarps; ++w) total += sums[w];
-    return total;
-}
-
-DEVICE float low_half(std::uint32_t pair) { return as_float(pair << 16); }
-DEVICE float high_half(std::uint32_t pair) { return as_float(pair & 0xffff0000u); }
 DEVICE float exponential(float x) { return power_of_two(x * 1.4426950408889634f); }
 
 // Two e4m3 numbers, which bf16 holds exactly.

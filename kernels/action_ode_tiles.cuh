@@ -6,7 +6,7 @@
 
 namespace dit4dit::ode {
 
-constexpr int kRecord = 20;  // int32 numbers of a tile: opcode, wait, target, signal, then one of the structs below
+constexpr int kRecord = 24;  // int32 numbers of a tile: opcode, wait, target, signal, then one of the structs below
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSlotElements = 4096;
@@ -15,15 +15,15 @@ constexpr int kSlotBytes = 2 * kWeightUnit;
 constexpr int kCopySlots = 6;
 constexpr int kMostSlots = 16;
 constexpr int kMaxTokens = 64;
-constexpr int kMaxKeys = 128;
 constexpr int kMaxHeadDim = 64;
 constexpr int kMaxWidth = 2048;
+constexpr int kCounterStride = 32;  // ints from one counter to the next
 constexpr int kNone = -1;
 
-enum Opcode { kStart, kProduct, kNorm, kAttend, kCombine, kEuler };
-enum Epilogue { kPartial, kPlain, kGelu, kSilu, kRelu };
+enum Opcode { kStart, kProduct, kAttend };
+enum Epilogue { kPlain, kGelu, kSilu, kRelu, kTokens, kResidual, kEuler };
 enum Space {
-    kActions, kNoisy, kEmbedded, kStream, kNormed, kProjected, kAttended, kHidden, kDecoded, kPartials, kHeads, kStats, kOut,
+    kActions, kNoisy, kEmbedded, kStream, kRounded, kProjected, kAttended, kStats, kHidden, kDecoded, kOut,
     kSpaces
 };
 
@@ -31,19 +31,11 @@ struct Start {
     int token, tokens, prefix, sample;
 };
 struct Product {
-    int source, token, tokens, row, rows, tile_rows, column, columns, weight, slots, fp8, out, plane, epilogue, bias, scale;
-};
-struct Norm {
-    int token, planes, bias, scale, shift, eps, first, sample;
+    int source, token, tokens, planes, norm, modulation, row, rows, tile_rows, columns, weight, slots, fp8, bias, scale,
+        epilogue, out, step;
 };
 struct Attend {
     int token, tokens, head, context, key, keys, sample, plane;
-};
-struct Combine {
-    int token, tokens, head, planes;
-};
-struct Euler {
-    int token, tokens, prefix, sample, planes, bias, step, last;
 };
 
 struct Tile {
@@ -71,7 +63,7 @@ struct Launch {
     float* out;                    // [batch, horizon, actions]
     // workspace
     std::uint8_t* workspace;
-    int* counters;  // [counter_count + 1], the last one counts workers that are done; zero between launches
+    int* counters;  // [counter_count + 1, kCounterStride], the last one counts workers that are done; zero between launches
     int* status;    // [4]: 0, or 1 + worker that waited in vain; tile; counter; what it had. Stays until the host clears it
 
     std::int64_t offset[kSpaces];  // bytes of each buffer in the workspace

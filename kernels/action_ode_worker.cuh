@@ -3,38 +3,26 @@
 
 #include "action_ode_attention.cuh"
 #include "action_ode_product.cuh"
-#include "action_ode_rows.cuh"
 
 namespace dit4dit::ode {
 
-template <class Work>
-DEVICE const Work& work_of(const Tile& tile) {
-    static_assert(sizeof(Work) <= sizeof(tile.work), "a record has no room for it");
-    return reinterpret_cast<const Work&>(tile.work);
-}
-
 // False: the launch has failed.
 DEVICE bool run(const Block& block, Weights& weights, const Tile& tile, int index) {
-    if (tile.opcode == kAttend) return attend(block, tile, index);
-    if (!block.wait(tile, index)) return false;
     switch (tile.opcode) {
-        case kStart: start(block, work_of<Start>(tile)); break;
-        case kProduct: product(block, weights, work_of<Product>(tile)); break;
-        case kNorm: norm(block, work_of<Norm>(tile)); break;
-        case kCombine: combine(block, work_of<Combine>(tile)); break;
-        default: euler(block, work_of<Euler>(tile)); break;
+        case kProduct: return product(block, weights, tile, index);
+        case kAttend: return attend(block, tile, index);
+        default: return start(block, tile, index);
     }
-    return true;
 }
 
 // The last block to end leaves all counters at zero for the next launch; of a launch that failed no action is left.
 DEVICE void end(const Block& block) {
     const Launch& launch = block.launch;
     sync_block();
-    if (thread_index() == 0) block.fixed.alive = fetch_add(launch.counters + launch.counter_count) == launch.workers - 1;
+    if (thread_index() == 0) block.fixed.alive = fetch_add(block.counter(launch.counter_count)) == launch.workers - 1;
     sync_block();
     if (!block.fixed.alive) return;
-    for (int i = thread_index(); i <= launch.counter_count; i += kThreads) launch.counters[i] = 0;
+    for (int i = thread_index(); i <= launch.counter_count; i += kThreads) *block.counter(i) = 0;
     if (load_acquire(launch.status) != 0)
         for (int i = thread_index(); i < launch.batch * launch.horizon * launch.actions; i += kThreads)
             launch.out[i] = as_float(0x7fc00000u);
@@ -57,7 +45,7 @@ DEVICE void worker(const Launch& launch) {
         if (more) block.fixed.records[(index + 1) & 1][thread] = next;
         const int signal = tile.signal;
         sync_block();
-        if (thread == 0 && signal != kNone) add_release(launch.counters + signal);
+        if (thread == 0 && signal != kNone) add_release(block.counter(signal));
     }
     weights.drain();
     end(block);

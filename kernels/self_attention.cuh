@@ -1,16 +1,16 @@
 // Self-attention straight out of the qkv matrix: a block takes kQueries queries of one head past all of its keys.
 // q and k are normed and turned in shared memory once they have landed; scores, weights and sums stay in registers.
-// Plain C++ over action_ode_target.cuh, so that tests/cuda_emulation runs it on a CPU. Not run on a chip yet.
+// Plain C++ over target.cuh, so that tests/cuda_emulation runs it on a CPU. Not run on a chip yet.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "action_ode_target.cuh"
+#include "target.cuh"
 
 namespace dit4dit::attention {
 
-using namespace ode;
+using namespace target;
 
 constexpr int kDim = 128;
 constexpr int kRows = 64;  // of a tile: queries, keys or values
@@ -45,9 +45,6 @@ struct Tile {
     DEVICE std::uint8_t* row(int r, int column) const { return at + column / 8 * kGroupBytes + r * 16; }
 };
 DEVICE Tile tile_of(int index) { return {shared_memory() + index % kTiles * kTileBytes}; }
-
-DEVICE float low_half(std::uint32_t pair) { return as_float(pair << 16); }
-DEVICE float high_half(std::uint32_t pair) { return as_float(pair & 0xffff0000u); }
 
 // A thread's part of a row, while it is normed and turned: four columns, and those that turn with them.
 struct Eight {

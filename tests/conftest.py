@@ -18,8 +18,15 @@ FIXTURES = ("libero_tiny", "gr1_tiny")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, and say so, where PyTorch sees no GPU; those marked long unless they are asked for."""
+    """What cannot run here is skipped, and says so: tests marked gpu, cuda_build, and long unless they are asked for."""
     import torch
+
+    from dit4dit import _C
+
+    if not _C.cuda_architectures:
+        for item in items:
+            if "cuda_build" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="this build has no CUDA kernels"))
 
     for item in items:
         if "long" in item.keywords and "long" not in config.option.markexpr:

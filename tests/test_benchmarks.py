@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ import torch
 from dit4dit.benchmarks import harness, op_bench
 from dit4dit.benchmarks.harness import assert_no_worse, quantiles, time_cpu
 from dit4dit.benchmarks.ops import bench_action_ode
+from head_case import SMALL, Case, tiny
 
 from dit4dit import ops
+from dit4dit.action_ode import plan
+from dit4dit.action_ode.program import OneLaunchHead
 from dit4dit.cli import main
 from dit4dit.config import HeadConfig
+from dit4dit.engine.fold import fold_head
 
 
 def product(x, y):
@@ -233,9 +238,27 @@ def test_the_head_is_benchmarked(tmp_path, monkeypatch, dtype):
     words = ["bench", "--device", "cpu", "--dtype", dtype, "--samples", "2", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", words)
     assert bench_action_ode.main() == 0
-    rows = [row for row in json.loads(path.read_text())["rows"] if "ms" in row]
+    every = json.loads(path.read_text())["rows"]
+    rows = [row for row in every if "ms" in row]
     assert [(row["case"], row["implementation"]) for row in rows] == [("9", "eager"), ("17", "eager"), ("51", "eager")]
     assert all(row["gb_per_s"] > 0 for row in rows)
+    left_out = [row for row in every if "left_out" in row]
+    assert [row["stages"] for row in left_out] == [1 + 4 * (4 + 5 * 2)] * 3, "two blocks, four steps"
+
+
+@torch.no_grad()
+def test_the_fp8_kernel_is_held_to_its_own_weights():
+    """The schedule with fp8 weights, run without rounding, is the head whose weights are rounded so, and no other."""
+    case = Case(tiny())
+    case.folded = fold_head(case.head.bfloat16().float(), case.steps)
+    schedule = plan(replace(case.shape, fp8=True), SMALL)
+    got = case.twin(schedule).run()
+    want, exact = (
+        ops.action_ode(OneLaunchHead(folded, case.config, case.steps), *case.given(), backend="torch")
+        for folded in (bench_action_ode.in_fp8(case.folded), case.folded)
+    )
+    assert case.error(got, want) < 1e-5
+    assert case.error(got, exact) > 1e-3
 
 
 @pytest.mark.parametrize("wrong", [0.5, float("nan")])

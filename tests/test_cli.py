@@ -240,6 +240,7 @@ MISTAKES = {
     ),
     "no such robot": (lambda f: ["--embodiment", "lebero"], "did you mean 'libero'"),
     "bad seed": (lambda f: ["--seed", "-1"], "expected an integer in 0..2^64-1, got -1"),
+    "kernel on a CPU": (lambda f: ["--head", "one_launch"], "'one_launch' refused: it is on cpu"),
     "no such checkpoint": (lambda f: ["--checkpoint", "nowhere"], "no such file or folder"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -174,21 +175,39 @@ def test_what_was_measured_goes_first(fast, name, monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == said
 
 
-def unsound(choices):
-    """Rows that name no op, no implementation of it, no chip, or no committed result."""
-    results = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def green(file):
+    """Whether gpu_suite.sh wrote this file, its GPU tests passed and its single ops agreed with their references."""
+    parts = json.loads(file.read_text()).get("suite", {}).get("parts", {})
+    return all(parts.get(name, {}).get("exit_code") == 0 for name in ("gpu_tests", "ops"))
+
+
+def unsound(choices, results=RESULTS):
+    """Rows that name no op, no implementation of it, no chip, or no committed result, on a chip a green one."""
     for op, rows in choices.items():
         for place, row in rows.items():
             known = op in names() and row.implementation in ops.implementations(op)
-            if not (known and re.fullmatch(r"cpu|sm_\d+", place) and row.result and (results / row.result).is_file()):
+            there = known and re.fullmatch(r"cpu|sm_\d+", place) and row.result and (results / row.result).is_file()
+            if not there or (place != "cpu" and not green(results / row.result)):
                 yield op, place
 
 
-def test_the_measured_choices_are_sound():
+def test_the_measured_choices_are_sound(tmp_path):
     assert not list(unsound(measured.CHOICES))
-    result = "amd-epyc-2-cores-mid.json"
+    result = "a-chip.json"
+
+    def write(**codes):
+        parts = {name: {"exit_code": code} for name, code in codes.items()}
+        (tmp_path / result).write_text(json.dumps({"suite": {"parts": parts}}))
+
     good = {"self_attention": {"sm_90": Choice("cuda", result), "cpu": Choice("torch", result)}}
-    assert not list(unsound(good))
+    for codes in ({"gpu_tests": 1, "ops": 0}, {"gpu_tests": 0, "ops": 1}, {"gpu_tests": 0}):
+        write(**codes)
+        assert list(unsound(good, tmp_path)) == [("self_attention", "sm_90")]
+    write(gpu_tests=0, ops=0)
+    assert not list(unsound(good, tmp_path))
     for op, place, row in (
         ("attention", "sm_90", Choice("cuda", result)),
         ("self_attention", "90", Choice("cuda", result)),
@@ -196,7 +215,7 @@ def test_the_measured_choices_are_sound():
         ("self_attention", "sm_90", Choice("cuda", "none.json")),
         ("self_attention", "sm_90", Choice("cuda", "")),
     ):
-        assert list(unsound({op: {place: row}})) == [(op, place)]
+        assert list(unsound({op: {place: row}}, tmp_path)) == [(op, place)]
 
 
 def test_explain(op):

@@ -97,6 +97,20 @@ def test_a_mismatch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_the_head_that_is_asked_for_runs_or_says_why_not(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "l.json"
+    words = ["bench", "latency", "--preset", "tiny", "--device", "cpu", "--chunks", "1", "--json", str(out)]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--head", "one_launch"])
+    assert end.value.code == 2
+    assert "engine head: 'one_launch' refused: it is on cpu" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--head", "library", "--head-dtype", "bfloat16", "--baseline", "--no-text"])
+    assert end.value.code == 0
+    data = json.loads(out.read_text())
+    assert (data["head"], data["head_dtype"], data["dtype"]) == ("library", "bfloat16", "float32")
+
+
 def test_fp8_is_timed_with_its_error_beside_it(tmp_path: Path, capsys) -> None:
     out = tmp_path / "l.json"
     words = ["--preset", "tiny", "--device", "cpu", "--chunks", "1", "--baseline", "--no-text", "--quantization", "fp8"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.metadata import entry_points, files, version
+from importlib.metadata import entry_points, files, requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import dit4dit
 from dit4dit import _C
@@ -69,6 +70,17 @@ def test_what_the_build_says_about_itself():
     assert isinstance(_C.cuda_architectures, tuple)
     assert bool(info["cuda"]) == bool(_C.cuda_architectures)
     assert hasattr(_C, "preprocess_cuda") == bool(_C.cuda_architectures)
+
+
+def test_no_extra_brings_the_package_by_name():
+    """As dit4dit-cu12 it has another name (release.yml), and two of the same package would overwrite each other."""
+    wanted = {}
+    for requirement in map(Requirement, requires("dit4dit") or []):
+        assert not requirement.name.startswith("dit4dit")
+        for extra in ("test", "train", "dev"):
+            if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
+                wanted.setdefault(extra, set()).add(f"{requirement.name}{requirement.specifier}")
+    assert wanted["test"] | wanted["train"] < wanted["dev"]
 
 
 def test_the_command_is_installed():

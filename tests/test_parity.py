@@ -49,6 +49,24 @@ def test_float32_agrees_with_the_published_code(golden_dir: Path, name: str, bac
     assert ran == f"torch; preprocess: {backend or 'cpp'}"
 
 
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--head", "library"], "--head library: it is an option of the engine; add --engine"),
+        (["--head", "one_launch", "--engine"], "--head one_launch: the kernel runs in bfloat16"),
+        (["--head", "one_launch", "--engine", "--dtype", "bfloat16"], "'one_launch' refused: it is on cpu"),
+    ],
+)
+def test_a_head_that_cannot_be_compared_is_refused(golden_dir: Path, words: list[str], message: str, capsys) -> None:
+    assert run("parity", str(golden_dir / "libero_tiny"), "--device", "cpu", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_library_head_is_compared(golden_dir: Path) -> None:
+    words = ["--device", "cpu", "--engine", "--head", "library"]
+    assert run("parity", str(golden_dir / "libero_tiny"), *words) == 0
+
+
 def test_bfloat16_stays_near(golden_dir: Path) -> None:
     for stage in parity.check(golden_dir / "gr1_tiny", device=CPU, dtype=torch.bfloat16, backend=None):
         assert 0 < stage.error <= stage.limit, stage

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit4dit import Noise, Observation, Policy
+from dit4dit.action_ode.program import HeadChoice
 from dit4dit.engine import MAX_BATCH, Engine, Plan, RequestShape
 from dit4dit.engine.fold import Modulation
 from dit4dit.engine.packs import with_event
@@ -50,9 +51,9 @@ def requests(plan: Plan, seed: int):
     return pictures, state, [Noise.from_seed(seed, i) for i in range(plan.shape.batch)], packs
 
 
-def make(device: torch.device, **kinds) -> Plan:
+def make(device: torch.device, head: HeadChoice = "auto", **kinds) -> Plan:
     torch.manual_seed(0)
-    engine = Engine(random_model(TINY, 1, device=device, with_text=False, **kinds))
+    engine = Engine(random_model(TINY, 1, device=device, with_text=False, **kinds), head=head)
     table = torch.tensor([[torch.nan, -1, 1, 2, 0.5]] * 5, dtype=torch.float64).T.contiguous()
     return Plan(engine, shape(), table)
 
@@ -316,3 +317,20 @@ def test_a_graph_gives_the_bits_of_the_same_step_without_one() -> None:
         plan._draw_noise()
         plan._compute()
     assert np.array_equal(plan.outputs.device["normalized"].cpu().numpy(), recorded)
+
+
+@pytest.mark.gpu
+def test_the_one_launch_head_in_a_graph() -> None:
+    """As near to the loop over library calls as bfloat16 rounds, the same bits each time, no allocation, no lost wait."""
+    kinds = {"dtype": torch.bfloat16, "head_dtype": torch.bfloat16}
+    plan, library = (make(torch.device("cuda"), head=head, **kinds) for head in ("one_launch", "library"))
+    assert plan.engine.one_launch is not None
+    given = requests(plan, 0)
+    first, _ = plan.run(*given)
+    wanted, _ = library.run(*given)
+    assert np.abs(first - wanted).max() < 0.1 * np.abs(wanted).max()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(100):
+        assert np.array_equal(plan.run(*given)[0], first)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    plan.engine.one_launch.check()

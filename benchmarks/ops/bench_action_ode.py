@@ -2,7 +2,9 @@
 
 python -m dit4dit.benchmarks.ops.bench_action_ode --device cuda --json result.json
 
-Bytes are the blocks' weights, read once a step, and operations their products.
+The yardstick is "eager graph": the reference's library kernels as one CUDA graph. Bytes are the blocks' weights, read once a
+step, GB/s those bytes over the time that was reached, and operations their products. "cuda fp8" keeps these weights in e4m3 and
+is held to the head with weights so rounded. "stages" of the kernel's rows: how often all multiprocessors wait for each other.
 The kernel has not run on a chip yet: there is no result so far.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,17 @@ from dit4dit.benchmarks.harness import machine, quantiles, time_cpu, time_gpu
 from torch import Tensor
 
 from dit4dit import ops
-from dit4dit.action_ode.program import OneLaunchHead
+from dit4dit.action_ode import Device, head_shape, plan
+from dit4dit.action_ode.program import OneLaunchHead, device_of
+from dit4dit.action_ode.weights import FP8, row_scale
 from dit4dit.commands.report import write_json
 from dit4dit.config import HeadConfig
-from dit4dit.engine.fold import fold_head
+from dit4dit.engine.fold import Head, HeadBlock, Matrix, fold_head
 from dit4dit.model.action_head import ActionHead
 
 TOKENS = {9: (8, 784), 17: (16, 588), 51: (50, 392)}
 """Tokens with the state's -> action horizon and feature tokens of the released models."""
+H200 = Device(workers=132, shared_memory=227 << 10, capability=90)
 
 
 def config(horizon: int) -> HeadConfig:
@@ -63,6 +69,58 @@ def candidates(head: OneLaunchHead, args: tuple[Tensor, ...]) -> dict[str, Calla
     return found
 
 
+def stages(head: OneLaunchHead, device: str, batch: int, context: int) -> int:
+    """Dependent stages of the kernel's schedule, on this GPU or, where there is none, on an H200."""
+    chip = device_of(torch.device(device)) if device.startswith("cuda") and torch.cuda.is_available() else H200
+    prefix = head.config.state_dim is not None
+    shape = head_shape(head.config, batch=batch, context=context, prefix=prefix, steps=head.steps, fp8=head.fp8)
+    return plan(shape, chip).stages
+
+
+def in_fp8(head: Head) -> Head:
+    """The head with its blocks' weights rounded to e4m3, as the kernel keeps them, in float32."""
+
+    def rounded(matrix: Matrix) -> Matrix:
+        weight = matrix.weight.bfloat16().float()
+        scale = row_scale(weight)[:, None]
+        return Matrix((weight / scale).to(FP8).float() * scale, matrix.bias)
+
+    def block(b: HeadBlock) -> HeadBlock:
+        changed = {part: rounded(getattr(b, part)) for part in ("project", "out", "mlp_in", "mlp_out")}
+        return HeadBlock(b.norms, b.cross, **changed)
+
+    return replace(head, blocks=tuple(map(block, head.blocks)))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: `head` it runs, what it must be near to, and bytes of one of its weights."""
+
+    run: Callable[[], Tensor]
+    head: OneLaunchHead
+    want: Tensor
+    weight_bytes: int
+
+
+def contenders(
+    head: ActionHead, truth: Head, exact: tuple[Tensor, ...], given: tuple[Tensor, ...], steps: int
+) -> dict[str, Contender]:
+    """What can be timed on `given`. truth, exact: head and arguments in float32 on the CPU; moves `head`."""
+    dtype = given[1].dtype
+
+    def result(folded: Head) -> Tensor:
+        return ops.action_ode(OneLaunchHead(folded, head.config, steps), *exact, backend="torch")
+
+    want, want_fp8 = result(truth), result(in_fp8(truth))
+    moved = fold_head(head.to(given[0].device, dtype), steps)
+    plain, small = (OneLaunchHead(moved, head.config, steps, fp8=fp8) for fp8 in (False, True))
+    found = {n: Contender(fn, plain, want, dtype.itemsize) for n, fn in candidates(plain, given).items()}
+    if "cuda" in found:
+        fp8 = {name: fn for name, fn in candidates(small, given).items() if "cuda" in name}
+        found |= {n.replace("cuda", "cuda fp8"): Contender(fn, small, want_fp8, 1) for n, fn in fp8.items()}
+    return found
+
+
 @torch.no_grad()
 def case(
     tokens: int,
@@ -73,66 +131,50 @@ def case(
     batch: int = 1,
     steps: int = 4,
     seed: int = 0,
-    fp8: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rows of one number of tokens, as op_bench's: each candidate, once it agrees with the reference in float32."""
+    """Rows of one number of tokens, as op_bench's: each contender, once it agrees with the reference in float32."""
     horizon, features = TOKENS[tokens]
     torch.manual_seed(seed)
     head = ActionHead(config(horizon)).eval()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    truth = OneLaunchHead(fold_head(head, steps), head.config, steps)
-    columns = 2 * sum(block.cross for block in truth.folded.blocks) * head.config.width
+    truth, width = fold_head(head, steps), head.config.width
     noise = torch.randn(batch, horizon, head.config.action_dim)
-    exact = (noise, torch.randn(batch, features, columns), torch.randn(batch, head.config.width))
-    want = ops.action_ode(truth, *exact, backend="torch")
-    moved = OneLaunchHead(fold_head(head.to(device, dtype), steps), head.config, steps, fp8=fp8)
+    columns = 2 * sum(block.cross for block in truth.blocks) * width
+    exact = (noise, torch.randn(batch, features, columns), torch.randn(batch, width))
     given = (noise.to(device), *(t.to(device, dtype) for t in exact[1:]))
-    plain = ops.action_ode(moved, *given, backend="torch")
+    entered = contenders(head, truth, exact, given, steps)
 
-    timer = time_gpu if device.startswith("cuda") else time_cpu
-    found: dict[str, dict[str, float]] = {}
-    wrong = {}
-    for name, fn in candidates(moved, given).items():
-        try:
-            assert_near(name, fn(), plain, want, 4 if fp8 else 2)
-        except AssertionError as error:
-            wrong[name] = str(error)
-            continue
-        moved.check()
-        found[name] = quantiles(timer(fn, samples=samples))
-    count = head.config.width**2 * sum(2 + 8 if part.cross else 4 + 8 for part in moved.folded.blocks)
-    common = {"op": "action_ode", "case": f"{tokens}"}
+    eager, timer = entered["eager"], time_gpu if device.startswith("cuda") else time_cpu
+    plain = ops.action_ode(eager.head, *given, backend="torch").cpu()
+    # twice as far from the truth as PyTorch in this dtype
+    allowed = max(2 * (plain - eager.want).abs().max().item(), 1e-5 * eager.want.abs().max().item())
+    common: dict[str, Any] = {"op": "action_ode", "case": f"{tokens}"}
+    on_kernel = {"stages": stages(eager.head, device, batch, features)}
+    weights = width**2 * sum(2 + 8 if block.cross else 4 + 8 for block in truth.blocks)
+    flops = 2 * steps * weights * batch * tokens
     rows: list[dict[str, Any]] = []
-    for name, times in found.items():
-        weights = steps * count * (1 if fp8 and "cuda" in name else dtype.itemsize)
-        work = {"bytes": weights, "flops": 2 * steps * count * batch * tokens}
-        rates = {"gb_per_s": weights / times["p50"] / 1e9, "gflop_per_s": work["flops"] / times["p50"] / 1e9}
-        ms = {key: value * 1e3 for key, value in times.items() if key != "jitter"}
-        ratio = found["eager"]["p50"] / times["p50"] if "eager" in found else None
-        rows.append(
-            {**common, "implementation": name, "ms": ms, "jitter": times["jitter"], **work, **rates, "ratio": ratio}
-        )
-    reason = moved.refuse(*given)
+    first: float | None = None
+    for name, entry in entered.items():
+        common["implementation"] = name
+        distance = (entry.run().cpu() - entry.want).abs().max().item()
+        if not distance <= allowed:  # a NaN is not near
+            why = f"expected at most {allowed:.3g} from the truth, got {distance:.3g}"
+            told = f"not timed, it disagrees with the reference: {name}: {why}"
+            rows.append({**common, "left_out": told, "disagrees": True})
+            continue
+        entry.head.check()
+        times = quantiles(timer(entry.run, samples=samples))
+        first = times["p50"] if name == "eager" else first
+        read = steps * weights * entry.weight_bytes
+        row = {**common, "ms": {k: v * 1e3 for k, v in times.items() if k != "jitter"}, "jitter": times["jitter"]}
+        row |= {"bytes": read, "flops": flops, "gb_per_s": read / times["p50"] / 1e9}
+        row |= {"gflop_per_s": flops / times["p50"] / 1e9, "ratio": first / times["p50"] if first else None}
+        rows.append(row | (on_kernel if "cuda" in name else {}))
+    reason = eager.head.refuse(*given)
     if reason is not None:
-        rows.append({**common, "implementation": "cuda", "left_out": reason})
-    return rows + [
-        {
-            **common,
-            "implementation": n,
-            "left_out": f"not timed, it disagrees with the reference: {e}",
-            "disagrees": True,
-        }
-        for n, e in wrong.items()
-    ]
-
-
-def assert_near(name: str, got: Tensor, plain: Tensor, want: Tensor, factor: float) -> None:
-    """AssertionError unless `got` is at most `factor` times as far from the float32 truth as the reference in this dtype."""
-    distance, allowed = (got.cpu() - want).abs().max().item(), (plain.cpu() - want).abs().max().item() * factor
-    allowed = max(allowed, 1e-5 * want.abs().max().item())
-    if not distance <= allowed:  # a NaN is not near
-        raise AssertionError(f"{name}: expected at most {allowed:.3g} from the truth, got {distance:.3g}")
+        rows.append({**common, "implementation": "cuda", "left_out": reason, **on_kernel})
+    return rows
 
 
 def main() -> int:
@@ -142,7 +184,6 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, action="append", choices=list(TOKENS), help="default: all")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write machine and rows here")
@@ -153,6 +194,7 @@ def main() -> int:
     if path:
         write_json(path, result)
     print(op_bench.show(result))
+    print(*sorted({f"{row['case']} tokens: {row['stages']} stages" for row in rows if "stages" in row}), sep="\n")
     return 1 if op_bench.disagreements(result) else 0
 
 

@@ -1,4 +1,9 @@
-"""What may follow the velocity: guidance towards the chunk that is being carried out, and the way back to robot units."""
+"""What may follow the velocity: guidance towards the chunk that is being carried out, and the way back to robot units.
+
+Both are reached through `ops.action_ode`. The engine's plan leaves the units to `ops.unnormalize`, one small kernel behind this
+one in the same graph: a chunk has its normalised actions beside those in robot units (the next chunk's guidance wants them), and
+the kernel writes one of the two; and there they are made in float64, as `Chain.inverse` does on the host.
+"""
 
 from __future__ import annotations
 

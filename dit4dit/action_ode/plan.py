@@ -1,46 +1,46 @@
 """The planner: the shape of a head and a device -> a schedule.
 
-A step is a chain of stages (norm, products, attention, ...). A group is as many samples as fit into one product's tokens;
-groups have nothing to do with each other, so that a tile waits for one counter only: the one of its group's stage before.
-Rows of weights are the tall operand of every product and tokens the narrow one, so that few tokens waste no tensor cores and
-each weight is read once. What makes a schedule right is proved by `validate`, not here.
+A step is a chain of stages: products, and attention between them. Norms, the merging of ranges of keys, the residual stream and
+the sampler's step are parts of the products around them, because a stage costs a round trip between all multiprocessors, which
+is longer than its work; hence no product is cut along its columns either, whose parts would have to be summed. A group is as
+many samples as fit into one product's tokens; groups have nothing to do with each other, so that a tile waits for one counter
+only: the one of its group's stage before. Rows of weights are the tall operand of every product and tokens the narrow one, so
+that few tokens waste no tensor cores. What makes a schedule right is proved by `validate`, not here.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from dit4dit.action_ode.schedule import (
     MAX_HEAD_DIM,
-    MAX_KEYS,
     MAX_TOKENS,
     MAX_WIDTH,
     NONE,
     OPERANDS,
-    SLOT_ELEMENTS,
     TILE_ROWS,
     WEIGHT_UNIT,
     Attend,
     Buffer,
-    Combine,
     Device,
     Epilogue,
-    Euler,
     HeadShape,
     MatrixPlan,
-    Norm,
     Operands,
     Product,
     Schedule,
     Space,
     Start,
     Tile,
+    attend_bytes,
+    attend_rows,
     float_bits,
+    product_bytes,
 )
 from dit4dit.config import HeadConfig
 from dit4dit.errors import ConfigError
@@ -52,6 +52,8 @@ COPY_SLOTS = 6
 LEAST_BULK_SLOTS, MOST_BULK_SLOTS = 12, 16
 FIXED_SHARED = 1536
 """Bytes for records, barriers and reductions: `Fixed` in kernels/action_ode_block.cuh, rounded up."""
+_TILE_SLOTS = 4.0
+"""What a tile takes besides its weights, in the time of a slot: the activations, and the sums over its warps."""
 OPCODES = {kind: opcode for opcode, kind in OPERANDS.items()}
 
 Stage = list[Operands]
@@ -143,55 +145,50 @@ class _Planner:
 
     def _matrices(self) -> dict[str, MatrixPlan]:
         s = self.shape
-        wanted = [("encode", s.width, s.padded_actions, False), ("encode_out", s.width, s.width, True)]
+        wanted = [("encode", s.width, s.padded_actions), ("encode_out", s.width, s.width)]
         for i, cross in enumerate(s.blocks):
             wanted += [
-                (f"{i}.project", s.width if cross else 3 * s.width, s.width, False),
-                (f"{i}.out", s.width, s.width, True),
-                (f"{i}.mlp_in", s.mlp, s.width, False),
-                (f"{i}.mlp_out", s.width, s.mlp, True),
+                (f"{i}.project", s.width if cross else 3 * s.width, s.width),
+                (f"{i}.out", s.width, s.width),
+                (f"{i}.mlp_in", s.mlp, s.width),
+                (f"{i}.mlp_out", s.width, s.mlp),
             ]
-        wanted += [("decode_in", s.decoder, s.width, False), ("decode_out", s.actions, s.decoder, True)]
+        wanted += [("decode_in", s.decoder, s.width), ("decode_out", s.actions, s.decoder)]
         found: dict[str, MatrixPlan] = {}
         offset = 0
-        for name, rows, columns, split in wanted:
+        for name, rows, columns in wanted:
             # what is outside the blocks is 3 % of the weights, and nearest to the actions
-            matrix = self._cut(name, rows, columns, split, s.fp8 and name[0].isdigit(), offset)
+            matrix = self._cut(name, rows, columns, s.fp8 and name[0].isdigit(), offset)
             found[name] = matrix
             offset += matrix.units
         return found
 
-    def _cut(self, name: str, rows: int, columns: int, split: bool, fp8: bool, offset: int) -> MatrixPlan:
-        """The cheapest cut by a rough count in units of the time that one slot takes from memory."""
-        best: tuple[float, MatrixPlan] | None = None
-        for tile_rows in TILE_ROWS:
-            slots = -(-columns // (SLOT_ELEMENTS // tile_rows))
-            for splits in range(1, slots + 1 if split else 2):
-                matrix = MatrixPlan(name, rows, columns, tile_rows, splits, fp8, offset)
-                if (splits - 1) * matrix.slots_per_split >= slots:
-                    continue  # the last slice would be empty
-                rounds = -(-matrix.row_tiles * splits * len(self.groups) // self.device.workers)
-                wide = tile_rows == 64 and self.device.warpgroups
-                slot = 1.0 if wide else 1 + self.padded / 110
-                cost = rounds * (matrix.slots_per_split * slot + 1) + 0.15 * splits
-                if best is None or cost < best[0] - 1e-9:
-                    best = cost, matrix
-        assert best is not None
-        return best[1]
+    def _cut(self, name: str, rows: int, columns: int, fp8: bool, offset: int) -> MatrixPlan:
+        """The cheapest height of tiles by a rough count in units of the time that one slot takes from memory."""
+
+        def cost(matrix: MatrixPlan) -> float:
+            rounds = -(-matrix.row_tiles * len(self.groups) // self.device.workers)
+            wide = matrix.tile_rows == 64 and self.device.warpgroups
+            return rounds * (matrix.slots * (1.0 if wide else 1 + self.padded / 110) + _TILE_SLOTS)
+
+        return min((MatrixPlan(name, rows, columns, height, fp8, offset) for height in TILE_ROWS), key=cost)
 
     def _key_ranges(self) -> list[tuple[int, int]]:
         """(first key, keys) of the tiles that share one head of one sample's attention to the features."""
-        keys, tiles = self.shape.context, self.shape.batch * self.shape.heads
-        best: tuple[float, int] | None = None
-        for count in range(-(-keys // MAX_KEYS), -(-keys // 16) + 1):
-            rounds = -(-tiles * count // self.device.workers)
-            cost = rounds * (-(-keys // count) / 32 + 1) + 0.1 * count + 2 * (count > 1)
-            if best is None or cost < best[0]:
-                best = cost, count
-        assert best is not None
-        size = -(-keys // best[1])
-        size = -(-size // 8) * 8 if size < MAX_KEYS - 8 else size
-        return [(k, min(size, keys - k)) for k in range(0, keys, size)]
+        s = self.shape
+        _, step, _ = attend_rows(s.tokens, 1)
+        most = max(128, step)  # what the least staging holds
+        while most < 4 * step and attend_bytes(s.tokens, most + step, s.head_dim) <= self._room():
+            most += step
+
+        def cost(count: int) -> float:
+            rounds = -(-s.batch * s.heads * count // self.device.workers)
+            # keys are there before their turn; each range is one more plane for all tiles of the product that follows
+            return rounds * (-(-s.context // count) / 64 + _TILE_SLOTS) + count * s.tokens * s.width / 13000
+
+        count = min(range(-(-s.context // most), -(-s.context // 16) + 1), key=cost)
+        size = -(-s.context // count)
+        return [(k, min(size, s.context - k)) for k in range(0, s.context, size)]
 
     def _constants(self) -> None:
         s = self.shape
@@ -204,110 +201,88 @@ class _Planner:
         add("encode.bias", s.steps * s.width)
         add("encode_out.bias", s.tokens * s.width)
         for i in range(len(s.blocks)):
-            add(f"{i}.scale", s.steps * s.width)
-            add(f"{i}.shift", s.steps * s.width)
+            add(f"{i}.norm", s.steps * 2 * s.width)
             for part in ("project", "out", "mlp_in", "mlp_out"):
                 matrix = self.matrices[f"{i}.{part}"]
                 add(f"{matrix.name}.bias", matrix.rows)
                 if matrix.fp8:
                     add(f"{matrix.name}.row_scale", matrix.rows)
-        add("scale", s.steps * s.width)
-        add("shift", s.steps * s.width)
+        add("norm", s.steps * 2 * s.width)
         add("decode_in.bias", s.decoder)
         add("decode_out.bias", s.actions)
-
-    def _offset(self, name: str, row: int = 0, width: int = 0) -> int:
-        return self.constants[name][0] + row * width
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def _stages(self, group: range) -> Iterator[Stage]:
-        """The chain of one group. The residual branch of a product is added by the norm that follows it."""
+        """The chain of one group."""
         s = self.shape
-        tokens = [b * s.tokens + i for b in group for i in range(s.tokens)]
         yield [Start(b * s.tokens, s.tokens, int(s.prefix), b) for b in group]
         for step in range(s.steps):
-            bias = self._offset("encode.bias", step, s.width)
-            yield self._products("encode", group, Space.NOISY, Space.EMBEDDED, Epilogue.SILU, bias)
-            yield self._products("encode_out", group, Space.EMBEDDED, Space.PARTIAL, Epilogue.PARTIAL)
-            branch = "encode_out"
+            products = partial(self._products, group, step)
+            yield products("encode", Space.NOISY, Space.EMBEDDED, Epilogue.SILU)
+            yield products("encode_out", Space.EMBEDDED, Space.STREAM, Epilogue.TOKENS)
             for i, cross in enumerate(s.blocks):
-                yield [self._norm(t, branch, f"{i}.", step, 1e-5) for t in tokens]
-                yield self._products(f"{i}.project", group, Space.NORMED, Space.PROJECTED, Epilogue.PLAIN)
-                yield from self._attention(group, sum(s.blocks[:i]) if cross else NONE)
-                yield self._products(f"{i}.out", group, Space.ATTENDED, Space.PARTIAL, Epilogue.PARTIAL)
-                yield [self._norm(t, f"{i}.out", None, step, 1e-5) for t in tokens]
-                yield self._products(f"{i}.mlp_in", group, Space.NORMED, Space.HIDDEN, Epilogue.GELU)
-                branch = f"{i}.mlp_out"
-                yield self._products(branch, group, Space.HIDDEN, Space.PARTIAL, Epilogue.PARTIAL)
-            yield [self._norm(t, branch, "", step, 1e-6) for t in tokens]
-            yield self._products("decode_in", group, Space.NORMED, Space.DECODED, Epilogue.RELU)
-            yield self._products("decode_out", group, Space.DECODED, Space.PARTIAL, Epilogue.PARTIAL)
-            planes, bias = self.matrices["decode_out"].splits, self._offset("decode_out.bias")
-            last = int(step == s.steps - 1)
-            yield [Euler(b * s.tokens, s.tokens, int(s.prefix), b, planes, bias, step, last) for b in group]
+                first = products(
+                    f"{i}.project", Space.ROUNDED, Space.PROJECTED, Epilogue.PLAIN, eps=1e-5, table=f"{i}.norm"
+                )
+                yield first
+                ranges = self.key_ranges if cross else [(0, s.tokens)]
+                yield self._attention(group, sum(s.blocks[:i]) if cross else NONE, ranges)
+                yield products(f"{i}.out", Space.ATTENDED, Space.STREAM, Epilogue.RESIDUAL, planes=len(ranges))
+                yield products(f"{i}.mlp_in", Space.ROUNDED, Space.HIDDEN, Epilogue.GELU, eps=1e-5)
+                yield products(f"{i}.mlp_out", Space.HIDDEN, Space.STREAM, Epilogue.RESIDUAL)
+            yield products("decode_in", Space.ROUNDED, Space.DECODED, Epilogue.RELU, eps=1e-6, table="norm")
+            yield products("decode_out", Space.DECODED, Space.ACTIONS, Epilogue.EULER)
 
     def _products(
-        self, name: str, group: range, source: Space, out: Space, epilogue: Epilogue, bias: int | None = None
+        self,
+        group: range,
+        step: int,
+        name: str,
+        source: Space,
+        out: Space,
+        epilogue: Epilogue,
+        *,
+        planes: int = 1,
+        eps: float = 0.0,
+        table: str | None = None,
     ) -> Stage:
-        matrix, tokens = self.matrices[name], self.shape.tokens
-        if bias is None:
-            bias = NONE if epilogue == Epilogue.PARTIAL else self._offset(f"{name}.bias")
-        stage: Stage = []
-        for i in range(matrix.row_tiles):
-            row = i * matrix.tile_rows
-            for plane in range(matrix.splits):
-                first = plane * matrix.slots_per_split
-                slots = min(matrix.slots_per_split, matrix.slots - first)
-                column = first * matrix.slot_columns
-                stage.append(
-                    Product(
-                        source=source,
-                        token=group.start * tokens,
-                        tokens=len(group) * tokens,
-                        row=row,
-                        rows=min(matrix.tile_rows, matrix.rows - row),
-                        tile_rows=matrix.tile_rows,
-                        column=column,
-                        columns=min(slots * matrix.slot_columns, matrix.columns - column),
-                        weight=matrix.offset + (i * matrix.slots + first) * matrix.units_per_slot,
-                        slots=slots,
-                        fp8=int(matrix.fp8),
-                        out=out,
-                        plane=plane,
-                        epilogue=epilogue,
-                        bias=bias if bias == NONE else bias + row,
-                        scale=self._offset(f"{name}.row_scale") + row if matrix.fp8 else NONE,
-                    )
-                )
-        return stage
+        """All tiles of a matrix. `eps`: with a norm; `table`: its modulation."""
+        matrix, s = self.matrices[name], self.shape
+        bias = self.constants[f"{name}.bias"][0] + (step * s.width if name == "encode" else 0)
+        scale = self.constants[f"{name}.row_scale"][0] if matrix.fp8 else NONE
+        return [
+            Product(
+                source=source,
+                token=group.start * s.tokens,
+                tokens=len(group) * s.tokens,
+                planes=planes,
+                norm=float_bits(eps),
+                modulation=NONE if table is None else self.constants[table][0] + step * 2 * s.width,
+                row=row,
+                rows=min(matrix.tile_rows, matrix.rows - row),
+                tile_rows=matrix.tile_rows,
+                columns=matrix.columns,
+                weight=matrix.offset + i * matrix.slots * matrix.units_per_slot,
+                slots=matrix.slots,
+                fp8=int(matrix.fp8),
+                bias=bias + row,
+                scale=scale if scale == NONE else scale + row,
+                epilogue=epilogue,
+                out=out,
+                step=step,
+            )
+            for i, row in enumerate(range(0, matrix.rows, matrix.tile_rows))
+        ]
 
-    def _norm(self, token: int, branch: str, table: str | None, step: int, eps: float) -> Norm:
-        """`branch` is the product whose planes are added; `table` the prefix of the modulation's names."""
+    def _attention(self, group: range, context: int, ranges: list[tuple[int, int]]) -> Stage:
         s = self.shape
-        sample, place = divmod(token, s.tokens)
-        first = 0
-        bias = self._offset(f"{branch}.bias")
-        if branch == "encode_out":
-            first = 2 if s.prefix and place == 0 else 1
-            bias += place * s.width
-        scale = shift = NONE
-        if table is not None:
-            scale = self._offset(f"{table}scale", step, s.width)
-            shift = self._offset(f"{table}shift", step, s.width)
-        return Norm(token, self.matrices[branch].splits, bias, scale, shift, float_bits(eps), first, sample)
-
-    def _attention(self, group: range, context: int) -> Iterator[Stage]:
-        s = self.shape
-        ranges = [(0, s.tokens)] if context == NONE else self.key_ranges
-        each = [(b, h) for b in group for h in range(s.heads)]
-        yield [
-            Attend(b * s.tokens, s.tokens, h, context, key, keys, b, plane if len(ranges) > 1 else NONE)
-            for b, h in each
+        return [
+            Attend(b * s.tokens, s.tokens, h, context, key, keys, b, plane)
+            for b in group
+            for h in range(s.heads)
             for plane, (key, keys) in enumerate(ranges)
         ]
-        if len(ranges) > 1:
-            yield [Combine(b * s.tokens, s.tokens, h, len(ranges)) for b, h in each]
 
     # -- the whole -----------------------------------------------------------------------------------------------------
 
@@ -351,21 +326,18 @@ class _Planner:
     def _buffers(self) -> tuple[Buffer, ...]:
         s = self.shape
         project = max(m.rows for name, m in self.matrices.items() if name.endswith("project"))
-        planes = max(m.splits for m in self.matrices.values())
         ranges = len(self.key_ranges)
         sizes = {
             Space.ACTIONS: (1, s.actions, True),
             Space.NOISY: (1, s.padded_actions, False),
             Space.EMBEDDED: (1, s.width, False),
             Space.STREAM: (1, s.width, True),
-            Space.NORMED: (1, s.width, False),
+            Space.ROUNDED: (1, s.width, False),
             Space.PROJECTED: (1, project, False),
-            Space.ATTENDED: (1, s.width, False),
+            Space.ATTENDED: (ranges, s.width, False),
+            Space.STATS: (ranges, 2 * s.heads, True),
             Space.HIDDEN: (1, s.mlp, False),
             Space.DECODED: (1, s.decoder, False),
-            Space.PARTIAL: (planes, -(-max(s.width, s.actions) // 4) * 4, True),
-            Space.HEADS: (ranges, s.width, True),
-            Space.STATS: (ranges, 2 * s.heads, True),
         }
         found, offset = [], 0
         for space in sorted(sizes):
@@ -376,34 +348,39 @@ class _Planner:
         found.append(Buffer(1, s.batch * s.horizon, s.actions, True, 0))  # OUT is the caller's tensor
         return tuple(found)
 
+    def _room(self) -> int:
+        """Staging bytes where weights have all the slots that they want: what is under way counts for more."""
+        slots = LEAST_BULK_SLOTS if self.device.bulk_copies else COPY_SLOTS
+        return self.device.shared_memory - FIXED_SHARED - slots * 2 * WEIGHT_UNIT
+
     def _shared_memory(self) -> tuple[int, int, int]:
         """(slots, staging bytes, columns of activations in it)."""
         s = self.shape
-        row = 2 * s.head_dim + 16
-        least = max(640 * self.padded, (2 * MAX_KEYS + MAX_TOKENS) * row, self._part_bytes(256))
-        least = -(-least // 128) * 128
-        slots = COPY_SLOTS
-        room = self.device.shared_memory - FIXED_SHARED - slots * 2 * WEIGHT_UNIT
-        if room < least:
+        product = partial(product_bytes, self.padded, modulated=s.width)
+        keys = max(s.tokens, *(keys for _, keys in self.key_ranges))
+        least = max(
+            product(256), attend_bytes(s.tokens, s.tokens, s.head_dim), attend_bytes(s.tokens, keys, s.head_dim)
+        )
+        needed = FIXED_SHARED + COPY_SLOTS * 2 * WEIGHT_UNIT + _round(least)
+        if self.device.shared_memory < needed:
             raise ConfigError(
-                f"action_ode: shared_memory: expected at least {self.device.shared_memory + least - room} bytes a block, "
-                f"got {self.device.shared_memory}; use head='library'"
+                f"action_ode: shared_memory: expected at least {needed} bytes a block, got {self.device.shared_memory}; "
+                "use head='library'"
             )
-        if self.device.bulk_copies:  # weights that are under way count for more than activations in one piece
-            room = max(least, room - (LEAST_BULK_SLOTS - slots) * 2 * WEIGHT_UNIT)
-        longest = max(m.slots_per_split * m.slot_columns for m in self.matrices.values())
-        part = 256
-        while part < longest and self._part_bytes(part + 256) <= room:
-            part += 256
-        staging = max(least, -(-self._part_bytes(part) // 128) * 128)
+        longest = max(m.slots * m.slot_columns for m in self.matrices.values())
+        columns = 256
+        while columns < longest and _round(product(columns + 256)) <= max(_round(least), self._room()):
+            columns += 256
+        staging = _round(max(least, product(columns)))
+        slots = COPY_SLOTS
         if self.device.bulk_copies:
             spare = self.device.shared_memory - FIXED_SHARED - staging
-            slots = max(slots, min(MOST_BULK_SLOTS, spare // (2 * WEIGHT_UNIT)))
-        return slots, staging, part
+            slots = min(MOST_BULK_SLOTS, spare // (2 * WEIGHT_UNIT))
+        return slots, staging, columns
 
-    def _part_bytes(self, columns: int) -> int:
-        """Groups of 8 columns, each 16 bytes a token, and 16 more so that neighbours start in another bank."""
-        return columns // 8 * (16 * self.padded + 16)
+
+def _round(size: int) -> int:
+    return -(-size // 128) * 128
 
 
 def _share(tiles: list[Tile], workers: list[list[Tile]], load: list[float]) -> None:
@@ -420,7 +397,7 @@ def _share(tiles: list[Tile], workers: list[list[Tile]], load: list[float]) -> N
 
 def _cost(work: Operands) -> float:
     if isinstance(work, Product):
-        return work.slots + 1
+        return work.slots + _TILE_SLOTS
     if isinstance(work, Attend):
-        return math.ceil(work.keys / 32) + 1
+        return work.keys / 64 + _TILE_SLOTS
     return 1

@@ -13,8 +13,8 @@ from torch import Tensor
 from dit4dit import _C
 from dit4dit.action_ode.epilogue import Guidance, Units
 from dit4dit.action_ode.plan import FIXED_SHARED, head_shape, plan
-from dit4dit.action_ode.schedule import WEIGHT_UNIT, Device, Schedule
-from dit4dit.action_ode.validate import validate
+from dit4dit.action_ode.schedule import COUNTER_STRIDE, WEIGHT_UNIT, Device, Schedule
+from dit4dit.action_ode.validate import ScheduleError, validate
 from dit4dit.action_ode.weights import as_bytes, pack_constants, pack_matrices
 from dit4dit.config import HeadConfig
 from dit4dit.errors import BackendError, ConfigError, OutputError
@@ -119,13 +119,19 @@ class OneLaunchHead:
     def prepare(self, device: torch.device, batch: int, context: int, prefix: bool) -> _Ready:
         """Plan, validate and pack for one kind of request, once. It allocates: call it before a CUDA graph is captured.
 
-        ConfigError: no tiles for this shape. BackendError: the device cannot hold all blocks at once.
+        ConfigError: no tiles for this shape. BackendError: the device cannot hold all blocks at once, or the schedule is not
+        sound, which is a bug of the planner.
         """
         key = (batch, context, prefix)
         with self._lock:
             if key not in self._ready:
                 schedule = self._plan(device, *key)
-                validate(schedule)
+                try:
+                    validate(schedule)
+                except ScheduleError as error:
+                    raise BackendError(
+                        f"action_ode: the schedule must not run: {error}; use head='library' and report this configuration"
+                    ) from error
                 expect_residency(schedule, device)
                 self._ready[key] = self._place(schedule, device)
             return self._ready[key]
@@ -139,7 +145,7 @@ class OneLaunchHead:
         tensors["weights"] = self._weights[cut]
         tensors["constants"] = pack_constants(self.folded, schedule)
         tensors["workspace"] = torch.empty(schedule.workspace_bytes, dtype=torch.uint8, device=device)
-        tensors["counters"] = torch.zeros(schedule.counters + 1, dtype=torch.int32, device=device)
+        tensors["counters"] = torch.zeros(schedule.counters + 1, COUNTER_STRIDE, dtype=torch.int32, device=device)
         tensors["status"] = torch.zeros(4, dtype=torch.int32, device=device)
         return _Ready(schedule, tensors)
 
@@ -206,9 +212,9 @@ def numbers(schedule: Schedule) -> dict[str, int]:
     }
 
 
-def buffers(schedule: Schedule) -> list[tuple[int, int]]:
-    """(offset in bytes, columns) of every buffer."""
-    return [(buffer.offset, buffer.columns) for buffer in schedule.buffers]
+def buffers(schedule: Schedule) -> list[tuple[int, int, int]]:
+    """(offset in bytes, planes, columns) of every buffer."""
+    return [(buffer.offset, buffer.planes, buffer.columns) for buffer in schedule.buffers]
 
 
 def device_of(device: torch.device) -> Device:

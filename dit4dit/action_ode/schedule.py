@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-RECORD = 20
+RECORD = 24
 THREADS = 256
 SLOT_ELEMENTS = 4096
 """Weights of one pipeline slot: a tile's rows times as many columns as make this number."""
@@ -24,9 +24,10 @@ WEIGHT_UNIT = 4096
 """Bytes in which the offset of a slot is counted: a slot of fp8, half a slot of bf16."""
 TILE_ROWS = (16, 32, 64)
 MAX_TOKENS = 64
-MAX_KEYS = 128
 MAX_HEAD_DIM = 64
 MAX_WIDTH = 2048
+COUNTER_STRIDE = 32
+"""int32 numbers from one counter to the next: 128 bytes, so that polls of one never meet signals of another."""
 NONE = -1
 
 
@@ -35,20 +36,19 @@ class Opcode(IntEnum):
 
     START = 0
     PRODUCT = 1
-    NORM = 2
-    ATTEND = 3
-    COMBINE = 4
-    EULER = 5
+    ATTEND = 2
 
 
 class Epilogue(IntEnum):
-    """What a product does with its sums; all but PARTIAL add the bias first and write in the activations' dtype."""
+    """What a product does with its sums, to which the bias has been added. The first four write the activations' dtype."""
 
-    PARTIAL = 0  # float32, into one plane of `partial`, no bias
-    PLAIN = 1
-    GELU = 2
-    SILU = 3
-    RELU = 4
+    PLAIN = 0
+    GELU = 1
+    SILU = 2
+    RELU = 3
+    TOKENS = 4  # a step's tokens -> STREAM and ROUNDED; a bias for each token, and the state's instead of its own
+    RESIDUAL = 5  # + STREAM -> STREAM and ROUNDED
+    EULER = 6  # the velocity: the sampler's step -> ACTIONS and NOISY, in the last step OUT
 
 
 class Space(IntEnum):
@@ -58,15 +58,13 @@ class Space(IntEnum):
     NOISY = 1  # the same in the activations' dtype, columns padded with zeros
     EMBEDDED = 2  # first token layer
     STREAM = 3  # float32: the residual stream
-    NORMED = 4
+    ROUNDED = 4  # the same in the activations' dtype, which is what products read
     PROJECTED = 5  # q, or q | k | v
-    ATTENDED = 6
-    HIDDEN = 7  # feed-forward
-    DECODED = 8  # hidden layer of the action decoder
-    PARTIAL = 9  # float32: one plane per slice of a product's columns
-    HEADS = 10  # float32: one plane per range of keys: sums of values, not yet normalised
-    STATS = 11  # float32: for each head its maximum and its sum, a plane per range of keys
-    OUT = 12  # float32: the actions, written in the last step
+    ATTENDED = 6  # a plane for each range of keys
+    STATS = 7  # float32: of each head its largest score and its sum, a plane for each range of keys
+    HIDDEN = 8  # feed-forward
+    DECODED = 9  # hidden layer of the action decoder
+    OUT = 10  # float32: the actions, written in the last step
 
 
 class Start(NamedTuple):
@@ -79,45 +77,33 @@ class Start(NamedTuple):
 
 
 class Product(NamedTuple):
-    """`tokens` rows of `source` times `rows` rows of a matrix, over some of its columns."""
+    """`tokens` rows of `source` times `rows` rows of a matrix.
+
+    What it takes: the planes of ranges of keys are merged, and with `norm` each row is layer-normed and modulated first.
+    """
 
     source: int
     token: int
     tokens: int
+    planes: int  # of the source; more than 1: ATTENDED
+    norm: int  # bits of the float32 eps; 0: rows are taken as they are
+    modulation: int  # table row of 1 + scale, then shift; NONE without
     row: int  # first row of the matrix, and first column of the result
     rows: int  # at most tile_rows; the matrix is padded with zeros up to them
     tile_rows: int
-    column: int  # first column of the matrix
     columns: int
     weight: int  # WEIGHT_UNITs from the beginning of the weights
     slots: int
     fp8: int
-    out: int
-    plane: int
-    epilogue: int
-    bias: int  # floats from the beginning of the constants, NONE without
+    bias: int  # floats from the beginning of the constants
     scale: int  # of the rows, fp8 only
-
-
-class Norm(NamedTuple):
-    """One row of the residual stream: what is added to it, then its layer norm -> NORMED.
-
-    first 0: stream + bias + sum of the planes. first 1: the token of a new step, bias + sum of the planes.
-    first 2: the state token of `sample`.
-    """
-
-    token: int
-    planes: int
-    bias: int
-    scale: int  # table of 1 + scale; NONE: no modulation
-    shift: int
-    eps: int  # bits of the float32
-    first: int
-    sample: int
+    epilogue: int
+    out: int
+    step: int
 
 
 class Attend(NamedTuple):
-    """One head of one sample over a range of keys; the only range writes ATTENDED, several write HEADS and STATS."""
+    """One head of one sample over a range of keys -> a plane of ATTENDED and STATS."""
 
     token: int
     tokens: int
@@ -126,39 +112,14 @@ class Attend(NamedTuple):
     key: int
     keys: int
     sample: int
-    plane: int  # NONE: the only range
+    plane: int
 
 
-class Combine(NamedTuple):
-    """One head of one sample: HEADS and STATS of all ranges -> ATTENDED."""
-
-    token: int
-    tokens: int
-    head: int
-    planes: int
-
-
-class Euler(NamedTuple):
-    """The step of one sample: sum of the planes + bias is the velocity -> ACTIONS and NOISY, in the last step OUT."""
-
-    token: int
-    tokens: int
-    prefix: int
-    sample: int
-    planes: int
-    bias: int
-    step: int
-    last: int
-
-
-Operands = Start | Product | Norm | Attend | Combine | Euler
+Operands = Start | Product | Attend
 OPERANDS: dict[Opcode, type[Operands]] = {
     Opcode.START: Start,
     Opcode.PRODUCT: Product,
-    Opcode.NORM: Norm,
     Opcode.ATTEND: Attend,
-    Opcode.COMBINE: Combine,
-    Opcode.EULER: Euler,
 }
 
 
@@ -252,16 +213,12 @@ class Device:
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """How one matrix lies in the weights, and how its products are cut.
-
-    Row tiles follow each other, each a row of slots. `splits` slices of `slots_per_split` slots (the last may be shorter).
-    """
+    """How one matrix lies in the weights: row tiles follow each other, each a row of slots and the work of one product."""
 
     name: str
     rows: int
     columns: int
     tile_rows: int
-    splits: int
     fp8: bool
     offset: int  # WEIGHT_UNITs
 
@@ -273,10 +230,6 @@ class MatrixPlan:
     def slots(self) -> int:
         """Of one row tile."""
         return -(-self.columns // self.slot_columns)
-
-    @property
-    def slots_per_split(self) -> int:
-        return -(-self.slots // self.splits)
 
     @property
     def row_tiles(self) -> int:
@@ -344,13 +297,46 @@ class Schedule:
 
     @property
     def workspace_bytes(self) -> int:
-        last = self.buffers[Space.STATS]
+        last = self.buffers[Space.OUT - 1]
         return last.offset + -(-last.bytes // 256) * 256
+
+    @cached_property
+    def stages(self) -> int:
+        """Tiles of the longest chain in which each waits for the one before: what a launch takes where weights do not."""
+        depth = np.zeros(self.counters, np.int64)
+        edges = np.unique(self.tiles[:, [1, 3]], axis=0)
+        signals = edges[:, 1] != NONE
+        for _ in range(self.counters + 1):
+            before = np.where(edges[:, 0] == NONE, 0, depth[edges[:, 0]])
+            np.maximum.at(depth, edges[signals, 1], before[signals] + 1)
+        return int(before.max()) + 1
 
     @cached_property
     def decoded(self) -> list[Tile]:
         """The tiles with names, in the order of `tiles`."""
         return [Tile.of(record) for record in self.tiles]
+
+
+def attend_rows(tokens: int, keys: int) -> tuple[int, int, int]:
+    """(rows of queries, rows of keys, keys of one warp) that an attention tile has in shared memory; 64 keys a warp at most."""
+    query_tiles = 1 if tokens <= 16 else 2 if tokens <= 32 else 4
+    groups = THREADS // 32 // query_tiles
+    per_warp = -(-keys // (groups * 16)) * 16
+    return query_tiles * 16, groups * per_warp, per_warp
+
+
+def attend_bytes(tokens: int, keys: int, head_dim: int) -> int:
+    """Staging of an attention tile: queries, keys and values, then what the warps found."""
+    queries, padded, _ = attend_rows(tokens, keys)
+    return max((queries + 2 * padded) * (2 * head_dim + 16), THREADS // 32 * 16 * (2 + head_dim) * 4)
+
+
+def product_bytes(padded_tokens: int, columns: int, modulated: int) -> int:
+    """Staging of a product: `modulated` columns of scale and shift, then so many columns of tokens; last all sums.
+
+    Columns lie in groups of 8, each 16 bytes a token, and 16 more so that neighbours start in another bank.
+    """
+    return max(8 * modulated + columns // 8 * (16 * padded_tokens + 16), 640 * padded_tokens)
 
 
 def float_bits(x: float) -> int:

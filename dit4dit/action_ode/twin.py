@@ -17,10 +17,7 @@ from dit4dit.action_ode.epilogue import Guidance, Units
 from dit4dit.action_ode.schedule import (
     NONE,
     Attend,
-    Combine,
     Epilogue,
-    Euler,
-    Norm,
     Product,
     Schedule,
     Space,
@@ -108,43 +105,64 @@ class Twin:
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
     def _start(self, w: Start) -> None:
-        rows = slice(w.token, w.token + w.tokens)
-        self._set_actions(rows, F.pad(self.noise[w.sample].float(), (0, 0, w.prefix, 0)))
-
-    def _set_actions(self, rows: slice, x: Tensor) -> None:
-        self.buffers[Space.ACTIONS][0, rows] = x
+        rows, x = slice(w.token, w.token + w.tokens), F.pad(self.noise[w.sample].float(), (0, 0, w.prefix, 0))
         noisy = self.buffers[Space.NOISY][0, rows]
+        self.buffers[Space.ACTIONS][0, rows] = x
         noisy.copy_(F.pad(x, (0, noisy.shape[1] - x.shape[1])))
 
     def _product(self, w: Product) -> None:
-        source = self.buffers[w.source][0, w.token : w.token + w.tokens, w.column : w.column + w.columns]
-        weight = self.packed.of(w)[: w.rows, : source.shape[1]]
-        y = source.float() @ weight.float().T
-        constants = self.packed.constants
+        constants, rows = self.packed.constants, slice(w.token, w.token + w.tokens)
+        y = self._source(w).float() @ self.packed.of(w)[: w.rows, : w.columns].float().T
         if w.scale != NONE:
             y = y * constants[w.scale : w.scale + w.rows]
-        if w.epilogue != Epilogue.PARTIAL:
-            y = ACTIVATION[Epilogue(w.epilogue)](y + constants[w.bias : w.bias + w.rows])
-        self.buffers[w.out][w.plane, w.token : w.token + w.tokens, w.row : w.row + w.rows] = y.to(
-            self.buffers[w.out].dtype
-        )
+        if w.epilogue == Epilogue.TOKENS:
+            return self._to_stream(w, self._tokens(w, y))
+        y = y + constants[w.bias : w.bias + w.rows]
+        columns = slice(w.row, w.row + w.rows)
+        if w.epilogue == Epilogue.RESIDUAL:
+            return self._to_stream(w, y + self.buffers[Space.STREAM][0, rows, columns])
+        if w.epilogue == Epilogue.EULER:
+            return self._euler(w, y)
+        self.buffers[w.out][0, rows, columns] = ACTIVATION[Epilogue(w.epilogue)](y).to(self.dtype)
 
-    def _norm(self, w: Norm) -> None:
-        width, constants = self.schedule.shape.width, self.packed.constants
-        if w.first == 2:
+    def _source(self, w: Product) -> Tensor:
+        """[tokens, columns] as the product takes them."""
+        planes = self.buffers[w.source][: w.planes, w.token : w.token + w.tokens, : w.columns]
+        if w.planes > 1:
+            return self._merged(w, planes)
+        if not w.norm:
+            return planes[0]
+        x = F.layer_norm(planes[0].float(), (w.columns,), eps=float_of(w.norm))
+        if w.modulation != NONE:
+            scale, shift = self.packed.constants[w.modulation :][: 2 * w.columns].view(2, w.columns)
+            x = x * scale + shift
+        return x.to(self.dtype)
+
+    def _merged(self, w: Product, planes: Tensor) -> Tensor:
+        """Ranges of keys, each weighted with its part of the sum over all keys."""
+        stats = self.buffers[Space.STATS][: w.planes, w.token : w.token + w.tokens]
+        most, total = stats.unflatten(-1, (-1, 2)).unbind(-1)
+        share = (most - most.amax(0)).exp() * total
+        heads = planes.float().unflatten(-1, (most.shape[-1], -1))
+        x = torch.zeros_like(heads[0])
+        for plane in range(w.planes):
+            x = x + share[plane][..., None] * heads[plane]
+        return (x / share.sum(0)[..., None]).flatten(1).to(self.dtype)
+
+    def _tokens(self, w: Product, y: Tensor) -> Tensor:
+        shape, first = self.schedule.shape, w.bias - w.row
+        table = self.packed.constants[first : first + shape.tokens * shape.width].view(shape.tokens, shape.width)
+        x = (y.view(-1, shape.tokens, w.rows) + table[:, w.row : w.row + w.rows]).clone()
+        if shape.prefix:
             assert self.prefix is not None
-            x = self.prefix[w.sample].float()
-        else:
-            x = constants[w.bias : w.bias + width]
-            if w.first == 0:
-                x = self.buffers[Space.STREAM][0, w.token] + x
-            for plane in range(w.planes):
-                x = x + self.buffers[Space.PARTIAL][plane, w.token, :width]
-        self.buffers[Space.STREAM][0, w.token] = x
-        y = F.layer_norm(x, (width,), eps=float_of(w.eps))
-        if w.scale != NONE:
-            y = y * constants[w.scale : w.scale + width] + constants[w.shift : w.shift + width]
-        self.buffers[Space.NORMED][0, w.token] = y.to(self.dtype)
+            sample = w.token // shape.tokens
+            x[:, 0] = self.prefix[sample : sample + len(x), w.row : w.row + w.rows].float()
+        return x.flatten(0, 1)
+
+    def _to_stream(self, w: Product, x: Tensor) -> None:
+        rows, columns = slice(w.token, w.token + w.tokens), slice(w.row, w.row + w.rows)
+        self.buffers[Space.STREAM][0, rows, columns] = x
+        self.buffers[Space.ROUNDED][0, rows, columns] = x.to(self.dtype)
 
     def _attend(self, w: Attend) -> None:
         shape = self.schedule.shape
@@ -163,38 +181,28 @@ class Twin:
         total = p.sum(1, keepdim=True)
         y = p.to(self.dtype).float() @ v
         columns = slice(w.head * d, (w.head + 1) * d)
-        if w.plane == NONE:
-            self.buffers[Space.ATTENDED][0, rows, columns] = (y / total).to(self.dtype)
-        else:
-            self.buffers[Space.HEADS][w.plane, rows, columns] = y
-            self.buffers[Space.STATS][w.plane, rows, 2 * w.head : 2 * w.head + 2] = torch.cat([most, total], 1)
+        self.buffers[Space.ATTENDED][w.plane, rows, columns] = (y / total).to(self.dtype)
+        self.buffers[Space.STATS][w.plane, rows, 2 * w.head : 2 * w.head + 2] = torch.cat([most, total], 1)
 
-    def _combine(self, w: Combine) -> None:
-        d, rows = self.schedule.shape.head_dim, slice(w.token, w.token + w.tokens)
-        columns = slice(w.head * d, (w.head + 1) * d)
-        most, total = self.buffers[Space.STATS][: w.planes, rows, 2 * w.head : 2 * w.head + 2].unbind(-1)
-        share = (most - most.amax(0)).exp()
-        y = torch.zeros_like(self.buffers[Space.HEADS][0, rows, columns])
-        whole = torch.zeros_like(share[0])
-        for plane in range(w.planes):
-            y = y + share[plane][:, None] * self.buffers[Space.HEADS][plane, rows, columns]
-            whole = whole + share[plane] * total[plane]
-        self.buffers[Space.ATTENDED][0, rows, columns] = (y / whole[:, None]).to(self.dtype)
+    def _euler(self, w: Product, velocity: Tensor) -> None:
+        """velocity [tokens, rows], of actions w.row and on."""
+        shape, columns = self.schedule.shape, slice(w.row, w.row + w.rows)
+        for first in range(w.token, w.token + w.tokens, shape.tokens):
+            sample, rows = first // shape.tokens, slice(first + shape.prefix, first + shape.tokens)
+            x, v = self.buffers[Space.ACTIONS][0, rows, columns], velocity[rows.start - w.token : rows.stop - w.token]
+            if self.guidance is not None:
+                t = self.packed.constants[self.schedule.constants["times"][0] + w.step].item()
+                given = self.guidance
+                pull = strength(t, given.max_guidance) * given.weights[:, None]
+                v = v - pull * (given.previous[sample, :, columns] - (x - t * v))
+            x = x - (1.0 / shape.steps) * v
+            self.buffers[Space.ACTIONS][0, rows, columns] = x
+            noisy = self.buffers[Space.NOISY][0, rows, w.row : w.row + w.tile_rows]
+            noisy.copy_(F.pad(x, (0, noisy.shape[1] - w.rows)))
+            if w.step == shape.steps - 1:
+                out = self.buffers[Space.OUT][0].view(shape.batch, shape.horizon, shape.actions)
+                out[sample, :, columns] = x if self.units is None else self._in_units(x, columns)
 
-    def _euler(self, w: Euler) -> None:
-        shape, constants = self.schedule.shape, self.packed.constants
-        rows = slice(w.token + w.prefix, w.token + w.tokens)
-        v = constants[w.bias : w.bias + shape.actions]
-        for plane in range(w.planes):
-            v = v + self.buffers[Space.PARTIAL][plane, rows, : shape.actions]
-        x = self.buffers[Space.ACTIONS][0, rows]
-        if self.guidance is not None:
-            t = constants[self.schedule.constants["times"][0] + w.step].item()
-            given = self.guidance
-            pull = strength(t, given.max_guidance) * given.weights[:, None]
-            v = v - pull * (given.previous[w.sample] - (x - t * v))
-        x = x - (1.0 / shape.steps) * v
-        self._set_actions(rows, x)
-        if w.last:
-            y = x if self.units is None else self.units(x)
-            self.buffers[Space.OUT][0, w.sample * shape.horizon :][: shape.horizon] = y
+    def _in_units(self, x: Tensor, columns: slice) -> Tensor:
+        assert self.units is not None
+        return Units(*(row[columns] for row in self.units.table()))(x)

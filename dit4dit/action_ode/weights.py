@@ -155,6 +155,5 @@ def _constants(head: Head, schedule: Schedule) -> dict[str, Tensor]:
     found["encode_out.bias"] = tokens
     norms = {f"{i}.": block.norms for i, block in enumerate(head.blocks)} | {"": head.out_norms}
     for prefix, rows in norms.items():
-        found[f"{prefix}scale"] = 1 + torch.cat([row.scale for row in rows])
-        found[f"{prefix}shift"] = torch.cat([row.shift for row in rows])
+        found[f"{prefix}norm"] = torch.cat([part.flatten() for row in rows for part in (1 + row.scale, row.shift)])
     return found

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, finish, say
+from dit4dit.commands.shell import Device, Dtype, Head, check_folder, dtype_of, finish, head_dtype_of, say
 from dit4dit.errors import InputError
 
 Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -38,6 +38,8 @@ def latency(
     chunks: int = 5,
     baseline: bool = False,
     text: bool = True,
+    head: Head = "auto",
+    head_dtype: Dtype = "auto",
     quantization: Literal["fp8"] | None = None,
     engine_chunks: int = 0,
     seed: int = 0,
@@ -53,6 +55,8 @@ def latency(
         chunks: timed chunks of each contender, in turns.
         baseline: also time the published schedule, alternating, and report the ratio.
         text: the baseline encodes its instruction in each chunk, as published; --no-text leaves that out.
+        head: how the engine runs the action head; one_launch is one CUDA kernel, auto takes it where it was measured.
+        head_dtype: of the action head, on both sides; auto is float32, and bfloat16 for one_launch.
         quantization: fp8 in the engine, calibrated on the inputs that are timed; its errors are reported.
         engine_chunks: then so many chunks of the engine alone, for its percentiles.
         seed: of weights and inputs.
@@ -79,6 +83,7 @@ def latency(
         check_folder("--report", report)
     options: dict[str, Any] = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
     options |= {"quantization": quantization, "engine_chunks": engine_chunks}
+    options |= {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
     result = module.measure(chosen, preset, device=place, dtype=kind, **options)
     header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
     lines = [table(header, module.rows(result), right=range(1, 8))]

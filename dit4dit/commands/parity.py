@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dit4dit import ops
 from dit4dit.commands.report import read_json_object, table
+from dit4dit.commands.shell import Head, head_dtype_of
 from dit4dit.engine import Engine, stack
 from dit4dit.errors import CheckpointError
 from dit4dit.instructions import load_tokenizer
@@ -79,8 +80,9 @@ def check(
     backbone: Path | None = None,
     checkpoint: Path | None = None,
     engine: bool = False,
+    head: Head = "auto",
 ) -> list[Stage]:
-    """Run a golden folder and compare; the stages in order.
+    """Run a golden folder and compare; the stages in order. `head`: of the engine (`Engine`).
 
     Raises:
         CheckpointError: no golden files in the folder, or a checkpoint that does not load.
@@ -99,9 +101,9 @@ def check(
     opened = open_checkpoint(checkpoint or _checkpoint_of(folder, facts), backbone)
     golden = load_golden(golden_file, device)
     check_inputs(golden, opened, len(prompts), str(golden_file))
-    model = golden_model(opened, device, dtype)
+    model = golden_model(opened, device, dtype, head_dtype_of("auto", head))
     with wish(backend):
-        through = Engine(model) if engine else None
+        through = Engine(model, head=head) if engine else None
         run = (
             execute(model, opened, golden, prompts)
             if through is None
@@ -171,7 +173,9 @@ def load_golden(file: Path, device: torch.device) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: not readable ({error}); copy it again") from None
 
 
-def golden_model(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT4DiT:
+def golden_model(
+    opened: Checkpoint, device: torch.device, dtype: torch.dtype, head_dtype: torch.dtype = torch.float32
+) -> DiT4DiT:
     """The model with every part that its golden stages need."""
     training = opened.model.flow.training
     return build(
@@ -180,7 +184,7 @@ def golden_model(opened: Checkpoint, device: torch.device, dtype: torch.dtype) -
         str(opened.path),
         device=device,
         dtype=dtype,
-        head_dtype=torch.float32,
+        head_dtype=head_dtype,
         with_video_vae=training != "action",
         with_head=training != "video",
     )

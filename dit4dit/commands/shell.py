@@ -11,6 +11,7 @@ from dit4dit.errors import InputError
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16"]
+Head = Literal["auto", "library", "one_launch"]
 
 
 def dtype_of(name: str) -> Any:
@@ -18,6 +19,11 @@ def dtype_of(name: str) -> Any:
     import torch
 
     return None if name == "auto" else getattr(torch, name)
+
+
+def head_dtype_of(name: str, head: str) -> Any:
+    """The torch dtype of the action head; "auto" is float32, as published, and bfloat16 for the kernel, which takes no other."""
+    return dtype_of(name) or dtype_of("bfloat16" if head == "one_launch" else "float32")
 
 
 def say(text: str) -> None:

@@ -1,4 +1,4 @@
-// The functions of kernels/action_ode_target.cuh on a CPU. EMULATE_BULK_COPIES and EMULATE_WARPGROUPS stand for the chip.
+// The functions of kernels/target.cuh on a CPU. EMULATE_BULK_COPIES and EMULATE_WARPGROUPS stand for the chip.
 //
 // Stricter than a chip where that finds faults: copies destroy their target at once and land as late as allowed, shared memory
 // begins as NaN, all threads of an instruction must reach it, and threads go on in a random order. It cannot show a missing
@@ -14,12 +14,15 @@
 #define DIT4DIT_BULK_COPIES EMULATE_BULK_COPIES
 #define DIT4DIT_WARPGROUPS EMULATE_WARPGROUPS
 
-namespace dit4dit::ode {
+namespace dit4dit::target {
 
 using emulation::machine;
 
 struct alignas(16) Quad {
     std::uint32_t v[4];
+};
+struct alignas(8) Float2 {
+    float v[2];
 };
 struct alignas(16) Float4 {
     float v[4];
@@ -62,9 +65,14 @@ DEVICE Float4 load_float4(const float* p) {
     if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_float4 from an address that is no multiple of 16");
     return *reinterpret_cast<const Float4*>(p);
 }
+DEVICE Float2 load_float2(const float* p) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 8) machine->fail("load_float2 from an address that is no multiple of 8");
+    return *reinterpret_cast<const Float2*>(p);
+}
 DEVICE float load_float(const float* p) { return *p; }
 DEVICE int load_int(const int* p) { return *p; }
 DEVICE Float4 load_constant_float4(const float* p) { return load_float4(p); }
+DEVICE float load_constant_float(const float* p) { return *p; }
 
 DEVICE int load_acquire(const int* p) {
     machine->yield();
@@ -78,7 +86,6 @@ DEVICE int compare_and_swap(int* p, int expected, int wanted) {
     return before;
 }
 DEVICE std::int64_t nanoseconds() { return static_cast<std::int64_t>(machine->clock()); }
-DEVICE void pause() { machine->yield(); }
 
 DEVICE float as_float(std::uint32_t bits) {
     float x;
@@ -279,4 +286,4 @@ DEVICE void multiply_warpgroup_transposed(float (&d)[16][4], const std::uint32_t
 template <int kCount>
 DEVICE void settle(float (&)[kCount][4]) {}
 
-}  // namespace dit4dit::ode
+}  // namespace dit4dit::target

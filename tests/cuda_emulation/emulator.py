@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit4dit.action_ode import Schedule
 from dit4dit.action_ode.epilogue import Guidance, Units
-from dit4dit.action_ode.schedule import Space
+from dit4dit.action_ode.schedule import COUNTER_STRIDE, Space
 from dit4dit.action_ode.weights import PackedHead
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ class Emulator:
         workspace = workspace[-workspace.data_ptr() % 256 :][: schedule.workspace_bytes]
         out = torch.full((shape.batch, shape.horizon, shape.actions), float("nan"))
         if counters is None:
-            counters = torch.zeros(schedule.counters + 1, dtype=torch.int32)
+            counters = torch.zeros(schedule.counters + 1, COUNTER_STRIDE, dtype=torch.int32)
         status = torch.zeros(4, dtype=torch.int32)
         tensors = {
             "tiles": torch.from_numpy(schedule.tiles),

@@ -19,6 +19,30 @@ from dit4dit.model.action_head import ActionHead
 SMALL = Device(workers=7, shared_memory=99 << 10, capability=80)
 A100 = Device(108, 163 << 10, 80)
 H200 = Device(132, 227 << 10, 90)
+# as many blocks as make the planner cut rows and columns of matrices, and keys
+DEVICES = {
+    "copies": Device(13, 99 << 10, 80),
+    "bulk": Device(13, 99 << 10, 120),
+    "warpgroups": Device(13, 227 << 10, 90),
+}
+"""Chips for the emulation, by its variants."""
+
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "9 tokens": (dict(num_layers=2), dict(batch=1, context=150)),
+    "9 tokens, batch 4": (dict(num_layers=2, num_heads=2, head_dim=64, hidden_size=256), dict(batch=4, context=70)),
+    "17 tokens, heads of 48": (
+        dict(num_layers=2, num_heads=8, head_dim=48, hidden_size=512, action_dim=36, action_horizon=16),
+        dict(batch=1, context=300, steps=1),
+    ),
+    "51 tokens": (dict(num_layers=2, num_heads=3, head_dim=32, action_horizon=50), dict(batch=2, context=130)),
+    "51 tokens, norms in parts": (
+        dict(num_layers=1, num_heads=8, head_dim=48, action_horizon=50),
+        dict(batch=1, steps=1),
+    ),
+    "no state": (dict(num_layers=2, action_dim=1), dict(batch=2, prefix=False)),
+}
+"""Heads and requests that reach every path of the kernel: changes of `tiny`, arguments of `Case`."""
+
 TINY: dict[str, Any] = dict(
     num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from head_case import Case, tiny
 
 from dit4dit import _C
-from dit4dit.action_ode import Device, Schedule, plan
+from dit4dit.action_ode import Device, Schedule, plan, program
 from dit4dit.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
+from dit4dit.action_ode.schedule import COUNTER_STRIDE, Space
 from dit4dit.errors import OutputError
 
 DEVICE = Device(13, 99 << 10, 80)
@@ -32,7 +35,7 @@ def launcher_arguments(schedule: Schedule) -> dict[str, tuple]:
         "prefix": ((shape.batch, shape.width), "float32"),
         "out": (actions, "float32"),
         "workspace": ((schedule.workspace_bytes,), "uint8"),
-        "counters": ((schedule.counters + 1,), "int32"),
+        "counters": ((schedule.counters + 1, COUNTER_STRIDE), "int32"),
         "status": ((4,), "int32"),
     }
     return {name: described(*rest) for name, rest in shapes.items()}
@@ -53,7 +56,79 @@ def test_the_error_flag_is_read_and_cleared() -> None:
     head.check()
 
 
-@pytest.mark.skipif(not _C.cuda_architectures, reason="this build has no CUDA kernels")
+# -- what is known before a launch ---------------------------------------------------------------------------------------
+
+
+class Chip:
+    """What the launcher says of a GPU, which this machine need not have."""
+
+    def __init__(self, multiprocessors: int = 13, shared_memory: int = 99 << 10, blocks: int = 1) -> None:
+        self.facts = {"multiprocessors": multiprocessors, "shared_memory": shared_memory, "capability": 80}
+        self.blocks = blocks
+
+    def __call__(self, device: int, shared_bytes: int) -> dict[str, int]:
+        return {
+            **self.facts,
+            "blocks_per_multiprocessor": self.blocks if shared_bytes <= self.facts["shared_memory"] else 0,
+        }
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, chip: Chip, **change) -> str | None:
+    """What a head says on a GPU like this, its kernel and its tensors taken for granted."""
+    monkeypatch.setattr(_C, "action_ode_facts", chip, raising=False)
+    monkeypatch.setattr(OneLaunchHead, "_unsuitable", lambda *_: None)
+    case = Case(tiny())
+    head = OneLaunchHead(case.folded, replace(case.config, **change), case.steps)
+    noise, context, prefix = case.given()
+    reason = head.refuse(noise, context, prefix)
+    assert (head.refuse_any() is None) == (reason is None), "asked at load, it says the same"
+    return reason
+
+
+def test_what_can_run_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of a chip's multiprocessors, as MPS gives one, is what the schedule is made for."""
+    assert refusal(monkeypatch, Chip()) is None
+    assert refusal(monkeypatch, Chip(multiprocessors=3)) is None
+
+
+def test_blocks_that_cannot_all_be_there_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for each other: the occupancy query answers before the launch."""
+    reason = refusal(monkeypatch, Chip(blocks=0))
+    assert reason is not None
+    assert "expected room for 13 blocks at once, got 0" in reason
+    assert "use head='library'" in reason
+
+
+def test_a_chip_with_too_little_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = refusal(monkeypatch, Chip(shared_memory=48 << 10))
+    assert reason is not None
+    assert "shared_memory: expected at least" in reason
+
+
+def test_a_head_without_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = refusal(monkeypatch, Chip(), hidden_size=90)
+    assert reason is not None
+    assert "decoder: expected a multiple of 16, got 90" in reason
+
+
+def test_a_schedule_that_is_not_sound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "action_ode_facts", Chip(), raising=False)
+    monkeypatch.setattr(OneLaunchHead, "_unsuitable", lambda *_: None)
+    right = program.plan
+
+    def broken(*args: Any) -> Schedule:
+        tiles = right(*args).tiles.copy()
+        tiles[-1, 3] = 0
+        return replace(right(*args), tiles=tiles)
+
+    monkeypatch.setattr(program, "plan", broken)
+    case = Case(tiny())
+    reason = OneLaunchHead(case.folded, case.config, case.steps).refuse(*case.given())
+    assert reason is not None
+    assert "the schedule must not run: tile" in reason
+
+
+@pytest.mark.cuda_build
 @pytest.mark.parametrize(
     "change,numbers_change,error,message",
     [
@@ -71,6 +146,18 @@ def test_the_error_flag_is_read_and_cleared() -> None:
         ({"previous": described((2, 8, 7))}, {}, ValueError, "guidance: expected previous and guidance, or neither"),
         ({}, {"width": 17}, ValueError, "width: expected a multiple of 16 up to 2048, got 17"),
         ({}, {"slots": 99}, ValueError, "slots: expected at most 16, got 99"),
+        ({}, {"padded_tokens": 40}, ValueError, "padded_tokens: expected 8, 16, 24, 32, 48 or 64, got 40"),
+        ({}, {"padded_tokens": 56}, ValueError, "padded_tokens: expected 8, 16, 24, 32, 48 or 64, got 56"),
+        ({}, {"part": 300}, ValueError, "part: expected a multiple of 256 that the staging holds, got 300"),
+        ({}, {"rows": 17}, ValueError, "rows: expected as many for each sample, got 17"),
+        ({}, {"rows": 20}, ValueError, "rows: expected the horizon's, and perhaps a state token's"),
+        ({"counters": described((9, 1), "int32")}, {}, ValueError, r"counters: expected shape \[\d+, 32\]"),
+        (
+            {"workspace": described((4096,), "uint8")},
+            {},
+            ValueError,
+            r"workspace: expected at least \d+ bytes for buffers",
+        ),
     ],
 )
 def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Exception], message: str) -> None:
@@ -79,3 +166,24 @@ def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Ex
     sizes = numbers(schedule) | numbers_change
     with pytest.raises(error, match=message):
         _C.action_ode_cuda(tensors, sizes, buffers(schedule), 0.0, 1, 0)
+
+
+@pytest.mark.cuda_build
+@pytest.mark.parametrize(
+    "space,change,message",
+    [
+        (Space.NOISY, {"offset": 8}, r"buffers\[1\]: expected an offset that is a multiple of 16, from \d+, got 8"),
+        (Space.STREAM, {"offset": 0}, r"buffers\[3\]: expected an offset that is a multiple of 16, from \d+, got 0"),
+        (Space.STREAM, {"columns": 32}, r"buffers\[3\]: expected at least 1 plane of 64 columns, got 1 of 32"),
+        (Space.STATS, {"planes": 0}, r"buffers\[7\]: expected at least 1 plane of 8 columns, got 0 of 8"),
+        (Space.ATTENDED, {"planes": 2}, r"buffers\[7\]: expected an offset that is a multiple of 16, from \d+"),
+        (Space.DECODED, {"planes": 1000}, r"workspace: expected at least \d+ bytes for buffers\[9\], got \d+"),
+    ],
+)
+def test_the_launcher_refuses_buffers_that_do_not_fit(space: Space, change: dict, message: str) -> None:
+    schedule = plan(Case(tiny(), batch=2).shape, DEVICE)
+    places = buffers(schedule)
+    names = ("offset", "planes", "columns")
+    places[space] = tuple(change.get(name, value) for name, value in zip(names, places[space], strict=True))
+    with pytest.raises(ValueError, match=message):
+        _C.action_ode_cuda(launcher_arguments(schedule), numbers(schedule), places, 0.0, 1, 0)

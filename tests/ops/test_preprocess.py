@@ -251,6 +251,29 @@ def test_the_launcher_checks_what_it_is_given(change, error, message):
         _C.preprocess(out=tuple(out), **{**given, **{k: v for k, v in change.items() if k in given}})
 
 
+@pytest.mark.cuda_build
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(device="cpu"), r"views\[0\]: expected device cuda:0, got cpu"),
+        (dict(out_device="cpu"), "out: expected a cuda device such as cuda:0, got cpu"),
+        (dict(count=9), "views: expected at most 8 on cuda, got 9"),
+        (dict(widths=[5]), r"out: expected shape \[-1, 3, -1, 5\]"),
+    ],
+)
+def test_the_cuda_launcher_checks_what_it_is_given(change, message):
+    """Before it touches a GPU; the addresses are never followed."""
+
+    def described(shape, dtype, device):
+        return 4096, shape, torch.empty(shape, device="meta").stride(), dtype, device
+
+    count = change.get("count", 1)
+    view = described((2, 8, 8, 3), "uint8", change.get("device", "cuda:0"))
+    out = described((2, 3, 4, 4 * count), "float32", change.get("out_device", "cuda:0"))
+    with pytest.raises(ValueError, match=message):
+        _C.preprocess_cuda([view] * count, change.get("widths", [4] * count), out, "cv2_area", 0)
+
+
 def test_numpy_without_torch(tmp_path):
     """A robot's own process may have NumPy and nothing else; negative strides turn a picture without a copy."""
     script = """

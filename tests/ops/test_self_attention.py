@@ -269,7 +269,7 @@ QKV, NORM, OUT = tensor(2, 9, 3 * 256), tensor(128), tensor(2, 9, 256)
 F32_NORM = tensor(128, dtype="float32")
 
 
-@pytest.mark.skipif(not _C.cuda_architectures, reason="this build has no CUDA kernels")
+@pytest.mark.cuda_build
 @pytest.mark.parametrize(
     "change,error,message",
     [

@@ -25,10 +25,13 @@
 #define DIT4DIT_WARPGROUPS 0
 #endif
 
-namespace dit4dit::ode {
+namespace dit4dit::target {
 
 struct alignas(16) Quad {
     std::uint32_t v[4];
+};
+struct alignas(8) Float2 {
+    float v[2];
 };
 struct alignas(16) Float4 {
     float v[4];
@@ -59,6 +62,11 @@ DEVICE Float4 load_float4(const float* p) {
                  : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3]) : "l"(p) : "memory");
     return f;
 }
+DEVICE Float2 load_float2(const float* p) {
+    Float2 f;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(f.v[0]), "=f"(f.v[1]) : "l"(p) : "memory");
+    return f;
+}
 DEVICE float load_float(const float* p) {
     float f;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(f) : "l"(p) : "memory");
@@ -73,6 +81,12 @@ DEVICE Float4 load_constant_float4(const float* p) {
     return f;
 }
 
+DEVICE float load_constant_float(const float* p) {
+    float f;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(f) : "l"(p));
+    return f;
+}
+
 // -- counters ----------------------------------------------------------------------------------------------------------------
 
 DEVICE int load_acquire(const int* p) {
@@ -80,11 +94,9 @@ DEVICE int load_acquire(const int* p) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
-// All that the block wrote before its last sync_block is seen by whoever acquires the sum.
-DEVICE void add_release(int* p) {
-    __threadfence();
-    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(p) : "memory");
-}
+// All that the block wrote before its last sync_block is seen by whoever acquires the sum: what the block's barrier has put
+// before a release is part of it.
+DEVICE void add_release(int* p) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(p) : "memory"); }
 DEVICE int fetch_add(int* p) {
     __threadfence();
     const int before = atomicAdd(p, 1);
@@ -97,7 +109,6 @@ DEVICE std::int64_t nanoseconds() {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
     return t;
 }
-DEVICE void pause() { __nanosleep(20); }
 
 // -- numbers -----------------------------------------------------------------------------------------------------------------
 
@@ -240,5 +251,13 @@ DEVICE void settle(float (&d)[kCount][4]) {
 #undef ODE_D4
 #endif
 
-}  // namespace dit4dit::ode
+}  // namespace dit4dit::target
 #endif
+
+// What has no instruction of its own, for chip and emulation alike.
+namespace dit4dit::target {
+
+DEVICE float low_half(std::uint32_t pair) { return as_float(pair << 16); }  // of two bf16 numbers
+DEVICE float high_half(std::uint32_t pair) { return as_float(pair & 0xffff0000u); }
+
+}  // namespace dit4dit::target
