@@ -58,6 +58,7 @@ class Worker:
         self._folder = Path(tempfile.mkdtemp(prefix="dit4dit-sim-"))  # mode 0700: who can connect is who may
         self._log = log or self._folder / "log"
         self._connection: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         try:
             with self._log.open("ab") as output, self._listen() as listener:
                 self._process = self._start(output)
@@ -72,6 +73,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
+        assert self._process is not None
         return self._process.pid
 
     def make(self, environment: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,12 +99,16 @@ class Worker:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        process: subprocess.Popen[bytes] | None = getattr(self, "_process", None)
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if self._process is not None:
+            self.kill()
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """From any thread: end the process, so that the thread that waits for its answer gets WorkerLost."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def __enter__(self) -> Worker:
         return self
@@ -141,6 +147,7 @@ class Worker:
             ) from None
 
     def _accept(self, listener: socket.socket) -> socket.socket:
+        assert self._process is not None
         listener.settimeout(0.2)
         end = time.monotonic() + self._launch.start_seconds
         while time.monotonic() < end and self._process.poll() is None:
@@ -172,6 +179,7 @@ class Worker:
 
     def _lost(self, request: str, seconds: float) -> WorkerLost:
         """End the process; the error says whether it had ended by itself."""
+        assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0.5)  # a connection closes a moment before its process has ended
         code = self._process.poll()
