@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from dit4dit.commands.eval_setup import setup
 from dit4dit.commands.shell import finish
 
 
@@ -26,4 +27,4 @@ def episodes(width: float = 0.1, rate: float = 0.5, confidence: float = 0.95, js
     return 0
 
 
-EVALUATIONS: dict[str, Callable[..., int]] = {"episodes": episodes}
+EVALUATIONS: dict[str, Callable[..., int]] = {"episodes": episodes, "setup": setup}

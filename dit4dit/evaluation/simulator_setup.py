@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dit4dit.errors import ConfigError, SimulatorError
+from dit4dit.evaluation.gr1 import TASKS, environment_id
 from dit4dit.evaluation.simulators import LIBRARIES, Graphics, Say, Simulator, install, make_environment, run
 from dit4dit.evaluation.workers import Worker
 
@@ -132,7 +133,7 @@ def setup_gr1(simulator: Simulator, graphics: Graphics, say: Say, *, python: str
         tasks = sources["robocasa-gr1-tabletop-tasks"]
         run([str(simulator.python), str(tasks / "robocasa" / "scripts" / "download_tabletop_assets.py"), "-y"], "assets", folder=tasks)
         done.touch()
-    return first_step(simulator, graphics, "gr1", {"environment": FIRST_GR1}, None)
+    return first_step(simulator, graphics, "gr1", {"environment": environment_id(TASKS[0])}, None)
 
 
 def checkout(url: str, commit: str, folder: Path) -> None:

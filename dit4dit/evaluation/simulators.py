@@ -26,7 +26,7 @@ Graphics = Literal["egl", "osmesa"]
 Say = Callable[[str], None]
 
 LOCKS = Path(__file__).parent / "locks"
-PYTHONS: dict[str, tuple[str, ...]] = {"libero": ("3.11", "3.12"), "gr1": ("3.10", "3.11", "3.12")}
+PYTHONS: dict[str, tuple[str, ...]] = {"libero": ("3.11", "3.12"), "gr1": ("3.11", "3.12")}
 """Versions for which every locked package has a wheel."""
 STAMP = "dit4dit-simulator.json"
 LIBRARIES = {"egl": "libegl1 and libgl1-mesa-dri", "osmesa": "libosmesa6"}
