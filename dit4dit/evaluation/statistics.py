@@ -6,10 +6,12 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TypeVar
 
 from dit4dit.errors import InputError
 
 CONFIDENCE = 0.95
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,7 @@ def paired(both: int, only_first: int, only_second: int, neither: int, confidenc
     return Paired(*counts, difference, max(-1.0, low), min(1.0, high), mcnemar(only_first, only_second))
 
 
-def compare(
-    first: Mapping[Hashable, bool], second: Mapping[Hashable, bool], confidence: float = CONFIDENCE
-) -> Paired | None:
+def compare(first: Mapping[Key, bool], second: Mapping[Key, bool], confidence: float = CONFIDENCE) -> Paired | None:
     """`paired` over the episodes that both runs have (key -> success); None where they share none."""
     shared = [key for key in first if key in second]
     if not shared:
