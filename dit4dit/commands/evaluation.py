@@ -10,6 +10,7 @@ import tyro
 
 from dit4dit.commands import eval_run
 from dit4dit.commands.eval_setup import setup
+from dit4dit.commands.eval_simulators import gr1, libero
 from dit4dit.commands.shell import finish, say
 from dit4dit.errors import InputError
 
@@ -114,6 +115,8 @@ def episodes(width: float = 0.1, rate: float = 0.5, confidence: float = 0.95, js
 
 EVALUATIONS: dict[str, Callable[..., int]] = {
     "tabletop": tabletop,
+    "libero": libero,
+    "gr1": gr1,
     "compare": compare,
     "merge": merge,
     "episodes": episodes,

@@ -130,9 +130,14 @@ def version_of(python: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def install(simulator: Simulator, say: Say, *, first: str | None = None) -> None:
-    """Install the locked packages, unless they are there; `first` is a requirement that may bring packages of its own."""
-    lock = LOCKS / f"{simulator.name}.txt"
+def install(simulator: Simulator, say: Say, *, first: str | None = None, lock: Path | None = None) -> None:
+    """Install the locked packages, unless they are there.
+
+    Args:
+        first: a requirement that may bring packages of its own, as far as the lock allows.
+        lock: requirements file with every package; the simulator's own where None.
+    """
+    lock = lock or LOCKS / f"{simulator.name}.txt"
     made_from = {"lock": hashlib.sha256(lock.read_bytes()).hexdigest(), "first": first or ""}
     if simulator.installed == made_from:
         say(f"packages: as {lock.name} says")
