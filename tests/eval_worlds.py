@@ -13,14 +13,17 @@ import numpy as np
 class World:
     """Counts its steps. The state is (seed, steps, sum of the commands); success once that sum reaches `goal`."""
 
-    def __init__(self, max_steps=20, goal=1e9, trouble="", at=3, once=None, seconds=0.0):
-        """trouble: "raise", "die" or "hang" at step `at`; only where the file `once` is not there yet, which is then made."""
+    def __init__(self, max_steps=20, goal=1e9, trouble="", at=3, once=None, seconds=0.0, lasting=False):
+        """lasting: the episode goes on after a success.
+
+        trouble: "raise", "die" or "hang" at step `at`; only where the file `once` is not there yet, which is then made.
+        """
+        self.lasting = lasting
         self.goal, self.trouble, self.at, self.once, self.seconds = goal, trouble, at, once, seconds
         self.facts = {"max_steps": max_steps, "rate_hz": 10.0, "action_names": ["dx", "dy", "grip"], "settle_steps": 0}
 
     def reset(self, seed, trial):
         self.seed, self.trial, self.steps, self.sum = seed, trial, 0, 0.0
-        self.child = getattr(self, "child", None)
         return self.observation(), "put the red block on the white plate"
 
     def observation(self):
@@ -38,7 +41,7 @@ class World:
             self.break_down()
         success = self.sum >= self.goal
         info = {"steps": self.steps, "trial": self.trial}
-        return self.observation(), success, success, info
+        return self.observation(), success, success and not self.lasting, info
 
     def break_down(self):
         if self.trouble == "raise":

@@ -230,8 +230,11 @@ class Player(threading.Thread):
     def run(self) -> None:
         try:
             while (episode := self._desk.take(self._world)) is not None:
+                before = self._book.records.get(episode.key)
                 record = self._record(episode)
                 self._book.add(record)
+                if before is not None and before["video"] not in (None, record["video"]):
+                    (self._book.folder / before["video"]).unlink(missing_ok=True)  # of the error that is no longer one
                 with _one_at_a_time:
                     self._on_episode(record)
         except Stopped:
@@ -255,8 +258,11 @@ class Player(threading.Thread):
         started, start, attempts = datetime.now(timezone.utc), time.monotonic(), 1
         play, error = self._attempt(episode)
         while isinstance(error, WorkerLost) and attempts <= self._options.retries:
+            play.discard()
             attempts += 1
             play, error = self._attempt(episode)
+        if error is not None:
+            play.close(None)
         config = self._book.config
         policy = dict(config["policy"])
         return {
@@ -279,18 +285,18 @@ class Player(threading.Thread):
             assert self._worker is not None
             play.run(self._worker, self._facts, self._policy, self._server, self._plan.hold)
             return play, None
-        except OutputError as error:
-            play.close(None)
-            return play, error
-        except SimulatorError as error:
-            self._drop_worker()  # after an exception nobody knows what state the simulator is in
+        except (SimulatorError, OutputError) as error:
+            if isinstance(error, SimulatorError):
+                self._drop_worker()  # nobody knows what state the simulator is in
             if self._ended:
+                play.discard()
                 raise Stopped from None
-            play.close(None)
             return play, error
+        except BaseException:
+            play.discard()
+            raise
         finally:
             self._server.leave()
-            play.discard()
 
     def _ready(self, episode: Episode) -> None:
         """A worker with the episode's environment."""
@@ -414,7 +420,7 @@ class Play:
         self._half.replace(self._file)
 
     def discard(self) -> None:
-        """Leave nothing behind, unless `close` has been called."""
+        """Leave no video behind."""
         if self._video is not None:
             self._video.close(None)
             self._video = None
