@@ -44,11 +44,16 @@ def setup(
         result = module.setup_libero(place, drawn, say, assets=assets, python=python, torch=torch or module.TORCH)
     else:
         if assets is not None or torch is not None:
-            raise ConfigError("--assets, --torch: are for libero; gr1's repository downloads its assets, and needs no torch")
+            raise ConfigError(
+                "--assets, --torch: are for libero; gr1's repository downloads its assets, and needs no torch"
+            )
         say("gr1: this command is untested as a whole; where it fails, its messages say at which step")
         result = module.setup_gr1(place, drawn, say, python=python)
     height, width, _ = result["picture"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    text = f"{simulator}: ready in {place.folder}; first step with a picture of {width} x {height} in {result['seconds']:.1f} s ({versions})"
+    text = (
+        f"{simulator}: ready in {place.folder}; first step, with a picture of {width} x {height}, after "
+        f"{result['seconds']:.1f} s ({versions})"
+    )
     finish(text, {**result, "folder": str(place.folder), "graphics": drawn}, json)
     return 0

@@ -16,8 +16,6 @@ from dit4dit.evaluation import gr1 as gr1_benchmark
 from dit4dit.evaluation import libero as libero_benchmark
 from dit4dit.evaluation.plan import Plan
 
-Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
-
 
 @dataclass(frozen=True)
 class SimulatorOptions:
@@ -49,7 +47,7 @@ def libero(
     policy: Policy,
     run: Run,
     simulator: Simulator,
-    suite: tuple[Suite, ...] = libero_benchmark.PUBLISHED,
+    suite: tuple[str, ...] = libero_benchmark.PUBLISHED,
     tasks: tuple[int, ...] | None = None,
     trials: int = libero_benchmark.TRIALS,
     seed: int = libero_benchmark.SEED,
@@ -63,7 +61,8 @@ def libero(
         policy: the policy.
         run: the run.
         simulator: the simulator.
-        suite: one or several; the four with published results when not given.
+        suite: one or several of libero_spatial, libero_object, libero_goal, libero_10 and libero_90; the first four, which have
+            published results, when not given.
         tasks: numbers of tasks, of each suite; all when not given.
         trials: of each task, 1 to 50.
         seed: trial k is placed with seed + k; the noise follows from seed, suite, task and trial.

@@ -1,7 +1,7 @@
 """Does the simulator keep the conventions that the checkpoint was trained with? Looked at before a run, in its first environment.
 
-What can be seen from outside: the very picture that the policy gets, states and actions beside the checkpoint's statistics, what
-the fingers do when they are told to open and to close, and the rates. A contradiction stops the run; what is only unusual is told.
+What can be seen from outside: the very picture that the policy gets, states and actions beside the checkpoint's statistics,
+what fingers do when told to open and to close, and the rates. A contradiction stops the run; what is only unusual is told.
 It cannot see whether a picture is mirrored, or a camera stands elsewhere: that is what the picture is written for.
 """
 
@@ -132,7 +132,10 @@ def policy_picture(policy: Any, observation: Observation) -> NDArray[np.uint8]:
 
     from dit4dit.ops import preprocess
 
-    views = [torch.from_numpy(np.ascontiguousarray(view))[None] for view in policy.embodiment.ordered_views(observation.images)]
+    views = [
+        torch.from_numpy(np.ascontiguousarray(view))[None]
+        for view in policy.embodiment.ordered_views(observation.images)
+    ]
     frame = preprocess(views, policy.config.image_size, policy.embodiment.resize, torch.float32)
     return np.rint((frame[0].permute(1, 2, 0).numpy() + 1) * 127.5).astype(np.uint8)
 
@@ -142,10 +145,12 @@ def rate(robot: Embodiment, facts: Mapping[str, Any], data_fps: float | None) ->
     here = float(facts["rate_hz"])
     numbers = {"simulator_hz": here, "embodiment_hz": robot.rate_hz, "data_fps": data_fps}
     if abs(here - robot.rate_hz) > 0.01 * robot.rate_hz:
-        return Finding("rate", "contradiction", f"the simulator runs at {here:g} Hz, the embodiment at {robot.rate_hz:g}", numbers)
+        return Finding(
+            "rate", "contradiction", f"the simulator runs at {here:g} Hz, the embodiment at {robot.rate_hz:g}", numbers
+        )
     if data_fps is not None and abs(data_fps - here) > 0.01 * here:
         # LIBERO's published sets say 10 and were recorded at 20
-        text = f"the data say {data_fps:g} frames per second, the simulator runs at {here:g}: right only where the data's is wrong"
+        text = f"the data say {data_fps:g} frames per second, the simulator runs at {here:g}: one of them is wrong"
         return Finding("rate", "unusual", text, numbers)
     said = "" if data_fps is None else f", data {data_fps:g}"
     return Finding("rate", "ok", f"simulator {here:g} Hz, embodiment {robot.rate_hz:g}{said}", numbers)
@@ -159,7 +164,9 @@ def pictures(robot: Embodiment, observation: Observation) -> list[Finding]:
         contrast = float(view.std())
         size = f"{view.shape[1]} x {view.shape[0]}"
         verdict: Verdict = "ok" if contrast >= 2.0 else "contradiction"
-        text = f"{size}, mean {view.mean():.0f}, contrast {contrast:.0f}" + " (one colour: nothing is drawn)" * (verdict != "ok")
+        text = f"{size}, mean {view.mean():.0f}, contrast {contrast:.0f}" + " (one colour: nothing is drawn)" * (
+            verdict != "ok"
+        )
         out.append(Finding(f"picture {name}", verdict, text, {"mean": float(view.mean()), "contrast": contrast}))
     shown = list(views.values())
     if len(shown) > 1 and all(v.shape == shown[0].shape and np.array_equal(v, shown[0]) for v in shown[1:]):
@@ -186,9 +193,15 @@ def actions(robot: Embodiment, statistics: Statistics, rows: Row) -> Finding:
         return _beside("action", rows, statistics.action, robot.action_names)
     free = [i for i in range(robot.action_dim) if robot.gripper is None or i != robot.gripper.index]
     most = float(np.abs([statistics.action.min[free], statistics.action.max[free]]).max())
-    numbers = {"largest_in_statistics": most, "simulator_clips_at": limit, "largest_of_chunk": float(np.abs(rows[:, free]).max())}
+    numbers = {
+        "largest_in_statistics": most,
+        "simulator_clips_at": limit,
+        "largest_of_chunk": float(np.abs(rows[:, free]).max()),
+    }
     text = f"the data's largest is {most:.3g}, the simulator clips at {limit:g}"
-    verdict: Verdict = "ok" if most <= limit * (1 + UNUSUAL) else "unusual" if most <= limit * (1 + CONTRADICTION) else "contradiction"
+    verdict: Verdict = (
+        "ok" if most <= limit * (1 + UNUSUAL) else "unusual" if most <= limit * (1 + CONTRADICTION) else "contradiction"
+    )
     return Finding("action", verdict, text, numbers)
 
 
@@ -199,7 +212,7 @@ def gripper_statistics(robot: Embodiment, statistics: Statistics) -> Finding:
     low, high = (float(bound[robot.gripper.index]) for bound in (statistics.action.min, statistics.action.max))
     numbers = {"min": low, "max": high}
     if low < -UNUSUAL or high > 1 + UNUSUAL:
-        text = f"the data's gripper action runs from {low:.3g} to {high:.3g}, the embodiment's from 0 to 1 ({robot.gripper.meaning})"
+        text = f"the data's gripper action runs from {low:.3g} to {high:.3g}, the model's from 0 to 1: {robot.gripper.meaning}"
         return Finding("gripper data", "contradiction", text, numbers)
     return Finding("gripper data", "ok", f"{low:.3g} to {high:.3g}", numbers)
 
@@ -245,7 +258,9 @@ def standing_still(robot: Embodiment, statistics: Statistics, worker: Worker, ep
     most = max(drift.values())
     text = f"told to stay, joints move by {most:.3f} rad at most in {STEPS} steps"
     if most > DRIFT:
-        return Finding("absolute targets", "contradiction", f"{text}: the simulator takes something else than targets", numbers)
+        return Finding(
+            "absolute targets", "contradiction", f"{text}: the simulator takes something else than targets", numbers
+        )
     if outside > CONTRADICTION:
         text += f"; but the first pose is {outside:.1f} widths outside the range of the data's targets"
         return Finding("absolute targets", "contradiction", text, numbers)

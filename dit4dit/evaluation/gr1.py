@@ -45,7 +45,9 @@ def environment_id(task: str) -> str:
     if "/" in task:
         return task
     if task not in TASKS:
-        raise ConfigError(f"--tasks {task}: unknown{did_you_mean(task, TASKS)}; known: {', '.join(TASKS)}, or gymnasium's own module:id")
+        raise ConfigError(
+            f"--tasks {task}: unknown{did_you_mean(task, TASKS)}; known: {', '.join(TASKS)}, or gymnasium's own module:id"
+        )
     return f"robocasa.utils.gym_utils.gymnasium_groot:gr1_unified/{task}_GR1ArmsAndWaistFourierHands_Env"
 
 
@@ -70,7 +72,9 @@ def plan(
     if not tasks or len(set(tasks)) != len(tasks):
         raise ConfigError(f"--tasks: expected each once, got {', '.join(tasks) or 'none'}")
     if trials < 1 or seed < 0 or max_steps < 1:
-        raise ConfigError(f"expected --trials >= 1, --seed >= 0 and --max-steps >= 1, got {trials}, {seed} and {max_steps}")
+        raise ConfigError(
+            f"expected --trials >= 1, --seed >= 0 and --max-steps >= 1, got {trials}, {seed} and {max_steps}"
+        )
     episodes = []
     for task in tasks:
         options = {"environment": environment_id(task), "max_steps": max_steps}

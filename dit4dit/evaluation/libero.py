@@ -1,11 +1,11 @@
 """LIBERO as a benchmark: the published protocol, episode by episode.
 
-Five suites of 10 (libero_90: 90) tasks, 50 trials each, seed 7. An episode: `env.seed`, `env.reset`, initial state number `trial`,
-10 steps with the gripper open in which the objects come to rest, then at most so many steps as the suite allows, 8 of each chunk.
+Five suites of 10 (libero_90: 90) tasks, 50 trials each, seed 7. An episode: `env.seed`, `env.reset`, initial state number
+`trial`, 10 steps with the gripper open in which the objects come to rest, then the suite's number of steps, 8 of each chunk.
 
-The published script seeds once a task, so where its trial k puts cabinet and stove (no initial state says that; they stand within a
-centimetre or two) depends on the k resets before. Here each episode is seeded alone, with seed + trial, so that it can be played
-by any worker in any order; trial 0 is the published one, later trials have the same initial states and distribution.
+The published script seeds once a task, so where its trial k puts cabinet and stove (no initial state says that; they stand within
+a centimetre or two) depends on the k resets before. Here each episode is seeded alone, with seed + trial, so that any worker can
+play it in any order: trial 0 is the published one, later trials have the same initial states and the same distribution.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def plan(
         raise ConfigError(f"--trials: expected 1 to {TRIALS}, the initial states of a task, got {trials}")
     if seed < 0 or settle_steps < 0 or camera < 1 or (max_steps is not None and max_steps < 1):
         raise ConfigError(
-            f"expected --seed >= 0, --settle-steps >= 0, --camera >= 1 and --max-steps >= 1, got {seed}, {settle_steps}, {camera} "
-            f"and {max_steps}"
+            "expected --seed >= 0, --settle-steps >= 0, --camera >= 1 and --max-steps >= 1, got "
+            f"{seed}, {settle_steps}, {camera} and {max_steps}"
         )
     episodes = []
     for suite in suites:

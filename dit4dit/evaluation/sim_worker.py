@@ -46,7 +46,7 @@ import socket
 import struct
 import threading
 import traceback
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -89,7 +89,13 @@ class Libero:
     which the objects come to rest. seed places what no initial state covers: cabinet and stove, within a centimetre or two.
     """
 
-    MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+    MAX_STEPS: ClassVar = {
+        "libero_spatial": 220,
+        "libero_object": 280,
+        "libero_goal": 300,
+        "libero_10": 520,
+        "libero_90": 400,
+    }
     ACTIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
     CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
     STILL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # the published waiting action; -1 opens the gripper
@@ -205,9 +211,11 @@ class Gr1:
         import random
 
         random.seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  (what placement samplers draw from)
         if hasattr(self._simulator, "rng"):
-            self._simulator.rng = np.random.default_rng(seed)  # what robosuite 1.5 draws from; reset's seed does not reach it
+            self._simulator.rng = np.random.default_rng(
+                seed
+            )  # what robosuite 1.5 draws from; reset's seed does not reach it
         observation, _ = self._env.reset(seed=seed)
         self._picture = observation[self.VIEW]
         return dict(observation), observation[self.INSTRUCTION]

@@ -17,7 +17,14 @@ TORCH = "torch==2.13.0"
 """LIBERO reads its initial states with it; a GPU is of no use to it."""
 ASSETS = "lerobot/libero-assets"
 """Hub data set with LIBERO's meshes and textures, where hf-libero itself would look for them."""
-ASSET_PARTS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
+ASSET_PARTS = (
+    "articulated_objects",
+    "scenes",
+    "stable_hope_objects",
+    "stable_scanned_objects",
+    "textures",
+    "turbosquid_objects",
+)
 REPOSITORIES = {
     "robosuite": ("https://github.com/ARISE-Initiative/robosuite.git", "a071383d53568ab798eb315c0e95357911be922d"),
     "robocasa-gr1-tabletop-tasks": (
@@ -61,7 +68,9 @@ def check_assets(folder: Path) -> None:
     """ConfigError unless the folder has LIBERO's parts."""
     missing = [part for part in ASSET_PARTS if not (folder / part).is_dir()]
     if missing:
-        raise ConfigError(f"--assets {folder}: expected LIBERO's folders {', '.join(ASSET_PARTS)}; missing: {', '.join(missing)}")
+        raise ConfigError(
+            f"--assets {folder}: expected LIBERO's folders {', '.join(ASSET_PARTS)}; missing: {', '.join(missing)}"
+        )
 
 
 def write_libero_config(simulator: Simulator) -> None:
@@ -101,10 +110,14 @@ def download_assets(target: Path) -> Path:
 
     try:
         snapshot_download(ASSETS, repo_type="dataset", local_dir=target)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:  # unreachable hosts are OSErrors of several libraries
+    except (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OSError,
+    ) as error:  # unreachable hosts are OSErrors of several libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SimulatorError(
-            f"assets: {ASSETS} cannot be downloaded ({reason:.200}); fetch this data set elsewhere and give its folder with --assets"
+            f"assets: {ASSETS} cannot be downloaded ({reason:.200}); fetch it elsewhere and give its folder with --assets"
         ) from None
     return target
 
@@ -131,7 +144,11 @@ def setup_gr1(simulator: Simulator, graphics: Graphics, say: Say, *, python: str
     if not done.exists():
         say("assets: downloading with the repository's own script; several gigabytes")
         tasks = sources["robocasa-gr1-tabletop-tasks"]
-        run([str(simulator.python), str(tasks / "robocasa" / "scripts" / "download_tabletop_assets.py"), "-y"], "assets", folder=tasks)
+        run(
+            [str(simulator.python), str(tasks / "robocasa" / "scripts" / "download_tabletop_assets.py"), "-y"],
+            "assets",
+            folder=tasks,
+        )
         done.touch()
     return first_step(simulator, graphics, "gr1", {"environment": environment_id(TASKS[0])}, None)
 
@@ -160,7 +177,9 @@ def git_head(folder: Path) -> str | None:
     return None if text.startswith("ref:") else text
 
 
-def first_step(simulator: Simulator, graphics: Graphics, environment: str, options: dict[str, Any], command: Any) -> dict[str, Any]:
+def first_step(
+    simulator: Simulator, graphics: Graphics, environment: str, options: dict[str, Any], command: Any
+) -> dict[str, Any]:
     """Make an environment, reset it, step once: {"versions", "seconds", "picture": [H, W, 3]}.
 
     command: None repeats the observed joints, which is what GR1's absolute targets need to stand still.
@@ -172,16 +191,24 @@ def first_step(simulator: Simulator, graphics: Graphics, environment: str, optio
         with Worker(simulator.launch(graphics), log) as worker:
             made = worker.make(environment, options)
             seen = worker.reset(0, 0, pictures=True)
-            still = command if command is not None else {k.replace("state.", "action."): v for k, v in seen["observation"].items() if k.startswith("state.")}
+            still = (
+                command
+                if command is not None
+                else {
+                    k.replace("state.", "action."): v for k, v in seen["observation"].items() if k.startswith("state.")
+                }
+            )
             worker.step([still])
     except SimulatorError as error:
         last = error.traceback.strip().splitlines()[-1:]
         raise SimulatorError(
-            f"{environment}: installed, but its first step failed: {error} {' '.join(last)}; its output is in {log}. Drawing with "
+            f"{environment}: installed, but its first step failed: {error} {' '.join(last)}; its output: {log}. Drawing with "
             f"{graphics} needs {LIBRARIES[graphics]} (names of Debian's packages); --graphics chooses another way",
             error.traceback,
         ) from None
     picture = seen["picture"]
     if picture.max() == picture.min():
-        raise SimulatorError(f"{environment}: its first picture is one colour; {graphics} draws nothing here, try --graphics")
+        raise SimulatorError(
+            f"{environment}: its first picture is one colour; {graphics} draws nothing here, try --graphics"
+        )
     return {"versions": made["versions"], "seconds": time.perf_counter() - start, "picture": list(picture.shape)}

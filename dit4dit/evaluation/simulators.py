@@ -29,6 +29,8 @@ LOCKS = Path(__file__).parent / "locks"
 PYTHONS: dict[str, tuple[str, ...]] = {"libero": ("3.11", "3.12"), "gr1": ("3.11", "3.12")}
 """Versions for which every locked package has a wheel."""
 STAMP = "dit4dit-simulator.json"
+ANSWER_SECONDS = 300.0
+"""A reset builds a whole scene, and the first step in a new environment compiles; on a busy machine both take minutes."""
 LIBRARIES = {"egl": "libegl1 and libgl1-mesa-dri", "osmesa": "libosmesa6"}
 """Debian's packages that render without a display."""
 
@@ -82,14 +84,17 @@ class Simulator:
             raise ConfigError(f"{self.folder}: no {self.name} environment; run dit4dit eval setup {self.name}{where}")
         # before anything of it is imported, MuJoCo and PyOpenGL must agree on what draws
         drawing = {"MUJOCO_GL": graphics, "PYOPENGL_PLATFORM": graphics}
-        return Launch(str(self.python), {**self.variables, **drawing, **(extra or {})})
+        variables = {**self.variables, **drawing, **(extra or {})}
+        return Launch(str(self.python), variables, answer_seconds=ANSWER_SECONDS)
 
 
 def graphics_of(wanted: Graphics | None) -> Graphics:
     """What draws: the one that is wanted, else MUJOCO_GL, else egl."""
     found = wanted or os.environ.get("MUJOCO_GL") or "egl"
     if found not in LIBRARIES:
-        raise ConfigError(f"MUJOCO_GL={found}: expected egl or osmesa, which draw without a display; choose one with --graphics")
+        raise ConfigError(
+            f"MUJOCO_GL={found}: expected egl or osmesa, which draw without a display; choose one with --graphics"
+        )
     return "egl" if found == "egl" else "osmesa"
 
 
@@ -102,7 +107,9 @@ def make_environment(simulator: Simulator, python: str | None) -> None:
     if simulator.python.exists():
         return
     if simulator.folder.exists() and any(simulator.folder.iterdir()):
-        raise ConfigError(f"{simulator.folder}: is there and is no Python environment; give an empty or a new folder with --path")
+        raise ConfigError(
+            f"{simulator.folder}: is there and is no Python environment; give an empty or a new folder with --path"
+        )
     run([interpreter(simulator.name, python), "-m", "venv", str(simulator.folder)], "python -m venv")
 
 
@@ -112,12 +119,16 @@ def interpreter(name: str, wanted: str | None) -> str:
     if wanted is not None:
         got = version_of(wanted)
         if got not in versions:
-            raise ConfigError(f"--python {wanted}: expected Python {' or '.join(versions)}, got {got or 'nothing that runs'}")
+            raise ConfigError(
+                f"--python {wanted}: expected Python {' or '.join(versions)}, got {got or 'nothing that runs'}"
+            )
         return wanted
     for candidate in (sys.executable, *(f"python{version}" for version in reversed(versions))):
         if version_of(candidate) in versions:
             return candidate
-    raise ConfigError(f"python: {name} needs Python {' or '.join(versions)} and none is on PATH; install one, or name it with --python")
+    raise ConfigError(
+        f"python: {name} needs Python {' or '.join(versions)} and none is on PATH; install one, or name it with --python"
+    )
 
 
 def version_of(python: str) -> str | None:
@@ -152,7 +163,9 @@ def install(simulator: Simulator, say: Say, *, first: str | None = None, lock: P
     (simulator.folder / STAMP).write_text(json.dumps(made_from))
 
 
-def run(words: Sequence[str], what: str, *, folder: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
+def run(
+    words: Sequence[str], what: str, *, folder: Path | None = None, variables: Mapping[str, str] | None = None
+) -> str:
     """Run a program to its end -> what it printed.
 
     Raises:
@@ -161,7 +174,13 @@ def run(words: Sequence[str], what: str, *, folder: Path | None = None, variable
     if shutil.which(words[0]) is None:
         raise ConfigError(f"{what}: {words[0]} is not installed")
     done = subprocess.run(
-        words, cwd=folder, env={**os.environ, **(variables or {})}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        words,
+        cwd=folder,
+        env={**os.environ, **(variables or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-6:]

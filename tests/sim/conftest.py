@@ -18,7 +18,16 @@ import environments  # noqa: E402
 GOLDEN = HERE.parent / "golden"
 
 # Ranges as LIBERO's data have them, roughly: positions in metres, axis-angle in radians, finger joints in metres.
-LIBERO_STATE = [(-0.5, 0.25), (-0.4, 0.4), (0.0, 1.4), (0.2, 3.7), (-3.6, 3.6), (-1.8, 1.4), (0.0, 0.045), (-0.045, 0.0)]
+LIBERO_STATE = [
+    (-0.5, 0.25),
+    (-0.4, 0.4),
+    (0.0, 1.4),
+    (0.2, 3.7),
+    (-3.6, 3.6),
+    (-1.8, 1.4),
+    (0.0, 0.045),
+    (-0.045, 0.0),
+]
 LIBERO_ACTION = [(-0.94, 0.94), (-0.94, 0.9), (-0.9, 0.94), (-0.26, 0.36), (-0.37, 0.36), (-0.36, 0.37), (0.0, 1.0)]
 
 

@@ -1,4 +1,4 @@
-"""The environments of the simulator tests: `python tests/sim/environments.py` makes them, and so does the first test that needs one.
+"""The environments of the simulator tests: made by `python tests/sim/environments.py`, or by the first test that needs one.
 
 They stay in ~/.cache/dit4dit-tests (or DIT4DIT_TEST_SIMULATORS), outside the cache folder of a test session.
 """

@@ -1,8 +1,8 @@
 """A stand-in for RoboCasa-GR1 on the package index's robosuite alone: gymnasium's "gr1_standin:dit4dit/PushCube-v0".
 
-The robot is robosuite's GR1 with its legs and head fixed and Fourier hands; names, shapes, dtypes, units and rates of observations
-and actions are those of the real environments, and so is that an episode never ends by itself. The task is the stand-in's own:
-push the cube on the table by 5 cm.
+The robot is robosuite's GR1 with its legs and head fixed and Fourier hands. Names, shapes, dtypes, units and rates of what it sees
+and takes are the real environments', and an episode never ends by itself there either. The task is the stand-in's own: push the
+cube on the table by 5 cm.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class PushCube(gymnasium.Env):
         self.observation_space = spaces.Dict({**seen, "annotation.human.coarse_action": spaces.Text(256)})
 
     def reset(self, seed=None, options=None):
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  (what robosuite's placement samplers draw from)
         raw = self.env.reset()
         self._start = self._cube()
         return self._observation(raw), {"success": False, "grasp_distractor_obj": False}

@@ -68,7 +68,9 @@ def geoms(shapes: Sequence[Shape], colour: Colour, density: float = 100.0) -> st
 
 def box_site(name: str, at: Sequence[float], size: Sequence[float]) -> str:
     """A region that LIBERO's predicates ask about."""
-    return f'<site name="{name}" type="box" group="0" pos="{numbers(at)}" size="{numbers(size)}" quat="1 0 0 0" {HIDDEN}/>'
+    return (
+        f'<site name="{name}" type="box" group="0" pos="{numbers(at)}" size="{numbers(size)}" quat="1 0 0 0" {HIDDEN}/>'
+    )
 
 
 def model(name: str, body: str, *, bottom: float = -0.06, top: float = 0.04, radius: float = 0.03) -> str:
@@ -123,7 +125,8 @@ def drawer(name: str, z: float) -> str:
     handle = [box(0.04, 0.006, 0.007, (0, -0.1, z)), *(box(0.005, 0.012, 0.005, (x, -0.085, z)) for x in (0.03, -0.03))]
     return (
         f'<body name="cabinet_{name}"><inertial pos="0 0 0" mass="1" diaginertia="0.01 0.01 0.01"/>\n'
-        f'<joint name="{name}_level" type="slide" axis="0 1 0" range="-0.16 0.01" limited="true" damping="50" frictionloss="5"/>\n'
+        f'<joint name="{name}_level" type="slide" axis="0 1 0" range="-0.16 0.01" limited="true" damping="50" '
+        'frictionloss="5"/>\n'
         + box_site(f"{name}_region", (0, 0.011, z), (0.1, 0.075, 0.03))
         + geoms([box(0.105, 0.08, 0.004, (0, 0.01, z - 0.028)), *ends, *sides, *handle], (0.24, 0.17, 0.12))
         + "</body>"
@@ -131,7 +134,10 @@ def drawer(name: str, z: float) -> str:
 
 
 def wooden_cabinet() -> str:
-    walls = [box(0.12, 0.003, 0.11, (0, 0.11, 0.113)), *(box(0.005, 0.095, 0.106, (x, 0.016, 0.114)) for x in (-0.113, 0.119))]
+    walls = [
+        box(0.12, 0.003, 0.11, (0, 0.11, 0.113)),
+        *(box(0.005, 0.095, 0.106, (x, 0.016, 0.114)) for x in (-0.113, 0.119)),
+    ]
     floors = [box(0.12, 0.094, 0.002, (0, 0.016, 0.007)), box(0.127, 0.094, 0.0015, (0, 0.016, 0.2215))]
     drawers = "".join(drawer(name, z) for name, z in (("top", 0.185), ("middle", 0.116), ("bottom", 0.047)))
     top = box_site("top_side", (0, 0.015, 0.222), (0.125, 0.094, 0.0015))
@@ -145,7 +151,7 @@ def flat_stove() -> str:
         + box_site("cook_region", (0, 0, 0), (0.075, 0.075, 0.0025))
         + geoms([box(0.095, 0.095, 0.02), box(0.095, 0.095, 0.0005, (0, 0, 0.025))], GREY)
         + f'<geom {disc(0.06, 0.001, 0.026).attributes} {SEEN} rgba="0.25 0.25 0.25 1"/>'
-        + '<site name="burner" type="cylinder" group="1" pos="0 0 0.028" size="0.0625 0.0005" quat="1 0 0 0" rgba="1 0 0 0"/></body>'
+        + '<site name="burner" type="cylinder" group="1" pos="0 0 0.028" size="0.0625 0.0005" rgba="1 0 0 0"/></body>'
     )
     button = (
         '<body name="button" quat="0.7071068 0 0 0.7071068"><inertial pos="0 0 0" mass="0.1" diaginertia="0.001 0.001 0.001"/>'
@@ -201,8 +207,8 @@ def scene(name: str, ground: str) -> str:
 <worldbody>
 <geom name="floor" type="plane" group="1" pos="0 0 0" size="3 3 0.125" condim="3" material="floorplane"/>
 {panes}{ground}
-<light name="light1" diffuse="0.7 0.7 0.7" specular="0.2 0.2 0.2" pos="1 1 4" dir="0 -0.15 -1" directional="false" castshadow="false"/>
-<light name="light2" diffuse="0.5 0.5 0.5" specular="0.2 0.2 0.2" pos="-2 -2 4" dir="0.2 0.2 -1" directional="false" castshadow="false"/>
+<light name="light1" diffuse="0.7 0.7 0.7" specular="0.2 0.2 0.2" pos="1 1 4" dir="0 -0.15 -1" castshadow="false"/>
+<light name="light2" diffuse="0.5 0.5 0.5" specular="0.2 0.2 0.2" pos="-2 -2 4" dir="0.2 0.2 -1" castshadow="false"/>
 <camera name="frontview" mode="fixed" pos="1 0 1.45" quat="0.56 0.43 0.43 0.56"/>
 <camera name="agentview" mode="fixed" pos="0.5 0 1.35" quat="0.653 0.271 0.271 0.653"/>
 </worldbody>
@@ -212,7 +218,8 @@ def scene(name: str, ground: str) -> str:
 
 def table() -> str:
     legs = "".join(
-        f'<geom name="table_leg{i}_visual" type="cylinder" size="0.05 0.1" {SEEN} rgba="0.6 0.5 0.4 1"/>\n' for i in range(1, 5)
+        f'<geom name="table_leg{i}_visual" type="cylinder" size="0.05 0.1" {SEEN} rgba="0.6 0.5 0.4 1"/>\n'
+        for i in range(1, 5)
     )
     return (
         '<body name="table" pos="0 0 0.4">\n'

@@ -46,7 +46,7 @@ class Recorder:
         # turned by 180 degrees, then resized one by one, then joined: by OpenCV, not by the code under test
         views = [[np.ascontiguousarray(np.rot90(picture, 2)) for picture in columns[key]] for key in KEYS[:2]]
         small = [[cv2.resize(view, (224, 224), interpolation=cv2.INTER_AREA) for view in row] for row in views]
-        joined = np.stack([np.hstack(pair) for pair in zip(*small)])
+        joined = np.stack([np.hstack(pair) for pair in zip(*small, strict=True)])
         np.savez(self._file, commands=np.stack(self._commands), policy_pictures=joined, **columns)
 
 

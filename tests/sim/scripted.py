@@ -69,7 +69,7 @@ class PickAndPlace(Scripted):
         def near(goal):
             return float(np.linalg.norm(goal - hand)) < 0.012
 
-        above, carried = thing + [0, 0, 0.12], target + (hand - thing)
+        above, carried = thing + np.array([0, 0, 0.12]), target + (hand - thing)
         if phase == 0:
             return above, True, near(above)
         if phase == 1:
@@ -89,9 +89,9 @@ class PickAndPlace(Scripted):
 class Push(Scripted):
     """GR1: three poses of right arm and waist, straight lines between them; the waist's turn sweeps the hand along the table."""
 
-    LIFTED = [-0.605, -0.345, -0.236, -1.697, 0.012, 0.005, 0.006, 0.229, 0.445, 0.428]
-    LOWERED = [-0.605, -0.345, -0.236, -1.097, 0.012, 0.005, 0.006, 0.229, 0.445, 0.428]
-    SWEPT = [-0.605, -0.345, -0.236, -1.097, 0.012, 0.005, 0.006, 1.049, 0.445, 0.428]
+    LIFTED = (-0.605, -0.345, -0.236, -1.697, 0.012, 0.005, 0.006, 0.229, 0.445, 0.428)
+    LOWERED = (-0.605, -0.345, -0.236, -1.097, 0.012, 0.005, 0.006, 0.229, 0.445, 0.428)
+    SWEPT = (-0.605, -0.345, -0.236, -1.097, 0.012, 0.005, 0.006, 1.049, 0.445, 0.428)
     LEGS = ((LIFTED, 15), (LOWERED, 20), (SWEPT, 45))
     HORIZON = 16
 

@@ -61,14 +61,27 @@ def test_observations_are_the_robots_and_seeds_repeat(gr1) -> None:
     assert view.shape == (256, 256, 3)
     assert view.std() > 5
     assert all(np.array_equal(first[key], again[key]) for key in first)
-    assert not np.array_equal(first["video.ego_view_bg_crop_pad_res256_freq20"], other["video.ego_view_bg_crop_pad_res256_freq20"])
+    assert not np.array_equal(
+        first["video.ego_view_bg_crop_pad_res256_freq20"], other["video.ego_view_bg_crop_pad_res256_freq20"]
+    )
 
 
 def test_convention_check_knows_absolute_targets(gr1, tmp_path, capsys) -> None:
     joints = [(-1.5, 1.5)] * 3 + [(-2.5, 0.5)] + [(-1.5, 1.5)] * 3
     ranges = joints * 2 + [(-2.0, 2.0)] * 12 + [(-1.0, 1.0)] * 3
     run = checkpoint(tmp_path, "gr1_tiny", "gr1", ranges, ranges, side=32)
-    words = ["--path", str(gr1.folder), "--tasks", STANDIN, "--trials", "1", "--checkpoint", str(run), "--device", "cpu"]
+    words = [
+        "--path",
+        str(gr1.folder),
+        "--tasks",
+        STANDIN,
+        "--trials",
+        "1",
+        "--checkpoint",
+        str(run),
+        "--device",
+        "cpu",
+    ]
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as caught:
         cli.main(["eval", "gr1", *words, "--out", str(out), "--check-only"])

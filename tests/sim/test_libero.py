@@ -130,7 +130,9 @@ def test_an_environment_repeats_itself_to_the_bit_with_cameras_on_and_off(libero
         def episode(trial, pictures):
             start = worker.reset(7 + trial, trial)["observation"]
             end = worker.step(list(commands), pictures=pictures)["observation"]
-            return {f"{when} {k}": np.asarray(v) for when, seen in (("start", start), ("end", end)) for k, v in seen.items()}
+            return {
+                f"{when} {k}": np.asarray(v) for when, seen in (("start", start), ("end", end)) for k, v in seen.items()
+            }
 
         seen, other, again = episode(0, True), episode(1, False), episode(0, False)
         assert all(np.array_equal(seen[key], again[key]) for key in seen)

@@ -59,7 +59,9 @@ def test_convention_check_before_the_run(libero, libero_checkpoint, tmp_path, ca
     seen, drawn = (np.asarray(Image.open(out / name)) for name in ("policy_input.png", "policy_views.png"))
     assert seen.shape == (32, 64, 3)
     assert drawn.shape == (256, 512, 3)
-    assert np.abs(drawn.reshape(32, 8, 64, 8, 3).mean(axis=(1, 3)) - seen).max() <= 1, "256 / 32: INTER_AREA is the mean"
+    assert np.abs(drawn.reshape(32, 8, 64, 8, 3).mean(axis=(1, 3)) - seen).max() <= 1, (
+        "256 / 32: INTER_AREA is the mean"
+    )
     assert not (out / "run.json").exists()
 
 
