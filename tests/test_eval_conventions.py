@@ -111,11 +111,11 @@ def test_libero_data_with_other_conventions_are_found() -> None:
     good = [(-0.9, 0.9)] * 6 + [(0.0, 1.0)]
     assert module.actions(LIBERO, statistics(None, good), rows).verdict == "ok"
     assert module.gripper_statistics(LIBERO, statistics(None, good)).verdict == "ok"
-    large = [(-1.5, 0.9)] + good[1:]
+    large = [(-1.5, 0.9), *good[1:]]
     assert module.actions(LIBERO, statistics(None, large), rows).verdict == "unusual"
-    metres = [(-300.0, 900.0)] + good[1:]
+    metres = [(-300.0, 900.0), *good[1:]]
     assert module.actions(LIBERO, statistics(None, metres), rows).verdict == "contradiction"
-    found = module.gripper_statistics(LIBERO, statistics(None, good[:6] + [(-1.0, 1.0)]))
+    found = module.gripper_statistics(LIBERO, statistics(None, [*good[:6], (-1.0, 1.0)]))
     assert found.verdict == "contradiction"
     assert "runs from -1 to 1, the model's from 0 to 1" in found.text
 
@@ -126,5 +126,5 @@ def test_pictures_of_one_colour_and_one_camera_twice_are_found() -> None:
     assert set(verdicts(module.pictures(LIBERO, Observation(views))).values()) == {"ok"}
     black = {**views, "wrist_image": np.zeros((8, 8, 3), np.uint8)}
     assert verdicts(module.pictures(LIBERO, Observation(black)))["picture wrist_image"] == "contradiction"
-    twice = {name: views["primary_image"] for name in LIBERO.views}
+    twice = dict.fromkeys(LIBERO.views, views["primary_image"])
     assert verdicts(module.pictures(LIBERO, Observation(twice)))["pictures"] == "contradiction"

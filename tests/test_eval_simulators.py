@@ -193,7 +193,7 @@ def test_checkout_brings_the_very_commit(tmp_path) -> None:
         assert (target / "file").read_text() == text
         assert simulator_setup.git_head(target) == commit
     simulator_setup.checkout("/nowhere", commits[0], target)  # there already: nothing is fetched
-    with pytest.raises(SimulatorError, match="git fetch .*failed with exit code"):
+    with pytest.raises(SimulatorError, match=r"git fetch .*failed with exit code"):
         simulator_setup.checkout(str(source), "0" * 40, target)
 
 

@@ -1,7 +1,7 @@
 """A stand-in for RoboCasa-GR1 on the package index's robosuite alone: gymnasium's "gr1_standin:dit4dit/PushCube-v0".
 
-The robot is robosuite's GR1 with its legs and head fixed and Fourier hands. Names, shapes, dtypes, units and rates of what it sees
-and takes are the real environments', and an episode never ends by itself there either. The task is the stand-in's own: push the
+The robot is robosuite's GR1 with its legs and head fixed and Fourier hands. Names, shapes, dtypes, units and rates of what it
+sees and takes are the real environments', and as there an episode never ends by itself. The task is the stand-in's own: push the
 cube on the table by 5 cm.
 """
 
