@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import LIBERO_ACTION
 from scripted import PickAndPlace
 
 from dit4dit.errors import SimulatorError
@@ -98,8 +99,6 @@ def test_state_is_the_simulators_in_the_published_encoding(recorded, libero_full
 
 def test_commands_are_the_models_values_in_the_simulators_units(recorded, libero_full) -> None:
     raw, _, answered = recorded
-    from conftest import LIBERO_ACTION
-
     model = np.concatenate([chunk.normalized[:8] for chunk in answered])
     assert raw["commands"].shape == (16, 7)
     for row, sent in zip(model, raw["commands"], strict=True):
@@ -154,4 +153,12 @@ def test_a_script_that_acts_through_commands_succeeds(libero, tmp_path) -> None:
 
 
 FIRST_STATE = [0.0] * 8
-COARSE_PICTURE = np.zeros((4, 8))
+# Mean brightness of 4 x 8 fields
+COARSE_PICTURE = np.array(
+    [
+        [87, 97, 97, 86, 53, 174, 174, 178],
+        [105, 104, 85, 58, 111, 171, 175, 119],
+        [129, 134, 118, 24, 143, 151, 171, 152],
+        [158, 151, 153, 125, 66, 89, 86, 65],
+    ]
+)
