@@ -100,5 +100,10 @@ def kill_plan() -> Plan:
 
 
 def evaluator(folder: Path) -> None:
-    """A process that begins or goes on with `kill_plan`."""
-    play(folder, kill_plan(), policy=StandIn(seconds=0.004), workers=2, resume=True)
+    """A process that begins or goes on with `kill_plan`; what it was told has ended goes to a file beside the folder."""
+
+    def told(record: dict[str, Any]) -> None:
+        with folder.with_suffix(".told").open("a") as file:
+            file.write(f"{record['seed']}\n")
+
+    play(folder, kill_plan(), policy=StandIn(seconds=0.004), workers=2, resume=True, on_episode=told)

@@ -80,6 +80,7 @@ def test_a_record_says_what_happened(tmp_path: Path) -> None:
     assert one["options"]["execution"]["latency"] == {"ms": 120.0, "waiting": "hold"}
     assert one["versions"]["simulator"]["numpy"] == np.__version__
     assert len(one["took"]["chunk_ms"]) == len(one["took"]["answer_ms"]) == 3
+    assert len({r["actions_hash"] for r in records}) == 4
     asked = {(seed, chunk) for seed, chunk in policy.noises if seed == 102}
     assert asked == {(102, 0), (102, 1), (102, 2)}
     config = json.loads((tmp_path / "run.json").read_text())
@@ -220,6 +221,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     assert untimed(after) == untimed(play(tmp_path / "fresh", plan, videos="all"))
 
 
+@pytest.mark.slow
 def test_killing_the_evaluator_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten runs, each killed twice at random moments; its workers go with it, and the third start completes it."""
     wanted = untimed(play(tmp_path / "whole", kill_plan()))
@@ -245,6 +247,9 @@ def test_killing_the_evaluator_loses_nothing(tmp_path: Path, monkeypatch: pytest
             process.kill()
             process.join()
             before = lines(folder)
+            told = folder.with_suffix(".told")
+            heard = told.read_text().split() if told.exists() else []
+            assert set(heard) <= {str(json.loads(line)["seed"]) for line in before}  # what ended is on disk
             caught += 0 < len(before) < len(wanted)
         records = play(folder, kill_plan(), workers=2, resume=True)
         assert lines(folder)[: len(before)] == before
@@ -252,6 +257,7 @@ def test_killing_the_evaluator_loses_nothing(tmp_path: Path, monkeypatch: pytest
     assert caught >= 5  # some of the moments were in the middle of a run
 
 
+@pytest.mark.slow
 def test_killing_workers_loses_nothing(tmp_path: Path) -> None:
     """Ten runs in which a random worker is killed at two random moments, no oftener than an episode may be begun again."""
     wanted = untimed(play(tmp_path / "whole", kill_plan()))

@@ -52,6 +52,21 @@ def test_paired_difference_points_from_the_first_to_the_second_run() -> None:
     assert same.low < 0 == same.difference < same.high
 
 
+@pytest.mark.parametrize("table", [(53, 8, 2, 27), (36, 12, 2, 0), (10, 5, 5, 10), (40, 0, 3, 7)])
+def test_paired_interval_is_newcombes_method_10(table: tuple[int, int, int, int]) -> None:
+    """Written out once more from scipy's Wilson intervals; the second table has a negative, the third a corrected-away phi."""
+    a, b, c, d = table
+    n, margins = sum(table), (a + b) * (c + d) * (a + c) * (b + d)
+    excess = a * d - b * c
+    phi = (max(excess - n / 2, 0) if excess > 0 else excess) / math.sqrt(margins) if margins else 0.0
+    ends = [scipy_stats.binomtest(k, n).proportion_ci(method="wilson") for k in (a + b, a + c)]
+    (l1, u1), (l2, u2) = ((abs(e.low - k / n), abs(e.high - k / n)) for e, k in zip(ends, (a + b, a + c), strict=True))
+    found = statistics.paired(*table)
+    assert found.difference == pytest.approx((c - b) / n)
+    assert found.difference - found.low == pytest.approx(math.sqrt(l2**2 - 2 * phi * l2 * u1 + u1**2))
+    assert found.high - found.difference == pytest.approx(math.sqrt(u2**2 - 2 * phi * u2 * l1 + l1**2))
+
+
 def test_paired_interval_covers_what_it_promises() -> None:
     """By enumeration of every table of 30 episodes, for several truths: at 95 %, between 93 and 99."""
     n = 30

@@ -159,7 +159,7 @@ def test_an_interpreter_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "wrong environment" in error.value.traceback
 
 
-def test_no_worker_outlives_its_evaluator() -> None:
+def test_no_worker_outlives_its_evaluator(tmp_path: Path) -> None:
     """The evaluator is killed while its worker hangs in a step."""
     script = textwrap.dedent(f"""
         import threading, time
@@ -173,19 +173,26 @@ def test_no_worker_outlives_its_evaluator() -> None:
         print(worker.pid, flush=True)
         time.sleep(60)
     """)
-    evaluator = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    # from another folder, where the source tree is not taken for the package
+    evaluator = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert evaluator.stdout is not None
     pid = int(evaluator.stdout.readline())
     assert not gone(pid, 0.1)
     evaluator.kill()
     evaluator.wait()
-    assert gone(pid)
+    ended = gone(pid)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    assert ended
 
 
-def test_only_its_user_can_reach_a_worker() -> None:
+def test_only_its_user_can_reach_a_worker(tmp_path: Path) -> None:
     with Worker(LAUNCH) as worker:
         assert worker._folder.stat().st_mode & 0o077 == 0
     assert not worker._folder.exists()
+    with Worker(LAUNCH, tmp_path / "log") as worker:  # an evaluator that is killed leaves nothing behind
+        assert not worker._folder.exists()
+        assert worker.make("tabletop", {})["facts"]["max_steps"] == 60
 
 
 def test_the_file_is_python_3_8() -> None:

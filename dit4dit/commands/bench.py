@@ -260,10 +260,58 @@ def training(steps: int = 7, batch_size: int = 4, seed: int = 0, json: Path | No
     return 0
 
 
+def rollout(
+    checkpoint: Path | None = None,
+    workers: tuple[int, ...] = (2, 4),
+    batch: int = 4,
+    episodes: int = 4,
+    rounds: int = 3,
+    device: Device = "auto",
+    json: Path | None = None,
+) -> int:
+    """Episodes per second of several simulators against one, on the tabletop world with one policy and the same padded batch.
+
+    Nothing is timed unless every number of workers gives the same episodes. Exit code 1 where a rate is below 0.75 x
+    min(workers, cores) of one worker's.
+
+    Args:
+        checkpoint: a tabletop policy; one with random weights when not given.
+        workers: numbers of simulators.
+        batch: rows of each pass.
+        episodes: of each worker in each round, after its first.
+        rounds: in which the numbers of workers take turns.
+        device: auto, cpu, cuda or cuda:N.
+        json: also write every number to this file.
+    """
+    import tempfile
+
+    from tqdm import tqdm
+
+    from dit4dit.benchmarks import rollout as module  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.commands.demo import make_checkpoint
+    from dit4dit.commands.report import table
+    from dit4dit.policy import Policy
+
+    for name, value in (("workers", min(workers, default=0)), ("episodes", episodes), ("rounds", rounds)):
+        if value < 1:
+            raise InputError(f"--{name}: expected at least 1, got {value}")
+    with tempfile.TemporaryDirectory() as scratch, tqdm(unit="episode", desc="rollout", disable=None) as bar:
+        if checkpoint is None:
+            checkpoint = Path(scratch) / "checkpoint"
+            make_checkpoint(checkpoint, seed=0)
+        policy = Policy.from_pretrained(checkpoint, device=device)
+        sizes: dict[str, Any] = {"workers": workers, "batch": batch, "episodes": episodes, "rounds": rounds}
+        result = module.measure(policy, checkpoint, **sizes, on_episode=bar.update)
+    header = ["workers", "episodes/s", "times one", "of min(workers, cores)"]
+    finish(table(header, module.rows(result), right=range(4)), result, json)
+    return 0 if all(run["efficiency"] >= module.ENOUGH for run in result["runs"]) else 1
+
+
 BENCHMARKS: dict[str, Callable[..., int]] = {
     "flops": flops,
     "latency": latency,
     "ops": ops,
     "options": options,
     "training": training,
+    "rollout": rollout,
 }

@@ -146,8 +146,9 @@ def run(
     if not before(policy):
         return 0
     about = identity.describe(policy, policy_options.checkpoint, policy_options.backbone)
-    wins = tries = errors = 0
-    with tqdm(total=len(plan.episodes), unit="episode", desc=plan.name, disable=None, smoothing=0.05) as bar:
+    kept = Run.open(run_options.out).outcomes if run_options.resume and (run_options.out / "run.json").exists() else {}
+    wins, tries, errors = sum(kept.values()), len(kept), 0
+    with tqdm(total=len(plan.episodes), initial=tries, unit="episode", desc=plan.name, disable=None) as bar:
 
         def on_episode(record: dict[str, Any]) -> None:
             nonlocal wins, tries, errors

@@ -5,60 +5,37 @@ them into rows (`execution`), and sends its worker all rows up to the next chunk
 while the simulators of others run.
 
 An episode is a function of its seeds, the plan, the checkpoint and the options that run.json holds: two runs have the same lines
-but for `took`. A simulator's exception, or a policy that writes NaN, makes the episode an error, which is neither a success nor a
-failure; a worker that died or hangs is replaced and the episode begun again, `retries` times.
+but for `took`, down to a hash of every executed action. A simulator's exception, or a policy that writes NaN, makes the episode
+an error, which is neither a success nor a failure; a worker that died or hangs is replaced and the episode begun again, `retries`
+times.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from dit4dit.errors import ConfigError, OutputError, SimulatorError, WorkerLost
 from dit4dit.evaluation.batching import BatchedPolicy, Predictor
-from dit4dit.evaluation.execution import Execution, Executor
 from dit4dit.evaluation.plan import Episode, Plan
+from dit4dit.evaluation.play import Options, Play
 from dit4dit.evaluation.runs import Book, Record
-from dit4dit.evaluation.video import Video
 from dit4dit.evaluation.workers import Worker
-from dit4dit.types import Noise
 
-Videos = Literal["all", "failures", "none"]
 END_SECONDS = 10.0
+_one_at_a_time = threading.Lock()
 
-
-@dataclass(frozen=True)
-class Options:
-    """How a plan is run.
-
-    Attributes:
-        execution: which rows of the chunks are executed, and when.
-        batch: rows of every pass through the policy, filled up where fewer requests are there.
-        workers: simulators at a time; another number gives the same episodes.
-        retries: how often an episode is begun again after its worker died or hung.
-        videos: of which episodes videos are kept; errors count among the failures.
-    """
-
-    execution: Execution = field(default_factory=Execution)
-    batch: int = 4
-    workers: int = 1
-    retries: int = 2
-    videos: Videos = "all"
-
-    def __post_init__(self) -> None:
-        if self.workers < 1 or self.retries < 0:
-            raise ConfigError(f"expected workers >= 1 and retries >= 0, got {self.workers} and {self.retries}")
+__all__ = ["Options", "Stopped", "configuration", "evaluate"]
 
 
 def evaluate(
@@ -314,114 +291,3 @@ class Player(threading.Thread):
         if self._worker is not None:
             self._worker.close()
         self._worker = self._world = None
-
-
-_one_at_a_time = threading.Lock()
-
-
-class Play:
-    """One attempt at one episode: the loop itself."""
-
-    def __init__(self, episode: Episode, videos: Path, options: Options) -> None:
-        self.episode, self._options = episode, options
-        self.took: dict[str, Any] = {"chunk_ms": [], "answer_ms": []}
-        name = re.sub(r"[^\w.+-]+", "_", f"{episode.suite}-{episode.task}-{episode.trial:03d}")
-        self._name, self._videos = name, videos
-        self._video: Video | None = None
-        self._half = videos / f".{name}.mp4"
-        self._file: Path | None = None
-        self._facts: dict[str, Any] = {
-            "instruction": None,
-            "success": None,
-            "success_at_end": None,
-            "success_at_chunk_ends": None,
-            "steps": 0,
-            "chunks": 0,
-            "held": 0,
-            "delays": [],
-        }
-
-    def run(
-        self,
-        worker: Worker,
-        facts: Mapping[str, Any],
-        policy: Predictor,
-        server: BatchedPolicy,
-        hold: Callable[..., Any],
-    ) -> None:
-        """Play to the end."""
-        filmed = self._options.videos != "none"
-        start = worker.reset(self.episode.seed, self.episode.trial, pictures=filmed)
-        observation, instruction = start["observation"], start["instruction"]
-        self._facts["instruction"] = instruction
-        if filmed:
-            self._video = Video(self._half, facts["rate_hz"])
-            self._video.add(start["picture"])
-        policy.prepare(instruction).result()
-        executor = Executor(self._options.execution, facts["rate_hz"], hold)
-        successes: list[bool] = []
-        at_chunk_ends = done = False
-        while not done:
-            self._ask(executor, observation, instruction, policy, server)
-            rows = executor.upcoming(facts["max_steps"] - executor.steps)
-            result = worker.step([policy.embodiment.command(row) for row in rows], pictures=filmed)
-            observation, now = result["observation"], result["success"]
-            executor.advance(len(now))
-            successes += now
-            if self._video is not None:
-                for picture, success in zip(result["pictures"], now, strict=True):
-                    self._video.add(picture, success)
-            limit = executor.steps >= facts["max_steps"]
-            at_chunk_ends = at_chunk_ends or (now[-1] and not limit)
-            done = result["done"] or limit
-            self._facts |= {"steps": executor.steps, "held": executor.held, "delays": executor.delays}
-        self._facts |= {
-            "success": any(successes),
-            "success_at_end": successes[-1],
-            "success_at_chunk_ends": at_chunk_ends,
-        }
-        self.close(any(successes))
-
-    def _ask(
-        self, executor: Executor, observation: Any, instruction: str, policy: Predictor, server: BatchedPolicy
-    ) -> None:
-        """A new chunk where one is due."""
-        if not executor.due:
-            return
-        seen, start = policy.embodiment.observe(observation), time.monotonic()
-        answer = server.ask(seen, instruction, Noise.from_seed(self.episode.noise_seed, self._facts["chunks"]))
-        self.took["answer_ms"].append(1e3 * (time.monotonic() - start))
-        self.took["chunk_ms"].append(1e3 * answer.seconds)
-        self._facts["chunks"] += 1
-        executor.take(answer.chunk.actions, answer.seconds)
-
-    def record(self, error: SimulatorError | OutputError | None) -> Record:
-        """What came of it, but for what the whole run has in common."""
-        episode = self.episode
-        named = {name: getattr(episode, name) for name in ("suite", "task", "trial", "seed", "noise_seed")}
-        problem = None
-        if error is not None:
-            text = getattr(error, "traceback", "")  # an OutputError has none
-            problem = {"type": type(error).__name__, "message": str(error), "traceback": text}
-        video = None if self._file is None else f"videos/{self._file.name}"
-        return {**named, **self._facts, "error": problem, "video": video}
-
-    def close(self, success: bool | None) -> None:
-        """Finish the video; success None: the episode ended in an error."""
-        if self._video is None:
-            return
-        self._video.close(success)
-        self._video = None
-        if self._options.videos == "failures" and success:
-            self._half.unlink()
-            return
-        ending = {True: "success", False: "failure", None: "error"}[success]
-        self._file = self._half.with_name(f"{self._name}-{ending}.mp4")
-        self._half.replace(self._file)
-
-    def discard(self) -> None:
-        """Leave no video behind."""
-        if self._video is not None:
-            self._video.close(None)
-            self._video = None
-            self._half.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ and is made by `ENVIRONMENTS[name](**options)`, or by any other function as "mod
 
 The wire: 4 bytes of length (big endian), a JSON header of that length, then the raw bytes of the arrays that the header lists.
 An answer is {"ok": result} or {"error": {type, message, traceback}}; after an error the connection is as good as before.
-Two pictures of 256 x 256 cross in 0.3 ms (AMD EPYC, 2 cores), a hundredth of what rendering them takes: no shared memory.
+Two pictures of 256 x 256 cross in 0.3 ms (measured on an AMD EPYC), so there is no shared memory.
 """
 
 from __future__ import annotations

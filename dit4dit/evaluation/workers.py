@@ -63,6 +63,8 @@ class Worker:
             with self._log.open("ab") as output, self._listen() as listener:
                 self._process = self._start(output)
                 self._connection = self._accept(listener)
+            if log is not None:  # nothing is needed there any more, and an evaluator that is killed could not remove it
+                shutil.rmtree(self._folder, ignore_errors=True)
             greeting = self._receive("start", launch.start_seconds)
         except BaseException:
             self.close()

@@ -1,0 +1,138 @@
+"""`dit4dit eval tabletop` with a real policy of random weights, and what makes a policy the same one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit4dit import Policy
+from dit4dit.cli import main
+from dit4dit.commands.demo import make_checkpoint
+from dit4dit.envs.tabletop import TEST_SEEDS_FROM, layout
+from dit4dit.errors import ConfigError
+from dit4dit.evaluation import identity, tabletop
+from dit4dit.evaluation.rollout import Options, evaluate
+from dit4dit.evaluation.runs import Run
+from dit4dit.model.own_format import to_own
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tabletop") / "checkpoint"
+    make_checkpoint(folder, seed=0)
+    return folder
+
+
+def command(*words: Path | str | int) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["eval", "tabletop", "--device", "cpu", *map(str, words)])
+    return int(end.value.code or 0)
+
+
+def test_one_worker_and_three_execute_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
+    policy = Policy.from_pretrained(checkpoint, device="cpu")
+    about = identity.describe(policy, checkpoint)
+    found = {}
+    for workers in (1, 3):
+        options = Options(batch=3, workers=workers, videos="none")
+        plan = tabletop.plan(5, max_steps=17)
+        records = evaluate(policy, plan, options, tmp_path / str(workers), horizon=8, about_policy=about)
+        found[workers] = [{k: v for k, v in r.items() if k != "took"} for r in records]
+    assert found[1] == found[3]
+    assert len({r["actions_hash"] for r in found[1]}) == 5
+    assert Run.open(tmp_path / "3").config["row_independent"] is True
+
+
+def test_the_command_makes_a_run_and_goes_on_with_it(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    words = ["--checkpoint", checkpoint, "--out", tmp_path / "run", "--episodes", 3, "--max-steps", 10, "--workers", 2]
+    assert command(*words) == 0
+    assert "0.0 % [0.0, 56.1], 0 of 3" in capsys.readouterr().out
+    run = Run.open(tmp_path / "run")
+    assert [r["seed"] for r in run.records] == [TEST_SEEDS_FROM + i for i in range(3)]
+    assert [r["instruction"] for r in run.records] == [layout(TEST_SEEDS_FROM + i)[1].instruction() for i in range(3)]
+    assert run.config["policy"]["checkpoint"] == identity.checkpoint_hash(checkpoint)
+    assert run.config["policy"]["engine"] == {"steps": 4, "posterior": "sample", "quantization": None}
+    assert len(list((tmp_path / "run/videos").iterdir())) == 3
+    lines = (tmp_path / "run/episodes.jsonl").read_bytes()
+    assert command(*words) == 2
+    assert "has a run already; go on with --resume" in capsys.readouterr().err
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert command(*words, "--checkpoint", moved, "--resume") == 0
+    assert (tmp_path / "run/episodes.jsonl").read_bytes() == lines
+    assert command(*words, "--resume", "--seed", 1_000_001) == 2
+    assert "started with plan.seed = 1000000, now it is 1000001" in capsys.readouterr().err
+    assert command(*words, "--resume", "--steps", 2) == 2
+    assert "policy.engine.steps = 4, now it is 2" in capsys.readouterr().err
+
+
+def test_options_reach_the_episodes(checkpoint: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", checkpoint, "--episodes", 2, "--max-steps", 10, "--batch", 2, "--videos", "none"]
+    more = ["--execute", 3, "--ensemble", 2, "--ensemble-alpha", 0.5, "--latency", 150, "--while-waiting", "continue"]
+    assert command(*words, *more, "--out", tmp_path / "a", "--shard", "2/2") == 0
+    record = Run.open(tmp_path / "a").records[0]
+    assert (record["trial"], record["delays"], record["chunks"]) == (1, [0, 2, 2, 2], 4)
+    assert record["options"]["execution"] == {
+        "execute": 3,
+        "ensemble": {"alpha": 0.5, "history": 2},
+        "latency": {"ms": 150.0, "waiting": "continue"},
+    }
+    assert command(*words, "--out", tmp_path / "b", "--latency", "measured", "--paraphrase", "None") == 0
+    assert Run.open(tmp_path / "b").config["execution"]["latency"]["ms"] is None
+    assert Run.open(tmp_path / "b").config["plan"]["paraphrase"] is None
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--execute", "0"], "execute: expected 1 to 8"),
+        (["--execute", "9"], "execute: expected 1 to 8"),
+        (["--latency", "soon"], "--latency: expected milliseconds or 'measured', got 'soon'"),
+        (["--latency", "-3"], "latency: expected milliseconds >= 0"),
+        (["--while-waiting", "continue"], "--while-waiting: goes with --latency"),
+        (["--batch", "17"], "batch: expected 1 to 16"),
+        (["--workers", "0"], "expected workers >= 1"),
+        (["--ensemble", "0"], "history of at least 1"),
+        (["--shard", "3/2"], "--shard '3/2'"),
+        (["--episodes", "0"], "episodes >= 1"),
+        (["--picture", "65"], "picture: expected one of"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_line(
+    checkpoint: Path, tmp_path: Path, words: list[str], message: str, capsys
+) -> None:
+    assert command("--checkpoint", checkpoint, "--out", tmp_path / "run", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_a_policy_for_another_robot_is_refused(golden_dir: Path, tmp_path: Path, capsys) -> None:
+    assert command("--checkpoint", golden_dir / "libero_tiny", "--out", tmp_path / "run") == 2
+    assert "needs a policy for embodiment 'tabletop', got one for 'libero'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_has_one_hash_in_any_layout_and_another_after_any_change(golden_dir: Path, tmp_path: Path) -> None:
+    published = golden_dir / "libero_tiny"
+    to_own(published, tmp_path / "own", None, lambda name, size: None)
+    known = identity.checkpoint_hash(published)
+    assert identity.checkpoint_hash(tmp_path / "own") == known
+    changed = Path(shutil.copytree(published, tmp_path / "changed"))
+    file = next((changed / "checkpoints").glob("*.pt"))
+    tensors = torch.load(file, weights_only=True)
+    name = next(n for n in tensors if n.startswith("action_model."))
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[-1] += 1e-3
+    torch.save(tensors, file)
+    assert identity.checkpoint_hash(changed) != known
+    statistics = changed / "dataset_statistics.json"
+    shutil.copy(published / "checkpoints" / file.name, file)
+    assert identity.checkpoint_hash(changed) == known
+    facts = json.loads(statistics.read_text())
+    next(iter(facts.values()))["action"]["max"][0] += 0.5
+    statistics.write_text(json.dumps(facts))
+    assert identity.checkpoint_hash(changed) != known
+    with pytest.raises(ConfigError, match="max_steps >= 1"):
+        tabletop.plan(max_steps=0)
