@@ -46,6 +46,7 @@ import socket
 import struct
 import threading
 import traceback
+from importlib import metadata
 from typing import Any, ClassVar
 
 import numpy as np
@@ -311,6 +312,8 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "numpy": np.__version__}
     for name in ("mujoco", "robosuite", "libero", "robocasa", "gymnasium", "dit4dit"):
         version = getattr(sys.modules.get(name), "__version__", None)
+        if version is None and name == "libero" and name in sys.modules:  # it does not say so itself
+            version = metadata.version("hf-libero")
         if isinstance(version, str):
             found[name] = version
     return found

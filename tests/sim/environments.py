@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE))
 import libero_assets  # noqa: E402
 
 from dit4dit.evaluation import simulator_setup  # noqa: E402
-from dit4dit.evaluation.simulators import Simulator, graphics_of, install, make_environment  # noqa: E402
+from dit4dit.evaluation.simulators import LOCKS, Simulator, graphics_of, install, make_environment  # noqa: E402
 
 
 def root() -> Path:
@@ -27,11 +27,15 @@ def say(line: str) -> None:
 
 
 def libero() -> Simulator:
-    """LIBERO with stand-in assets, set up as a user would."""
+    """LIBERO with stand-in assets, set up as a user would; not again where it has been with the same lock file and assets."""
     assets = root() / "libero-assets"
     libero_assets.write(assets)
     simulator = Simulator.at("libero", root() / "libero")
-    simulator_setup.setup_libero(simulator, graphics_of(None), say, assets=assets)
+    made_from = f"{(LOCKS / 'libero.txt').read_text()}{simulator_setup.TORCH}{libero_assets.files()}"
+    ready = root() / "libero-made-from"
+    if not (ready.exists() and ready.read_text() == made_from and simulator.installed):
+        simulator_setup.setup_libero(simulator, graphics_of(None), say, assets=assets)
+        ready.write_text(made_from)
     return simulator
 
 
