@@ -341,7 +341,7 @@ def data() -> int:
 
 
 def evaluate() -> int:
-    """Success rates: tabletop, report, compare, merge, episodes; `dit4dit eval tabletop --help`."""
+    """Success rates: tabletop, libero, gr1, setup, report, compare, merge, episodes; `dit4dit eval libero --help`."""
     raise AssertionError("main() sends eval to its own subcommands")
 
 

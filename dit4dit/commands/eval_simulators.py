@@ -142,8 +142,10 @@ def examine(
     """Print the findings; whether there is a contradiction. ConfigError where one is to stop the run."""
     from dit4dit import stats
     from dit4dit.evaluation import conventions
+    from dit4dit.evaluation.rollout import check_robot
     from dit4dit.model.checkpoint import open_checkpoint
 
+    check_robot(policy, plan)
     raw = open_checkpoint(policy_options.checkpoint, policy_options.backbone).statistics
     statistics = stats.parse(raw, policy.codec.tag, f"statistics of {policy_options.checkpoint}")
     findings = conventions.examine(policy, plan, statistics, out, data_fps=simulator.data_fps)
