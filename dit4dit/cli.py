@@ -347,7 +347,7 @@ def data() -> int:
 
 
 def evaluate() -> int:
-    """Evaluation: tabletop, openloop, report, compare, merge, episodes; `dit4dit eval tabletop --help`."""
+    """Evaluation: libero, gr1, tabletop, openloop, setup, report, compare, merge, episodes; `dit4dit eval libero --help`."""
     raise AssertionError("main() sends eval to its own subcommands")
 
 

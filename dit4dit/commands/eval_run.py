@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,10 +117,21 @@ class RunOptions:
             raise InputError(f"--latency: expected milliseconds or 'measured', got {self.latency!r}") from None
 
 
-def run(plan: Plan, policy_options: PolicyOptions, run_options: RunOptions, *, execute: int | None = None) -> int:
+def run(
+    plan: Plan,
+    policy_options: PolicyOptions,
+    run_options: RunOptions,
+    *,
+    execute: int | None = None,
+    before: Callable[[Any], bool] = lambda policy: True,
+    second: str | None = None,
+) -> int:
     """Play the plan and print its success rates; exit code 1 where episodes ended in an error, 130 after Ctrl-C.
 
-    execute: rows of a chunk that the benchmark's protocol executes; all where None.
+    Args:
+        execute: rows of a chunk that the benchmark's protocol executes; all where None.
+        before: called with the loaded policy before anything is played; where it returns False, nothing is.
+        second: field of the records (`summary`) with another count that the benchmark is told by.
     """
     from tqdm import tqdm
 
@@ -131,6 +143,8 @@ def run(plan: Plan, policy_options: PolicyOptions, run_options: RunOptions, *, e
     options, plan = run_options.options(execute), plan.part(run_options.shard)
     check_folder("--out", run_options.out)
     policy = policy_options.load()
+    if not before(policy):
+        return 0
     about = identity.describe(policy, policy_options.checkpoint, policy_options.backbone)
     kept = Run.open(run_options.out).outcomes if run_options.resume and (run_options.out / "run.json").exists() else {}
     wins, tries, errors = sum(kept.values()), len(kept), 0
@@ -160,6 +174,9 @@ def run(plan: Plan, policy_options: PolicyOptions, run_options: RunOptions, *, e
             return INTERRUPTED
     summary = summarise(Run.open(run_options.out).records)
     say(table(["suite", "task", "success [95 % interval]", "errors"], rows(summary), right=(3,)))
+    if second is not None:
+        other = summarise(Run.open(run_options.out).records, second)
+        say(table(["suite", "task", f"{second} [95 % interval]", "errors"], rows(other), right=(3,)))
     say(f"wrote {run_options.out}; dit4dit eval report {run_options.out} makes a page of it")
     if summary.all_errors:
         say(

@@ -9,6 +9,8 @@ from typing import Annotated
 import tyro
 
 from dit4dit.commands import eval_run
+from dit4dit.commands.eval_setup import setup
+from dit4dit.commands.eval_simulators import gr1, libero
 from dit4dit.commands.shell import check_folder, finish, say
 from dit4dit.errors import InputError
 
@@ -185,8 +187,11 @@ def episodes(width: float = 0.1, rate: float = 0.5, confidence: float = 0.95, js
 EVALUATIONS: dict[str, Callable[..., int]] = {
     "tabletop": tabletop,
     "openloop": openloop,
+    "libero": libero,
+    "gr1": gr1,
     "compare": compare,
     "merge": merge,
     "report": report,
     "episodes": episodes,
+    "setup": setup,
 }

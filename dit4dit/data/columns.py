@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dit4dit.cache import cache_root
 from dit4dit.data.meta import EpisodeMeta, Meta, read_table
 from dit4dit.data.modality import is_picture, width
 from dit4dit.data.video import VideoHeader, read_header
@@ -77,7 +77,7 @@ class Columns:
 
 def cache_dir() -> Path:
     """Where caches of data go; `DIT4DIT_CACHE` chooses another place."""
-    return Path(os.environ.get("DIT4DIT_CACHE") or Path.home() / ".cache" / "dit4dit") / "data"
+    return cache_root() / "data"
 
 
 def open_columns(meta: Meta, progress: Progress | None = None) -> Columns:

@@ -62,11 +62,7 @@ def evaluate(
         ConfigError: the policy is for another robot, options that do not fit, or a folder with another run.
         KeyboardInterrupt: handed on once the workers have ended; the run can go on with `resume`.
     """
-    if policy.embodiment.name != plan.embodiment:
-        raise ConfigError(
-            f"{plan.name}: needs a policy for embodiment {plan.embodiment!r}, got one for {policy.embodiment.name!r}; give "
-            "another checkpoint, or --embodiment"
-        )
+    check_robot(policy, plan)
     options.execution.check(horizon)
     server = BatchedPolicy(policy, options.batch)
     book = Book(folder, configuration(plan, options, about_policy), resume=resume)
@@ -83,6 +79,15 @@ def evaluate(
         return [book.records[episode.key] for episode in plan.episodes]
     finally:
         book.close()
+
+
+def check_robot(policy: Predictor, plan: Plan) -> None:
+    """ConfigError unless the policy is for the robot of the plan."""
+    if policy.embodiment.name != plan.embodiment:
+        raise ConfigError(
+            f"{plan.name}: needs a policy for embodiment {plan.embodiment!r}, got one for {policy.embodiment.name!r}; give "
+            "another checkpoint, or --embodiment"
+        )
 
 
 def configuration(plan: Plan, options: Options, about_policy: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ An environment is any object with
                      numbers, strings and arrays
     render() -> uint8 [H, W, 3], RGB, upright: the picture for the video
     close()
+    blind_step(command) -> as `step`; need not exist. It may leave the cameras as they were, and is called where nobody looks:
+                     for all but the last of several commands, unless pictures are wanted
 
 and is made by `ENVIRONMENTS[name](**options)`, or by any other function as "module:function".
 
@@ -44,7 +46,8 @@ import socket
 import struct
 import threading
 import traceback
-from typing import Any
+from importlib import metadata
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -82,7 +85,156 @@ class Tabletop:
         pass
 
 
-ENVIRONMENTS: Any = {"tabletop": Tabletop}
+class Libero:
+    """LIBERO (hf-libero) as the published evaluation runs it: two cameras of 256 x 256, initial state number `trial`, 10 steps in
+    which the objects come to rest. seed places what no initial state covers: cabinet and stove, within a centimetre or two.
+    """
+
+    MAX_STEPS: ClassVar = {
+        "libero_spatial": 220,
+        "libero_object": 280,
+        "libero_goal": 300,
+        "libero_10": 520,
+        "libero_90": 400,
+    }
+    ACTIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+    CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
+    STILL = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # the published waiting action; -1 opens the gripper
+
+    def __init__(
+        self, suite: str, task: int, max_steps: int | None = None, settle_steps: int = 10, camera: int = 256
+    ) -> None:
+        from libero.libero import benchmark, get_libero_path
+        from libero.libero.envs import OffScreenRenderEnv
+
+        if suite not in self.MAX_STEPS:
+            raise ValueError(f"suite {suite!r}: expected one of {', '.join(self.MAX_STEPS)}")
+        tasks = benchmark.get_benchmark_dict()[suite]()
+        if not 0 <= task < tasks.n_tasks:
+            raise ValueError(f"task {task!r}: {suite} has tasks 0 to {tasks.n_tasks - 1}")
+        found = tasks.get_task(task)
+        file = os.path.join(get_libero_path("bddl_files"), found.problem_folder, found.bddl_file)
+        self._language = found.language
+        self._starts = tasks.get_task_init_states(task)
+        self._env = OffScreenRenderEnv(bddl_file_name=file, camera_heights=camera, camera_widths=camera)
+        self._initializers = len(self._env.env.object_property_initializers)
+        self._cameras: list[Camera] = []
+        self._observation: Any = None
+        self._settle = settle_steps
+        self.facts = {
+            "max_steps": max_steps or self.MAX_STEPS[suite],
+            "rate_hz": float(self._env.env.control_freq),
+            "action_names": list(self.ACTIONS),
+            "settle_steps": settle_steps,
+        }
+
+    def reset(self, seed: int, trial: int) -> Any:
+        if not 0 <= trial < len(self._starts):
+            raise ValueError(f"trial {trial!r}: this task has initial states 0 to {len(self._starts) - 1}")
+        # LIBERO adds to this list at every reset and draws a number for each entry: a later episode of this process would
+        # differ from the same episode in a new one.
+        del self._env.env.object_property_initializers[self._initializers :]
+        self._env.seed(seed)
+        self._env.reset()
+        self._cameras = [Camera(self._env.env, name) for name in self.CAMERAS]
+        self._observation = self._env.set_init_state(self._starts[trial])
+        for i in range(self._settle):
+            (self.step if i + 1 == self._settle else self.blind_step)(self.STILL)
+        return self._observation, self._language
+
+    def step(self, command: Any) -> Any:
+        self._observation, _, done, _ = self._env.step([float(number) for number in command])
+        return self._observation, bool(done), bool(done), {}
+
+    def blind_step(self, command: Any) -> Any:
+        for camera in self._cameras:
+            camera.on = False
+        try:
+            return self.step(command)
+        finally:
+            for camera in self._cameras:
+                camera.on = True
+
+    def render(self) -> Any:
+        return np.concatenate([self._observation[name][::-1, ::-1] for name in self.CAMERAS], axis=1)
+
+    def close(self) -> None:
+        self._env.close()
+
+
+class Camera:
+    """A robosuite camera that gives its last picture again while it is not `on`. The clocks of robosuite's observables, which
+    decide at which instant of a control step a picture is taken, go on as if it were.
+    """
+
+    def __init__(self, env: Any, name: str) -> None:
+        self.on = True
+        self._sensor = env._observables[name]._sensor
+        self._last: Any = None
+        self.__modality__ = self._sensor.__modality__
+        self.__name__ = name
+        env.modify_observable(observable_name=name, attribute="sensor", modifier=self)
+
+    def __call__(self, cache: Any) -> Any:
+        if self.on or self._last is None:
+            self._last = self._sensor(cache)
+        return self._last
+
+
+class Gr1:
+    """A RoboCasa-GR1 tabletop environment through gymnasium. environment: its id, as "module:id" where a module has to be
+    imported that registers it. It never ends by itself, not even on success.
+    """
+
+    VIEW = "video.ego_view_bg_crop_pad_res256_freq20"
+    INSTRUCTION = "annotation.human.coarse_action"
+    PARTS = (("left_arm", 7), ("right_arm", 7), ("left_hand", 6), ("right_hand", 6), ("waist", 3))
+
+    def __init__(self, environment: str, max_steps: int = 720) -> None:
+        import gymnasium
+
+        # the checker holds observations to spaces that the real environment does not keep to
+        self._env = gymnasium.make(environment, enable_render=True, disable_env_checker=True)
+        self._picture: Any = None
+        self.facts = {
+            "max_steps": max_steps,
+            "rate_hz": float(getattr(self._simulator, "control_freq", 20.0)),
+            "action_names": [f"{part}.{i}" for part, size in self.PARTS for i in range(size)],
+            "settle_steps": 0,
+        }
+
+    @property
+    def _simulator(self) -> Any:
+        """The robosuite environment inside."""
+        return getattr(self._env.unwrapped, "env", None)
+
+    def reset(self, seed: int, trial: int) -> Any:
+        import random
+
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  (what placement samplers draw from)
+        if hasattr(self._simulator, "rng"):
+            self._simulator.rng = np.random.default_rng(
+                seed
+            )  # what robosuite 1.5 draws from; reset's seed does not reach it
+        observation, _ = self._env.reset(seed=seed)
+        self._picture = observation[self.VIEW]
+        return dict(observation), observation[self.INSTRUCTION]
+
+    def step(self, command: Any) -> Any:
+        observation, _, terminated, truncated, info = self._env.step(dict(command))
+        self._picture = observation[self.VIEW]
+        told = {name: bool(info[name]) for name in ("success", "grasp_distractor_obj") if name in info}
+        return dict(observation), bool(info["success"]), bool(terminated or truncated), told
+
+    def render(self) -> Any:
+        return self._picture
+
+    def close(self) -> None:
+        self._env.close()
+
+
+ENVIRONMENTS: Any = {"tabletop": Tabletop, "libero": Libero, "gr1": Gr1}
 
 
 def make(name: str, options: dict[str, Any]) -> Any:
@@ -131,8 +283,10 @@ class Host:
         -> observation after the last step taken; success [steps taken]; done; info of each step; with `pictures` one each.
         """
         successes, infos, shown, done, observation = [], [], [], False, None
-        for command in commands:
-            observation, success, done, info = self._env.step(command)
+        blind = self._env.step if pictures else getattr(self._env, "blind_step", self._env.step)
+        for i, command in enumerate(commands):
+            step = blind if i + 1 < len(commands) else self._env.step
+            observation, success, done, info = step(command)
             successes.append(bool(success))
             infos.append(info)
             if pictures:
@@ -158,6 +312,8 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "numpy": np.__version__}
     for name in ("mujoco", "robosuite", "libero", "robocasa", "gymnasium", "dit4dit"):
         version = getattr(sys.modules.get(name), "__version__", None)
+        if version is None and name == "libero" and name in sys.modules:  # it does not say so itself
+            version = metadata.version("hf-libero")
         if isinstance(version, str):
             found[name] = version
     return found

@@ -1,0 +1,214 @@
+"""`dit4dit eval setup`: a simulator's environment from nothing to its first picture. Done again, it only does what is missing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dit4dit.errors import ConfigError, SimulatorError
+from dit4dit.evaluation.gr1 import TASKS, environment_id
+from dit4dit.evaluation.simulators import LIBRARIES, Graphics, Say, Simulator, install, make_environment, run
+from dit4dit.evaluation.workers import Worker
+
+TORCH = "torch==2.13.0"
+"""LIBERO reads its initial states with it; a GPU is of no use to it."""
+ASSETS = "lerobot/libero-assets"
+"""Hub data set with LIBERO's meshes and textures, where hf-libero itself would look for them."""
+ASSET_PARTS = (
+    "articulated_objects",
+    "scenes",
+    "stable_hope_objects",
+    "stable_scanned_objects",
+    "textures",
+    "turbosquid_objects",
+)
+REPOSITORIES = {
+    "robosuite": ("https://github.com/ARISE-Initiative/robosuite.git", "a071383d53568ab798eb315c0e95357911be922d"),
+    "robocasa-gr1-tabletop-tasks": (
+        "https://github.com/robocasa/robocasa-gr1-tabletop-tasks.git",
+        "4840e671596f93ca03651524b9f72ffb1aadfeff",
+    ),
+}
+"""Public repositories that GR1 needs, at commits that others have published results with (robosuite's is its release 1.5.1)."""
+
+
+def setup_libero(
+    simulator: Simulator,
+    graphics: Graphics,
+    say: Say,
+    *,
+    assets: Path | None = None,
+    python: str | None = None,
+    torch: str = TORCH,
+) -> dict[str, Any]:
+    """LIBERO's environment in `simulator.folder` -> what its first step told.
+
+    Args:
+        graphics: what draws the pictures of the first step.
+        say: takes a line about each thing that is done.
+        assets: folder of meshes and textures to link to; what is linked or downloaded already stays where None.
+        python: interpreter for the environment. torch: requirement or wheel.
+
+    Raises:
+        ConfigError, SimulatorError: what went wrong, and what to do.
+    """
+    if assets is not None:
+        check_assets(assets)
+    make_environment(simulator, python)
+    install(simulator, say, first=torch)
+    write_libero_config(simulator)
+    link_assets(simulator, assets, say)
+    return first_step(simulator, graphics, "libero", {"suite": "libero_spatial", "task": 0}, [0.0] * 6 + [-1.0])
+
+
+def check_assets(folder: Path) -> None:
+    """ConfigError unless the folder has LIBERO's parts."""
+    missing = [part for part in ASSET_PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise ConfigError(
+            f"--assets {folder}: expected LIBERO's folders {', '.join(ASSET_PARTS)}; missing: {', '.join(missing)}"
+        )
+
+
+def write_libero_config(simulator: Simulator) -> None:
+    """The file without which the first import of LIBERO asks questions on standard input."""
+    root = simulator.packages / "libero" / "libero"
+    places = {
+        "benchmark_root": root,
+        "bddl_files": root / "bddl_files",
+        "init_states": root / "init_files",
+        "datasets": simulator.folder / "libero" / "datasets",
+        "assets": root / "assets",
+    }
+    target = simulator.folder / "libero" / "config.yaml"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(yaml.safe_dump({name: str(path) for name, path in places.items()}))
+
+
+def link_assets(simulator: Simulator, assets: Path | None, say: Say) -> None:
+    """Assets where LIBERO looks first; whatever its configuration says of them, it does not read."""
+    place = simulator.packages / "libero" / "libero" / "assets"
+    if assets is not None:
+        if place.exists() and not place.is_symlink():
+            raise ConfigError(f"--assets: {place} is a folder of its own; remove it first")
+        place.unlink(missing_ok=True)
+        place.symlink_to(assets.resolve(), target_is_directory=True)
+    elif not place.exists():
+        place.unlink(missing_ok=True)
+        say(f"assets: downloading {ASSETS} from the hub")
+        place.symlink_to(download_assets(simulator.folder / "assets"), target_is_directory=True)
+    say(f"assets: {place.resolve()}")
+
+
+def download_assets(target: Path) -> Path:
+    """LIBERO's assets from the hub into `target`; SimulatorError where it cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(ASSETS, repo_type="dataset", local_dir=target)
+    except (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OSError,
+    ) as error:  # unreachable hosts are OSErrors of several libraries
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SimulatorError(
+            f"assets: {ASSETS} cannot be downloaded ({reason:.200}); fetch it elsewhere and give its folder with --assets"
+        ) from None
+    return target
+
+
+def setup_gr1(simulator: Simulator, graphics: Graphics, say: Say, *, python: str | None = None) -> dict[str, Any]:
+    """RoboCasa-GR1's environment in `simulator.folder` -> what its first step told.
+
+    Not tested as a whole: no machine of this project's could reach the repositories and the assets. What is tested is the
+    checkout of a commit, and the locked packages with robosuite's release from the package index.
+
+    Raises:
+        ConfigError, SimulatorError: what went wrong, and what to do.
+    """
+    make_environment(simulator, python)
+    install(simulator, say)
+    sources = {name: simulator.folder / "src" / name for name in REPOSITORIES}
+    for name, (url, commit) in REPOSITORIES.items():
+        say(f"{name}: {url} at {commit[:10]}")
+        checkout(url, commit, sources[name])
+    words = [word for source in sources.values() for word in ("--editable", str(source))]
+    pip = [str(simulator.python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
+    run([*pip, *words], "pip install of the repositories")
+    done = simulator.folder / "assets-downloaded"
+    if not done.exists():
+        say("assets: downloading with the repository's own script; several gigabytes")
+        tasks = sources["robocasa-gr1-tabletop-tasks"]
+        run(
+            [str(simulator.python), str(tasks / "robocasa" / "scripts" / "download_tabletop_assets.py"), "-y"],
+            "assets",
+            folder=tasks,
+        )
+        done.touch()
+    return first_step(simulator, graphics, "gr1", {"environment": environment_id(TASKS[0])}, None)
+
+
+def checkout(url: str, commit: str, folder: Path) -> None:
+    """The repository's files at this commit in `folder`, whatever commit was there before.
+
+    Raises:
+        SimulatorError: the repository cannot be reached, or has no such commit.
+    """
+    git = ["git", "-C", str(folder)]
+    if not (folder / ".git").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        run([*git, "init", "--quiet"], "git init")
+    at = git_head(folder)
+    if at == commit:
+        return
+    run([*git, "fetch", "--quiet", "--depth", "1", url, commit], f"git fetch {url}")
+    run([*git, "checkout", "--quiet", "--force", "--detach", commit], "git checkout")
+
+
+def git_head(folder: Path) -> str | None:
+    """The commit that is checked out; None in a new repository."""
+    head = folder / ".git" / "HEAD"
+    text = head.read_text().strip()
+    return None if text.startswith("ref:") else text
+
+
+def first_step(
+    simulator: Simulator, graphics: Graphics, environment: str, options: dict[str, Any], command: Any
+) -> dict[str, Any]:
+    """Make an environment, reset it, step once: {"versions", "seconds", "picture": [H, W, 3]}.
+
+    command: None repeats the observed joints, which is what GR1's absolute targets need to stand still.
+    """
+    log = simulator.folder / "first-step.log"
+    log.unlink(missing_ok=True)
+    start = time.perf_counter()
+    try:
+        with Worker(simulator.launch(graphics), log) as worker:
+            made = worker.make(environment, options)
+            seen = worker.reset(0, 0, pictures=True)
+            still = (
+                command
+                if command is not None
+                else {
+                    k.replace("state.", "action."): v for k, v in seen["observation"].items() if k.startswith("state.")
+                }
+            )
+            worker.step([still])
+    except SimulatorError as error:
+        last = error.traceback.strip().splitlines()[-1:]
+        raise SimulatorError(
+            f"{environment}: installed, but its first step failed: {error} {' '.join(last)}; its output: {log}. Drawing with "
+            f"{graphics} needs {LIBRARIES[graphics]} (names of Debian's packages); --graphics chooses another way",
+            error.traceback,
+        ) from None
+    picture = seen["picture"]
+    if picture.max() == picture.min():
+        raise SimulatorError(
+            f"{environment}: its first picture is one colour; {graphics} draws nothing here, try --graphics"
+        )
+    return {"versions": made["versions"], "seconds": time.perf_counter() - start, "picture": list(picture.shape)}

@@ -1,0 +1,130 @@
+"""The convention check on worlds that keep conventions, and on worlds that break them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dit4dit.embodiments import LIBERO, TABLETOP
+from dit4dit.evaluation import conventions as module
+from dit4dit.evaluation import tabletop
+from dit4dit.stats import parse
+from dit4dit.types import ActionChunk, Noise, Observation
+
+
+def statistics(state, action, tag="t"):
+    def vector(ranges):
+        low, high = ([r[i] for r in ranges] for i in (0, 1))
+        return {"min": low, "max": high, "q01": low, "q99": high, "mean": low, "std": [1.0] * len(low)}
+
+    entry = {"action": vector(action)}
+    if state is not None:
+        entry["state"] = vector(state)
+    return parse({tag: entry}, tag, "a test")
+
+
+WORLD = statistics([(-0.25, 0.25), (-0.25, 0.25), (0, 1)], [(-0.04, 0.04), (-0.04, 0.04), (0, 1)])
+
+
+class Still:
+    """A policy of the tabletop world that stands still."""
+
+    def __init__(self, embodiment=TABLETOP):
+        self.embodiment = embodiment
+        self.config = SimpleNamespace(image_size=(32, 32))
+
+    def infer(self, observation, instruction, *, noise: Noise):
+        rows = np.zeros((8, 3), np.float32)
+        return ActionChunk(rows, self.embodiment.action_names, 10.0, rows, noise)
+
+
+def verdicts(findings):
+    return {finding.name: finding.verdict for finding in findings}
+
+
+def test_the_tabletop_world_keeps_its_conventions(tmp_path) -> None:
+    found = module.examine(Still(), tabletop.plan(1), WORLD, tmp_path)
+    assert verdicts(found) == {
+        "rate": "ok",
+        "picture top": "ok",
+        "instruction": "ok",
+        "state": "ok",
+        "action": "ok",
+        "gripper data": "ok",
+        "fingers": "ok",
+        "absolute targets": "not tested",
+    }
+    assert not module.contradictions(found)
+    from PIL import Image
+
+    from dit4dit.envs.tabletop import TEST_SEEDS_FROM, TabletopEnv
+
+    drawn = np.asarray(Image.open(tmp_path / "policy_views.png"))
+    assert np.array_equal(drawn, TabletopEnv(TEST_SEEDS_FROM).reset().observation["image"])
+    assert np.asarray(Image.open(tmp_path / "policy_input.png")).shape == (32, 32, 3)
+    assert (tmp_path / "conventions.json").exists()
+
+
+def test_a_gripper_the_wrong_way_round_is_found(tmp_path) -> None:
+    def turned(row):
+        return np.array([row[0], row[1], 1 - row[2]], np.float32)
+
+    policy = Still(replace(TABLETOP, command=turned))
+    found = module.examine(policy, tabletop.plan(1), WORLD, tmp_path)
+    (wrong,) = module.contradictions(found)
+    assert wrong.name == "fingers"
+    assert "they close when told to open" in wrong.text
+
+
+def test_fingers_that_do_not_move_are_found(tmp_path) -> None:
+    policy = Still(replace(TABLETOP, command=lambda row: np.array([row[0], row[1], 0], np.float32)))
+    (wrong,) = module.contradictions(module.examine(policy, tabletop.plan(1), WORLD, tmp_path))
+    assert "they do not move" in wrong.text
+
+
+@pytest.mark.parametrize(
+    "here, fps, verdict",
+    [(10.0, None, "ok"), (10.0, 10.0, "ok"), (10.0, 20.0, "unusual"), (20.0, None, "contradiction")],
+)
+def test_rates(here, fps, verdict) -> None:
+    assert module.rate(TABLETOP, {"rate_hz": here}, fps).verdict == verdict
+
+
+def test_states_are_held_against_the_data() -> None:
+    def at(x):
+        return [Observation(images={}, state={"x": [x], "y": [0.0], "grip": [1.0]})]
+
+    for x, verdict in ((0.2, "ok"), (0.29, "ok"), (0.4, "unusual"), (0.8, "contradiction"), (-0.8, "contradiction")):
+        found = module.states(TABLETOP, WORLD, at(x))
+        assert found.verdict == verdict, x
+    assert "x is -0.8 to -0.8, in the data -0.25 to 0.25" in found.text
+    assert module.states(TABLETOP, statistics(None, [(0, 1)] * 3), at(0)).verdict == "not tested"
+    short = statistics([(0, 1)] * 2, [(0, 1)] * 3)
+    assert "3 values, the checkpoint's statistics have 2" in module.states(TABLETOP, short, at(0)).text
+
+
+def test_libero_data_with_other_conventions_are_found() -> None:
+    rows = np.zeros((8, 7), np.float32)
+    good = [(-0.9, 0.9)] * 6 + [(0.0, 1.0)]
+    assert module.actions(LIBERO, statistics(None, good), rows).verdict == "ok"
+    assert module.gripper_statistics(LIBERO, statistics(None, good)).verdict == "ok"
+    large = [(-1.5, 0.9), *good[1:]]
+    assert module.actions(LIBERO, statistics(None, large), rows).verdict == "unusual"
+    metres = [(-300.0, 900.0), *good[1:]]
+    assert module.actions(LIBERO, statistics(None, metres), rows).verdict == "contradiction"
+    found = module.gripper_statistics(LIBERO, statistics(None, [*good[:6], (-1.0, 1.0)]))
+    assert found.verdict == "contradiction"
+    assert "runs from -1 to 1, the model's from 0 to 1" in found.text
+
+
+def test_pictures_of_one_colour_and_one_camera_twice_are_found() -> None:
+    rng = np.random.default_rng(0)
+    views = {name: rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for name in LIBERO.views}
+    assert set(verdicts(module.pictures(LIBERO, Observation(views))).values()) == {"ok"}
+    black = {**views, "wrist_image": np.zeros((8, 8, 3), np.uint8)}
+    assert verdicts(module.pictures(LIBERO, Observation(black)))["picture wrist_image"] == "contradiction"
+    twice = dict.fromkeys(LIBERO.views, views["primary_image"])
+    assert verdicts(module.pictures(LIBERO, Observation(twice)))["pictures"] == "contradiction"
