@@ -12,6 +12,7 @@ import tyro
 
 from dit4dit.commands import bench as measuring
 from dit4dit.commands import data as data_commands
+from dit4dit.commands import evaluation as evaluating
 from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, finish, say
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 
@@ -326,7 +327,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 BENCHMARKS: dict[str, Callable[..., int]] = {**measuring.BENCHMARKS, "loader": data_commands.bench_loader}
 DATA: dict[str, Callable[..., int]] = {"check": data_commands.data_check}
-GROUPS = {"bench": BENCHMARKS, "data": DATA}
+GROUPS = {"bench": BENCHMARKS, "data": DATA, "eval": evaluating.EVALUATIONS}
 
 
 def bench() -> int:
@@ -339,13 +340,18 @@ def data() -> int:
     raise AssertionError("main() sends data to its own subcommands")
 
 
+def evaluate() -> int:
+    """Success rates: tabletop, compare, merge, episodes; `dit4dit eval tabletop --help`."""
+    raise AssertionError("main() sends eval to its own subcommands")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `dit4dit` command; exits with the command's code."""
     # Before torch is imported: threads that wait by spinning make a chunk on a CPU fifty times slower as soon as another
     # process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands, program = {**COMMANDS, "data": data, "bench": bench}, "dit4dit"
+    commands, program = {**COMMANDS, "data": data, "bench": bench, "eval": evaluate}, "dit4dit"
     if words and words[0] in GROUPS:
         commands, program, words = dict(GROUPS[words[0]]), f"dit4dit {words[0]}", words[1:]
     try:

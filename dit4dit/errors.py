@@ -46,6 +46,18 @@ class TrainingError(Dit4DitError, RuntimeError):
     """A run cannot go on: its loss is no longer a number."""
 
 
+class SimulatorError(Dit4DitError, RuntimeError):
+    """A simulator raised; `traceback` is its own, as text."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class WorkerLost(SimulatorError):
+    """A simulator's process ended, or gave no answer in time; `traceback` is the end of its log."""
+
+
 class MissingExtra(Dit4DitError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

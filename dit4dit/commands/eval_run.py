@@ -1,0 +1,167 @@
+"""What every `dit4dit eval BENCHMARK` has in common: its options, and the way from a plan to a run's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dit4dit.commands.report import table
+from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, say
+from dit4dit.errors import ConfigError, InputError
+from dit4dit.evaluation.plan import Plan
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """The policy."""
+
+    checkpoint: str
+    """Run folder, .pt file, folder in the own format, or hub id."""
+    backbone: str | None = None
+    """Cosmos-Predict2.5 folder or hub id."""
+    embodiment: str | None = None
+    """Robot name or statistics tag; what the checkpoint implies when not given."""
+    device: Device = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Dtype = "auto"
+    """auto is bfloat16 on a GPU and float32 on a CPU."""
+    engine: Literal["auto", "off"] = "auto"
+    """off runs the plain model."""
+    steps: int | None = None
+    """Euler steps (1, 2, 4, 8) instead of the checkpoint's number; changes the result."""
+    posterior: Literal["sample", "mean"] = "sample"
+    """mean takes the frame's mean latent; changes the result."""
+    quantization: Literal["fp8"] | None = None
+    """fp8 multiplies the backbone's matrices in 8-bit floats; changes the result."""
+    calibration: Path | None = None
+    """File of dit4dit calibrate, for and only for fp8."""
+    packs: Path | None = None
+    """Folder of prompt packs (dit4dit pack)."""
+
+    def load(self) -> Any:
+        """The policy."""
+        from dit4dit.policy import Policy
+
+        return Policy.from_pretrained(
+            self.checkpoint,
+            self.backbone,
+            device=self.device,
+            dtype=dtype_of(self.dtype),
+            embodiment=self.embodiment,
+            engine=self.engine,
+            steps=self.steps,
+            posterior=self.posterior,
+            quantization=self.quantization,
+            calibration=self.calibration,
+            packs=self.packs,
+        )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run."""
+
+    out: Path
+    """Folder for run.json, episodes.jsonl, videos and logs."""
+    resume: bool = False
+    """Go on with the run in --out: finished episodes are kept, errors are tried again."""
+    shard: str | None = None
+    """i/n: play every n-th episode from the i-th on, to merge with the others (dit4dit eval merge)."""
+    workers: int = 4
+    """Simulators at a time; the episodes are the same with any number."""
+    batch: int = 4
+    """Rows of every pass through the policy, filled up where fewer wait; another number may round differently."""
+    execute: int | None = None
+    """Rows of each chunk that are executed before the next is asked for; when not given, the benchmark's own number."""
+    ensemble: int | None = None
+    """Average what the last so many chunks say for a step (adaptive ensembling); needs --execute below the chunk's length."""
+    ensemble_alpha: float = 0.1
+    """Weight of the agreement with the newest chunk."""
+    latency: str | None = None
+    """Act as if a chunk took so many ms, or "measured": what it takes here."""
+    while_waiting: Literal["hold", "continue"] = "hold"
+    """What the robot does until a late chunk is there: stand still, or go on with the chunk before."""
+    videos: Literal["all", "failures", "none"] = "all"
+    """Of which episodes videos are kept."""
+    retries: int = 2
+    """How often an episode is begun again after its simulator died or hung."""
+
+    def options(self, execute: int | None = None) -> Any:
+        """`rollout.Options`; execute: the benchmark's own number."""
+        from dit4dit.evaluation.execution import Ensemble, Execution, Latency
+        from dit4dit.evaluation.rollout import Options
+
+        ensemble = None if self.ensemble is None else Ensemble(self.ensemble_alpha, self.ensemble)
+        return Options(
+            execution=Execution(execute if self.execute is None else self.execute, ensemble, self._latency(Latency)),
+            batch=self.batch,
+            workers=self.workers,
+            retries=self.retries,
+            videos=self.videos,
+        )
+
+    def _latency(self, kind: Any) -> Any:
+        if self.latency is None:
+            if self.while_waiting != "hold":
+                raise InputError("--while-waiting: goes with --latency")
+            return None
+        try:
+            return kind(None if self.latency == "measured" else float(self.latency), self.while_waiting)
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise InputError(f"--latency: expected milliseconds or 'measured', got {self.latency!r}") from None
+
+
+def run(plan: Plan, policy_options: PolicyOptions, run_options: RunOptions, *, execute: int | None = None) -> int:
+    """Play the plan and print its success rates; exit code 1 where episodes ended in an error, 130 after Ctrl-C.
+
+    execute: rows of a chunk that the benchmark's protocol executes; all where None.
+    """
+    from tqdm import tqdm
+
+    from dit4dit.evaluation import identity
+    from dit4dit.evaluation.rollout import evaluate
+    from dit4dit.evaluation.runs import Run
+    from dit4dit.evaluation.summary import rows, summarise
+
+    options, plan = run_options.options(execute), plan.part(run_options.shard)
+    check_folder("--out", run_options.out)
+    policy = policy_options.load()
+    about = identity.describe(policy, policy_options.checkpoint, policy_options.backbone)
+    wins = tries = errors = 0
+    with tqdm(total=len(plan.episodes), unit="episode", desc=plan.name, disable=None, smoothing=0.05) as bar:
+
+        def on_episode(record: dict[str, Any]) -> None:
+            nonlocal wins, tries, errors
+            wins, tries = wins + bool(record["success"]), tries + (record["error"] is None)
+            errors += record["error"] is not None
+            bar.set_postfix_str(f"success {wins}/{tries}" + f", errors {errors}" * (errors > 0))
+            bar.update()
+
+        try:
+            evaluate(
+                policy,
+                plan,
+                options,
+                run_options.out,
+                horizon=policy.config.head.action_horizon,
+                about_policy=about,
+                resume=run_options.resume,
+                on_episode=on_episode,
+            )
+        except KeyboardInterrupt:
+            bar.close()
+            say(f"stopped; finished episodes are in {run_options.out}: go on with --resume")
+            return INTERRUPTED
+    summary = summarise(Run.open(run_options.out).records)
+    say(table(["suite", "task", "success [95 % interval]", "errors"], rows(summary), right=(3,)))
+    say(f"wrote {run_options.out}; dit4dit eval report {run_options.out} makes a page of it")
+    if summary.all_errors:
+        say(
+            f"{summary.all_errors} episodes ended in an error, which says nothing about the policy: --resume tries them again"
+        )
+    return 1 if summary.all_errors else 0
