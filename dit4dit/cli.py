@@ -341,7 +341,7 @@ def data() -> int:
 
 
 def evaluate() -> int:
-    """Success rates: tabletop, compare, merge, episodes; `dit4dit eval tabletop --help`."""
+    """Success rates: tabletop, report, compare, merge, episodes; `dit4dit eval tabletop --help`."""
     raise AssertionError("main() sends eval to its own subcommands")
 
 

@@ -99,7 +99,6 @@ def kill_plan() -> Plan:
     return make_plan(8, max_steps=12, goal=0.3, seconds=0.004)
 
 
-def evaluator(folder: Path, begins: Any) -> None:
-    """A process that begins or goes on with `kill_plan`, and says when."""
-    begins.set()
+def evaluator(folder: Path) -> None:
+    """A process that begins or goes on with `kill_plan`."""
     play(folder, kill_plan(), policy=StandIn(seconds=0.004), workers=2, resume=True)

@@ -228,44 +228,54 @@ def test_killing_the_evaluator_loses_nothing(tmp_path: Path, monkeypatch: pytest
     processes.set_forkserver_preload(["torch", "dit4dit.evaluation.rollout", "dit4dit.evaluation.tabletop"])
     chance = random.Random(0)
     caught = 0
+
+    def lines(folder: Path) -> list[bytes]:
+        file = folder / "episodes.jsonl"
+        return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+
     for repetition in range(10):
         folder = tmp_path / f"run{repetition}"
-        for _ in range(2):
-            begins = processes.Event()
-            process = processes.Process(target=evaluator, args=(folder, begins))
+        for most in (3, 6):
+            process = processes.Process(target=evaluator, args=(folder,))
             process.start()
-            assert begins.wait(60)
-            time.sleep(chance.uniform(0.1, 0.8))
+            enough = chance.randint(0, most)
+            while process.is_alive() and len(lines(folder)) < enough:
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.05))
             process.kill()
             process.join()
-            file = folder / "episodes.jsonl"
-            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-            caught += 0 < len(lines) < len(wanted)
+            before = lines(folder)
+            caught += 0 < len(before) < len(wanted)
         records = play(folder, kill_plan(), workers=2, resume=True)
-        assert file.read_bytes().split(b"\n")[: len(lines)] == lines
+        assert lines(folder)[: len(before)] == before
         assert untimed(records) == wanted
-    assert caught >= 3  # some of the moments were in the middle of a run
+    assert caught >= 5  # some of the moments were in the middle of a run
 
 
 def test_killing_workers_loses_nothing(tmp_path: Path) -> None:
-    """Ten runs in which a random worker is killed at random moments, never more often than an episode may be begun again."""
+    """Ten runs in which a random worker is killed at two random moments, no oftener than an episode may be begun again."""
     wanted = untimed(play(tmp_path / "whole", kill_plan()))
     chance = random.Random(1)
     attempts = 0
     for repetition in range(10):
+        folder, kills = tmp_path / f"run{repetition}", iter(sorted(chance.sample(range(8), 2)))
         over = threading.Event()
 
-        def murder(over: threading.Event = over) -> None:
-            for _ in range(3):
-                if over.wait(chance.uniform(0.05, 0.4)):
-                    return
+        def murder(folder: Path = folder, kills: Any = kills, over: threading.Event = over) -> None:
+            """One kill each when so many episodes have ended, while the next ones run."""
+            for enough in kills:
+                while not over.is_set() and (folder / "episodes.jsonl").read_bytes().count(b"\n") < enough:
+                    time.sleep(0.002)
+                time.sleep(chance.uniform(0, 0.05))
                 alive = children()
-                if alive:
+                if alive and not over.is_set():
                     os.kill(chance.choice(alive), signal.SIGKILL)
 
+        folder.mkdir()
+        (folder / "episodes.jsonl").touch()
         killer = threading.Thread(target=murder)
         killer.start()
-        records = play(tmp_path / f"run{repetition}", kill_plan(), policy=StandIn(seconds=0.004), workers=2, retries=3)
+        records = play(folder, kill_plan(), policy=StandIn(seconds=0.004), workers=2, retries=2)
         over.set()
         killer.join()
         assert untimed(records) == wanted

@@ -11,6 +11,7 @@ from eval_standin import make_plan, play, untimed
 
 from dit4dit.cli import main
 from dit4dit.errors import ConfigError, DataError
+from dit4dit.evaluation import runs
 from dit4dit.evaluation.runs import Book, Run, merge
 
 CONFIG = {
@@ -25,7 +26,7 @@ CONFIG = {
 
 def record(trial: int, success: bool | None = True) -> dict[str, Any]:
     error = None if success is not None else {"type": "SimulatorError", "message": "", "traceback": ""}
-    return {"suite": "s", "task": "t", "trial": trial, "success": success, "error": error}
+    return {"suite": "s", "task": "t", "trial": trial, "seed": 7, "success": success, "error": error}
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_half_a_last_line_counts_as_not_there(folder: Path, cut: int) -> None:
     book.add(record(2, False))
     book.close()
     run = Run.open(folder)
-    assert run.outcomes == {("s", "t", 0): True, ("s", "t", 1): True, ("s", "t", 2): False}
+    assert run.outcomes == {("s", "t", 0, 7): True, ("s", "t", 1, 7): True, ("s", "t", 2, 7): False}
     assert run.missing == 0
 
 
@@ -95,7 +96,8 @@ def test_a_run_goes_on_as_it_was_started_or_not_at_all(folder: Path, change: dic
     Book(folder, {**CONFIG, "workers": 7, "policy": {"checkpoint": "a", "path": "elsewhere"}}, resume=True).close()
 
 
-def test_a_run_is_not_written_over_nor_by_two(folder: Path) -> None:
+def test_a_run_is_not_written_over_nor_by_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.2)
     with pytest.raises(ConfigError, match="has a run already; go on with --resume"):
         Book(folder, CONFIG, resume=False)
     book = Book(folder, CONFIG, resume=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from dit4dit.commands import eval_run
-from dit4dit.commands.shell import finish, say
+from dit4dit.commands.shell import check_folder, finish, say
 from dit4dit.errors import InputError
 
 # their fields are options of the command itself: --checkpoint, --out
@@ -93,6 +93,32 @@ def compare(
     return 0
 
 
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> int:
+    """One page and one JSON file of what the runs say: rates with intervals beside the published ones, comparison, videos.
+
+    Args:
+        runs: folders of one or several runs.
+        out: folder for report.html and report.json; the first run's when not given.
+    """
+    from dit4dit.commands.report import table
+    from dit4dit.evaluation import report as module
+
+    if not runs:
+        raise InputError("report: give the folder of at least one run")
+    folder = runs[0] if out is None else out
+    check_folder("--out", folder)
+    rows = []
+    for info in module.write(runs, folder)["runs"]:
+        whole = info["results"][0]
+        low, high = whole["interval"]
+        rows.append(
+            [info["name"], f"{whole['successes']} of {whole['episodes']}", f"[{low:.1f}, {high:.1f}] %", info["errors"]]
+        )
+    say(table(["run", "success", "95 % interval", "errors"], rows, right=(1, 2, 3)))
+    say(f"wrote {folder / 'report.html'} and {folder / 'report.json'}")
+    return 0
+
+
 def episodes(width: float = 0.1, rate: float = 0.5, confidence: float = 0.95, json: Path | None = None) -> int:
     """How many episodes a success rate needs, so that its Wilson interval is at most so wide.
 
@@ -115,5 +141,6 @@ EVALUATIONS: dict[str, Callable[..., int]] = {
     "tabletop": tabletop,
     "compare": compare,
     "merge": merge,
+    "report": report,
     "episodes": episodes,
 }

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from dit4dit.errors import ConfigError, DataError
 from dit4dit.evaluation.plan import Key
 
 FORMAT = 1
+LOCK_SECONDS = 5.0
 MAY_DIFFER = (
     "format",
     "workers",
@@ -62,9 +64,12 @@ class Run:
         return cls(folder, config, [records[key] for key in sorted(records)])
 
     @property
-    def outcomes(self) -> dict[Key, bool]:
-        """Episode -> success, for those that ended without an error."""
-        return {key_of(record): record["success"] for record in self.records if record["error"] is None}
+    def outcomes(self) -> dict[tuple[str, str, int, int], bool]:
+        """(suite, task, trial, seed) -> success, for episodes that ended without an error.
+
+        With the seed, because trial 3 of another seed is another episode.
+        """
+        return {(*key_of(r), r["seed"]): r["success"] for r in self.records if r["error"] is None}
 
     @property
     def errors(self) -> list[Record]:
@@ -89,13 +94,9 @@ class Book:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._lock = folder, threading.Lock()
         self._file: IO[bytes] = (folder / "episodes.jsonl").open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(self._file):
             self._file.close()
-            raise ConfigError(
-                f"{folder}: another evaluation is writing here; wait for it, or give another folder"
-            ) from None
+            raise ConfigError(f"{folder}: another evaluation is writing here; wait for it, or give another folder")
         try:
             before = _read_config(folder)
             if before is not None and not resume:
@@ -175,6 +176,21 @@ def merge(folders: Iterable[Path], out: Path) -> Run:
             book.add({**record, "video": video and os.path.relpath(run.folder / video, out)})
     book.close()
     return Run.open(out)
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Take the file for this process alone. An evaluator that was killed may leave a lock behind for a moment: with a child that
+    it had begun to start and that has not become a worker yet.
+    """
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

@@ -20,6 +20,12 @@ class Summary:
     tasks: dict[tuple[str, str], Rate]
     errors: dict[Any, int]
 
+    def of(self, key: Any) -> Rate:
+        """key: (suite, task), a suite, or None for all, as in `errors`."""
+        if key is None:
+            return self.overall
+        return self.tasks[key] if isinstance(key, tuple) else self.suites[key]
+
     @property
     def all_errors(self) -> int:
         return int(self.errors[None])
