@@ -1,4 +1,4 @@
-"""What `dit4dit demo-train` shows: success before and after, loss curves, futures, episodes, on one page."""
+"""What `dit4dit demo-train` shows: success before and after, loss curves, futures; `evaluation.report` has the episodes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ ROWS = {
     "after": "after training",
     "told_other_words": "after training, told another goal's words",
 }
-COLOURS = {"before": "#999999", "after": "#2a7f62", "told_other_words": "#b0623c"}
-VIDEOS = 12
 
 
 def write(out: Path, result: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> Path:
@@ -76,7 +74,7 @@ def plot_losses(path: Path, log: Sequence[Mapping[str, float]]) -> None:
 def _page(out: Path, result: Mapping[str, Any]) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>dit4dit demo-train</title>",
-        f"<style>{STYLE} video{{width:256px;margin:.2em}}</style><h1>A policy for the tabletop, from nothing but its VAE</h1>",
+        f"<style>{STYLE}</style><h1>A policy for the tabletop, from nothing but its VAE</h1>",
         _table({ROWS[name]: one["words"] for name, one in result["success"].items()}),
         _picture(out / "success.png", "Test layouts, never trained on; the instruction names block and plate."),
         "<h2>How it was made</h2>",
@@ -85,9 +83,7 @@ def _page(out: Path, result: Mapping[str, Any]) -> str:
         _picture(out / "losses.png", "Losses."),
         "<h2>Predicted futures</h2>",
         *[_picture(strip, "above: what happened; below: what the model expected after the first frame") for strip in strips(out)],
-        "<h2>Episodes</h2><p>",
-        *[f"<video src='{video.relative_to(out)}' controls muted loop></video>" for video in _videos(out)],
-        "</p></html>\n",
+        "<h2>Episodes</h2><p><a href='evaluation/report.html'>Every evaluation</a>, with videos, comparisons, latencies.</p></html>\n",
     ]
     return "\n".join(parts)
 
@@ -102,12 +98,6 @@ def strips(out: Path) -> list[Path]:
     """Pictures of predicted futures that training drew last."""
     folders = sorted((out / "run" / "strips").glob("step_*"))
     return sorted(folders[-1].glob("*.png")) if folders else []
-
-
-def _videos(out: Path) -> list[Path]:
-    """Some videos, failures first: those say more."""
-    found = sorted((out / "episodes" / "videos").glob("*.mp4"), key=lambda path: ("success" in path.name, path.name))
-    return found[:VIDEOS]
 
 
 def _table(rows: Mapping[str, Any]) -> str:

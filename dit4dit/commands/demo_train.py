@@ -70,7 +70,7 @@ def cpu_seconds() -> float:
 
 
 def demo_train(
-    out: Path, settings: Settings, *, bar: Callable[[str, int], Any], say: Callable[[str], None]
+    out: Path, settings: Settings, *, bar: Callable[[str, int], Any]
 ) -> dict[str, Any]:
     """All of it, into the new folder `out`; returns what demo-train.json holds.
 
@@ -82,10 +82,12 @@ def demo_train(
     """
     from dit4dit.commands import demo_report
     from dit4dit.envs.demonstrations import record
+    from dit4dit.evaluation import report as evaluation_report
 
     if (out / "run").exists():
         raise InputError(f"--out {out}: has a run already; give another folder, or remove it")
     clock, config = Clock(), configure(out, settings)
+    runs = [out / "episodes" / name for name in ("before", "after", "other-words")]
     with clock.stage("demonstrations"), bar("demonstrations", settings.demonstrations) as done:
         first = settings.seed * settings.demonstrations
         data = record(
@@ -93,14 +95,14 @@ def demo_train(
         )
     with clock.stage("before"):
         random_policy(out / "before", config)
-        before = play(out / "before", out / "episodes-before", settings.episodes, bar=bar)
+        before = play(out / "before", runs[0], settings.episodes, bar=bar)
     with clock.stage("training"):
         run_training(config, settings.processes, out)
     policy = out / "run" / "checkpoints" / f"step_{config.run.steps:08d}" / "policy"
     with clock.stage("after"):
-        after = play(policy, out / "episodes", settings.episodes, videos="all", bar=bar)
+        after = play(policy, runs[1], settings.episodes, videos="all", bar=bar)
     with clock.stage("control"):
-        control = play(policy, out / "episodes-other-words", settings.episodes, other_words=True, bar=bar)
+        control = play(policy, runs[2], settings.episodes, other_words=True, bar=bar)
     result = {
         "seed": settings.seed,
         "success": {"before": rate(before), "after": rate(after), "told_other_words": rate(control)},
@@ -115,6 +117,7 @@ def demo_train(
     }
     write_json(out / "demo-train.json", result)
     demo_report.write(out, result, log_lines(out / "run"))
+    evaluation_report.write(runs, out / "evaluation")
     return result
 
 
@@ -171,7 +174,7 @@ def plan(episodes: int, *, seed: int | None = None, other_words: bool = False) -
     if not other_words:
         return made
     worlds = [replace(one, environment="dit4dit.envs.other_words:OtherWords") for one in made.episodes]
-    return replace(made, name="tabletop, other words", episodes=tuple(worlds), about={**made.about, "other_words": True})
+    return replace(made, episodes=tuple(worlds), about={**made.about, "other_words": True})
 
 
 def play(
