@@ -110,6 +110,8 @@ def tabletop() -> Preset:
         head_dim=32,
         mlp_ratio=2.0,
         adaln_lora_dim=16,
+        max_size=(128, 8, 8),
+        learned_positions=True,
         text_in=text.embed_width,
         text_dim=64,
     )
@@ -133,7 +135,7 @@ def tabletop() -> Preset:
         head=head,
         frames=5,
         image_size=(64, 64),
-        extract_layer=3,
+        extract_layer=2,
     )
     return Preset(model, "tabletop")
 

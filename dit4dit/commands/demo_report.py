@@ -61,7 +61,9 @@ def plot_losses(path: Path, log: Sequence[Mapping[str, float]]) -> None:
         for kind, style in (("train", {"linewidth": 1}), ("eval", {"linestyle": "", "marker": "o"})):
             lines = [line for line in log if f"{kind}/{name}" in line]
             label = "held out, averaged weights' model" if kind == "eval" else "training"
-            axis.plot([line["step"] for line in lines], [line[f"{kind}/{name}"] for line in lines], label=label, **style)
+            axis.plot(
+                [line["step"] for line in lines], [line[f"{kind}/{name}"] for line in lines], label=label, **style
+            )
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
@@ -82,15 +84,18 @@ def _page(out: Path, result: Mapping[str, Any]) -> str:
         f"<p>{html.escape(NOTE)}</p>",
         _picture(out / "losses.png", "Losses."),
         "<h2>Predicted futures</h2>",
-        *[_picture(strip, "above: what happened; below: what the model expected after the first frame") for strip in strips(out)],
-        "<h2>Episodes</h2><p><a href='evaluation/report.html'>Every evaluation</a>, with videos, comparisons, latencies.</p></html>\n",
+        *[
+            _picture(strip, "above: what happened; below: what the model expected after the first frame")
+            for strip in strips(out)
+        ],
+        "<h2>Episodes</h2><p><a href='evaluation/report.html'>Every evaluation</a>: videos, comparisons, latencies.</p></html>\n",
     ]
     return "\n".join(parts)
 
 
 NOTE = (
-    "The action loss reaches the backbone in this recipe (flow.action_grad_to_backbone): a backbone that has seen no other video has "
-    "no features yet that would help. The published models are trained without."
+    "The action loss reaches the backbone in this recipe (flow.action_grad_to_backbone): a backbone that has seen no other video "
+    "has no features yet that would help. The published models are trained without."
 )
 
 

@@ -69,9 +69,7 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def demo_train(
-    out: Path, settings: Settings, *, bar: Callable[[str, int], Any]
-) -> dict[str, Any]:
+def demo_train(out: Path, settings: Settings, *, bar: Callable[[str, int], Any]) -> dict[str, Any]:
     """All of it, into the new folder `out`; returns what demo-train.json holds.
 
     Args:
@@ -91,7 +89,11 @@ def demo_train(
     with clock.stage("demonstrations"), bar("demonstrations", settings.demonstrations) as done:
         first = settings.seed * settings.demonstrations
         data = record(
-            out / "data" / "tabletop", settings.demonstrations, first_seed=first, processes=settings.processes, done=done
+            out / "data" / "tabletop",
+            settings.demonstrations,
+            first_seed=first,
+            processes=settings.processes,
+            done=done,
         )
     with clock.stage("before"):
         random_policy(out / "before", config)
@@ -153,7 +155,14 @@ def random_policy(folder: Path, config: TrainConfig) -> None:
 def run_training(config: TrainConfig, processes: int, out: Path) -> None:
     """`dit4dit train` on so many processes of one thread each, which on two cores is faster than two threads."""
     words = ["train", "--recipe", "tabletop", "--data.root", config.data.root, "--run.out", config.run.out]
-    words += ["--data.batch_size", config.data.batch_size, "--run.seed", config.run.seed, "--run.steps", config.run.steps]
+    words += [
+        "--data.batch_size",
+        config.data.batch_size,
+        "--run.seed",
+        config.run.seed,
+        "--run.steps",
+        config.run.steps,
+    ]
     words += ["--run.save_every", config.run.save_every, "--run.eval_every", config.run.eval_every]
     command = [sys.executable, "-m", "dit4dit"]
     if processes > 1:
@@ -166,11 +175,11 @@ def run_training(config: TrainConfig, processes: int, out: Path) -> None:
 
 
 def plan(episodes: int, *, seed: int | None = None, other_words: bool = False) -> Plan:
-    """Test layouts, each goal in the wording that the layout chooses; `other_words` names another goal than is judged."""
+    """Test layouts; with `other_words` the instruction names another goal than is judged."""
     from dit4dit.envs.tabletop import TEST_SEEDS_FROM
     from dit4dit.evaluation import tabletop
 
-    made = tabletop.plan(episodes, TEST_SEEDS_FROM if seed is None else seed, paraphrase=None)
+    made = tabletop.plan(episodes, TEST_SEEDS_FROM if seed is None else seed)
     if not other_words:
         return made
     worlds = [replace(one, environment="dit4dit.envs.other_words:OtherWords") for one in made.episodes]

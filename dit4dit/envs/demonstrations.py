@@ -37,8 +37,8 @@ class Demonstration:
 
 
 def demonstrate(seed: int) -> Demonstration:
-    """The expert on the layout of `seed`, whose goal is worded in one of the paraphrases."""
-    env = TabletopEnv(seed, paraphrase=None)
+    """The expert on the layout of `seed`, whose goal is in the first wording."""
+    env = TabletopEnv(seed)
     frame = env.reset()
     expert, observation = ScriptedExpert(env, noise=NOISE[seed % len(NOISE)], seed=seed), frame.observation
     pictures, states, actions = [], [], []

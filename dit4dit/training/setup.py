@@ -110,7 +110,9 @@ def _fresh(config: TrainConfig, device: torch.device) -> Start:
     vae, world = None, config.embodiment == "tabletop"
     if world:
         vae = {n: t.float() for n, t in load_file(tabletop_vae_dir() / "model.safetensors").items()}
-    model = weights.random_model(config.model, config.run.seed, device=device, with_text=False, vae_weights=vae)
+    model = weights.random_model(config.model, config.run.seed, with_text=False, vae_weights=vae)
+    model.backbone.transformer.open_gates()
+    model.to(device)
     if config.model.flow.training == "video":
         model.head = None
 
