@@ -60,7 +60,7 @@ def plot_losses(path: Path, log: Sequence[Mapping[str, float]]) -> None:
     for axis, name in zip(axes, ("action_loss", "video_loss"), strict=True):
         for kind, style in (("train", {"linewidth": 1}), ("eval", {"linestyle": "", "marker": "o"})):
             lines = [line for line in log if f"{kind}/{name}" in line]
-            label = "held out, averaged weights' model" if kind == "eval" else "training"
+            label = "held out" if kind == "eval" else "training"
             axis.plot(
                 [line["step"] for line in lines], [line[f"{kind}/{name}"] for line in lines], label=label, **style
             )
