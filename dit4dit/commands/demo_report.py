@@ -10,6 +10,7 @@ from typing import Any
 
 from dit4dit.commands.data_sheet import STYLE
 
+STYLES: dict[str, dict[str, Any]] = {"train": {"linewidth": 1}, "eval": {"linestyle": "", "marker": "o"}}
 ROWS = {
     "before": "before training (random weights)",
     "after": "after training",
@@ -37,11 +38,11 @@ def plot_success(path: Path, rates: Mapping[str, Mapping[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 0.7 + 0.55 * len(rates)))
-    for i, one in enumerate(reversed(rates.values())):
+    for i, one in enumerate(reversed(list(rates.values()))):
         value, (low, high) = 100 * one["rate"], (100 * end for end in one["interval_95"])
         axis.barh(i, value, color="#2a7f62", height=0.55)
         axis.errorbar(value, i, xerr=[[value - low], [high - value]], color="black", capsize=4, linewidth=1.2)
-    axis.set_yticks(range(len(rates)), list(reversed(rates)))
+    axis.set_yticks(range(len(rates)), list(rates)[::-1])
     axis.set_xlim(0, 100)
     axis.set_xlabel("% of episodes that succeeded, with Wilson's 95 % interval")
     figure.tight_layout()
@@ -58,7 +59,7 @@ def plot_losses(path: Path, log: Sequence[Mapping[str, float]]) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     for axis, name in zip(axes, ("action_loss", "video_loss"), strict=True):
-        for kind, style in (("train", {"linewidth": 1}), ("eval", {"linestyle": "", "marker": "o"})):
+        for kind, style in STYLES.items():
             lines = [line for line in log if f"{kind}/{name}" in line]
             label = "held out" if kind == "eval" else "training"
             axis.plot(

@@ -154,22 +154,16 @@ def random_policy(folder: Path, config: TrainConfig) -> None:
 
 def run_training(config: TrainConfig, processes: int, out: Path) -> None:
     """`dit4dit train` on so many processes of one thread each, which on two cores is faster than two threads."""
-    words = ["train", "--recipe", "tabletop", "--data.root", config.data.root, "--run.out", config.run.out]
-    words += [
-        "--data.batch_size",
-        config.data.batch_size,
-        "--run.seed",
-        config.run.seed,
-        "--run.steps",
-        config.run.steps,
-    ]
-    words += ["--run.save_every", config.run.save_every, "--run.eval_every", config.run.eval_every]
+    data, run = config.data, config.run
+    facts = {"data.root": data.root, "data.batch_size": data.batch_size, "run.out": run.out, "run.seed": run.seed}
+    facts |= {"run.steps": run.steps, "run.save_every": run.save_every, "run.eval_every": run.eval_every}
+    words = ["train", "--recipe", "tabletop", *(f"--{key}={value}" for key, value in facts.items())]
     command = [sys.executable, "-m", "dit4dit"]
     if processes > 1:
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "dit4dit"]
         command = [sys.executable, "-m", *launcher]
     # in a folder of its own, because -m looks for the package in the current one first
-    done = subprocess.run([*command, *map(str, words)], cwd=out, env={**os.environ, **ONE_THREAD}, check=False)
+    done = subprocess.run([*command, *words], cwd=out, env={**os.environ, **ONE_THREAD}, check=False)
     if done.returncode:
         raise TrainingError(f"training ended with exit code {done.returncode}; its messages are above")
 
