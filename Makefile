@@ -1,7 +1,8 @@
 # The few things a contributor repeats. `make demo` and `make test` set up .venv by themselves.
 #
-#   make demo | test | lint | format | cubins | wheel | clean
+#   make demo | demo-train | test | lint | format | cubins | wheel | clean
 #   make test ARGS="-k preprocess"        arguments for pytest
+#   make demo-train SEED=1                train the demo's policy from another seed, into demo-train/seed-1
 #   make test PYTHON=python3.12           another interpreter (after `make clean`)
 #   make test TORCH=torch==2.10.0         another torch, or the path of a wheel
 #   make wheel CUDA=ON PTXAS=ON           every architecture, with the compiler's report on registers and spills
@@ -14,6 +15,7 @@ CUDA ?= AUTO
 PTXAS ?= OFF
 CUBINS ?= OFF
 ARGS ?=
+SEED ?= 0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,11 +25,14 @@ CMAKE_ARGS := --config-settings=cmake.define.DIT4DIT_CUDA=$(CUDA) --config-setti
 SOURCES := $(shell find dit4dit csrc kernels benchmarks -type f -not -name '*.pyc') \
 	CMakeLists.txt pyproject.toml README.md LICENSE
 
-.PHONY: demo test lint format cubins wheel clean
+.PHONY: demo demo-train test lint format cubins wheel clean
 .SUFFIXES:
 
 demo: .venv/.installed
 	@$(BIN)/dit4dit demo --out demo
+
+demo-train: .venv/.installed
+	@$(BIN)/dit4dit demo-train --out demo-train/seed-$(SEED) --seed $(SEED) $(ARGS)
 
 # The pytest command, not `python -m pytest`, which would put the source tree before the installed package.
 test: .venv/.installed

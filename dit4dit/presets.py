@@ -99,20 +99,29 @@ def tabletop() -> Preset:
         num_heads=4,
         num_kv_heads=2,
         intermediate_size=256,
-        vocab_size=259,
+        vocab_size=328,
         mrope_section=(2, 3, 3),
         max_position_embeddings=2048,
-        max_length=192,
+        max_length=40,
     )
     dit = VideoDitConfig(
-        num_layers=6, num_heads=4, head_dim=32, adaln_lora_dim=32, text_in=text.embed_width, text_dim=64
-    )
-    head = HeadConfig(
-        num_layers=6,
+        num_layers=4,
         num_heads=4,
         head_dim=32,
-        hidden_size=256,
-        output_dim=256,
+        mlp_ratio=2.0,
+        adaln_lora_dim=16,
+        max_size=(128, 8, 8),
+        learned_positions=True,
+        text_in=text.embed_width,
+        text_dim=64,
+    )
+    head = HeadConfig(
+        num_layers=4,
+        num_heads=3,
+        head_dim=32,
+        hidden_size=96,
+        output_dim=96,
+        max_seq_len=8,
         action_dim=3,
         action_horizon=8,
         state_dim=3,
@@ -126,7 +135,7 @@ def tabletop() -> Preset:
         head=head,
         frames=5,
         image_size=(64, 64),
-        extract_layer=3,
+        extract_layer=2,
     )
     return Preset(model, "tabletop")
 

@@ -1,81 +1,113 @@
-"""`dit4dit demo`: the whole path on the built-in world, and the files it leaves."""
+"""`dit4dit demo` plays the package's own policy; `demo-train` makes one, and says before and after."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dit4dit import Policy
 from dit4dit.cli import main
-from dit4dit.commands import demo as module
+from dit4dit.commands.demo_train import Settings, configure, demo_train, play, rate
+from dit4dit.commands.shell import progress
 from dit4dit.embodiments import TABLETOP
-from dit4dit.envs.tabletop import MAX_STEP, REACH, TabletopEnv
-from dit4dit.model.vae import FrameEncoder, VideoVae
-from dit4dit.presets import preset
+from dit4dit.envs import tabletop_policy_dir
+from dit4dit.errors import InputError
+from dit4dit.evaluation.statistics import wilson
+
+pytest.importorskip("pyarrow")
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    with pytest.raises(SystemExit) as end:
-        main(["demo", "--out", str(folder), "--device", "cpu"])
-    assert end.value.code == 0
-    return folder
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole demo-train that is far too short to learn anything."""
+    out = tmp_path_factory.mktemp("made") / "run"
+    words = ["--demonstrations", "12", "--steps", "4", "--episodes", "2", "--processes", "2"]
+    assert run("demo-train", "--out", str(out), *words) == 0
+    return out
 
 
-def test_files(out: Path) -> None:
-    data = json.loads((out / "demo.json").read_text())
-    assert data["checkpoint_made_now"] is True
-    assert data["steps"] == len(data["actions"]) > 8
-    assert data["chunks"] == -(-data["steps"] // 8)
-    assert 0 < data["chunk_ms"]["p50"] <= data["chunk_ms"]["p99"] <= data["chunk_ms"]["max"]
-    with av.open(str(out / "episode.mp4")) as video:
-        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-    assert len(frames) == data["steps"] + 1
-    first = TabletopEnv(data["seed"]).reset().observation["image"]
-    shown = frames[0].reshape(64, 6, 64, 6, 3).mean((1, 3))
-    assert np.abs(shown - first).mean() < 8
-    assert Image.open(out / "actions.png").size[0] > 400
-    actions = np.array(data["actions"])
-    assert actions.std(0).min() > 0
-    assert np.abs(actions[:, :2]).max() <= MAX_STEP + 1e-6
-    assert set(actions[:, 2]) <= {0.0, 1.0}
-
-
-def test_a_second_run_uses_the_checkpoint_and_repeats_the_actions(out: Path) -> None:
-    before = json.loads((out / "demo.json").read_text())
-    result = module.demo(out, seed=before["seed"], device="cpu", progress=lambda n: None)
-    assert result["checkpoint_made_now"] is False
-    assert result["actions"] == before["actions"]
-
-
-def test_checkpoint_holds_the_trained_vae(out: Path) -> None:
-    policy = Policy.from_pretrained(out / "checkpoint", device="cpu")
+def test_demo_train_leaves_everything(made: Path) -> None:
+    data = json.loads((made / "demo-train.json").read_text())
+    assert set(data["success"]) == {"before", "after", "told_other_words"}
+    assert all(one["episodes"] == 2 and one["errors"] == 0 for one in data["success"].values())
+    assert data["recipe"]["action loss reaches the backbone"] is True
+    assert data["total_seconds"] == pytest.approx(sum(data["seconds"].values()))
+    page = (made / "report.html").read_text()
+    for words in ("before training (random weights)", "told another goal", "The action loss reaches the backbone"):
+        assert words in page
+    # success, losses, and at least one strip of futures
+    assert page.count("data:image/png;base64,") >= 3
+    assert (made / "evaluation" / "report.html").is_file()
+    assert len(list((made / "episodes" / "after" / "videos").glob("*.mp4"))) == 2
+    log = [json.loads(line) for line in (made / "run" / "log.jsonl").read_text().splitlines()]
+    assert any("eval/video_loss" in line for line in log)
+    policy = Policy.from_pretrained(data["policy"], device="cpu")
     assert policy.embodiment is TABLETOP
-    picture = TabletopEnv(1_000_003).reset().observation["image"]
-    frame = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    vae = VideoVae(preset("tabletop").model.vae).eval()
-    from safetensors.torch import load_file
-
-    tensors = load_file(out / "checkpoint" / "vae" / "model.safetensors")
-    prefix = "backbone_interface.extractor.vae."
-    vae.wan.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items()})
-    with torch.no_grad():
-        condition = policy.model.backbone.condition(frame, torch.zeros(1, 16, 1, 8, 8))
-        error = (vae.decode(condition)[:, :, 0] - frame).square().mean() / 4
-    assert -10 * error.log10() >= 28
-    assert isinstance(policy.model.backbone.frame_encoder, FrameEncoder)
 
 
-def test_statistics_are_measured(out: Path) -> None:
-    entry = json.loads((out / "checkpoint" / "statistics.json").read_text())["tabletop"]
-    assert entry["num_trajectories"] == module.STATISTICS_EPISODES
-    assert entry["num_transitions"] > 10 * module.STATISTICS_EPISODES
-    assert max(map(abs, entry["state"]["min"][:2] + entry["state"]["max"][:2])) <= REACH + 1e-6
-    assert entry["action"]["mask"] == [True, True, False]
+def test_the_control_is_told_something_else(made: Path) -> None:
+    lines = {}
+    for name in ("after", "other-words"):
+        file = made / "episodes" / name / "episodes.jsonl"
+        lines[name] = {one["seed"]: one["instruction"] for one in map(json.loads, file.read_text().splitlines())}
+    assert set(lines["after"]) == set(lines["other-words"])
+    assert all(lines["after"][seed] != lines["other-words"][seed] for seed in lines["after"])
+
+
+def test_demo_plays_a_checkpoint_of_ones_own(made: Path, tmp_path: Path, capsys) -> None:
+    checkpoint = json.loads((made / "demo-train.json").read_text())["policy"]
+    assert run("demo", "--out", str(tmp_path), "--episodes", "2", "--device", "cpu", "--checkpoint", checkpoint) == 0
+    assert "of 2" in capsys.readouterr().out
+    data = json.loads((tmp_path / "demo.json").read_text())
+    assert data["success"]["episodes"] == 2
+    assert 0 < data["chunk_ms"]["p50"] <= data["chunk_ms"]["p99"] <= data["chunk_ms"]["max"]
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_run_is_never_mixed_with_another(made: Path, capsys) -> None:
+    assert run("demo-train", "--out", str(made)) == 2
+    assert "has a run already" in capsys.readouterr().err
+
+
+def test_the_global_batch_does_not_depend_on_the_processes(tmp_path: Path) -> None:
+    one, two = (configure(tmp_path, Settings(processes=n)) for n in (1, 2))
+    assert one.data.batch_size == 2 * two.data.batch_size
+    with pytest.raises(InputError, match="--processes 3: expected a divisor of the global batch"):
+        configure(tmp_path, Settings(processes=3))
+    assert one.model.flow.action_grad_to_backbone
+
+
+def test_the_packages_policy_is_small_and_says_where_it_is_from() -> None:
+    folder = tabletop_policy_dir()
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 5_000_000
+    facts = json.loads((folder / "metrics.json").read_text())
+    assert facts["command"].startswith("make demo-train SEED=")
+    assert len(facts["commit"]) >= 40
+    policy = Policy.from_pretrained(folder, device="cpu")
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters())
+
+
+def test_the_packages_policy_does_what_it_is_said_to_do(tmp_path: Path) -> None:
+    """A few layouts, so the interval is wide; what its record says must lie in it."""
+    said = json.loads((tabletop_policy_dir() / "metrics.json").read_text())["success"]["after"]["rate"]
+    found = rate(play(tabletop_policy_dir(), tmp_path / "run", 12, bar=progress))
+    low, high = wilson(found["successes"], found["episodes"], 0.999).low, wilson(found["successes"], 12, 0.999).high
+    assert low <= said <= high
+
+
+@pytest.mark.long
+def test_a_short_training_is_better_than_chance(tmp_path: Path) -> None:
+    """Random weights succeed in none of some hundred episodes; what was trained for a few minutes must be clearly above."""
+    settings = Settings(seed=5, demonstrations=1000, steps=2500, episodes=60)
+    result = demo_train(tmp_path / "run", settings, bar=progress)
+    before, after = result["success"]["before"], result["success"]["after"]
+    assert after["interval_95"][0] > before["interval_95"][1], (before, after)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dit4dit.config import ModelConfig
+from dit4dit.errors import ConfigError
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.model.weights import random_model
 from dit4dit.presets import PRESETS, preset, without_state
@@ -170,3 +171,18 @@ def test_presets_build(name: str) -> None:
         model = DiT4DiT(preset(name).model, with_video_vae=True)
     if name in ("libero", "robocasa_gr1"):
         assert sum(p.numel() for p in model.text.parameters()) == pytest.approx(7.07e9, rel=0.01)
+
+
+def test_the_video_loss_may_see_every_nth_sample() -> None:
+    """The others change nothing, in pictures and in latents; the action loss still sees all."""
+    model, batch, draws = step(with_flow(video_every=2))
+    whole = random_model(TINY, 0, with_text=False)
+    some, all_ = model.loss(batch, draws), whole.loss(batch, draws)
+    assert torch.equal(some.action, all_.action)
+    assert not torch.isclose(some.video, all_.video)
+    spoilt = replace(batch, video=torch.cat([batch.video[:1], -batch.video[1:]]))
+    condition = model.backbone.condition(batch.video[:, 0], draws.posterior)
+    context = model.context(batch.prompt_embeds)
+    assert torch.equal(some.video, model._video_loss(spoilt, draws, condition, context))
+    with pytest.raises(ConfigError, match=r"flow.video_every: expected at least 1, got 0"):
+        with_flow(video_every=0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from dit4dit.envs import tabletop_tokenizer
 from dit4dit.model.text import SYSTEM_PROMPT, TextEncoder, byte_tokenizer, qwen_text_arguments, standardize, tokenize
 from dit4dit.model.weights import language_weights
 from dit4dit.presets import preset
@@ -64,5 +65,6 @@ def test_buffers_survive_building_on_meta() -> None:
 def test_presets_have_room_for_a_prompt(name: str) -> None:
     text = preset(name).model.text
     assert sum(text.mrope_section) * 2 == text.hidden_size // text.num_heads
-    tokens = tokenize(byte_tokenizer(), ["put the yellow block on the white plate"], text.max_length)
+    tokenizer = tabletop_tokenizer() if name == "tabletop" else byte_tokenizer()
+    tokens = tokenize(tokenizer, ["put the yellow block on the white plate"], text.max_length)
     assert (tokens[0] == 0).any(), "the longest usual instruction must not be cut"

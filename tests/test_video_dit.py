@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -160,3 +161,36 @@ def test_released_size() -> None:
     count = sum(p.numel() for p in model.parameters())
     assert count == pytest.approx(2.06e9, rel=0.01)
     assert VideoDitConfig().width == 2048
+
+
+def test_learned_positions_tell_places_apart() -> None:
+    """Without them a shifted picture is only a shift of the angles; with them each place has an embedding of its own."""
+    config = replace(SMALL, learned_positions=True, max_size=(4, 8, 8))
+    torch.manual_seed(0)
+    model = VideoDiT(config)
+    latents = torch.zeros(1, config.latent_channels, 2, 8, 8)
+    tokens = model.embed_latents(latents)
+    table = model.learnable_pos_embed(4, 4)
+    assert table.shape == (16, config.width)
+    assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.1
+    plain = VideoDiT(replace(config, learned_positions=False))
+    plain.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("learnable_pos_embed")})
+    assert torch.allclose(tokens, plain.embed_latents(latents) + table, atol=1e-6)
+    # rows first, as the tokens
+    assert torch.equal(
+        model.learnable_pos_embed(2, 3)[4],
+        model.learnable_pos_embed.pos_emb_h[1] + model.learnable_pos_embed.pos_emb_w[1],
+    )
+
+
+def test_open_gates_make_a_plain_transformer() -> None:
+    torch.manual_seed(0)
+    model = VideoDiT(SMALL)
+    model.open_gates()
+    for t in (0.0001, 0.3, 0.995):
+        embedded, temb = model.embed_times(torch.full((1, 2), t))
+        for block in model.blocks:
+            for norm in (block.norm1, block.norm2, block.norm3):
+                shift, scale, gate = norm.modulation(embedded, temb)
+                assert shift.abs().max() == scale.abs().max() == 0
+                assert (gate - 1).abs().max() < 0.2, t

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,15 @@ def head_dtype_of(name: str, head: str) -> Any:
 
 def say(text: str) -> None:
     sys.stdout.write(text + "\n")
+
+
+@contextlib.contextmanager
+def progress(what: str, count: int) -> Iterator[Callable[[int], object]]:
+    """A bar on standard error; gives what is to be told of each one done."""
+    from tqdm import tqdm
+
+    with tqdm(total=count, desc=what, disable=None) as bar:
+        yield bar.update
 
 
 def check_folder(option: str, folder: Path) -> None:

@@ -245,6 +245,7 @@ class ScriptedExpert:
 
     `goal`  solve this goal instead of the env's own (to see that the instruction matters).
     `noise` standard deviation [m] of a slowly wandering error added to dx and dy; 0.01 is lively. `seed` belongs to it.
+    `intended` the last action without that error.
     """
 
     SPEED = 0.024  # m per step, below the controller's limit
@@ -263,6 +264,7 @@ class ScriptedExpert:
         """Forget the motion so far; call it after `env.reset`."""
         self._rng = np.random.default_rng(_checked_seed(seed))
         self._velocity = np.zeros(2)
+        self.intended = np.zeros(3, dtype=np.float32)
         self._error = np.zeros(2)
 
     def act(self) -> NDArray[np.float32]:
@@ -287,6 +289,7 @@ class ScriptedExpert:
         size = float(np.hypot(*change))
         self._velocity = self._velocity + change * min(1.0, self.ACCELERATION / max(size, 1e-9))
         self._error = 0.7 * self._error + self._rng.normal(0.0, self.noise * np.sqrt(1 - 0.7**2), 2)
+        self.intended = np.array([*self._velocity, grip], dtype=np.float32)
         calm = min(1.0, distance / 0.06)  # whoever is about to grasp is careful
         return np.array([*(self._velocity + calm * self._error), grip], dtype=np.float32)
 

@@ -247,7 +247,7 @@ def provenance(config: TrainConfig, steps: int, minutes: float) -> dict[str, Any
         "seed": config.seed,
         "steps": steps,
         "minutes": round(minutes, 1),
-        "machine": f"{_cpu()}, {config.threads} thread(s), torch {torch.__version__.split('+')[0]}",
+        "machine": f"{cpu_name()}, {config.threads} thread(s), torch {torch.__version__.split('+')[0]}",
         "start": before,
     }
 
@@ -374,7 +374,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The processor's name as Linux tells it, otherwise what Python knows."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

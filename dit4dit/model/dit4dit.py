@@ -184,8 +184,11 @@ class DiT4DiT(nn.Module):
         return self.backbone.condition(batch.video[:, 0], noise)
 
     def _video_loss(self, batch: Batch, draws: Draws, condition: Tensor, context: Tensor) -> Tensor:
-        clean = batch.latents.clip if batch.latents is not None else self.encode_clip(batch.video)
-        return self.backbone.video_loss(clean, condition, context, draws.video_time, draws.video_noise)
+        some = slice(None, None, self.config.flow.video_every)
+        video = None if batch.video is None else batch.video[some]
+        clean = batch.latents.clip[some] if batch.latents is not None else self.encode_clip(video)
+        given = (condition[some], context[some], draws.video_time[some], draws.video_noise[some])
+        return self.backbone.video_loss(clean, *given)
 
     def encode_clip(self, video: Tensor | None) -> Tensor:
         """Clip [B, F, 3, H, W] in [-1, 1] -> normalised posterior means, float32 [B, z, T, h, w]."""

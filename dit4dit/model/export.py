@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.config import ModelConfig
+from dit4dit.errors import ConfigError
 from dit4dit.model.published import ACTION_MODEL_TYPES, MIXTURES
 from dit4dit.model.text import qwen_text_arguments
 from dit4dit.model.vae import wan_arguments
@@ -115,6 +116,8 @@ def cosmos_configs(model: ModelConfig) -> dict[str, dict[str, Any]]:
 def transformer_arguments(model: ModelConfig) -> dict[str, Any]:
     """The keyword arguments (and JSON keys) that diffusers' `CosmosTransformer3DModel` takes for `model.dit`."""
     dit = model.dit
+    if dit.learned_positions:
+        raise ConfigError("dit.learned_positions: the published layout has none; such a model stays in the own format")
     return {
         "in_channels": dit.latent_channels + 1,
         "out_channels": dit.latent_channels,

@@ -6,6 +6,7 @@ neither the vision tower nor the output matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,15 +109,20 @@ def qwen_text_arguments(config: TextConfig) -> dict[str, Any]:
     }
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 256 bytes and three marks, for small models that have no vocabulary of their own."""
+def byte_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of 256 bytes and three marks, for small models that have no vocabulary of their own.
+
+    Each of `words` (letters alone) is one token, with and without a space before it.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*marks, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    whole = [space + word for word in words for space in ("", "\u0120")]  # how byte-level BPE writes a space
+    tokens = dict.fromkeys([*marks, *alphabet, *whole])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(mark, special=True) for mark in marks])

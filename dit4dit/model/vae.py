@@ -180,8 +180,11 @@ class VideoVae(nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, 3, F, H, W] in [-1, 1] -> normalised posterior means, float32 [B, z, T, H/8, W/8]."""
-        dtype = self.wan.quant_conv.weight.dtype
-        return self.scale.normalize(self.wan.encode(video.to(dtype)).latent_dist.mode().float())
+        return self.scale.normalize(self.posterior(video).mean.float())
+
+    def posterior(self, video: Tensor) -> Any:
+        """video [B, 3, F, H, W] in [-1, 1] -> diffusers' distribution; its `mean` and `std` are [B, z, T, H/8, W/8]."""
+        return self.wan.encode(video.to(self.wan.quant_conv.weight.dtype)).latent_dist
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, z, T, h, w] -> video [B, 3, F, H, W], float32 in [-1, 1]."""

@@ -198,6 +198,19 @@ class PatchEmbed(nn.Module):
         return self.proj(x)
 
 
+class PositionEmbed(nn.Module):
+    """Learned embeddings of a token's row and column, the same in every frame."""
+
+    def __init__(self, rows: int, columns: int, width: int) -> None:
+        super().__init__()
+        self.pos_emb_h = nn.Parameter(0.2 * torch.randn(rows, width))
+        self.pos_emb_w = nn.Parameter(0.2 * torch.randn(columns, width))
+
+    def forward(self, rows: int, columns: int) -> Tensor:
+        """-> [rows * columns, D]"""
+        return (self.pos_emb_h[:rows, None] + self.pos_emb_w[None, :columns]).flatten(0, 1)
+
+
 class VideoDiT(nn.Module):
     """Noisy latents, their times and the text context -> features after a block, or the velocity of the latents."""
 
@@ -207,6 +220,8 @@ class VideoDiT(nn.Module):
         patch = config.patch**2
         # the latents, one channel that marks the conditioning frame, one (always zero) that marks padded pixels
         self.patch_embed = PatchEmbed((config.latent_channels + 2) * patch, config.width)
+        rows, columns = (side // config.patch for side in config.max_size[1:])
+        self.learnable_pos_embed = PositionEmbed(rows, columns, config.width) if config.learned_positions else None
         self.time_embed = TimeEmbedding(config.width)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = AdaNorm(config.width, config.adaln_lora_dim, 2)
@@ -222,6 +237,24 @@ class VideoDiT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
+
+    @torch.no_grad()
+    def open_gates(self) -> None:
+        """For training from nothing: every AdaLN starts as a plain layer norm with a gate of one, whatever the time.
+
+        A checkpoint's weights replace this. With a linear layer's usual weights the gates are random numbers around zero, of both
+        signs, and the first thing that would have to be learned is to let anything through.
+        """
+        embedder = self.time_embed.t_embedder
+        width = self.config.width
+        for module in self.modules():
+            if isinstance(module, AdaNorm):
+                module.linear_2.weight.zero_()
+        # the sinusoids hardly differ between times in [0, 1], so that one solution serves all
+        wave = sinusoid(torch.tensor([0.0, 1.0]), width, cos_first=True, denominator=width // 2)
+        hidden = F.silu(embedder.linear_1(wave)).mean(dim=0)
+        embedder.linear_2.weight.zero_()
+        embedder.linear_2.weight[2 * width :] = hidden / hidden.square().sum()
 
     def project_text(self, prompt_embeds: Tensor) -> Tensor:
         """Prompt embeddings [B, L, text_in] -> text context [B, L, text_dim], a function of the instruction alone."""
@@ -267,7 +300,12 @@ class VideoDiT(nn.Module):
 
     def embed_latents(self, latents: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] -> tokens [B, T, N, D] before the first block; frame 0 is marked as conditioning."""
-        return self.patch_embed(self._patchify(latents.to(self.dtype)))
+        x = self.patch_embed(self._patchify(latents.to(self.dtype)))
+        if self.learnable_pos_embed is None:
+            return x
+        return x + self.learnable_pos_embed(
+            latents.shape[3] // self.config.patch, latents.shape[4] // self.config.patch
+        )
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """[B, C, T, h, w] -> [B, T, N, (C + 2) * patch^2], with the two mask channels appended."""

@@ -163,6 +163,7 @@ def fill_latents(
     """Encode the clips of every `ranks`-th missing chunk from `rank` on; `done` is told of clips."""
     from dit4dit.training.feed import collate, pictures
 
+    assert model.video_vae is not None
     device = next(model.parameters()).device
     for chunk in cache.missing(range(cache.chunks)[rank::ranks]):
         found: dict[str, list[Tensor]] = {"mean": [], "std": [], "clip": []}
@@ -170,8 +171,10 @@ def fill_latents(
             indices = cache.indices(chunk)[start : start + ENCODED_TOGETHER]
             raw = collate(indices, indices, [data.sample(index) for index in indices])
             video = pictures(raw, model.config, device)
-            mean, std = model.backbone.frame_encoder(video[:, 0])
-            for name, value in (("mean", mean), ("std", std), ("clip", model.encode_clip(video))):
-                found[name].append(value)
+            # one pass for all three: latent frame 0 is the first picture's alone
+            posterior = model.video_vae.posterior(video.transpose(1, 2))
+            clip = model.video_vae.scale.normalize(posterior.mean)
+            for name, value in (("mean", posterior.mean[:, :, 0]), ("std", posterior.std[:, :, 0]), ("clip", clip)):
+                found[name].append(value.float())
             done(len(indices))
         write_aside(cache.path(chunk), {name: torch.cat(values) for name, values in found.items()})

@@ -48,6 +48,8 @@ class DataConfig:
     """Samples per process and micro step."""
     workers: int = 4
     """Loader processes per training process; 0 loads in the training process itself."""
+    sample_every: int = 1
+    """Every how manieth frame of an episode begins a sample; neighbouring ones have nearly the same to teach."""
     holdout: float = 0.02
     """Share of the episodes that is never trained on."""
     mask_padding: bool = False
@@ -181,6 +183,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.data.batch_size < 1:
             raise ConfigError(f"data.batch_size: expected at least 1, got {self.data.batch_size}")
+        if self.data.sample_every < 1:
+            raise ConfigError(f"data.sample_every: expected at least 1, got {self.data.sample_every}")
+        if self.data.batch_size % self.model.flow.video_every:
+            raise ConfigError(
+                f"model.flow.video_every: expected a divisor of data.batch_size = {self.data.batch_size}, "
+                f"got {self.model.flow.video_every}"
+            )
         if self.data.workers < 0:
             raise ConfigError(f"data.workers: expected at least 0, got {self.data.workers}")
         if not 0 <= self.data.holdout < 1:

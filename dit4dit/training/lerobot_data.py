@@ -1,4 +1,6 @@
-"""LeRobot mixtures as `TrainingData`: the order is the data's own sampler, an index is a frame, counted over all data sets."""
+"""LeRobot mixtures as `TrainingData`: the order is the data's own sampler, an index is a frame (every n-th), counted over all
+data sets.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from dit4dit.config import ModelConfig
 from dit4dit.data.mixture import Mixture, Split
 from dit4dit.data.robots import catalogue
 from dit4dit.data.sampler import Draws
-from dit4dit.data.samples import Sample, Window
+from dit4dit.data.samples import Recording, Sample, Window
 from dit4dit.errors import ConfigError
 from dit4dit.evaluation.action_error import ActionUnits
 from dit4dit.training.caches import digest
@@ -38,12 +40,13 @@ class LeRobotData:
             mask_padded=config.mask_padding,
         )
         self.readers = mixture.readers(self.window)
-        # damaged episodes that are left out have no frames
+        self._every = config.sample_every
+        # damaged episodes that are left out have no samples
         lengths = [
-            [0 if i in bad else r.length(i) for i in range(len(r.data.meta.episodes))]
+            [0 if i in bad else self._samples(r, i) for i in range(len(r.data.meta.episodes))]
             for r, bad in zip(mixture.recordings, mixture.without, strict=True)
         ]
-        # starts[d][e]: index of the first frame of episode e of data set d; the last entry is where the next data set begins
+        # starts[d][e]: index of the first sample of episode e of data set d; the last entry is where the next data set begins
         ends = np.cumsum([0, *(sum(each) for each in lengths)])
         self._starts = [end + np.cumsum([0, *each]) for end, each in zip(ends, lengths, strict=False)]
         self._ends = ends[1:]
@@ -64,10 +67,13 @@ class LeRobotData:
             log.warning("%s: %s", config.mixture, note)
         return cls(mixture, model, config, seed)
 
+    def _samples(self, recording: Recording, episode: int) -> int:
+        return -(-recording.length(episode) // self._every)
+
     def _draws(self, split: Split, holdout: float, seed: int) -> Draws:
         episodes = self.mixture.episodes(split, holdout, seed)
         recordings = self.mixture.recordings
-        lengths = [[r.length(i) for i in chosen] for r, chosen in zip(recordings, episodes, strict=True)]
+        lengths = [[self._samples(r, i) for i in chosen] for r, chosen in zip(recordings, episodes, strict=True)]
         return Draws(episodes, lengths, self.mixture.weights, seed)
 
     @property
@@ -78,7 +84,7 @@ class LeRobotData:
     @cached_property
     def clip_fingerprint(self) -> str:
         """Of the pictures: the files of all videos by name, size and time, and how clips are cut from them."""
-        facts: list[object] = [self.window.offsets, self.window.image_size]
+        facts: list[object] = [self.window.offsets, self.window.image_size, self._every]
         for recording in self.mixture.recordings:
             facts += [recording.cameras, recording.data.fps]
             root, episodes = recording.data.meta.root, recording.data.meta.episodes
@@ -109,11 +115,11 @@ class LeRobotData:
         return int(self._starts[drawn.dataset][drawn.episode]) + drawn.frame
 
     def held_out(self) -> Sequence[int]:
-        frames: list[int] = []
+        samples: list[int] = []
         for starts, episodes in zip(self._starts, self._episodes, strict=False):
             for episode in episodes:
-                frames += range(int(starts[episode]), int(starts[episode + 1]))
-        return frames
+                samples += range(int(starts[episode]), int(starts[episode + 1]))
+        return samples
 
     @cached_property
     def robots(self) -> Sequence[ActionUnits]:
@@ -129,4 +135,4 @@ class LeRobotData:
         dataset = int(np.searchsorted(self._ends, index, side="right"))
         starts = self._starts[dataset]
         episode = int(np.searchsorted(starts, index, side="right")) - 1
-        return self.readers[dataset].read(episode, index - int(starts[episode]), video=video)
+        return self.readers[dataset].read(episode, self._every * (index - int(starts[episode])), video=video)

@@ -69,20 +69,26 @@ def tabletop() -> TrainConfig:
     has seen no other video has no features yet that would help.
     """
     base = preset("tabletop").model
+    flow = replace(
+        base.flow, action_grad_to_backbone=True, repeated_diffusion_steps=2, future_video_weight=0.1, video_every=4
+    )
     return TrainConfig(
-        model=replace(base, flow=replace(base.flow, action_grad_to_backbone=True)),
+        model=replace(base, flow=flow),
         embodiment="tabletop",
-        data=DataConfig(mixture="tabletop", batch_size=16, workers=0, cache_latents=True, holdout=0.05),
-        optim=OptimConfig(learning_rate=LearningRates(1e-3, 1e-3, 1e-3), warmup_steps=100, min_lr=1e-5, ema=0.99),
+        data=DataConfig(mixture="tabletop", batch_size=32, workers=0, cache_latents=True, holdout=0.02, sample_every=3),
+        optim=OptimConfig(
+            learning_rate=LearningRates(2e-3, 2e-3, 2e-3), weight_decay=0.0, warmup_steps=200, min_lr=2e-5, ema=0.998
+        ),
         run=RunConfig(
             out="runs/tabletop",
-            steps=3000,
+            steps=5500,
             precision="float32",
             gradient_checkpointing=False,
             device="cpu",
-            save_every=1000,
+            save_every=5500,
             save_frozen=True,
-            eval_every=500,
+            eval_every=5500,
+            trackers=(),
         ),
     )
 

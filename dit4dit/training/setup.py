@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit4dit.config import ModelConfig
-from dit4dit.envs import tabletop_vae_dir
+from dit4dit.envs import tabletop_tokenizer, tabletop_vae_dir
 from dit4dit.instructions import load_tokenizer
 from dit4dit.model import checkpoint, own_format, weights
 from dit4dit.model.action_head import ActionHead
@@ -104,13 +104,15 @@ def _from_cosmos(config: TrainConfig, device: torch.device) -> Start:
 
 
 def _fresh(config: TrainConfig, device: torch.device) -> Start:
-    """Everything from the seed; the tabletop world's pictures have a trained VAE of their own."""
+    """Everything from the seed; the tabletop world has a trained VAE and a tokenizer of its own."""
     from safetensors.torch import load_file
 
-    vae = None
-    if config.embodiment == "tabletop":
+    vae, world = None, config.embodiment == "tabletop"
+    if world:
         vae = {n: t.float() for n, t in load_file(tabletop_vae_dir() / "model.safetensors").items()}
-    model = weights.random_model(config.model, config.run.seed, device=device, with_text=False, vae_weights=vae)
+    model = weights.random_model(config.model, config.run.seed, with_text=False, vae_weights=vae)
+    model.backbone.transformer.open_gates()
+    model.to(device)
     if config.model.flow.training == "video":
         model.head = None
 
@@ -120,7 +122,7 @@ def _fresh(config: TrainConfig, device: torch.device) -> Start:
             encoder = TextEncoder(config.model.text)
         return encoder.to(device).eval().requires_grad_(False)
 
-    return Start(config, model, text, byte_tokenizer())
+    return Start(config, model, text, tabletop_tokenizer() if world else byte_tokenizer())
 
 
 def _fresh_head(config: ModelConfig, seed: int) -> ActionHead:

@@ -1,0 +1,61 @@
+"""Make the package's own policy of what `dit4dit demo-train` left: `python -m dit4dit.envs.ship_policy demo-train/seed-0 FOLDER`.
+
+Weights in half precision, of the VAE only the encoder, which is all that a policy runs: 5 MB are what a source tree can carry.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from dit4dit.errors import CheckpointError
+from dit4dit.model import own_format
+from dit4dit.model.checkpoint import VAE, open_checkpoint
+from dit4dit.model.keys import read_json
+
+LIMIT = 5_000_000
+COMMAND = "make demo-train"
+
+
+def ship(source: Path, target: Path) -> None:
+    """Write the policy of the demo-train folder `source` into the new folder `target`, with metrics.json.
+
+    Raises:
+        CheckpointError: more than 5 MB.
+    """
+    result = read_json(source / "demo-train.json")
+    checkpoint = open_checkpoint(result["policy"], None)
+    kept = tuple(VAE + part for part in ("encoder.", "quant_conv."))
+    names = [n for n in checkpoint.tensors if not n.startswith(VAE) or n.startswith(kept)]
+    with own_format.new_folder(target) as partial:
+        own_format.write_folder(
+            partial,
+            model=checkpoint.model,
+            embodiment=checkpoint.embodiment,
+            tensors={name: checkpoint.tensors[name].half() for name in names},
+        )
+        own_format.write_json(partial / "statistics.json", checkpoint.statistics)
+        shutil.copytree(Path(result["policy"]) / "tokenizer", partial / "tokenizer")
+        facts = {
+            key: result[key] for key in ("seed", "success", "demonstrations", "recipe", "execute", "seconds", "machine")
+        }
+        own_format.write_json(
+            partial / "metrics.json",
+            {"command": f"{COMMAND} SEED={result['seed']}", "commit": commit(), "precision": "float16", **facts},
+        )
+        size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        if size > LIMIT:
+            raise CheckpointError(f"{target}: {size} bytes, more than {LIMIT}; train a smaller model")
+
+
+def commit() -> str:
+    """The commit of the current folder's repository, marked where tracked files differ from it."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(ship)
