@@ -26,7 +26,7 @@ MUTANTS = {
         "        sync_block();\n        for (int column",
         "        for (int column",
     ),
-    "copies: no sync before the sums": ("product", "sums);\n    sync_block();\n    float* to", "sums);\n    float* to"),
+    "copies: no sync before the sums": ("product", "w);\n    sync_block();\n    float* to", "w);\n    float* to"),
     "copies: scale and shift while others still work": (
         "block",
         "poll(tile, index);\n        sync_block();",
