@@ -105,9 +105,7 @@ class BatchedPolicy:
         self._warm: list[tuple[dict[str, tuple[int, int]], float | None]] = []
         self._closed: BaseException | None = None
 
-    def ask(
-        self, observation: Observation, instruction: str, noise: Noise, guidance: Guidance | None = None
-    ) -> Answer:
+    def ask(self, observation: Observation, instruction: str, noise: Noise, guidance: Guidance | None = None) -> Answer:
         """The chunk; waits for it. Raises what the policy raised, or what `close` was given."""
         question = Question(observation, instruction, noise, guidance)
         with self._changed:

@@ -16,8 +16,8 @@ With a latency of x ms the chunk comes d = ceil(x / control period) steps late, 
 The first chunk of an episode has no latency: a robot does not set off before it has one. x is a number of ms, or for each chunk
 the time that its pass through the policy took on this machine, which makes the episode depend on the machine.
 
-Real-time chunking (`RealTime`) asks for each chunk but the first with a `Guidance`: the new chunk is to go on from the one that is
-being executed. The left-over is the newest chunk, as the model wrote it, from the row meant for the step that is asked at: row i
+Real-time chunking (`RealTime`) asks for each chunk but the first with a `Guidance`: the new chunk is to go on from the one that
+is being executed. The left-over is the newest chunk, as the model wrote it, from the row meant for the step that is asked at: row i
 of both is for the same step. Its delay is d, the rows that will have been executed before the new chunk takes over: 0 without
 latency; ceil(x / control period) for a latency given; for a measured one the most that a chunk of this episode has taken so far,
 the first not counted (it has the warm-up in it), 0 while there is none. What is executed is what is said above: without latency
@@ -166,11 +166,8 @@ class Executor:
         left = newest.normalized[self.steps - newest.start :]
         if not len(left):
             return None
-        if latency is None or latency.ms is None:
-            delay = max(self.delays[1:], default=0)
-        else:
-            delay = latency.steps(0.0, self._rate)
-        return rtc.guidance(left, delay)
+        known = latency is not None and latency.ms is not None
+        return rtc.guidance(left, latency.steps(0.0, self._rate) if known else max(self.delays[1:], default=0))
 
     def take(self, rows: Row, seconds: float, normalized: Row | None = None) -> None:
         """The chunk [K, A] for the observation of this moment, whose pass took `seconds`; `normalized` [K, A_model] for rtc."""

@@ -93,7 +93,8 @@ def euler_step(
 
     x, velocity: float32 [B, K, A]; dt: length of the step, above 0 (velocity = noise - data, t falls from 1 to 0).
     previous: what is left of the chunk before, normalised as x is, shifted so that its first step is x's, [B, K, A].
-    weights: float32 [K] from `prefix_weights`, or [B, K], a row for each sample. t: time before the step. max_guidance: bound of g. All four or none.
+    weights: float32 [K] from `prefix_weights`, or [B, K], a row for each sample. t: time before the step.
+    max_guidance: bound of g. All four or none.
     backend: "triton" or "torch"; None chooses.
 
     Returns [B, K, A], a new tensor.
