@@ -16,14 +16,14 @@ With a latency of x ms the chunk comes d = ceil(x / control period) steps late, 
 The first chunk of an episode has no latency: a robot does not set off before it has one. x is a number of ms, or for each chunk
 the time that its pass through the policy took on this machine, which makes the episode depend on the machine.
 
-Real-time chunking (`RealTime`) asks for each chunk but the first with a `Guidance`: the new chunk is to go on from the one that
-is being executed. The left-over is the newest chunk, as the model wrote it, from the row meant for the step that is asked at: row i
-of both is for the same step. Its delay is d, the rows that will have been executed before the new chunk takes over: 0 without
-latency; ceil(x / control period) for a latency given; for a measured one the most that a chunk of this episode has taken so far,
-the first not counted (it has the warm-up in it), 0 while there is none. What is executed is what is said above: without latency
-E rows of each chunk, with a latency `continue`. It needs E < K, or nothing is left; with `hold` no old row is executed while the
-new chunk is computed, and with ensembling the rows that are executed are no chunk's, so neither goes with it. A chunk that is
-asked for when nothing is left has no guidance.
+Real-time chunking (`RealTime`) asks for each chunk but the first with a `Guidance`: the new chunk is to go on from the one
+that is being executed. The left-over is the newest chunk, as the model wrote it, from the row meant for the step that is
+asked at: row i of both is for the same step. Its delay is d, the rows that will have been executed before the new chunk takes
+over: 0 without latency; ceil(x / control period) for a latency given; for a measured one the most that a chunk of this
+episode has taken so far, the first not counted (it has the warm-up in it), 0 while there is none. What is executed is what is
+said above: without latency E rows of each chunk, with a latency `continue`. It needs E < K, or nothing is left; with `hold`
+no old row is executed while the new chunk is computed, and with ensembling the rows that are executed are no chunk's, so
+neither goes with it. A chunk that is asked for when nothing is left has no guidance.
 
 Ensembling averages what the last h chunks say for a step (those that reach that far), weighted by exp(alpha * cosine) of each
 prediction and the newest one, normalised. Where chunks do not overlap (E = K) it changes nothing.
@@ -166,8 +166,10 @@ class Executor:
         left = newest.normalized[self.steps - newest.start :]
         if not len(left):
             return None
-        known = latency is not None and latency.ms is not None
-        return rtc.guidance(left, latency.steps(0.0, self._rate) if known else max(self.delays[1:], default=0))
+        delay = max(self.delays[1:], default=0)  # 0 without latency
+        if latency is not None and latency.ms is not None:
+            delay = latency.steps(0.0, self._rate)
+        return rtc.guidance(left, delay)
 
     def take(self, rows: Row, seconds: float, normalized: Row | None = None) -> None:
         """The chunk [K, A] for the observation of this moment, whose pass took `seconds`; `normalized` [K, A_model] for rtc."""
