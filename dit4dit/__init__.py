@@ -9,15 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dit4dit.guidance import Guidance
     from dit4dit.policy import Policy
     from dit4dit.types import ActionChunk, Noise, Observation
 
 __version__ = "0.1.0"
 
-__all__ = ["ActionChunk", "Noise", "Observation", "Policy", "__version__"]
+__all__ = ["ActionChunk", "Guidance", "Noise", "Observation", "Policy", "__version__"]
 
 _HOME = {
     "ActionChunk": "dit4dit.types",
+    "Guidance": "dit4dit.guidance",
     "Noise": "dit4dit.types",
     "Observation": "dit4dit.types",
     "Policy": "dit4dit.policy",

@@ -171,9 +171,9 @@ def _self_test() -> Finding:
         engine = Engine(random_model(config, 0))
         size, z = config.latent_size(32, 32), config.vae.z_dim
         packs = [engine.pack(engine.model.embed(torch.zeros(1, 8, dtype=torch.long)))]
-        normal = {"posterior": torch.randn(1, z, 1, *size), "latent": torch.randn(1, z, config.latent_frames, *size)}
+        posterior, latent = torch.randn(1, z, 1, *size), torch.randn(1, z, config.latent_frames, *size)
         action = torch.randn(1, config.head.action_horizon, config.head.action_dim)
-        out = engine.sample(torch.zeros(1, 3, 32, 32), packs, torch.zeros(1, 1, 16), **normal, action=action)
+        out = engine.sample(torch.zeros(1, 3, 32, 32), packs, torch.zeros(1, 1, 16), posterior, latent, action)
     except Exception as error:
         return Finding("self test", "problem", f"a small model does not run: {type(error).__name__}: {error}")
     finite = bool(out.isfinite().all())

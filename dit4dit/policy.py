@@ -29,11 +29,12 @@ from dit4dit.engine import (
 )
 from dit4dit.engine.fp8 import check_options
 from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
+from dit4dit.guidance import Guidance
 from dit4dit.instructions import Embedder, Texts, load_tokenizer, plain
 from dit4dit.model.checkpoint import open_checkpoint
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.weights import build
-from dit4dit.requests import Request, checked_size, groups, noises_of
+from dit4dit.requests import Request, checked_size, groups, guidances_of, noises_of
 from dit4dit.runner import EngineRunner, ModelRunner, Size, step_inputs
 from dit4dit.types import ActionChunk, Noise, Observation
 
@@ -172,7 +173,13 @@ class Policy:
         return self.model.backbone.transformer.proj_out.weight.device
 
     def infer(
-        self, observation: Observation, instruction: str, *, noise: Noise | None = None, seed: int | None = None
+        self,
+        observation: Observation,
+        instruction: str,
+        *,
+        noise: Noise | None = None,
+        seed: int | None = None,
+        guidance: Guidance | None = None,
     ) -> ActionChunk:
         """The next K actions.
 
@@ -181,21 +188,30 @@ class Policy:
             instruction: what to do, in words.
             noise: the request's randomness. seed: shorthand for `Noise.from_seed(seed)`. With neither, a fresh seed is
                 taken from the operating system and returned in the chunk.
+            guidance: real-time chunking: keep to what is left of the chunk before (`dit4dit.guidance`).
 
         Raises:
-            InputError: the observation, instruction or noise does not fit; nothing has been computed.
+            InputError: the observation, instruction, noise or guidance does not fit; nothing has been computed.
         """
         if noise is not None and seed is not None:
             raise InputError("noise and seed: give one of them, got both")
         if noise is None:
             noise = Noise.fresh() if seed is None else Noise.from_seed(seed)
-        return self.infer_batch([observation], [instruction], noise=[noise])[0]
+        return self.infer_batch([observation], [instruction], noise=[noise], guidance=[guidance])[0]
 
     def infer_batch(
-        self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        *,
+        noise: Sequence[Noise] | None = None,
+        guidance: Sequence[Guidance | None] | None = None,
     ) -> list[ActionChunk]:
-        """Several requests in one pass; each one's noise is its own, whatever else is in the batch."""
-        requests = self._requests(observations, instructions, noise)
+        """Several requests in one pass; each one's noise and guidance are its own, whatever else is in the batch.
+
+        Requests with guidance and those without, or with another bound of it, go in passes of their own.
+        """
+        requests = self._requests(observations, instructions, noise, guidance)
         results = self._sample(requests, self.config.image_size, self.embodiment.resize, units=True)
         names, rate = self.embodiment.action_names, self.embodiment.rate_hz
         return [
@@ -226,7 +242,11 @@ class Policy:
             yield step_inputs(self.model, [request], packs, self.config.image_size, self.embodiment.resize)
 
     def _requests(
-        self, observations: Sequence[Observation], instructions: Sequence[str], noise: Sequence[Noise] | None
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        noise: Sequence[Noise] | None,
+        guidance: Sequence[Guidance | None] | None = None,
     ) -> list[Request]:
         """One request per observation; InputError where something does not fit."""
         if isinstance(instructions, str):
@@ -238,10 +258,11 @@ class Policy:
         for observation in observations:
             if not isinstance(observation, Observation):
                 raise InputError(f"observation: expected an Observation, got {type(observation).__name__}")
-        noises = noises_of(noise, len(observations))
+        noises, head = noises_of(noise, len(observations)), self.config.head
+        kept = guidances_of(guidance, len(observations), head.action_horizon, head.action_dim)
         return [
-            Request(self.embodiment.ordered_views(o.images), self._state(o), words, one)
-            for o, words, one in zip(observations, instructions, noises, strict=True)
+            Request(self.embodiment.ordered_views(o.images), self._state(o), words, one, left)
+            for o, words, one, left in zip(observations, instructions, noises, kept, strict=True)
         ]
 
     def predict_action(
@@ -304,6 +325,7 @@ class Policy:
         *,
         batch: int = 1,
         joined: tuple[int, int] | None = None,
+        max_guidance: float | None = None,
     ) -> None:
         """Do now what the first chunk would otherwise do; call it before a control loop starts.
 
@@ -313,6 +335,7 @@ class Policy:
             pictures: view -> height and width of the robot's own pictures; the model's size where not given.
             batch: requests in one pass (`infer_batch`).
             joined: height and width of joined pictures: warm `predict_action` up instead.
+            max_guidance: warm up requests with `Guidance` of this bound instead of those without.
         """
         names, given = self.embodiment.views, dict(pictures or {})
         for name in given:
@@ -333,7 +356,8 @@ class Policy:
             return
         with plain(self.device):
             for length in self._texts.embedder.lengths:
-                shape = RequestShape(batch, tuple(sizes), size, resize, self.codec.state is not None, length)
+                with_state = self.codec.state is not None
+                shape = RequestShape(batch, tuple(sizes), size, resize, with_state, length, max_guidance)
                 self._runner.warm_up(shape, units)
 
     def prepare(self, instruction: str) -> Future[None]:

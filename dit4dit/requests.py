@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit4dit.engine import MAX_BATCH, PromptPack
 from dit4dit.errors import InputError
+from dit4dit.guidance import Guidance
 from dit4dit.noise import Noise
 
 
@@ -23,6 +24,12 @@ class Request:
     state: NDArray[np.float32] | None
     instruction: str
     noise: Noise
+    guidance: Guidance | None = None
+
+    @property
+    def max_guidance(self) -> float | None:
+        """Bound of the guidance, which a pass has in common; None without guidance."""
+        return None if self.guidance is None else self.guidance.max_guidance
 
 
 def checked_size(name: str, size: Any) -> tuple[int, int]:
@@ -34,14 +41,15 @@ def checked_size(name: str, size: Any) -> tuple[int, int]:
 
 
 def groups(requests: Sequence[Request], texts: Sequence[PromptPack | Tensor]) -> list[list[int]]:
-    """Indices of requests that can go in one pass: same sizes throughout, at most MAX_BATCH of them.
+    """Indices of requests that can go in one pass: same sizes and bound of guidance, at most MAX_BATCH of them.
 
     texts: each request's pack or projected text [1, L, text_dim].
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, (request, text) in enumerate(zip(requests, texts, strict=True)):
         length = text.length if isinstance(text, PromptPack) else text.shape[1]
-        alike.setdefault((length, *(picture.shape for picture in request.pictures)), []).append(i)
+        kind = (length, request.max_guidance, *(picture.shape for picture in request.pictures))
+        alike.setdefault(kind, []).append(i)
     return [group[i : i + MAX_BATCH] for group in alike.values() for i in range(0, len(group), MAX_BATCH)]
 
 
@@ -60,3 +68,19 @@ def noises_of(noise: Sequence[Noise] | None, count: int) -> list[Noise]:
     if len(noise) != count:
         raise InputError(f"noise: expected one per request ({count}), got {len(noise)}")
     return list(noise)
+
+
+def guidances_of(
+    guidance: Sequence[Guidance | None] | None, count: int, length: int, width: int
+) -> list[Guidance | None]:
+    """One guidance or None per request, checked for chunks [length, width]."""
+    if guidance is None:
+        return [None] * count
+    if not isinstance(guidance, (list, tuple)) or any(not isinstance(one, Guidance | None) for one in guidance):
+        raise InputError(f"guidance: expected a list of Guidance or None, one per request, got {guidance!r:.60}")
+    if len(guidance) != count:
+        raise InputError(f"guidance: expected one per request ({count}), got {len(guidance)}")
+    for one in guidance:
+        if one is not None:
+            one.check(length, width)
+    return list(guidance)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit4dit.action_ode import epilogue
 from dit4dit.codec import Codec
 from dit4dit.embodiments.embodiment import Array, Resize
 from dit4dit.engine import Engine, Plan, PromptPack, RequestShape, StepInputs
@@ -71,6 +72,7 @@ class EngineRunner:
             resize=resize,
             state=requests[0].state is not None,
             text_length=packs[0].length,
+            max_guidance=requests[0].max_guidance,
         )
         if self.engine.device.type == "cuda" and (shape, units) not in self._plans:
             log.warning("recording a CUDA graph for %s inside a request; call Policy.warm_up beforehand", shape)
@@ -79,7 +81,11 @@ class EngineRunner:
         with self._turn:
             try:
                 normalized, actions = plan.run(
-                    [r.pictures for r in requests], state, [r.noise for r in requests], packs
+                    [r.pictures for r in requests],
+                    state,
+                    [r.noise for r in requests],
+                    packs,
+                    [r.guidance for r in requests if r.guidance is not None],
                 )
             except torch.AcceleratorError as error:
                 native.check_device(self.engine.device, error)
@@ -108,8 +114,18 @@ class ModelRunner:
         """contexts: projected text [1, L, text_dim] per request; the rest as in `EngineRunner.run`."""
         inputs = step_inputs(self.model, requests, (), size, resize)._asdict()
         del inputs["packs"]
+        inputs["guidance"] = self._guidance(requests, inputs["action"].device)
         normalized = self.model.sample(context=torch.cat(list(contexts)), **inputs).cpu().numpy()
         return normalized, list(self.codec.action.inverse(normalized)) if units else [None] * len(requests)
+
+    def _guidance(self, requests: Sequence[Request], device: torch.device) -> epilogue.Guidance | None:
+        """What the requests of one pass keep to, all of them or none."""
+        length, most = self.model.config.head.action_horizon, requests[0].max_guidance
+        if most is None:
+            return None
+        arrays = [r.guidance.arrays(length) for r in requests if r.guidance is not None]
+        previous, weights = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*arrays, strict=True))
+        return epilogue.Guidance(previous, weights, most)
 
 
 def step_inputs(

@@ -9,10 +9,10 @@ def euler_step(
     x,  # float32 [batch, horizon, actions]
     velocity,
     previous,  # likewise, or None
-    weights,  # float32 [horizon], or None
+    weights,  # float32 [rows], or None: [horizon], or [batch, horizon]
     out,
     count,  # batch * horizon * actions
-    horizon,
+    rows,
     actions,
     dt,
     t,
@@ -24,7 +24,7 @@ def euler_step(
     here = tl.load(x + i, mask=inside, other=0.0)
     v = tl.load(velocity + i, mask=inside, other=0.0)
     if previous is not None:
-        weight = tl.load(weights + (i // actions) % horizon, mask=inside, other=0.0)
+        weight = tl.load(weights + (i // actions) % rows, mask=inside, other=0.0)
         left_over = tl.load(previous + i, mask=inside, other=0.0)
         v -= strength * weight * (left_over - (here - t * v))
     tl.store(out + i, here - dt * v, mask=inside)

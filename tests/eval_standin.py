@@ -32,13 +32,17 @@ class StandIn:
     def __init__(self, seconds: float = 0.0, broken: tuple[int, ...] = (), width: int | None = None) -> None:
         self.seconds, self.broken, self.width = seconds, broken, width
         self.sizes: list[int] = []
+        self.guidances: list[Any] = []
         self.noises: list[tuple[int | None, int]] = []
         self.thread: int | None = None
 
-    def infer_batch(self, observations: Any, instructions: Any, *, noise: Any = None) -> list[ActionChunk]:
+    def infer_batch(
+        self, observations: Any, instructions: Any, *, noise: Any = None, guidance: Any = None
+    ) -> list[ActionChunk]:
         assert self.thread in (None, threading.get_ident()), "a policy is not shared between threads"
         self.thread = threading.get_ident()
         self.sizes.append(len(observations))
+        self.guidances += guidance or []
         self.noises += [(n.seed, n.chunk) for n in noise]
         time.sleep(self.seconds)
         if any(n.seed in self.broken for n in noise):
@@ -55,7 +59,7 @@ class StandIn:
             actions = actions + row * 1e-6
         return ActionChunk(actions.astype(np.float32), TABLETOP.action_names, 10.0, actions.astype(np.float32), noise)
 
-    def warm_up(self, pictures: Any = None, *, batch: int = 1) -> None:
+    def warm_up(self, pictures: Any = None, *, batch: int = 1, max_guidance: float | None = None) -> None:
         pass
 
     def prepare(self, instruction: str) -> Future[None]:

@@ -18,7 +18,10 @@ from dit4dit.transforms import Chain, inverse_table
 
 @dataclass(frozen=True)
 class Guidance:
-    """Real-time chunking, as `ops.euler_step` has it: previous float32 [B, K, A], weights float32 [K], bound of the strength."""
+    """Real-time chunking, as `ops.euler_step` has it: previous float32 [B, K, A], weights float32 [K], bound of the strength.
+
+    The loops of engine and plain model take weights [B, K], too; this is the device's side of `dit4dit.guidance.Guidance`.
+    """
 
     previous: Tensor
     weights: Tensor

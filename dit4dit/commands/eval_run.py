@@ -85,6 +85,14 @@ class RunOptions:
     """Act as if a chunk took so many ms, or "measured": what it takes here."""
     while_waiting: Literal["hold", "continue"] = "hold"
     """What the robot does until a late chunk is there: stand still, or go on with the chunk before."""
+    rtc: bool = False
+    """Real-time chunking: each chunk goes on from the one before; needs --execute below the chunk's length."""
+    rtc_horizon: int | None = None
+    """Rows of the left-over that guide at most; all of it when not given."""
+    rtc_schedule: Literal["linear", "exp", "ones", "zeros"] | None = None
+    """How the guidance falls from the delay to the horizon; linear when not given."""
+    rtc_max_guidance: float | None = None
+    """Bound of the guidance's strength; 10 when not given."""
     videos: Literal["all", "failures", "none"] = "all"
     """Of which episodes videos are kept."""
     retries: int = 2
@@ -92,17 +100,30 @@ class RunOptions:
 
     def options(self, execute: int | None = None) -> Any:
         """`rollout.Options`; execute: the benchmark's own number."""
-        from dit4dit.evaluation.execution import Ensemble, Execution, Latency
+        from dit4dit.evaluation.execution import Ensemble, Execution, Latency, RealTime
         from dit4dit.evaluation.rollout import Options
 
         ensemble = None if self.ensemble is None else Ensemble(self.ensemble_alpha, self.ensemble)
         return Options(
-            execution=Execution(execute if self.execute is None else self.execute, ensemble, self._latency(Latency)),
+            execution=Execution(
+                execute if self.execute is None else self.execute,
+                ensemble,
+                self._latency(Latency),
+                self._real_time(RealTime),
+            ),
             batch=self.batch,
             workers=self.workers,
             retries=self.retries,
             videos=self.videos,
         )
+
+    def _real_time(self, kind: Any) -> Any:
+        named = {"horizon": self.rtc_horizon, "schedule": self.rtc_schedule, "max_guidance": self.rtc_max_guidance}
+        given = {name: value for name, value in named.items() if value is not None}
+        if given and not self.rtc:
+            options = ", ".join(f"--rtc-{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{options}: goes with --rtc")
+        return kind(**given) if self.rtc else None
 
     def _latency(self, kind: Any) -> Any:
         if self.latency is None:

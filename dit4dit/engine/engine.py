@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dit4dit import ops
+from dit4dit.action_ode.epilogue import Guidance
 from dit4dit.action_ode.program import HeadChoice, OneLaunchHead, choose_head
 from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_encoder, fold_head, pack_matrices
@@ -189,6 +191,7 @@ class Engine:
         posterior: Tensor,
         latent: Tensor,
         action: Tensor,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """Normalised actions, float32 [B, K, A_model].
 
@@ -197,10 +200,11 @@ class Engine:
             packs: one per sample.
             state: encoded, padded state [B, 1, state_dim], or None for a request without a state token.
             posterior, latent, action: standard normal [B, z, 1, h, w], [B, z, T, h, w], [B, K, A_model].
+            guidance: as in `actions`.
         """
         self.warm_up()
         features = self.features(frame, stack(packs), posterior, latent)
-        return self.actions(features, state, action)
+        return self.actions(features, state, action, guidance)
 
     @torch.no_grad()
     def features(self, frame: Tensor, pack: PromptPack, posterior: Tensor, latent: Tensor) -> Tensor:
@@ -246,21 +250,32 @@ class Engine:
         return self._rotary[grid]
 
     @torch.no_grad()
-    def actions(self, features: Tensor, state: Tensor | None, noise: Tensor) -> Tensor:
-        """Features [B, S, D] and noise [B, K, A] -> normalised actions, float32 [B, K, A]."""
+    def actions(
+        self, features: Tensor, state: Tensor | None, noise: Tensor, guidance: Guidance | None = None
+    ) -> Tensor:
+        """Features [B, S, D] and noise [B, K, A] -> normalised actions, float32 [B, K, A].
+
+        guidance: keep to the left-over of the chunk before; weights [K] or [B, K]. BackendError: weights for each sample of a
+        batch with head="one_launch", whose kernel has one row of them.
+        """
         head, model = self.head, self.model.head
         assert model is not None
         dtype = head.decode_out.weight.dtype
         count = len([block for block in head.blocks if block.cross])
         context = head.context(features.to(dtype))
         if self.one_launch is not None:
-            return self._one_launch(self.one_launch, noise, context, state)
+            return self._one_launch(self.one_launch, noise, context, state, guidance)
         context = context.unflatten(-1, (2 * count, model.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
         prefix = self._state_token(state, dtype)
         x = noise.float()
         for step in range(self.steps):
             velocity = self._velocity(x.to(dtype), step, context, prefix)
-            x = ops.euler_step(x, velocity.float(), 1.0 / self.steps)
+            if guidance is None:
+                x = ops.euler_step(x, velocity.float(), 1.0 / self.steps)
+                continue
+            pull: dict[str, Any] = dict(previous=guidance.previous, weights=guidance.weights)
+            pull |= dict(t=1 - step / self.steps, max_guidance=guidance.max_guidance)
+            x = ops.euler_step(x, velocity.float(), 1.0 / self.steps, **pull)
         return x
 
     def _state_token(self, state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -268,11 +283,24 @@ class Engine:
         encoder = self.model.head.state_encoder if self.model.head is not None else None
         return None if encoder is None or state is None else encoder(state.to(dtype))
 
-    def _one_launch(self, head: OneLaunchHead, noise: Tensor, context: Tensor, state: Tensor | None) -> Tensor:
+    def _one_launch(
+        self,
+        head: OneLaunchHead,
+        noise: Tensor,
+        context: Tensor,
+        state: Tensor | None,
+        guidance: Guidance | None,
+    ) -> Tensor:
         token = self._state_token(state, context.dtype)
-        actions = ops.action_ode(
-            head, noise.float(), context, None if token is None else token[:, 0], backend=head.backend
-        )
+        prefix = None if token is None else token[:, 0]
+        if guidance is not None and guidance.weights.dim() == 2:
+            if len(guidance.weights) > 1:
+                raise BackendError(
+                    "guidance: head='one_launch' has one row of weights for a pass, got "
+                    f"{len(guidance.weights)}; give such requests one at a time, or use head='library'"
+                )
+            guidance = replace(guidance, weights=guidance.weights[0])
+        actions = ops.action_ode(head, noise.float(), context, prefix, guidance=guidance, backend=head.backend)
         if not head.capturing:  # whoever replays a graph reads the flag with the actions
             head.check()
         return actions

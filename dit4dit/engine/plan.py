@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit4dit import ops
+from dit4dit.action_ode import epilogue
 from dit4dit.engine.engine import Engine
 from dit4dit.engine.packs import PromptPack
 from dit4dit.engine.staging import Fields, Staging
+from dit4dit.guidance import Guidance
 from dit4dit.noise import STREAMS, Noise
 
 _WARM_UPS = 3  # before recording: kernels compiled, library handles and workspaces made
@@ -35,6 +37,8 @@ class RequestShape:
         resize: filter that brings it there ("cv2_area" or "bilinear").
         state: whether the requests have a state.
         text_length: tokens of an instruction's pack.
+        max_guidance: bound of the strength of guided requests; None for requests without guidance, whose plan knows nothing
+            of it.
     """
 
     batch: int
@@ -43,6 +47,7 @@ class RequestShape:
     resize: Literal["cv2_area", "bilinear"]
     state: bool
     text_length: int
+    max_guidance: float | None = None
 
     @property
     def frame(self) -> tuple[int, int]:
@@ -65,10 +70,12 @@ class Plan:
         if shape.state:
             assert head.state_dim is not None
             inputs["state"] = ((batch, 1, head.state_dim), torch.float32)
+        actions = (batch, head.action_horizon, head.action_dim)
+        if shape.max_guidance is not None:
+            inputs |= {"previous": (actions, torch.float32), "weights": (actions[:2], torch.float32)}
         self.inputs = Staging(inputs, device)
         self.draws = config.noise_shapes(*shape.frame)
         self.noise = Staging({name: ((batch, *draw), torch.float32) for name, draw in self.draws.items()}, device)
-        actions = (batch, head.action_horizon, head.action_dim)
         outputs: Fields = {"normalized": (actions, torch.float32)}
         if table is not None:
             outputs["actions"] = ((*actions[:2], table.shape[1]), torch.float32)
@@ -106,7 +113,9 @@ class Plan:
         views = [given[f"view{i}"] for i in range(len(self.shape.views))]
         frame = ops.preprocess(views, self.shape.size, self.shape.resize, self._pack.keys.dtype)
         features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"])
-        normalized = self.engine.actions(features, given.get("state"), noise["action"])
+        most = self.shape.max_guidance
+        guidance = None if most is None else epilogue.Guidance(given["previous"], given["weights"], most)
+        normalized = self.engine.actions(features, given.get("state"), noise["action"], guidance)
         self.outputs.device["normalized"].copy_(normalized)
         if self._table is not None:
             self.outputs.device["actions"].copy_(ops.unnormalize(normalized, self._table))
@@ -123,6 +132,7 @@ class Plan:
         state: NDArray[np.float32] | None,
         noise: Sequence[Noise],
         packs: Sequence[PromptPack],
+        guidance: Sequence[Guidance] = (),
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Normalised actions [B, K, A_model], and actions in robot units [B, K, A] where the plan has a table.
 
@@ -130,12 +140,17 @@ class Plan:
             pictures: uint8 [H, W, 3] per request and view, sizes as the plan's.
             state: encoded states [B, 1, state_dim], or None, as the plan's.
             noise, packs: one per request.
+            guidance: likewise where the plan's requests are guided, with the plan's bound; none otherwise.
         """
         for i, views in enumerate(pictures):
             for v, picture in enumerate(views):
                 self.inputs.host[f"view{v}"][i] = picture
         if state is not None:
             self.inputs.host["state"][:] = state
+        for i, one in enumerate(guidance):
+            self.inputs.host["previous"][i], self.inputs.host["weights"][i] = one.arrays(
+                self.engine.config.head.action_horizon
+            )
         drawn = self._stage_noise(noise)
         if self._stream is None or self._done is None:
             self._launch(packs, drawn)

@@ -3,7 +3,7 @@
 Every pass has exactly `batch` rows, empty ones filled with a copy of the first, so that it is always the same computation, and a
 request's result depends neither on who else is in the pass nor on how many players there are: the same bits. Another `batch` is
 another computation and may round differently (about 1e-6 in float32). That rows really are independent is checked before the
-first pass of each picture size.
+first pass of each picture size, guided ones (real-time chunking) by themselves: they are passes of their own.
 
 When to start a pass that is not full: with w requests there and a pass taking P seconds, waiting d seconds for one more pays if
 (w + 1) / (P + d) > w / P, that is if d < P / w. The next request is expected one usual time between answer and request after the
@@ -25,6 +25,7 @@ import numpy as np
 from dit4dit.embodiments import Embodiment
 from dit4dit.engine import MAX_BATCH
 from dit4dit.errors import ConfigError, OutputError
+from dit4dit.guidance import Guidance
 from dit4dit.types import ActionChunk, Noise, Observation
 
 log = logging.getLogger("dit4dit.evaluation")
@@ -37,10 +38,21 @@ class Predictor(Protocol):
     def embodiment(self) -> Embodiment: ...
 
     def infer_batch(
-        self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        *,
+        noise: Sequence[Noise] | None = None,
+        guidance: Sequence[Guidance | None] | None = None,
     ) -> list[ActionChunk]: ...
 
-    def warm_up(self, pictures: Mapping[str, tuple[int, int]] | None = None, *, batch: int = 1) -> None: ...
+    def warm_up(
+        self,
+        pictures: Mapping[str, tuple[int, int]] | None = None,
+        *,
+        batch: int = 1,
+        max_guidance: float | None = None,
+    ) -> None: ...
 
     def prepare(self, instruction: str) -> Future[None]: ...
 
@@ -60,13 +72,15 @@ class Question:
     observation: Observation
     instruction: str
     noise: Noise
+    guidance: Guidance | None = None
     player: int = field(default_factory=threading.get_ident)
     answer: Future[Answer] = field(default_factory=Future)
 
     @property
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Height and width of each view; the requests of one pass have the same."""
-        return {name: (p.shape[0], p.shape[1]) for name, p in self.observation.images.items()}
+    def kind(self) -> tuple[dict[str, tuple[int, int]], float | None]:
+        """Height and width of each view, and the guidance's bound, if any; the requests of one pass have the same."""
+        sizes = {name: (p.shape[0], p.shape[1]) for name, p in self.observation.images.items()}
+        return sizes, None if self.guidance is None else self.guidance.max_guidance
 
 
 class BatchedPolicy:
@@ -88,12 +102,12 @@ class BatchedPolicy:
         self._away: dict[int, float] = {}  # player -> when its last question was answered
         self._usual_away = 0.0
         self._usual_pass = 0.0
-        self._warm: list[dict[str, tuple[int, int]]] = []
+        self._warm: list[tuple[dict[str, tuple[int, int]], float | None]] = []
         self._closed: BaseException | None = None
 
-    def ask(self, observation: Observation, instruction: str, noise: Noise) -> Answer:
+    def ask(self, observation: Observation, instruction: str, noise: Noise, guidance: Guidance | None = None) -> Answer:
         """The chunk; waits for it. Raises what the policy raised, or what `close` was given."""
-        question = Question(observation, instruction, noise)
+        question = Question(observation, instruction, noise, guidance)
         with self._changed:
             if self._closed is not None:
                 raise self._closed
@@ -128,7 +142,7 @@ class BatchedPolicy:
                 if until():
                     return
                 self._wait_for_more(until)
-                chosen = [q for q in self._waiting if q.sizes == self._waiting[0].sizes][: self._batch]
+                chosen = [q for q in self._waiting if q.kind == self._waiting[0].kind][: self._batch]
                 self._waiting = [q for q in self._waiting if q not in chosen]
             if chosen:
                 self._run(chosen)
@@ -179,15 +193,19 @@ class BatchedPolicy:
     def _infer(self, questions: list[Question]) -> list[ActionChunk]:
         padded = questions + questions[:1] * (self._batch - len(questions))
         chunks = self._policy.infer_batch(
-            [q.observation for q in padded], [q.instruction for q in padded], noise=[q.noise for q in padded]
+            [q.observation for q in padded],
+            [q.instruction for q in padded],
+            noise=[q.noise for q in padded],
+            guidance=[q.guidance for q in padded],
         )
         return chunks[: len(questions)]
 
     def _check_rows(self, question: Question) -> None:
-        """Before the first pass with pictures of these sizes: warm up, and see whether each row gives the same bits."""
-        if question.sizes in self._warm:
+        """Before the first pass of this kind: warm up, and see whether each row gives the same bits."""
+        sizes, most = question.kind
+        if question.kind in self._warm:
             return
-        self._policy.warm_up(question.sizes, batch=self._batch)
+        self._policy.warm_up(sizes, batch=self._batch, max_guidance=most)
         rows: list[Any] = [chunk.normalized for chunk in self._infer([question] * self._batch)]
         same = all(np.array_equal(rows[0], row) for row in rows)
         if not same:
@@ -198,7 +216,7 @@ class BatchedPolicy:
                 max(float(np.abs(rows[0] - row).max()) for row in rows),
             )
         self.independent = same and self.independent is not False
-        self._warm.append(question.sizes)
+        self._warm.append(question.kind)
 
 
 def _recent(mean: float, value: float) -> float:

@@ -16,6 +16,15 @@ With a latency of x ms the chunk comes d = ceil(x / control period) steps late, 
 The first chunk of an episode has no latency: a robot does not set off before it has one. x is a number of ms, or for each chunk
 the time that its pass through the policy took on this machine, which makes the episode depend on the machine.
 
+Real-time chunking (`RealTime`) asks for each chunk but the first with a `Guidance`: the new chunk is to go on from the one
+that is being executed. The left-over is the newest chunk, as the model wrote it, from the row meant for the step that is
+asked at: row i of both is for the same step. Its delay is d, the rows that will have been executed before the new chunk takes
+over: 0 without latency; ceil(x / control period) for a latency given; for a measured one the most that a chunk of this
+episode has taken so far, the first not counted (it has the warm-up in it), 0 while there is none. What is executed is what is
+said above: without latency E rows of each chunk, with a latency `continue`. It needs E < K, or nothing is left; with `hold`
+no old row is executed while the new chunk is computed, and with ensembling the rows that are executed are no chunk's, so
+neither goes with it. A chunk that is asked for when nothing is left has no guidance.
+
 Ensembling averages what the last h chunks say for a step (those that reach that far), weighted by exp(alpha * cosine) of each
 prediction and the newest one, normalised. Where chunks do not overlap (E = K) it changes nothing.
 """
@@ -30,7 +39,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import ConfigError
+from dit4dit.errors import ConfigError, InputError
+from dit4dit.guidance import MAX_GUIDANCE, Guidance, Schedule, check_strength
 
 Row = NDArray[np.float32]
 Waiting = Literal["hold", "continue"]
@@ -66,26 +76,62 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class RealTime:
+    """Real-time chunking: horizon, schedule and max_guidance as `Guidance` has them; a delay beyond the horizon counts as it."""
+
+    horizon: int | None = None
+    schedule: Schedule = "linear"
+    max_guidance: float = MAX_GUIDANCE
+
+    def __post_init__(self) -> None:
+        if self.horizon is not None and self.horizon < 1:
+            raise ConfigError(f"rtc: horizon: expected at least 1, got {self.horizon}")
+        try:
+            check_strength("rtc", self.schedule, self.max_guidance)
+        except InputError as error:
+            raise ConfigError(str(error)) from None
+
+    def guidance(self, previous: Row, delay: int) -> Guidance:
+        """For a left-over [n, A], n >= 1, of which `delay` rows will be executed if there are so many."""
+        longest = len(previous) if self.horizon is None else min(self.horizon, len(previous))
+        return Guidance(previous, min(delay, longest), longest, self.schedule, self.max_guidance)
+
+
+@dataclass(frozen=True)
 class Execution:
-    """execute: rows of each chunk that are executed, all where None; ensemble, latency: none where None."""
+    """execute: rows of each chunk that are executed, all where None; ensemble, latency, rtc: none where None."""
 
     execute: int | None = None
     ensemble: Ensemble | None = None
     latency: Latency | None = None
+    rtc: RealTime | None = None
+
+    def __post_init__(self) -> None:
+        if self.rtc is not None and self.ensemble is not None:
+            raise ConfigError("rtc and ensemble: give one of them; an average of chunks is no chunk to go on from")
+        if self.rtc is not None and self.latency is not None and self.latency.waiting == "hold":
+            raise ConfigError("rtc: the robot goes on with the chunk before; give --while-waiting continue")
 
     def check(self, horizon: int) -> None:
         """ConfigError unless a chunk has as many rows."""
         if self.execute is not None and not 1 <= self.execute <= horizon:
             raise ConfigError(f"execute: expected 1 to {horizon}, the rows of a chunk, got {self.execute}")
+        if self.rtc is not None and (self.execute or horizon) == horizon:
+            raise ConfigError(
+                f"rtc: expected --execute below {horizon}, the rows of a chunk, or none is left to go on from"
+            )
+        if self.rtc is not None and (self.rtc.horizon or 1) > horizon:
+            raise ConfigError(f"rtc: horizon: expected 1 to {horizon}, the rows of a chunk, got {self.rtc.horizon}")
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """rows [K, A] for the steps from `start` on, to be used from step `usable` on."""
+    """rows [K, A] for the steps from `start` on, to be used from step `usable` on; normalized: as the model wrote them."""
 
     rows: Row
     start: int
     usable: int
+    normalized: Row | None
 
 
 class Executor:
@@ -110,8 +156,23 @@ class Executor:
         """Whether a chunk is to be asked for now, before the next step."""
         return self.steps >= self._due
 
-    def take(self, rows: Row, seconds: float) -> None:
-        """The chunk [K, A] for the observation of this moment, whose pass took `seconds`."""
+    def guidance(self) -> Guidance | None:
+        """What the chunk for the observation of this moment is to keep to; None where there is nothing."""
+        rtc, latency = self._execution.rtc, self._execution.latency
+        if rtc is None or not self._chunks:
+            return None
+        newest = self._chunks[-1]
+        assert newest.normalized is not None  # whoever plays with rtc gives them to `take`
+        left = newest.normalized[self.steps - newest.start :]
+        if not len(left):
+            return None
+        delay = max(self.delays[1:], default=0)  # 0 without latency
+        if latency is not None and latency.ms is not None:
+            delay = latency.steps(0.0, self._rate)
+        return rtc.guidance(left, delay)
+
+    def take(self, rows: Row, seconds: float, normalized: Row | None = None) -> None:
+        """The chunk [K, A] for the observation of this moment, whose pass took `seconds`; `normalized` [K, A_model] for rtc."""
         now, latency = self.steps, self._execution.latency
         execute = self._execution.execute or len(rows)
         late = 0 if latency is None or not self._chunks else latency.steps(seconds, self._rate)
@@ -119,7 +180,7 @@ class Executor:
         waits = latency is not None and latency.waiting == "hold"
         if waits:
             self._held_until = now + late
-        self._chunks.append(_Chunk(rows, now + late if waits else now, now + late))
+        self._chunks.append(_Chunk(rows, now + late if waits else now, now + late, normalized))
         self._due = now + (late + execute if waits else max(late, execute))
         keep = 1 if self._execution.ensemble is None else self._execution.ensemble.history
         self._chunks = self._chunks[-keep - 1 :]  # and the one that goes on until the newest is usable

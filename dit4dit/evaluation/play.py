@@ -120,11 +120,12 @@ class Play:
         if not executor.due:
             return
         seen, start = policy.embodiment.observe(observation), time.monotonic()
-        answer = server.ask(seen, instruction, Noise.from_seed(self.episode.noise_seed, self._facts["chunks"]))
+        noise = Noise.from_seed(self.episode.noise_seed, self._facts["chunks"])
+        answer = server.ask(seen, instruction, noise, executor.guidance())
         self.took["answer_ms"].append(1e3 * (time.monotonic() - start))
         self.took["chunk_ms"].append(1e3 * answer.seconds)
         self._facts["chunks"] += 1
-        executor.take(answer.chunk.actions, answer.seconds)
+        executor.take(answer.chunk.actions, answer.seconds, answer.chunk.normalized)
 
     def record(self, error: SimulatorError | OutputError | None) -> Record:
         """What came of it, but for what the whole run has in common."""

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dit4dit.action_ode.epilogue import Guidance
 from dit4dit.config import HeadConfig
 from dit4dit.model import flow
+from dit4dit.ops.euler_step import guided
 
 
 def sinusoid(t: Tensor, width: int, *, cos_first: bool, denominator: float) -> Tensor:
@@ -234,10 +236,28 @@ class ActionHead(nn.Module):
         out = self.model(tokens, t, context)[:, -x.shape[1] :]
         return self.action_decoder(out)
 
-    def sample(self, noise: Tensor, context: Tensor, state: Tensor | None, steps: int | None = None) -> Tensor:
-        """Noise [B, K, A] -> normalised actions [B, K, A] in `steps` Euler steps (default: the configuration's)."""
+    def sample(
+        self,
+        noise: Tensor,
+        context: Tensor,
+        state: Tensor | None,
+        steps: int | None = None,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
+        """Noise [B, K, A] -> normalised actions [B, K, A] in `steps` Euler steps (default: the configuration's).
+
+        guidance: keep to the left-over of the chunk before; weights [K] or [B, K].
+        """
         count = self.config.num_inference_timesteps if steps is None else steps
-        return flow.integrate(partial(self._velocity_at, context=context, state=state), noise, count)
+        velocity = partial(self._velocity_at, context=context, state=state)
+        if guidance is None:
+            return flow.integrate(velocity, noise, count)
+
+        def pulled(x: Tensor, t: float) -> Tensor:
+            v = guided(x.float(), velocity(x, t).float(), t, guidance.previous, guidance.weights, guidance.max_guidance)
+            return v.to(x.dtype)
+
+        return flow.integrate(pulled, noise, count)
 
     def _velocity_at(self, x: Tensor, t: float, *, context: Tensor, state: Tensor | None) -> Tensor:
         index = flow.bucket(t, self.config.num_timestep_buckets)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dit4dit.action_ode.epilogue import Guidance
 from dit4dit.config import ModelConfig
 from dit4dit.model import flow
 from dit4dit.model.action_head import ActionHead
@@ -138,6 +139,7 @@ class DiT4DiT(nn.Module):
         latent: Tensor,
         action: Tensor,
         steps: int | None = None,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """Normalised actions, float32 [B, K, A_model], from the head's dtype up (paper, algorithm 1).
 
@@ -147,12 +149,13 @@ class DiT4DiT(nn.Module):
             state: encoded, padded state [B, 1, state_dim], or None for a model without a state token.
             posterior, latent, action: standard normal [B, z, 1, h, w], [B, z, T, h, w], [B, K, A_model].
             steps: Euler steps; the configuration's number when None.
+            guidance: keep to the left-over of the chunk before; weights [K] or [B, K].
         """
         head = self._head()
         dtype = head.action_decoder.layer2.weight.dtype
         features = self.features(frame, context, posterior, latent).to(dtype)
         state = None if state is None else state.to(dtype)
-        return head.sample(action.to(dtype), features, state, steps).float()
+        return head.sample(action.to(dtype), features, state, steps, guidance).float()
 
     def loss(self, batch: Batch, draws: Draws) -> Losses:
         """The training loss of `batch` with the given random draws (paper, section 3.3).

@@ -33,9 +33,14 @@ def reference(
 ) -> Tensor:
     """The definition: see `euler_step` for the arguments and the result."""
     if previous is not None and weights is not None and t is not None and max_guidance is not None:
-        data = x - t * velocity  # where the velocity points
-        velocity = velocity - guidance(t, max_guidance) * weights[:, None] * (previous - data)
+        velocity = guided(x, velocity, t, previous, weights, max_guidance)
     return x - dt * velocity
+
+
+def guided(x: Tensor, velocity: Tensor, t: float, previous: Tensor, weights: Tensor, max_guidance: float) -> Tensor:
+    """The velocity that keeps to `previous`: arguments as `euler_step` has them."""
+    data = x - t * velocity  # where the velocity points
+    return velocity - guidance(t, max_guidance) * weights[..., None] * (previous - data)
 
 
 def guidance(t: float, max_guidance: float) -> float:
@@ -88,14 +93,15 @@ def euler_step(
 
     x, velocity: float32 [B, K, A]; dt: length of the step, above 0 (velocity = noise - data, t falls from 1 to 0).
     previous: what is left of the chunk before, normalised as x is, shifted so that its first step is x's, [B, K, A].
-    weights: float32 [K] from `prefix_weights`. t: time before the step. max_guidance: bound of g. All four or none.
+    weights: float32 [K] from `prefix_weights`, or [B, K], a row for each sample. t: time before the step.
+    max_guidance: bound of g. All four or none.
     backend: "triton" or "torch"; None chooses.
 
     Returns [B, K, A], a new tensor.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
     Shapes("euler_step").of("x", x, "B K A").of("velocity", velocity, "B K A").of("previous", previous, "B K A").of(
-        "weights", weights, "K"
+        "weights", weights, "B K" if weights is not None and weights.dim() == 2 else "K"
     )
     floating("euler_step", x=x, velocity=velocity, previous=previous, weights=weights)
     given = [value is not None for value in (t, previous, weights, max_guidance)]
@@ -111,11 +117,11 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     tile = tiles.lookup("euler_step", architecture)
     out = torch.empty_like(x)
     strength = 0.0 if t is None or max_guidance is None else guidance(t, max_guidance)
-    _, horizon, actions = x.shape
+    rows = x.shape[1] if weights is None else weights.numel()  # a sample's, or the whole batch's
     arguments: dict[str, Any] = dict(
         x=x, velocity=velocity, previous=previous, weights=weights, out=out, count=x.numel()
     )
-    arguments |= dict(horizon=horizon, actions=actions, dt=float(dt), t=float(t or 0.0), strength=float(strength))
+    arguments |= dict(rows=rows, actions=x.shape[2], dt=float(dt), t=float(t or 0.0), strength=float(strength))
     return [Launch("euler_step", (launch.blocks(x.numel(), tile["BLOCK"]),), arguments, {}, tile)], out
 
 

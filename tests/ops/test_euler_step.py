@@ -16,10 +16,13 @@ GENERATOR = torch.Generator().manual_seed(0)
 X, V, PREVIOUS = (torch.randn(3, 16, 7, generator=GENERATOR) for _ in range(3))
 
 
-@pytest.mark.parametrize("guided", [False, True])
+ROWS = torch.stack([prefix_weights("exp", 3, 11, 16), torch.zeros(16), prefix_weights("linear", 0, 5, 16)])
+
+
+@pytest.mark.parametrize("weights", [None, ROWS[0], ROWS], ids=["plain", "guided", "rows"])
 @pytest.mark.parametrize("t", [1.0, 0.75, 0.25])
-def test_triton(triton_op, t, guided):
-    rest = (t, PREVIOUS, prefix_weights("exp", 3, 11, 16), 5.0) if guided else (None,) * 4
+def test_triton(triton_op, t, weights):
+    rest = (None,) * 4 if weights is None else (t, PREVIOUS, weights, 5.0)
 
     def run(x, velocity, dt, t, previous, weights, most):
         return triton_op("euler_step", x, velocity, dt, t=t, previous=previous, weights=weights, max_guidance=most)
@@ -36,6 +39,16 @@ def test_guidance_as_published(t):
     got = euler_step(X, V, 0.25, t=t, previous=PREVIOUS, weights=weights, max_guidance=most)
     torch.testing.assert_close(got, X - 0.25 * v, rtol=1e-6, atol=1e-6)
     assert guidance(t, most) == pytest.approx(g)
+
+
+@pytest.mark.parametrize("t", [1.0, 0.5])
+def test_each_sample_has_its_own_weights(t):
+    got = euler_step(X, V, 0.25, t=t, previous=PREVIOUS, weights=ROWS, max_guidance=5.0)
+    for b in range(3):
+        x, v, previous = (y[b : b + 1] for y in (X, V, PREVIOUS))
+        alone = euler_step(x, v, 0.25, t=t, previous=previous, weights=ROWS[b], max_guidance=5.0)
+        assert torch.equal(got[b], alone[0])
+    assert torch.equal(got[1], euler_step(X, V, 0.25)[1])  # no weight, no trace
 
 
 def test_guidance_pulls_towards_the_left_over_and_leaves_the_rest():
@@ -82,3 +95,5 @@ def test_refuses_what_does_not_fit():
         euler_step(X, V, 0.25, previous=PREVIOUS)
     with pytest.raises(InputError, match=r"weights: expected \[K\] = \[16\], got \[15\]"):
         euler_step(X, V, 0.25, t=1.0, previous=PREVIOUS, weights=torch.ones(15), max_guidance=1.0)
+    with pytest.raises(InputError, match=r"weights: expected \[B, K\] = \[3, 16\], got \[2, 16\]"):
+        euler_step(X, V, 0.25, t=1.0, previous=PREVIOUS, weights=torch.ones(2, 16), max_guidance=1.0)
