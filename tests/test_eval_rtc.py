@@ -11,8 +11,8 @@ import pytest
 from eval_standin import StandIn, make_plan, play, untimed
 
 from dit4dit import Guidance, Noise, Policy
-from dit4dit.commands.demo import make_checkpoint
 from dit4dit.commands.eval_run import RunOptions
+from dit4dit.envs import tabletop_policy_dir
 from dit4dit.envs.tabletop import TEST_SEEDS_FROM, TabletopEnv
 from dit4dit.errors import ConfigError, InputError
 from dit4dit.evaluation.execution import Ensemble, Execution, Executor, Latency, RealTime
@@ -21,10 +21,8 @@ K = 8
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tabletop") / "checkpoint"
-    make_checkpoint(folder, seed=0)
-    return folder
+def checkpoint() -> Path:
+    return tabletop_policy_dir()
 
 
 def asked(execution: Execution, chunks: int, seconds: list[float] | None = None) -> tuple[list[Guidance | None], list]:

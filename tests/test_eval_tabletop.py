@@ -11,7 +11,7 @@ import torch
 
 from dit4dit import Policy
 from dit4dit.cli import main
-from dit4dit.commands.demo import make_checkpoint
+from dit4dit.envs import tabletop_policy_dir
 from dit4dit.envs.tabletop import TEST_SEEDS_FROM, layout
 from dit4dit.errors import ConfigError
 from dit4dit.evaluation import identity, tabletop
@@ -21,10 +21,8 @@ from dit4dit.model.own_format import to_own
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tabletop") / "checkpoint"
-    make_checkpoint(folder, seed=0)
-    return folder
+def checkpoint() -> Path:
+    return tabletop_policy_dir()
 
 
 def command(*words: Path | str | int) -> int:
@@ -79,6 +77,7 @@ def test_options_reach_the_episodes(checkpoint: Path, tmp_path: Path) -> None:
         "execute": 3,
         "ensemble": {"alpha": 0.5, "history": 2},
         "latency": {"ms": 150.0, "waiting": "continue"},
+        "rtc": None,
     }
     assert command(*words, "--out", tmp_path / "b", "--latency", "measured", "--paraphrase", "None") == 0
     assert Run.open(tmp_path / "b").config["execution"]["latency"]["ms"] is None

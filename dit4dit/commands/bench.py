@@ -280,7 +280,7 @@ def rollout(
     min(workers, cores) of one worker's.
 
     Args:
-        checkpoint: a tabletop policy; one with random weights when not given.
+        checkpoint: a tabletop policy; the package's own when not given.
         workers: numbers of simulators.
         batch: rows of each pass.
         episodes: of each worker in each round, after its first.
@@ -288,22 +288,18 @@ def rollout(
         device: auto, cpu, cuda or cuda:N.
         json: also write every number to this file.
     """
-    import tempfile
-
     from tqdm import tqdm
 
     from dit4dit.benchmarks import rollout as module  # type: ignore[import-not-found, unused-ignore]
-    from dit4dit.commands.demo import make_checkpoint
     from dit4dit.commands.report import table
+    from dit4dit.envs import tabletop_policy_dir
     from dit4dit.policy import Policy
 
     for name, value in (("workers", min(workers, default=0)), ("episodes", episodes), ("rounds", rounds)):
         if value < 1:
             raise InputError(f"--{name}: expected at least 1, got {value}")
-    with tempfile.TemporaryDirectory() as scratch, tqdm(unit="episode", desc="rollout", disable=None) as bar:
-        if checkpoint is None:
-            checkpoint = Path(scratch) / "checkpoint"
-            make_checkpoint(checkpoint, seed=0)
+    checkpoint = checkpoint or tabletop_policy_dir()
+    with tqdm(unit="episode", desc="rollout", disable=None) as bar:
         policy = Policy.from_pretrained(checkpoint, device=device)
         sizes: dict[str, Any] = {"workers": workers, "batch": batch, "episodes": episodes, "rounds": rounds}
         result = module.measure(policy, checkpoint, **sizes, on_episode=bar.update)
