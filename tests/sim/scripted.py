@@ -20,7 +20,7 @@ class Scripted:
     def __init__(self, embodiment):
         self.embodiment = embodiment
 
-    def warm_up(self, pictures=None, *, batch=1):
+    def warm_up(self, pictures=None, *, batch=1, max_guidance=None):
         pass
 
     def prepare(self, instruction):
@@ -28,7 +28,7 @@ class Scripted:
         done.set_result(None)
         return done
 
-    def infer_batch(self, observations, instructions, *, noise=None):
+    def infer_batch(self, observations, instructions, *, noise=None, guidance=None):
         asked = zip(observations, noise, strict=True)
         return [self.chunk(np.asarray(self.act(o, n.seed, n.chunk), np.float32), n) for o, n in asked]
 

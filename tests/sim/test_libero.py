@@ -48,8 +48,8 @@ class Listening:
         self.warm_up, self.prepare = policy.warm_up, policy.prepare
         self.asked, self.answered = [], []
 
-    def infer_batch(self, observations, instructions, *, noise=None):
-        chunks = self._policy.infer_batch(observations, instructions, noise=noise)
+    def infer_batch(self, observations, instructions, *, noise=None, guidance=None):
+        chunks = self._policy.infer_batch(observations, instructions, noise=noise, guidance=guidance)
         self.asked += observations
         self.answered += chunks
         return chunks
