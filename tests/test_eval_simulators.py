@@ -98,6 +98,9 @@ def test_an_environment_that_is_not_set_up_says_how(tmp_path, monkeypatch) -> No
     assert launch.variables["MUJOCO_GL"] == launch.variables["PYOPENGL_PLATFORM"] == "osmesa"
     assert launch.variables["LIBERO_CONFIG_PATH"] == str(tmp_path / "there" / "libero")
     assert launch.variables["A"] == "b"
+    (tmp_path / "there" / STAMP).write_text("{")
+    with pytest.raises(ConfigError, match="no libero environment"):
+        Simulator.at("libero", tmp_path / "there").launch("egl")
 
 
 def test_graphics_are_chosen_or_taken_from_the_environment(monkeypatch) -> None:
