@@ -132,6 +132,14 @@ def test_episodes_of_other_seeds_are_not_paired(runs: list[Path], tmp_path: Path
     assert "no finished episode in common" in (tmp_path / "report.html").read_text()
 
 
+def test_runs_of_other_worlds_are_told_to_be(runs: list[Path], tmp_path: Path) -> None:
+    (found,) = report.write(runs, tmp_path)["comparisons"]
+    assert found["other_worlds"]["plan.options.goal"] == (0.3, 1.0)
+    assert (
+        "Not the same episodes: plan.options.goal is 0.3 in easy, 1.0 in hard" in (tmp_path / "report.html").read_text()
+    )
+
+
 def test_published_results_stand_beside_the_same_suites(tmp_path: Path) -> None:
     plan = make_plan(8, tasks=4, goal=0.3)
     suites = list(published.LIBERO)

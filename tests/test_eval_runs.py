@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from eval_standin import make_plan, play, untimed
 
 from dit4dit.cli import main
-from dit4dit.errors import ConfigError, DataError
+from dit4dit.errors import ConfigError, DataError, InputError
 from dit4dit.evaluation import runs
+from dit4dit.evaluation.execution import Execution
 from dit4dit.evaluation.runs import Book, Run, merge
+from dit4dit.evaluation.video import Video
 
 CONFIG = {
     "plan": {"seed": 1},
@@ -66,6 +72,37 @@ def test_a_damaged_line_is_named(folder: Path) -> None:
     file.write_text("{}\n" + file.read_text())
     with pytest.raises(DataError, match=r"episodes.jsonl:1: expected an episode's JSON object"):
         Run.open(folder)
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond `size` bytes, as if the disk were full then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_the_record_that_did_not_fit_and_is_said(folder: Path) -> None:
+    book = Book(folder, CONFIG, resume=True)
+    before = (folder / "episodes.jsonl").read_bytes()
+    with room_for(len(before) + 20), pytest.raises(InputError, match=r"episodes\.jsonl: cannot be written .*--resume"):
+        book.add(record(2))
+    assert (folder / "episodes.jsonl").read_bytes() == before
+    assert not book.finished(("s", "t", 2))
+    book.add(record(3))  # of another player, after there is room again
+    book.close()
+    assert [r["trial"] for r in Run.open(folder).records] == [0, 1, 3]
+
+
+def test_a_video_on_a_full_disk_is_said_once(tmp_path: Path) -> None:
+    video = Video(tmp_path / "v.mp4", 10.0)
+    pictures = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), np.uint8)
+    with room_for(2000), pytest.raises(InputError, match=r"v\.mp4: the video cannot be written"):
+        any(video.add(picture) for picture in pictures)
+    video.close(None)  # as the loop does with what it drops
 
 
 def test_errors_are_replaced_by_what_comes_later(folder: Path) -> None:
@@ -127,10 +164,10 @@ def test_shards_merge_into_the_run_that_one_process_would_have_made(tmp_path: Pa
     assert all((tmp_path / "merged" / r["video"]).is_file() for r in merged.records)
     with pytest.raises(ConfigError, match="expected the shards 1/3, 2/3, 3/3; got 1/3, 1/3"):
         merge([tmp_path / name for name in "11"], tmp_path / "other")
-    with pytest.raises(ConfigError, match="has a run already"):
+    with pytest.raises(ConfigError, match=r"merge: .* has a run already; give a new folder"):
         merge([tmp_path / name for name in "123"], tmp_path / "merged")
     play(tmp_path / "4", make_plan(7, goal=0.5).part("1/3"))
-    with pytest.raises(ConfigError, match=r"plan\.options\.goal"):
+    with pytest.raises(ConfigError, match=r"merge: .*plan\.options\.goal"):
         merge([tmp_path / name for name in "423"], tmp_path / "other")
 
 
@@ -153,7 +190,15 @@ def test_compare_and_merge_commands(tmp_path: Path, capsys: pytest.CaptureFixtur
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["only_first"] == only_a
     assert found["difference"] < 0
-    assert "6 episodes in both" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "6 episodes in both" in told
+    assert "not the same episodes: plan.options.goal is 0.1 in" in told
+    assert found["other_worlds"] == {"plan.options.goal": [0.1, 0.5]}
+    play(tmp_path / "fewer", make_plan(6, goal=0.1).part("1/2"), execution=Execution(execute=3))
+    assert command("compare", tmp_path / "a", tmp_path / "fewer") == 0
+    told = capsys.readouterr().out
+    assert "3 episodes in both" in told
+    assert "not the same" not in told
     assert command("compare", tmp_path / "a", tmp_path / "nothing") == 2
     for i in (1, 2):
         play(tmp_path / f"s{i}", make_plan(4).part(f"{i}/2"))

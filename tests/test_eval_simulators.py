@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dit4dit import cli
+from dit4dit.cli import main
 from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation import gr1, libero, simulator_setup, simulators
 from dit4dit.evaluation.simulators import LOCKS, STAMP, Simulator
@@ -97,6 +98,9 @@ def test_an_environment_that_is_not_set_up_says_how(tmp_path, monkeypatch) -> No
     assert launch.variables["MUJOCO_GL"] == launch.variables["PYOPENGL_PLATFORM"] == "osmesa"
     assert launch.variables["LIBERO_CONFIG_PATH"] == str(tmp_path / "there" / "libero")
     assert launch.variables["A"] == "b"
+    (tmp_path / "there" / STAMP).write_text("{")
+    with pytest.raises(ConfigError, match="no libero environment"):
+        Simulator.at("libero", tmp_path / "there").launch("egl")
 
 
 def test_graphics_are_chosen_or_taken_from_the_environment(monkeypatch) -> None:
@@ -215,3 +219,23 @@ def test_commands_refuse_what_does_not_go_together(tmp_path, capsys) -> None:
             cli.main(["eval", *words])
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_simulator_that_does_not_start_says_why_and_where(tmp_path, golden_dir, capsys) -> None:
+    python = fake_environment(tmp_path / "sim").python
+    python.unlink()
+    python.write_text("#!/bin/sh\necho no driver\nexit 3\n")
+    python.chmod(0o755)
+    words = ["eval", "libero", "--checkpoint", str(golden_dir / "libero_tiny"), "--path", str(tmp_path / "sim")]
+    words += ["--suite", "libero_goal", "--tasks", "0", "--trials", "1", "--retries", "0", "--device", "cpu"]
+    for more, code in ((["--check-only"], 2), (["--conventions", "off"], 1)):
+        with pytest.raises(SystemExit) as end:
+            main([*words, "--out", str(tmp_path / "run"), *more])
+        assert end.value.code == code
+    found = capsys.readouterr()
+    log = tmp_path / "run" / "logs"
+    why = "start: the simulator's process ended (exit code 3)"
+    assert f"{why}; what the simulator printed is in {log / 'conventions.log'}" in found.err
+    assert f"1 of them: {why}" in found.out
+    assert str(log) in found.out
+    assert (log / "conventions.log").read_text() == (log / "worker-0.log").read_text() == "no driver\n"

@@ -100,6 +100,22 @@ def test_clients_share_passes_and_never_wait_alone() -> None:
             assert ask(alone, {"value": 3})["server_timing"]["queue_ms"] < 900
 
 
+def test_what_cannot_share_a_pass_gets_the_next_one() -> None:
+    """Also while another client is connected and says nothing, for which each pass waits its window."""
+    with running(batch_window_ms=20) as server, server.raw() as a, server.raw() as b, server.raw() as idle:
+        for connection in (a, b, idle):
+            connection.recv(timeout=WAIT)
+        server.backend.gate.clear()
+        idle.send(wire.pack({"value": 0}))
+        server.backend.wait_for_pass()
+        for connection, key in ((a, "small picture"), (b, "large picture")):
+            connection.send(wire.pack({"value": 1, "key": key}))
+        eventually(lambda: json.loads(server.health()[2])["queued"] == 2)
+        server.backend.gate.set()
+        assert all(wire.unpack(connection.recv(timeout=10.0))["ok"] for connection in (idle, a, b))
+        assert sorted(map(len, server.backend.passes)) == [1, 1, 1]
+
+
 def test_a_running_chunk_holds_up_no_ping_and_no_health() -> None:
     backend = StandIn()
     with running(backend) as server, ThreadPoolExecutor(1) as pool, server.raw() as slow, server.raw() as quick:

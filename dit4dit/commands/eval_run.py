@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,11 @@ def run(
         say(table(["suite", "task", f"{second} [95 % interval]", "errors"], rows(other), right=(3,)))
     say(f"wrote {run_options.out}; dit4dit eval report {run_options.out} makes a page of it")
     if summary.all_errors:
+        messages = Counter(record["error"]["message"] for record in Run.open(run_options.out).errors)
+        (most, count), *others = messages.most_common()
         say(
-            f"{summary.all_errors} episodes ended in an error, which says nothing about the policy: --resume tries them again"
+            f"{summary.all_errors} episodes ended in an error, which says nothing about the policy: --resume tries them again. "
+            f"{count} of them: {most}" + f"; and {len(others)} other messages" * bool(others) + "\n"
+            f"tracebacks are in {run_options.out / 'episodes.jsonl'}, what simulators printed in {run_options.out / 'logs'}"
         )
     return 1 if summary.all_errors else 0

@@ -11,7 +11,7 @@ import tyro
 from dit4dit.commands import eval_run
 from dit4dit.commands.report import table
 from dit4dit.commands.shell import say
-from dit4dit.errors import ConfigError
+from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation import gr1 as gr1_benchmark
 from dit4dit.evaluation import libero as libero_benchmark
 from dit4dit.evaluation.plan import Plan
@@ -148,7 +148,11 @@ def examine(
     check_robot(policy, plan)
     raw = open_checkpoint(policy_options.checkpoint, policy_options.backbone).statistics
     statistics = stats.parse(raw, policy.codec.tag, f"statistics of {policy_options.checkpoint}")
-    findings = conventions.examine(policy, plan, statistics, out, data_fps=simulator.data_fps)
+    try:
+        findings = conventions.examine(policy, plan, statistics, out, data_fps=simulator.data_fps)
+    except SimulatorError as error:
+        log = out / "logs" / "conventions.log"
+        raise SimulatorError(f"{error}; what the simulator printed is in {log}", error.traceback) from None
     say(table(["convention", "verdict", ""], [[f.name, f.verdict, f.text] for f in findings]))
     say(f"what the policy sees: {out / 'policy_input.png'}")
     wrong = conventions.contradictions(findings)

@@ -122,6 +122,7 @@ def compare(
 
     from dit4dit.evaluation import statistics
     from dit4dit.evaluation.runs import Run as RunFolder
+    from dit4dit.evaluation.runs import other_worlds
 
     a, b = RunFolder.open(first), RunFolder.open(second)
     found = statistics.compare(a.outcomes, b.outcomes, confidence)
@@ -134,9 +135,13 @@ def compare(
         f"difference {100 * found.difference:+.1f} points, {100 * confidence:g} % interval [{low:+.1f}, {high:+.1f}]; "
         f"McNemar (exact) p = {found.p_value:.3g}",
     ]
-    finish(
-        "\n".join(lines), {"first": str(first), "second": str(second), "confidence": confidence, **asdict(found)}, json
-    )
+    other = other_worlds(a, b)
+    lines += [
+        f"not the same episodes: {key} is {mine!r} in {first}, {theirs!r} in {second}"
+        for key, (mine, theirs) in other.items()
+    ]
+    names = {"first": str(first), "second": str(second), "confidence": confidence}
+    finish("\n".join(lines), {**names, **asdict(found), "other_worlds": other}, json)
     return 0
 
 

@@ -14,7 +14,7 @@ from dit4dit.commands.report import write_json
 from dit4dit.errors import InputError
 from dit4dit.evaluation import published
 from dit4dit.evaluation.report_page import page
-from dit4dit.evaluation.runs import Run
+from dit4dit.evaluation.runs import Run, other_worlds
 from dit4dit.evaluation.statistics import compare
 from dit4dit.evaluation.summary import Summary, summarise
 
@@ -86,7 +86,8 @@ def comparisons(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any
             mine, theirs = ({k: v for k, v in one.items() if suite in (None, k[0])} for one in (a, b))
             found = compare(mine, theirs)
             if found is not None:
-                out.append({"first": names[i], "second": names[j], "suite": suite, **asdict(found)})
+                pair = {"first": names[i], "second": names[j], "suite": suite}
+                out.append({**pair, **asdict(found), "other_worlds": other_worlds(first, second)})
     return out
 
 

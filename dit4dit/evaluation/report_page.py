@@ -178,7 +178,13 @@ def _comparisons(found: Sequence[Mapping[str, Any]], runs: int) -> str:
         "<p class=note>On the episodes that both runs have, by task, trial and seed. Newcombe's paired interval, exact "
         "McNemar test.</p>"
     )
-    return "<h2>Paired comparison</h2>" + _table("comparisons", header, rows, left=3) + note
+    other = {
+        f"{key} is {a!r} in {one['first']}, {b!r} in {one['second']}": None
+        for one in found
+        for key, (a, b) in one["other_worlds"].items()
+    }
+    warnings = "".join(f"<p class=bad>Not the same episodes: {html.escape(text)}</p>" for text in other)
+    return "<h2>Paired comparison</h2>" + _table("comparisons", header, rows, left=3) + warnings + note
 
 
 def _latency(infos: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dit4dit.commands.report import write_json
-from dit4dit.errors import ConfigError, DataError
+from dit4dit.errors import ConfigError, DataError, InputError
 from dit4dit.evaluation.plan import Key
 
 FORMAT = 1
@@ -35,6 +35,8 @@ MAY_DIFFER = (
     "policy.path",
 )
 """Keys of run.json in which a run that goes on may differ: they do not change what an episode is."""
+EXTENT = ("plan.episodes", "plan.suites", "plan.tasks", "plan.trials", "plan.seed")
+"""Keys of run.json that say how many episodes of what; the seed is in each episode's key."""
 Record = dict[str, Any]
 
 
@@ -93,7 +95,8 @@ class Book:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._lock = folder, threading.Lock()
-        self._file: IO[bytes] = (folder / "episodes.jsonl").open("a+b")
+        # unbuffered: after a write that failed, nothing is left that a later one would bring to disk
+        self._file = (folder / "episodes.jsonl").open("a+b", buffering=0)
         if not _locked(self._file):
             self._file.close()
             raise ConfigError(f"{folder}: another evaluation is writing here; wait for it, or give another folder")
@@ -119,12 +122,23 @@ class Book:
         return key in self.records and self.records[key]["error"] is None
 
     def add(self, record: Record) -> None:
-        """Append the record; it is on disk when this returns."""
-        line = json.dumps(record) + "\n"
+        """Append the record; it is on disk when this returns.
+
+        Raises:
+            InputError: it cannot be written, as on a full disk; nothing of it stays in the file.
+        """
+        left = memoryview((json.dumps(record) + "\n").encode())
         with self._lock:
-            self._file.write(line.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                while left:
+                    left = left[self._file.write(left) :]
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._file.truncate(end)
+                raise InputError(
+                    f"{self.folder / 'episodes.jsonl'}: cannot be written ({error.strerror}); make room, then go on with --resume"
+                ) from None
             self.records[key_of(record)] = record
 
     def close(self) -> None:
@@ -140,14 +154,26 @@ class Book:
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """ConfigError naming the first key in which a run that goes on is another run than it was."""
-    old, new = _leaves(before), _leaves(json.loads(json.dumps(now)))
-    for key in sorted(old.keys() | new.keys()):
-        free = key in MAY_DIFFER or key.partition(".")[0] in MAY_DIFFER
-        if not free and old.get(key) != new.get(key):
-            raise ConfigError(
-                f"--resume: {folder} was started with {key} = {old.get(key)!r}, now it is {new.get(key)!r}; keep it, or start a "
-                "new run in another folder"
-            )
+    for key, (old, new) in differences(before, json.loads(json.dumps(now))).items():
+        raise ConfigError(
+            f"--resume: {folder} was started with {key} = {old!r}, now it is {new!r}; keep it, or start a new run in another "
+            "folder"
+        )
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> its two values, where two configurations stand for different runs."""
+    a, b = _leaves(first), _leaves(second)
+    keys = (k for k in sorted(a.keys() | b.keys()) if not (k in MAY_DIFFER or k.partition(".")[0] in MAY_DIFFER))
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def other_worlds(first: Run, second: Run) -> dict[str, tuple[Any, Any]]:
+    """`differences` because of which episodes of the same name and seed are not the same: of benchmark and plan, but for how
+    many episodes of what there are.
+    """
+    found = differences(first.config, second.config)
+    return {k: v for k, v in found.items() if k == "benchmark" or (k.startswith("plan.") and k not in EXTENT)}
 
 
 def merge(folders: Iterable[Path], out: Path) -> Run:
@@ -161,7 +187,12 @@ def merge(folders: Iterable[Path], out: Path) -> Run:
         raise ConfigError("merge: give the folders of the shards")
     shared = [{k: v for k, v in run.config.items() if k not in ("shard", "episodes")} for run in runs]
     for run, config in zip(runs[1:], shared[1:], strict=True):
-        check_same(shared[0], config, run.folder)
+        for key, (first, other) in differences(shared[0], config).items():
+            raise ConfigError(
+                f"merge: {runs[0].folder} has {key} = {first!r}, {run.folder} {other!r}; expected the shards of one run"
+            )
+    if (out / "run.json").exists():
+        raise ConfigError(f"merge: {out} has a run already; give a new folder")
     shards = sorted(tuple(run.config["shard"]) for run in runs)
     wanted = [(i + 1, shards[0][1]) for i in range(shards[0][1])]
     if shards != wanted:

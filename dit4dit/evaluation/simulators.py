@@ -69,7 +69,7 @@ class Simulator:
         """What the last complete installation was made from; empty where there was none."""
         try:
             found: dict[str, str] = json.loads((self.folder / STAMP).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # half a stamp is of an installation that was not complete
             return {}
         return found
 

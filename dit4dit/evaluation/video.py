@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dit4dit.errors import InputError
 
 Picture = NDArray[np.uint8]
 
@@ -21,7 +25,8 @@ class Video:
     """One video, written as the pictures come.
 
     The border is grey while the episode runs and green from the success on; `close` adds a second of the last picture, green,
-    red (no success) or orange (an error, not a failure).
+    red (no success) or orange (an error, not a failure). Both raise InputError where the file cannot be written, as on a full
+    disk; after that the video is given up.
     """
 
     def __init__(self, path: Path, rate_hz: float) -> None:
@@ -45,12 +50,31 @@ class Video:
             for _ in range(round(LAST_SECONDS * self._rate)):
                 self._write(last)
         if self._container is not None:
-            for packet in self._stream.encode():
-                self._container.mux(packet)
-            self._container.close()
-            self._container = None
+            with self._told():
+                for packet in self._stream.encode():
+                    self._container.mux(packet)
+                self._container.close()
+                self._container = None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of FFmpeg as InputError; nothing more is written then."""
+        import av
+
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            self._container = self._stream = self._last = None
+            raise InputError(
+                f"{self._path}: the video cannot be written ({error.strerror or error}); make room, or choose --videos none, and "
+                "go on with --resume"
+            ) from None
 
     def _write(self, picture: Picture) -> None:
+        with self._told():
+            self._encode(picture)
+
+    def _encode(self, picture: Picture) -> None:
         import av
 
         if self._container is None:

@@ -103,7 +103,9 @@ class Batcher:
             await self._arrived.wait()
             await self._gather()
             batch = self._take()
-            if not self._queue and not self._stopped:
+            if self._queue:  # what cannot share this pass has arrived all the same, whatever `_gather` cleared
+                self._arrived.set()
+            elif not self._stopped:
                 self._arrived.clear()
             if not batch:
                 continue
