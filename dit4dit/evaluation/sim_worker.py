@@ -214,9 +214,8 @@ class Gr1:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  (what placement samplers draw from)
         if hasattr(self._simulator, "rng"):
-            self._simulator.rng = np.random.default_rng(
-                seed
-            )  # what robosuite 1.5 draws from; reset's seed does not reach it
+            # what robosuite 1.5 draws from; its samplers keep the very generator, and reset's seed does not reach it
+            self._simulator.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
         observation, _ = self._env.reset(seed=seed)
         self._picture = observation[self.VIEW]
         return dict(observation), observation[self.INSTRUCTION]
