@@ -1,13 +1,20 @@
-"""`dit4dit eval tabletop` with a real policy of random weights, and what makes a policy the same one."""
+"""`dit4dit eval tabletop` with the package's policy, and what makes a policy the same one."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from eval_standin import untimed
 
 from dit4dit import Policy
 from dit4dit.cli import main
@@ -82,6 +89,46 @@ def test_options_reach_the_episodes(checkpoint: Path, tmp_path: Path) -> None:
     assert command(*words, "--out", tmp_path / "b", "--latency", "measured", "--paraphrase", "None") == 0
     assert Run.open(tmp_path / "b").config["execution"]["latency"]["ms"] is None
     assert Run.open(tmp_path / "b").config["plan"]["paraphrase"] is None
+
+
+@pytest.mark.long
+def test_ten_killed_runs_of_the_command_end_as_a_whole_one(checkpoint: Path, tmp_path: Path) -> None:
+    """kill -9 of the evaluator, and in every second run of a worker before, at random moments; then --resume."""
+    words = ["--checkpoint", str(checkpoint), "--episodes", "6", "--max-steps", "40", "--workers", "2", "--batch", "2"]
+    assert command(*words, "--out", tmp_path / "whole") == 0
+    wanted = untimed(Run.open(tmp_path / "whole").records)
+    start = [
+        sys.executable,
+        "-c",
+        "from dit4dit.cli import main; main()",
+        "eval",
+        "tabletop",
+        "--device",
+        "cpu",
+        *words,
+    ]
+    chance, caught = random.Random(2), 0
+    for repetition in range(10):
+        folder = tmp_path / str(repetition)
+        book = folder / "episodes.jsonl"
+        process = subprocess.Popen([*start, "--out", folder], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        enough = chance.randint(0, 4)
+        while process.poll() is None and (book.read_bytes().count(b"\n") if book.exists() else -1) < enough:
+            time.sleep(0.01)
+        if repetition % 2:
+            workers = subprocess.run(
+                ["pgrep", "-f", "-P", str(process.pid), "sim_worker"], capture_output=True, text=True
+            )
+            os.kill(int(chance.choice(workers.stdout.split())), signal.SIGKILL)
+        time.sleep(chance.uniform(0, 0.6))
+        process.kill()
+        process.wait()
+        before = book.read_bytes().split(b"\n")[:-1]
+        caught += 0 < len(before) < 6
+        assert command(*words, "--out", folder, "--resume") == 0
+        assert book.read_bytes().split(b"\n")[: len(before)] == before
+        assert untimed(Run.open(folder).records) == wanted
+    assert caught >= 5
 
 
 @pytest.mark.parametrize(
