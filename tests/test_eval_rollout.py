@@ -19,7 +19,7 @@ import pytest
 from eval_standin import ABOUT, LAUNCH, StandIn, evaluator, kill_plan, make_plan, play, untimed
 
 from dit4dit.embodiments import LIBERO
-from dit4dit.errors import ConfigError, InputError
+from dit4dit.errors import ConfigError, InputError, SimulatorError
 from dit4dit.evaluation import tabletop
 from dit4dit.evaluation.execution import Ensemble, Execution, Latency
 from dit4dit.evaluation.plan import Episode
@@ -120,6 +120,16 @@ def test_a_crash_is_no_failure(tmp_path: Path) -> None:
     assert summary.overall.episodes == 3
     assert (summary.all_errors, summary.errors["suite", "task 0"], summary.errors["suite", "task 1"]) == (1, 1, 0)
     assert rows(summary)[0][3] == "1"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_simulator_that_never_starts_ends_the_run(tmp_path: Path, workers: int) -> None:
+    plan = make_plan(6)
+    broken = replace(plan, episodes=tuple(replace(e, environment="eval_worlds:no_such_world") for e in plan.episodes))
+    with pytest.raises(SimulatorError, match="no environment could be made .*no_such_world.*; mend the simulator"):
+        play(tmp_path, broken, workers=workers)
+    assert len(Run.open(tmp_path).records) < max(2, workers)
+    assert len(play(tmp_path, plan, workers=workers, resume=True)) == 6
 
 
 @pytest.mark.parametrize("trouble", ["die", "hang"])

@@ -7,11 +7,12 @@ while the simulators of others run.
 An episode is a function of its seeds, the plan, the checkpoint and the options that run.json holds: two runs have the same lines
 but for `took`, down to a hash of every executed action. A simulator's exception, or a policy that writes NaN, makes the episode
 an error, which is neither a success nor a failure; a worker that died or hangs is replaced and the episode begun again, `retries`
-times.
+times. Where no environment could be made for the first episodes, two or as many as there are workers, none will be: the run ends.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import threading
@@ -132,8 +133,8 @@ def _play_all(
     left: list[Episode],
     on_episode: Callable[[Record], None],
 ) -> None:
-    desk = Desk(left)
     count = min(options.workers, len(left))
+    desk = Desk(left, count)
     players = [Player(i, policy, plan, options, book, server, desk, on_episode) for i in range(count)]
     for player in players:
         player.start()
@@ -158,8 +159,9 @@ class Stopped(Exception):
 class Desk:
     """Hands out episodes: to each player, if it can be, one that its environment can play already."""
 
-    def __init__(self, episodes: list[Episode]) -> None:
+    def __init__(self, episodes: list[Episode], players: int = 1) -> None:
         self._left, self._lock = list(episodes), threading.Lock()
+        self._hopeless = float(max(2, players))
         self._players: Counter[str] = Counter()  # of each world
 
     def take(self, world: str | None) -> Episode | None:
@@ -175,6 +177,16 @@ class Desk:
             self._left.remove(chosen)
             self._players[chosen.world] += 1
             return chosen
+
+    def made(self) -> None:
+        """An environment could be made."""
+        self._hopeless = math.inf
+
+    def not_made(self) -> bool:
+        """An environment could not be made, not in any attempt; True where so many could not, and none could, that none will."""
+        with self._lock:
+            self._hopeless -= 1
+            return self._hopeless <= 0
 
     def close(self) -> None:
         """There are no more."""
@@ -245,6 +257,10 @@ class Player(threading.Thread):
             play, error = self._attempt(episode)
         if error is not None:
             play.close(None)
+            if not self._facts and self._desk.not_made():
+                raise SimulatorError(
+                    f"no environment could be made ({error}); mend the simulator, then go on with --resume"
+                )
         config = self._book.config
         policy = dict(config["policy"])
         return {
@@ -291,6 +307,7 @@ class Player(threading.Thread):
             made = self._worker.make(episode.environment, episode.options)
             self._facts = {**made["facts"], "versions": made["versions"]}
             self._world = episode.world
+            self._desk.made()
 
     def _drop_worker(self) -> None:
         if self._worker is not None:
