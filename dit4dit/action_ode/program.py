@@ -159,7 +159,7 @@ class OneLaunchHead:
     ) -> Tensor:
         """`ops.action_ode` on a GPU, whose arguments these are. Returns at once; `check` tells how it went."""
         ready = self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
-        out = torch.empty_like(noise, dtype=torch.float32)
+        out = torch.empty(noise.shape, dtype=torch.float32, device=noise.device)  # dense, whatever the noise is
         given = {"noise": noise.float().contiguous(), "context": context.contiguous(), "out": out}
         if prefix is not None:
             given["prefix"] = prefix.float().contiguous()
