@@ -31,7 +31,8 @@ STAGES = ("text", "vae", "backbone", "action_head")
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 """Largest relative difference between the two at which they are still timed."""
 QUANTISED = 2e-1
-"""Likewise, relative rms difference of the features of a quantised and the exact engine."""
+"""Likewise, relative rms difference of the features of a quantised and the exact engine; of the actions too where the head is one
+launch, whose weights are quantised as well."""
 
 
 def measure(
@@ -54,8 +55,11 @@ def measure(
     With `quantization` the exact engine is held to the published schedule and the quantised one, which is timed, to the
     exact one: "error" in the result. After that `engine_chunks` chunks of the engine alone, if any, give its percentiles.
 
+    Without the published schedule, a head in one launch is held to the engine with the library's.
+
     Raises:
-        RuntimeError: engine and published schedule, or quantised and exact engine, do not agree; nothing has been timed.
+        RuntimeError: these do not agree, or actions are not finite; no times are given.
+        OutputError: a launch of the one-launch head failed while it was timed; no times are given.
     """
     config = preset.model
     views = len(EMBODIMENTS[preset.embodiment].views)
@@ -65,25 +69,32 @@ def measure(
         inputs = Inputs(**{**vars(inputs), "embeds": model.embed(inputs.tokens)})
     pictures, frame = random_pictures(config, views, seed, device, dtype)
     inputs = replace(inputs, frame=frame)
-    exact = None if quantization is None else Planned(Engine(model), inputs, pictures)
+    exact = None if quantization is None else Planned(Engine(model, head="library"), inputs, pictures)
     calibration = None if exact is None else calibrate(exact.engine, [exact.step_inputs()])
     start = time.perf_counter()
     engine = Engine(model, quantization=quantization, calibration=calibration, head=head)
     folded = time.perf_counter()
     fast = Planned(engine, inputs, pictures)
     planned = time.perf_counter()
-    result = fast.checked()
+    result = finite(fast.checked())
     first = time.perf_counter()
     error = None
     if exact is not None:
         error = quantisation_error(exact, fast)
         result = exact.checked()
     published = Published(model) if baseline else None
+    coarsest = min(dtype, head_dtype, key=lambda kind: kind.itemsize)
     if published is not None:
-        check(result, published.sample(inputs, Clock(device)), min(dtype, head_dtype, key=lambda kind: kind.itemsize))
+        check(result, published.sample(inputs, Clock(device)), coarsest, "published schedule")
+    elif engine.one_launch is not None and exact is None:
+        library = Planned(Engine(model, head="library"), inputs, pictures)
+        check(result, library.checked(), coarsest, "the engine with head='library'")
     rates = [matrix_rate(device, dtype)]
     clocks, totals = timed(fast, published, chunks, seed)
     alone = engine_alone(fast, engine_chunks, seed) or totals["engine"]
+    if engine.one_launch is not None:
+        engine.one_launch.check()  # a launch that failed has ended early
+    finite(fast.checked())
     rates.append(matrix_rate(device, dtype))
     counts = flops.count(preset)
     stages = {who: {s: median(c.seconds[s]) * 1e3 for s in c.seconds} for who, c in clocks.items()}
@@ -148,21 +159,28 @@ def engine_alone(fast: Planned, chunks: int, seed: int) -> list[float]:
     return seconds
 
 
-def check(engine: Tensor, published: Tensor, dtype: torch.dtype) -> None:
-    """RuntimeError unless both wrote the same actions, to rounding."""
-    error = ((engine - published).abs().max() / published.abs().max()).item()
+def check(engine: Tensor, wanted: Tensor, dtype: torch.dtype, whose: str) -> None:
+    """RuntimeError unless both wrote the same actions, to rounding; `whose`: the wanted ones."""
+    error = ((engine - wanted).abs().max() / wanted.abs().max()).item()
     if not error <= AGREE[dtype]:
-        raise RuntimeError(
-            f"engine and published schedule differ by {error:.2e} (at most {AGREE[dtype]:.0e}): not timed"
-        )
+        raise RuntimeError(f"engine and {whose} differ by {error:.2e} (at most {AGREE[dtype]:.0e}): not timed")
+
+
+def finite(actions: Tensor) -> Tensor:
+    """The actions; RuntimeError where some are not finite."""
+    wrong = int((~torch.isfinite(actions)).sum())
+    if wrong:
+        raise RuntimeError(f"actions: expected finite numbers, got {wrong} of {actions.numel()} others: not timed")
+    return actions
 
 
 def quantisation_error(exact: Planned, other: Planned) -> dict[str, dict[str, float]]:
     """`errors` on the inputs that will be timed; RuntimeError where they are those of something broken."""
     found = errors(exact.engine, other.engine, [exact.step_inputs()])
-    if not found["features"]["rms"] <= QUANTISED:
-        rms = found["features"]["rms"]
-        raise RuntimeError(f"quantised and exact features differ by {rms:.2e} (at most {QUANTISED:.0e}): not timed")
+    for part in ("features",) if other.engine.one_launch is None else ("features", "actions"):
+        rms = found[part]["rms"]
+        if not rms <= QUANTISED:
+            raise RuntimeError(f"quantised and exact {part} differ by {rms:.2e} (at most {QUANTISED:.0e}): not timed")
     return found
 
 

@@ -150,6 +150,18 @@ def parity(
     from dit4dit.device import pick_device
 
     place = pick_device(device)
+    if record is not None and (
+        json is not None
+        or backend is not None
+        or engine
+        or checkpoint is not None
+        or dtype != "float32"
+        or head != "auto"
+    ):
+        raise InputError(
+            "--record writes float32 results of the plain model: leave out --json, --backend, --engine, --checkpoint, "
+            "--dtype and --head"
+        )
     if head != "auto" and not engine:
         raise InputError(f"--head {head}: it is an option of the engine; add --engine")
     if head == "one_launch" and dtype != "bfloat16":
@@ -157,11 +169,6 @@ def parity(
             f"--head one_launch: the kernel runs in bfloat16, and the limits are those of {dtype}; add --dtype bfloat16"
         )
     if record is not None:
-        if json is not None or backend is not None or engine or checkpoint is not None or dtype != "float32":
-            raise InputError(
-                "--record writes float32 results of the plain model: leave out --json, --backend, --engine, "
-                "--checkpoint and --dtype"
-            )
         stages = parity_record.record(folder, record, backbone=backbone, seed=seed, device=place)
         say(f"wrote {folder}: {', '.join(stages)}")
         return 0

@@ -407,6 +407,55 @@ def test_actions_that_nobody_writes_are_caught(sound: Schedule) -> None:
         validate(changed(sound, last, step=0))
 
 
+def without(s: Schedule, i: int) -> Schedule:
+    """The schedule without a tile, and nobody waits for it."""
+    tiles, first_tile = s.tiles.copy(), s.first_tile - (s.first_tile > i)
+    tiles[tiles[:, 1] == tiles[i, 3], 2] -= 1
+    tiles = np.delete(tiles, i, 0)
+    products = [t.work for t in map(Tile.of, tiles) if isinstance(t.work, Product)]
+    begin = np.concatenate([[0], np.cumsum(tiles[:, 0] == Opcode.PRODUCT)])[first_tile]
+    segments = np.array([(w.weight, w.slots, 2 - w.fp8) for w in products], np.int32)
+    return replace(s, tiles=tiles, first_tile=first_tile, first_segment=begin.astype(np.int32), segments=segments)
+
+
+@pytest.mark.parametrize("what", ["attend", "residual", "gelu", "rows", "plane"])
+def test_what_an_earlier_block_or_step_left_is_not_read(what: str) -> None:
+    """A tile of the last step that is missing, or writes less: every cell has been written before, and in order."""
+    sound = plan(head_shape(tiny(16), batch=2, context=150, prefix=True, steps=2), SMALL)
+    attends = [i for i, t in enumerate(sound.decoded) if isinstance(t.work, Attend)]
+    ends = {
+        epilogue: [
+            i for i, t in enumerate(sound.decoded) if isinstance(t.work, Product) and t.work.epilogue == epilogue
+        ]
+        for epilogue in (Epilogue.RESIDUAL, Epilogue.GELU)
+    }
+    wide = [i for i in ends[Epilogue.GELU] if sound.decoded[i].work.rows > 16]
+    wrong = {
+        "attend": lambda: without(sound, attends[-1]),
+        "residual": lambda: without(sound, ends[Epilogue.RESIDUAL][-1]),
+        "gelu": lambda: without(sound, ends[Epilogue.GELU][-1]),
+        "rows": lambda: changed(sound, wide[-1], rows=sound.decoded[wide[-1]].work.rows - 16),
+        "plane": lambda: changed(sound, attends[0], plane=sound.decoded[attends[0]].work.plane + 1),
+    }[what]()
+    with pytest.raises(ScheduleError):
+        validate(wrong)
+
+
+@pytest.mark.parametrize("change", [{"weight": 1}, {"slots": 1}, {"modulation": 1}], ids=str)
+def test_weights_and_constants_lie_as_the_kernel_loads_them(change: dict[str, int]) -> None:
+    sound = plan(head_shape(tiny(16), batch=2, context=150, prefix=True, steps=2), SMALL)
+    i = next(i for i, t in enumerate(sound.decoded) if isinstance(t.work, Product) and t.work.modulation != NONE)
+    ((name, more),) = change.items()
+    wrong = changed(sound, i, **{name: getattr(sound.decoded[i].work, name) + more})
+    products = [t.work for t in map(Tile.of, wrong.tiles) if isinstance(t.work, Product)]
+    segments = np.array([(w.weight, w.slots, 2 - w.fp8) for w in products], np.int32)
+    with pytest.raises(ScheduleError, match=r"not a row tile of the matrix|four at a time"):
+        validate(replace(wrong, segments=segments))
+    constants = {**sound.constants, "times": (sound.constant_floats - 1, 2)}
+    with pytest.raises(ScheduleError, match="times: 2 from"):
+        validate(replace(sound, constants=constants))
+
+
 def test_validating_is_fast(sound: Schedule) -> None:
     """It is part of a policy's warm-up. The limit is far above what it takes, for a machine that does other things too."""
     shape = head_shape(presets.robocasa_gr1().model.head, batch=1, context=588, prefix=True, steps=4)

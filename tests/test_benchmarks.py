@@ -22,6 +22,7 @@ from dit4dit.action_ode.program import OneLaunchHead
 from dit4dit.cli import main
 from dit4dit.config import HeadConfig
 from dit4dit.engine.fold import fold_head
+from dit4dit.errors import OutputError
 
 
 def product(x, y):
@@ -271,4 +272,20 @@ def test_a_wrong_head_is_not_timed(monkeypatch, wrong, capsys):
     monkeypatch.setattr(bench_action_ode, "time_cpu", lambda *_, **__: pytest.fail("timed"))
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9"])
     assert bench_action_ode.main() == 1
-    assert "eager: expected at most" in capsys.readouterr().out
+    assert "eager: it disagrees with the reference: expected at most" in capsys.readouterr().out
+
+
+def test_times_of_a_launch_that_failed_are_not_given(monkeypatch, capsys):
+    """It ends early, and would be the fastest of all."""
+    monkeypatch.setattr(bench_action_ode, "config", small_head)
+    calls = iter([None, OutputError("action_ode: block 3 waited")])  # sound when compared, not when timed
+
+    def check(_self):
+        found = next(calls)
+        if found is not None:
+            raise found
+
+    monkeypatch.setattr(OneLaunchHead, "check", check)
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9", "--samples", "2"])
+    assert bench_action_ode.main() == 1
+    assert "not timed: eager: action_ode: block 3 waited" in capsys.readouterr().out

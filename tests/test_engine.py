@@ -100,6 +100,9 @@ def test_the_head_is_never_taken_by_itself_and_a_wish_that_cannot_be_met_raises(
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="dit4dit.action_ode"):
         patch.setattr(measured, "CHOICES", {"action_ode": {"cpu": measured.Choice("cuda", "a result")}})
         assert Engine(model).one_launch is None
+        assert not caplog.text, "a float32 head, the default, is no reason to warn"
+        half = random_model(TINY, 0, head_dtype=torch.bfloat16, with_text=False)
+        assert Engine(half).one_launch is None
     assert "running 'library' because 'one_launch' refused: it is on cpu" in caplog.text
     with pytest.raises(BackendError, match="'one_launch' refused: it is on cpu"):
         Engine(model, head="one_launch")

@@ -12,6 +12,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit4dit.cli import main
+from dit4dit.engine import Engine
+from dit4dit.errors import OutputError
 from dit4dit.model.weights import random_model
 from dit4dit.presets import preset
 
@@ -95,6 +97,46 @@ def test_a_mismatch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         latency.measure(
             preset("tiny"), "tiny", device=CPU, dtype=torch.float32, chunks=1, baseline=True, text=False, seed=0
         )
+
+
+def one_launch_head(choice, folded, config, steps, fp8=False):
+    """A head in one launch whose op runs its reference, as no kernel runs here."""
+    from dit4dit.action_ode.program import OneLaunchHead
+
+    head = OneLaunchHead(folded, config, steps, fp8=fp8) if choice == "one_launch" else None
+    if head is not None:
+        head.backend = "torch"
+    return head
+
+
+def measure_one_launch(**changes):
+    options = dict(chunks=1, baseline=False, text=False, seed=0, head="one_launch") | changes
+    return latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
+
+
+def test_one_launch_is_held_to_the_library_where_there_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit4dit.engine.engine.choose_head", one_launch_head)
+    assert measure_one_launch()["head"] == "one_launch"
+    right = Engine._one_launch
+    monkeypatch.setattr(Engine, "_one_launch", lambda *given: right(*given) * 1.5)
+    with pytest.raises(RuntimeError, match=r"engine and the engine with head='library' differ by .* not timed"):
+        measure_one_launch()
+    monkeypatch.setattr(Engine, "_one_launch", lambda *given: right(*given) * float("nan"))
+    with pytest.raises(RuntimeError, match=r"expected finite numbers, got .* not timed"):
+        measure_one_launch()
+
+
+def test_no_times_where_a_launch_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph nobody reads the flag but the benchmark, after all launches."""
+    monkeypatch.setattr("dit4dit.engine.engine.choose_head", one_launch_head)
+    monkeypatch.setattr("dit4dit.action_ode.program.OneLaunchHead.capturing", True)
+
+    def failed(_self):
+        raise OutputError("action_ode: block 3 waited")
+
+    monkeypatch.setattr("dit4dit.action_ode.program.OneLaunchHead.check", failed)
+    with pytest.raises(OutputError, match="block 3 waited"):
+        measure_one_launch()
 
 
 def test_the_head_that_is_asked_for_runs_or_says_why_not(tmp_path: Path, capsys) -> None:

@@ -166,6 +166,12 @@ def test_recording_other_training_modes(small_libero: Path, tmp_path: Path, mode
     assert all(s.ok for s in stages)
 
 
+@pytest.mark.parametrize("head", ["library", "one_launch"])
+def test_a_recording_takes_no_head(tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str) -> None:
+    assert run("parity", str(tmp_path / "new"), "--record", str(tmp_path), "--device", "cpu", "--head", head) == 2
+    assert "leave out --json, --backend, --engine, --checkpoint, --dtype and --head" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("spoil", ["prompts", "images", "draws"])
 def test_incomplete_golden_folders_say_so(golden_dir: Path, tmp_path: Path, spoil: str) -> None:
     folder = tmp_path / "golden"

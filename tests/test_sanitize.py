@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = "pytester"
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "sanitize.sh"
 
 
@@ -42,6 +44,23 @@ def test_every_tool_runs_and_the_worst_code_is_the_scripts(tmp_path):
     assert "FAILED (9): racecheck" in text
     assert "FAILED (1): synccheck" in text
     assert "memcheck" not in text.replace("== memcheck", "")
+
+
+@pytest.mark.parametrize("uncached", [False, True])
+def test_what_captures_a_graph_is_left_out_without_the_caching_allocator(uncached, pytester, monkeypatch):
+    """There an allocation during capture is an error, which would end the run: the others must still be sanitized."""
+    monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
+    if uncached:
+        monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    pytester.makeini("[pytest]\nmarkers = capture")
+    pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
+    pytester.makepyfile("""
+        import pytest
+        @pytest.mark.capture
+        def test_replays(): pass
+        def test_launches(): pass
+    """)
+    pytester.runpytest().assert_outcomes(passed=1 if uncached else 2, skipped=int(uncached))
 
 
 def test_one_tool(tmp_path):

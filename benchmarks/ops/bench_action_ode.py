@@ -29,6 +29,7 @@ from dit4dit.action_ode.weights import FP8, row_scale
 from dit4dit.commands.report import write_json
 from dit4dit.config import HeadConfig
 from dit4dit.engine.fold import Head, HeadBlock, Matrix, fold_head
+from dit4dit.errors import OutputError
 from dit4dit.model.action_head import ActionHead
 
 TOKENS = {9: (8, 784), 17: (16, 588), 51: (50, 392)}
@@ -157,14 +158,10 @@ def case(
     first: float | None = None
     for name, entry in entered.items():
         common["implementation"] = name
-        distance = (entry.run().cpu() - entry.want).abs().max().item()
-        if not distance <= allowed:  # a NaN is not near
-            why = f"expected at most {allowed:.3g} from the truth, got {distance:.3g}"
-            told = f"not timed, it disagrees with the reference: {name}: {why}"
-            rows.append({**common, "left_out": told, "disagrees": True})
+        times = timed(entry, allowed, timer, samples)
+        if isinstance(times, str):
+            rows.append({**common, "left_out": f"not timed: {name}: {times}", "disagrees": True})
             continue
-        entry.head.check()
-        times = quantiles(timer(entry.run, samples=samples))
         first = times["p50"] if name == "eager" else first
         read = steps * weights * entry.weight_bytes
         row = {**common, "ms": {k: v * 1e3 for k, v in times.items() if k != "jitter"}, "jitter": times["jitter"]}
@@ -175,6 +172,21 @@ def case(
     if reason is not None:
         rows.append({**common, "implementation": "cuda", "left_out": reason, **on_kernel})
     return rows
+
+
+def timed(entry: Contender, allowed: float, timer: Callable[..., list[float]], samples: int) -> dict[str, float] | str:
+    """The quantiles of its times, or why there are none: too far from the truth, or a launch failed, also while timed."""
+    try:
+        result = entry.run().cpu()
+        entry.head.check()
+        distance = (result - entry.want).abs().max().item()
+        if not distance <= allowed:  # a NaN is not near
+            return f"it disagrees with the reference: expected at most {allowed:.3g} from the truth, got {distance:.3g}"
+        times = timer(entry.run, samples=samples)
+        entry.head.check()  # a launch that failed has ended early
+    except OutputError as error:
+        return str(error)
+    return quantiles(times)
 
 
 def main() -> int:

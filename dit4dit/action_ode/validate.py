@@ -7,8 +7,12 @@ ever gets, so that every tile of the stages that signal it comes before: that is
   waits before them. So those of the least depth that are left can always run.
 - No tile reads what is not written, or what another may be writing; no two tiles write an element, and none writes what
   another may still be reading, without an order between their stages. Within a stage there is none.
-- Every access lies within its buffer, its matrix and its constants, and fits the staging memory; the weights are fetched in
-  the order in which they are used.
+- What a stage reads of a buffer was last written by one stage: none of it is left from an earlier block or step.
+- Every access lies within its buffer and its constants, and fits the staging memory; the weights of a product are a row tile
+  of one matrix as it lies in memory, and are fetched in the order in which they are used.
+
+Not proved: that matrix, constants, keys and epilogue are the right ones, which the twin shows, and the layout of the
+buffers, which the launcher checks.
 
 Stages that do the same on the workspace, as those of other blocks and steps do, are looked at in detail once.
 """
@@ -184,6 +188,15 @@ def _check_numbers(schedule: Schedule) -> None:
     end = WEIGHT_UNIT * (p["weight"] + p["slots"] * (2 - p["fp8"]))
     _refuse(schedule, (p["weight"] < 0) | (end > schedule.weight_bytes), "weights", among)
     _refuse(schedule, (p["fp8"] & ~1) != 0, "fp8", among)
+    # the matrix that each begins in
+    matrices = sorted(schedule.matrices.values(), key=lambda m: m.offset)
+    names = ("offset", "units", "slots", "tile_rows", "columns", "fp8")
+    m = {name: np.array([int(getattr(matrix, name)) for matrix in matrices]) for name in names}
+    mine = np.searchsorted(m["offset"], p["weight"], side="right") - 1
+    into, length = p["weight"] - m["offset"][mine], p["slots"] * (2 - p["fp8"])
+    like = np.all([p[name] == m[name][mine] for name in names[2:]], axis=0)
+    wrong = ~like | (into % np.maximum(length, 1) != 0) | (into + length > m["units"][mine])
+    _refuse(schedule, wrong, "weights: not a row tile of the matrix there", among)
     _refuse(schedule, (p["scale"] == NONE) != (p["fp8"] == 0), "fp8 without scale", among)
     _refuse(schedule, (p["step"] < 0) | (p["step"] >= shape.steps), "step", among)
     tables = np.where(p["epilogue"] == Epilogue.TOKENS, (shape.tokens - 1) * shape.width, 0)
@@ -194,6 +207,10 @@ def _check_numbers(schedule: Schedule) -> None:
     ):
         wrong = there & ((p[name] < 0) | (p[name] + length > schedule.constant_floats))
         _refuse(schedule, wrong, f"{name} outside the {schedule.constant_floats} constants", among)
+    _refuse(schedule, (p["modulation"] != NONE) & (p["modulation"] % 4 != 0), "modulation: four at a time", among)
+    times = schedule.constants["times"][0]
+    if times < 0 or times + shape.steps > schedule.constant_floats:
+        raise ScheduleError(f"times: {shape.steps} from {times} are outside the {schedule.constant_floats} constants")
 
 
 def _check_bounds(schedule: Schedule, i: int, tile: Tile) -> None:
@@ -393,6 +410,11 @@ def _check_accesses(schedule: Schedule, stages: _Stages) -> None:
         need((reader[written] == NONE) | before[reader[written]], "writes what may still be being read")
         # one reader is kept for each cell: the last, after all others
         need((reader[read] == NONE) | before[reader[read]], "reads what others read: no order between the two")
+        for space, first, end in zip(Space, cells.first, [*cells.first[1:], cells.count], strict=True):
+            # Start's zeros stay in the columns of NOISY that pad the actions, and in the rows of state tokens
+            if space != Space.NOISY:
+                of = writer[read[(read >= first) & (read < end)]]
+                need(of == of[:1], f"reads parts of {space.name} from different stages: one is left from before")
         reader[read] = stage
         writer[written] = stage
     out = cells.first[Space.OUT]

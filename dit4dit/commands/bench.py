@@ -55,7 +55,8 @@ def latency(
         chunks: timed chunks of each contender, in turns.
         baseline: also time the published schedule, alternating, and report the ratio.
         text: the baseline encodes its instruction in each chunk, as published; --no-text leaves that out.
-        head: how the engine runs the action head; one_launch is one CUDA kernel, auto takes it where it was measured.
+        head: how the engine runs the action head; one_launch is one CUDA kernel, auto takes it where it was
+            measured, with --head-dtype bfloat16.
         head_dtype: of the action head, on both sides; auto is float32, and bfloat16 for one_launch.
         quantization: fp8 in the engine, calibrated on the inputs that are timed; its errors are reported.
         engine_chunks: then so many chunks of the engine alone, for its percentiles.

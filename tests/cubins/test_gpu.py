@@ -39,6 +39,7 @@ def run(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
     return list(got) if isinstance(got, tuple) else [got]
 
 
+@pytest.mark.capture
 @pytest.mark.parametrize("n", range(5))
 def test_same_bits(n, tmp_path, monkeypatch):
     from dit4dit.cubins import compiler

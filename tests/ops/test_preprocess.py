@@ -160,6 +160,7 @@ def test_writes_all_of_a_poisoned_output_and_nothing_else(implementation, resize
 
 
 @pytest.mark.gpu
+@pytest.mark.capture
 def test_cuda_runs_on_the_current_stream_and_in_a_graph():
     device = device_of("cuda")
     views = images([(256, 256), (256, 256)], batch=1, device=device)

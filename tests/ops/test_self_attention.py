@@ -322,6 +322,7 @@ def test_cuda_on_a_gpu(length, many):
 
 
 @pytest.mark.gpu
+@pytest.mark.capture
 def test_cuda_replays_on_a_gpu_give_the_same_bits():
     args = on_gpu(make(1, 588, 16, 128, BF16))
     want = self_attention(*args, backend="cuda")
