@@ -126,7 +126,7 @@ def test_a_crash_is_no_failure(tmp_path: Path) -> None:
 def test_a_simulator_that_never_starts_ends_the_run(tmp_path: Path, workers: int) -> None:
     plan = make_plan(6)
     broken = replace(plan, episodes=tuple(replace(e, environment="eval_worlds:no_such_world") for e in plan.episodes))
-    with pytest.raises(SimulatorError, match="no environment could be made .*no_such_world.*; mend the simulator"):
+    with pytest.raises(SimulatorError, match=r"no environment could be made .*no_such_world.*; mend the simulator"):
         play(tmp_path, broken, workers=workers)
     assert len(Run.open(tmp_path).records) < max(2, workers)
     assert len(play(tmp_path, plan, workers=workers, resume=True)) == 6
