@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of less than eight minutes: build for the visible chip, parity, latency (with the
-# action head by libraries and in one launch), GPU tests, single ops and the whole head (its kernel in bf16 and fp8, a graph of
+# Everything that needs a GPU, in one call of less than eight minutes: build for the visible chip, parity, GPU tests, latency
+# (with the action head by libraries and in one launch), single ops and the whole head (its kernel in bf16 and fp8, a graph of
 # library kernels beside it), options, tiles, counts.
 #
 # Usage: benchmarks/gpu_suite.sh [OUT]     OUT (benchmarks/results) gets <machine>.json and one folder of pictures a preset
@@ -72,6 +72,13 @@ else
     --device "$device" --json "$scratch/parity_one_launch.json"
 fi
 
+# before anything is timed: what is wrong need not be fast
+if [[ "$device" == cpu || "${TESTS:-1}" != 1 ]]; then
+  record gpu_tests - 0 0 "DEVICE=$device TESTS=${TESTS:-1}"
+else
+  part gpu_tests 120 env DIT4DIT_LAUNCHES=10000 pytest -q -m gpu tests
+fi
+
 for preset in "${presets[@]}"; do
   part "latency_$preset" 130 dit4dit bench latency --preset "$preset" --device "$device" --baseline \
     --chunks "${CHUNKS:-100}" --engine-chunks "${ALONE:-10000}" \
@@ -92,12 +99,6 @@ for preset in "${presets[@]}"; do
   part "latency_fp8_$preset" 45 dit4dit bench latency --preset "$preset" --device "$device" --quantization fp8 \
     --chunks "${CHUNKS:-100}" --engine-chunks "${ALONE:-1000}" --json "$scratch/latency_fp8_$preset.json"
 done
-
-if [[ "$device" == cpu || "${TESTS:-1}" != 1 ]]; then
-  record gpu_tests - 0 0 "DEVICE=$device TESTS=${TESTS:-1}"
-else
-  part gpu_tests 120 pytest -q -m gpu tests
-fi
 
 part ops 100 dit4dit bench ops ${ops:+--ops "${ops[@]}"} --sizes gr1 --device "$device" --json "$scratch/ops.json"
 

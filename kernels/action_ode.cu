@@ -83,19 +83,22 @@ void set_sizes(ode::Launch& l, const Arguments& given) {
     l.slots = given.number("slots", ode::kCopySlots);
     l.staging = given.number("staging", 1);
     const auto text = [](int x) { return std::to_string(x); };
+    if (l.context_columns % 8) refuse("context_columns", "a multiple of 8, 16 bytes", text(l.context_columns));
     if (l.width % 16 || l.width > ode::kMaxWidth) refuse("width", "a multiple of 16 up to 2048", text(l.width));
-    if (l.head_dim % 16 || l.head_dim > ode::kMaxHeadDim || l.head_dim * l.heads != l.width)
+    if (l.head_dim % 16 || l.head_dim > ode::kMaxHeadDim || std::int64_t{l.head_dim} * l.heads != l.width)
         refuse("head_dim", "a multiple of 16 up to 64, width / heads", text(l.head_dim));
     if (l.padded_actions % 16 || l.padded_actions < l.actions)
         refuse("padded_actions", "a multiple of 16, not below actions", text(l.padded_actions));
     static const std::set<int> padded{8, 16, 24, 32, 48, 64};  // products of warpgroups are instances of one of them
     if (!padded.count(l.padded_tokens)) refuse("padded_tokens", "8, 16, 24, 32, 48 or 64", text(l.padded_tokens));
     if (l.rows % l.batch) refuse("rows", "as many for each sample", text(l.rows));
-    const int prefix = l.rows / l.batch - l.horizon;
+    const std::int64_t prefix = std::int64_t{l.rows} / l.batch - l.horizon;
     if (prefix != 0 && prefix != 1) refuse("rows", "the horizon's, and perhaps a state token's, for each sample", text(l.rows));
     // a norm's scale and shift, and behind them the tokens; last the sums of all warps
-    if (l.part % 256 || 8 * l.width + l.part / 8 * (16 * l.padded_tokens + 16) > l.staging)
+    if (l.part % 256 || 8 * l.width + std::int64_t{l.part} / 8 * (16 * l.padded_tokens + 16) > l.staging)
         refuse("part", "a multiple of 256 that the staging holds", text(l.part));
+    if (ode::kFixedBytes + std::int64_t{ode::kMostSlots} * ode::kSlotBytes + l.staging > INT_MAX)
+        refuse("staging", "fewer than 2 GiB of shared memory in all", text(l.staging));
     if (640 * l.padded_tokens > l.staging) refuse("staging", "at least " + text(640 * l.padded_tokens), text(l.staging));
     if (l.slots > ode::kMostSlots) refuse("slots", "at most 16", text(l.slots));
 }
@@ -103,12 +106,15 @@ void set_sizes(ode::Launch& l, const Arguments& given) {
 void set_tensors(ode::Launch& l, const Arguments& given) {
     const std::string device = expect_cuda(given.view("out"));
     l.tiles = given.address<int>("tiles", "int32", {-1, ode::kRecord}, device);
-    l.first_tile = given.address<int>("first_tile", "int32", {l.workers + 1}, device);
+    l.first_tile = given.address<int>("first_tile", "int32", {std::int64_t{l.workers} + 1}, device);
     l.segments = given.address<int>("segments", "int32", {-1, 3}, device);
-    l.first_segment = given.address<int>("first_segment", "int32", {l.workers + 1}, device);
+    l.first_segment = given.address<int>("first_segment", "int32", {std::int64_t{l.workers} + 1}, device);
     l.weights = given.address<std::uint8_t>("weights", "uint8", {-1}, device);
     l.constants = given.address<float>("constants", "float32", {-1}, device);
     const std::vector<std::int64_t> actions{l.batch, l.horizon, l.actions};
+    const std::int64_t floats = given.view("constants").shape[0];
+    if (std::int64_t{l.times} + l.steps > floats)
+        refuse("times", "a place for all steps in " + std::to_string(floats) + " constants", std::to_string(l.times));
     l.noise = given.address<float>("noise", "float32", actions, device);
     l.context = given.address<std::uint16_t>("context", "bfloat16", {l.batch, l.context_tokens, l.context_columns}, device);
     l.prefix = given.optional<float>("prefix", "float32", {l.batch, l.width}, device);
@@ -117,10 +123,10 @@ void set_tensors(ode::Launch& l, const Arguments& given) {
     l.units = given.optional<float>("units", "float32", {5, l.actions}, device);
     l.out = given.address<float>("out", "float32", actions, device);
     l.workspace = given.address<std::uint8_t>("workspace", "uint8", {-1}, device);
-    l.counters = given.address<int>("counters", "int32", {l.counter_count + 1, ode::kCounterStride}, device);
+    l.counters = given.address<int>("counters", "int32", {std::int64_t{l.counter_count} + 1, ode::kCounterStride}, device);
     l.status = given.address<int>("status", "int32", {4}, device);
     if ((l.previous == nullptr) != (l.guidance == nullptr)) refuse("guidance", "previous and guidance, or neither", "one");
-    if ((l.prefix != nullptr) != (l.rows == l.batch * (l.horizon + 1)))
+    if ((l.prefix != nullptr) != (l.rows == l.batch * (std::int64_t{l.horizon} + 1)))
         refuse("prefix", "a tensor if and only if the schedule has state tokens", l.prefix ? "one" : "none");
 }
 
@@ -136,13 +142,14 @@ void set_buffers(ode::Launch& l, const std::vector<BufferPlace>& buffers, std::i
     for (int space = 0; space < ode::kSpaces; ++space) {
         const auto [offset, planes, columns] = buffers[space];
         const std::string name = "buffers[" + std::to_string(space) + "]";
+        const bool wide = space == ode::kActions || space == ode::kStream || space == ode::kStats;
         if (planes < 1 || columns < least.at(space))
             refuse(name, "at least 1 plane of " + std::to_string(least.at(space)) + " columns",
                    std::to_string(planes) + " of " + std::to_string(columns));
         l.offset[space] = offset;
         l.columns[space] = columns;
         if (space == ode::kOut) continue;  // a tensor of its own
-        const bool wide = space == ode::kActions || space == ode::kStream || space == ode::kStats;
+        if (!wide && columns % 8) refuse(name, "a multiple of 8 columns, 16 bytes", std::to_string(columns));
         if (offset % 16 || offset < end)
             refuse(name, "an offset that is a multiple of 16, from " + std::to_string(end), std::to_string(offset));
         end = offset + static_cast<std::int64_t>(planes) * l.rows * columns * (wide ? 4 : 2);

@@ -30,6 +30,7 @@ DEVICE std::uint64_t describe_tokens(const Staged& tokens, int column) {
 template <int kTokens>
 DEVICE void multiply_slot_warpgroup(float (&sums)[8][4], const Weights::Fragments& weights, const Staged& tokens, int column) {
     sync_warp();  // one thread has been away to fetch weights
+    settle(sums);  // written before the fence, as PTX wants
     products_begin();
     multiply_warpgroup<kTokens>(sums, weights.a[0], describe_tokens(tokens, column));
     multiply_warpgroup<kTokens>(sums, weights.a[1], describe_tokens(tokens, column + 16));

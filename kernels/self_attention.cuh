@@ -150,6 +150,7 @@ DEVICE void score(float (&scores)[8][4], const std::uint32_t (&q)[8][4], const T
     for (int j = 0; j < 8; ++j)
         for (int i = 0; i < 4; ++i) scores[j][i] = 0;
 #if DIT4DIT_WARPGROUPS
+    settle(scores);  // written before the fence, as PTX wants
     products_begin();
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step)
@@ -177,6 +178,7 @@ DEVICE void gather(float (&sums)[16][4], const float (&weights)[8][4], const Til
     for (int j = 0; j < kRows / 16; ++j)
         for (int i = 0; i < 4; ++i) a[j][i] = pack_bf16(weights[2 * j + i / 2][i % 2 * 2], weights[2 * j + i / 2][i % 2 * 2 + 1]);
 #if DIT4DIT_WARPGROUPS
+    settle(sums);
     products_begin();
 #pragma unroll
     for (int j = 0; j < kRows / 16; ++j)

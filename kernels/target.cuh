@@ -240,7 +240,7 @@ DEVICE void multiply_warpgroup_transposed(float (&d)[16][4], const std::uint32_t
           ODE_D4(10), ODE_D4(11), ODE_D4(12), ODE_D4(13), ODE_D4(14), ODE_D4(15)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-// Nothing that reads the sums may be moved to before products_end.
+// Nothing that writes the sums may be moved to behind products_begin, nothing that reads them to before products_end.
 template <int kCount>
 DEVICE void settle(float (&d)[kCount][4]) {
 #pragma unroll

@@ -53,6 +53,8 @@ def test_a_part_that_fails_is_recorded_and_stops_no_other(tmp_path: Path) -> Non
     parts = data["suite"]["parts"]
     assert "did you mean 'tiny'" in parts["latency_tinny"]["log"][-1]
     assert parts["latency_tinny"]["exit_code"] == 2
+    order = list(parts)
+    assert order.index("parity_one_launch") < order.index("gpu_tests") < order.index("latency_tiny")
     needing_a_gpu = {"gpu_tests", "tune", "parity_one_launch", "latency_one_launch_tiny", "latency_one_launch_tinny"}
     assert {name for name, part in parts.items() if "left_out" in part} == {"build", *needing_a_gpu}
     ran = {name for name, part in parts.items() if part.get("exit_code") == 0}
