@@ -91,7 +91,11 @@ def test_a_chunk_on_a_failed_device(monkeypatch, lost):
     runner = EngineRunner(Engine(random_model(preset("tiny").model, 0, with_text=False)), codec=None)  # type: ignore[arg-type]
     monkeypatch.setattr(runner._plans, "get", lambda key: type("Broken", (), {"run": staticmethod(fail)}))
     monkeypatch.setattr(torch.cuda, "synchronize", fail if lost else lambda device: None)
-    request = type("Request", (), {"pictures": [picture()[0]], "state": None, "noise": None})
+    request = type(
+        "Request",
+        (),
+        {"pictures": [picture()[0]], "state": None, "noise": None, "max_guidance": None, "guidance": None},
+    )
     pack = type("Pack", (), {"length": 9})
     with pytest.raises(DeviceError if lost else torch.AcceleratorError, match="unspecified launch failure"):
         runner.run([request], [pack], None, "cv2_area", False)  # type: ignore[list-item]
