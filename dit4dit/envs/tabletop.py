@@ -22,14 +22,15 @@ from dit4dit.errors import InputError, did_you_mean
 TABLE = 0.5  # m, side of the table, all of it in the picture
 REACH = 0.21  # m, the gripper stays within +-REACH of the middle
 SPAWN = 0.18  # m, objects start within +-SPAWN of the middle
-MAX_STEP = 0.04  # m per step and axis, as a controller would limit it
+MAX_STEP = 0.16  # m per step and axis, as a controller would limit it
 HZ = 10.0
-BLOCK = 0.052  # m, side of a block
+BLOCK = 0.08  # m, side of a block: 10 px of a 64 px picture, a little more than one latent of the VAE
 PLATE_RADIUS = 0.058  # m
-GRASP_RADIUS = 0.03  # m, fingers that close catch the nearest block whose centre is this near
-PLACE_RADIUS = 0.045  # m, a block rests on a plate when their centres are this near
+GRASP_RADIUS = 0.04  # m, fingers that close catch the nearest block whose centre is this near
+PLACE_RADIUS = 0.05  # m, a block rests on a plate when their centres are this near
 OPENING_SPEED = 0.5  # of the full opening, per step
 CONTACT_OPENING = 0.4  # where the fingers stop on a block
+FINGERS = (0.034, 0.034)  # m from the middle to a finger's centre, closed, and what a full opening adds
 TEST_SEEDS_FROM = 1_000_000  # layouts with seeds from here on are never trained on
 PICTURES = (64, 96, 128)  # px, sides of the square picture
 
@@ -140,9 +141,13 @@ def layout(seed: int) -> tuple[Scene, Goal, int]:
     """The scene, goal and paraphrase that belong to a seed: three blocks and both plates, none touching another."""
     rng = np.random.default_rng(_checked_seed(seed))
     colours = rng.permutation(list(BLOCK_COLOURS))[:3].tolist()
-    clearances = [PLATE_RADIUS] * 2 + [0.75 * BLOCK] * 3  # 0.75 of the side: a block's half diagonal and a little more
+    clearances = [PLATE_RADIUS] * 2 + [0.65 * BLOCK] * 3  # 0.65 of the side: as far as a turned block's corner is
     places: list[NDArray[np.float64]] = []
+    tries = 0
     while len(places) < len(clearances):
+        tries += 1
+        if tries % 200 == 0:  # the first ones lie so that there is no room for the others
+            places.clear()
         place = rng.uniform(-SPAWN, SPAWN, 2)
         gaps = (np.hypot(*(place - other)) - clearances[i] - clearances[len(places)] for i, other in enumerate(places))
         if all(gap > 0.012 for gap in gaps):
@@ -213,7 +218,7 @@ class TabletopEnv:
         return Frame(self.observation(), self.instruction, self.seed)
 
     def step(self, action: ArrayLike) -> StepResult:
-        """Move by action [3] = (dx, dy [m, clipped to +-0.04], grip [>= 0.5 closes]) for one step of 0.1 s."""
+        """Move by action [3] = (dx, dy [m, clipped to +-0.16], grip [>= 0.5 closes]) for one step of 0.1 s."""
         try:
             values = np.asarray(action, dtype=np.float64)
         except (TypeError, ValueError) as error:
@@ -241,16 +246,16 @@ class TabletopEnv:
 
 
 class ScriptedExpert:
-    """Solves the episode from the ground truth of `env.scene`; closed loop, so that it recovers from what disturbs it.
+    """Solves the episode from the ground truth of `env.scene`; closed loop, so that it recovers from what disturbs it. Its intention
+    is a function of the scene alone: whoever sees the scene can tell what it is about to do.
 
     `goal`  solve this goal instead of the env's own (to see that the instruction matters).
     `noise` standard deviation [m] of a slowly wandering error added to dx and dy; 0.01 is lively. `seed` belongs to it.
     `intended` the last action without that error.
     """
 
-    SPEED = 0.024  # m per step, below the controller's limit
-    ACCELERATION = 0.012  # m per step, per step
-    NEAR = 0.010  # m, near enough to close or open the fingers
+    GAIN = 0.45  # of the way that is left, per step: how far to go can be read off every action
+    NEAR = 0.015  # m, near enough to close or open the fingers
 
     def __init__(self, env: TabletopEnv, *, goal: Goal | None = None, noise: float = 0.0, seed: int = 0) -> None:
         if not noise >= 0.0:
@@ -263,7 +268,6 @@ class ScriptedExpert:
     def reset(self, seed: int = 0) -> None:
         """Forget the motion so far; call it after `env.reset`."""
         self._rng = np.random.default_rng(_checked_seed(seed))
-        self._velocity = np.zeros(2)
         self.intended = np.zeros(3, dtype=np.float32)
         self._error = np.zeros(2)
 
@@ -284,14 +288,11 @@ class ScriptedExpert:
 
     def _move(self, rest: NDArray[np.float64], grip: float) -> NDArray[np.float32]:
         distance = float(np.hypot(*rest))
-        wanted = rest * min(1.0, self.SPEED / max(distance, 1e-9), 0.6 + 0.4 * (distance <= self.NEAR))
-        change = wanted - self._velocity
-        size = float(np.hypot(*change))
-        self._velocity = self._velocity + change * min(1.0, self.ACCELERATION / max(size, 1e-9))
+        wanted = self.GAIN * rest
         self._error = 0.7 * self._error + self._rng.normal(0.0, self.noise * np.sqrt(1 - 0.7**2), 2)
-        self.intended = np.array([*self._velocity, grip], dtype=np.float32)
+        self.intended = np.array([*wanted, grip], dtype=np.float32)
         calm = min(1.0, distance / 0.06)  # whoever is about to grasp is careful
-        return np.array([*(self._velocity + calm * self._error), grip], dtype=np.float32)
+        return np.array([*(wanted + calm * self._error), grip], dtype=np.float32)
 
 
 def _rests_on(scene: Scene, goal: Goal) -> bool:
@@ -379,9 +380,9 @@ def _shapes(scene: Scene, pixel: float) -> list[tuple[float, ...]]:
         box(block.x, block.y, (half - 0.006, half - 0.006), 0.004, colour, block.yaw)
 
     x, y = scene.x, scene.y
-    reach = 0.018 + 0.040 * scene.opening  # m from the middle to a finger's centre
-    shadow(x, y + 0.034, (0.064, 0.010), 0.006, height=0.014)
-    box(x, y + 0.034, (0.064, 0.010), 0.006, METAL)
+    reach = FINGERS[0] + FINGERS[1] * scene.opening
+    shadow(x, y + 0.034, (0.074, 0.010), 0.006, height=0.014)
+    box(x, y + 0.034, (0.074, 0.010), 0.006, METAL)
     box(x, y + 0.034, (0.012, 0.006), 0.006, METAL_LIGHT)
     for side in (-reach, reach):
         box(x + side, y + 0.006, (0.0085, 0.034), 0.004, METAL)

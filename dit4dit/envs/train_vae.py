@@ -102,7 +102,7 @@ def episode(seed: int, rng: np.random.Generator) -> list[Scene]:
     while len(scenes) < length:
         action = expert.act().astype(np.float64)
         if len(scenes) > wild_from:
-            drift = 0.8 * drift + rng.normal(0.0, 0.4 * tabletop.MAX_STEP, 2)
+            drift = 0.8 * drift + rng.normal(0.0, 0.13 * tabletop.MAX_STEP, 2)
             grip = float(rng.random() < 0.5) if rng.random() < 0.2 else grip
             action = np.array([*drift, grip])
         env.scene = tabletop.advance(env.scene, action)
