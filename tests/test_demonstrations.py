@@ -11,15 +11,17 @@ import torch
 
 from dit4dit.embodiments import TABLETOP
 from dit4dit.envs import tabletop_tokenizer
-from dit4dit.envs.demonstrations import NOISE, demonstrate, record
+from dit4dit.envs.demonstrations import GOALS_EACH, NOISE, demonstrate, record
 from dit4dit.envs.other_words import OtherWords, other_goal
 from dit4dit.envs.tabletop import (
     BLOCK_COLOURS,
     INSTRUCTIONS,
+    MAX_STEP,
     PLATE_COLOURS,
+    SERVO,
+    SPAWN,
     TEST_SEEDS_FROM,
     Goal,
-    ScriptedExpert,
     layout,
 )
 from dit4dit.errors import ConfigError, InputError
@@ -39,7 +41,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told: list[int] = []
     facts = record(folder / "tabletop", EPISODES, first_seed=8, done=told.append)
     assert (facts["episodes"], sum(told)) == (EPISODES, EPISODES)
-    assert facts["frames"] > 15 * EPISODES
+    assert facts["frames"] > 12 * EPISODES
+    assert facts["solved"] == 1.0
     return folder
 
 
@@ -52,26 +55,35 @@ def test_samples_are_what_was_seen_and_intended(root: Path) -> None:
     data = open_data(root, sample_every=1)
     demo = demonstrate(8)
     statistics = data.statistics["tabletop"]["action"]
-    low, high = np.array(statistics["min"]), np.array(statistics["max"])
-    assert np.abs(np.array([low[:2], high[:2]])).max() <= ScriptedExpert.SPEED + 1e-6, "the disturbance is not recorded"
+    mean, std = np.array(statistics["mean"]), np.array(statistics["std"])
+    reach = np.abs([statistics["min"][:2], statistics["max"][:2]]).max()
+    assert reach <= SPAWN + 1e-6, "the disturbance is not recorded"
     for frame in (0, len(demo.actions) - 3):
         sample = data.sample(frame)
         seen = sample.video[0].permute(1, 2, 0).numpy()
         assert np.abs(seen - (demo.pictures[frame] / 127.5 - 1)).mean() < 0.05
         want = demo.actions[frame : frame + 8]
-        scaled = 2 * (want[:, :2] - low[:2]) / (high[:2] - low[:2]) - 1
+        scaled = (want[:, :2] - mean[:2]) / std[:2]
         assert np.allclose(sample.actions[: len(want), :2], scaled, atol=1e-4)
         assert np.allclose(sample.actions[: len(want), 2], want[:, 2])
         assert sample.lang == demo.instruction
 
 
 def test_the_disturbance_is_executed() -> None:
-    seed = NOISE.index(max(NOISE))
-    demo = demonstrate(seed)
+    demo = demonstrate(GOALS_EACH * NOISE.index(max(NOISE)))
     moved = np.diff(demo.states[:, :2], axis=0)
-    assert np.abs(moved - demo.actions[:-1, :2]).max() > 0.005
-    calm = demonstrate(NOISE.index(0.0))
-    assert np.abs(np.diff(calm.states[:, :2], axis=0) - calm.actions[:-1, :2]).max() < 1e-6
+    wanted = np.clip(SERVO * (demo.actions[:-1, :2] - demo.states[:-1, :2]), -MAX_STEP, MAX_STEP)
+    off = np.abs(moved - wanted).max(axis=1)
+    assert (off > 0.02).mean() > 0.2, "led elsewhere, often"
+
+
+def test_each_layout_is_shown_with_every_block() -> None:
+    demos = [demonstrate(number) for number in range(3 * GOALS_EACH, 5 * GOALS_EACH)]
+    for layout_demos in (demos[:GOALS_EACH], demos[GOALS_EACH:]):
+        assert all(np.array_equal(demo.pictures[0], layout_demos[0].pictures[0]) for demo in layout_demos)
+        assert len({demo.instruction.split()[2] for demo in layout_demos}) == GOALS_EACH
+    assert {demo.instruction.split()[-2] for demo in demos} == set(PLATE_COLOURS)
+    assert not np.array_equal(demos[0].pictures[0], demos[-1].pictures[0])
 
 
 def test_processes_do_not_matter(root: Path, tmp_path: Path) -> None:

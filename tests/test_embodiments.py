@@ -195,4 +195,4 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         GR1.state_chain(statistics(29, 29), 16)
     with pytest.raises(ConfigError, match="unknown; did you mean 'libero'"):
         embodiment("libera")
-    assert TABLETOP.action_names == ("dx", "dy", "grip")
+    assert TABLETOP.action_names == ("x", "y", "grip")

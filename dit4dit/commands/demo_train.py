@@ -42,7 +42,7 @@ class Settings:
     """
 
     seed: int = 0
-    demonstrations: int = 2400
+    demonstrations: int = 3600
     steps: int | None = None
     episodes: int = 100
     processes: int = 2

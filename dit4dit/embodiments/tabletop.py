@@ -1,4 +1,4 @@
-"""The built-in tabletop world: one camera from above, end-effector displacements and a gripper command, 10 Hz."""
+"""The built-in tabletop world: one camera from above, end-effector positions and a gripper command, 10 Hz."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit4dit.embodiments.embodiment import Array, Embodiment, Gripper, Key, fiel
 from dit4dit.types import Observation
 
 STATE = ("x", "y", "grip")
-ACTION = ("dx", "dy", "grip")
+ACTION = ("x", "y", "grip")
 
 
 def observe(raw: Mapping[str, Any]) -> Observation:
@@ -22,7 +22,7 @@ def observe(raw: Mapping[str, Any]) -> Observation:
 
 
 def command(action: Array) -> Array:
-    """[3] -> [3]: the world takes (dx, dy) in metres and a grip command, 1 = close, as they are."""
+    """[3] -> [3]: the world takes (x, y) in metres and a grip command, 1 = close, as they are."""
     return np.asarray(action, dtype=np.float32)
 
 
@@ -31,7 +31,7 @@ TABLETOP = Embodiment(
     tag="tabletop",
     views=("top",),
     state=tuple(Key(name) for name in STATE),
-    action=(Key("dx"), Key("dy"), Key("grip", normalization="none")),
+    action=(Key("x", normalization="mean_std"), Key("y", normalization="mean_std"), Key("grip", normalization="none")),
     state_encoding="normalized",
     rate_hz=10.0,
     observe=observe,

@@ -17,11 +17,16 @@ from numpy.typing import NDArray
 
 from dit4dit.data.writer import VideoCodec, Writer
 from dit4dit.embodiments.tabletop import TABLETOP
-from dit4dit.envs.tabletop import TEST_SEEDS_FROM, ScriptedExpert, TabletopEnv
+from dit4dit.envs.tabletop import PLATE_COLOURS, TEST_SEEDS_FROM, Goal, ScriptedExpert, TabletopEnv
 from dit4dit.errors import InputError
 
-NOISE = (0.0, 0.01, 0.02, 0.03)
+NOISE = (0.0, 0.02, 0.04, 0.06)
 """Standard deviations [m] of the disturbance, in turn."""
+DETOURS = 0.6
+"""How often per step the gripper is led elsewhere. Without, it is soon near the block that it is about to grasp, and where it is
+tells the goal as well as the instruction does."""
+GOALS_EACH = 3
+"""Demonstrations of each layout, one for each block: what the picture alone cannot tell has to be taken from the instruction."""
 EPISODES_PER_FILE = 50
 
 
@@ -36,11 +41,15 @@ class Demonstration:
     success: bool
 
 
-def demonstrate(seed: int) -> Demonstration:
-    """The expert on the layout of `seed`, whose goal is in the first wording."""
-    env = TabletopEnv(seed)
-    frame = env.reset()
-    expert, observation = ScriptedExpert(env, noise=NOISE[seed % len(NOISE)], seed=seed), frame.observation
+def demonstrate(number: int) -> Demonstration:
+    """The expert on the layout `number // GOALS_EACH`, one block of it after the other, on either plate; first wording."""
+    env = TabletopEnv(number // GOALS_EACH)
+    plates = sorted(PLATE_COLOURS)
+    goal = Goal(env.scene.blocks[number % GOALS_EACH].colour, plates[number % len(plates)])
+    frame = env.reset(goal=goal)
+    noise = NOISE[number // GOALS_EACH % len(NOISE)]
+    expert = ScriptedExpert(env, noise=noise, detours=DETOURS, seed=number)
+    observation = frame.observation
     pictures, states, actions = [], [], []
     while True:
         executed = expert.act()

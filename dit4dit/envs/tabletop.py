@@ -22,7 +22,8 @@ from dit4dit.errors import InputError, did_you_mean
 TABLE = 0.5  # m, side of the table, all of it in the picture
 REACH = 0.21  # m, the gripper stays within +-REACH of the middle
 SPAWN = 0.18  # m, objects start within +-SPAWN of the middle
-MAX_STEP = 0.16  # m per step and axis, as a controller would limit it
+SERVO = 0.5  # of the way to the commanded position, per step: the controller's gain
+MAX_STEP = 0.12  # m per step and axis, the controller's limit
 HZ = 10.0
 BLOCK = 0.08  # m, side of a block: 10 px of a 64 px picture, a little more than one latent of the VAE
 PLATE_RADIUS = 0.058  # m
@@ -162,9 +163,10 @@ def layout(seed: int) -> tuple[Scene, Goal, int]:
 
 
 def advance(scene: Scene, action: NDArray[np.float64]) -> Scene:
-    """One step of 0.1 s under a finite action [3] = (dx, dy [m], grip); displacements and reach are limited here."""
-    dx, dy = np.clip(action[:2], -MAX_STEP, MAX_STEP)
-    x, y = (float(np.clip(value, -REACH, REACH)) for value in (scene.x + dx, scene.y + dy))
+    """One step of 0.1 s under a finite action [3] = (x, y [m], grip): a servo moves the gripper towards (x, y)."""
+    here = np.array([scene.x, scene.y])
+    way = SERVO * (np.clip(action[:2], -REACH, REACH) - here)
+    x, y = (here + np.clip(way, -MAX_STEP, MAX_STEP)).tolist()
     blocks, held = scene.blocks, scene.held
     if held is not None:
         body = scene.block(held)
@@ -218,17 +220,20 @@ class TabletopEnv:
         return Frame(self.observation(), self.instruction, self.seed)
 
     def step(self, action: ArrayLike) -> StepResult:
-        """Move by action [3] = (dx, dy [m, clipped to +-0.16], grip [>= 0.5 closes]) for one step of 0.1 s."""
+        """One step of 0.1 s under action [3] = (x, y, grip): where the gripper shall go [m, clipped to +-0.21], >= 0.5 closes it.
+
+        The position is a servo's target: a step goes half of the way there, at most 0.12 m along each axis.
+        """
         try:
             values = np.asarray(action, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise InputError(f"TabletopEnv.step: expected 3 numbers (dx, dy, grip), got {action!r}") from error
+            raise InputError(f"TabletopEnv.step: expected 3 numbers (x, y, grip), got {action!r}") from error
         if values.shape != (3,):
             raise InputError(
-                f"TabletopEnv.step: expected an action of shape (3,) = (dx, dy, grip), got shape {values.shape}"
+                f"TabletopEnv.step: expected an action of shape (3,) = (x, y, grip), got shape {values.shape}"
             )
         if not np.isfinite(values).all():
-            raise InputError(f"TabletopEnv.step: expected finite numbers (dx, dy, grip), got {values.tolist()}")
+            raise InputError(f"TabletopEnv.step: expected finite numbers (x, y, grip), got {values.tolist()}")
         if self.steps >= self.max_steps:
             raise InputError(f"TabletopEnv.step: the episode ended after max_steps={self.max_steps}; call reset()")
         self.scene = advance(self.scene, values)
@@ -250,19 +255,25 @@ class ScriptedExpert:
     is a function of the scene alone: whoever sees the scene can tell what it is about to do.
 
     `goal`  solve this goal instead of the env's own (to see that the instruction matters).
-    `noise` standard deviation [m] of a slowly wandering error added to dx and dy; 0.01 is lively. `seed` belongs to it.
-    `intended` the last action without that error.
+    `noise` standard deviation [m] of a slowly wandering error added to x and y; 0.02 is lively. `seed` belongs to it.
+    `detours` probability per step of heading for some other place instead, as long as the target is not near (`CALM`).
+    `intended` the last action without both.
     """
 
-    GAIN = 0.45  # of the way that is left, per step: how far to go can be read off every action
     NEAR = 0.015  # m, near enough to close or open the fingers
+    CALM = 0.06  # m, whoever is about to grasp is careful
 
-    def __init__(self, env: TabletopEnv, *, goal: Goal | None = None, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, env: TabletopEnv, *, goal: Goal | None = None, noise: float = 0.0, detours: float = 0.0, seed: int = 0
+    ) -> None:
         if not noise >= 0.0:
             raise InputError(f"ScriptedExpert: noise must be a standard deviation in metres >= 0, got {noise!r}")
+        if not 0.0 <= detours < 1.0:
+            raise InputError(f"ScriptedExpert: detours must be a probability per step in 0..1 (1 excluded), got {detours!r}")
         self.env = env
         self.goal = goal
         self.noise = noise
+        self.detours = detours
         self.reset(seed)
 
     def reset(self, seed: int = 0) -> None:
@@ -272,27 +283,27 @@ class ScriptedExpert:
         self._error = np.zeros(2)
 
     def act(self) -> NDArray[np.float32]:
-        """The next action [3] = (dx, dy [m], grip)."""
+        """The next action [3] = (x, y [m], grip)."""
         scene, goal = self.env.scene, self.goal or self.env.goal
-        carries = scene.held == goal.block
-        target = scene.plate(goal.plate) if carries else scene.block(goal.block)
-        gripper = scene.block(goal.block) if carries else scene  # it is the block that has to end on the plate
-        rest = np.array([target.x - gripper.x, target.y - gripper.y])
+        block, plate = scene.block(goal.block), scene.plate(goal.plate)
+        carries, rests = scene.held == goal.block, scene.held is None and _rests_on(scene, goal)
+        # it is the block that has to end on the plate, and the gripper that has to end on the block
+        target, moves = (plate, block) if carries or rests else (block, scene)
+        rest = np.array([target.x - moves.x, target.y - moves.y])
         near = float(np.hypot(*rest)) <= self.NEAR
-        if scene.held is None and _rests_on(scene, goal):
-            return self._move(np.zeros(2), grip=0.0)
-        if carries:
-            return self._move(rest, grip=0.0 if near else 1.0)
-        closing = scene.held is None and near and scene.opening >= 1.0
-        return self._move(rest, grip=1.0 if closing else 0.0)
+        closes = not near if carries else scene.held is None and near and scene.opening >= 1.0
+        return self._reach(rest, grip=float(closes and not rests))
 
-    def _move(self, rest: NDArray[np.float64], grip: float) -> NDArray[np.float32]:
-        distance = float(np.hypot(*rest))
-        wanted = self.GAIN * rest
+    def _reach(self, rest: NDArray[np.float64], grip: float) -> NDArray[np.float32]:
+        wanted = np.array([self.env.scene.x, self.env.scene.y]) + rest
         self._error = 0.7 * self._error + self._rng.normal(0.0, self.noise * np.sqrt(1 - 0.7**2), 2)
         self.intended = np.array([*wanted, grip], dtype=np.float32)
-        calm = min(1.0, distance / 0.06)  # whoever is about to grasp is careful
-        return np.array([*(wanted + calm * self._error), grip], dtype=np.float32)
+        distance = float(np.hypot(*rest))
+        elsewhere, astray = self._rng.uniform(-SPAWN, SPAWN, 2), self._rng.random() < self.detours
+        executed = wanted + min(1.0, distance / self.CALM) * self._error
+        if astray and distance > self.CALM:
+            executed = elsewhere
+        return np.array([*executed, grip], dtype=np.float32)
 
 
 def _rests_on(scene: Scene, goal: Goal) -> bool:

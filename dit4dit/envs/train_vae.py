@@ -94,7 +94,7 @@ def episode(seed: int, rng: np.random.Generator) -> list[Scene]:
     env = TabletopEnv(seed)
     colours, plates = [block.colour for block in env.scene.blocks], [plate.colour for plate in env.scene.plates]
     goal = Goal(str(rng.choice(colours)), str(rng.choice(plates)))
-    expert = ScriptedExpert(env, goal=goal, noise=float(rng.choice([0.0, 0.005, 0.015])), seed=int(rng.integers(2**31)))
+    expert = ScriptedExpert(env, goal=goal, noise=float(rng.choice([0.0, 0.01, 0.03])), seed=int(rng.integers(2**31)))
     scenes = [env.scene]
     length = int(rng.integers(30, 50))
     wild_from = int(rng.choice([0, length // 2, length, length]))
@@ -102,9 +102,9 @@ def episode(seed: int, rng: np.random.Generator) -> list[Scene]:
     while len(scenes) < length:
         action = expert.act().astype(np.float64)
         if len(scenes) > wild_from:
-            drift = 0.8 * drift + rng.normal(0.0, 0.13 * tabletop.MAX_STEP, 2)
+            drift = 0.8 * drift + rng.normal(0.0, 0.04, 2)
             grip = float(rng.random() < 0.5) if rng.random() < 0.2 else grip
-            action = np.array([*drift, grip])
+            action = np.array([env.scene.x + drift[0], env.scene.y + drift[1], grip])
         env.scene = tabletop.advance(env.scene, action)
         scenes.append(env.scene)
     return scenes

@@ -66,7 +66,7 @@ class Tabletop:
         self.facts = {
             "max_steps": max_steps,
             "rate_hz": tabletop.HZ,
-            "action_names": ["dx", "dy", "grip"],
+            "action_names": ["x", "y", "grip"],
             "settle_steps": 0,
         }
 

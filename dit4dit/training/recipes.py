@@ -75,19 +75,19 @@ def tabletop() -> TrainConfig:
     return TrainConfig(
         model=replace(base, flow=flow),
         embodiment="tabletop",
-        data=DataConfig(mixture="tabletop", batch_size=32, workers=0, cache_latents=True, holdout=0.02, sample_every=3),
+        data=DataConfig(mixture="tabletop", batch_size=32, workers=0, cache_latents=True, holdout=0.02, sample_every=4),
         optim=OptimConfig(
-            learning_rate=LearningRates(2e-3, 2e-3, 2e-3), weight_decay=0.0, warmup_steps=200, min_lr=2e-5, ema=0.998
+            learning_rate=LearningRates(1e-3, 1e-3, 1e-3), weight_decay=0.0, warmup_steps=200, min_lr=1e-5, ema=0.998
         ),
         run=RunConfig(
             out="runs/tabletop",
-            steps=5500,
+            steps=7500,
             precision="float32",
             gradient_checkpointing=False,
             device="cpu",
-            save_every=5500,
+            save_every=7500,
             save_frozen=True,
-            eval_every=5500,
+            eval_every=7500,
             trackers=(),
         ),
     )

@@ -18,6 +18,7 @@ from dit4dit.model.checkpoint import FROZEN, TEXT
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.text import TextEncoder, byte_tokenizer
 from dit4dit.training.config import TrainConfig
+from dit4dit.training.fresh import rescale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ def _fresh(config: TrainConfig, device: torch.device) -> Start:
     if world:
         vae = {n: t.float() for n, t in load_file(tabletop_vae_dir() / "model.safetensors").items()}
     model = weights.random_model(config.model, config.run.seed, with_text=False, vae_weights=vae)
-    model.backbone.transformer.open_gates()
+    rescale(model)
     model.to(device)
     if config.model.flow.training == "video":
         model.head = None
