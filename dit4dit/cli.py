@@ -340,7 +340,7 @@ def demo(
 def demo_train(
     out: Path = Path("demo-train"),
     seed: int = 0,
-    demonstrations: int = 3600,
+    demonstrations: int = 5400,
     steps: int | None = None,
     episodes: int = 100,
     processes: int = 2,

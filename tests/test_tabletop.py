@@ -136,7 +136,7 @@ def test_expert_succeeds():
         env.reset(TEST + seed)
         results.append(run(env, ScriptedExpert(env).act))
     assert np.mean([success for success, _ in results]) >= 0.95
-    assert 10 <= np.mean([steps for _, steps in results]) <= 25
+    assert 8 <= np.mean([steps for _, steps in results]) <= 25
 
 
 @pytest.mark.parametrize("disturbance", [{"noise": 0.03}, {"detours": 0.4}])

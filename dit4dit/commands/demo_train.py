@@ -42,7 +42,7 @@ class Settings:
     """
 
     seed: int = 0
-    demonstrations: int = 3600
+    demonstrations: int = 5400
     steps: int | None = None
     episodes: int = 100
     processes: int = 2
@@ -84,7 +84,7 @@ def demo_train(out: Path, settings: Settings, *, bar: Callable[[str, int], Any])
 
     if (out / "run").exists():
         raise InputError(f"--out {out}: has a run already; give another folder, or remove it")
-    clock, config = Clock(), configure(out, settings)
+    clock, config, source = Clock(), configure(out, settings), commit()
     runs = [out / "episodes" / name for name in ("before", "after", "other-words")]
     with clock.stage("demonstrations"), bar("demonstrations", settings.demonstrations) as done:
         first = settings.seed * settings.demonstrations
@@ -107,6 +107,7 @@ def demo_train(out: Path, settings: Settings, *, bar: Callable[[str, int], Any])
         control = play(policy, runs[2], settings.episodes, other_words=True, bar=bar)
     result = {
         "seed": settings.seed,
+        "commit": source,
         "success": {"before": rate(before), "after": rate(after), "told_other_words": rate(control)},
         "demonstrations": {**data, "first_seed": first, "seconds_of_robot_time": data["frames"] / 10},
         "recipe": facts(config),
@@ -245,6 +246,15 @@ def facts(config: TrainConfig) -> dict[str, Any]:
         "weight of the video loss": model.flow.future_video_weight,
         "action loss reaches the backbone": model.flow.action_grad_to_backbone,
     }
+
+
+def commit() -> str | None:
+    """The commit of the current folder's repository, marked where tracked files differ from it; None outside of one."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def machine(processes: int) -> dict[str, Any]:

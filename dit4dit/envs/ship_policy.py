@@ -6,7 +6,6 @@ Weights in half precision, of the VAE only the encoder, which is all that a poli
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 from dit4dit.errors import CheckpointError
@@ -42,17 +41,11 @@ def ship(source: Path, target: Path) -> None:
         }
         own_format.write_json(
             partial / "metrics.json",
-            {"command": f"{COMMAND} SEED={result['seed']}", "commit": commit(), "precision": "float16", **facts},
+            {"command": f"{COMMAND} SEED={result['seed']}", "commit": result["commit"], "precision": "float16", **facts},
         )
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         if size > LIMIT:
             raise CheckpointError(f"{target}: {size} bytes, more than {LIMIT}; train a smaller model")
-
-
-def commit() -> str:
-    """The commit of the current folder's repository, marked where tracked files differ from it."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ class ScriptedExpert:
     `intended` the last action without both.
     """
 
-    NEAR = 0.015  # m, near enough to close or open the fingers
+    NEAR = 0.025  # m, near enough to close or open the fingers
     CALM = 0.06  # m, whoever is about to grasp is careful
 
     def __init__(

@@ -165,6 +165,8 @@ def fill_latents(
 
     assert model.video_vae is not None
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        model.video_vae.channels_last()
     for chunk in cache.missing(range(cache.chunks)[rank::ranks]):
         found: dict[str, list[Tensor]] = {"mean": [], "std": [], "clip": []}
         for start in range(0, len(cache.indices(chunk)), ENCODED_TOGETHER):

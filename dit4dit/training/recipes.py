@@ -70,24 +70,24 @@ def tabletop() -> TrainConfig:
     """
     base = preset("tabletop").model
     flow = replace(
-        base.flow, action_grad_to_backbone=True, repeated_diffusion_steps=2, future_video_weight=0.1, video_every=4
+        base.flow, action_grad_to_backbone=True, repeated_diffusion_steps=2, future_video_weight=0.1, video_every=8
     )
     return TrainConfig(
         model=replace(base, flow=flow),
         embodiment="tabletop",
-        data=DataConfig(mixture="tabletop", batch_size=32, workers=0, cache_latents=True, holdout=0.02, sample_every=4),
+        data=DataConfig(mixture="tabletop", batch_size=64, workers=0, cache_latents=True, holdout=0.02, sample_every=6),
         optim=OptimConfig(
-            learning_rate=LearningRates(1e-3, 1e-3, 1e-3), weight_decay=0.0, warmup_steps=200, min_lr=1e-5, ema=0.998
+            learning_rate=LearningRates(1.4e-3, 1.4e-3, 1.4e-3), weight_decay=0.0, warmup_steps=100, min_lr=1e-5, ema=0.997
         ),
         run=RunConfig(
             out="runs/tabletop",
-            steps=7500,
+            steps=4000,
             precision="float32",
             gradient_checkpointing=False,
             device="cpu",
-            save_every=7500,
+            save_every=4000,
             save_frozen=True,
-            eval_every=7500,
+            eval_every=4000,
             trackers=(),
         ),
     )
