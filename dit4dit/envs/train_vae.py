@@ -80,6 +80,7 @@ class TrainConfig:
     shares: tuple[float, ...] = (0.55, 0.33, 0.12, 0.0, 0.0, 0.0)  # of each of `KINDS`; lone frames are cheap
     motion: float = 0.0  # extra weight of pixels that differ from the clip's first frame
     start: Path | None = None  # go on from this folder's weights instead of random ones
+    decoder_only: bool = False  # the latents of `start` stay what they are, and with them what a policy has learned
     log: Path | None = None  # JSON lines; `<out>_train.jsonl` unless given
 
     def __post_init__(self) -> None:
@@ -87,6 +88,8 @@ class TrainConfig:
             raise ConfigError(f"TrainConfig: minutes and steps must be positive, got {self.minutes} and {self.steps}")
         if len(self.shares) != len(KINDS) or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ConfigError(f"TrainConfig.shares: expected {len(KINDS)} numbers that add up to 1, got {self.shares}")
+        if self.decoder_only and self.start is None:
+            raise ConfigError("TrainConfig.decoder_only: needs `start`, the weights whose latents are kept")
 
 
 def episode(seed: int, rng: np.random.Generator) -> list[Scene]:
@@ -238,6 +241,8 @@ def provenance(config: TrainConfig, steps: int, minutes: float) -> dict[str, Any
     if config.shares != TrainConfig.shares:
         words.append("--shares " + " ".join(map(str, config.shares)))
     before = None
+    if config.decoder_only:
+        words.append("--decoder-only")
     if config.start is not None:
         words.append("--start START")
         known = json.loads((config.start / "metrics.json").read_text())
@@ -260,9 +265,13 @@ def fit(config: TrainConfig) -> int:
     model = build(fast=True)
     if config.start is not None:
         model.load_state_dict(load_file(config.start / "model.safetensors"))
+    if config.decoder_only:
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     clips = Clips(0, TEST_SEEDS_FROM, config.seed, store=512)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     log_path = config.log or config.out.parent / f"{config.out.name}_train.jsonl"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -276,7 +285,7 @@ def fit(config: TrainConfig) -> int:
             loss, seen = objective(model, to_video(pictures), to_video(tables), config, noise)
             optimiser.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             _follow(average, model, decay=min(config.ema, (step + 1) / (step + 10)))
             if step % 20 == 0:
@@ -290,9 +299,16 @@ def fit(config: TrainConfig) -> int:
             if step == PLAN_AFTER and config.steps is None:
                 steps = bar.total = max(step, int(step * config.minutes * 60 / (time.monotonic() - began)))
             if step % SNAPSHOT == 0:
-                store(config.out, average, latent_scale(average, clips))
-    store(config.out, average, latent_scale(average, clips))
+                store(config.out, average, _scale(config, average, clips))
+    store(config.out, average, _scale(config, average, clips))
     return steps
+
+
+def _scale(config: TrainConfig, weights: dict[str, torch.Tensor], clips: Clips) -> dict[str, list[float]]:
+    if config.decoder_only and config.start is not None:
+        known = json.loads((config.start / "config.json").read_text())
+        return {key: known[key] for key in ("latents_mean", "latents_std")}
+    return latent_scale(weights, clips)
 
 
 @torch.no_grad()
