@@ -196,6 +196,8 @@ def test_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
     assert str(tmp_path / "page/report.html") in shown
     assert command(tmp_path) == 2
     assert "no run.json" in capsys.readouterr().err
+    assert command(tmp_path / "nothing") == 2
+    assert not (tmp_path / "nothing").exists()
     assert command() == 2
     with pytest.raises(DataError):
         report.write([tmp_path], tmp_path)

@@ -69,9 +69,13 @@ def test_a_whole_line_without_its_end_is_run_again(folder: Path) -> None:
 
 def test_a_damaged_line_is_named(folder: Path) -> None:
     file = folder / "episodes.jsonl"
-    file.write_text("{}\n" + file.read_text())
-    with pytest.raises(DataError, match=r"episodes.jsonl:1: expected an episode's JSON object"):
-        Run.open(folder)
+    whole = file.read_text()
+    without_seed = json.loads(whole.splitlines()[0])
+    del without_seed["seed"]
+    for line in ("{}", json.dumps(without_seed)):
+        file.write_text(f"{line}\n{whole}")
+        with pytest.raises(DataError, match=r"episodes.jsonl:1: expected an episode's JSON object"):
+            Run.open(folder)
 
 
 @contextmanager

@@ -110,8 +110,7 @@ def test_metrics_are_complete_and_kept():
     for name, frames in (("1", 1), ("5", 5), ("9", 9), ("5_moving", 5), ("9_moving", 9)):
         measured = metrics[f"frames_{name}"]
         assert len(measured["psnr_db_by_frame"]) == frames
-        assert measured["psnr_db"] >= 28.0
-        assert min(measured["psnr_db_by_frame"]) >= 26.5
+        assert min(measured["psnr_db_by_frame"]) >= 28.0
         assert measured["psnr_db_sampled"] >= 27.0
 
 

@@ -158,7 +158,8 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None
     if not runs:
         raise InputError("report: give the folder of at least one run")
     folder = runs[0] if out is None else out
-    check_folder("--out", folder)
+    if out is not None or folder.is_dir():
+        check_folder("--out", folder)
     rows = []
     for info in module.write(runs, folder)["runs"]:
         whole = info["results"][0]

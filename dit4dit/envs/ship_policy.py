@@ -51,4 +51,4 @@ def ship(source: Path, target: Path) -> None:
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(ship)
+    tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(ship))

@@ -244,7 +244,7 @@ def _read_lines(file: Path) -> list[Record]:
     for number, line in enumerate(lines, 1):
         try:
             record: Record = json.loads(line)
-            key_of(record), record["error"], record["success"]
+            key_of(record), record["seed"], record["error"], record["success"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}:{number}: expected an episode's JSON object ({error}); remove the line") from None
         records.append(record)
