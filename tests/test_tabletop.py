@@ -150,7 +150,7 @@ def test_disturbed_expert_recovers(disturbance):
 
 
 def test_expert_says_where_to_go():
-    """Its intention is the named block until that is held, then the place where the block is on the plate, whatever disturbs it."""
+    """Its intention is the named block until that is held, then where the block is on the plate, whatever disturbs it."""
     env = TabletopEnv(11)
     expert = ScriptedExpert(env, noise=0.02, detours=0.3, seed=1)
     block, plate = env.scene.block(env.goal.block), env.scene.plate(env.goal.plate)

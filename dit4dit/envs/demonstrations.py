@@ -71,7 +71,7 @@ def record(
     processes: int = 1,
     done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """Write the demonstrations of `episodes` layouts, from the seed `first_seed` on, as a data set.
+    """Write `episodes` demonstrations, by number (see `demonstrate`) from `first_seed` on, as a data set.
 
     Args:
         root: new folder.

@@ -41,7 +41,12 @@ def ship(source: Path, target: Path) -> None:
         }
         own_format.write_json(
             partial / "metrics.json",
-            {"command": f"{COMMAND} SEED={result['seed']}", "commit": result["commit"], "precision": "float16", **facts},
+            {
+                "command": f"{COMMAND} SEED={result['seed']}",
+                "commit": result["commit"],
+                "precision": "float16",
+                **facts,
+            },
         )
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         if size > LIMIT:

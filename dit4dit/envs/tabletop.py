@@ -251,8 +251,9 @@ class TabletopEnv:
 
 
 class ScriptedExpert:
-    """Solves the episode from the ground truth of `env.scene`; closed loop, so that it recovers from what disturbs it. Its intention
-    is a function of the scene alone: whoever sees the scene can tell what it is about to do.
+    """Solves the episode from the ground truth of `env.scene`; closed loop, so that it recovers from what disturbs it.
+
+    Its intention is a function of the scene alone: whoever sees the scene can tell what it is about to do.
 
     `goal`  solve this goal instead of the env's own (to see that the instruction matters).
     `noise` standard deviation [m] of a slowly wandering error added to x and y; 0.02 is lively. `seed` belongs to it.
@@ -269,7 +270,9 @@ class ScriptedExpert:
         if not noise >= 0.0:
             raise InputError(f"ScriptedExpert: noise must be a standard deviation in metres >= 0, got {noise!r}")
         if not 0.0 <= detours < 1.0:
-            raise InputError(f"ScriptedExpert: detours must be a probability per step in 0..1 (1 excluded), got {detours!r}")
+            raise InputError(
+                f"ScriptedExpert: detours must be a probability per step in 0..1 (1 excluded), got {detours!r}"
+            )
         self.env = env
         self.goal = goal
         self.noise = noise

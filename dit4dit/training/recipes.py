@@ -77,7 +77,11 @@ def tabletop() -> TrainConfig:
         embodiment="tabletop",
         data=DataConfig(mixture="tabletop", batch_size=64, workers=0, cache_latents=True, holdout=0.02, sample_every=6),
         optim=OptimConfig(
-            learning_rate=LearningRates(1.4e-3, 1.4e-3, 1.4e-3), weight_decay=0.0, warmup_steps=100, min_lr=1e-5, ema=0.997
+            learning_rate=LearningRates(1.4e-3, 1.4e-3, 1.4e-3),
+            weight_decay=0.0,
+            warmup_steps=100,
+            min_lr=1e-5,
+            ema=0.997,
         ),
         run=RunConfig(
             out="runs/tabletop",
