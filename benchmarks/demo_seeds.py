@@ -36,7 +36,12 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(folders: Annotated[list[Path], tyro.conf.Positional], out: Path) -> None:
     """Merge the runs in `folders` into `out` (JSON, and a picture beside it)."""
-    result = merged([json.loads((folder / "demo-train.json").read_text()) for folder in folders])
+    files = [folder / "demo-train.json" for folder in folders]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise SystemExit(
+            f"demo_seeds: no such file: {', '.join(missing)}; make demo-train writes one when it has ended"
+        )
+    result = merged([json.loads(file.read_text()) for file in files])
     write_json(out, result)
     bars = {
         f"seed {seed}: {ROWS[name]}": one

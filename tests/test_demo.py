@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dit4dit.benchmarks import demo_seeds
 
 from dit4dit import Policy
 from dit4dit.cli import main
@@ -84,6 +85,27 @@ def test_the_global_batch_does_not_depend_on_the_processes(tmp_path: Path) -> No
     with pytest.raises(InputError, match="--processes 3: expected a divisor of the global batch"):
         configure(tmp_path, Settings(processes=3))
     assert one.model.flow.action_grad_to_backbone
+
+
+def test_several_runs_are_one_result(made: Path, tmp_path: Path) -> None:
+    run = json.loads((made / "demo-train.json").read_text())
+    seeds = []
+    for seed, (rate_after, minutes) in enumerate([(0.9, 18.0), (0.8, 20.0)]):
+        one = {**run, "seed": seed, "total_seconds": 60 * minutes}
+        one["success"] = {**run["success"], "after": {**run["success"]["after"], "rate": rate_after}}
+        seeds.append(one)
+    result = demo_seeds.merged(seeds[::-1])
+    assert list(result["seeds"]) == ["0", "1"]
+    assert result["met"]
+    assert (result["success"]["lowest"], result["minutes"]["longest"]) == (0.8, 20.0)
+    assert not demo_seeds.merged([{**seeds[0], "total_seconds": 1201.0}])["met"]
+    with pytest.raises(SystemExit, match="different seeds"):
+        demo_seeds.merged([run, run])
+    demo_seeds.main([made], tmp_path / "all.json")
+    assert json.loads((tmp_path / "all.json").read_text())["seeds"] == {"0": run}
+    assert (tmp_path / "all.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="no such file"):
+        demo_seeds.main([tmp_path], tmp_path / "none.json")
 
 
 def test_the_packages_policy_is_small_and_says_where_it_is_from() -> None:

@@ -45,8 +45,7 @@ def plot_success(path: Path, rates: Mapping[str, Mapping[str, Any]]) -> None:
     axis.set_yticks(range(len(rates)), list(rates)[::-1])
     axis.set_xlim(0, 100)
     axis.set_xlabel("% of episodes that succeeded, with Wilson's 95 % interval")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
