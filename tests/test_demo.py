@@ -129,7 +129,7 @@ def test_the_packages_policy_does_what_it_is_said_to_do(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_a_short_training_is_better_than_chance(tmp_path: Path) -> None:
     """Random weights succeed in none of some hundred episodes; what was trained for a few minutes must be clearly above."""
-    settings = Settings(seed=5, demonstrations=1500, steps=1500, episodes=40)
+    settings = Settings(seed=5, demonstrations=4200, steps=1800)
     result = demo_train(tmp_path / "run", settings, bar=progress)
     before, after = result["success"]["before"], result["success"]["after"]
     assert after["interval_95"][0] > before["interval_95"][1], (before, after)

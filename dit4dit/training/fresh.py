@@ -1,4 +1,6 @@
-"""Weights to train from when there is nothing to start from: every layer's output about as large as its input."""
+"""Weights to train backbone and head from as one when there is nothing to start from: every layer's output about as large as its
+input, so that what the action loss says reaches the picture and the words.
+"""
 
 from __future__ import annotations
 

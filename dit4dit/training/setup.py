@@ -112,7 +112,10 @@ def _fresh(config: TrainConfig, device: torch.device) -> Start:
     if world:
         vae = {n: t.float() for n, t in load_file(tabletop_vae_dir() / "model.safetensors").items()}
     model = weights.random_model(config.model, config.run.seed, with_text=False, vae_weights=vae)
-    rescale(model)
+    if config.model.flow.action_grad_to_backbone:
+        rescale(model)
+    else:  # a head alone learns faster from the usual weights
+        model.backbone.transformer.open_gates()
     model.to(device)
     if config.model.flow.training == "video":
         model.head = None
