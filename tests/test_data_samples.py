@@ -88,11 +88,23 @@ def tabletop_data(root: Path) -> Path:
 
 
 def test_past_the_end_relative_actions_are_zero_before_normalisation(tmp_path: Path) -> None:
-    made = open_one(tabletop_data(tmp_path / "t"), "tabletop")
+    own = tmp_path / "my.yaml"
+    own.write_text(
+        "robots:\n  moved:\n    video: [top]\n    state: [x]\n    action: [dx, dy, grip]\n"
+        "    language: annotation.human.action.task_description\n    action_steps: 8\n"
+        "    normalization: {action.dx: min_max, action.dy: min_max}\n"
+        "    modality:\n      state: {x: {start: 0, end: 3}}\n"
+        "      action: {dx: {start: 0, end: 1, absolute: false}, dy: {start: 1, end: 2, absolute: false}, "
+        "grip: {start: 2, end: 3}}\n"
+        "      video: {top: {original_key: observation.images.top}}\n"
+        "      annotation: {human.action.task_description: {original_key: task_index}}\n"
+    )
+    made = open_one(tabletop_data(tmp_path / "t"), "moved", own)
     one = made.readers(Window.for_model(preset("tabletop").model))[0]
     sample = one.read(0, 7)
     back = one.action.inverse(np.clip(sample.actions.numpy(), -10, 10))
-    entry = made.statistics["tabletop"]["action"]
+    (statistics,) = made.statistics.values()
+    entry = statistics["action"]
     low, high = np.array(entry["min"][:2]), np.array(entry["max"][:2])
     zero = -(high + low) / (high - low)
     np.testing.assert_allclose(sample.actions[3:, :2].numpy(), np.tile(zero, (5, 1)), rtol=1e-5)
