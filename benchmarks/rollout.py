@@ -37,7 +37,8 @@ def measure(
     """Episodes per second for one worker and for each of `workers`, with the machine they belong to.
 
     Args:
-        episodes: of each worker and round, after the first.
+        episodes: of each worker and round, after the first, where there are most workers; fewer workers play the same ones,
+            because some episodes take six times as long as others.
 
     `load_before` in the result is the machine's load average (processes that want a core) before it began: a number taken
     beside other work says so.
@@ -52,7 +53,7 @@ def measure(
     known: dict[int, Any] = {}
     for _ in range(rounds):
         for count in counts:
-            rate, records = _play(policy, about, count, batch, episodes, on_episode)
+            rate, records = _play(policy, about, count, batch, max(counts) * (episodes + 1), on_episode)
             for record in records:
                 del record["took"]
                 assert known.setdefault(record["trial"], record) == record, (
@@ -86,7 +87,7 @@ def _play(
     with tempfile.TemporaryDirectory() as folder:
         records = evaluate(
             policy,
-            tabletop.plan(workers * (episodes + 1)),
+            tabletop.plan(episodes),
             Options(batch=batch, workers=workers, videos="none"),
             Path(folder) / "run",
             horizon=policy.config.head.action_horizon,

@@ -21,7 +21,7 @@ def test_two_workers_reach_their_share_and_the_same_records(tmp_path: Path) -> N
         "--batch",
         "2",
         "--episodes",
-        "2",
+        "6",
         "--rounds",
         "3",
         "--device",

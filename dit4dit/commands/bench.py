@@ -284,7 +284,7 @@ def rollout(
         checkpoint: a tabletop policy; the package's own when not given.
         workers: numbers of simulators.
         batch: rows of each pass.
-        episodes: of each worker in each round, after its first.
+        episodes: of each worker in each round, after its first, where there are most; fewer workers play the same ones.
         rounds: in which the numbers of workers take turns.
         device: auto, cpu, cuda or cuda:N.
         json: also write every number to this file.
