@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.weights import random_model
 from dit4dit.presets import preset
+from dit4dit.training import setup
 from dit4dit.training.fresh import rescale
+from dit4dit.training.recipes import recipe
 
 CONFIG = preset("tabletop").model
 
@@ -60,6 +62,20 @@ def test_layers_keep_the_size_of_a_signal() -> None:
         assert shift.abs().max() < 1e-5
         assert scale.abs().max() < 1e-5
         assert (gate - 1).abs().max() < 0.15, "open, as `open_gates` leaves them"
+
+
+def test_a_run_from_nothing_starts_with_them() -> None:
+    """Rescaled where the action loss trains the backbone too, the usual weights elsewhere."""
+    for trains_backbone in (True, False):
+        config = recipe("tabletop").override({"model.flow.action_grad_to_backbone": str(trains_backbone).lower()})
+        start = setup.load(config, torch.device("cpu")).model
+        usual = random_model(config.model, config.run.seed, with_text=False)
+        assert start.head is not None
+        assert usual.head is not None
+        ratio = start.head.action_decoder.layer2.weight / usual.head.action_decoder.layer2.weight
+        assert torch.allclose(ratio, torch.full_like(ratio, 3**0.5 if trains_backbone else 1.0))
+        gate = start.backbone.transformer.blocks[0].norm1.linear_2.weight
+        assert not gate.any(), "open either way"
 
 
 def test_the_frozen_vae_is_not_touched() -> None:

@@ -21,9 +21,11 @@ def ship(source: Path, target: Path) -> None:
     """Write the policy of the demo-train folder `source` into the new folder `target`, with metrics.json.
 
     Raises:
-        CheckpointError: more than 5 MB.
+        CheckpointError: more than 5 MB, or trained outside of a repository, so that no commit says what made it.
     """
     result = read_json(source / "demo-train.json")
+    if not result.get("commit"):
+        raise CheckpointError(f"{source}: demo-train.json names no commit; run {COMMAND} in a clone of the repository")
     checkpoint = open_checkpoint(result["policy"], None)
     kept = tuple(VAE + part for part in ("encoder.", "quant_conv."))
     names = [n for n in checkpoint.tensors if not n.startswith(VAE) or n.startswith(kept)]

@@ -179,7 +179,7 @@ class VideoVae(nn.Module):
         self.scale = LatentScale(config)
 
     def channels_last(self) -> None:
-        """Lay the convolutions' weights out with the channels last, which takes a third less time on a CPU; in place."""
+        """Lay the convolutions' weights out with the channels last, which takes a quarter less time on a CPU; in place."""
         for weight in self.wan.parameters():
             if weight.dim() == 5:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)

@@ -12,7 +12,7 @@ from dit4dit.model.dit4dit import DiT4DiT
 GAIN = 3**0.5
 """What a linear layer's usual weights, uniform within 1/sqrt(width), lack to variance 1/width."""
 POSITION = 0.2
-"""Scale of the action head's position embedding; at its usual one two tokens of a chunk differ more than two pictures do."""
+"""Scale of the action head's position embedding, whose usual size drowns the tokens it is added to."""
 
 
 @torch.no_grad()
