@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -174,3 +175,17 @@ UNKNOWN_TYPE_BYTES = f"82 {TYPE} a4 6b696c6c {REQUEST_ID} a1 61"  # type: kill
 def hand(text: str) -> bytes:
     """The bytes of lines of hex; what stands after two spaces behind them is a comment."""
     return b"".join(bytes.fromhex(line.strip().partition("  ")[0].replace(" ", "")) for line in text.splitlines())
+
+
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n"
+)
+"""A handshake up to its last empty line."""
+
+
+def raw_socket(server, request: bytes = b"") -> socket.socket:
+    """A connection that has sent `request` and nothing else."""
+    found = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT)
+    found.sendall(request)
+    return found
