@@ -103,7 +103,7 @@ class Moves:
     def _blank_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's state of a parameter, registered with the optimiser, to be filled."""
         blank = {
-            "step": torch.zeros(()),
+            "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

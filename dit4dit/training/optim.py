@@ -87,14 +87,17 @@ def group_of(name: str) -> str:
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with one group per learning rate; `name` and `top_lr` of each group are kept in it."""
+    """AdamW with one group per learning rate; `name` and `top_lr` of each group are kept in it.
+
+    Fused: one pass over each parameter, without the copies as large as all of them that the default makes on a GPU.
+    """
     groups = []
     for name in ("base", *GROUPS):
         members = [p for n, p in parameters.items() if group_of(n) == name]
         if members:
             rate = getattr(config.learning_rate, name)
             groups.append({"params": members, "lr": rate, "top_lr": rate, "name": name})
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 
 def schedule(step: int, steps: int, config: OptimConfig) -> float:
