@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dit4dit import embodiments, stats
@@ -46,12 +47,20 @@ def choose_embodiment(checkpoint: Checkpoint, wanted: str | Embodiment | None) -
     if wanted in embodiments.EMBODIMENTS:
         robot = embodiments.EMBODIMENTS[str(wanted)]
         return robot, robot.tag if robot.tag in checkpoint.statistics or len(checkpoint.statistics) > 1 else None
+    its_own = None
+    if isinstance(checkpoint.embodiment, Mapping):
+        from dit4dit.data.robots import restored
+
+        its_own = restored(checkpoint.embodiment, f"{checkpoint.path}: embodiment")
+        if wanted in (None, its_own.name):
+            return its_own, its_own.tag if its_own.tag in checkpoint.statistics else None
     known = [*embodiments.EMBODIMENTS, *checkpoint.statistics]
     if wanted is not None and wanted not in checkpoint.statistics:
         raise ConfigError(f"embodiment {wanted!r}: unknown{did_you_mean(wanted, known)}; known: {', '.join(known)}")
     if checkpoint.embodiment is None:
         raise ConfigError(
             f"{checkpoint.path}: does not say which robot it is for; choose one with --embodiment: "
-            f"{', '.join(embodiments.EMBODIMENTS)}"
+            f"{', '.join(embodiments.EMBODIMENTS)}; for a robot of your own `dit4dit eval openloop` takes --robots FILE "
+            "--robot NAME"
         )
-    return embodiments.embodiment(checkpoint.embodiment), wanted
+    return its_own or embodiments.embodiment(str(checkpoint.embodiment)), wanted

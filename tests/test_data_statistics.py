@@ -151,6 +151,17 @@ def test_the_check_command(main, libero_data: Path, write_libero, tmp_path: Path
     assert "no such file" in (out / "index.html").read_text()
 
 
+def test_one_file_of_many_episodes_is_told_once(main, write_libero, tmp_path: Path) -> None:
+    root = write_libero(tmp_path / "set", version="v3.0")
+    (root / "data/chunk-000/file-000.parquet").unlink()
+    code, text, _ = main("data", "check", root, "--out", tmp_path / "sheet")
+    assert code == 1
+    (line,) = [line for line in text.splitlines() if line.startswith("  error: ")]
+    assert "file-000.parquet: no such file" in line
+    assert line.endswith("(episode 0 and 2 more)")
+    assert len(json.loads((tmp_path / "sheet" / "check.json").read_text())["datasets"][0]["errors"]) == 3
+
+
 def test_the_check_decodes_what_headers_do_not_tell(write_libero, tmp_path: Path) -> None:
     from dit4dit.data.check import check
 

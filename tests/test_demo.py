@@ -80,6 +80,16 @@ def test_a_run_is_never_mixed_with_another(made: Path, capsys) -> None:
     assert "has a run already" in capsys.readouterr().err
 
 
+def test_what_cannot_be_run_is_said_before_anything_is_recorded(tmp_path: Path, capsys) -> None:
+    for name in ("demonstrations", "steps", "episodes", "processes"):
+        assert run("demo-train", "--out", str(tmp_path / "run"), f"--{name}", "0") == 2
+        assert f"--{name}: expected at least 1, got 0" in capsys.readouterr().err
+    (tmp_path / "run" / "data").mkdir(parents=True)  # of a run that was interrupted
+    assert run("demo-train", "--out", str(tmp_path / "run")) == 2
+    assert "has a run already, or part of one" in capsys.readouterr().err
+    assert [each.name for each in (tmp_path / "run").rglob("*")] == ["data"]
+
+
 def test_the_global_batch_does_not_depend_on_the_processes(tmp_path: Path) -> None:
     one, two = (configure(tmp_path, Settings(processes=n)) for n in (1, 2))
     assert one.data.batch_size == 2 * two.data.batch_size

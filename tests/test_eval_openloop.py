@@ -13,6 +13,7 @@ from dit4dit.cli import main
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.robots import catalogue
 from dit4dit.data.samples import Recording
+from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.errors import ConfigError, InputError
 from dit4dit.evaluation import openloop
 from dit4dit.evaluation.action_error import ActionError
@@ -114,8 +115,8 @@ def test_a_data_set_of_another_robot_is_refused(gr1_policy, recording: Recording
 
 def test_the_robot_is_the_checkpoints_or_must_be_named() -> None:
     known = catalogue()
-    assert openloop.choose_robot(known, None, "libero").name == "libero_franka"
-    assert openloop.choose_robot(known, "oxe_bridge", "libero").name == "oxe_bridge"
+    assert openloop.choose_robot(known, None, EMBODIMENTS["libero"]).name == "libero_franka"
+    assert openloop.choose_robot(known, "oxe_bridge", EMBODIMENTS["libero"]).name == "oxe_bridge"
     with pytest.raises(ConfigError, match="--robot: the checkpoint does not say its robot; choose one of"):
         openloop.choose_robot(known, None, None)
 

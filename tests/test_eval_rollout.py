@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,15 @@ def test_a_mistake_ends_the_run_and_its_workers(tmp_path: Path) -> None:
     assert children() == []
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(ctrl_c: None, tmp_path: Path) -> None:
     plan = make_plan(6, max_steps=10, seconds=0.01)
     seen: list[Any] = []
 

@@ -60,7 +60,7 @@ def test_words_change_copies() -> None:
         (("--recipe", "libero", "--optm.clip", "1"), "--optm.clip: unknown option 'optm'; did you mean 'optim'?"),
         (("--recipe", "libero", "--trainer.max_train_steps", "1"), "unknown option 'trainer'"),
         (("--recipe", "libero", "--run.steps"), "--run.steps: expected a value after it"),
-        (("--recipe", "libero", "--run.steps", "many"), "command line.run.steps: expected int, got 'many'"),
+        (("--recipe", "libero", "--run.steps", "many"), "error: --run.steps: expected int, got 'many'"),
         (("--recipe", "libero", "--run.precision", "float8"), "expected one of float32, bfloat16, float16, got 'float8'"),
         (("--recipe", "libero", "steps"), "'steps': expected --a.b.c value"),
         (("--recipe", "libero", "--processes", "2"), "--processes: goes with --dry-run"),

@@ -14,6 +14,7 @@ from PIL import Image
 from training_worker import small_config
 
 from dit4dit.errors import MissingExtra
+from dit4dit.training import logs
 from dit4dit.training.logs import Log
 
 
@@ -81,6 +82,31 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch) -> None:
     assert ("log", {"eval/action_mae": 0.5}, 2) in calls
     assert ("log", {"future/a": ("picture", str(tmp_path / "strip.png"))}, 1) in calls
     assert calls[-1] == ("finish",)
+
+
+def test_where_no_bar_can_be_drawn_there_are_lines(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A file or a batch system's log: one line as often as it is time for one, and always the last."""
+    clock = iter([0.0, 10.0, 40.0, 50.0, 60.0])
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
+    log = log_of(tmp_path / "mine")  # 6 steps
+    for step in range(1, 7):
+        log.advance()
+        if step not in (2, 4):
+            log.tell(f"loss {step}")
+    log.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "mine: 3 of 6, loss 3, 00:40 left",
+        "mine: 6 of 6, loss 6, 00:00 left",
+    ]
+
+
+def test_a_cache_says_how_far_it_is(monkeypatch, capsys) -> None:
+    with logs.bar("latents", 3, active=True) as done:
+        done(2)
+        done(1)
+    with logs.bar("latents", 3, active=False) as done:
+        done(3)
+    assert capsys.readouterr().err.splitlines() == ["latents: 3 of 3, 00:00 left"]
 
 
 def test_without_wandb_the_extra_is_named(tmp_path: Path, monkeypatch) -> None:

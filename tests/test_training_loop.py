@@ -203,8 +203,17 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
             return replace(good, actions=good.actions * float("nan"))
 
     config = small_config(tmp_path)
-    with pytest.raises(TrainingError, match="step 1: the loss is not a number"):
+    with pytest.raises(TrainingError, match="step 1: the loss or its gradient is not a number"):
         train(config, Spoilt(config.model, "libero"))
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are spoilt then, whatever the loss is."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(float("inf")))
+    config = small_config(tmp_path)
+    with pytest.raises(TrainingError, match=r"step 1: the loss or its gradient .*gradient norm inf"):
+        train(config, RandomData(config.model, "libero"))
     assert checkpoint.latest(tmp_path) is None
 
 

@@ -34,6 +34,6 @@ def test_slurm_script(code: int, restarts: int, tmp_path: Path) -> None:
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **{k: str(v) for k, v in facts.items()}}
     ended = subprocess.run(["bash", str(SCRIPT), "--recipe", "libero", "--run.out", "a b"], env=env, check=False)
     assert ended.returncode == code
-    resume = " --resume" if restarts else ""
+    resume = " --resume auto" if restarts else ""
     told = [f"{rank} {rank} 2 node7 29500: train --recipe libero --run.out a b{resume}" for rank in (0, 1)]
     assert notes.read_text().splitlines() == told + ["scontrol requeue 12"] * (code == 75)

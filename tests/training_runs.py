@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -60,14 +61,19 @@ class Run:
         assert code == 0, errors
         return self
 
-    def signal_after(self, step: int, number: int, delay: float = 0.0) -> tuple[int, str]:
-        """Send a signal to every process once the log has that step; (exit code, stderr)."""
+    def signal_after(self, step: int, number: int, delay: float = 0.0, *, loaders: bool = False) -> tuple[int, str]:
+        """Send a signal to every process, with `loaders` to their data loaders' too, once the log has that step; (exit code,
+        stderr).
+        """
         deadline = time.monotonic() + 120
         while step not in losses(self.out) and time.monotonic() < deadline:
             assert all(process.poll() is None for process in self.processes), self.wait()
             time.sleep(0.01)
         time.sleep(delay)
         for process in self.processes:
+            # before their parent, which would end them
+            for pid in children(process.pid) if loaders else ():
+                os.kill(pid, number)
             os.kill(process.pid, number)
         return self.wait()
 
@@ -75,15 +81,21 @@ class Run:
         assert self.signal_after(step, signal.SIGKILL, delay)[0] == 9
 
 
-def losses(out: Path) -> dict[int, tuple[float, ...]]:
-    """Step -> losses and gradient norm, from log.jsonl; a line that is being written is left out."""
-    file = out / "log.jsonl"
-    found = {}
+def children(pid: int) -> list[int]:
+    """A process's own children."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    """What log.jsonl has; a line that is being written is left out."""
+    file, found = out / "log.jsonl", []
     for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if LOSSES[-1] in data:
-            found[data["step"]] = tuple(data[name] for name in LOSSES if name in data)
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
     return found
+
+
+def losses(out: Path) -> dict[int, tuple[float, ...]]:
+    """Step -> losses and gradient norm, from log.jsonl."""
+    trained = [line for line in lines(out) if LOSSES[-1] in line]
+    return {line["step"]: tuple(line[name] for name in LOSSES if name in line) for line in trained}

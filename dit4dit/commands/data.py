@@ -119,10 +119,16 @@ def data_check(
         count = len(result["errors"])
         size = f"{result['episodes']:,} episodes, {result['frames']:,} frames: " if "version" in result else ""
         say(f"{result['dataset']}: {size}{'ok' if not count else f'{count} errors' if count > 1 else '1 error'}")
-        for wrong in result["errors"][:20]:
-            say(f"  error: {data_sheet.describe(wrong) if wrong['episode'] is not None else wrong['message']}")
-        if count > 20:
-            say(f"  and {count - 20} more in {out / 'check.json'}")
+        # one file of many episodes says the same of each of them
+        alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for wrong in result["errors"]:
+            alike.setdefault((wrong["file"], wrong["row"], wrong["message"]), []).append(wrong)
+        for first, *more in list(alike.values())[:20]:
+            others = f" and {len(more)} more" if more else ""
+            words = f"{data_sheet.describe(first)} (episode {first['episode']}{others})"
+            say(f"  error: {words if first['episode'] is not None else first['message']}")
+        if len(alike) > 20:
+            say(f"  and {len(alike) - 20} more in {out / 'check.json'}")
         for warning in result["warnings"]:
             say(f"  warning: {warning}")
     write_json(out / "check.json", {"datasets": results})

@@ -61,11 +61,11 @@ def plot_losses(path: Path, log: Sequence[Mapping[str, float]]) -> None:
         for kind, style in STYLES.items():
             lines = [line for line in log if f"{kind}/{name}" in line]
             label = "held out" if kind == "eval" else "training"
-            axis.plot(
-                [line["step"] for line in lines], [line[f"{kind}/{name}"] for line in lines], label=label, **style
-            )
+            seen = dict(style, marker="o") if len(lines) == 1 else style
+            axis.plot([line["step"] for line in lines], [line[f"{kind}/{name}"] for line in lines], label=label, **seen)
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(bottom=0)
         axis.legend()
     figure.tight_layout()

@@ -47,6 +47,12 @@ class Settings:
     episodes: int = 100
     processes: int = 2
 
+    def __post_init__(self) -> None:
+        for name in ("demonstrations", "steps", "episodes", "processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name}: expected at least 1, got {value}")
+
 
 @dataclass
 class Clock:
@@ -76,14 +82,14 @@ def demo_train(out: Path, settings: Settings, *, bar: Callable[[str, int], Any])
         bar: (what, how many) -> a context manager that gives a function to be told of each one done.
 
     Raises:
-        InputError: there is a run in `out` already. TrainingError: the training processes failed.
+        InputError: there is something in `out` already. TrainingError: the training processes failed.
     """
     from dit4dit.commands import demo_report
     from dit4dit.envs.demonstrations import record
     from dit4dit.evaluation import report as evaluation_report
 
-    if (out / "run").exists():
-        raise InputError(f"--out {out}: has a run already; give another folder, or remove it")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"--out {out}: has a run already, or part of one; give another folder, or remove it")
     clock, config, source = Clock(), configure(out, settings), commit()
     runs = [out / "episodes" / name for name in ("before", "after", "other-words")]
     with clock.stage("demonstrations"), bar("demonstrations", settings.demonstrations) as done:

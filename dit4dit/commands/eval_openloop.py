@@ -106,7 +106,7 @@ def _open(
     own = robot is not None and known.robot(robot).embodiment is None
     # a robot of the user's own is known from its file alone: the policy takes it as it is
     implied = None if own else choose_embodiment(checkpoint, options.embodiment)[0]
-    chosen = openloop.choose_robot(known, robot, None if implied is None else implied.name)
+    chosen = openloop.choose_robot(known, robot, implied)
     recording = Recording.of(LeRobot.open(dataset, modality=modality, standard=chosen.modality), chosen)
     if implied is not None:
         openloop.check_fits(recording, implied)

@@ -57,7 +57,7 @@ def random_golden(opened: Checkpoint, seed: int, device: torch.device) -> dict[s
     """Inputs and draws for a golden batch of two, a function of the seed, under the golden file's names."""
     config = opened.model
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    robot = EMBODIMENTS.get(opened.embodiment or "")
+    robot = EMBODIMENTS.get(str(opened.embodiment))
     views = 1 if robot is None else len(robot.views)
     height, width = config.image_size[0], config.image_size[1] * views
     head, flow, batch = config.head, config.flow, 2

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
 from dit4dit.training import checkpoint, memory, published, setup
-from dit4dit.training.config import TrainConfig, read_config, split_words, write_config
+from dit4dit.training.config import TrainConfig, read_config, split_words
 from dit4dit.training.feed import TrainingData
 from dit4dit.training.lerobot_data import LeRobotData
 from dit4dit.training.loop import PREEMPTED, train
@@ -20,7 +21,8 @@ USAGE = f"""usage: dit4dit train (--recipe NAME | --config FILE) [options] [--a.
 
   --recipe NAME     {", ".join(RECIPES)}
   --config FILE     a configuration of our own (a run folder's config.yaml), or a published training YAML
-  --resume [DIR]    go on from the run's newest checkpoint, or from the checkpoint DIR
+  --resume [DIR]    go on from the run's newest checkpoint, or from its checkpoint DIR; later ones are then renamed to
+                    abandoned_step_N. "auto": from the newest, or from the beginning where there is none
   --dry-run         print the memory plan and stop; nothing is loaded
   --processes N     of the plan (default: WORLD_SIZE, else 1)
   --print           print the configuration and stop
@@ -30,7 +32,8 @@ Every key of the configuration is an option: --run.steps 1000, --optim.learning_
 work too: --trainer.max_train_steps 1000.
 
 Several processes: torchrun --standalone --nproc-per-node 8 --no-python dit4dit train ...; several nodes: training/slurm.sh.
-SIGTERM saves a checkpoint and ends with exit code {PREEMPTED}: start again with --resume."""
+SIGTERM and Ctrl-C save a checkpoint and end with exit code {PREEMPTED}: start again with --resume. torchrun gives its workers
+30 seconds for that, and ends with 1."""
 
 FLAGS = ("recipe", "config", "resume", "dry-run", "processes", "print")
 SAME = (
@@ -46,6 +49,8 @@ SAME = (
 )
 """What a run that goes on must keep; how many processes share the work, and what is written, may change."""
 MAY_DIFFER = ("optim.accumulate",)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+"""Errors that a write has without naming its file."""
 
 
 def main(words: Sequence[str], say: Callable[[str], None]) -> int:
@@ -66,22 +71,57 @@ def main(words: Sequence[str], say: Callable[[str], None]) -> int:
         return 0
     if "processes" in own:
         raise ConfigError("--processes: goes with --dry-run; torchrun starts the processes of a run")
-    run, resume = Path(config.run.out), None
-    if "resume" in own:
-        resume = Path(own["resume"]) if own["resume"] else checkpoint.latest(run)
-        if resume is None:
-            raise ConfigError(
-                f"--resume: {run} has no checkpoint; start without --resume, or name the run with --run.out"
-            )
+    run = Path(config.run.out)
+    resume = find_resume(own.get("resume"), run)
+    if resume is not None:
         check_same(read_config(run / "config.yaml"), config, run)
-    elif checkpoint.latest(run) is not None:
+    try:
+        code = train(config, open_data(config), resume=resume)
+    except OSError as error:
+        if error.filename is None and error.errno not in OF_THE_DISK:
+            raise
+        newest = checkpoint.latest(run)
+        rest = "there is no checkpoint yet" if newest is None else f"go on from {newest} with --resume"
+        raise CheckpointError(f"{error.filename or run}: {error.strerror}; mend that, {rest}") from error
+    if code != PREEMPTED and int(os.environ.get("RANK", "0")) == 0:
+        say(
+            f"{config.run.steps} steps done; the policy is {checkpoint.folder_of(run, config.run.steps) / checkpoint.POLICY}"
+        )
+    return code
+
+
+def find_resume(word: str | None, run: Path) -> Path | None:
+    """The checkpoint that `--resume` means, None for a new run.
+
+    Raises:
+        ConfigError: there is none, it is another run's, or a new run would have the folder of one.
+    """
+    newest = checkpoint.latest(run)
+    if word is None and newest is not None:
         raise ConfigError(
             f"{run}: has checkpoints already; go on with --resume, or choose another folder with --run.out"
         )
-    if int(os.environ.get("RANK", "0")) == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        write_config(run / "config.yaml", config)
-    return train(config, open_data(config), resume=resume)
+    if word in (None, "auto"):
+        return newest
+    if word == "":
+        folder = newest
+    else:
+        folder = Path(word)
+        if (folder / "checkpoints").is_dir():
+            folder = checkpoint.latest(folder)
+    if folder is None:
+        raise ConfigError(
+            f"--resume: {word or run} has no checkpoint; start without --resume, or name the run with --run.out"
+        )
+    if not folder.is_dir():
+        known = ", ".join(one.name for one in checkpoint.all_steps(run).values())
+        raise ConfigError(f"--resume {word}: no such folder; checkpoints of {run}: {known or 'none'}")
+    if folder.resolve().parent != (run / "checkpoints").resolve():
+        raise ConfigError(
+            f"--resume {word}: expected a checkpoint of {run}, where the run would go on; name its run with --run.out, or "
+            "begin a new one from its policy with --weights.checkpoint"
+        )
+    return folder
 
 
 def _with_values(words: Sequence[str]) -> list[str]:
@@ -160,7 +200,7 @@ def open_data(config: TrainConfig) -> TrainingData:
     """The mixture; "random" is data of the right sizes that mean nothing."""
     model = setup.sized(config).model
     if config.data.mixture != "random":
-        return LeRobotData.open(config.data, model, config.run.seed)
+        return LeRobotData.open(config.data, model, config.run.seed, config.embodiment)
     if config.embodiment is None:
         raise ConfigError("data.mixture random: needs an embodiment with known sizes; choose one with --embodiment")
     return RandomData(model, config.embodiment)

@@ -65,7 +65,8 @@ class Mixture:
             if problems and not skip_bad:
                 more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
                 raise DataError(
-                    f"{problems[0]}{more}; `dit4dit data check` lists all, --skip-bad leaves such episodes out"
+                    f"{problems[0]}{more}; `dit4dit data check` lists all, skip_bad (--skip-bad; in training "
+                    "--data.skip_bad true) leaves such episodes out"
                 )
             spoilt = {problem.episode for problem in problems}
             episodes = recording.data.meta.episodes

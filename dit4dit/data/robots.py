@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,41 @@ class _Observe:
         name = self.robot.name
         images = {view: field_of(raw, f"video.{view}", name) for view in self.robot.video}
         return Observation(images=images, state={key: field_of(raw, f"state.{key}", name) for key in self.robot.state})
+
+
+def own_robot(embodiment: Embodiment) -> Robot | None:
+    """The entry of a user's file that an embodiment was made of; None for one that the policy knows."""
+    return embodiment.observe.robot if isinstance(embodiment.observe, _Observe) else None
+
+
+def described(embodiment: Embodiment) -> str | dict[str, Any]:
+    """What a checkpoint says of its robot: the name of one that the policy knows, all of another; `restored` is the inverse."""
+    robot = own_robot(embodiment)
+    if robot is None:
+        return embodiment.name
+    parts = {"state": embodiment.state, "action": embodiment.action}
+    return {
+        "robot": asdict(robot),
+        "sizes": {f"{part}.{key.name}": key.dim for part, keys in parts.items() for key in keys},
+        "rate_hz": embodiment.rate_hz,
+    }
+
+
+def restored(data: Mapping[str, Any], where: str) -> Embodiment:
+    """The robot that `described` wrote; ConfigError names `where` and the key that is wrong."""
+    stored = build(_Described, dict(data), where)
+    for part, keys in (("state", stored.robot.state), ("action", stored.robot.action)):
+        for key in keys:
+            if f"{part}.{key}" not in stored.sizes:
+                raise ConfigError(f"{where}.sizes: missing key '{part}.{key}'; add it")
+    return stored.robot.to_embodiment(stored.sizes, stored.rate_hz, where)
+
+
+@dataclass(frozen=True)
+class _Described:
+    robot: Robot
+    sizes: dict
+    rate_hz: float
 
 
 @dataclass(frozen=True)

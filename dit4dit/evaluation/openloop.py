@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.data.robots import Catalogue, Robot
+from dit4dit.data.robots import Catalogue, Robot, own_robot
 from dit4dit.data.samples import Recording
 from dit4dit.embodiments.embodiment import Array, Embodiment
 from dit4dit.errors import ConfigError, InputError
@@ -66,17 +66,24 @@ def errors(units: ActionError, normalized: ActionError, names: Sequence[str]) ->
     }
 
 
-def choose_robot(known: Catalogue, named: str | None, implied: str | None) -> Robot:
-    """The robot type that the data set is read as: the named one, or the only one of the checkpoint's embodiment.
+def choose_robot(known: Catalogue, named: str | None, implied: Embodiment | None) -> Robot:
+    """The robot type that the data set is read as: the named one, or the only one of the checkpoint's embodiment, which may
+    have come with the checkpoint.
 
     Raises:
         ConfigError: unknown, or none is named and the checkpoint's embodiment has no robot type.
     """
     if named is not None:
         return known.robot(named)
-    fitting = [robot for robot in known.robots.values() if implied is not None and robot.embodiment == implied]
+    if implied is not None and (own := own_robot(implied)) is not None:
+        return own
+    fitting = [robot for robot in known.robots.values() if implied is not None and robot.embodiment == implied.name]
     if len(fitting) != 1:
-        which = "does not say its robot" if implied is None else f"is for {implied!r}, which no single robot type names"
+        which = (
+            "does not say its robot"
+            if implied is None
+            else f"is for {implied.name!r}, which no single robot type names"
+        )
         raise ConfigError(f"--robot: the checkpoint {which}; choose one of {', '.join(known.robots)}")
     return fitting[0]
 

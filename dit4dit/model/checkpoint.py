@@ -51,7 +51,8 @@ class Checkpoint:
         model: sizes of everything.
         tensors: all weights that were found, under the published names, mapped from disk and read on access.
         statistics: raw normalisation statistics, keyed by embodiment tag.
-        embodiment: the embodiment's name, where the checkpoint says or implies one.
+        embodiment: the embodiment's name, where the checkpoint says or implies one; a robot of the user's own as
+            `dit4dit.data.robots.described` has it.
         tokenizer: folder with the tokenizer's files.
         ignored: keys of a published config.yaml that nothing reads.
     """
@@ -61,7 +62,7 @@ class Checkpoint:
     model: ModelConfig
     tensors: Mapping[str, Tensor]
     statistics: Mapping[str, Any]
-    embodiment: str | None
+    embodiment: str | Mapping[str, Any] | None
     tokenizer: Path
     ignored: tuple[str, ...] = ()
 
@@ -308,6 +309,9 @@ def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
     if not isinstance(data.get("model"), dict):
         raise CheckpointError(f"{where}: expected the model's sizes under 'model', got {data.get('model')!r:.40}")
     model = ModelConfig.from_dict(data["model"], f"{where}: model")
+    robot = data.get("embodiment")
+    if not isinstance(robot, (str, dict, type(None))):
+        raise CheckpointError(f"{where}: embodiment: expected a robot's name or description, got {robot!r:.40}")
     parts: list[Mapping[str, Tensor]] = [safetensor_files(folder, "")]
     absent = tuple(part for part in FROZEN if not (folder / part).is_dir())
     for part in FROZEN:
@@ -325,6 +329,6 @@ def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
         model=model,
         tensors=Joined(tuple(parts)),
         statistics=read_statistics(folder / "statistics.json"),
-        embodiment=None if data.get("embodiment") is None else str(data["embodiment"]),
+        embodiment=robot,
         tokenizer=tokenizer,
     )

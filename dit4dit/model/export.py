@@ -13,8 +13,8 @@ from dit4dit.model.text import qwen_text_arguments
 from dit4dit.model.vae import wan_arguments
 
 
-def run_yaml(model: ModelConfig, embodiment: str | None) -> str:
-    """A published run's config.yaml for `model`; `read_run` is its inverse."""
+def run_yaml(model: ModelConfig, embodiment: object) -> str:
+    """A published run's config.yaml for `model` and the embodiment of that name; `read_run` is its inverse."""
     from omegaconf import OmegaConf
 
     head, flow = model.head, model.flow

@@ -125,7 +125,7 @@ def write_folder(
     folder: Path,
     *,
     model: ModelConfig,
-    embodiment: str | None,
+    embodiment: str | Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor],
     progress: Progress = _silent,
 ) -> None:

@@ -5,6 +5,7 @@ Both stand on disk under hashes of what made them, are written by all ranks, eac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -35,13 +36,22 @@ def digest(*parts: object) -> str:
 
 
 def write_aside(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that appears whole or not at all."""
+    """A safetensors file that appears whole or not at all; CheckpointError where it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path}: not written ({reason}); free space, or choose another folder with --data.cache"
+        ) from None
 
 
 class PromptCache:

@@ -61,7 +61,7 @@ class Inference:
     """What the policy part holds: weights under published names, and everything around them."""
 
     model: ModelConfig
-    embodiment: str | None
+    embodiment: str | Mapping[str, Any] | None
     weights: Mapping[str, Tensor]
     statistics: Mapping[str, Any]
     tokenizer: Any
@@ -138,7 +138,7 @@ def sha256(file: Path) -> str:
 
 def verify(folder: Path) -> None:
     """CheckpointError unless every file of the manifest is there, whole and unchanged."""
-    entries = read_json(folder / MANIFEST, "not a training checkpoint; give a folder checkpoints/step_N of a run")
+    entries = read_json(folder / MANIFEST, "not a whole training checkpoint; give another folder checkpoints/step_N")
     for name, entry in entries.items():
         file = folder / name
         if not file.is_file():
@@ -204,6 +204,21 @@ def sweep(run: Path) -> None:
     """Remove what a process that died while writing or removing left behind."""
     for rest in (run / "checkpoints").glob(".*"):
         shutil.rmtree(rest)
+
+
+def set_aside(run: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, where a run goes on from an older one, so that none is taken for its newest.
+
+    Returns their new folders, "abandoned_step_N"; one of an earlier time gives way.
+    """
+    moved = []
+    for number, folder in all_steps(run).items():
+        if number > step:
+            moved.append(folder.with_name(f"abandoned_{folder.name}"))
+            if moved[-1].exists():
+                discard(moved[-1])
+            folder.rename(moved[-1])
+    return moved
 
 
 def rotate(run: Path, keep: int) -> None:

@@ -173,8 +173,7 @@ class TrainConfig:
 
     model: ModelConfig
     embodiment: str | None
-    """Robot whose conventions the checkpoints carry; None for one that the package does not know, which `Policy` is then
-    given by its user."""
+    """Robot whose conventions the checkpoints carry, one of the data's; None: the data's own, where they are of one robot."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -224,7 +223,11 @@ class TrainConfig:
                 node = node[part]
             _has(hint, last, key)
             node[last] = parse(text, typing.get_type_hints(hint)[last])
-        return self.from_dict(data, "command line")
+        try:
+            return self.from_dict(data, "")
+        except ConfigError as error:
+            message = str(error)  # a key begins with the dot that would divide it from a place
+            raise ConfigError(f"--{message[1:]}" if message.startswith(".") else message) from None
 
 
 def _has(hint: Any, part: str, key: str) -> bool:

@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dit4dit.data.loader import MOST_ATTEMPTS
+from dit4dit.errors import DataError
 from dit4dit.evaluation.action_error import ActionError, ActionUnits
 from dit4dit.model import flow
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.training.caches import PromptCache
-from dit4dit.training.feed import TrainingData, collate, to_batch
+from dit4dit.training.feed import Raw, Sample, TrainingData, collate, to_batch
 from dit4dit.training.parallel import Processes, Root
 from dit4dit.training.randomness import draws
 from dit4dit.types import Batch
 
 FUTURE_STEPS = 8
-SUMS = ("action_loss", "action_mae", "entries", "video_loss", "samples")
+SUMS = ("action_loss", "action_mae", "entries", "video_loss", "samples", "skipped")
 
 
 def chosen(data: TrainingData, count: int, ranks: int) -> list[int]:
@@ -33,6 +35,32 @@ def chosen(data: TrainingData, count: int, ranks: int) -> list[int]:
         return []
     some = everything[:: max(1, len(everything) // count)][:count]
     return [some[i % len(some)] for i in range(-(-len(some) // ranks) * ranks)]
+
+
+def read(data: TrainingData, indices: Sequence[int]) -> Raw:
+    """One batch of held-out samples. With `skip_bad` another one stands for each that cannot be read, so that every rank has as
+    many passes as it would have.
+
+    Raises:
+        DataError: a sample that cannot be read, or too many of them in a row.
+    """
+    samples: list[Sample] = []
+    used, skipped = list(indices), list[str]()
+    everything: Sequence[int] = ()
+    for row, index in enumerate(indices):
+        for attempt in range(MOST_ATTEMPTS):
+            try:
+                samples.append(data.sample(used[row]))
+                break
+            except DataError as error:
+                if not data.skip_bad or attempt == MOST_ATTEMPTS - 1:
+                    raise
+                skipped.append(str(error))
+                everything = everything or data.held_out()
+                # far away: what is damaged often is so for a stretch
+                place = everything.index(index) + (attempt + 1) * max(1, round(0.618 * len(everything)))
+                used[row] = everything[place % len(everything)]
+    return collate(used, used, samples, skipped)
 
 
 @torch.no_grad()
@@ -52,6 +80,7 @@ def evaluate(
     Returns:
         {"eval/action_loss", "eval/video_loss", "eval/action_mae" (mean |error| in normalised units)}, and per dimension in
         robot units {"action_mae/<dimension>", "action_mse/<dimension>"}; with several robots "action_mae/<robot>.<dimension>".
+        With `skip_bad` "eval/skipped": samples that others stood for.
     """
     mine = chosen(data, samples, processes.ranks)[processes.rank :: processes.ranks]
     sums = {name: torch.zeros((), dtype=torch.float64, device=processes.device) for name in SUMS}
@@ -61,12 +90,13 @@ def evaluate(
     root.eval()
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
-        raw = collate(indices, indices, [data.sample(index) for index in indices])
+        raw = read(data, indices)
         batch = to_batch(raw, root.model.config, processes.device, prompts, None)
-        drawn = draws_for(root.model, batch, seed, indices)
+        drawn = draws_for(root.model, batch, seed, raw.indices)
+        sums["skipped"] += len(raw.skipped)
         found = module(partial(held_out_step, batch=batch, drawn=drawn))
         if (actions := found.pop("actions", None)) is not None:
-            for row, index in enumerate(indices):
+            for row, index in enumerate(raw.indices):
                 robot = data.robot(index)
                 add_robot_error(errors[robot], robots[robot], actions[row], raw.actions[row], raw.action_mask[row])
         for name, value in found.items():
@@ -79,6 +109,8 @@ def evaluate(
     for name, per in (("action_loss", "entries"), ("action_mae", "entries"), ("video_loss", "samples")):
         if totals[per]:
             out[f"eval/{name}"] = totals[name] / totals[per]
+    if data.skip_bad and mine:
+        out["eval/skipped"] = totals["skipped"]
     return out | robot_errors(robots, errors)
 
 
@@ -163,15 +195,15 @@ def draw_strips(
     root.eval()
     written = []
     for index in chosen(data, count, 1):
-        raw = collate([index], [index], [data.sample(index)])
+        raw = read(data, [index])
         batch = to_batch(raw, root.model.config, processes.device, prompts, None)
-        predicted = module(partial(predict_future, batch=batch, drawn=draws_for(root.model, batch, seed, [index])))
+        predicted = module(partial(predict_future, batch=batch, drawn=draws_for(root.model, batch, seed, raw.indices)))
         assert batch.video is not None
         rows = [torch.cat(list(video[0]), dim=2) for video in (batch.video, predicted["video"])]
         picture = torch.cat(rows, dim=1).add(1).mul(127.5).round().clamp(0, 255).byte()
         if processes.first:
             folder.mkdir(parents=True, exist_ok=True)
-            written.append(folder / f"clip_{index:06d}.png")
+            written.append(folder / f"clip_{raw.indices[0]:06d}.png")
             Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())).save(written[-1])
     root.train(training)
     return written

@@ -5,6 +5,7 @@ Step s uses the positions s G to s G + G - 1; rank r of W takes the r-th of the 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -209,6 +210,7 @@ class Feed:
             num_workers=workers,
             pin_memory=pin,
             prefetch_factor=2 if workers else None,
+            worker_init_fn=_outlive_signals if workers else None,
             # without one of its own a loader draws from the global generator
             generator=torch.Generator().manual_seed(0),
         )
@@ -218,6 +220,12 @@ class Feed:
             if isinstance(made, Dit4DitError):
                 raise made
             yield made
+
+
+def _outlive_signals(worker: int) -> None:
+    """What asks a run to end is sent to all of its processes; a worker ends with the run, which saves first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, eq=False)

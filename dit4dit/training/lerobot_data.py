@@ -4,7 +4,10 @@ data sets.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,28 @@ from dit4dit.training.caches import digest
 from dit4dit.training.config import DataConfig
 from dit4dit.training.logs import log
 
+ENDS = 1 << 16
+
+
+def video_digest(file: Path) -> str:
+    """Of a video's size, beginning and end: one of them is its index, which has the size of every frame. A copy has the same."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        beginning = stream.read(ENDS)
+        stream.seek(max(0, size - ENDS))
+        return digest(size, hashlib.blake2b(beginning + stream.read()).hexdigest())
+
 
 class LeRobotData:
     """See `dit4dit.training.feed.TrainingData`."""
 
-    def __init__(self, mixture: Mixture, model: ModelConfig, config: DataConfig, seed: int) -> None:
-        """seed: of the order of samples and of the split by episode.
+    def __init__(
+        self, mixture: Mixture, model: ModelConfig, config: DataConfig, seed: int, embodiment: str | None = None
+    ) -> None:
+        """seed: of the order of samples and of the split by episode. embodiment: what the checkpoints will say.
 
         Raises:
-            ConfigError: robots of the mixture join their views to pictures of different sizes.
+            ConfigError: robots of the mixture join their views to pictures of different sizes, or none is the embodiment.
         """
         self.mixture, self.skip_bad = mixture, config.skip_bad
         self.window = Window.for_model(
@@ -52,6 +68,12 @@ class LeRobotData:
         self._ends = ends[1:]
         self._train = self._draws("train", config.holdout, seed)
         self._episodes = mixture.episodes("heldout", config.holdout, seed) if config.holdout else ()
+        robots = sorted({r.embodiment.name for r in mixture.recordings})
+        if embodiment is not None and embodiment not in robots:
+            raise ConfigError(
+                f"embodiment: the checkpoints would carry {embodiment!r}, the mixture {config.mixture!r} is of "
+                f"{', '.join(map(repr, robots))}; give --embodiment none, with which they carry the data's own"
+            )
         views = {r.embodiment.name: len(r.embodiment.views) for r in mixture.recordings}
         if len(set(views.values())) > 1:
             raise ConfigError(f"the mixture's robots have different numbers of views ({views}); train them apart")
@@ -59,13 +81,13 @@ class LeRobotData:
         self._size = (height, width * next(iter(views.values())))
 
     @classmethod
-    def open(cls, config: DataConfig, model: ModelConfig, seed: int) -> LeRobotData:
+    def open(cls, config: DataConfig, model: ModelConfig, seed: int, embodiment: str | None = None) -> LeRobotData:
         """Open the mixture that `config` names; DataError and ConfigError as `Mixture.open` has them."""
         known = catalogue(None if config.robots is None else Path(config.robots))
         mixture = Mixture.open(known.mixture(config.mixture), Path(config.root), known, skip_bad=config.skip_bad)
         for note in mixture.notes:
             log.warning("%s: %s", config.mixture, note)
-        return cls(mixture, model, config, seed)
+        return cls(mixture, model, config, seed, embodiment)
 
     def _samples(self, recording: Recording, episode: int) -> int:
         return -(-recording.length(episode) // self._every)
@@ -83,14 +105,14 @@ class LeRobotData:
 
     @cached_property
     def clip_fingerprint(self) -> str:
-        """Of the pictures: the files of all videos by name, size and time, and how clips are cut from them."""
+        """Of the pictures: the files of all videos by name and content, and how clips are cut from them."""
         facts: list[object] = [self.window.offsets, self.window.image_size, self._every]
         for recording in self.mixture.recordings:
             facts += [recording.cameras, recording.data.fps]
             root, episodes = recording.data.meta.root, recording.data.meta.episodes
-            for file in sorted({e.videos[camera].path for e in episodes for camera in recording.cameras}):
-                stat = file.stat()
-                facts.append((file.relative_to(root), stat.st_size, stat.st_mtime_ns))
+            files = sorted({e.videos[camera].path for e in episodes for camera in recording.cameras})
+            with ThreadPoolExecutor(8) as pool:  # a shared file system answers slowly, but many at once
+                facts += zip([file.relative_to(root) for file in files], pool.map(video_digest, files), strict=True)
             facts += [(e.length, *(e.videos[camera].start for camera in recording.cameras)) for e in episodes]
         return digest(*facts)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from dit4dit.extras import require
 from dit4dit.training.config import RunConfig
 
 log = logging.getLogger("dit4dit.training")
+LINE_EVERY_S = 30.0
+"""Where no bar can be drawn (a file, a batch system) a line says as often how far a run is."""
 
 
 class Meter:
@@ -50,6 +53,7 @@ class Log:
         self._bar = tqdm(
             total=config.steps, initial=first_step, unit="step", desc=folder.name, disable=None if active else True
         )
+        self._lines = Lines(folder.name, first_step, config.steps) if active and self._bar.disable else None
         if not active:
             return
         _cut(self.file, first_step)
@@ -99,10 +103,14 @@ class Log:
     def advance(self) -> None:
         """One more step on the bar, which shows the remaining time by itself."""
         self._bar.update()
+        if self._lines is not None:
+            self._lines.done += 1
 
     def tell(self, text: str) -> None:
         """A few words at the bar's end."""
         self._bar.set_postfix_str(text)
+        if self._lines is not None:
+            self._lines.tell(text)
 
     def close(self) -> None:
         self._bar.close()
@@ -110,6 +118,25 @@ class Log:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Lines:
+    """What stands for a bar where none can be drawn: a line on stderr every `LINE_EVERY_S`, and one at the end."""
+
+    def __init__(self, name: str, first: int, total: int) -> None:
+        self.name, self.first, self.done, self.total = name, first, first, total
+        self._start = self._told = time.monotonic()
+
+    def tell(self, text: str = "") -> None:
+        """The line, if it is time for one."""
+        now = time.monotonic()
+        if self.done == self.first or (now - self._told < LINE_EVERY_S and self.done < self.total):
+            return
+        self._told = now
+        left = (now - self._start) * (self.total - self.done) / (self.done - self.first)
+        words = f"{self.name}: {self.done} of {self.total}{text and ', '}{text}"
+        sys.stderr.write(f"{words}, {tqdm.format_interval(left)} left\n")
+        sys.stderr.flush()
 
 
 def _cut(file: Path, last: int) -> None:
@@ -133,4 +160,13 @@ def _cut(file: Path, last: int) -> None:
 def bar(name: str, total: int, active: bool) -> Iterator[Callable[[int], object]]:
     """A progress bar on one rank; gives the function that moves it on."""
     with tqdm(total=total, desc=name, disable=None if active else True) as shown:
-        yield shown.update
+        if not (active and shown.disable):
+            yield shown.update
+            return
+        lines = Lines(name, 0, total)
+
+        def move(count: int) -> None:
+            lines.done += count
+            lines.tell()
+
+        yield move

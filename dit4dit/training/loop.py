@@ -19,10 +19,11 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from dit4dit.data.robots import described
 from dit4dit.errors import CheckpointError, ConfigError, TrainingError
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.training import caches, checkpoint, evaluate, optim, setup
-from dit4dit.training.config import TrainConfig
+from dit4dit.training.config import TrainConfig, write_config
 from dit4dit.training.feed import Feed, Raw, Share, TrainingData, to_batch
 from dit4dit.training.logs import Log, Meter, bar, log
 from dit4dit.training.moves import make_moves
@@ -31,7 +32,9 @@ from dit4dit.training.randomness import Keys, draws, dropout_keys, key_dropouts
 from dit4dit.types import Batch
 
 FINISHED, PREEMPTED = 0, 75
-"""Exit codes; 75 (EX_TEMPFAIL): SIGTERM came, a checkpoint was written, start again with --resume."""
+"""Exit codes; 75 (EX_TEMPFAIL): SIGTERM or Ctrl-C came; what there was to save is saved, start again with --resume."""
+PATIENCE_S = 5.0
+"""A second Ctrl-C that comes later than this ends the process at once; torchrun hands the first one on, so it comes twice."""
 
 
 def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None) -> int:
@@ -42,19 +45,40 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
     """
     torch.set_float32_matmul_precision("high")
     processes = Processes(config)
-    start = setup.load(config, processes.device)
     run = Path(config.run.out)
-    if processes.first:
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint.sweep(run)
-    saved = None if resume is None else checkpoint.read(resume)
-    prompts, latents = fill_caches(start, data, processes, saved)
-    processes.wait()
-    trainer = Trainer(start, data, processes, prompts, latents)
-    if saved is not None:
-        trainer.restore(saved)
     with stop_signal() as stop:
+        saved = None if resume is None else checkpoint.read(resume)
+        if saved is not None:
+            check_progress(saved, config, data, processes.ranks)
+        start = setup.load(config, processes.device)
+        if processes.first:
+            run.mkdir(parents=True, exist_ok=True)
+            checkpoint.sweep(run)
+        prompts, latents = fill_caches(start, data, processes, saved)
+        processes.wait()
+        trainer = Trainer(start, data, processes, prompts, latents)
+        if saved is not None:
+            trainer.restore(saved)
+        if processes.first:
+            for folder in checkpoint.set_aside(run, trainer.step):
+                log.warning(
+                    "of what the run did after step %d before: %s; delete it when you like", trainer.step, folder
+                )
+            write_config(run / "config.yaml", config)
         return trainer.run(stop)
+    return PREEMPTED
+
+
+def check_progress(saved: checkpoint.Saved, config: TrainConfig, data: TrainingData, ranks: int) -> None:
+    """ConfigError where a run that goes on would not draw the samples that it would have drawn."""
+    progress, share = saved.progress, Share(0, ranks, config.data.batch_size, config.optim.accumulate)
+    for name, here, there in (
+        ("run.seed", config.run.seed, progress.seed),
+        ("global batch (data.batch_size x optim.accumulate x processes)", share.global_batch, progress.global_batch),
+        ("the data's fingerprint (files, statistics, split, window)", data.fingerprint, progress.data),
+    ):
+        if here != there:
+            raise ConfigError(f"--resume {saved.folder}: {name}: the run has {there}, this one {here}; make them equal")
 
 
 def fill_caches(
@@ -115,6 +139,7 @@ class Trainer:
         )
         feed = iter(self._feed(self.step, steps))
         meter, agreed = Meter(), torch.zeros(2, dtype=torch.float64)
+        stop.stepping = True
         with contextlib.closing(log_to):
             while self.step < steps:
                 start = time.perf_counter()
@@ -124,7 +149,7 @@ class Trainer:
                 if agreed[1].item() > 0:
                     self._log(log_to, meter)
                     self.save()
-                    log.warning("stopped by SIGTERM after step %d; go on with --resume", self.step)
+                    log.warning("stopped by a signal after step %d; go on with --resume", self.step)
                     return PREEMPTED
                 agreed = self._agree(micros, stop.requested)
                 self.take_step(micros, agreed[0])
@@ -132,11 +157,12 @@ class Trainer:
                 log_to.advance()
                 if self.step % run.log_every == 0 or self.step == steps:
                     self._log(log_to, meter)
-                if run.eval_every and (self.step % run.eval_every == 0 or self.step == steps):
-                    self._evaluate(log_to)
+                # first, so that an evaluation that fails costs nothing
                 if self.step % run.save_every == 0 or self.step == steps:
                     self._log(log_to, meter)
                     self.save()
+                if run.eval_every and (self.step % run.eval_every == 0 or self.step == steps):
+                    self._evaluate(log_to)
         return FINISHED
 
     def _feed(self, first: int, last: int) -> Feed:
@@ -189,22 +215,27 @@ class Trainer:
         mode = self.model.config.flow.training
         named = {"action_loss": action, "video_loss": video}
         named = {f"train/{k}": v for k, v in named.items() if mode in ("joint", k.removesuffix("_loss"))}
-        if not rows[:, :2].isfinite().all():
+        # float16's scaler leaves steps out whose gradients are not finite
+        judged = rows[:, : 2 if self.moves.scaler.is_enabled() else 3]
+        if not judged.isfinite().all():
             raise TrainingError(
-                f"step {self.step}: the loss is not a number ({named}); lower the learning rate, and go on from a checkpoint"
+                f"step {self.step}: the loss or its gradient is not a number ({named}, gradient norm {norm}); lower the "
+                "learning rate, and go on from a checkpoint"
             )
         rates = {f"learning_rate/{name}": rate for name, rate in self.rates.items()}
         speed = meter.read()
         skipped = {"skipped": rows[:, 3].sum().item()} if self.data.skip_bad else {}
         log_to.write(self.step, {**named, "train/grad_norm": norm, **rates, **speed, **skipped})
-        log_to.tell(f"{speed['samples_per_s']:.2f} samples/s, data wait {speed['data_wait']:.0%}")
+        losses = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in named.items())
+        log_to.tell(f"{losses}, {speed['samples_per_s']:.2f} samples/s, data wait {speed['data_wait']:.0%}")
 
     def _evaluate(self, log_to: Log) -> None:
         run = self.config.run
         common = (self.root, self.moves.module, self.processes, self.data, self.prompts)
         batch = self.config.data.batch_size
         values = evaluate.evaluate(*common, samples=run.eval_samples, batch_size=batch, seed=run.seed)
-        log_to.write(self.step, values)
+        if values:
+            log_to.write(self.step, values)
         if self.model.config.flow.training != "action" and run.eval_strips:
             folder = Path(run.out) / "strips" / f"step_{self.step:08d}"
             for file in evaluate.draw_strips(*common, folder, count=run.eval_strips, seed=run.seed):
@@ -246,9 +277,10 @@ class Trainer:
         )
 
     def _inference(self, weights: dict[str, Tensor]) -> checkpoint.Inference:
+        robots = [each.embodiment for each in self.data.robots]
         return checkpoint.Inference(
             model=self.model.config,
-            embodiment=self.config.embodiment,
+            embodiment=self.config.embodiment or (described(robots[0]) if len(robots) == 1 else None),
             weights=weights,
             statistics=self.data.statistics,
             tokenizer=self.start.tokenizer,
@@ -256,21 +288,8 @@ class Trainer:
         )
 
     def restore(self, saved: checkpoint.Saved) -> None:
-        """Go on from a checkpoint; ConfigError where the run is another one."""
+        """Go on from a checkpoint that `check_progress` let pass; ConfigError where its tensors are of another run."""
         progress = saved.progress
-        for name, here, there in (
-            ("run.seed", self.config.run.seed, progress.seed),
-            (
-                "global batch (data.batch_size x optim.accumulate x processes)",
-                self.share.global_batch,
-                progress.global_batch,
-            ),
-            ("the data's fingerprint", self.data.fingerprint, progress.data),
-        ):
-            if here != there:
-                raise ConfigError(
-                    f"--resume {saved.folder}: {name}: the run has {there}, this one {here}; make them equal"
-                )
         self.moves.restore(saved.weights, saved.moments, str(saved.folder))
         self.moves.restore_average(saved.average, str(saved.folder))
         if progress.scale is not None:
@@ -307,21 +326,39 @@ def loss_step(model: DiT4DiT, batch: Batch, drawn: Draws) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-class Stop:
-    """Whether somebody asked this process to end."""
+class StopBeforeSteps(BaseException):
+    """A signal came while there was nothing to save."""
 
-    requested = False
+
+class Stop:
+    """Whether somebody asked this process to end.
+
+    Attributes:
+        stepping: whether steps are taken; before that a signal ends the run where it is, since caches go on by themselves.
+    """
+
+    requested = stepping = False
+    _first = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._first = True, now
+        elif number == signal.SIGINT and now - self._first > PATIENCE_S:
+            raise KeyboardInterrupt
+        if not self.stepping:
+            raise StopBeforeSteps
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """SIGTERM sets a flag instead of ending the process."""
+    """SIGTERM and Ctrl-C set a flag, or leave the block where no step has been taken, instead of ending the process."""
     stop = Stop()
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
+    except StopBeforeSteps:
+        log.warning("stopped by a signal before the first step; start again, caches go on where they are")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -17,8 +17,8 @@ set -uo pipefail
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-29500}"
 words=("$@")
-# a job that was queued again goes on where it stopped
-[[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]] && words+=(--resume)
+# a job that was queued again goes on where it stopped, or begins where there is no checkpoint yet
+[[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]] && words+=(--resume auto)
 
 # shellcheck disable=SC2016  # each task fills in its own numbers
 srun --kill-on-bad-exit=0 bash -c \
