@@ -17,7 +17,7 @@ from training_worker import small_config
 from dit4dit import Noise, Observation, Policy
 from dit4dit.cli import main
 from dit4dit.data.sampler import Draws
-from dit4dit.errors import DataError
+from dit4dit.errors import CheckpointError, DataError
 from dit4dit.evaluation.action_error import ActionError
 from dit4dit.model.text import byte_tokenizer, tokenize
 from dit4dit.model.weights import random_model
@@ -190,6 +190,20 @@ def test_caches_know_what_made_them_and_share_their_work(tmp_path: Path) -> None
     for name, value in (("mean", mean), ("std", std), ("clip", model.encode_clip(video))):
         assert torch.allclose(got[name], value[0], atol=1e-5), name
     assert caches.latent_key(other, data) != caches.latent_key(model, data)
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    from safetensors import SafetensorError
+    from safetensors import torch as files
+
+    def full(tensors, path) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: not written \(I/O error: No space left.*--data\.cache"):
+        caches.write_aside(tmp_path / "new" / "a.safetensors", {"a": torch.zeros(1)})
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_the_command_trains_a_policy_and_goes_on(config: DataConfig, tmp_path: Path, capsys) -> None:
