@@ -15,6 +15,7 @@ from dit4dit.commands import data as data_commands
 from dit4dit.commands import evaluation as evaluating
 from dit4dit.commands import serving as serving_commands
 from dit4dit.commands.shell import (
+    INTERRUPTED,
     Device,
     Dtype,
     Head,
@@ -427,4 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 2
     except BrokenPipeError:
         code = 0
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program}: interrupted\n")
+        code = INTERRUPTED
     sys.exit(code)

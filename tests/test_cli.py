@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dit4dit import Noise, Policy
-from dit4dit.cli import main
+from dit4dit.cli import COMMANDS, main
 
 STATE = {key: 0.1 * i for i, key in enumerate(("x", "y", "z", "roll", "pitch", "yaw", "pad", "gripper"))}
 
@@ -257,6 +257,17 @@ def test_each_mistake_is_one_line_and_exit_code_2(golden_dir: Path, inputs, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must be absent")
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "doctor", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["doctor"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "dit4dit: interrupted\n"
+
+
 def test_cuda_asked_for_and_absent(golden_dir: Path, inputs, capsys) -> None:
     words = predict_words(golden_dir / "libero_tiny", inputs)
     words[-1] = "cuda"

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit4dit.commands.report import table
-from dit4dit.commands.shell import Device, Dtype, check_folder, dtype_of, say
+from dit4dit.commands.shell import INTERRUPTED, Device, Dtype, check_folder, dtype_of, say
 from dit4dit.errors import ConfigError, InputError
 from dit4dit.evaluation.plan import Plan
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

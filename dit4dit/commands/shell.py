@@ -14,6 +14,8 @@ from dit4dit.errors import InputError
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16"]
 Head = Literal["auto", "library", "one_launch"]
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 def dtype_of(name: str) -> Any:
