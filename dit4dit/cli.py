@@ -204,6 +204,7 @@ def convert(
 
     from dit4dit.model import own_format
     from dit4dit.model.checkpoint import is_own_format
+    from dit4dit.model.keys import read_json
 
     to_own = not is_own_format(source)
     with tqdm(unit="B", unit_scale=True, desc="writing", disable=None) as bar:
@@ -217,6 +218,8 @@ def convert(
         else:
             own_format.to_published(source, target, backbone, progress)
     say(f"wrote {target} ({'own format' if to_own else 'published layout'})")
+    if not to_own and isinstance(robot := read_json(source / "config.json").get("embodiment"), dict):
+        say(f"note: the published layout has no place for a robot of one's own: {robot['robot']['name']} is not in it")
     return 0
 
 

@@ -47,20 +47,26 @@ def choose_embodiment(checkpoint: Checkpoint, wanted: str | Embodiment | None) -
     if wanted in embodiments.EMBODIMENTS:
         robot = embodiments.EMBODIMENTS[str(wanted)]
         return robot, robot.tag if robot.tag in checkpoint.statistics or len(checkpoint.statistics) > 1 else None
-    its_own = None
-    if isinstance(checkpoint.embodiment, Mapping):
-        from dit4dit.data.robots import restored
-
-        its_own = restored(checkpoint.embodiment, f"{checkpoint.path}: embodiment")
-        if wanted in (None, its_own.name):
-            return its_own, its_own.tag if its_own.tag in checkpoint.statistics else None
-    known = [*embodiments.EMBODIMENTS, *checkpoint.statistics]
+    implied = robot_of(checkpoint)
+    own = implied is not None and implied.name not in embodiments.EMBODIMENTS
+    if implied is not None and own and wanted in (None, implied.name):
+        return implied, implied.tag if implied.tag in checkpoint.statistics else None
+    known = [*embodiments.EMBODIMENTS, *([implied.name] if implied is not None and own else []), *checkpoint.statistics]
     if wanted is not None and wanted not in checkpoint.statistics:
         raise ConfigError(f"embodiment {wanted!r}: unknown{did_you_mean(wanted, known)}; known: {', '.join(known)}")
-    if checkpoint.embodiment is None:
+    if implied is None:
         raise ConfigError(
             f"{checkpoint.path}: does not say which robot it is for; choose one with --embodiment: "
             f"{', '.join(embodiments.EMBODIMENTS)}; for a robot of your own `dit4dit eval openloop` takes --robots FILE "
             "--robot NAME"
         )
-    return its_own or embodiments.embodiment(str(checkpoint.embodiment)), wanted
+    return implied, wanted
+
+
+def robot_of(checkpoint: Checkpoint) -> Embodiment | None:
+    """The robot that the checkpoint says or implies it is for: one of the package's, or one that it describes."""
+    if isinstance(checkpoint.embodiment, Mapping):
+        from dit4dit.data.robots import restored
+
+        return restored(checkpoint.embodiment, f"{checkpoint.path}: embodiment")
+    return None if checkpoint.embodiment is None else embodiments.embodiment(checkpoint.embodiment)

@@ -74,6 +74,10 @@ def test_a_robot_of_ones_own_goes_with_its_checkpoint(file: Path, tmp_path: Path
     assert run(*words, "--embodiment", "none") == 0
     folder = checkpoint.folder_of(tmp_path / "run", 2) / "policy"
     assert f"2 steps done; the policy is {folder}" in capsys.readouterr().out
+    named = json.loads((folder / "config.json").read_text())
+    assert run(*words, "--embodiment", "my_arm", "--run.out", tmp_path / "named", "--run.steps", 1) == 0
+    other = checkpoint.folder_of(tmp_path / "named", 1) / "policy"
+    assert json.loads((other / "config.json").read_text())["embodiment"] == named["embodiment"]
     policy = Policy.from_pretrained(folder, device="cpu")
     robot = policy.embodiment
     assert (robot.name, policy.codec.tag) == ("my_arm", "new_embodiment")
@@ -84,7 +88,7 @@ def test_a_robot_of_ones_own_goes_with_its_checkpoint(file: Path, tmp_path: Path
     chunk = policy.infer(seen, "open the drawer")
     assert set(robot.command(chunk.actions[0])) == {f"action.{key.name}" for key in robot.action}
     assert Policy.from_pretrained(folder, device="cpu", embodiment="my_arm").embodiment.name == "my_arm"
-    with pytest.raises(ConfigError, match="embodiment 'my_amr': unknown"):
+    with pytest.raises(ConfigError, match="embodiment 'my_amr': unknown; did you mean 'my_arm'"):
         Policy.from_pretrained(folder, device="cpu", embodiment="my_amr")
     # and to the other commands, which need no file of robots then
     words = ("eval", "openloop", GOLDEN / "lerobot_v3", "--checkpoint", folder, "--device", "cpu", "--episodes", 0)
@@ -92,6 +96,8 @@ def test_a_robot_of_ones_own_goes_with_its_checkpoint(file: Path, tmp_path: Path
     assert json.loads((tmp_path / "openloop" / "openloop.json").read_text())["robot"] == "my_arm"
     assert run("inspect", folder) == 0
     assert "my_arm" in capsys.readouterr().out
+    assert run("convert", folder, tmp_path / "published") == 0
+    assert "note: the published layout has no place for a robot of one's own: my_arm" in capsys.readouterr().out
 
 
 def test_a_damaged_robot_is_named(file: Path, tmp_path: Path) -> None:
@@ -108,6 +114,23 @@ def test_a_damaged_robot_is_named(file: Path, tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(data))
         with pytest.raises(ConfigError, match=message):
             Policy.from_pretrained(folder, device="cpu")
+
+
+def test_the_names_of_the_packages_robots_are_taken(tmp_path: Path) -> None:
+    """Or a checkpoint that says "libero" would mean another robot than the one that it was trained for."""
+    (tmp_path / "mine.yaml").write_text(MINE.replace("my_arm", "libero"))
+    with pytest.raises(ConfigError, match="robots: 'libero' is an embodiment of the package; choose another name"):
+        catalogue(tmp_path / "mine.yaml")
+
+
+def test_episodes_that_are_left_out_need_no_videos(file: Path, tmp_path: Path, write_libero) -> None:
+    """Found before the first step, not at the first save."""
+    root = write_libero(tmp_path / "data" / "lerobot_v3")
+    next(root.rglob("observation.images.image/episode_000002.mp4")).unlink()
+    words = ("train", "--config", file, "--data.root", tmp_path / "data", "--run.steps", 1)
+    assert run(*words) == 2
+    assert run(*words, "--data.skip_bad", "true") == 0
+    assert checkpoint.latest(tmp_path / "run") is not None
 
 
 def test_where_a_run_goes_on(tmp_path: Path) -> None:
@@ -127,6 +150,17 @@ def test_where_a_run_goes_on(tmp_path: Path) -> None:
         find_resume(None, mine)
     with pytest.raises(ConfigError, match=r"no such folder; checkpoints of .*mine: step_00000002, step_00000004"):
         find_resume(str(checkpoint.folder_of(mine, 3)), mine)
+    aside = checkpoint.folder_of(mine, 2).with_name("abandoned_step_00000002")
+    aside.mkdir()
+    with pytest.raises(
+        ConfigError, match="expected a folder step_N; move the run's own step_N away and rename this one"
+    ):
+        find_resume(str(aside), mine)
+    linked = tmp_path / "linked"
+    (linked / "checkpoints").mkdir(parents=True)
+    checkpoint.folder_of(linked, 2).symlink_to(older)
+    for word in ("", "auto", str(linked), str(checkpoint.folder_of(linked, 2))):
+        assert find_resume(word, linked) == checkpoint.folder_of(linked, 2)
     for foreign in (other, checkpoint.folder_of(other, 2)):
         with pytest.raises(ConfigError, match=r"expected a checkpoint of .*mine.*--weights\.checkpoint"):
             find_resume(str(foreign), mine)

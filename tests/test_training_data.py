@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +118,24 @@ def test_feed_goes_on_where_it_is_told(workers: int) -> None:
         assert a.video is None
 
 
+class Hangs(RandomData):
+    def sample(self, index: int, *, video: bool = True):
+        if index == self.index(1):
+            time.sleep(600)
+        return super().sample(index, video=video)
+
+
+def test_a_loader_that_hangs_does_not_keep_a_run_that_ends() -> None:
+    feed = iter(Feed(Hangs(TINY, "libero"), Share(0, 1, 1, 1), 0, 2, workers=1, video=False, pin=False))
+    next(feed)
+    (worker,) = multiprocessing.active_children()
+    begin = time.monotonic()
+    feed.close()
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGKILL
+    assert time.monotonic() - begin < 30
+
+
 class Broken(RandomData):
     def sample(self, index: int, *, video: bool = True):
         raise DataError(f"episode_{index:06d}.mp4: truncated")
@@ -180,6 +201,7 @@ def test_caches_know_what_made_them_and_share_their_work(tmp_path: Path) -> None
     other = random_model(TINY, 1)
     assert caches.prompt_key(other.text, tokenizer) != key
     latents = caches.LatentCache(tmp_path, caches.latent_key(model, data), data.clips)
+    assert [latents.count(latents.left(rank, 2)) for rank in (0, 1)] == [66, 64]
     for rank in (0, 1):
         caches.fill_latents(latents, model, data, rank=rank, ranks=2, done=told.append)
         assert len(latents.missing(range(latents.chunks))) == 1 - rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -86,18 +87,35 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch) -> None:
 
 def test_where_no_bar_can_be_drawn_there_are_lines(tmp_path: Path, monkeypatch, capsys) -> None:
     """A file or a batch system's log: one line as often as it is time for one, and always the last."""
-    clock = iter([0.0, 10.0, 40.0, 50.0, 60.0])
-    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
-    log = log_of(tmp_path / "mine")  # 6 steps
-    for step in range(1, 7):
+    now = [0.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    log = log_of(tmp_path / "mine", first_step=1)  # 6 steps, 16 s each
+    for step in range(2, 7):
+        now[0] += 16
         log.advance()
-        if step not in (2, 4):
+        if step % 3 == 0:
             log.tell(f"loss {step}")
     log.close()
     assert capsys.readouterr().err.splitlines() == [
-        "mine: 3 of 6, loss 3, 00:40 left",
+        "mine: 3 of 6, 00:48 left",
+        "mine: 5 of 6, loss 3, 00:16 left",
         "mine: 6 of 6, loss 6, 00:00 left",
     ]
+
+
+def test_a_run_goes_on_when_nobody_reads_its_lines(tmp_path: Path, monkeypatch) -> None:
+    """`dit4dit train 2>&1 | head`"""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    log = log_of(tmp_path)
+    for step in range(1, 7):
+        log.advance()
+        log.tell(f"loss {step}")
+    log.close()
 
 
 def test_a_cache_says_how_far_it_is(monkeypatch, capsys) -> None:

@@ -13,6 +13,7 @@ from dit4dit.model.weights import random_model
 from dit4dit.presets import preset
 from dit4dit.training import optim
 from dit4dit.training.config import LearningRates, LoraConfig, OptimConfig
+from dit4dit.training.moves import blank_moments
 from dit4dit.training.recipes import recipe
 
 TINY = preset("tiny").model
@@ -47,6 +48,15 @@ def test_schedule_is_transformers_own() -> None:
         theirs.step()
         scheduler.step()
     assert rates == pytest.approx({"backbone_interface": 5e-7, "action_model": 5e-6})
+
+
+def test_a_fused_step_finds_its_state_on_the_parameters_device() -> None:
+    """No GPU is needed to see it: what a kernel would read lies where the parameter does."""
+    assert optim.make_optimizer({"a": torch.nn.Parameter(torch.zeros(2))}, OptimConfig()).defaults["fused"]
+    state = blank_moments(torch.empty(2, device="meta"))
+    assert {name: value.device.type for name, value in state.items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "meta"
+    )
 
 
 def test_published_optimizer() -> None:

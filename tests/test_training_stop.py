@@ -12,7 +12,7 @@ import training_runs as runs
 from training_worker import small_config
 
 from dit4dit.errors import ConfigError, DataError
-from dit4dit.training import checkpoint, loop
+from dit4dit.training import checkpoint, evaluate, loop
 from dit4dit.training.config import read_config
 from dit4dit.training.loop import PREEMPTED, train
 from dit4dit.training.random_data import HELD_OUT, RandomData
@@ -41,6 +41,16 @@ def test_before_the_first_step_a_signal_leaves_at_once(caplog: pytest.LogCapture
     assert stop.requested
     assert "before the first step; start again" in caplog.text
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_more_signals_do_not_spoil_the_way_out() -> None:
+    with loop.stop_signal() as stop:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+    assert stop.requested
 
 
 def test_a_run_that_is_stopped_before_its_first_step_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +120,23 @@ class Skipped(Spoilt):
 
 
 def test_an_evaluation_that_fails_costs_nothing(tmp_path: Path) -> None:
-    config = small_config(tmp_path).override({"run.eval_every": "2", "run.save_every": "2"})
-    with pytest.raises(DataError, match="frame 149: cannot be decoded"):
-        train(config, Spoilt(config.model, "libero"))
-    assert checkpoint.read(checkpoint.folder_of(tmp_path, 2)).progress.step == 2
+    """The run goes on from the step that it could not evaluate, and makes up for it, at the end too."""
+    config = small_config(tmp_path).override({"run.eval_every": "2", "run.save_every": "2", "run.steps": "4"})
+    good = RandomData(config.model, "libero")
+    for step in (2, 4):
+        with pytest.raises(DataError, match="frame 149: cannot be decoded"):
+            train(config, Spoilt(config.model, "libero"), resume=checkpoint.latest(tmp_path))
+        newest = checkpoint.latest(tmp_path)
+        assert newest == checkpoint.folder_of(tmp_path, step)
+        assert train(config.override({"run.steps": str(step)}), good, resume=newest) == 0
+        assert [line["step"] for line in runs.lines(tmp_path) if "eval/action_loss" in line] == [*range(2, step + 1, 2)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6, 10, 97, 1000])
+def test_every_other_held_out_sample_can_stand_for_one(count: int) -> None:
+    step = evaluate.stride(count)
+    assert {attempt * step % count for attempt in range(count)} == set(range(count))
+    assert count < 10 or 0.3 <= step / count <= 0.7
 
 
 def test_unreadable_held_out_samples_are_replaced_and_counted(tmp_path: Path) -> None:

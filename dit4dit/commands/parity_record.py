@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dit4dit.codec import robot_of
 from dit4dit.commands.parity import execute, expected_stages, golden_model
-from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.model.checkpoint import Checkpoint, open_checkpoint
 from dit4dit.model.dit4dit import Draws
 from dit4dit.types import Batch
@@ -57,7 +57,7 @@ def random_golden(opened: Checkpoint, seed: int, device: torch.device) -> dict[s
     """Inputs and draws for a golden batch of two, a function of the seed, under the golden file's names."""
     config = opened.model
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    robot = EMBODIMENTS.get(str(opened.embodiment))
+    robot = robot_of(opened)
     views = 1 if robot is None else len(robot.views)
     height, width = config.image_size[0], config.image_size[1] * views
     head, flow, batch = config.head, config.flow, 2

@@ -103,12 +103,8 @@ def find_resume(word: str | None, run: Path) -> Path | None:
         )
     if word in (None, "auto"):
         return newest
-    if word == "":
-        folder = newest
-    else:
-        folder = Path(word)
-        if (folder / "checkpoints").is_dir():
-            folder = checkpoint.latest(folder)
+    given = Path(word) if word else run
+    folder = checkpoint.latest(given) if given == run or (given / "checkpoints").is_dir() else given
     if folder is None:
         raise ConfigError(
             f"--resume: {word or run} has no checkpoint; start without --resume, or name the run with --run.out"
@@ -116,7 +112,11 @@ def find_resume(word: str | None, run: Path) -> Path | None:
     if not folder.is_dir():
         known = ", ".join(one.name for one in checkpoint.all_steps(run).values())
         raise ConfigError(f"--resume {word}: no such folder; checkpoints of {run}: {known or 'none'}")
-    if folder.resolve().parent != (run / "checkpoints").resolve():
+    if not checkpoint.is_step(folder):
+        raise ConfigError(
+            f"--resume {word}: expected a folder step_N; move the run's own step_N away and rename this one"
+        )
+    if folder.parent.resolve() != (run / "checkpoints").resolve():
         raise ConfigError(
             f"--resume {word}: expected a checkpoint of {run}, where the run would go on; name its run with --run.out, or "
             "begin a new one from its policy with --weights.checkpoint"

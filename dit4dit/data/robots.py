@@ -245,6 +245,8 @@ def _extend(known: Catalogue, path: Path) -> Catalogue:
         for name in parts[part]:
             if name in names:
                 raise ConfigError(f"{path}: {part}: {name!r} is the package's own; choose another name")
+        if part == "robots" and (taken := EMBODIMENTS.keys() & parts[part].keys()):
+            raise ConfigError(f"{path}: robots: {min(taken)!r} is an embodiment of the package; choose another name")
     robots = {**known.robots, **{n: _robot(n, d, str(path)) for n, d in parts["robots"].items()}}
     mixtures = {**known.mixtures, **{n: _entries(n, d, str(path)) for n, d in parts["mixtures"].items()}}
     return replace(known, robots=robots, mixtures=mixtures)

@@ -70,6 +70,10 @@ class PromptCache:
         """Those that have no file yet."""
         return [words for words in dict.fromkeys(instructions) if not self.path(words).is_file()]
 
+    def left(self, instructions: Sequence[str], rank: int, ranks: int) -> list[str]:
+        """Those of one rank's share that have no file yet."""
+        return self.missing(sorted(set(instructions))[rank::ranks])
+
     def store(self, instruction: str, embedding: Tensor) -> None:
         """embedding [L, text_in]."""
         write_aside(self.path(instruction), {"embedding": embedding})
@@ -116,7 +120,7 @@ def fill_prompts(
 ) -> None:
     """Embed what is missing, every `ranks`-th instruction from `rank` on; `done` is told of each."""
     device = next(text.parameters()).device
-    for words in cache.missing(sorted(set(instructions))[rank::ranks]):
+    for words in cache.left(instructions, rank, ranks):
         tokens = tokenize(tokenizer, [words], text.config.max_length)
         cache.store(words, text(tokens.to(device))[0])
         done(1)
@@ -140,6 +144,14 @@ class LatentCache:
     def missing(self, chunks: Sequence[int]) -> list[int]:
         """Those that have no file yet."""
         return [chunk for chunk in chunks if not self.path(chunk).is_file()]
+
+    def left(self, rank: int, ranks: int) -> list[int]:
+        """The chunks of one rank's share that have no file yet."""
+        return self.missing(range(self.chunks)[rank::ranks])
+
+    def count(self, chunks: Sequence[int]) -> int:
+        """Clips in these chunks."""
+        return sum(len(self.indices(chunk)) for chunk in chunks)
 
     def indices(self, chunk: int) -> range:
         return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.clips))
@@ -177,7 +189,7 @@ def fill_latents(
     device = next(model.parameters()).device
     if device.type == "cpu":
         model.video_vae.channels_last()
-    for chunk in cache.missing(range(cache.chunks)[rank::ranks]):
+    for chunk in cache.left(rank, ranks):
         found: dict[str, list[Tensor]] = {"mean": [], "std": [], "clip": []}
         for start in range(0, len(cache.indices(chunk)), ENCODED_TOGETHER):
             indices = cache.indices(chunk)[start : start + ENCODED_TOGETHER]

@@ -190,9 +190,14 @@ def all_steps(run: Path) -> dict[int, Path]:
     """Step -> folder of every checkpoint of a run, oldest first."""
     found = {}
     for folder in sorted((run / "checkpoints").glob("step_*")):
-        if match := re.fullmatch(r"step_(\d+)", folder.name):
-            found[int(match[1])] = folder
+        if is_step(folder):
+            found[int(folder.name.removeprefix("step_"))] = folder
     return found
+
+
+def is_step(folder: Path) -> bool:
+    """Whether it has a checkpoint's name: not one that was set aside, or is half removed."""
+    return re.fullmatch(r"step_\d+", folder.name) is not None
 
 
 def latest(run: Path) -> Path | None:

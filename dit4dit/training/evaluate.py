@@ -5,6 +5,7 @@ All draws follow from the sample's index, so two evaluations differ by the weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -57,10 +58,14 @@ def read(data: TrainingData, indices: Sequence[int]) -> Raw:
                     raise
                 skipped.append(str(error))
                 everything = everything or data.held_out()
-                # far away: what is damaged often is so for a stretch
-                place = everything.index(index) + (attempt + 1) * max(1, round(0.618 * len(everything)))
+                place = everything.index(index) + (attempt + 1) * stride(len(everything))
                 used[row] = everything[place % len(everything)]
     return collate(used, used, samples, skipped)
+
+
+def stride(count: int) -> int:
+    """Steps of this size visit each of `count` places, near ones late: what is damaged often is so for a stretch."""
+    return next(size for size in range(round(0.618 * count) or 1, 2 * count + 1) if math.gcd(size, count) == 1)
 
 
 @torch.no_grad()
@@ -80,7 +85,7 @@ def evaluate(
     Returns:
         {"eval/action_loss", "eval/video_loss", "eval/action_mae" (mean |error| in normalised units)}, and per dimension in
         robot units {"action_mae/<dimension>", "action_mse/<dimension>"}; with several robots "action_mae/<robot>.<dimension>".
-        With `skip_bad` "eval/skipped": samples that others stood for.
+        With `skip_bad` "eval/skipped": how many samples could not be read, and others stood for them.
     """
     mine = chosen(data, samples, processes.ranks)[processes.rank :: processes.ranks]
     sums = {name: torch.zeros((), dtype=torch.float64, device=processes.device) for name in SUMS}

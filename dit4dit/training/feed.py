@@ -6,7 +6,7 @@ Step s uses the positions s G to s G + G - 1; rank r of W takes the r-th of the 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -215,11 +215,20 @@ class Feed:
             generator=torch.Generator().manual_seed(0),
         )
 
-    def __iter__(self) -> Iterator[Raw]:
-        for made in self._loader:
-            if isinstance(made, Dit4DitError):
-                raise made
-            yield made
+    def __iter__(self) -> Generator[Raw, None, None]:
+        batches = iter(self._loader)
+        workers = list(getattr(batches, "_workers", ()))
+        try:
+            for made in batches:
+                if isinstance(made, Dit4DitError):
+                    raise made
+                yield made
+        finally:
+            # torch asks them to end, and terminates those that do not answer; these ignore that, so one that hangs is killed
+            if workers:
+                batches._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in workers:
+                worker.kill()
 
 
 def _outlive_signals(worker: int) -> None:

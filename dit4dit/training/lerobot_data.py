@@ -107,9 +107,10 @@ class LeRobotData:
     def clip_fingerprint(self) -> str:
         """Of the pictures: the files of all videos by name and content, and how clips are cut from them."""
         facts: list[object] = [self.window.offsets, self.window.image_size, self._every]
-        for recording in self.mixture.recordings:
+        for recording, bad in zip(self.mixture.recordings, self.mixture.without, strict=True):
             facts += [recording.cameras, recording.data.fps]
-            root, episodes = recording.data.meta.root, recording.data.meta.episodes
+            root = recording.data.meta.root
+            episodes = [episode for i, episode in enumerate(recording.data.meta.episodes) if i not in bad]
             files = sorted({e.videos[camera].path for e in episodes for camera in recording.cameras})
             with ThreadPoolExecutor(8) as pool:  # a shared file system answers slowly, but many at once
                 facts += zip([file.relative_to(root) for file in files], pool.map(video_digest, files), strict=True)

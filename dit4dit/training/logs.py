@@ -49,6 +49,8 @@ class Log:
         """first_step: steps done so far; lines of later ones, which a dead process left, are dropped."""
         self.active = active
         self.file = folder / "log.jsonl"
+        self.evaluated: set[int] = set()
+        """Steps whose evaluation stands in the log."""
         self._board = self._wandb = None
         self._bar = tqdm(
             total=config.steps, initial=first_step, unit="step", desc=folder.name, disable=None if active else True
@@ -56,7 +58,9 @@ class Log:
         self._lines = Lines(folder.name, first_step, config.steps) if active and self._bar.disable else None
         if not active:
             return
-        _cut(self.file, first_step)
+        self.evaluated = {
+            int(line["step"]) for line in _cut(self.file, first_step) if any(n.startswith("eval/") for n in line)
+        }
         if "tensorboard" in config.trackers:
             require("tensorboard", "train")
             from torch.utils.tensorboard import SummaryWriter
@@ -105,12 +109,15 @@ class Log:
         self._bar.update()
         if self._lines is not None:
             self._lines.done += 1
+            if self._lines.done < self._lines.total:  # the last line waits for its words
+                self._lines.show()
 
     def tell(self, text: str) -> None:
         """A few words at the bar's end."""
         self._bar.set_postfix_str(text)
         if self._lines is not None:
-            self._lines.tell(text)
+            self._lines.text = text
+            self._lines.show()
 
     def close(self) -> None:
         self._bar.close()
@@ -124,26 +131,27 @@ class Lines:
     """What stands for a bar where none can be drawn: a line on stderr every `LINE_EVERY_S`, and one at the end."""
 
     def __init__(self, name: str, first: int, total: int) -> None:
-        self.name, self.first, self.done, self.total = name, first, first, total
+        self.name, self.first, self.done, self.total, self.text = name, first, first, total, ""
         self._start = self._told = time.monotonic()
 
-    def tell(self, text: str = "") -> None:
-        """The line, if it is time for one."""
+    def show(self) -> None:
+        """The line, if it is time for one. That nobody reads it any more is no reason to stop."""
         now = time.monotonic()
         if self.done == self.first or (now - self._told < LINE_EVERY_S and self.done < self.total):
             return
         self._told = now
         left = (now - self._start) * (self.total - self.done) / (self.done - self.first)
-        words = f"{self.name}: {self.done} of {self.total}{text and ', '}{text}"
-        sys.stderr.write(f"{words}, {tqdm.format_interval(left)} left\n")
-        sys.stderr.flush()
+        words = [f"{self.name}: {self.done} of {self.total}", self.text, f"{tqdm.format_interval(left)} left"]
+        with contextlib.suppress(OSError):
+            sys.stderr.write(", ".join(filter(None, words)) + "\n")
+            sys.stderr.flush()
 
 
-def _cut(file: Path, last: int) -> None:
-    """Drop lines of steps after `last`, and a half-written one."""
+def _cut(file: Path, last: int) -> list[dict[str, float]]:
+    """Drop lines of steps after `last`, and a half-written one; returns the others."""
     if not file.is_file():
-        return
-    kept = []
+        return []
+    kept, found = [], []
     for line in file.read_text().splitlines(keepends=True):
         try:
             data = json.loads(line)
@@ -151,9 +159,11 @@ def _cut(file: Path, last: int) -> None:
             continue
         if data["step"] <= last:
             kept.append(line)
+            found.append(data)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text("".join(kept))
     partial.replace(file)
+    return found
 
 
 @contextlib.contextmanager
@@ -167,6 +177,6 @@ def bar(name: str, total: int, active: bool) -> Iterator[Callable[[int], object]
 
         def move(count: int) -> None:
             lines.done += count
-            lines.tell()
+            lines.show()
 
         yield move

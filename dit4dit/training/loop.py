@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,9 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
         trainer = Trainer(start, data, processes, prompts, latents)
         if saved is not None:
             trainer.restore(saved)
+        # from here on nobody leaves by itself, or the others would wait for it
+        processes.wait()
+        stop.stepping = True
         if processes.first:
             for folder in checkpoint.set_aside(run, trainer.step):
                 log.warning(
@@ -78,7 +82,10 @@ def check_progress(saved: checkpoint.Saved, config: TrainConfig, data: TrainingD
         ("the data's fingerprint (files, statistics, split, window)", data.fingerprint, progress.data),
     ):
         if here != there:
-            raise ConfigError(f"--resume {saved.folder}: {name}: the run has {there}, this one {here}; make them equal")
+            raise ConfigError(
+                f"--resume {saved.folder}: {name}: the run has {there}, this one {here}; make them equal, or begin a new run "
+                "from its policy with --weights.checkpoint"
+            )
 
 
 def fill_caches(
@@ -95,14 +102,14 @@ def fill_caches(
     if prompts is None or processes.agree(bool(prompts.missing(data.instructions))) or processes.agree(wanted):
         text = start.text()
         prompts = caches.PromptCache(folder, caches.prompt_key(text, start.tokenizer))
-        with bar("prompts", len(prompts.missing(data.instructions)) // ranks, processes.first) as done:
+        with bar("prompts", len(prompts.left(data.instructions, rank, ranks)), processes.first) as done:
             caches.fill_prompts(prompts, text, start.tokenizer, data.instructions, rank=rank, ranks=ranks, done=done)
         if config.run.save_frozen and processes.first:
             setup.save_frozen(frozen, start.model, text)
     latents = None
     if config.data.cache_latents:
         latents = caches.LatentCache(folder, caches.latent_key(start.model, data), data.clips)
-        with bar("latents", data.clips // ranks, processes.first) as done:
+        with bar("latents", latents.count(latents.left(rank, ranks)), processes.first) as done:
             caches.fill_latents(latents, start.model, data, rank=rank, ranks=ranks, done=done)
     return prompts, latents
 
@@ -128,6 +135,7 @@ class Trainer:
         self.moves = make_moves(self.root, config, processes)
         self.share = Share(processes.rank, processes.ranks, config.data.batch_size, config.optim.accumulate)
         self.size = self.model.config.latent_size(*data.picture_size)
+        self.fingerprint = data.fingerprint
         self.step = 0
         self._pending: list[Tensor] = []
 
@@ -137,10 +145,11 @@ class Trainer:
         log_to = Log(
             Path(run.out), run, first_step=self.step, active=self.processes.first, settings=self.config.to_dict()
         )
-        feed = iter(self._feed(self.step, steps))
+        feed = self._feed(self.step, steps)
         meter, agreed = Meter(), torch.zeros(2, dtype=torch.float64)
-        stop.stepping = True
-        with contextlib.closing(log_to):
+        with contextlib.closing(log_to), contextlib.closing(feed):
+            if self.step and self._due(run.eval_every) and not self.processes.agree(self.step in log_to.evaluated):
+                self._evaluate(log_to)
             while self.step < steps:
                 start = time.perf_counter()
                 micros = [next(feed) for _ in range(self.share.accumulate)]
@@ -155,19 +164,23 @@ class Trainer:
                 self.take_step(micros, agreed[0])
                 meter.add(self.share.global_batch, waited)
                 log_to.advance()
-                if self.step % run.log_every == 0 or self.step == steps:
+                if self._due(run.log_every):
                     self._log(log_to, meter)
-                # first, so that an evaluation that fails costs nothing
-                if self.step % run.save_every == 0 or self.step == steps:
+                # first, so that an evaluation that fails costs nothing: a run that goes on makes up for it
+                if self._due(run.save_every):
                     self._log(log_to, meter)
                     self.save()
-                if run.eval_every and (self.step % run.eval_every == 0 or self.step == steps):
+                if self._due(run.eval_every):
                     self._evaluate(log_to)
         return FINISHED
 
-    def _feed(self, first: int, last: int) -> Feed:
+    def _due(self, every: int) -> bool:
+        """Whether what happens every so many steps, and at the end, happens after this one; 0: never."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
+
+    def _feed(self, first: int, last: int) -> Generator[Raw, None, None]:
         workers, pin = self.config.data.workers, self.processes.device.type == "cuda"
-        return Feed(self.data, self.share, first, last, workers=workers, video=self.latents is None, pin=pin)
+        return iter(Feed(self.data, self.share, first, last, workers=workers, video=self.latents is None, pin=pin))
 
     def _agree(self, micros: list[Raw], stop: bool) -> Tensor:
         """[real action entries of the whole step, ranks that want to stop] over all processes."""
@@ -270,22 +283,27 @@ class Trainer:
             step=self.step,
             seed=self.config.run.seed,
             global_batch=self.share.global_batch,
-            data=self.data.fingerprint,
+            data=self.fingerprint,
             prompts=self.prompts.key,
             scale=scaler.get("scale"),
             growth=scaler.get("_growth_tracker"),
         )
 
     def _inference(self, weights: dict[str, Tensor]) -> checkpoint.Inference:
-        robots = [each.embodiment for each in self.data.robots]
         return checkpoint.Inference(
             model=self.model.config,
-            embodiment=self.config.embodiment or (described(robots[0]) if len(robots) == 1 else None),
+            embodiment=self._embodiment(),
             weights=weights,
             statistics=self.data.statistics,
             tokenizer=self.start.tokenizer,
             frozen=Path(self.config.run.out) / "frozen" if self.config.run.save_frozen else None,
         )
+
+    def _embodiment(self) -> str | dict[str, Any] | None:
+        """The robot that the configuration names, else the data's only one, as checkpoints carry it."""
+        robots = {each.embodiment.name: each.embodiment for each in self.data.robots}
+        name = self.config.embodiment or (next(iter(robots)) if len(robots) == 1 else None)
+        return described(robots[name]) if name in robots else name
 
     def restore(self, saved: checkpoint.Saved) -> None:
         """Go on from a checkpoint that `check_progress` let pass; ConfigError where its tensors are of another run."""
@@ -344,10 +362,10 @@ class Stop:
         now = time.monotonic()
         if not self.requested:
             self.requested, self._first = True, now
+            if not self.stepping:
+                raise StopBeforeSteps
         elif number == signal.SIGINT and now - self._first > PATIENCE_S:
             raise KeyboardInterrupt
-        if not self.stepping:
-            raise StopBeforeSteps
 
 
 @contextlib.contextmanager

@@ -92,7 +92,9 @@ class Moves:
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], where: str) -> None:
         """The inverse of `weights` and `moments`; ConfigError where names or shapes are others."""
         restore_tensors(optim.named_parameters(self.model), weights, f"{where}: weights")
-        blank = {f"{kind}.{n}": t for n, p in self.parameters.items() for kind, t in self._blank_moments(p).items()}
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = blank_moments(parameter)
+        blank = {f"{kind}.{n}": t for n, p in self.parameters.items() for kind, t in self.optimizer.state[p].items()}
         restore_tensors(blank, moments, f"{where}: optimiser")
 
     def restore_average(self, average: Mapping[str, Tensor], where: str) -> None:
@@ -100,15 +102,14 @@ class Moves:
         if self.average is not None:
             restore_tensors(self.average.values, average, f"{where}: average")
 
-    def _blank_moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """AdamW's state of a parameter, registered with the optimiser, to be filled."""
-        blank = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-        self.optimizer.state[parameter] = blank
-        return blank
+
+def blank_moments(parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter that it has not moved yet. Fused, it reads all of it on the parameter's device."""
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
 
 def make_moves(root: Root, config: TrainConfig, processes: Processes) -> Moves:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dit4dit.extras import require
 from dit4dit.training import optim
 from dit4dit.training.config import TrainConfig
-from dit4dit.training.moves import Moves, check_tensors
+from dit4dit.training.moves import Moves, blank_moments, check_tensors
 from dit4dit.training.parallel import Root
 
 BUCKET = 50_000_000
@@ -161,7 +161,7 @@ class ZeroMoves(Moves):
         zero: Any = self.optimizer
         flat = zero.fp32_partitioned_groups_flat if self.splits_parameters else zero.single_partition_of_fp32_groups
         for piece in flat:
-            self._base.state[piece] = {"step": torch.zeros(()), **{kind: torch.zeros_like(piece) for kind in MOMENTS}}
+            self._base.state[piece] = blank_moments(piece)
         if not self.splits_parameters:
             zero._lazy_init_hp_params_optimizer_state()
 
