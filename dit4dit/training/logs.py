@@ -49,8 +49,8 @@ class Log:
         """first_step: steps done so far; lines of later ones, which a dead process left, are dropped."""
         self.active = active
         self.file = folder / "log.jsonl"
-        self.evaluated: set[int] = set()
-        """Steps whose evaluation stands in the log."""
+        self.evaluation_lost = False
+        """Whether the log has the first step's losses without an evaluation."""
         self._board = self._wandb = None
         self._bar = tqdm(
             total=config.steps, initial=first_step, unit="step", desc=folder.name, disable=None if active else True
@@ -58,9 +58,8 @@ class Log:
         self._lines = Lines(folder.name, first_step, config.steps) if active and self._bar.disable else None
         if not active:
             return
-        self.evaluated = {
-            int(line["step"]) for line in _cut(self.file, first_step) if any(n.startswith("eval/") for n in line)
-        }
+        here = [line for line in _cut(self.file, first_step) if line["step"] == first_step]
+        self.evaluation_lost = bool(here) and not any(name.startswith("eval/") for line in here for name in line)
         if "tensorboard" in config.trackers:
             require("tensorboard", "train")
             from torch.utils.tensorboard import SummaryWriter

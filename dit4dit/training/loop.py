@@ -148,7 +148,7 @@ class Trainer:
         feed = self._feed(self.step, steps)
         meter, agreed = Meter(), torch.zeros(2, dtype=torch.float64)
         with contextlib.closing(log_to), contextlib.closing(feed):
-            if self.step and self._due(run.eval_every) and not self.processes.agree(self.step in log_to.evaluated):
+            if self._due(run.eval_every) and self.processes.agree(log_to.evaluation_lost):
                 self._evaluate(log_to)
             while self.step < steps:
                 start = time.perf_counter()
