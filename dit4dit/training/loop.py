@@ -131,6 +131,8 @@ class Trainer:
         self.keys, self.model = Keys(), start.model
         for what in prepare(self.model, config, self.keys):
             log.info("frozen, because no loss of mode %s reaches it: %s", config.model.flow.training, what)
+        if self.model.video_vae is not None and processes.device.type == "cpu":
+            self.model.video_vae.channels_last()
         self.root = Root(self.model, config.run.precision).train()
         self.moves = make_moves(self.root, config, processes)
         self.share = Share(processes.rank, processes.ranks, config.data.batch_size, config.optim.accumulate)
