@@ -90,9 +90,8 @@ class ZeroMoves(Moves):
             # collectives over shared memory, compiled at their first use: processes that wait spin, and gloo's do not
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.processes.ensure_group()
-        for (
-            parameter
-        ) in root.parameters():  # what DeepSpeed sends must lie in one piece, also what the VAE laid out otherwise
+        # what DeepSpeed sends must lie in one piece, also what the VAE laid out otherwise
+        for parameter in root.parameters():
             parameter.data = parameter.data.contiguous()
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=root, optimizer=self.optimizer, config=settings(self.config), dist_init_required=False
