@@ -1,7 +1,9 @@
 # The few things a contributor repeats. `make demo` and `make test` set up .venv by themselves.
 #
-#   make demo | demo-train | test | lint | format | cubins | wheel | clean
+#   make demo | demo-train | test | test-all | lint | format | cubins | wheel | clean
 #   make test ARGS="-k preprocess"        arguments for pytest
+#   make test PROCESSES=8                 more of them at the same time (2)
+#   make test-all                         what `make test` leaves out: kernels on the CPU, what is slow, simulators
 #   make demo-train SEED=1                train the demo's policy from another seed, into demo-train/seed-1
 #   make test PYTHON=python3.12           another interpreter (after `make clean`)
 #   make test TORCH=torch==2.10.0         another torch, or the path of a wheel
@@ -15,6 +17,7 @@ CUDA ?= AUTO
 PTXAS ?= OFF
 CUBINS ?= OFF
 ARGS ?=
+PROCESSES ?= 2
 SEED ?= 0
 
 BIN := .venv/bin
@@ -25,7 +28,7 @@ CMAKE_ARGS := --config-settings=cmake.define.DIT4DIT_CUDA=$(CUDA) --config-setti
 SOURCES := $(shell find dit4dit csrc kernels benchmarks -type f -not -name '*.pyc') \
 	CMakeLists.txt pyproject.toml README.md LICENSE
 
-.PHONY: demo demo-train test lint format cubins wheel clean
+.PHONY: demo demo-train test test-all lint format cubins wheel clean
 .SUFFIXES:
 
 demo: .venv/.installed
@@ -34,9 +37,23 @@ demo: .venv/.installed
 demo-train: .venv/.installed
 	@$(BIN)/dit4dit demo-train --out demo-train/seed-$(SEED) --seed $(SEED) $(ARGS)
 
+# By what a test costs (markers in pyproject.toml). Every test is in one of the two, or marked long; tests/test_marks.py sees to it.
+QUICK := not (kernels or slow or sim or long or gpu)
+REST := (kernels or slow or sim or gpu) and not long
+
+# Those marked serial by themselves, then the others side by side. Exit code 5: none of them was chosen, as with a -k in ARGS.
 # The pytest command, not `python -m pytest`, which would put the source tree before the installed package.
+define run_tests
+	@$(BIN)/pytest -m "serial and ($(1))" $(ARGS); first=$$?; \
+	$(BIN)/pytest -n $(PROCESSES) --dist worksteal -m "not serial and ($(1))" $(ARGS); second=$$?; \
+	case "$$first $$second" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
+endef
+
 test: .venv/.installed
-	@$(BIN)/pytest $(ARGS)
+	$(call run_tests,$(QUICK))
+
+test-all: .venv/.installed
+	$(call run_tests,$(REST))
 
 lint: .venv/.installed
 	@$(BIN)/ruff check .

@@ -12,6 +12,9 @@ import pytest
 # Waiting threads must not spin: with another process on the cores a spinning test run is seventy times slower.
 # Set before torch is imported, or it has no effect.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Test processes side by side (pytest -n) share the cores.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 
 GOLDEN = Path(__file__).parent / "golden"
 FIXTURES = ("libero_tiny", "gr1_tiny")

@@ -109,6 +109,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_action_ode, "config", small_head)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -> None:
     path = tmp_path / "ops.json"
@@ -137,6 +138,7 @@ def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -
     assert "triton: x is on cpu, where Triton runs only with TRITON_INTERPRET=1 (adaln" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_compile_is_timed_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     path = tmp_path / "ops.json"

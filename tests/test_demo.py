@@ -37,6 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_demo_train_leaves_everything(made: Path) -> None:
     data = json.loads((made / "demo-train.json").read_text())
     assert set(data["success"]) == {"before", "after", "told_other_words"}
@@ -56,6 +57,7 @@ def test_demo_train_leaves_everything(made: Path) -> None:
     assert policy.embodiment is TABLETOP
 
 
+@pytest.mark.slow
 def test_the_control_is_told_something_else(made: Path) -> None:
     lines = {}
     for name in ("after", "other-words"):
@@ -65,6 +67,7 @@ def test_the_control_is_told_something_else(made: Path) -> None:
     assert all(lines["after"][seed] != lines["other-words"][seed] for seed in lines["after"])
 
 
+@pytest.mark.slow
 def test_demo_plays_a_checkpoint_of_ones_own(made: Path, tmp_path: Path, capsys) -> None:
     checkpoint = json.loads((made / "demo-train.json").read_text())["policy"]
     assert run("demo", "--out", str(tmp_path), "--episodes", "2", "--device", "cpu", "--checkpoint", checkpoint) == 0
@@ -75,6 +78,7 @@ def test_demo_plays_a_checkpoint_of_ones_own(made: Path, tmp_path: Path, capsys)
     assert (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_is_never_mixed_with_another(made: Path, capsys) -> None:
     assert run("demo-train", "--out", str(made)) == 2
     assert "has a run already" in capsys.readouterr().err
@@ -98,6 +102,7 @@ def test_the_global_batch_does_not_depend_on_the_processes(tmp_path: Path) -> No
     assert one.model.flow.action_grad_to_backbone
 
 
+@pytest.mark.slow
 def test_several_runs_are_one_result(made: Path, tmp_path: Path) -> None:
     run = json.loads((made / "demo-train.json").read_text())
     seeds = []

@@ -410,6 +410,7 @@ def test_pack_command_errors(small_libero: Path, tmp_path: Path, capsys) -> None
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny"])
 def test_every_triton_kernel_on_the_way_agrees_with_the_published_code(
     golden_dir: Path, tmp_path: Path, name: str

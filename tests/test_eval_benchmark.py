@@ -12,6 +12,7 @@ from dit4dit.benchmarks import rollout
 from dit4dit.cli import main
 
 
+@pytest.mark.slow
 def test_two_workers_reach_their_share_and_the_same_records(tmp_path: Path) -> None:
     """One attempt more where the machine was busy with something else: the promise is about a machine that is not."""
     file = tmp_path / "result.json"

@@ -24,6 +24,7 @@ NEEDED = {"robocasa_gr1": 1500, "libero": 2090}
 NEEDED_BACKBONE = {"robocasa_gr1": 1339, "libero": 1808}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_released_models(name: str) -> None:
     counts = flops.count(preset(name))
@@ -37,6 +38,7 @@ def test_released_models(name: str) -> None:
     assert counts["first_chunk"]["text_encoder"] < counts["published"]["text_encoder"]
 
 
+@pytest.mark.slow
 def test_without_the_early_exit_the_count_rises() -> None:
     model = preset("robocasa_gr1").model
     all_blocks = replace(model, extract_layer=model.dit.num_layers - 1)
@@ -93,6 +95,7 @@ def test_no_product_escapes_the_count_of_bytes(schedule) -> None:
     assert sum(inside) / 1e9 == pytest.approx(sum(schedule(config, 2).values()))
 
 
+@pytest.mark.slow
 def test_the_engine_moves_less_than_the_published_schedule() -> None:
     moved = flops.moved(preset("robocasa_gr1"))
     for stage in ("vae", "backbone", "action_head"):

@@ -19,6 +19,8 @@ from dit4dit.presets import preset
 
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.slow
+
 
 def test_command_writes_numbers_and_pictures(tmp_path: Path, capsys) -> None:
     out, report = tmp_path / "l.json", tmp_path / "report"

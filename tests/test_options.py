@@ -27,6 +27,7 @@ def tiny() -> options.Subject:
     return options.of_preset("tiny", preset("tiny"), device=CPU, dtype=torch.float32, seed=0)
 
 
+@pytest.mark.slow
 def test_command_measures_every_option_of_presets_and_checkpoints(small_libero: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "options.json"
     assert run("--preset", "tiny", "--checkpoint", small_libero, "--seeds", "2", "--json", out) == 0

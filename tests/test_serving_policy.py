@@ -133,6 +133,7 @@ def test_a_bad_request_in_a_pass_fails_alone(served) -> None:
     assert module.MAX_EXAMPLES == 64
 
 
+@pytest.mark.slow
 def test_the_command_serves_stops_on_sigterm_and_reports(small_libero: Path, tmp_path: Path, make_observation) -> None:
     words = tmp_path / "words.txt"
     words.write_text("go\n")

@@ -10,6 +10,7 @@ from dit4dit.benchmarks import training
 from dit4dit.cli import main
 
 
+@pytest.mark.slow
 def test_shares_and_agreement(tmp_path, capsys) -> None:
     file = tmp_path / "result.json"
     with pytest.raises(SystemExit) as end:
@@ -25,6 +26,7 @@ def test_shares_and_agreement(tmp_path, capsys) -> None:
     assert set(result["ratio"]) == set(work) - {"published"}
 
 
+@pytest.mark.slow
 def test_nothing_is_timed_that_disagrees(monkeypatch) -> None:
     monkeypatch.setattr(training.Published, "embed", lambda self, tokens: self.model.embed(tokens + 1))
     with pytest.raises(AssertionError, match="nothing is timed"):

@@ -37,6 +37,7 @@ def plain(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_losses(tmp_path: Path) -> None:
     config = small_config(tmp_path).override({"run.steps": "30", "optim.learning_rate.action_model": "3e-3"})
     one_clip = RandomData(config.model, "libero", clips=HELD_OUT + 1)
@@ -46,6 +47,7 @@ def test_learning_lowers_the_losses(tmp_path: Path) -> None:
     assert (last < 0.85 * first).all(), (first, last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_what_one_does(strategy: str, plain: Path, tmp_path: Path) -> None:
     """Unequal masks, dropout, held-out samples: equal to 1e-5 with half the batch on each."""
@@ -102,6 +104,7 @@ print("halved", processes.ranks)
 """
 
 
+@pytest.mark.slow
 def test_fsdp2_really_shards(tmp_path: Path) -> None:
     script = tmp_path / "shards.py"
     script.write_text(FSDP_WORKER)
@@ -133,6 +136,7 @@ def same(first: dict[int, tuple[float, ...]], second: dict[int, tuple[float, ...
         assert second[step] == pytest.approx(values, rel=rel), step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, rel",
     [

@@ -52,6 +52,7 @@ def kill_and_resume(tmp_path: Path, ranks: int, seed: int, whole: dict[int, tupl
     assert not list((out / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", SHARES)
 def test_killed_and_resumed_losses_are_bit_identical(ranks: int, uninterrupted, tmp_path: Path) -> None:
     kill_and_resume(tmp_path, ranks, 0, uninterrupted[ranks])
@@ -90,6 +91,7 @@ def test_killed_in_the_other_files_of_a_save(file: int, three_steps: Path, tmp_p
     killed_in_save(three_steps, tmp_path / "run", file)
 
 
+@pytest.mark.slow
 def test_killed_during_a_save_and_on_a_full_disk(three_steps: Path, uninterrupted, tmp_path: Path) -> None:
     """The second checkpoint dies half-written, then finds no space; the first stays whole, and the run goes on from it."""
     out = tmp_path / "run"
@@ -107,6 +109,7 @@ def test_killed_during_a_save_and_on_a_full_disk(three_steps: Path, uninterrupte
     assert after == {step: uninterrupted[1][step] for step in after}
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_another_number_of_processes_goes_on(uninterrupted, tmp_path: Path) -> None:
     """From one process to two that shard the weights, and back."""
     out, resume = tmp_path / "run", ()

@@ -20,6 +20,7 @@ from dit4dit.training.random_data import HELD_OUT, RandomData
 LONG = ("--run.steps", 400, "--run.save_frozen", "false")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_that_data_loaders_get_too_saves(number: int, tmp_path: Path) -> None:
     """torchrun, Slurm and a terminal send it to every process of a run."""

@@ -14,7 +14,10 @@ from dit4dit.cubins.specialization import Specialization
 from dit4dit.ops import launch
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile"),
+]
 
 
 def test_layout():

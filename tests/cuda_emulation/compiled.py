@@ -15,7 +15,11 @@ ARCHITECTURES = ("80", "89", "90a", "100", "120")
 REGISTERS = 65536  # of a multiprocessor
 SPILLED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+# a module's pytestmark
+needs_nvcc = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH"),
+]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,13 @@ from dit4dit.action_ode.weights import PackedHead
 ROOT = Path(__file__).parents[2]
 # name -> what stands for the chip: sm_80, sm_100 and sm_120, sm_90a
 VARIANTS = {"copies": (0, 0), "bulk": (1, 0), "warpgroups": (1, 1)}
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the kernel for the CPU with")
 CTYPES = {"int": ctypes.c_int, "float": ctypes.c_float, "std::int64_t": ctypes.c_int64}
+
+
+def needs_compiler(test: Any) -> Any:
+    """Marks a test that runs CUDA sources on the CPU: `kernels`, and skipped without g++."""
+    without = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the kernel for the CPU with")
+    return pytest.mark.kernels(without(test))
 
 
 def fields(struct: str, header: str = "action_ode_tiles.cuh") -> list[tuple[str, str]]:

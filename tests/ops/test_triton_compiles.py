@@ -20,6 +20,7 @@ from dit4dit.ops import launch, tiles
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY, launches
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.kernels
 
 # (kernel, capability) -> reason why it may spill. Keep it empty if you can.
 MAY_SPILL: dict[tuple[str, int], str] = {

@@ -5,8 +5,11 @@ They stay in ~/.cache/dit4dit-tests (or DIT4DIT_TEST_SIMULATORS), outside the ca
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -26,6 +29,16 @@ def say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time: tests that run side by side wait for the first of them to make an environment."""
+    root().mkdir(parents=True, exist_ok=True)
+    with (root() / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@alone()
 def libero() -> Simulator:
     """LIBERO with stand-in assets, set up as a user would; not again where it has been with the same lock file and assets."""
     assets = root() / "libero-assets"
@@ -39,6 +52,7 @@ def libero() -> Simulator:
     return simulator
 
 
+@alone()
 def gr1() -> Simulator:
     """The GR1 stand-in's packages."""
     simulator = Simulator.at("gr1", root() / "gr1-standin")
