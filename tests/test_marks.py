@@ -19,22 +19,9 @@ def expressions() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("has", product([False, True], repeat=len(COSTS)))
+@pytest.mark.parametrize("has", list(product([False, True], repeat=len(COSTS))))
 def test_every_test_has_one_command(has: tuple[bool, ...]) -> None:
     marks = dict(zip(COSTS, has, strict=True))
     chosen = {name: bool(eval(expression, {}, marks)) for name, expression in expressions().items()}
     assert [*chosen.values(), marks["long"]].count(True) == 1, (marks, chosen)
     assert chosen["QUICK"] == (not any(has))
-
-
-def test_marks_are_on_what_they_are_for(request: pytest.FixtureRequest) -> None:
-    """Of the tests that were collected with this one."""
-    for item in request.session.items:
-        marks = {mark.name for mark in item.iter_markers()}
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & {"interpreter", "chip", "emulated", "compiled"}:
-            assert "kernels" in marks, item.nodeid
-        if item.path.is_relative_to(ROOT / "tests" / "sim"):
-            assert "sim" in marks, item.nodeid
-        if "cuda" in item.name.partition("[")[2].split("-") and "gpu" not in marks:
-            raise AssertionError(f"{item.nodeid}: runs on a CUDA device and has no mark gpu")

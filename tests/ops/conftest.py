@@ -22,7 +22,7 @@ Run = Callable[..., Any]
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "interpreter" in getattr(item, "fixturenames", ()):
+        if {"interpreter", "chip", "emulated"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker(pytest.mark.kernels)
 
 
@@ -57,7 +57,9 @@ def interpreter() -> Iterator[Interpreter]:
     process.close()
 
 
-@pytest.fixture(params=[pytest.param("interpreted", marks=pytest.mark.kernels), pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[pytest.param("interpreted", marks=pytest.mark.kernels), pytest.param("gpu", marks=pytest.mark.gpu)]
+)
 def triton_op(request: pytest.FixtureRequest) -> Run:
     """triton_op("adaln", *args): its Triton implementation, results on the CPU, memory NaN before it is written."""
     if request.param == "interpreted":
