@@ -248,11 +248,13 @@ def _check_bounds(schedule: Schedule, i: int, tile: Tile) -> None:
     for access in (*reads(schedule, tile), *writes(schedule, tile)):
         buffer = schedule.buffers[access.space]
         limits = (buffer.planes, buffer.rows, buffer.columns)
-        for (first, last), limit in zip(access[1:], limits, strict=True):
-            need(0 <= first < last <= limit, f"{access} is outside {limits}")
+        # a message is made where it is needed: there are many accesses
+        if not all(0 <= first < last <= limit for (first, last), limit in zip(access[1:], limits, strict=True)):
+            need(False, f"{access} is outside {limits}")
         first, last = access.columns
         cell = CELL.get(access.space, 16)
-        need(first % cell == 0 and (last % cell == 0 or last == buffer.columns), f"{access} ends within {cell} columns")
+        if first % cell or (last % cell and last != buffer.columns):
+            need(False, f"{access} ends within {cell} columns")
 
 
 # -- order -------------------------------------------------------------------------------------------------------------
@@ -328,6 +330,7 @@ class _Cells:
             count += shape[0] * shape[1] * shape[2]
         self.count = count
         self.owner = np.full(count, NONE, np.int64)  # the tile of the stage that is looked at
+        self._there = np.zeros(count, np.bool_)
 
     def of(self, accesses: list[Access]) -> Integers:
         """The cells of all accesses, some perhaps more than once."""
@@ -364,7 +367,15 @@ class _Cells:
         finally:
             for cells in written:
                 self.owner[cells] = NONE
-        return np.unique(np.concatenate(read)), np.unique(np.concatenate(written))
+        return self._once(read), self._once(written)
+
+    def _once(self, cells: list[Integers]) -> Integers:
+        """Each of them once, in order; a flag for every cell is quicker than sorting or hashing so many."""
+        for some in cells:
+            self._there[some] = True
+        found = np.flatnonzero(self._there)
+        self._there[found] = False
+        return found
 
 
 def _patterns(schedule: Schedule) -> NDArray[np.int32]:
