@@ -21,7 +21,7 @@ from dit4dit.types import Noise
 
 K = 4
 ABOUT = {"checkpoint": "0" * 32, "path": "stand-in"}
-LAUNCH = Launch(variables={"PYTHONPATH": str(Path(__file__).parent)}, answer_seconds=20.0)
+LAUNCH = Launch(variables={"PYTHONPATH": str(Path(__file__).parent)})
 
 
 class StandIn:
@@ -109,5 +109,8 @@ def evaluator(folder: Path) -> None:
     def told(record: dict[str, Any]) -> None:
         with folder.with_suffix(".told").open("a") as file:
             file.write(f"{record['seed']}\n")
+        # whoever kills this process finds it in the middle of the run, however late that comes
+        if (folder / "episodes.jsonl").read_bytes().count(b"\n") >= 6:
+            time.sleep(600)
 
     play(folder, kill_plan(), policy=StandIn(seconds=0.004), workers=2, resume=True, on_episode=told)

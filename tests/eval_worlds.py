@@ -13,13 +13,14 @@ import numpy as np
 class World:
     """Counts its steps. The state is (seed, steps, sum of the commands); success once that sum reaches `goal`."""
 
-    def __init__(self, max_steps=20, goal=1e9, trouble="", at=3, once=None, seconds=0.0, lasting=False):
-        """lasting: the episode goes on after a success.
+    def __init__(self, max_steps=20, goal=1e9, trouble="", at=3, once=None, seconds=0.0, lasting=False, meet=None):
+        """lasting: the episode goes on after a success. meet: [folder, N]: the first step ends when N worlds are in theirs.
 
         trouble: "raise", "die" or "hang" at step `at`; only where the file `once` is not there yet, which is then made.
         """
         self.lasting = lasting
         self.goal, self.trouble, self.at, self.once, self.seconds = goal, trouble, at, once, seconds
+        self.meet = meet
         self.facts = {"max_steps": max_steps, "rate_hz": 10.0, "action_names": ["x", "y", "grip"], "settle_steps": 0}
 
     def reset(self, seed, trial):
@@ -35,6 +36,8 @@ class World:
         self.steps += 1
         self.sum += float(np.sum(command))
         time.sleep(self.seconds)
+        if self.meet and self.steps == 1:
+            self.wait_for_others(Path(self.meet[0]), self.meet[1])
         if self.steps == self.at and self.trouble and not (self.once and Path(self.once).exists()):
             if self.once:
                 Path(self.once).touch()
@@ -50,7 +53,19 @@ class World:
             sys.stderr.write("last words\n")
             os._exit(3)
         if self.trouble == "hang":
+            if "HANGING" in os.environ:
+                Path(os.environ["HANGING"], str(os.getpid())).touch()
             time.sleep(3600)
+
+    def wait_for_others(self, folder, together):
+        """Until `together` worlds have come; those that come later wait for as many again."""
+        (folder / str(self.seed)).touch()
+        wanted = -(-len(list(folder.iterdir())) // together) * together
+        end = time.monotonic() + 120
+        while len(list(folder.iterdir())) < wanted:
+            if time.monotonic() > end:
+                raise TimeoutError("no other world is in a step")
+            time.sleep(0.005)
 
     def render(self):
         return self.observation()["image"]

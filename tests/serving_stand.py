@@ -11,6 +11,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import numpy as np
+from waiting import WAIT
 from websockets.sync.client import connect
 
 from dit4dit.errors import InputError
@@ -18,9 +19,6 @@ from dit4dit.serving import wire
 from dit4dit.serving.backend import Work
 from dit4dit.serving.server import Server
 from dit4dit.serving.settings import Settings
-
-WAIT = 30.0
-"""Seconds after which a test that waits has failed."""
 
 
 class StandIn:
@@ -76,6 +74,16 @@ class Running:
         self.thread.join(WAIT)
         assert not self.thread.is_alive()
 
+    @contextmanager
+    def waiting_for_all(self):
+        """Passes wait for every connected client, longer than Settings allow: how soon requests come does not matter."""
+        batcher = self.server._batcher
+        before, batcher._window_s = batcher._window_s, WAIT / 2
+        try:
+            yield WAIT / 2
+        finally:
+            batcher._window_s = before
+
     def raw(self, **options):
         """A connection of the published kind; its metadata is still to be received.
 
@@ -83,6 +91,7 @@ class Running:
         """
         if "legacy" not in inspect.signature(connect).parameters:
             options.pop("legacy", None)
+        options.setdefault("open_timeout", WAIT)
         return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
 
     def health(self):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from waiting import WAIT
 
 from dit4dit import Noise, Policy
 from dit4dit.cli import COMMANDS, main
@@ -114,7 +115,7 @@ def test_json_goes_through_links_and_devices(golden_dir: Path, tmp_path: Path, c
     received: list[str] = []
     reader.start()
     assert run(*words, pipe) == 0
-    reader.join(10)
+    reader.join(WAIT)
     assert json.loads(received[0])["embodiment"] == "libero"
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     capsys.readouterr()

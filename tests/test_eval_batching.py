@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from eval_standin import StandIn
+from waiting import WAIT, eventually
 
 from dit4dit import Noise, Observation
 from dit4dit.errors import ConfigError, InputError, OutputError
+from dit4dit.evaluation import batching
 from dit4dit.evaluation.batching import Answer, BatchedPolicy
 
 
@@ -22,8 +24,11 @@ def seen(number: int, side: int = 8) -> Observation:
     return Observation({"top": np.zeros((side, side, 3), np.uint8)}, state)
 
 
-def with_players(server: BatchedPolicy, *plays: Callable[[], Any]) -> list[Any]:
-    """Each play in a thread of its own, this thread serving; what they return or raise."""
+def with_players(server: BatchedPolicy, *plays: Callable[[], Any], together: bool = False) -> list[Any]:
+    """Each play in a thread of its own, this thread serving; what they return or raise.
+
+    together: serve once all of them have asked.
+    """
     results: list[Any] = [None] * len(plays)
 
     def run(i: int) -> None:
@@ -36,18 +41,24 @@ def with_players(server: BatchedPolicy, *plays: Callable[[], Any]) -> list[Any]:
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(plays))]
     for thread in threads:
         thread.start()
+    if together:
+        eventually(lambda: len(server._waiting) == len(plays))
     server.serve(until=lambda: not any(thread.is_alive() for thread in threads))
     for thread in threads:
         thread.join()
     return results
 
 
-def asker(server: BatchedPolicy, number: int, times: int = 1, away: float = 0.0) -> Callable[[], list[Answer]]:
+def asker(
+    server: BatchedPolicy, number: int, times: int = 1, away: Callable[[], object] = lambda: None
+) -> Callable[[], list[Answer]]:
+    """away: what it does after each answer."""
+
     def play() -> list[Answer]:
         answers = []
         for chunk in range(times):
             answers.append(server.ask(seen(number), "go", Noise.from_seed(number, chunk)))
-            time.sleep(away)
+            away()
         return answers
 
     return play
@@ -67,24 +78,45 @@ def test_every_pass_has_the_same_size_and_answers_go_where_they_belong(batch: in
     assert server.independent is True
 
 
-def test_passes_are_full_where_waiting_pays_and_not_where_it_does_not() -> None:
-    slow = StandIn(seconds=0.05)
+class TakesLong(StandIn):
+    """A pass takes four minutes, on a clock that nothing else moves."""
+
+    now = 0.0
+
+    def infer_batch(self, *args: Any, **named: Any) -> Any:
+        self.now += 2 * WAIT
+        return super().infer_batch(*args, **named)
+
+
+def test_passes_are_full_where_waiting_pays_and_not_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = TakesLong()
     server = BatchedPolicy(slow, 4)
-    with_players(server, *(asker(server, i, times=8, away=0.005) for i in range(4)))
-    assert server.passes <= 12  # 8 are needed; the first ones find out how long things take
-    quick = StandIn(seconds=0.0)
-    server = BatchedPolicy(quick, 4)
-    # one player is back at once, the other one is away for long: the first must not wait for it
-    often, took = asker(server, 0, times=40, away=0.001), [0.0]
 
-    def timed() -> None:
-        start = time.monotonic()
-        often()
-        took[0] = time.monotonic() - start
+    def last() -> None:
+        """Back when the others are, or have been served without it."""
+        before = server.passes
+        eventually(lambda: len(server._waiting) == 3 or server.passes > before or server.rows == 32)
 
-    with_players(server, timed, asker(server, 1, times=2, away=3.0))
-    assert took[0] < 2.5
-    assert server.passes >= 38
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: slow.now))
+    plays = [asker(server, 0, times=8, away=last), *(asker(server, i, times=8) for i in (1, 2, 3))]
+    with_players(server, *plays, together=True)
+    assert (server.passes, server.rows) == (8, 32)
+
+    quick = StandIn()
+    server, over = BatchedPolicy(quick, 4), threading.Event()
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: 0.0))
+
+    def often() -> None:
+        asker(server, 0, times=40)()
+        over.set()
+
+    def seldom() -> None:
+        assert over.wait(WAIT), "the other player was held up by this one, which is away"
+
+    results = with_players(server, often, asker(server, 1, times=2, away=seldom))
+    assert results[0] is None
+    assert not isinstance(results[1], Exception), results[1]
+    assert server.passes >= 41
 
 
 def test_a_result_that_is_none_is_its_own_requests() -> None:

@@ -116,10 +116,12 @@ def test_ten_killed_runs_of_the_command_end_as_a_whole_one(checkpoint: Path, tmp
         while process.poll() is None and (book.read_bytes().count(b"\n") if book.exists() else -1) < enough:
             time.sleep(0.01)
         if repetition % 2:
-            workers = subprocess.run(
-                ["pgrep", "-f", "-P", str(process.pid), "sim_worker"], capture_output=True, text=True
-            )
-            os.kill(int(chance.choice(workers.stdout.split())), signal.SIGKILL)
+            workers: list[str] = []
+            while not workers and process.poll() is None:  # they start a moment after the run's folder is there
+                words_of = ["pgrep", "-f", "-P", str(process.pid), "sim_worker"]
+                workers = subprocess.run(words_of, capture_output=True, text=True).stdout.split()
+            if workers:
+                os.kill(int(chance.choice(workers)), signal.SIGKILL)
         time.sleep(chance.uniform(0, 0.6))
         process.kill()
         process.wait()

@@ -13,10 +13,12 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import WAIT
 
 from dit4dit.envs.tabletop import TabletopEnv
 from dit4dit.errors import ConfigError, SimulatorError, WorkerLost
@@ -24,10 +26,10 @@ from dit4dit.evaluation import sim_worker
 from dit4dit.evaluation.workers import SCRIPT, Launch, Worker
 
 TESTS = Path(__file__).parent
-LAUNCH = Launch(variables={"PYTHONPATH": str(TESTS)}, answer_seconds=20.0)
+LAUNCH = Launch(variables={"PYTHONPATH": str(TESTS)})
 
 
-def gone(pid: int, seconds: float = 10.0) -> bool:
+def gone(pid: int, seconds: float = WAIT) -> bool:
     """Whether the process ends (or is a zombie) in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -123,27 +125,37 @@ def test_an_exception_comes_back_with_its_traceback_and_the_worker_goes_on(tmp_p
             worker.make("tablet", {})
 
 
-def test_a_worker_that_dies_is_told_from_one_that_hangs(tmp_path: Path) -> None:
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose connection is closed may take longer to end than the moment that `Worker` gives it."""
+    wait = subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", lambda self, timeout=None: wait(self, timeout and WAIT))
+
+
+def test_a_worker_that_dies_is_told_from_one_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
     worker = Worker(LAUNCH, log)
     worker.make("eval_worlds:world", {"trouble": "die", "at": 1})
     worker.reset(0, 0)
-    with pytest.raises(WorkerLost, match=r"step: the simulator's process ended \(exit code 3\)") as error:
-        worker.step([np.zeros(3)])
+    with monkeypatch.context() as patch:
+        patient(patch)
+        with pytest.raises(WorkerLost, match=r"step: the simulator's process ended \(exit code 3\)") as error:
+            worker.step([np.zeros(3)])
     assert "last words" in error.value.traceback
     assert "last words" in log.read_text()
     with pytest.raises(WorkerLost, match="closed"):
         worker.reset(0, 0)
 
-    worker = Worker(Launch(variables=LAUNCH.variables, answer_seconds=0.3))
+    worker = Worker(LAUNCH)
     worker.make("eval_worlds:world", {"trouble": "hang", "at": 1})
     worker.reset(0, 0)
+    worker._launch = replace(LAUNCH, answer_seconds=0.3)  # for the step that hangs alone
     with pytest.raises(WorkerLost, match=r"step: no answer within 0.3 s; the simulator was killed"):
         worker.step([np.zeros(3)])
     assert gone(worker.pid)
 
     worker = Worker(LAUNCH)
     os.kill(worker.pid, signal.SIGKILL)
+    patient(monkeypatch)
     with pytest.raises(WorkerLost, match="signal SIGKILL"):
         worker.make("tabletop", {})
 
@@ -163,15 +175,17 @@ def test_no_worker_outlives_its_evaluator(tmp_path: Path) -> None:
     """The evaluator is killed while its worker hangs in a step."""
     script = textwrap.dedent(f"""
         import threading, time
+        from pathlib import Path
         import numpy as np
         from dit4dit.evaluation.workers import Launch, Worker
-        worker = Worker(Launch(variables={{"PYTHONPATH": {str(TESTS)!r}}}))
+        worker = Worker(Launch(variables={{"PYTHONPATH": {str(TESTS)!r}, "HANGING": {str(tmp_path)!r}}}))
         worker.make("eval_worlds:world", {{"trouble": "hang", "at": 1}})
         worker.reset(0, 0)
         threading.Thread(target=worker.step, args=([np.zeros(3)],)).start()
-        time.sleep(0.3)
+        while not Path({str(tmp_path)!r}, str(worker.pid)).exists():
+            time.sleep(0.01)
         print(worker.pid, flush=True)
-        time.sleep(60)
+        time.sleep(600)
     """)
     # from another folder, where the source tree is not taken for the package
     evaluator = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)

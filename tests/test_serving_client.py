@@ -9,13 +9,13 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from serving_stand import WAIT, StandIn, running
+from serving_stand import StandIn, running
+from waiting import WAIT
 from websockets.sync.server import serve
 
 import dit4dit.serving.client as module
@@ -110,21 +110,24 @@ def test_an_answer_that_does_not_come_is_not_taken_for_the_next() -> None:
 
 
 def test_a_server_that_does_not_read_holds_nobody_up() -> None:
-    stop = threading.Event()
+    stop, gave_up = threading.Event(), threading.Event()
+
+    def wait(_data=b"") -> None:
+        if not stop.wait(WAIT):
+            gave_up.set()
 
     def handle(connection):
         connection.send(module.pack({"server": "dit4dit"}))
         connection.recv_bufsize = 1
-        connection.protocol.receive_data = lambda data: stop.wait(WAIT)  # and never looks at the rest
-        stop.wait(WAIT)
+        connection.protocol.receive_data = wait  # and never looks at the rest
+        wait()
 
     with serve(handle, "127.0.0.1", 0, compression=None) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         client = Client(port=server.socket.getsockname()[1], timeout_s=0.5)
-        began = time.monotonic()
         with pytest.raises((RequestTimeout, ConnectionLost)):
             client.predict_action({"image": np.zeros(30_000_000, np.uint8), "lang": "go"})
-        assert time.monotonic() - began < WAIT / 2
+        assert not gave_up.is_set(), "the client ended the request before the server ended the connection"
         stop.set()
         server.shutdown()
 
@@ -134,8 +137,10 @@ def test_connecting_says_what_is_wrong() -> None:
         port = silent.getsockname()[1]
         with pytest.raises(ConnectError, match="no policy server there"):
             Client(port=port, connect_timeout_s=0.2)
-    with pytest.raises(ConnectError, match="no policy server there"):
-        Client(port=port)
+    with socket.socket() as bound:  # nobody else takes the port, and nobody listens there
+        bound.bind(("127.0.0.1", 0))
+        with pytest.raises(ConnectError, match="no policy server there"):
+            Client(port=bound.getsockname()[1])
     with pytest.raises(ConnectError, match="not an address"):
         Client("http://127.0.0.1")
     with running(api_key=KEY) as server:
@@ -149,18 +154,30 @@ def test_connecting_says_what_is_wrong() -> None:
 
 
 def test_it_waits_for_a_server_that_is_still_loading() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    found = []
-    waiting = threading.Thread(target=lambda: found.append(Client(port=port, wait_s=WAIT, backoff_s=0.05)))
+    bound = socket.socket()  # it does not listen yet: nobody is there, and nobody else takes the port
+    bound.bind(("127.0.0.1", 0))
+    found, tried = [], threading.Semaphore(0)
+
+    class Counting(Client):
+        def _attempt(self):
+            try:
+                return super()._attempt()
+            finally:
+                tried.release()
+
+    port = bound.getsockname()[1]
+    waiting = threading.Thread(target=lambda: found.append(Counting(port=port, wait_s=WAIT, backoff_s=0.05)))
     waiting.start()
-    time.sleep(0.3)
+    for _ in range(3):
+        assert tried.acquire(timeout=WAIT)
+    assert not found
+    bound.listen()
 
     def handle(connection):
         connection.send(module.pack({"ready": True}))
         connection.recv()
 
-    with serve(handle, "127.0.0.1", port) as server:
+    with serve(handle, sock=bound) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         waiting.join(WAIT)
         assert found[0].metadata == {"ready": True}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving_stand import WAIT, ask, running
+from serving_stand import ask, running
+from waiting import WAIT, eventually
 
 from dit4dit import Noise, Policy, cli
 from dit4dit.errors import InputError
@@ -23,7 +24,7 @@ from dit4dit.serving.client import Client, ConnectionLost, ServerError
 
 @pytest.fixture(scope="module")
 def served(libero_policy: Policy):
-    with running(PolicyBackend(libero_policy, "libero_tiny", "abc"), batch_window_ms=1000) as server:
+    with running(PolicyBackend(libero_policy, "libero_tiny", "abc")) as server:
         yield server
 
 
@@ -61,7 +62,13 @@ def test_published_examples_give_the_published_result_and_actions(served, libero
 
 
 def test_two_clients_in_one_pass(served, libero_policy: Policy, make_observation) -> None:
-    with Client(port=served.port) as a, Client(port=served.port) as b, ThreadPoolExecutor(2) as pool:
+    eventually(lambda: not served.server._clients)  # those of the tests before
+    with (
+        Client(port=served.port) as a,
+        Client(port=served.port) as b,
+        ThreadPoolExecutor(2) as pool,
+        served.waiting_for_all(),
+    ):
         a.reset(1), b.reset(2)
         before = served.server.statistics.batches[2]
         jobs = [pool.submit(c.infer, make_observation(i, side=48), "go") for i, c in enumerate((a, b))]

@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from serving_stand import (
     REQUEST_BYTES,
     UNKNOWN_TYPE_BYTES,
     UPGRADE,
-    WAIT,
     StandIn,
     ask,
     hand,
@@ -26,19 +26,13 @@ from serving_stand import (
     running,
 )
 from test_serving_wire import HOSTILE
+from waiting import WAIT, eventually
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from dit4dit.errors import DeviceError
 from dit4dit.serving import server as module
 from dit4dit.serving import wire
-
-
-def eventually(true) -> None:
-    end = time.monotonic() + WAIT
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_the_published_wire() -> None:
@@ -93,20 +87,21 @@ def test_noise_is_a_function_of_seed_and_chunk() -> None:
 
 
 def test_clients_share_passes_and_never_wait_alone() -> None:
-    with running(batch_window_ms=1000) as server, ThreadPoolExecutor(2) as pool:
+    with running() as server, ThreadPoolExecutor(2) as pool:
         with server.raw() as a, server.raw() as b:
             for connection in (a, b):
                 connection.recv()
-            answers = list(pool.map(ask, (a, b), ({"value": 1}, {"value": 2})))
+            with server.waiting_for_all():
+                answers = list(pool.map(ask, (a, b), ({"value": 1}, {"value": 2})))
             assert sorted(server.backend.passes[0]) == [1, 2]
             assert [answer["batch"] for answer in answers] == [2, 2]
             assert [answer["data"]["actions"].item() for answer in answers] == [1, 2]
             answers = list(pool.map(ask, (a, b), ({"value": 1, "key": "p"}, {"value": 2, "key": "q"})))
             assert [answer["batch"] for answer in answers] == [1, 1]  # of different sizes
         eventually(lambda: not server.server._clients)
-        with server.raw() as alone:
+        with server.raw() as alone, server.waiting_for_all() as seconds:
             alone.recv()
-            assert ask(alone, {"value": 3})["server_timing"]["queue_ms"] < 900
+            assert ask(alone, {"value": 3})["server_timing"]["queue_ms"] < 1e3 * seconds / 2
 
 
 def test_what_cannot_share_a_pass_gets_the_next_one() -> None:
@@ -121,7 +116,7 @@ def test_what_cannot_share_a_pass_gets_the_next_one() -> None:
             connection.send(wire.pack({"value": 1, "key": key}))
         eventually(lambda: json.loads(server.health()[2])["queued"] == 2)
         server.backend.gate.set()
-        assert all(wire.unpack(connection.recv(timeout=10.0))["ok"] for connection in (idle, a, b))
+        assert all(wire.unpack(connection.recv(timeout=WAIT))["ok"] for connection in (idle, a, b))
         assert sorted(map(len, server.backend.passes)) == [1, 1, 1]
 
 
@@ -260,6 +255,7 @@ def test_the_queue_is_bounded_and_who_leaves_leaves_it() -> None:
 def test_who_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     class Large(StandIn):
         def run(self, works, noises):
+            self.entered.release()
             return [{"normalized_actions": np.zeros(20_000_000, np.uint8)} for _ in works]
 
     monkeypatch.setattr(module, "SEND_TIMEOUT_S", 0.5)
@@ -267,7 +263,7 @@ def test_who_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         message = wire.pack({"value": 1})
         slow.sendall(b"\x82" + bytes([0x80 | len(message)]) + bytes(4) + message)
-        eventually(lambda: server.server._busy)
+        server.backend.wait_for_pass()
         eventually(lambda: not server.server._clients)
         assert server.health()[0] == 200
 
@@ -281,14 +277,15 @@ def test_a_failure_is_a_number_for_the_peer_and_a_traceback_in_the_log(caplog) -
 
     backend.fail = fail
     with (
-        running(backend, batch_window_ms=1000) as server,
+        running(backend) as server,
         ThreadPoolExecutor(2) as pool,
         server.raw() as bad,
         server.raw() as good,
         caplog.at_level(logging.ERROR, "dit4dit.serving"),
     ):
         bad.recv(), good.recv()
-        failed, fine = pool.map(ask, (bad, good), ({"value": 13}, {"value": 2}))
+        with server.waiting_for_all():
+            failed, fine = pool.map(ask, (bad, good), ({"value": 13}, {"value": 2}))
         assert (len(server.backend.passes[0]), fine["ok"], failed["ok"]) == (
             2,
             True,
@@ -342,12 +339,23 @@ def test_stopping_answers_what_runs_refuses_what_waits_and_closes_with_1001() ->
         assert not server.thread.is_alive()
 
 
-def test_the_idle_timeout_ends_the_server() -> None:
+def test_the_idle_timeout_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = [0.0], []
+
+    def clock() -> float:
+        looks.append(now[0])
+        return now[0]
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, perf_counter=time.perf_counter))
     with running(idle_timeout_s=0.4) as server, server.raw() as connection:
         connection.recv()
         for _ in range(4):
-            time.sleep(0.15)
+            now[0] += 0.3
             ask(connection, {"type": "ping"})
+            before = len(looks)
+            eventually(lambda before=before: len(looks) >= before + 3)  # one may still be the ping's
+            assert server.thread.is_alive()
+        now[0] += 0.5
         server.thread.join(WAIT)
         assert not server.thread.is_alive()
 

@@ -215,16 +215,16 @@ def test_a_copy_of_the_data_is_the_same_data(file: Path, tmp_path: Path) -> None
 def test_sigterm_to_torchrun_saves(file: Path, tmp_path: Path) -> None:
     """It hands the signal to the run and its data loaders, each of its own accord."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--no-python"]
-    words = ["dit4dit", "train", "--config", str(file), "--run.steps", "400", "--data.workers", "1"]
+    words = ["dit4dit", "train", "--config", str(file), "--run.steps", "4000", "--data.workers", "1"]
     facts = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
     facts |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    out, end = tmp_path / "run", time.monotonic() + 120
+    out, end = tmp_path / "run", time.monotonic() + 600
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*launch, *words], env={**os.environ, **facts}, cwd=tmp_path, stdout=log, stderr=log)
         while len(lines(out)) < 2 and process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(600)
     said = (tmp_path / "log").read_text()
     assert "stopped by a signal after step" in said, said
     assert checkpoint.read(checkpoint.latest(out)).progress.step == lines(out)[-1]["step"]

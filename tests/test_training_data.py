@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from training_worker import small_config
+from waiting import WAIT
 
 from dit4dit import Noise, Observation, Policy
 from dit4dit.cli import main
@@ -119,21 +120,26 @@ def test_feed_goes_on_where_it_is_told(workers: int) -> None:
 
 
 class Hangs(RandomData):
+    hanging = multiprocessing.Event()
+
     def sample(self, index: int, *, video: bool = True):
         if index == self.index(1):
+            self.hanging.set()
             time.sleep(600)
         return super().sample(index, video=video)
 
 
 def test_a_loader_that_hangs_does_not_keep_a_run_that_ends() -> None:
-    feed = iter(Feed(Hangs(TINY, "libero"), Share(0, 1, 1, 1), 0, 2, workers=1, video=False, pin=False))
+    data = Hangs(TINY, "libero")
+    feed = iter(Feed(data, Share(0, 1, 1, 1), 0, 2, workers=1, video=False, pin=False))
     next(feed)
     (worker,) = multiprocessing.active_children()
-    begin = time.monotonic()
+    assert data.hanging.wait(WAIT)
     feed.close()
-    worker.join(30)
-    assert worker.exitcode == -signal.SIGKILL
-    assert time.monotonic() - begin < 30
+    worker.join(WAIT)
+    code = worker.exitcode
+    worker.kill()  # pytest would wait for one that is left
+    assert code == -signal.SIGKILL, "killed while it hung: it has not come to its own end"
 
 
 class Broken(RandomData):

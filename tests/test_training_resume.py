@@ -41,7 +41,7 @@ def readable(out: Path) -> list[int]:
 def kill_and_resume(tmp_path: Path, ranks: int, seed: int, whole: dict[int, tuple[float, ...]]) -> None:
     draw = random.Random(seed)
     out, victim = tmp_path / f"{ranks}_{seed}", draw.randint(4, 8)
-    runs.Run(out, *BASE, *SHARES[ranks], ranks=ranks).kill_after(victim, draw.random() * 0.15)
+    runs.Run(out, *BASE, *SHARES[ranks], "--hold", 11, ranks=ranks).kill_after(victim, draw.random() * 0.15)
     steps = readable(out)
     assert steps, "no checkpoint"
     runs.Run(out, *BASE, *SHARES[ranks], "--resume", checkpoint.latest(out), ranks=ranks).ok()
@@ -69,7 +69,7 @@ def test_killed_and_resumed_ten_times(ranks: int, seed: int, uninterrupted, tmp_
 def three_steps(tmp_path_factory) -> Path:
     """A run with one checkpoint, of step 3, and all that goes on from it."""
     out = tmp_path_factory.mktemp("three") / "run"
-    assert runs.Run(out, *BASE, *SHARES[1]).signal_after(3, signal.SIGTERM)[0] == PREEMPTED
+    assert runs.Run(out, *BASE, *SHARES[1], "--hold", 11).signal_after(3, signal.SIGTERM)[0] == PREEMPTED
     for step, folder in checkpoint.all_steps(out).items():
         if step != 3:
             shutil.rmtree(folder)
@@ -116,7 +116,7 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(uninterrupted, tm
     sharded = ("--run.strategy", "fsdp2", "--run.reshard", "false")
     for ranks, how in ((1, ()), (2, sharded), (1, ())):
         start = max(runs.losses(out), default=0)
-        process = runs.Run(out, *BASE, *SHARES[ranks], *how, *resume, ranks=ranks)
+        process = runs.Run(out, *BASE, *SHARES[ranks], *how, *resume, "--hold", start + 7, ranks=ranks)
         code, errors = process.signal_after(start + 2, signal.SIGTERM)
         assert code == PREEMPTED == 75, errors
         step = readable(out)[-1]

@@ -65,7 +65,7 @@ class Run:
         """Send a signal to every process, with `loaders` to their data loaders' too, once the log has that step; (exit code,
         stderr).
         """
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while step not in losses(self.out) and time.monotonic() < deadline:
             assert all(process.poll() is None for process in self.processes), self.wait()
             time.sleep(0.01)

@@ -1,5 +1,6 @@
 """One process of a small training run, for tests that kill it. Arguments: --a.b.c value, as `dit4dit train` takes them, and
---resume DIR; --die-in-save N ends the process with SIGKILL at the N-th file that it writes into a checkpoint.
+--resume DIR; --die-in-save N ends the process with SIGKILL at the N-th file that it writes into a checkpoint; --hold N waits for
+a signal when N steps have been taken, so that one that comes late still comes in the middle of the run.
 """
 
 from __future__ import annotations
@@ -7,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from dit4dit.presets import preset
+from dit4dit.training import loop
 from dit4dit.training.config import DataConfig, LearningRates, OptimConfig, RunConfig, TrainConfig, split_words
 from dit4dit.training.loop import train
 from dit4dit.training.random_data import RandomData
@@ -54,12 +57,30 @@ def die_in_save(count: int) -> None:
     files.save_file = half
 
 
+def hold(step: int) -> None:
+    """Wait before the step after `step` until a signal has come."""
+    take_step, handle, came = loop.Trainer.take_step, loop.Stop.__call__, []
+
+    def held(self, *args):
+        while self.step == step and not came:
+            time.sleep(0.01)
+        return take_step(self, *args)
+
+    def heard(self, *args):
+        came.append(args)
+        return handle(self, *args)
+
+    loop.Trainer.take_step, loop.Stop.__call__ = held, heard
+
+
 def main() -> int:
     words = split_words(sys.argv[1:])
-    resume, dies = words.pop("resume", None), words.pop("die-in-save", None)
+    resume, dies, holds = (words.pop(name, None) for name in ("resume", "die-in-save", "hold"))
     config = small_config("runs").override(words)
     if dies is not None:
         die_in_save(int(dies))
+    if holds is not None:
+        hold(int(holds))
     return train(config, RandomData(config.model, "libero"), resume=None if resume is None else Path(resume))
 
 
