@@ -105,7 +105,9 @@ def mixture(libero_data: Path) -> Mixture:
 
 
 def first_batches(loader: Loader, count: int) -> list:
-    return [batch for _, batch in zip(range(count), loader, strict=False)]
+    batches = [batch for _, batch in zip(range(count), loader, strict=False)]
+    assert len(batches) == count
+    return batches
 
 
 def assert_same(one: list, other: list) -> None:
@@ -167,10 +169,15 @@ def test_held_out_episodes_are_never_trained_on(mixture: Mixture) -> None:
         mixture.episodes("train", 1.0, seed=3)
 
 
-def test_the_split_is_a_matter_of_seed_name_and_number(mixture: Mixture) -> None:
+def test_the_split_is_a_matter_of_seed_name_and_number(mixture: Mixture, libero_data: Path) -> None:
     splits = {mixture.episodes("heldout", 0.25, seed) for seed in range(12)}
     assert len(splits) > 3
-    assert mixture.episodes("heldout", 0.25, 4) == mixture.episodes("heldout", 0.25, 4)
+    # read again, the data sets in the other order and with other weights
+    entries = [Entry("v3.0", "libero_franka"), Entry("v2.1", "libero_franka", weight=3.0)]
+    again = Mixture.open(entries, libero_data, catalogue())
+    for seed in range(12):
+        assert again.episodes("heldout", 0.25, seed) == mixture.episodes("heldout", 0.25, seed)[::-1]
+    assert any(len(set(split)) > 1 for split in splits), "by its name, each data set has a split of its own"
 
 
 def test_clips_of_different_sizes_in_a_batch_are_refused(mixture: Mixture) -> None:

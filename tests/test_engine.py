@@ -200,8 +200,12 @@ def test_folding_shares_what_does_not_change_and_rounds_once() -> None:
 
 
 def test_matrices_with_and_without_bias_do_not_mix() -> None:
-    with pytest.raises(AssertionError):
-        Matrix.stacked(torch.nn.Linear(2, 3), torch.nn.Linear(2, 3, bias=False))
+    for layers in ((True, False), (False, True, True)):
+        with pytest.raises(AssertionError):
+            Matrix.stacked(*(torch.nn.Linear(2, 3, bias=bias) for bias in layers))
+    for bias in (True, False):
+        joined = Matrix.stacked(*(torch.nn.Linear(2, 3, bias=bias) for _ in range(2)))
+        assert (joined.bias is not None) == bias
 
 
 def test_options_that_change_numbers() -> None:

@@ -330,8 +330,9 @@ def test_stopping_answers_what_runs_refuses_what_waits_and_closes_with_1001() ->
             server.server.stop()
             assert "stopping" in waits.result(WAIT)["error"]["message"]
             assert server.health()[0] == 503
-            with pytest.raises(InvalidStatus):
+            with pytest.raises(InvalidStatus) as refused_at_the_door:
                 server.raw(legacy=True)
+            assert refused_at_the_door.value.response.status_code == 503
             assert "stopping" in ask(idle, {"value": 3})["error"]["message"]
             backend.gate.set()
             assert runs.result(WAIT)["ok"]
@@ -356,6 +357,7 @@ def test_many_clients_good_and_bad_at_once() -> None:
     """Every good request is answered with its own value while others send garbage and leave in the middle."""
     with running(max_clients=16, max_queued=64) as server:
         stop = threading.Event()
+        sent: list[int] = []  # by whom, of the bad ones
 
         def bad(number: int) -> None:
             rng = np.random.default_rng(number)
@@ -366,6 +368,7 @@ def test_many_clients_good_and_bad_at_once() -> None:
                     frame = bytearray(hand(REQUEST_BYTES))
                     frame[int(rng.integers(len(frame)))] = int(rng.integers(256))
                     connection.send(bytes(frame) if rng.random() < 0.5 else wire.pack({"value": 999}))
+                    sent.append(number)
                     if rng.random() < 0.5:
                         connection.socket.close()
 
@@ -383,6 +386,7 @@ def test_many_clients_good_and_bad_at_once() -> None:
             stop.set()
             for future in vandals:
                 future.exception(WAIT)
+        assert set(sent) == {0, 1, 2}
         assert server.health()[0] == 200
 
 

@@ -64,7 +64,8 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path) -> None:
      {"batch_window_ms": -1}, {"max_frame_bytes": 0}, {"host": "no.such.host.invalid"}, {"api_key": "short"}],
 )  # fmt: skip
 def test_bad_settings(options) -> None:
-    with pytest.raises(ConfigError):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"^{name}( 'no.such.host.invalid')?: "):
         Settings(**options)
 
 

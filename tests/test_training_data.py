@@ -73,6 +73,7 @@ def test_order_is_the_samplers_and_never_held_out(data: LeRobotData) -> None:
     indices = [data.index(position) for position in range(50)]
     assert indices == [starts[draws.draw(p).episode] + draws.draw(p).frame for p in range(50)]
     assert set(data.held_out()) == {i for e in held for i in range(starts[e], starts[e + 1])}
+    assert held
     assert not set(indices) & set(data.held_out())
     assert {data.sample(index).lang for index in range(data.clips)} == set(data.instructions)
 
@@ -110,6 +111,7 @@ def test_feed_goes_on_where_it_is_told(workers: int) -> None:
     options = {"workers": workers, "video": False, "pin": False}
     whole = list(Feed(data, Share(1, 2, 2, 2), 0, 4, **options))
     rest = list(Feed(data, Share(1, 2, 2, 2), 2, 4, **options))
+    assert (len(whole), len(rest)) == (8, 4)
     assert [raw.positions for raw in whole[:2]] == [(2, 3), (6, 7)]
     assert [raw.positions for raw in rest] == [raw.positions for raw in whole[4:]]
     for a, b in zip(rest, whole[4:], strict=True):

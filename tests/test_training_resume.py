@@ -131,7 +131,7 @@ def test_another_run_is_refused(three_steps: Path, tmp_path: Path) -> None:
         ({"run.seed": "1"}, "run.seed: the run has 42, this one 1"),
         ({"optim.ema": "0.9"}, "average: .*: expected .*, got none"),
         ({"model.head.num_layers": "2"}, "this run does not have it; resume with the run's own configuration"),
-        ({"model.head.hidden_size": "32"}, "expected .*, got"),
+        ({"model.head.hidden_size": "32"}, r"action_model\..*: expected .*32.*, got .*; resume with the run's own"),
     ):
         config = small.override(changes)
         with pytest.raises(ConfigError, match=message):
