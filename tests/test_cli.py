@@ -15,6 +15,7 @@ from PIL import Image
 
 from dit4dit import Noise, Policy
 from dit4dit.cli import COMMANDS, main
+from dit4dit.commands.report import table
 
 STATE = {key: 0.1 * i for i, key in enumerate(("x", "y", "z", "roll", "pitch", "yaw", "pad", "gripper"))}
 
@@ -274,6 +275,15 @@ def test_cuda_asked_for_and_absent(golden_dir: Path, inputs, capsys) -> None:
     words[-1] = "cuda"
     assert run(*words) == 2
     assert "use --device cpu" in capsys.readouterr().err
+
+
+def test_tables_are_as_wide_as_their_widest_cells() -> None:
+    assert table(("name", "n", ""), [("a", 7, "x"), ("longest", 1234, "")], right=(1,)).splitlines() == [
+        "name        n",
+        "-------  ----  -",
+        "a           7  x",
+        "longest  1234",
+    ]
 
 
 def test_unknown_words(capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +174,29 @@ def test_what_was_measured_goes_first(fast, name, monkeypatch, caplog):
     assert ran == {"triple": {"torch" if steps_down else name}}
     said = ["triple: running 'torch' because 'library' refused: x is odd"] if steps_down else []
     assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_what_was_measured_and_refuses_is_warned_about(fast, monkeypatch, caplog):
+    monkeypatch.setattr(measured, "CHOICES", {"triple": {"cpu": Choice("kernel", "a result")}})
+    fast.implementations["kernel"] = replace(fast.implementations["kernel"], refuse=lambda x: "x is odd")
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"):
+        fast(FLOAT)
+    assert [record.getMessage() for record in caplog.records] == [
+        "triple: running 'torch' because 'kernel' refused: x is odd"
+    ]
+
+
+def test_the_device_is_that_of_the_first_tensor_also_inside_lists():
+    cpu, meta = torch.zeros(1), torch.zeros(1, device="meta")
+    for args, device in (
+        ((1, cpu, meta), "cpu"),
+        ((1, meta, cpu), "meta"),
+        (([cpu], "a word"), "cpu"),
+        (([1, (2, [cpu])],), "cpu"),
+        (([], cpu), "cpu"),
+        ((1, [2]), "meta"),
+    ):
+        assert dispatch._device(args) == torch.device(device), args
 
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

@@ -109,6 +109,20 @@ def test_clients_share_passes_and_never_wait_alone() -> None:
             assert ask(alone, {"value": 3})["server_timing"]["queue_ms"] < 900
 
 
+def test_a_pass_has_no_more_chunks_than_it_may() -> None:
+    with (
+        running(batch_window_ms=1000, max_batch=4) as server,
+        ThreadPoolExecutor(2) as pool,
+        server.raw() as a,
+        server.raw() as b,
+    ):
+        for connection in (a, b):
+            connection.recv()
+        for counts, shared in (((3, 1), 2), ((3, 2), 1)):
+            requests = ({"value": value, "count": count} for value, count in enumerate(counts))
+            assert [answer["batch"] for answer in pool.map(ask, (a, b), requests)] == [shared] * 2
+
+
 def test_what_cannot_share_a_pass_gets_the_next_one() -> None:
     """Also while another client is connected and says nothing, for which each pass waits its window."""
     with running(batch_window_ms=20) as server, server.raw() as a, server.raw() as b, server.raw() as idle:
@@ -120,8 +134,12 @@ def test_what_cannot_share_a_pass_gets_the_next_one() -> None:
         for connection, key in ((a, "small picture"), (b, "large picture")):
             connection.send(wire.pack({"value": 1, "key": key}))
         eventually(lambda: json.loads(server.health()[2])["queued"] == 2)
+        time.sleep(0.2)
         server.backend.gate.set()
-        assert all(wire.unpack(connection.recv(timeout=10.0))["ok"] for connection in (idle, a, b))
+        first, *waited = (wire.unpack(connection.recv(timeout=10.0)) for connection in (idle, a, b))
+        assert all(answer["ok"] for answer in (first, *waited))
+        assert first["server_timing"]["infer_ms"] >= 200
+        assert min(answer["server_timing"]["queue_ms"] for answer in waited) >= 200
         assert sorted(map(len, server.backend.passes)) == [1, 1, 1]
 
 

@@ -109,7 +109,9 @@ def test_fingerprints(config: DataConfig, data: LeRobotData) -> None:
 def test_feed_goes_on_where_it_is_told(workers: int) -> None:
     data = RandomData(TINY, "libero")
     options = {"workers": workers, "video": False, "pin": False}
+    before = torch.get_rng_state()
     whole = list(Feed(data, Share(1, 2, 2, 2), 0, 4, **options))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is the run's own"
     rest = list(Feed(data, Share(1, 2, 2, 2), 2, 4, **options))
     assert (len(whole), len(rest)) == (8, 4)
     assert [raw.positions for raw in whole[:2]] == [(2, 3), (6, 7)]

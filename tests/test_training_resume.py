@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_names_its_file(three_steps: Path, tmp_path: Path) 
 def test_rotation_keeps_the_newest_and_leftovers_are_swept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         checkpoint.folder_of(tmp_path, step).mkdir(parents=True)
-    for rest in (".step_00000011.xyz", ".removed.step_00000001"):
+    for rest in (".step_00000011.xyz", ".removed.step_00000007"):
         (tmp_path / "checkpoints" / rest).mkdir()
     checkpoint.rotate(tmp_path, 2)
     checkpoint.sweep(tmp_path)
