@@ -22,7 +22,9 @@ from dit4dit.serving.settings import Settings
 
 
 class StandIn:
-    """Takes {"value": number} and answers with it as the only action. `gate` holds passes back, `fail` fails them."""
+    """Takes {"value": number} and answers with it as the only action; "count": chunks that the request is worth. `gate` holds
+    passes back, `fail` fails them.
+    """
 
     def __init__(self) -> None:
         self.metadata = {"server": "dit4dit", "embodiment": "stand-in", "action_names": ["x"], "rate_hz": 10.0}
@@ -35,7 +37,7 @@ class StandIn:
     def check(self, message):
         if not isinstance(message.get("value"), (int, float)):
             raise InputError(f"value: expected a number, got {message.get('value')!r:.40}")
-        return Work([{"value": message["value"]}], 1, ("value", message.get("key")))
+        return Work([{"value": message["value"]}], message.get("count", 1), ("value", message.get("key")))
 
     def run(self, works, noises):
         values = [work.inputs[0]["value"] for work in works]

@@ -60,12 +60,14 @@ def test_any_removed_wait_is_caught(sound: Schedule) -> None:
 
 def test_any_wait_for_another_stage_is_caught(sound: Schedule) -> None:
     """For the one before the right one, which does less than is needed."""
-    totals = np.bincount(sound.tiles[sound.tiles[:, 3] != NONE, 3])
+    totals, tried = np.bincount(sound.tiles[sound.tiles[:, 3] != NONE, 3]), 0
     for i in np.random.default_rng(2).choice(waiting(sound), 40, replace=False):
         wait = sound.decoded[i].wait - 3
         if wait >= 0:
             with pytest.raises(ScheduleError, match=r"not written by then|no order between|still be being read"):
                 validate(changed(sound, int(i), wait=wait, target=int(totals[wait])))
+            tried += 1
+    assert tried > 30
 
 
 def test_any_wrong_target_is_caught(sound: Schedule) -> None:
@@ -120,6 +122,7 @@ def test_two_tiles_on_one_element_are_caught(sound: Schedule, epilogue: Epilogue
     row, wait = sound.decoded[first].work.row, sound.decoded[first].wait
     others = (i for i, t in enumerate(sound.decoded) if t.wait == wait and i != first and t.work.row != row)
     other = next(others, None)
+    assert (other is None) == (epilogue == Epilogue.EULER), "a few actions are one tile's rows"
     if other is not None:  # of the same stage: the rows of another
         with pytest.raises(ScheduleError, match="no order between the two"):
             validate(changed(sound, other, row=row, rows=sound.decoded[first].work.rows))
@@ -174,7 +177,8 @@ def test_two_heads_on_one_plane_are_caught(sound: Schedule) -> None:
 )
 def test_what_is_out_of_bounds_is_caught(sound: Schedule, opcode: Opcode, change: dict[str, int]) -> None:
     i = next(i for i, t in enumerate(sound.decoded) if t.opcode == opcode and (t.wait != NONE or opcode == 0))
-    with pytest.raises(ScheduleError):
+    # a weight that is fetched before its product is known by the table of what is fetched
+    with pytest.raises(ScheduleError, match="^segments: " if change.keys() & {"weight", "fp8"} else rf"^tile {i} "):
         validate(changed(sound, i, **change))
 
 
@@ -198,7 +202,7 @@ def without(s: Schedule, i: int) -> Schedule:
 @pytest.mark.parametrize("what", ["attend", "residual", "gelu", "rows", "plane"])
 def test_what_an_earlier_block_or_step_left_is_not_read(what: str) -> None:
     """A tile of the last step that is missing, or writes less: every cell has been written before, and in order."""
-    sound = plan(head_shape(tiny(16), batch=2, context=150, prefix=True, steps=2), SMALL)
+    sound = plan(head_shape(tiny(16), batch=2, context=300, prefix=True, steps=2), SMALL)
     attends = [i for i, t in enumerate(sound.decoded) if isinstance(t.work, Attend)]
     ends = {
         epilogue: [
@@ -207,14 +211,16 @@ def test_what_an_earlier_block_or_step_left_is_not_read(what: str) -> None:
         for epilogue in (Epilogue.RESIDUAL, Epilogue.GELU)
     }
     wide = [i for i in ends[Epilogue.GELU] if sound.decoded[i].work.rows > 16]
+    # of self-attention, which leaves the second range of cross-attention's keys alone
+    within = [i for i in attends if sound.decoded[i].work.context == NONE]
     wrong = {
         "attend": lambda: without(sound, attends[-1]),
         "residual": lambda: without(sound, ends[Epilogue.RESIDUAL][-1]),
         "gelu": lambda: without(sound, ends[Epilogue.GELU][-1]),
         "rows": lambda: changed(sound, wide[-1], rows=sound.decoded[wide[-1]].work.rows - 16),
-        "plane": lambda: changed(sound, attends[0], plane=sound.decoded[attends[0]].work.plane + 1),
+        "plane": lambda: changed(sound, within[-1], plane=sound.decoded[within[-1]].work.plane + 1),
     }[what]()
-    with pytest.raises(ScheduleError):
+    with pytest.raises(ScheduleError, match="from different stages: one is left from before"):
         validate(wrong)
 
 

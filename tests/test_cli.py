@@ -16,6 +16,7 @@ from waiting import WAIT
 
 from dit4dit import Noise, Policy
 from dit4dit.cli import COMMANDS, main
+from dit4dit.commands.report import table
 
 STATE = {key: 0.1 * i for i, key in enumerate(("x", "y", "z", "roll", "pitch", "yaw", "pad", "gripper"))}
 
@@ -119,12 +120,12 @@ def test_json_goes_through_links_and_devices(golden_dir: Path, tmp_path: Path, c
     assert json.loads(received[0])["embodiment"] == "libero"
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     capsys.readouterr()
-    for bad in (tmp_path, target / "below.json"):
+    for bad, message in ((tmp_path, "is a folder"), (target / "below.json", "cannot be written")):
         assert run(*words, bad) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "is a folder" in error or "cannot be written" in error
-    assert not [p for p in tmp_path.parent.iterdir() if p.name.startswith(f".{tmp_path.name}")]
+        assert message in error
+    assert {p.name for p in tmp_path.iterdir()} == {"target.json", "link.json", "pipe"}, "nothing half-written is left"
 
 
 def test_inspect_refuses_a_robot_that_does_not_fit(golden_dir: Path, capsys) -> None:
@@ -150,6 +151,7 @@ def test_convert_there_and_back(golden_dir: Path, tmp_path: Path, capsys) -> Non
     assert "published layout" in shown
     file = "checkpoints/steps_10_pytorch_model.pt"
     a, b = (torch.load(folder / file) for folder in (golden_dir / "gr1_tiny", back))
+    assert a.keys() == b.keys()
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert run("convert", own, back) == 2
     assert "exists already" in capsys.readouterr().err
@@ -274,6 +276,15 @@ def test_cuda_asked_for_and_absent(golden_dir: Path, inputs, capsys) -> None:
     words[-1] = "cuda"
     assert run(*words) == 2
     assert "use --device cpu" in capsys.readouterr().err
+
+
+def test_tables_are_as_wide_as_their_widest_cells() -> None:
+    assert table(("name", "n", ""), [("a", 7, "x"), ("longest", 1234, "")], right=(1,)).splitlines() == [
+        "name        n",
+        "-------  ----  -",
+        "a           7  x",
+        "longest  1234",
+    ]
 
 
 def test_unknown_words(capsys) -> None:

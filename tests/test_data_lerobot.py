@@ -14,6 +14,7 @@ import torch
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.meta import read_meta
 from dit4dit.data.mixture import Mixture
+from dit4dit.data.modality import from_features
 from dit4dit.data.robots import Entry, catalogue
 from dit4dit.data.samples import SampleReader, Window
 from dit4dit.data.writer import V2_DATA, V2_VIDEO
@@ -141,6 +142,23 @@ def test_keys_come_whole_from_info_where_nothing_names_them(libero_data: Path) -
     assert [(k, s.start, s.end) for k, s in named.items()][:2] == [("action", 0, 7), ("x", 0, 1)]
 
 
+@pytest.mark.parametrize(
+    "names,keys",
+    [
+        (["a", "b"], ["action", "a", "b"]),
+        ({"motors": ["a", "b"]}, ["action", "a", "b"]),  # as older recorders wrote them
+        ({"left": ["a"], "right": ["b"]}, ["action"]),
+        (["a", "a"], ["action"]),
+        (["a"], ["action"]),
+        (None, ["action"]),
+    ],
+)
+def test_names_of_single_values_are_keys_where_each_has_its_own(names: object, keys: list[str]) -> None:
+    found = from_features({"action": {"dtype": "float32", "shape": [2], "names": names}}, "here").action
+    places = [("action", 0, 2), ("action", 0, 1), ("action", 1, 2)]
+    assert {k: (s.column, s.start, s.end) for k, s in found.items()} == dict(zip(keys, places, strict=False))
+
+
 def test_a_modality_file_of_the_users_wins(libero_data: Path, tmp_path: Path) -> None:
     modality = {"state": {"all": {"start": 0, "end": 8}}, "video": {"top": {"original_key": LIBERO_CAMERAS[0]}}}
     path = tmp_path / "m.json"
@@ -164,6 +182,7 @@ def test_a_modality_file_of_the_users_wins(libero_data: Path, tmp_path: Path) ->
         ({"action": {"x": {"start": 0, "end": 2, "absolute": "no"}}}, "absolute: expected true or false"),
         ({"video": {"top": {"original_key": "front"}}}, "no feature 'front'"),
         ({"video": ["top"]}, "video: expected an object of objects"),
+        ({"state": {"x": 3}}, "state: expected an object of objects"),
     ],
 )
 def test_mistakes_in_modality_files_are_named(libero_data: Path, tmp_path: Path, change: dict, message: str) -> None:

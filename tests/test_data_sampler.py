@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,23 +43,31 @@ def test_weights_are_of_data_sets_and_frames_are_uniform_within() -> None:
 
 
 def test_draws_depend_on_seed_epoch_and_number_alone() -> None:
-    one, same, other = draws(7), draws(7), draws(8)
+    one, same = draws(7), draws(7)
     backwards = [same.draw(i) for i in reversed(range(200))][::-1]
     assert [one.draw(i) for i in range(200)] == backwards
-    assert [one.draw(i) for i in range(200)] != [other.draw(i) for i in range(200)]
+    for seed in (8, 7 + 2**32):
+        assert [one.draw(i) for i in range(200)] != [draws(seed).draw(i) for i in range(200)]
     size = one.epoch_size
     assert size == 45
     assert [one.draw(i) for i in range(size)] != [one.draw(i + size) for i in range(size)]
     assert one.draw(3, attempt=1) != one.draw(3)
 
 
-def test_data_sets_without_frames_are_never_drawn() -> None:
+def test_data_sets_without_frames_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     made = draws(weights=(1.0, 1e9, 1.0), lengths=((3,), (), (4,)))
     assert {made.draw(i).dataset for i in range(300)} == {0, 2}
+    # whatever is drawn, the ends of 0..1 and weights that add up to less than 1 by a rounding too
+    many = draws(weights=(1.0, *[0.1] * 7, 1.0), lengths=((), *[(4,)] * 7, ()))
+    for unit, dataset in ((0.0, 1), (1 - 2.0**-53, 7)):
+        monkeypatch.setattr("dit4dit.data.sampler._unit", lambda words, unit=unit: unit)
+        assert many.draw(0).dataset == dataset
     with pytest.raises(ConfigError, match="no frames to draw from"):
         draws(lengths=((), ()))
     with pytest.raises(ConfigError, match="seed: expected an integer"):
         draws(seed=-1)
+    with pytest.raises(ConfigError, match="epoch_size: expected at least 1, got 0"):
+        draws(epoch_size=0)
 
 
 @pytest.mark.parametrize("world_size,batch_size", [(1, 12), (2, 6), (3, 4), (4, 3)])
@@ -80,7 +89,14 @@ def test_a_run_goes_on_with_the_next_sample_with_another_number_of_ranks() -> No
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"weights": (1.0, 2.0)}, {"lengths": ((10, 30), (6,))}, {"epoch_size": 9}]
+    "change",
+    [
+        {"seed": 1},
+        {"weights": (1.0, 2.0)},
+        {"lengths": ((10, 30), (6,))},
+        {"epoch_size": 9},
+        {"lengths": ((30, 10), (5,))},
+    ],
 )
 def test_a_position_of_other_data_is_refused(change: dict) -> None:
     state = Sampler(draws(), batch_size=2).state_dict()
@@ -105,7 +121,9 @@ def mixture(libero_data: Path) -> Mixture:
 
 
 def first_batches(loader: Loader, count: int) -> list:
-    return [batch for _, batch in zip(range(count), loader, strict=False)]
+    batches = [batch for _, batch in zip(range(count), loader, strict=False)]
+    assert len(batches) == count
+    return batches
 
 
 def assert_same(one: list, other: list) -> None:
@@ -161,16 +179,36 @@ def test_held_out_episodes_are_never_trained_on(mixture: Mixture) -> None:
     assert len(sources["train"]) == 6
     assert len(sources["heldout"]) == 2
     assert mixture.episodes("train", 0.0, seed=3) == ((0, 1, 2, 3),) * 2
+    assert [len(each) for each in mixture.episodes("heldout", 0.01, seed=3)] == [1, 1], "at least one"
+    assert [len(each) for each in mixture.episodes("train", 0.99, seed=3)] == [1, 1], "never all"
     with pytest.raises(ConfigError, match="no episodes for 'heldout'"):
         mixture.episodes("heldout", 0.0, seed=3)
     with pytest.raises(ConfigError, match="held-out fraction: expected 0 to below 1"):
         mixture.episodes("train", 1.0, seed=3)
 
 
-def test_the_split_is_a_matter_of_seed_name_and_number(mixture: Mixture) -> None:
+def test_the_split_is_a_matter_of_seed_name_and_number(mixture: Mixture, libero_data: Path, tmp_path: Path) -> None:
     splits = {mixture.episodes("heldout", 0.25, seed) for seed in range(12)}
     assert len(splits) > 3
-    assert mixture.episodes("heldout", 0.25, 4) == mixture.episodes("heldout", 0.25, 4)
+    # read again, the data sets in the other order and with other weights
+    entries = [Entry("v3.0", "libero_franka"), Entry("v2.1", "libero_franka", weight=3.0)]
+    again = Mixture.open(entries, libero_data, catalogue())
+    for seed in range(12):
+        assert again.episodes("heldout", 0.25, seed) == mixture.episodes("heldout", 0.25, seed)[::-1]
+    assert any(len(set(split)) > 1 for split in splits), "by its name, each data set has a split of its own"
+    # without its first episode: the others keep their numbers, and with them their sides
+    shutil.copytree(libero_data / "v2.1", tmp_path / "v2.1")
+    listed = tmp_path / "v2.1" / "meta" / "episodes.jsonl"
+    listed.write_text("".join(listed.read_text().splitlines(keepends=True)[1:]))
+    fewer = Mixture.open([Entry("v2.1", "libero_franka")], tmp_path, catalogue())
+    assert [each.index for each in fewer.recordings[0].data.meta.episodes] == [1, 2, 3]
+    kept = 0
+    for seed in range(12):
+        (held,) = mixture.episodes("heldout", 0.25, seed)[0]
+        if held:
+            assert fewer.episodes("heldout", 0.25, seed) == ((held - 1,),)
+            kept += 1
+    assert kept > 6
 
 
 def test_clips_of_different_sizes_in_a_batch_are_refused(mixture: Mixture) -> None:

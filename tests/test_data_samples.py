@@ -233,6 +233,17 @@ def test_rotations_agree_with_one_another() -> None:
         half_turns,
         atol=1e-6,
     )
+    any_angle = convert(rng.uniform(-3.1, 3.1, (200, 3)), "euler_angles_rpy", "quaternion")
+    assert (any_angle[:, 0] >= 0).all()
+    assert (np.linalg.norm(convert(any_angle, "quaternion", "axis_angle"), axis=1) <= np.pi + 1e-5).all()
+    # two rows of a matrix, as a network writes them: longer, and not at right angles
+    rows = matrix[:, :2].reshape(50, 6).copy()
+    rows[:, 3:] = 3 * rows[:, 3:] + 0.5 * rows[:, :3]
+    rows[:, :3] *= 2
+    np.testing.assert_allclose(convert(rows, "rotation_6d", "matrix"), matrix.reshape(50, 9), atol=1e-5)
+    tiny = np.full((1, 3), 1e-13)
+    np.testing.assert_allclose(convert(tiny, "euler_angles_rpy", "axis_angle"), tiny, rtol=1e-3)
+    assert convert(np.array([[4.0, 0, 0]]), "axis_angle", "axis_angle").tolist() == [[4, 0, 0]], "the same numbers"
     assert to_quaternion(np.eye(3)).tolist() == [1, 0, 0, 0]
     assert convert(np.zeros((1, 3)), "axis_angle", "rotation_6d").tolist() == [[1, 0, 0, 0, 1, 0]]
 

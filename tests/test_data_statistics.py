@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from dit4dit import stats
 from dit4dit.data.lerobot import LeRobot
@@ -15,6 +16,7 @@ from dit4dit.data.mixture import Mixture
 from dit4dit.data.robots import Entry, catalogue
 from dit4dit.data.statistics import NAMES, flat_statistics, merge
 from dit4dit.embodiments import LIBERO
+from dit4dit.errors import ConfigError
 
 LENGTHS = (12, 9, 17, 11)
 
@@ -65,6 +67,9 @@ def test_merging_is_the_published_one() -> None:
         np.testing.assert_allclose(found[name], outermost([getattr(x, name)(0) for x in sets], axis=0))
     np.testing.assert_allclose(found["q01"], np.min([np.quantile(x, 0.01, axis=0) for x in sets], axis=0))
     np.testing.assert_allclose(found["q99"], np.max([np.quantile(x, 0.99, axis=0) for x in sets], axis=0))
+    # values that never move: rounding must not take the root of less than nothing
+    still = merge([numpys(np.full((4, 3), [0.1, 1.1, 123.4]))] * 3, [3.0, 3.0, 1.0])
+    np.testing.assert_allclose(still["std"], 0, atol=1e-5)
     # weights in proportion to the lengths: the pooled spread is that of all values together
     pooled = merge([numpys(x) for x in sets], [len(x) for x in sets])
     np.testing.assert_allclose(pooled["std"], np.concatenate(sets).std(0))
@@ -79,6 +84,28 @@ def test_a_mixture_of_one_set_twice_is_that_set(libero_data: Path) -> None:
             np.testing.assert_allclose(both[part][name], alone[part][name], rtol=1e-9, atol=1e-12)
     assert (alone["num_transitions"], alone["num_trajectories"]) == (49, 4)
     assert (both["num_transitions"], both["num_trajectories"]) == (98, 8)
+
+
+@pytest.mark.parametrize("change", ["state: [x, z]", "action: [x, y]", "sin_cos_state: true"])
+def test_one_tag_means_one_set_of_keys(libero_data: Path, tmp_path: Path, change: str) -> None:
+    facts = {
+        "tag": "arm",
+        "video": ["primary_image"],
+        "state": ["x", "y"],
+        "action": ["x", "gripper"],
+        "action_steps": 8,
+    }
+    facts |= {"language": "annotation.human.action.task_description", "sin_cos_state": False}
+    facts["modality"] = catalogue().robot("libero_franka").modality
+    robots = {"one": facts, "same": facts, "other": facts | yaml.safe_load(change)}
+    (tmp_path / "my.yaml").write_text(json.dumps({"robots": robots}))
+    known = catalogue(tmp_path / "my.yaml")
+    same = [Entry("v2.1", "one"), Entry("v3.0", "same")]
+    assert set(Mixture.open(same, libero_data, known).statistics) == {"arm"}
+    with pytest.raises(
+        ConfigError, match="tag 'arm': robots 'one' and 'other' have other keys; give them tags of their"
+    ):
+        _ = Mixture.open([Entry("v2.1", "one"), Entry("v3.0", "other")], libero_data, known).statistics
 
 
 def test_the_file_has_the_published_layout(golden_dir: Path, libero_data: Path) -> None:

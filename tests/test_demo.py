@@ -64,6 +64,7 @@ def test_the_control_is_told_something_else(made: Path) -> None:
         file = made / "episodes" / name / "episodes.jsonl"
         lines[name] = {one["seed"]: one["instruction"] for one in map(json.loads, file.read_text().splitlines())}
     assert set(lines["after"]) == set(lines["other-words"])
+    assert len(lines["after"]) == 2
     assert all(lines["after"][seed] != lines["other-words"][seed] for seed in lines["after"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,7 +100,7 @@ def test_the_inner_wish_goes_before_the_outer_and_the_argument_before_both(op):
 
 
 def test_a_wish_ends_with_its_context_also_after_an_error(op):
-    with pytest.raises(BackendError), use_backend("cuda"):
+    with pytest.raises(BackendError, match="double: 'cuda' refused: x is on cpu"), use_backend("cuda"):
         op(FLOAT)
     assert op(FLOAT).tolist() == [2, 2]
 
@@ -173,6 +174,29 @@ def test_what_was_measured_goes_first(fast, name, monkeypatch, caplog):
     assert ran == {"triple": {"torch" if steps_down else name}}
     said = ["triple: running 'torch' because 'library' refused: x is odd"] if steps_down else []
     assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_what_was_measured_and_refuses_is_warned_about(fast, monkeypatch, caplog):
+    monkeypatch.setattr(measured, "CHOICES", {"triple": {"cpu": Choice("kernel", "a result")}})
+    fast.implementations["kernel"] = replace(fast.implementations["kernel"], refuse=lambda x: "x is odd")
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"):
+        fast(FLOAT)
+    assert [record.getMessage() for record in caplog.records] == [
+        "triple: running 'torch' because 'kernel' refused: x is odd"
+    ]
+
+
+def test_the_device_is_that_of_the_first_tensor_also_inside_lists():
+    cpu, meta = torch.zeros(1), torch.zeros(1, device="meta")
+    for args, device in (
+        ((1, cpu, meta), "cpu"),
+        ((1, meta, cpu), "meta"),
+        (([cpu], "a word"), "cpu"),
+        (([1, (2, [cpu])],), "cpu"),
+        (([], cpu), "cpu"),
+        ((1, [2]), "meta"),
+    ):
+        assert dispatch._device(args) == torch.device(device), args
 
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -249,6 +273,7 @@ def test_the_automatic_choice_for_preprocess_on_a_cpu_is_compiled():
 
 
 def test_names_are_the_public_ops():
+    assert len(names()) > 5
     assert set(names()) <= set(ops.__all__)
 
 

@@ -77,6 +77,7 @@ def test_libero_gripper_is_decided_then_turned_for_the_simulator() -> None:
     assert robot.shape == (2, 7)
     assert robot[:, 6].tolist() == [0, 1]
     assert [LIBERO.command(row)[6] for row in robot] == [1.0, -1.0], "0 closes (+1), 1 opens (-1)"
+    assert [LIBERO.command([*[0] * 6, grip])[6] for grip in (0.49, 0.51)] == [1.0, -1.0]
     for row in robot:
         assert np.allclose(LIBERO.record(LIBERO.command(row)), row)
 
@@ -151,6 +152,7 @@ def test_picture_errors_name_view_wanted_and_got() -> None:
         ({"primary_image": good}, "image 'wrist_image': missing"),
         ({"primary_image": good, "wrist_image": good.astype(np.float32)}, "expected uint8 in 0..255, got float32"),
         ({"primary_image": good, "wrist_image": good[..., :1]}, "expected shape [H, W, 3] (RGB), got [4, 4, 1]"),
+        ({"primary_image": good, "wrist_image": good[:0]}, "expected shape [H, W, 3] (RGB), got [0, 4, 3]"),
         ({"primary_image": good, "wrist_imag": good}, "unknown view; did you mean 'wrist_image'"),
     ]
     for bad, message in cases:
@@ -180,6 +182,7 @@ def test_statistics_errors() -> None:
         ({"mask": [True, True]}, "mask: expected 1 values"),
         ({"mask": ["false"]}, "mask: expected 1 values true or false"),
         ({"min": [2]}, "min is above max in dimension 0"),
+        ({"q01": [2]}, "q01 is above q99 in dimension 0"),
         ({"mean": 1.0}, "mean: expected a list of numbers"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -191,6 +194,11 @@ def test_statistics_errors() -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="expected 7 action values"):
         LIBERO.action_chain(statistics(8, 9), 32)
+    with pytest.raises(ConfigError, match=r"expected 7 action values \(at most the model's 6\)"):
+        LIBERO.action_chain(statistics(8, 7), 6)
+    for size in (31, 33):
+        with pytest.raises(ConfigError, match=f"expected 32 state values for embodiment 'g1', got {size}"):
+            G1.state_chain(statistics(size, 36), 64)
     with pytest.raises(ConfigError, match="its encoded state has 58 values, the model takes 16"):
         GR1.state_chain(statistics(29, 29), 16)
     with pytest.raises(ConfigError, match="unknown; did you mean 'libero'"):

@@ -25,7 +25,7 @@ from dit4dit.cli import main
 from dit4dit.commands import parity
 from dit4dit.engine import Engine
 from dit4dit.engine.fold import Matrix, fold_backbone, fold_head
-from dit4dit.engine.packs import PackFolder, packs_key, text_fingerprint
+from dit4dit.engine.packs import PackFolder, PromptPack, packs_key, text_fingerprint
 from dit4dit.errors import BackendError, CheckpointError, ConfigError, InputError
 from dit4dit.model.weights import random_model
 from dit4dit.ops import measured, onednn
@@ -200,8 +200,12 @@ def test_folding_shares_what_does_not_change_and_rounds_once() -> None:
 
 
 def test_matrices_with_and_without_bias_do_not_mix() -> None:
-    with pytest.raises(AssertionError):
-        Matrix.stacked(torch.nn.Linear(2, 3), torch.nn.Linear(2, 3, bias=False))
+    for layers in ((True, False), (False, True, True)):
+        with pytest.raises(AssertionError):
+            Matrix.stacked(*(torch.nn.Linear(2, 3, bias=bias) for bias in layers))
+    for bias in (True, False):
+        joined = Matrix.stacked(*(torch.nn.Linear(2, 3, bias=bias) for _ in range(2)))
+        assert (joined.bias is not None) == bias
 
 
 def test_options_that_change_numbers() -> None:
@@ -301,6 +305,11 @@ def test_a_pack_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"expected keys and values torch.float32 \[4, 2, 5, 32\], got .* \[4, 2, 9, 32\]"
     ):
         folder_of(tmp_path, model, shape=(4, 2, 5, 32)).load("go")
+    keys = torch.zeros(4, 2, 9, 32)
+    for tensors in ((keys.half(), keys), (keys, keys.half())):
+        folder.store("go", PromptPack(*tensors))
+        with pytest.raises(CheckpointError, match=r"expected keys and values torch.float32 .*, got torch.float16"):
+            folder.load("go")
 
 
 def test_a_folder_that_cannot_be_written_stops_no_robot(

@@ -133,7 +133,10 @@ def test_pictures_of_another_size_go_in_a_pass_of_their_own() -> None:
     server = BatchedPolicy(policy, 4)
     small = lambda: server.ask(seen(0, 8), "go", Noise.from_seed(0))  # noqa: E731
     large = lambda: server.ask(seen(1, 16), "go", Noise.from_seed(1))  # noqa: E731
-    with_players(server, small, large, small)
+    answers = with_players(server, small, large, small)
+    for answer, observation, seed in zip(answers, (seen(0, 8), seen(1, 16), seen(0, 8)), (0, 1, 0), strict=True):
+        want = policy.chunk(observation, "go", Noise.from_seed(seed), 0)
+        assert np.array_equal(answer.chunk.actions, want.actions)
     assert len(server._warm) == 2
 
 

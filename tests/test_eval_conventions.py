@@ -86,8 +86,45 @@ def test_fingers_that_do_not_move_are_found(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("openings", "verdict", "words"),
+    [
+        ((0.0, 1.0, 0.0), "ok", "opening 0.000 after 'close', 1.000 after 'open'"),
+        ((1.0, 0.0, 1.0), "contradiction", "they close when told to open"),
+        ((0.1, 0.4, 0.5), "contradiction", "they do not move"),
+        ((0.5, 0.4, 0.1), "contradiction", "they do not move"),
+    ],
+)
+def test_fingers_are_watched_while_they_close_open_and_close(openings, verdict, words) -> None:
+    told, left = [], list(openings)
+
+    class Told:
+        def reset(self, seed, trial):
+            return {"observation": seen(1.0), "instruction": ""}
+
+        def step(self, rows):
+            told.append([row[2] for row in rows])
+            return {"observation": seen(left.pop(0))}
+
+    def seen(opening):
+        return {"image": np.zeros((64, 64, 3), np.uint8), "state": np.float32([0, 0, opening])}
+
+    found = module.fingers(TABLETOP, Told(), tabletop.plan(1).episodes[0])
+    assert told == [[grip] * module.STEPS for grip in (1, 0, 1)]
+    assert found.verdict == verdict
+    assert words in found.text
+
+
+@pytest.mark.parametrize(
     "here, fps, verdict",
-    [(10.0, None, "ok"), (10.0, 10.0, "ok"), (10.0, 20.0, "unusual"), (20.0, None, "contradiction")],
+    [
+        (10.0, None, "ok"),
+        (10.0, 10.0, "ok"),
+        (10.0, 20.0, "unusual"),
+        (20.0, None, "contradiction"),
+        (10.05, 10.0, "ok"),
+        (10.0, 10.2, "unusual"),
+        (9.8, None, "contradiction"),
+    ],
 )
 def test_rates(here, fps, verdict) -> None:
     assert module.rate(TABLETOP, {"rate_hz": here}, fps).verdict == verdict

@@ -67,6 +67,18 @@ def test_measured_latency_is_each_chunks_own() -> None:
     assert rows == [0, 1, HOLD, 100, 101, HOLD, HOLD, HOLD, 200]  # the first one's warm-up does not count
 
 
+def test_rows_that_were_not_executed_count_for_nothing() -> None:
+    """As where an episode ends, or is looked at, before the rows that were planned."""
+    executor = Executor(Execution(execute=3, latency=Latency(150.0)), 10.0, lambda last: np.array([HOLD], np.float32))
+    executor.take(np.arange(K, dtype=np.float32)[:, None], 0.0)
+    executor.advance(len(executor.upcoming(3)))
+    executor.take(100 + np.arange(K, dtype=np.float32)[:, None], 0.0)
+    assert [float(row[0]) for row in executor.upcoming(1000)] == [HOLD, HOLD, 100, 101, 102]
+    executor.advance(1)
+    assert (executor.steps, executor.held) == (4, 1)
+    assert [float(row[0]) for row in executor.upcoming(1000)] == [HOLD, 100, 101, 102]
+
+
 @pytest.mark.parametrize("ms,steps", [(0.0, 0), (0.1, 1), (100.0, 1), (100.1, 2), (300.0, 3)])
 def test_a_latency_of_whole_periods_is_as_many_steps(ms: float, steps: int) -> None:
     assert Latency(ms).steps(123.0, 10.0) == steps
@@ -102,3 +114,6 @@ def test_options_that_make_no_sense_are_refused() -> None:
         Latency(-1.0)
     with pytest.raises(ConfigError, match="history"):
         Ensemble(history=0)
+    for alpha in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="finite alpha"):
+            Ensemble(alpha=alpha)

@@ -118,6 +118,7 @@ def test_the_numbers_are_the_runs_numbers(runs: list[Path], tmp_path: Path) -> N
     assert (whole["percent"], whole["interval"]) == (100 * rate.value, [100 * rate.low, 100 * rate.high])
     assert sum(r["episodes"] for r in info["results"] if r["task"]) == 8
     shared = [key for key in easy.outcomes if key in hard.outcomes]
+    assert len(shared) == 8
     found = written["comparisons"][0]
     assert found["only_first"] == sum(easy.outcomes[k] and not hard.outcomes[k] for k in shared)
     assert found["difference"] < 0
@@ -165,7 +166,9 @@ def test_words_of_others_are_words_in_the_page(tmp_path: Path) -> None:
     named = (replace(plan.episodes[0], task="<script>alert(1)</script>"),)
     play(tmp_path / "run", replace(plan, episodes=named), policy=StandIn())
     report.write([tmp_path / "run"], tmp_path)
-    assert "<script>" not in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
 
 
 def test_runs_are_told_apart_by_as_much_of_their_paths_as_it_takes(tmp_path: Path) -> None:
@@ -199,5 +202,5 @@ def test_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
     assert command(tmp_path / "nothing") == 2
     assert not (tmp_path / "nothing").exists()
     assert command() == 2
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"no run\.json"):
         report.write([tmp_path], tmp_path)

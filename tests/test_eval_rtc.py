@@ -124,6 +124,7 @@ class Apart(StandIn):
 def test_guided_requests_are_passes_of_their_own_and_full_ones(tmp_path: Path) -> None:
     policy = Apart()
     play(tmp_path, make_plan(6, max_steps=7), policy=policy, workers=3, execution=Execution(execute=2, rtc=RealTime()))
+    assert {guidance is None for guidance in policy.guidances} == {True, False}
     assert set(policy.sizes) == {2}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,19 @@ def test_a_full_disk_costs_the_record_that_did_not_fit_and_is_said(folder: Path)
     assert [r["trial"] for r in Run.open(folder).records] == [0, 1, 3]
 
 
+def test_a_record_is_forced_to_disk_before_it_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = Book(folder, CONFIG, resume=True)
+    seen = []
+
+    def fsync(number: int) -> None:
+        seen.append((os.fstat(number).st_ino, (folder / "episodes.jsonl").read_bytes().count(b"\n"), len(book.records)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    book.add(record(2))
+    book.close()
+    assert seen == [((folder / "episodes.jsonl").stat().st_ino, 3, 2)]
+
+
 def test_a_video_on_a_full_disk_is_said_once(tmp_path: Path) -> None:
     video = Video(tmp_path / "v.mp4", 10.0)
     pictures = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), np.uint8)
@@ -114,6 +128,7 @@ def test_errors_are_replaced_by_what_comes_later(folder: Path) -> None:
     book.add(record(2, None))
     assert not book.finished(("s", "t", 2))
     assert len(Run.open(folder).errors) == 1
+    assert set(Run.open(folder).outcomes) == {("s", "t", 0, 7), ("s", "t", 1, 7)}
     book.add(record(2, True))
     assert book.finished(("s", "t", 2))
     assert Run.open(folder).errors == []
@@ -134,7 +149,8 @@ def test_errors_are_replaced_by_what_comes_later(folder: Path) -> None:
 def test_a_run_goes_on_as_it_was_started_or_not_at_all(folder: Path, change: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         Book(folder, {**CONFIG, **change}, resume=True)
-    Book(folder, {**CONFIG, "workers": 7, "policy": {"checkpoint": "a", "path": "elsewhere"}}, resume=True).close()
+    elsewhere = {"workers": 7, "machine": {"cpu": "another"}, "policy": {"checkpoint": "a", "path": "elsewhere"}}
+    Book(folder, {**CONFIG, **elsewhere}, resume=True).close()
 
 
 def test_a_run_is_not_written_over_nor_by_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +184,8 @@ def test_shards_merge_into_the_run_that_one_process_would_have_made(tmp_path: Pa
     assert all((tmp_path / "merged" / r["video"]).is_file() for r in merged.records)
     with pytest.raises(ConfigError, match="expected the shards 1/3, 2/3, 3/3; got 1/3, 1/3"):
         merge([tmp_path / name for name in "11"], tmp_path / "other")
+    with pytest.raises(ConfigError, match="expected the shards 1/3, 2/3, 3/3; got 1/3, 1/3, 2/3"):
+        merge([tmp_path / name for name in "121"], tmp_path / "other")
     with pytest.raises(ConfigError, match=r"merge: .* has a run already; give a new folder"):
         merge([tmp_path / name for name in "123"], tmp_path / "merged")
     play(tmp_path / "4", make_plan(7, goal=0.5).part("1/3"))

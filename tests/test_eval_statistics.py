@@ -6,13 +6,14 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dit4dit.cli import main
 from dit4dit.errors import InputError
-from dit4dit.evaluation import statistics
+from dit4dit.evaluation import statistics, summary
 
 scipy_stats = pytest.importorskip("scipy.stats")
 COUNTS = [(0, 1), (1, 1), (0, 50), (1, 50), (29, 50), (50, 50), (493, 500), (1133, 2000)]
@@ -120,6 +121,30 @@ def test_episodes_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert end.value.code == 0
     assert json.loads(out.read_text())["episodes"] == 381
     assert "381 episodes" in capsys.readouterr().out
+
+
+def test_rows_of_a_summary_have_a_line_for_all_where_there_are_several() -> None:
+    def record(suite: str, task: str, success: bool | None) -> dict[str, Any]:
+        return {"suite": suite, "task": task, "success": success, "error": None if success is not None else {}}
+
+    records = [record("a", "t", True), record("b", "u", True), record("b", "u", False), record("b", "v", None)]
+    found = summary.rows(summary.summarise(records))
+    assert [(suite, task, errors) for suite, task, _, errors in found] == [
+        ("a", "t", "0"),
+        ("b", "u", "0"),
+        ("b", "v", "1"),
+        ("b", "all tasks", "1"),
+        ("all suites", "", "1"),
+    ]
+    assert [percent.partition("]")[2] for _, _, percent, _ in found] == [
+        ", 1 of 1",
+        ", 1 of 2",
+        "",
+        ", 1 of 2",
+        ", 2 of 3",
+    ]
+    assert found[2][2] == "no episodes"
+    assert summary.rows(summary.summarise(records[:1])) == [found[0]]
 
 
 def test_negative_counts_are_refused() -> None:

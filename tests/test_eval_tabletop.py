@@ -167,6 +167,11 @@ def test_a_checkpoint_has_one_hash_in_any_layout_and_another_after_any_change(go
     to_own(published, tmp_path / "own", None, lambda name, size: None)
     known = identity.checkpoint_hash(published)
     assert identity.checkpoint_hash(tmp_path / "own") == known
+    config = tmp_path / "own" / "config.json"
+    written = config.read_text()
+    config.write_text(json.dumps({**json.loads(written), "embodiment": "tabletop"}))
+    assert identity.checkpoint_hash(tmp_path / "own") != known, "of another robot"
+    config.write_text(written)
     changed = Path(shutil.copytree(published, tmp_path / "changed"))
     file = next((changed / "checkpoints").glob("*.pt"))
     tensors = torch.load(file, weights_only=True)

@@ -111,11 +111,29 @@ def test_errors_see_what_is_wrong_and_what_is_not(exact: Engine) -> None:
     assert cut["features"]["rms"] > 2 * good["features"]["rms"], "activations beyond the calibration are cut"
 
 
+def test_errors_are_relative_to_the_exact_engine(exact: Engine) -> None:
+    """An engine that writes twice as much is wrong by the whole of it, seen from the other side by half."""
+
+    class Doubled:
+        def features(self, *given: torch.Tensor) -> torch.Tensor:
+            return 2 * exact.features(*given)
+
+        def actions(self, features: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+            return 2 * exact.actions(features / 2, *given)
+
+    request = request_of(exact)
+    whole = {what: {"rms": 1.0, "max": 1.0} for what in ("features", "actions")}
+    half = {what: {"rms": 0.5, "max": 0.5} for what in ("features", "actions")}
+    assert errors(exact, Doubled(), [request]) == {what: pytest.approx(e) for what, e in whole.items()}
+    assert errors(Doubled(), exact, [request]) == {what: pytest.approx(e) for what, e in half.items()}
+
+
 def test_calibration_is_the_largest_of_what_the_matrices_receive(exact: Engine) -> None:
     requests = [request_of(exact, seed=i) for i in range(3)]
     whole = calibrate(exact, requests)
     parts = [calibrate(exact, [request]) for request in requests]
     assert whole.samples == 3
+    assert calibrate(exact, [request_of(exact, batch=2)]).samples == 2
     assert set(whole.amax) == {f"blocks.{i}.{name}" for i in range(len(exact.blocks)) for name in MATRICES}
     assert dict(parts[0].merged(parts[1]).merged(parts[2]).amax) == dict(whole.amax)
     assert parts[0].merged(parts[1]).samples == 2
@@ -250,6 +268,8 @@ def test_calibrations_that_do_not_fit(golden_dir: Path, small_libero: Path, cali
         "not a calibration \\(": "{",
         "of version 1": json.dumps({**good, "version": 2}),
         "not a calibration of": json.dumps({**good, "amax": {"blocks.0.qkv": "NaN"}}),
+        "a calibration of version 1; make it": json.dumps({**good, "amax": {**good["amax"], "blocks.0.qkv": -1.0}}),
+        "version 1; make it again": json.dumps({**good, "amax": {**good["amax"], "blocks.0.qkv": float("inf")}}),
         "nothing for blocks.1.mlp_in": json.dumps(
             {**good, "amax": {k: v for k, v in good["amax"].items() if k != "blocks.1.mlp_in"}}
         ),

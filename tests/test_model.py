@@ -167,8 +167,11 @@ def test_released_shapes(name, views, tokens, frames, horizon, width, state) -> 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_build(name: str) -> None:
+    config = preset(name).model
     with torch.device("meta"):
-        model = DiT4DiT(preset(name).model, with_video_vae=True)
+        model = DiT4DiT(config, with_video_vae=True)
+    assert len(model.backbone.transformer.blocks) == config.dit.num_layers
+    assert model.head.action_decoder.layer2.weight.shape == (config.head.action_dim, config.head.hidden_size)
     if name in ("libero", "robocasa_gr1"):
         assert sum(p.numel() for p in model.text.parameters()) == pytest.approx(7.07e9, rel=0.01)
 

@@ -63,7 +63,9 @@ def test_fresh_noise_can_be_repeated() -> None:
 def test_given_arrays_are_used_and_checked() -> None:
     arrays = {k: np.full(s, 0.5, np.float32) for k, s in SHAPES.items()}
     assert Noise(**arrays).draw(SHAPES)["action"] is arrays["action"]
-    mixed = Noise(action=arrays["action"], seed=1).draw(SHAPES)
+    some = Noise(action=arrays["action"], seed=1)
+    assert (some.given, Noise(**arrays).given, Noise.from_seed(1).given) == (True, True, False)
+    mixed = some.draw(SHAPES)
     assert np.array_equal(mixed["latent"], Noise.from_seed(1).draw(SHAPES)["latent"])
     with pytest.raises(InputError, match=r"noise action: expected shape \(8, 7\), got \(7, 8\)"):
         Noise(**{**arrays, "action": arrays["action"].T}).draw(SHAPES)

@@ -68,7 +68,9 @@ def test_the_library_head_is_compared(golden_dir: Path) -> None:
 
 
 def test_bfloat16_stays_near(golden_dir: Path) -> None:
-    for stage in parity.check(golden_dir / "gr1_tiny", device=CPU, dtype=torch.bfloat16, backend=None):
+    stages = parity.check(golden_dir / "gr1_tiny", device=CPU, dtype=torch.bfloat16, backend=None)
+    assert {s.name for s in stages} == STAGES
+    for stage in stages:
         assert 0 < stage.error <= stage.limit, stage
 
 
@@ -138,7 +140,7 @@ def test_recorded_folder_passes_and_names_its_checkpoint(golden_dir: Path, tmp_p
     assert {s.name for s in stages} == STAGES
     assert all(s.ok for s in stages)
     other = "gr1_tiny" if name == "libero_tiny" else "libero_tiny"
-    with pytest.raises(CheckpointError, match="expected"):
+    with pytest.raises(CheckpointError, match=r"for this checkpoint|another checkpoint's"):
         parity.check(folder, device=CPU, dtype=torch.float32, backend=None, checkpoint=golden_dir / other)
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -181,7 +183,12 @@ def test_incomplete_golden_folders_say_so(golden_dir: Path, tmp_path: Path, spoi
         (folder / "golden.json").write_text("{}")
     golden.pop({"prompts": "x", "images": "in.images", "draws": "train.video_noise_future"}[spoil], None)
     save_file(golden, folder / "golden.safetensors")
-    with pytest.raises(CheckpointError, match="expected"):
+    message = {
+        "prompts": r"golden\.json: expected 'prompts', a list of instructions, got None",
+        "images": r"in\.images: expected uint8 \[B, 5, H, W, 3\], got none",
+        "draws": r"train\.video_noise_future: expected shape .* for this checkpoint, got None",
+    }[spoil]
+    with pytest.raises(CheckpointError, match=message):
         parity.check(folder, device=CPU, dtype=torch.float32, backend=None)
 
 

@@ -106,6 +106,7 @@ def test_an_instruction_is_moved_once_and_not_kept_alive() -> None:
     assert not keys.any(), "the same packs were copied again"
     plan.run(pictures, state, noise, [replace(pack) for pack in packs])
     assert torch.equal(keys, poison)
+    plan.run(pictures, state, noise, packs)
     alive = weakref.ref(packs[0])
     del packs
     gc.collect()

@@ -191,6 +191,10 @@ def test_bad_observations_are_refused(libero_policy: Policy, observation: Observ
         libero_policy.infer(observation, "go", noise=Noise.from_seed(0), seed=0)
     with pytest.raises(InputError, match="1 observations and 2 instructions"):
         libero_policy.infer_batch([observation], ["a", "b"])
+    for count in (0, 2):
+        noise = [Noise.from_seed(i) for i in range(count)]
+        with pytest.raises(InputError, match=rf"noise: expected one per request \(1\), got {count}"):
+            libero_policy.infer_batch([observation], ["go"], noise=noise)
     with pytest.raises(InputError, match="noise action: expected shape"):
         libero_policy.infer(observation, "go", noise=Noise(action=np.zeros((9, 8), np.float32), seed=0))
 
@@ -276,6 +280,9 @@ def test_choosing_embodiment_and_tag(libero_run: Path) -> None:
     assert Policy.from_pretrained(libero_run, device="cpu", embodiment=replace(LIBERO, tag="mine")).codec.tag == "mine"
     with pytest.raises(ConfigError, match="embodiment 'libro': unknown; did you mean 'libero'"):
         Policy.from_pretrained(libero_run, device="cpu", embodiment="libro")
+    file.write_text(json.dumps({"one": data["franka"], "other": data["franka"]}))
+    with pytest.raises(ConfigError, match="no statistics for 'franka'"):
+        Policy.from_pretrained(libero_run, device="cpu", embodiment="libero")
     file.write_text(json.dumps(data))
     with pytest.raises(ConfigError, match="its encoded state has 58 values, the model takes 16"):
         Policy.from_pretrained(libero_run, device="cpu", embodiment="gr1")

@@ -148,8 +148,8 @@ def test_connecting_says_what_is_wrong() -> None:
             Client(port=server.port, wait_s=WAIT)  # waiting would not help
         with Client(port=server.port, api_key=KEY) as client:
             client.ping()
-    for bad in ({"timeout_s": 0}, {"wait_s": -1}, {"backoff_s": 0}):
-        with pytest.raises(ValueError):
+    for bad in ({"timeout_s": 0}, {"connect_timeout_s": 0}, {"wait_s": -1}, {"backoff_s": 0}):
+        with pytest.raises(ValueError, match="must be more than 0, wait_s 0 or more"):
             Client(port=port, **bad)
 
 

@@ -176,7 +176,7 @@ def test_the_command_serves_stops_on_sigterm_and_reports(small_libero: Path, tmp
         (["--warm-up", "--picture", "wrist_image"], "expected VIEW=HEIGHTxWIDTH"),
         (["--instructions", "none.txt"], "no such file"),
         (["--api-key-file", "none.txt"], "the key cannot be read"),
-        (["--api-key", "on-the-command-line"], ""),
+        (["--api-key", "on-the-command-line"], "--api-key"),
     ],
 )
 def test_mistakes_are_said_before_the_checkpoint_is_read(words, reason: str, capsys, tmp_path, monkeypatch) -> None:
@@ -184,13 +184,16 @@ def test_mistakes_are_said_before_the_checkpoint_is_read(words, reason: str, cap
     with pytest.raises(SystemExit) as done:
         cli.main(["serve", "--checkpoint", "nowhere", *words])
     assert done.value.code == 2
-    assert reason in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert reason in error
+    assert "no such file or folder" not in error, "that is what is said of the checkpoint"
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "msgpack", None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as done:
         cli.main(["serve", "--checkpoint", "nowhere"])
+    assert done.value.code == 2
     assert "dit4dit[serve]" in capsys.readouterr().err
 
 

@@ -104,6 +104,20 @@ def test_clients_share_passes_and_never_wait_alone() -> None:
             assert ask(alone, {"value": 3})["server_timing"]["queue_ms"] < 1e3 * seconds / 2
 
 
+def test_a_pass_has_no_more_chunks_than_it_may() -> None:
+    with (
+        running(batch_window_ms=1000, max_batch=4) as server,
+        ThreadPoolExecutor(2) as pool,
+        server.raw() as a,
+        server.raw() as b,
+    ):
+        for connection in (a, b):
+            connection.recv()
+        for counts, shared in (((3, 1), 2), ((3, 2), 1)):
+            requests = ({"value": value, "count": count} for value, count in enumerate(counts))
+            assert [answer["batch"] for answer in pool.map(ask, (a, b), requests)] == [shared] * 2
+
+
 def test_what_cannot_share_a_pass_gets_the_next_one() -> None:
     """Also while another client is connected and says nothing, for which each pass waits its window."""
     with running(batch_window_ms=20) as server, server.raw() as a, server.raw() as b, server.raw() as idle:
@@ -115,8 +129,12 @@ def test_what_cannot_share_a_pass_gets_the_next_one() -> None:
         for connection, key in ((a, "small picture"), (b, "large picture")):
             connection.send(wire.pack({"value": 1, "key": key}))
         eventually(lambda: json.loads(server.health()[2])["queued"] == 2)
+        time.sleep(0.2)
         server.backend.gate.set()
-        assert all(wire.unpack(connection.recv(timeout=WAIT))["ok"] for connection in (idle, a, b))
+        first, *waited = (wire.unpack(connection.recv(timeout=WAIT)) for connection in (idle, a, b))
+        assert all(answer["ok"] for answer in (first, *waited))
+        assert first["server_timing"]["infer_ms"] >= 200
+        assert min(answer["server_timing"]["queue_ms"] for answer in waited) >= 200
         assert sorted(map(len, server.backend.passes)) == [1, 1, 1]
 
 
@@ -327,8 +345,9 @@ def test_stopping_answers_what_runs_refuses_what_waits_and_closes_with_1001() ->
             server.server.stop()
             assert "stopping" in waits.result(WAIT)["error"]["message"]
             assert server.health()[0] == 503
-            with pytest.raises(InvalidStatus):
+            with pytest.raises(InvalidStatus) as refused_at_the_door:
                 server.raw(legacy=True)
+            assert refused_at_the_door.value.response.status_code == 503
             assert "stopping" in ask(idle, {"value": 3})["error"]["message"]
             backend.gate.set()
             assert runs.result(WAIT)["ok"]
@@ -364,6 +383,7 @@ def test_many_clients_good_and_bad_at_once() -> None:
     """Every good request is answered with its own value while others send garbage and leave in the middle."""
     with running(max_clients=16, max_queued=64) as server:
         stop = threading.Event()
+        sent: list[int] = []  # by whom, of the bad ones
 
         def bad(number: int) -> None:
             rng = np.random.default_rng(number)
@@ -374,6 +394,7 @@ def test_many_clients_good_and_bad_at_once() -> None:
                     frame = bytearray(hand(REQUEST_BYTES))
                     frame[int(rng.integers(len(frame)))] = int(rng.integers(256))
                     connection.send(bytes(frame) if rng.random() < 0.5 else wire.pack({"value": 999}))
+                    sent.append(number)
                     if rng.random() < 0.5:
                         connection.socket.close()
 
@@ -391,6 +412,7 @@ def test_many_clients_good_and_bad_at_once() -> None:
             stop.set()
             for future in vandals:
                 future.exception(WAIT)
+        assert set(sent) == {0, 1, 2}
         assert server.health()[0] == 200
 
 

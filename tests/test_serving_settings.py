@@ -48,6 +48,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path) -> None:
     file.write_text(KEY + "\n")
     assert find_key(file, {}) == KEY
     assert find_key(None, {"DIT4DIT_API_KEY": KEY}) == KEY
+    assert find_key(None, {"DIT4DIT_API_KEY": f" {KEY}\n"}) == KEY
     assert find_key(None, {}) is None
     for bad in ("short", "with a space in between", "ümlaut-ümlaut-ümlaut", ""):
         file.write_text(bad)
@@ -61,10 +62,12 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"port": 70000}, {"max_batch": 17}, {"max_batch": 0}, {"max_clients": 0}, {"idle_timeout_s": 0}, {"seed": -1},
-     {"batch_window_ms": -1}, {"max_frame_bytes": 0}, {"host": "no.such.host.invalid"}, {"api_key": "short"}],
+     {"batch_window_ms": -1}, {"max_frame_bytes": 0}, {"host": "no.such.host.invalid"}, {"api_key": "short"},
+     {"max_queued": 0}],
 )  # fmt: skip
 def test_bad_settings(options) -> None:
-    with pytest.raises(ConfigError):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"^{name}( 'no.such.host.invalid')?: "):
         Settings(**options)
 
 

@@ -154,15 +154,19 @@ def test_expert_says_where_to_go():
     env = TabletopEnv(11)
     expert = ScriptedExpert(env, noise=0.02, detours=0.3, seed=1)
     block, plate = env.scene.block(env.goal.block), env.scene.plate(env.goal.plate)
+    towards = {"block": 0, "plate": 0}  # steps
     while not env.scene.reached(env.goal):
         held, scene = env.scene.held, env.scene
         env.step(expert.act())
         if held is None and env.scene.held is None and scene.block(env.goal.block) == block:
             np.testing.assert_allclose(expert.intended[:2], [block.x, block.y], rtol=1e-5)
+            towards["block"] += 1
         if held == env.goal.block:
             moved = expert.intended[:2] - [scene.x, scene.y]
             lands = np.array([scene.block(held).x, scene.block(held).y]) + moved
             np.testing.assert_allclose(lands, [plate.x, plate.y], atol=1e-6)
+            towards["plate"] += 1
+    assert min(towards.values()) >= 2, towards
 
 
 def test_random_policy_is_near_chance():

@@ -47,6 +47,9 @@ def test_chat_template_padding_and_truncation() -> None:
     assert "öffne die Schublade" in tokenizer.decode(tokens[1])
     assert (tokens[0, -20:] == tokenizer.pad_token_id).all()
     assert tokenize(tokenizer, ["x" * 500], 192).shape == (1, 192)
+    # Qwen's own template can ask for an answer; a prompt does not
+    tokenizer.chat_template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    assert torch.equal(tokenize(tokenizer, ["go", "öffne die Schublade"], 192), tokens)
 
 
 def test_buffers_survive_building_on_meta() -> None:

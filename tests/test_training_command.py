@@ -123,12 +123,14 @@ def test_the_names_of_the_packages_robots_are_taken(tmp_path: Path) -> None:
         catalogue(tmp_path / "mine.yaml")
 
 
-def test_episodes_that_are_left_out_need_no_videos(file: Path, tmp_path: Path, write_libero) -> None:
+def test_episodes_that_are_left_out_need_no_videos(file: Path, tmp_path: Path, write_libero, capsys) -> None:
     """Found before the first step, not at the first save."""
     root = write_libero(tmp_path / "data" / "lerobot_v3")
-    next(root.rglob("observation.images.image/episode_000002.mp4")).unlink()
+    video = next(root.rglob("observation.images.image/episode_000002.mp4"))
+    video.unlink()
     words = ("train", "--config", file, "--data.root", tmp_path / "data", "--run.steps", 1)
     assert run(*words) == 2
+    assert f"{video}: no such file" in capsys.readouterr().err
     assert run(*words, "--data.skip_bad", "true") == 0
     assert checkpoint.latest(tmp_path / "run") is not None
 

@@ -74,6 +74,7 @@ def test_order_is_the_samplers_and_never_held_out(data: LeRobotData) -> None:
     indices = [data.index(position) for position in range(50)]
     assert indices == [starts[draws.draw(p).episode] + draws.draw(p).frame for p in range(50)]
     assert set(data.held_out()) == {i for e in held for i in range(starts[e], starts[e + 1])}
+    assert held
     assert not set(indices) & set(data.held_out())
     assert {data.sample(index).lang for index in range(data.clips)} == set(data.instructions)
 
@@ -109,8 +110,11 @@ def test_fingerprints(config: DataConfig, data: LeRobotData) -> None:
 def test_feed_goes_on_where_it_is_told(workers: int) -> None:
     data = RandomData(TINY, "libero")
     options = {"workers": workers, "video": False, "pin": False}
+    before = torch.get_rng_state()
     whole = list(Feed(data, Share(1, 2, 2, 2), 0, 4, **options))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is the run's own"
     rest = list(Feed(data, Share(1, 2, 2, 2), 2, 4, **options))
+    assert (len(whole), len(rest)) == (8, 4)
     assert [raw.positions for raw in whole[:2]] == [(2, 3), (6, 7)]
     assert [raw.positions for raw in rest] == [raw.positions for raw in whole[4:]]
     for a, b in zip(rest, whole[4:], strict=True):

@@ -106,8 +106,11 @@ def test_where_no_bar_can_be_drawn_there_are_lines(tmp_path: Path, monkeypatch, 
 def test_a_run_goes_on_when_nobody_reads_its_lines(tmp_path: Path, monkeypatch) -> None:
     """`dit4dit train 2>&1 | head`"""
 
+    tried = []
+
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
+            tried.append(text)
             raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stderr", Gone())
@@ -116,6 +119,7 @@ def test_a_run_goes_on_when_nobody_reads_its_lines(tmp_path: Path, monkeypatch) 
         log.advance()
         log.tell(f"loss {step}")
     log.close()
+    assert tried
 
 
 def test_a_cache_says_how_far_it_is(monkeypatch, capsys) -> None:

@@ -124,6 +124,8 @@ def test_modes(mode: str, absent: str, tmp_path: Path) -> None:
     )
     for line in lines(tmp_path):
         assert not [name for name in line if name.endswith(absent)]
+    assert runs.losses(tmp_path).keys() == {1, 2}
+    assert any(f"eval/{mode}_loss" in line for line in lines(tmp_path))
     saved = checkpoint.read(checkpoint.latest(tmp_path))
     moved = {name.split(".", 1)[1].split(".")[0] for name in saved.moments if name.startswith("exp_avg.")}
     assert moved == ({"action_model"} if mode == "action" else {"backbone_interface"})
@@ -131,7 +133,7 @@ def test_modes(mode: str, absent: str, tmp_path: Path) -> None:
 
 
 def same(first: dict[int, tuple[float, ...]], second: dict[int, tuple[float, ...]], rel: float) -> None:
-    assert list(first) == list(second)
+    assert list(first) == list(second) == list(range(1, 7))
     for step, values in first.items():
         assert second[step] == pytest.approx(values, rel=rel), step
 
@@ -184,6 +186,7 @@ def test_the_policy_is_what_was_trained(kind: str, tmp_path: Path) -> None:
         policy = Policy.from_pretrained(checkpoint.latest(again) / "policy", device="cpu", engine="off")
         weights = {n: p.detach() for n, p in optim.named_parameters(policy.model).items()}
         want = last.average if kind == "ema" else last.weights
+        assert want
         if kind == "lora":
             assert any(".lora_" in name for name in want)
             name = "action_model.model.transformer_blocks.0.attn1.to_q"
@@ -228,7 +231,9 @@ def test_fine_tuning_a_checkpoint_with_a_fresh_head(plain: Path, tmp_path: Path)
     assert train(config, RandomData(config.model, "libero")) == 0
     before, after = (checkpoint.read(checkpoint.latest(out)).weights for out in (plain, tmp_path / "run"))
     assert after["action_model.action_decoder.layer2.weight"].shape[0] == 7
-    assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("backbone_interface"))
+    backbone = [n for n in before if n.startswith("backbone_interface")]
+    assert backbone
+    assert all(torch.equal(before[n], after[n]) for n in backbone)
 
 
 def test_the_text_encoder_is_not_built_again_on_resume(plain: Path, monkeypatch, tmp_path: Path) -> None:

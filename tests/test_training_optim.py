@@ -150,6 +150,22 @@ def test_lora_trains_adapters_and_merges_to_the_same_function() -> None:
     assert not torch.allclose(got, before, atol=1e-2)
 
 
+def test_lora_follows_its_seed_and_nothing_else_trains() -> None:
+    """Also where the targets are in one part alone, and whatever the global generator has drawn."""
+    found = []
+    for seed in (1, 1, 2):
+        model, before = model_of(), torch.get_rng_state()
+        optim.add_lora(model, LoraConfig(rank=2, targets=("action_decoder.layer2",)), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(optim.trainable(model))
+        torch.rand(1)
+    name = "action_model.action_decoder.layer2.lora_{}.default.weight"
+    assert [set(trained) for trained in found] == [{name.format(side) for side in "AB"}] * 3
+    first, again, other = (trained[name.format("A")] for trained in found)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_lora_target_that_ends_nothing_is_an_error() -> None:
     with pytest.raises(ConfigError, match="'to_qq' ends no linear layer"):
         optim.add_lora(model_of(), LoraConfig(rank=2, targets=("to_q", "to_qq")), seed=0)

@@ -161,6 +161,9 @@ def test_dropout_masks_follow_the_key() -> None:
     assert torch.equal(layer(x[:2]), y[2:])
     assert not torch.equal(KeyedDropout(0.2, salt=2, keys=keys).train()(x[:2]), y[2:])
     assert torch.equal(layer.eval()(x[:2]), x[:2])
+    repeats = dropout_keys(0, [12, 13], 3)
+    assert torch.equal(repeats[:2], dropout_keys(0, [12, 13], 1)), "repeat-major"
+    assert len(set(repeats.tolist())) == 6, "each repeat of a sample has a mask of its own"
     with pytest.raises(RuntimeError, match="2 keys were set for 4 rows"):
         layer.train()(x)
 
@@ -183,6 +186,9 @@ def test_every_dropout_of_the_head_is_replaced() -> None:
     assert not [module for module in head.modules() if type(module) is torch.nn.Dropout]
     salts = [module.salt for module in head.modules() if isinstance(module, KeyedDropout)]
     assert len(set(salts)) == count
+    evaluated = ActionHead(preset("tiny").model.head).eval()
+    key_dropouts(evaluated, Keys())
+    assert not any(module.training for module in evaluated.modules())
 
 
 @pytest.mark.parametrize("ranks, batch_size, accumulate", [(1, 8, 1), (2, 4, 1), (2, 2, 2), (4, 1, 2), (1, 2, 4)])

@@ -49,10 +49,18 @@ def test_before_the_first_step_a_signal_leaves_at_once(caplog: pytest.LogCapture
 
 def test_more_signals_do_not_spoil_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "PATIENCE_S", 600.0)  # the second signal is no late one, however busy the machine is
-    monkeypatch.setattr(loop.log, "warning", lambda *_: signal.raise_signal(signal.SIGINT))
+    said = []
+
+    def warning(*words: object) -> None:
+        said.append(words)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop.log, "warning", warning)
     with loop.stop_signal() as stop:
         signal.raise_signal(signal.SIGTERM)
+        pytest.fail("went on")
     assert stop.requested
+    assert len(said) == 1, "the second signal came while the first one's message was written"
 
 
 def test_a_run_that_is_stopped_before_its_first_step_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,9 @@ def test_keys_tell_what_differs():
     keys = {Specialization.of(step).key for step in [base, *others]}
     assert len(keys) == 1 + len(others)
     assert Specialization.of(example(rows=64, eps=2.0)).key in keys
+    found = Specialization.of(base)
+    turned = (dict(reversed(part.items())) for part in (found.arguments, found.constants, found.options))
+    assert Specialization(found.kernel, *turned).key == found.key
 
 
 @pytest.mark.parametrize("value", [torch.zeros(1, dtype=torch.int8), True, "x"])

@@ -91,8 +91,13 @@ def test_refuses_what_does_not_fit():
         prefix_weights("liner", 1, 2, 3)
     with pytest.raises(InputError, match="delay and horizon >= 0"):
         prefix_weights("ones", -1, 2, 3)
-    with pytest.raises(InputError, match="expected all of t, previous, weights and max_guidance"):
-        euler_step(X, V, 0.25, previous=PREVIOUS)
+    with pytest.raises(InputError, match="delay and horizon >= 0 and length >= 1"):
+        prefix_weights("ones", 1, 2, 0)
+    whole = dict(t=1.0, previous=PREVIOUS, weights=ROWS, max_guidance=1.0)
+    for name, value in whole.items():
+        for given in ({name: value}, {n: v for n, v in whole.items() if n != name}):
+            with pytest.raises(InputError, match="expected all of t, previous, weights and max_guidance"):
+                euler_step(X, V, 0.25, **given)
     with pytest.raises(InputError, match=r"weights: expected \[K\] = \[16\], got \[15\]"):
         euler_step(X, V, 0.25, t=1.0, previous=PREVIOUS, weights=torch.ones(15), max_guidance=1.0)
     with pytest.raises(InputError, match=r"weights: expected \[B, K\] = \[3, 16\], got \[2, 16\]"):

@@ -24,6 +24,7 @@ def test_the_table_has_the_ops_that_have_triton_kernels():
 
 @pytest.mark.parametrize("op", OPS)
 def test_rows_are_complete(op):
+    assert tiles.table()[op]
     for architecture, rows in tiles.table()[op].items():
         names = set(rows[0]["tile"])
         assert {"num_warps", "num_stages"} <= names
@@ -116,6 +117,8 @@ def test_own_columns_replace_committed_ones_and_nothing_else(use) -> None:
     assert tiles.source("euler_step", "90") == f"{path} (DIT4DIT_TILES), column 90"
     assert tiles.source("euler_step", "86") == "tiles.json of dit4dit, column 80"
     assert "90" not in tiles.committed()["euler_step"]
+    use({"tiles": {"euler_step": {"80": [EULER]}}})
+    assert tiles.lookup("euler_step", "80") == EULER["tile"] != tiles.committed()["euler_step"]["80"][0]["tile"]
 
 
 def test_explain_and_doctor_say_which_table(use, monkeypatch: pytest.MonkeyPatch) -> None:
