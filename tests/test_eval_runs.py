@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,19 @@ def test_a_run_goes_on_as_it_was_started_or_not_at_all(folder: Path, change: dic
         Book(folder, {**CONFIG, **change}, resume=True)
     elsewhere = {"workers": 7, "machine": {"cpu": "another"}, "policy": {"checkpoint": "a", "path": "elsewhere"}}
     Book(folder, {**CONFIG, **elsewhere}, resume=True).close()
+    Book(folder, {**CONFIG, "shard": (1, 1)}, resume=True).close()  # a list in the file
+
+
+def test_other_worlds_are_not_other_numbers_of_episodes() -> None:
+    plan = {"seed": 1, "episodes": 5, "tasks": [0], "trials": 2, "suites": ["a"], "camera": 128}
+    first = Run(Path("first"), {"benchmark": "x", "plan": plan, "batch": 1}, [])
+    more = {"seed": 2, "episodes": 9, "tasks": [1], "trials": 3, "suites": ["b"], "camera": 128}
+    assert runs.other_worlds(first, replace(first, config={"benchmark": "x", "plan": more, "batch": 2})) == {}
+    other = {"benchmark": "y", "plan": {**more, "camera": 256}}
+    assert runs.other_worlds(first, replace(first, config=other)) == {
+        "benchmark": ("x", "y"),
+        "plan.camera": (128, 256),
+    }
 
 
 def test_a_run_is_not_written_over_nor_by_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +175,9 @@ def test_a_run_is_not_written_over_nor_by_two(folder: Path, monkeypatch: pytest.
     book = Book(folder, CONFIG, resume=True)
     with pytest.raises(ConfigError, match="another evaluation is writing here"):
         Book(folder, CONFIG, resume=True)
-    book.close()
-    Book(folder, CONFIG, resume=True).close()
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 30.0)
+    threading.Timer(0.2, book.close).start()
+    Book(folder, CONFIG, resume=True).close()  # of an evaluator that is just ending
 
 
 def test_what_is_no_run_is_said_to_be_none(tmp_path: Path) -> None:
