@@ -41,10 +41,13 @@ demo-train: .venv/.installed
 QUICK := not (kernels or slow or sim or long or gpu)
 REST := (kernels or slow or sim or gpu) and not long
 
+# the files that have such tests, so that not all are read to find them
+SERIAL = $(shell grep -rl --include='test_*.py' 'mark\.serial' tests)
+
 # Those marked serial by themselves, then the others side by side. Exit code 5: none of them was chosen, as with a -k in ARGS.
 # The pytest command, not `python -m pytest`, which would put the source tree before the installed package.
 define run_tests
-	@$(BIN)/pytest -m "serial and ($(1))" $(ARGS); first=$$?; \
+	@$(BIN)/pytest -m "serial and ($(1))" $(or $(ARGS),$(SERIAL)); first=$$?; \
 	$(BIN)/pytest -n $(PROCESSES) --dist worksteal -m "not serial and ($(1))" $(ARGS); second=$$?; \
 	case "$$first $$second" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
 endef

@@ -132,7 +132,7 @@ def test_a_server_that_does_not_read_holds_nobody_up() -> None:
         server.shutdown()
 
 
-def test_connecting_says_what_is_wrong() -> None:
+def test_connecting_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         with pytest.raises(ConnectError, match="no policy server there"):
@@ -144,8 +144,9 @@ def test_connecting_says_what_is_wrong() -> None:
     with pytest.raises(ConnectError, match="not an address"):
         Client("http://127.0.0.1")
     with running(api_key=KEY) as server:
-        with pytest.raises(ConnectError, match="401"):
-            Client(port=server.port, wait_s=WAIT)  # waiting would not help
+        with monkeypatch.context() as patch, pytest.raises(ConnectError, match="401"):
+            patch.setattr(module.time, "sleep", lambda _: pytest.fail("waits, which does not help here"))
+            Client(port=server.port, wait_s=WAIT)
         with Client(port=server.port, api_key=KEY) as client:
             client.ping()
     for bad in ({"timeout_s": 0}, {"connect_timeout_s": 0}, {"wait_s": -1}, {"backoff_s": 0}):
