@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -178,3 +179,28 @@ def test_decoding_starts_no_threads(tmp_path: Path) -> None:
     reader.close()
     assert not reader._open
     assert shown(reader.decoder(path).frames([7])[0]) == 7
+
+
+AV1 = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from dit4dit.data.writer import VideoCodec, VideoFile
+def policies():
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+before = policies()
+video = VideoFile(Path("v.mp4"), 10, (64, 64), VideoCodec(name="libsvtav1", crf=30, options={"preset": "12"}))
+video.append(np.zeros((40, 64, 64, 3), np.uint8))
+running, threads = policies(), len(os.listdir("/proc/self/task"))
+video.close()
+print([sorted(before), sorted(running), sorted(policies())], threads)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="scheduling policies are Linux's")
+def test_encoding_leaves_the_scheduling_as_it_is(tmp_path: Path) -> None:
+    """SVT-AV1 makes its caller real-time where it runs as root. In a child: this process would stay so, and starve the others."""
+    done = subprocess.run([sys.executable, "-c", AV1], capture_output=True, text=True, check=True, cwd=tmp_path)
+    policies, _, threads = done.stdout.rpartition(" ")
+    assert policies == str([[os.SCHED_OTHER]] * 3)
+    assert int(threads) > 1, "the encoder's own threads"

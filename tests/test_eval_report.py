@@ -56,6 +56,9 @@ def seen_in_browser(page: Path) -> dict[str, Any]:
     probed = page.with_name("probed.html")
     probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--timeout=60000"]
+    # a profile of its own, where another browser may run, and nothing that looks for a network
+    words += [f"--user-data-dir={page.with_name('profile')}", "--no-first-run", "--disable-background-networking"]
+    words += ["--disable-component-update", "--disable-sync"]
     dumped = subprocess.run(
         [*words, "--virtual-time-budget=20000", "--dump-dom", probed.as_uri()],
         capture_output=True,

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -49,6 +51,37 @@ class VideoCodec:
         return cls(name="libx264rgb", crf=0, pixels="rgb24")
 
 
+@contextmanager
+def scheduling_kept() -> Iterator[None]:
+    """Every thread keeps its scheduling policy, new ones get the calling thread's.
+
+    For SVT-AV1: where it runs as root, it makes itself and its caller real-time (SCHED_FIFO, priority 99), for good. Children
+    would inherit that, and other processes would wait for all of them.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # only Linux has them
+        yield
+        return
+    before = _scheduling()
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        for thread, found in _scheduling().items():
+            wanted = before.get(thread, (policy, parameter))
+            if found != wanted:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.sched_setscheduler(thread, *wanted)
+
+
+def _scheduling() -> dict[int, tuple[int, os.sched_param]]:
+    """(policy, priority) of this process's threads."""
+    found = {}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with suppress(ProcessLookupError):
+            found[thread] = os.sched_getscheduler(thread), os.sched_getparam(thread)
+    return found
+
+
 class VideoFile:
     """One mp4 file that frames are appended to."""
 
@@ -56,6 +89,9 @@ class VideoFile:
         av = require("av", "train")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.count = path, 0
+        self._encoding: Callable[[], AbstractContextManager[None]] = nullcontext
+        if codec.name == "libsvtav1":
+            self._encoding = scheduling_kept
         self.container = av.open(str(path), mode="w")
         rate = Fraction(fps).limit_denominator(1001)
         options = {"crf": str(codec.crf), "g": str(codec.gop), **codec.options}
@@ -71,10 +107,12 @@ class VideoFile:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts = self.count
             self.count += 1
-            self.container.mux(self.stream.encode(frame))
+            with self._encoding():
+                self.container.mux(self.stream.encode(frame))
 
     def close(self) -> None:
-        self.container.mux(self.stream.encode())
+        with self._encoding():
+            self.container.mux(self.stream.encode())
         self.container.close()
 
 
