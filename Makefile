@@ -1,8 +1,8 @@
 # The few things a contributor repeats. `make demo` and `make test` set up .venv by themselves.
 #
 #   make demo | demo-train | test | test-all | lint | format | cubins | wheel | clean
-#   make test ARGS="-k preprocess"        arguments for pytest
-#   make test PROCESSES=8                 more of them at the same time (2)
+#   make test ARGS="-k preprocess"        arguments for pytest: files, -k, -x; for -m call .venv/bin/pytest
+#   make test PROCESSES=8                 more of them at the same time (2; 0 where a debugger is wanted)
 #   make test-all                         what `make test` leaves out: kernels on the CPU, what is slow, simulators
 #   make demo-train SEED=1                train the demo's policy from another seed, into demo-train/seed-1
 #   make test PYTHON=python3.12           another interpreter (after `make clean`)
@@ -45,10 +45,12 @@ REST := (kernels or slow or sim or gpu) and not long
 SERIAL = $(shell grep -rl --include='test_*.py' 'mark\.serial' tests)
 
 # Those marked serial by themselves, then the others side by side. Exit code 5: none of them was chosen, as with a -k in ARGS.
+# What takes longest is listed: above 5 s on a quiet core it belongs to `make test-all`.
 # The pytest command, not `python -m pytest`, which would put the source tree before the installed package.
 define run_tests
+	$(if $(filter -m%,$(ARGS)),$(error ARGS: -m is set here; call .venv/bin/pytest with it))
 	@$(BIN)/pytest -m "serial and ($(1))" $(or $(ARGS),$(SERIAL)); first=$$?; \
-	$(BIN)/pytest -n $(PROCESSES) --dist worksteal -m "not serial and ($(1))" $(ARGS); second=$$?; \
+	$(BIN)/pytest -n $(PROCESSES) --dist worksteal --durations=10 --durations-min=5 -m "not serial and ($(1))" $(ARGS); second=$$?; \
 	case "$$first $$second" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
 endef
 

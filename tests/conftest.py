@@ -14,17 +14,32 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Test processes side by side (pytest -n) share the cores.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(workers))))
 
 GOLDEN = Path(__file__).parent / "golden"
 FIXTURES = ("libero_tiny", "gr1_tiny")
+KERNELS = {"interpreter", "chip", "emulated", "small_build"}
+"""Fixtures that run or compile kernels: a test that has one is marked `kernels`."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What cannot run here is skipped, and says so: tests marked gpu, capture, cuda_build, and long unless they are asked for."""
     import torch
 
     from dit4dit import _C
+
+    for item in items:
+        if KERNELS & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.kernels)
+        if "serial" in item.keywords:
+            if "mark.serial" not in item.path.read_text():
+                raise pytest.UsageError(
+                    f"{item.path}: write pytest.mark.serial in it, or the Makefile does not find it"
+                )
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                item.add_marker(pytest.mark.skip(reason="runs alone: pytest -m serial, without -n"))
 
     if not _C.cuda_architectures:
         for item in items:

@@ -59,8 +59,9 @@ class World:
 
     def wait_for_others(self, folder, together):
         """Until `together` worlds have come; those that come later wait for as many again."""
+        # counted before this world comes: others may come in between
+        wanted = (len(list(folder.iterdir())) // together + 1) * together
         (folder / str(self.seed)).touch()
-        wanted = -(-len(list(folder.iterdir())) // together) * together
         end = time.monotonic() + 120
         while len(list(folder.iterdir())) < wanted:
             if time.monotonic() > end:

@@ -47,7 +47,8 @@ def test_it_is_a_shell_script() -> None:
 def test_a_part_that_fails_is_recorded_and_stops_no_other(tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "timeout").write_text('#!/bin/bash\nexec "${@:3}"\n')  # the limits are for a machine that is not shared
+    # the limits are for a machine that is not shared; that each part has its own is looked at
+    (programs / "timeout").write_text(f'#!/bin/bash\necho "$2" >>{tmp_path}/limits\nexec "${{@:3}}"\n')
     (programs / "timeout").chmod(0o755)
     settings = {"PRESETS": "tiny tinny", "CHUNKS": "1", "OPS": "euler_step", "LIMIT": "100000"}
     done = suite(tmp_path, **settings, PROGRAMS=str(programs))
@@ -66,6 +67,9 @@ def test_a_part_that_fails_is_recorded_and_stops_no_other(tmp_path: Path) -> Non
     models = {"parity_libero_tiny", "parity_gr1_tiny", "latency_tiny", "latency_fp8_tiny", "flops_tiny"}
     assert ran == {"doctor", "ops", "options", *models}
     assert ran <= set(data)
+    limits = [int(line) for line in (tmp_path / "limits").read_text().split()]
+    assert limits == [part["limit"] for part in parts.values() if "exit_code" in part]
+    assert all(0 < limit <= 150 for limit in limits)
     assert data["doctor"]["healthy"]
     assert all(stage["ok"] for stage in data["parity_gr1_tiny"]["stages"])
     assert data["latency_tiny"]["ratio"]["total"] > 0

@@ -176,7 +176,7 @@ def test_the_command_serves_stops_on_sigterm_and_reports(small_libero: Path, tmp
         (["--warm-up", "--picture", "wrist_image"], "expected VIEW=HEIGHTxWIDTH"),
         (["--instructions", "none.txt"], "no such file"),
         (["--api-key-file", "none.txt"], "the key cannot be read"),
-        (["--api-key", "on-the-command-line"], "--api-key"),
+        pytest.param(["--api-key", "on-the-command-line"], "--api-key", id="words6-"),
     ],
 )
 def test_mistakes_are_said_before_the_checkpoint_is_read(words, reason: str, capsys, tmp_path, monkeypatch) -> None:

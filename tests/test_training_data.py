@@ -133,6 +133,7 @@ class Hangs(RandomData):
         return super().sample(index, video=video)
 
 
+@pytest.mark.slow
 def test_a_loader_that_hangs_does_not_keep_a_run_that_ends() -> None:
     data = Hangs(TINY, "libero")
     feed = iter(Feed(data, Share(0, 1, 1, 1), 0, 2, workers=1, video=False, pin=False))

@@ -126,6 +126,7 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(uninterrupted, tm
         assert got == pytest.approx(uninterrupted[1][at], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_another_run_is_refused(three_steps: Path, tmp_path: Path) -> None:
     saved = checkpoint.folder_of(three_steps, 3)
     small = worker.small_config(tmp_path / "run").override({"data.batch_size": "2", "run.steps": str(STEPS)})
@@ -141,6 +142,7 @@ def test_another_run_is_refused(three_steps: Path, tmp_path: Path) -> None:
             train(config, RandomData(config.model, "libero"), resume=saved)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_names_its_file(three_steps: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint.folder_of(three_steps, 3), tmp_path / "step_00000003"))
     files = json.loads((folder / "manifest.json").read_text())

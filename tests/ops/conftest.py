@@ -19,13 +19,6 @@ from dit4dit.ops import dispatch
 Run = Callable[..., Any]
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if {"interpreter", "chip", "emulated"} & {*getattr(item, "fixturenames", ())}:
-            item.add_marker(pytest.mark.kernels)
-
-
 class Interpreter:
     """The process of interpreter.py. Call it with an op's name and arguments."""
 
