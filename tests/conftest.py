@@ -19,7 +19,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 GOLDEN = Path(__file__).parent / "golden"
 FIXTURES = ("libero_tiny", "gr1_tiny")
-KERNELS = {"interpreter", "chip", "emulated", "small_build"}
+KERNELS = {"interpreter", "small_build"}
 """Fixtures that run or compile kernels: a test that has one is marked `kernels`."""
 
 
