@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def collected(file: Path) -> list[str]:
-    ids = [line for line in file.read_text().splitlines() if "::" in line]
+    ids = [line for line in file.read_text().splitlines() if "::" in line] if file.is_file() else []
     if not ids:
-        sys.exit(f"{file}: no test in it; make it with pytest --collect-only -q")
+        sys.exit(f"{file}: no such file, or no test in it; make it with pytest --collect-only -q")
     return ids
 
 

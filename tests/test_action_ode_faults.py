@@ -182,6 +182,13 @@ def test_what_is_out_of_bounds_is_caught(sound: Schedule, opcode: Opcode, change
         validate(changed(sound, i, **change))
 
 
+def test_rows_that_end_within_the_columns_told_apart_are_caught(sound: Schedule) -> None:
+    """By their own check: those that follow look at whole cells."""
+    product = next(i for i, t in enumerate(sound.decoded) if t.opcode == Opcode.PRODUCT and t.wait != NONE)
+    with pytest.raises(ScheduleError, match=rf"^tile {product} .* ends within 16 columns$"):
+        validate(changed(sound, product, row=8))
+
+
 def test_actions_that_nobody_writes_are_caught(sound: Schedule) -> None:
     last = a_tile(sound, Product, epilogue=Epilogue.EULER, step=1)
     with pytest.raises(ScheduleError, match="never written"):

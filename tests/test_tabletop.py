@@ -273,6 +273,6 @@ def test_rendering_is_fast():
     scene, _, _ = tabletop.layout(0)
     tabletop.render(scene)
     tables = tabletop._table.cache_info().misses
-    assert lines_run(lambda: tabletop.render(scene)) < 1000, "244 when this was written; the picture has 4096 pixels"
+    assert lines_run(lambda: tabletop.render(scene)) < 1000, "244 when this was written; the image has 4096 pixels"
     assert peak_bytes(lambda: tabletop.render(scene)) < 1_000_000, "0.44 MB; 22 shapes on the whole canvas take 2.4 MB"
     assert tabletop._table.cache_info().misses == tables

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -53,33 +53,26 @@ class VideoCodec:
 
 @contextmanager
 def scheduling_kept() -> Iterator[None]:
-    """Every thread keeps its scheduling policy, new ones get the calling thread's.
+    """The calling thread keeps its scheduling policy, and threads that are started in between get it; others are left alone.
 
-    For SVT-AV1: where it runs as root, it makes itself and its caller real-time (SCHED_FIFO, priority 99), for good. Children
-    would inherit that, and other processes would wait for all of them.
+    For the start of SVT-AV1: as root it makes its caller and its own threads real-time (SCHED_FIFO, priority 99), for good.
+    Children would inherit that, and other processes would wait for all of them.
     """
     if not hasattr(os, "sched_getscheduler"):  # only Linux has them
         yield
         return
-    before = _scheduling()
-    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    before, policy, parameter = _threads(), os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield
     finally:
-        for thread, found in _scheduling().items():
-            wanted = before.get(thread, (policy, parameter))
-            if found != wanted:
-                with suppress(ProcessLookupError):  # it has ended
-                    os.sched_setscheduler(thread, *wanted)
+        for thread in {0} | (_threads() - before):  # 0 is the calling one
+            with suppress(ProcessLookupError):  # it has ended
+                if (os.sched_getscheduler(thread), os.sched_getparam(thread)) != (policy, parameter):
+                    os.sched_setscheduler(thread, policy, parameter)
 
 
-def _scheduling() -> dict[int, tuple[int, os.sched_param]]:
-    """(policy, priority) of this process's threads."""
-    found = {}
-    for thread in map(int, os.listdir("/proc/self/task")):
-        with suppress(ProcessLookupError):
-            found[thread] = os.sched_getscheduler(thread), os.sched_getparam(thread)
-    return found
+def _threads() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/task")}
 
 
 class VideoFile:
@@ -89,9 +82,6 @@ class VideoFile:
         av = require("av", "train")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.count = path, 0
-        self._encoding: Callable[[], AbstractContextManager[None]] = nullcontext
-        if codec.name == "libsvtav1":
-            self._encoding = scheduling_kept
         self.container = av.open(str(path), mode="w")
         rate = Fraction(fps).limit_denominator(1001)
         options = {"crf": str(codec.crf), "g": str(codec.gop), **codec.options}
@@ -106,14 +96,18 @@ class VideoFile:
         for picture in pictures:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts = self.count
+            self._encode(frame)
             self.count += 1
-            with self._encoding():
-                self.container.mux(self.stream.encode(frame))
 
     def close(self) -> None:
-        with self._encoding():
-            self.container.mux(self.stream.encode())
+        self._encode(None)
         self.container.close()
+
+    def _encode(self, frame: Any) -> None:
+        """None: what the encoder has kept back. The first call starts it."""
+        with scheduling_kept() if self.count == 0 and self.stream.name == "libsvtav1" else nullcontext():
+            packets = self.stream.encode(frame)
+        self.container.mux(packets)
 
 
 class Writer:
