@@ -1,0 +1,110 @@
+"""A benchmark's result, whole in its file at any moment: after each block of samples, at its time's end, when it is told to stop.
+
+    with Recording(path, seconds) as record:
+        record.result |= {"machine": machine(), "rows": []}
+        for case in record.each(cases, "ops"):
+            record.result["rows"].append(measure(case))
+
+"complete" in the file says whether all was measured, and "cut" what stopped it: {"by", "during", "left"}, None where nothing did.
+A process that is killed outright leaves the last block's file, whose "cut" says "killed".
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+from dit4dit.commands.report import write_json
+
+T = TypeVar("T")
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a command that SIGTERM ended, after it has written its file."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM; no `except Exception` of a single measurement keeps it."""
+
+
+class Recording:
+    """One result and its file. Only the main thread's is written on SIGTERM.
+
+    Attributes:
+        result: ready for JSON at any time; "complete" and "cut" are this class's.
+    """
+
+    def __init__(self, path: Path | None, seconds: float | None = None) -> None:
+        """path: None keeps no file. seconds: how long may be measured; None as long as it takes."""
+        self.result: dict[str, Any] = {"complete": False}
+        self._path = path
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._during, self._left = "start", list[str]()
+        self._over: dict[str, Any] | None = None
+
+    def __enter__(self) -> Recording:
+        self._handles = threading.current_thread() is threading.main_thread()
+        if self._handles:
+            self._before = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                by = "SIGTERM" if isinstance(error, Terminated) else f"{type(error).__name__}: {error}"
+                self._over = {"by": by, "during": self._during, "left": self._left}
+            self.result |= {"complete": self._over is None, "cut": self._over}
+            self._write()
+        finally:
+            if self._handles:
+                signal.signal(signal.SIGTERM, self._before)
+
+    def keep(self) -> None:
+        """Write what there is: a block of samples has ended."""
+        killed = {"by": "killed", "during": self._during, "left": self._left}
+        self.result |= {"complete": False, "cut": self._over or killed}
+        self._write()
+
+    def during(self, what: str) -> None:
+        """Name what is measured next, and keep what was measured before."""
+        self._during, self._left = what, []
+        self.keep()
+
+    def remaining(self) -> float | None:
+        """Seconds that may still be measured; None without a limit."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
+
+    def over(self, left: Iterable[str] = ()) -> bool:
+        """Whether the time has been used up, which then stands in the result with what is left out."""
+        if self.remaining() != 0.0:
+            return False
+        if self._over is None:
+            self._over = {"by": "seconds", "during": self._during, "left": []}
+        self._over["left"] += list(left)
+        return True
+
+    def each(self, things: Iterable[T], what: str, name: Any = str) -> Iterator[T]:
+        """Each of `things` while there is time, with the file written after it; those not reached are named as left."""
+        todo = list(things)
+        self._during = what
+        for i, thing in enumerate(todo):
+            self._left = [name(other) for other in todo[i:]]
+            if self.over(self._left):
+                break
+            yield thing
+            self._left = self._left[1:]
+            self.keep()
+        self._left = []
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the file is being written
+        raise Terminated(TERMINATED)
+
+    def _write(self) -> None:
+        if self._path is not None:
+            write_json(self._path, self.result)
