@@ -10,6 +10,8 @@
 #   make wheel CUDA=ON PTXAS=ON           every architecture, with the compiler's report on registers and spills
 #   make cubins                           Triton's kernels for every architecture, into build/cubins (no GPU needed)
 #   make wheel CUDA=ON CUBINS=build/cubins        the release wheel
+#   make gpu-bundle                       dist/gpu-bundle: what a Hopper machine without network lacks, for benchmarks/gpu_suite.sh
+#   make gpu-rehearsal                    that suite here, without GPU and network, on such a machine's versions (6 GB)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -28,7 +30,7 @@ CMAKE_ARGS := --config-settings=cmake.define.DIT4DIT_CUDA=$(CUDA) --config-setti
 SOURCES := $(shell find dit4dit csrc kernels benchmarks -type f -not -name '*.pyc') \
 	CMakeLists.txt pyproject.toml README.md LICENSE
 
-.PHONY: demo demo-train test test-all lint format cubins wheel clean
+.PHONY: demo demo-train test test-all lint format cubins wheel gpu-bundle gpu-rehearsal clean
 .SUFFIXES:
 
 demo: .venv/.installed
@@ -78,6 +80,28 @@ wheel: .venv/.torch
 	@echo "-- wheel (CUDA=$(CUDA))"
 	@$(PIP) wheel $(if $(filter ON,$(PTXAS)),-v,-qq) --no-deps --wheel-dir dist $(CMAKE_ARGS) .
 	@ls -l dist
+
+# What a plain PyTorch image (Python 3.12, torch, transformers, matplotlib, pytest with xdist and timeout) lacks. It is installed
+# with --no-deps: av and websockets are not there, and nothing in the suite imports them.
+GPU_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) python3.12)
+BUNDLED := diffusers==0.42.1 lazy-importer importlib-metadata tyro==1.0.17 docstring-parser typeguard omegaconf==2.4.0
+
+gpu-bundle: .venv/.installed
+	@rm -rf build/cubins-90 dist/gpu-bundle && mkdir -p build
+	@cd build && ../$(BIN)/python -m dit4dit.cubins --capability 90 --out cubins-90
+	@test -x build/gpu-python/bin/python || $(GPU_PYTHON) -m venv build/gpu-python
+	@build/gpu-python/bin/python -m pip wheel -qq --no-deps --wheel-dir dist/gpu-bundle . \
+		--config-settings=cmake.define.DIT4DIT_CUDA=90a --config-settings=cmake.define.DIT4DIT_CUBINS=$(abspath build/cubins-90)
+	@build/gpu-python/bin/python -m pip wheel -qq --no-deps --wheel-dir dist/gpu-bundle $(BUNDLED)
+	@du -sh dist/gpu-bundle
+	@test "$$(du -sk dist/gpu-bundle | cut -f1)" -lt 20480 || { echo "error: dist/gpu-bundle: 20 MiB at most"; exit 1; }
+
+# As root: `unshare -n` takes the network away.
+gpu-rehearsal: gpu-bundle
+	@test -x build/rehearsal/bin/python || $(GPU_PYTHON) -m venv build/rehearsal
+	@build/rehearsal/bin/python -m pip install -qq torch==2.11.0 triton==3.6.0 transformers==5.17.0 numpy==2.5.2 \
+		matplotlib pytest pytest-xdist pytest-timeout scipy requests pyyaml pillow tqdm packaging zipp
+	@DEVICE=cpu PRESETS=tiny LIMIT=400 PYTHON=$(abspath build/rehearsal/bin/python) unshare -n benchmarks/gpu_suite.sh build/rehearsed
 
 clean:
 	rm -rf .venv build dist

@@ -1,121 +1,357 @@
-"""gpu_suite.sh: each part by itself, results in one file whatever fails. Here its parts run on the CPU."""
+"""gpu_suite.py: each part by itself, one result whatever fails, hangs or is killed. Here its parts run on the CPU."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import shutil
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from waiting import eventually
 
 ROOT = Path(__file__).parents[1]
-SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
-MERGE = ROOT / "benchmarks" / "merge_results.py"
+SCRIPT = ROOT / "benchmarks" / "gpu_suite.sh"
 
 
-def suite(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    assert shutil.which("bash")
-    here = Path(sys.executable).parent
-    path = f"{environment.pop('PROGRAMS', here)}{os.pathsep}{here}{os.pathsep}{os.environ['PATH']}"
-    given = {
-        **os.environ,
-        "PATH": path,
-        "PYTHON": sys.executable,
-        "DEVICE": "cpu",
-        "BUILD": "0",
-        "ALONE": "3",
-        **environment,
-    }
-    given.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return subprocess.run(["bash", SUITE, out], env=given, capture_output=True, text=True, check=False)
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_suite", ROOT / "benchmarks" / "gpu_suite.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def result(out: Path) -> dict:
+gpu_suite = load()
+
+
+def environment(**given: str) -> dict[str, str]:
+    here = {"PYTHON": sys.executable, "DEVICE": "cpu", "BUILD": "0", "PRESETS": "tiny", "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**os.environ, **here, **given}
+
+
+def suite(out: Path, *options: str, **given: str) -> subprocess.CompletedProcess[str]:
+    """The script, as a user calls it."""
+    command = ["bash", str(SCRIPT), str(out), *options]
+    return subprocess.run(command, env=environment(**given), capture_output=True, text=True, check=False)
+
+
+def start(tmp_path: Path, parts: dict[str, str], options: str = "", **given: str) -> subprocess.Popen[str]:
+    """The suite with other parts: name -> "least most beside? code" of Python."""
+    made = ", ".join(
+        f"Part({name!r}, (settings.python, '-c', {code!r}, '{{json}}', '{{seconds}}'), {options or '1, 60'})"
+        for name, code in parts.items()
+    )
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nfrom pathlib import Path\n"
+        f"from gpu_suite import Part, run\nbefore = Path(sys.argv[2]) if len(sys.argv) > 2 else None\n"
+        f"sys.exit(run(Path(sys.argv[1]), before, (), lambda settings: [{made}]))\n"
+    )
+    before = [given.pop("before")] if "before" in given else []
+    command = [sys.executable, str(driver), str(tmp_path / "out"), *before]
+    return subprocess.Popen(
+        command, env=environment(**given), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ended(process: subprocess.Popen[str], timeout: float = 100) -> tuple[int, str]:
+    text, _ = process.communicate(timeout=timeout)
+    return process.returncode, text
+
+
+def result(out: Path) -> dict[str, Any]:
     (file,) = out.glob("*.json")
-    return json.loads(file.read_text())
+    data: dict[str, Any] = json.loads(file.read_text())
+    return data
+
+
+BLOCKS = (
+    "import json, os, sys, time\n"
+    "def write(n):\n"
+    "    aside = sys.argv[1] + '.aside'\n"
+    "    open(aside, 'w').write(json.dumps({'blocks': n, 'cut': {'by': 'killed'} if n < 400 else None}))\n"
+    "    os.replace(aside, sys.argv[1])\n"
+)
 
 
 def test_it_is_a_shell_script() -> None:
-    done = subprocess.run(["bash", "-n", SUITE], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-n", SCRIPT], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("bundle", [None, ROOT / "dist" / "gpu-bundle"])
+def test_the_parts_of_most_value_fit_into_one_short_call(bundle: Path | None, tmp_path: Path) -> None:
+    settings = gpu_suite.Settings(out=tmp_path, scratch=tmp_path, bundle=bundle)
+    parts = gpu_suite.parts(settings)
+    names = [part.name for part in parts]
+    assert len(set(names)) == len(names)
+    assert all(0 < part.least <= part.most for part in parts)
+    needed = 0
+    for group in gpu_suite.side_by_side(parts):
+        needed += max(part.most for part in group)
+        if group[-1].name == "ratio_robocasa_gr1":
+            break
+    else:
+        pytest.fail("no ratio")
+    if bundle is not None:  # a build takes longer, and what is after it less
+        assert needed <= settings.limit - gpu_suite.RESERVE
+    order = ("install", "doctor", "parity_gr1", "latency_robocasa_gr1", "latency_libero", "profile_robocasa_gr1")
+    order += ("latency_library_robocasa_gr1", "latency_one_launch_robocasa_gr1", "ratio_robocasa_gr1", "ops")
+    order += ("ops_self_attention", "ops_action_ode", "gpu_tests", "gpu_tests_persistent", "latency_fp8_robocasa_gr1")
+    order += ("ratio_libero", "spaced_robocasa_gr1", "tune", "sanitizer")
+    assert sorted(order, key=names.index) == list(order)
+
+
+def test_every_program_is_called_by_its_path_and_every_op_is_timed(tmp_path: Path) -> None:
+    from dit4dit import ops
+
+    settings = gpu_suite.Settings(out=tmp_path, scratch=tmp_path, python="/x/python")
+    parts = gpu_suite.parts(settings)
+    assert {part.command[0] for part in parts} == {"/x/python", "bash"}
+    timed = [word for part in parts if part.name.startswith("ops") for word in part.command]
+    assert set(ops.names()) <= set(timed)
+
+
 def test_a_part_that_fails_is_recorded_and_stops_no_other(tmp_path: Path) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    # the limits are for a machine that is not shared; that each part has its own is looked at
-    (programs / "timeout").write_text(f'#!/bin/bash\necho "$2" >>{tmp_path}/limits\nexec "${{@:3}}"\n')
-    (programs / "timeout").chmod(0o755)
-    settings = {"PRESETS": "tiny tinny", "CHUNKS": "1", "OPS": "euler_step", "LIMIT": "100000"}
-    done = suite(tmp_path, **settings, PROGRAMS=str(programs))
-    assert done.returncode == 1, done.stderr
+    lines = "[print('line', i) for i in range(99)]; sys.exit(3)"
+    parts = {"fails": "import sys\n" + lines, "dies": "import os; os.abort()", "ends": BLOCKS + "write(400)"}
+    code, text = ended(start(tmp_path, parts))
+    assert code == 1, text
+    data = result(tmp_path / "out")
+    assert data["suite"]["failed"] == ["fails", "dies"]
+    known = data["suite"]["parts"]
+    assert known["fails"]["exit_code"] == 3
+    assert known["fails"]["log"][-1] == "line 98"
+    assert known["dies"]["exit_code"] == -signal.SIGABRT
+    assert known["ends"]["exit_code"] == 0
+    assert data["ends"] == {"blocks": 400, "cut": None}
+    assert str(tmp_path) not in json.dumps(data["suite"])
+    (log,) = (tmp_path / "out").glob("*.log")
+    assert "line 0" in log.read_text()  # the whole of it
+
+
+def test_parts_that_never_end_are_ended_and_what_they_had_is_kept(tmp_path: Path) -> None:
+    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + BLOCKS
+    deaf += "n = 0\nwhile True:\n    n += 1; write(n); time.sleep(0.05)\n"
+    begin = time.monotonic()
+    code, text = ended(start(tmp_path, {f"part{i}": deaf for i in range(9)}, options="2, 5", LIMIT="16"))
+    assert time.monotonic() - begin < 16 + 4, text
+    assert code == 1
+    data = result(tmp_path / "out")
+    known = data["suite"]["parts"]
+    assert known["part0"]["timed_out"]
+    assert known["part0"]["cut"]
+    assert data["part0"]["blocks"] > 9
+    left = [name for name, part in known.items() if "left_out" in part]
+    assert left == data["suite"]["left_out"]
+    assert left == [f"part{i}" for i in range(9 - len(left), 9)]
+    assert len(left) >= 6
+    assert "no time was left" in known["part8"]["left_out"]
+
+
+@pytest.mark.long
+def test_with_the_longest_limit_parts_that_never_end_are_ended(tmp_path: Path) -> None:
+    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(1)"
+    begin = time.monotonic()
+    code, _ = ended(start(tmp_path, {f"part{i}": deaf for i in range(30)}, options="10, 45", LIMIT="480"), 500)
+    assert time.monotonic() - begin < 495
+    assert code == 1
+    assert len(result(tmp_path / "out")["suite"]["parts"]) == 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_suite_that_is_killed_leaves_its_result_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    slow = BLOCKS + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+    slow += "for n in range(1, 400): write(n); time.sleep(0.05)\n"
+    process = start(tmp_path, {"first": BLOCKS + "write(400)", "slow": slow, "last": "pass"})
+    out = tmp_path / "out"
+
+    def running() -> bool:
+        found = list(out.glob("*.json"))
+        return bool(found) and (number == signal.SIGTERM or "slow" in json.loads(found[0].read_text()))
+
+    eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "" and running())
+    child = int((tmp_path / "pid").read_text())
+    process.send_signal(number)
+    code, _ = ended(process)
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+    eventually(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
+    data = result(out)
+    assert data["suite"]["parts"]["first"]["exit_code"] == 0
+    assert data["suite"]["parts"]["slow"]["exit_code"] != 0
+    assert data["suite"]["parts"]["slow"]["cut"]
+    assert data["slow"]["blocks"] >= 1
+
+
+def test_a_second_call_goes_on_where_the_first_was_cut(tmp_path: Path) -> None:
+    count = "open({!r}, 'a').write('x')\n"
+    ran = {name: tmp_path / name for name in ("whole", "cut", "fails")}
+    parts = {
+        "whole": BLOCKS + count.format(str(ran["whole"])) + "write(400)",
+        "cut": BLOCKS + count.format(str(ran["cut"])) + "write(7)",
+        "fails": count.format(str(ran["fails"])) + "1 / 0",
+    }
+    assert ended(start(tmp_path, parts))[0] == 1
+    (first,) = (tmp_path / "out").glob("*.json")
+    before = tmp_path / "first.json"
+    first.rename(before)
+    assert ended(start(tmp_path, parts, before=str(before)))[0] == 1
+    assert {name: file.read_text() for name, file in ran.items()} == {"whole": "x", "cut": "xx", "fails": "xx"}
+    assert result(tmp_path / "out")["whole"]["blocks"] == 400
+
+
+def one(gpu: str | None, **parts: Any) -> dict[str, Any]:
+    known = {name: record for name, (record, _) in parts.items()}
+    data = {name: found for name, (_, found) in parts.items() if found is not None}
+    return {"machine": {"gpu": gpu}, "suite": {"seconds": 2, "commit": "c", "limit": 9, "parts": known}, **data}
+
+
+def test_merged_results_hold_the_best_of_each_part() -> None:
+    whole, cut = {"exit_code": 0}, {"exit_code": 0, "cut": {"by": "seconds"}}
+    failed, left = {"exit_code": 1}, {"left_out": "no time was left"}
+    first = one("H", a=(whole, 1), b=(cut, 2), c=(failed, 3), d=(left, None))
+    second = one("H", a=(cut, 10), b=(whole, 20), c=(left, None), d=(failed, None), e=(whole, 50))
+    together = gpu_suite.merge([first, second])
+    assert {name: together.get(name) for name in "abcde"} == {"a": 1, "b": 20, "c": 3, "d": None, "e": 50}
+    assert together["suite"]["failed"] == ["c", "d"]
+    assert together["suite"]["left_out"] == []
+    assert together["suite"]["seconds"] == 4
+    assert first["suite"]["parts"]["d"] == left  # what was given is as it was
+
+
+def test_results_of_two_cards_are_not_put_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one card, got H100 and H200"):
+        gpu_suite.merge([one("H100"), one("H200")])
+    for name, gpu in (("a", "H100"), ("b", "H200")):
+        (tmp_path / name).write_text(json.dumps(one(gpu)))
+    assert gpu_suite.main(["merge", *(str(tmp_path / name) for name in ("c", "a", "b"))]) == 2
+    assert not (tmp_path / "c").exists()
+    (tmp_path / "b").write_text(json.dumps(one("H100", x=({"exit_code": 0}, 5))))
+    assert gpu_suite.main(["merge", *(str(tmp_path / name) for name in ("c", "a", "b"))]) == 0
+    assert json.loads((tmp_path / "c").read_text())["x"] == 5
+
+
+def test_all_runs_of_tests_are_in_one_file(tmp_path: Path) -> None:
+    for name, skipped in (("a", 0), ("b", 1)):
+        (tmp_path / name).write_text(
+            f"<testsuites><testsuite name='{name}' tests='3' failures='1' errors='0' skipped='{skipped}'/></testsuites>"
+        )
+    whole = tmp_path / "whole.xml"
+    assert gpu_suite.add_tests(whole, tmp_path / "a") == {"tests": 3, "failures": 1, "errors": 0, "skipped": 0}
+    assert gpu_suite.add_tests(whole, tmp_path / "b")["skipped"] == 1
+    assert [suite.get("name") for suite in ElementTree.parse(whole).getroot()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("limit", ["481", "0", "-1", "many"])
+def test_a_limit_that_no_call_may_have_is_refused(tmp_path: Path, limit: str) -> None:
+    done = suite(tmp_path, LIMIT=limit)
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = suite(tmp_path, "--only", "latency")
+    assert done.returncode == 2
+    assert re.search(r"no part latency; known: doctor, parity_gr1, ", done.stderr)
+
+
+@pytest.mark.slow
+def test_the_whole_suite_without_a_gpu(tmp_path: Path) -> None:
+    """Under six minutes on two cores; here with less of the time that is not needed to see that each part works."""
+    begin = time.monotonic()
+    done = suite(tmp_path, LIMIT="350")
+    assert time.monotonic() - begin < 360
+    assert done.returncode == 0, done.stdout + done.stderr
     data = result(tmp_path)
-    assert data["machine"]["cores"] >= 1
-    assert data["suite"]["failed"] == ["latency_tinny", "latency_fp8_tinny", "flops_tinny"]
-    parts = data["suite"]["parts"]
-    assert "did you mean 'tiny'" in parts["latency_tinny"]["log"][-1]
-    assert parts["latency_tinny"]["exit_code"] == 2
-    order = list(parts)
-    assert order.index("parity_one_launch") < order.index("gpu_tests") < order.index("latency_tiny")
-    needing_a_gpu = {"gpu_tests", "tune", "parity_one_launch", "latency_one_launch_tiny", "latency_one_launch_tinny"}
-    assert {name for name, part in parts.items() if "left_out" in part} == {"build", *needing_a_gpu}
-    ran = {name for name, part in parts.items() if part.get("exit_code") == 0}
-    models = {"parity_libero_tiny", "parity_gr1_tiny", "latency_tiny", "latency_fp8_tiny", "flops_tiny"}
-    assert ran == {"doctor", "ops", "options", *models}
-    assert ran <= set(data)
-    limits = [int(line) for line in (tmp_path / "limits").read_text().split()]
-    assert limits == [part["limit"] for part in parts.values() if "exit_code" in part]
-    assert all(0 < limit <= 150 for limit in limits)
+    on_a_gpu = {
+        "parity_one_launch",
+        "latency_one_launch_tiny",
+        "gpu_tests",
+        "gpu_tests_persistent",
+        "tune",
+        "sanitizer",
+    }
+    assert set(data["suite"]["left_out"]) == on_a_gpu
+    ran = {name for name, part in data["suite"]["parts"].items() if part.get("exit_code") == 0}
+    assert ran == set(data["suite"]["parts"]) - on_a_gpu
+    assert ran <= set(data)  # each of them wrote its JSON
+    assert data["machine"]["torch"]
     assert data["doctor"]["healthy"]
-    assert all(stage["ok"] for stage in data["parity_gr1_tiny"]["stages"])
-    assert data["latency_tiny"]["ratio"]["total"] > 0
-    assert data["ops"]["complete"]
-    assert len(data["options"]["subjects"]) == 3
-    assert data["flops_tiny"]["executed"]["total"] > 0
-    assert (tmp_path / "latency_tiny" / "report.html").is_file()
-    assert "/tmp" not in json.dumps(data["suite"])
+    assert all(stage["ok"] for stage in data["parity_gr1"]["stages"])
+    assert data["ratio_tiny"]["ratio"]["total"] > 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) <= 8
+    assert {path.suffix for path in files} == {".json", ".log", ".html"}
+    assert all(path.stat().st_size < 16 << 20 for path in files)
 
 
-def test_the_whole_limit_holds_and_what_is_left_is_said(tmp_path: Path) -> None:
-    done = suite(tmp_path, PRESETS="tiny", LIMIT="1")
-    assert done.returncode == 1
-    suite_part = result(tmp_path)["suite"]
-    assert all(part.get("limit", 1) <= 1 for part in suite_part["parts"].values())
-    left = {name for name, part in suite_part["parts"].items() if part.get("left_out") == "no time was left"}
-    assert {"latency_tiny", "ops", "options"} <= left
-    assert left <= set(suite_part["failed"])
+def children(pid: int) -> list[int]:
+    """Processes whose parent this one is, and which still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
 
 
-def test_what_a_stopped_part_wrote_is_kept(tmp_path: Path) -> None:
-    scratch, out = tmp_path / "scratch", tmp_path / "out"
-    scratch.mkdir()
-    out.mkdir()
+KILLED = ("latency_tiny", "ops", "profile_tiny", "options", "ratio_tiny", "latency_fp8_tiny", "spaced_tiny")
 
-    def merge() -> None:
-        subprocess.run([sys.executable, "-I", MERGE, scratch, out, "7"], check=True)
 
-    (scratch / "parts.tsv").write_text("build\t1\t3\t120\tpip install .\n")
-    (scratch / "build.log").write_text("\n".join(f"line {i}" for i in range(99)))
-    merge()  # before the machine is known
-    data = result(out)
-    assert data["machine"] is None
-    assert data["suite"]["parts"]["build"]["log"][0] == "line 69"
-    assert data["suite"]["parts"]["build"]["timed_out"] is False
-
-    (scratch / "machine").write_text(json.dumps({"gpu": "NVIDIA H200", "cpu": "x", "cores": 2}))
-    with (scratch / "parts.tsv").open("a") as file:
-        file.write("ops\t124\t75\t75\tdit4dit bench ops\ntune\t137\t9\t9\tdit4dit tune\n")
-    (scratch / "ops.json").write_text('{"complete": false}')
-    (scratch / "tune.json").write_text('{"machine": ')  # cut off
-    merge()
-    data = result(out)
-    assert [path.name for path in out.iterdir()] == ["nvidia-h200.json"]
-    assert data["ops"] == {"complete": False}
-    assert "tune" not in data
-    assert data["suite"]["failed"] == ["build", "ops", "tune"]
-    assert data["suite"]["parts"]["ops"]["timed_out"]
-    assert data["suite"]["seconds"] == 7
+@pytest.mark.parametrize(
+    "rounds, names",
+    [
+        pytest.param(1, KILLED[:3], marks=pytest.mark.slow),
+        pytest.param(3, KILLED, marks=pytest.mark.long),  # 21 kills
+    ],
+)
+def test_parts_that_are_killed_at_random_moments(tmp_path: Path, rounds: int, names: tuple[str, ...]) -> None:
+    chance = random.Random(0)
+    numbers = (signal.SIGTERM, signal.SIGKILL)
+    begin = time.monotonic()
+    for n in range(rounds):
+        out = tmp_path / str(n)
+        command = ["bash", str(SCRIPT), str(out), *(word for name in names for word in ("--only", name))]
+        process = subprocess.Popen(command, env=environment(MEASURE="3", LIMIT="300"), stdout=subprocess.DEVNULL)
+        sent: dict[int, signal.Signals] = {}
+        due = 0.0
+        while process.poll() is None:
+            for file in out.glob("*.json"):
+                json.loads(file.read_text())  # whole at any moment
+            for child in children(process.pid):
+                if child not in sent and due == 0.0:
+                    due = time.monotonic() + chance.uniform(1, 8)
+                if child not in sent and time.monotonic() >= due:
+                    sent[child] = numbers[(len(sent) + n) % 2]
+                    os.kill(child, sent[child])
+                    due = 0.0
+            time.sleep(0.05)
+        data = result(out)
+        known = data["suite"]["parts"]
+        assert list(known) == sorted(known, key=list(known).index)
+        assert set(known) == set(names)  # those after a killed one ran
+        assert len(sent) == len(names)
+        for (name, part), number in zip(known.items(), sent.values(), strict=True):
+            if part["exit_code"] == 0:  # it had ended by then
+                continue
+            assert part["exit_code"] in (-number, 128 + number), name
+            if name in data:  # else it was killed before it had anything
+                assert data[name]["cut"]["by"] == ("SIGTERM" if number == signal.SIGTERM else "killed")
+                assert data[name]["cut"]["during"]
+    assert time.monotonic() - begin < 240

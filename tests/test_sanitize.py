@@ -18,7 +18,7 @@ def run(tmp_path: Path, *tools: str, sanitizer: str | None = "exit 0") -> tuple[
     programs.mkdir()
     for name in ("dirname", "timeout", "bash"):
         (programs / name).symlink_to(f"/usr/bin/{name}")
-    scripts = {"pytest": "exit 1", "compute-sanitizer": sanitizer}
+    scripts = {"python3": "exit 1", "compute-sanitizer": sanitizer}
     for name, body in scripts.items():
         if body is not None:
             file = programs / name
