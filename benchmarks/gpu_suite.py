@@ -1,25 +1,30 @@
-"""Everything that needs a GPU, in one call that ends by itself within LIMIT seconds: install, parity, latency, a profile, ops, tests.
+"""Everything that needs a GPU, in one call that ends by itself within LIMIT seconds.
 
-benchmarks/gpu_suite.sh [OUT] [--continue FILE] [--only PART]...       run, on a machine with one GPU (PYTHON names the interpreter)
-python -I benchmarks/gpu_suite.py merge OUT FILE FILE...               put the files of several calls on one card together
-python -I benchmarks/gpu_suite.py parts                                list the parts with their seconds
+benchmarks/gpu_suite.sh [OUT] [--continue FILE] [--only PART]...    run, on a machine with one GPU (PYTHON: the interpreter)
+python -I benchmarks/gpu_suite.py merge OUT FILE FILE...            put the files of several calls on one card together
+python -I benchmarks/gpu_suite.py parts                             list the parts with their seconds
 
-Parts run in the order of their value, each in processes of its own: one that fails, hangs or takes the GPU with it costs itself. A
-part begins only where its least useful time is left; at its time's end it gets SIGTERM (pytest SIGINT, so that it writes its XML),
-which every benchmark answers with its file, and SIGKILL after that. The result is written anew after each part.
+Parts run in the order of their value, each in processes of its own: one that fails, hangs or takes the GPU with it costs
+itself. A part begins only where its least useful time is left. At the end of its time it gets SIGTERM, which every benchmark
+answers with its file (pytest gets SIGINT, and writes its XML), and then SIGKILL. The result is written anew after each part.
 
-OUT (benchmarks/results) gets at most eight files: <machine>.json, <machine>.log (all that the parts printed), <machine>.xml (the GPU
-tests), and one page a preset. Exit code 1 when a part failed. Standard library only: it must run where nothing is installed yet.
+OUT (benchmarks/results) gets at most eight files: <machine>.json, <machine>.log (all that the parts printed), <machine>.xml
+(the GPU tests), and one page a preset. Exit code 1 when a part failed. Standard library only: it must run where nothing is
+installed yet. Nothing is downloaded.
 
-Environment: LIMIT (270 s in all, at most 480), DEVICE (cuda), PRESETS (robocasa_gr1 libero), BUNDLE (dist/gpu-bundle: wheels that
-`make gpu-bundle` made; without that folder the package is built here), BUILD=0 (neither: what is installed is taken), MEASURE (the
-seconds that each benchmark may measure, 0.6 of its part's when not given).
-DEVICE=cpu PRESETS=tiny runs what can be run without a GPU. Nothing is downloaded.
+Environment:
+    LIMIT    seconds in all, at most 480 (270)
+    DEVICE   cuda or cpu (cuda); DEVICE=cpu PRESETS=tiny runs what can be run without a GPU
+    PRESETS  of which the first has all parts (robocasa_gr1 libero)
+    BUNDLE   wheels that `make gpu-bundle` made (dist/gpu-bundle); without that folder the package is built here
+    BUILD    0 takes the package that is installed (1)
+    MEASURE  seconds that each benchmark may measure (0.6 of its part's)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -180,16 +185,43 @@ def parts(settings: Settings) -> list[Part]:
         Part(f"spaced_{first}", latency(first, "--at-hz", "30", "--chunks", "3", "--engine-chunks", "300"), 15, 40),
         Part(
             "tune",
-            (*dit4dit, "tune", "--device", device, "--batch", "1", "--samples", "15", "--seconds", "{seconds}")
-            + ("--out", str(settings.scratch / "tiles.json"), "--json", "{json}"),
+            (
+                *dit4dit,
+                "tune",
+                "--device",
+                device,
+                "--batch",
+                "1",
+                "--samples",
+                "15",
+                "--seconds",
+                "{seconds}",
+                "--out",
+                str(settings.scratch / "tiles.json"),
+                "--json",
+                "{json}",
+            ),
             20,
             90,
             gpu=True,
         ),
         Part(
             "options",
-            (*dit4dit, "bench", "options", "--preset", first, "--seeds", "4", "--device", device)
-            + ("--seconds", "{seconds}", "--json", "{json}"),
+            (
+                *dit4dit,
+                "bench",
+                "options",
+                "--preset",
+                first,
+                "--seeds",
+                "4",
+                "--device",
+                device,
+                "--seconds",
+                "{seconds}",
+                "--json",
+                "{json}",
+            ),
             15,
             40,
         ),
@@ -197,7 +229,19 @@ def parts(settings: Settings) -> list[Part]:
     ]
 
 
-OTHER_OPS = ["adaln", "cross_attention", "euler_step", "linear_fp8", "linear_gated", "linear_gelu", "philox_normal", "preprocess", "qk_norm_rope", "rms_norm_silu", "unnormalize"]
+OTHER_OPS = [
+    "adaln",
+    "cross_attention",
+    "euler_step",
+    "linear_fp8",
+    "linear_gated",
+    "linear_gelu",
+    "philox_normal",
+    "preprocess",
+    "qk_norm_rope",
+    "rms_norm_silu",
+    "unnormalize",
+]
 SANITIZER = {
     "LIMIT": "28",
     "TESTS": "tests/ops/test_preprocess.py tests/ops/test_action_ode.py tests/ops/test_self_attention.py",
@@ -364,10 +408,8 @@ class Job:
 
     def kill(self) -> None:
         """The whole group, so that no child keeps the GPU."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def text(self) -> str:
@@ -517,7 +559,7 @@ def smi(*names: str) -> list[str]:
 
 
 def gpu_name() -> str | None:
-    return (smi("name") or [None])[0]
+    return next(iter(smi("name")), None)
 
 
 def cpu_name() -> str:
