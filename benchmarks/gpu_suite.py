@@ -437,10 +437,8 @@ class Job:
 
 def die_with_parent() -> None:
     """In a new process, on Linux: it ends with the suite, also where that is killed."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):
-        pass
 
 
 def environment_of(settings: Settings, of: str | None) -> dict[str, str]:
