@@ -232,7 +232,7 @@ class Run:
                     self._sound(whole=True)
                     self.result["clocks"]["after"] = clocks(sampler.chunk)
                     self._put()
-        except Terminated:
+        except (Terminated, KeyboardInterrupt):
             self._put()
             raise
         self._during("roofline")

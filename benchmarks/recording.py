@@ -58,15 +58,16 @@ class Recording:
         self._writing = True  # a signal that comes now waits until the file is there
         try:
             if error is not None:
-                by = "SIGTERM" if isinstance(error, Terminated) else f"{type(error).__name__}: {error}"
+                # what a signal interrupts may fail in its own way, as the capture of a CUDA graph does
+                by = "SIGTERM" if self._stopped else f"{type(error).__name__}: {error}"
                 self._over = self._ended(by)
             self.result |= {"complete": self._over is None, "cut": self._over}
             self._write()
         finally:
             if self._handles:
                 signal.signal(signal.SIGTERM, self._before)
-        if self._stopped and error is None:
-            raise Terminated(TERMINATED)
+        if self._stopped and not isinstance(error, Terminated):
+            raise Terminated(TERMINATED) from error
 
     def limit(self, seconds: float | None) -> None:
         """The time begins now: what came before, as making a model, is not counted. None leaves it as it is."""

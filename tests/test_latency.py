@@ -460,3 +460,18 @@ def test_a_second_sigterm_does_not_end_the_writing(tmp_path: Path, monkeypatch: 
     assert data["block"] == 1
     assert data["cut"] == {"by": "SIGTERM", "during": "samples", "left": ["roofline"]}
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_a_sigterm_breaks_is_still_its_doing(tmp_path: Path) -> None:
+    """Interrupted, the capture of a CUDA graph ends with an error of its own."""
+
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise RuntimeError("capture failed") from None
+
+    with pytest.raises(Terminated) as end, Recording(tmp_path / "r.json"):
+        interrupted()
+    assert end.value.code == 143
+    assert json.loads((tmp_path / "r.json").read_text())["cut"]["by"] == "SIGTERM"

@@ -108,9 +108,9 @@ def latency(
         lines.append("published / engine: " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratio"].items()))
     if result["cut"]:
         lines.append(f"--seconds left out: {', '.join(result['cut']['left'])}")
-    if report is not None:
-        lines.append(f"wrote {latency_report.write(report, result)}")
     say("\n".join(lines))
+    if report is not None:
+        say(f"wrote {latency_report.write(report, result)}")
     return 0
 
 
