@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +21,20 @@ from torch import Tensor
 import dit4dit
 from dit4dit import _C
 
+VERSIONS = ("triton", "numpy", "transformers", "diffusers")
+"""Packages whose versions stand beside a number."""
+CLOCKS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "celsius": "temperature.gpu", "watts": "power.draw"}
+REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+"""Why the clocks are not higher, a bit mask; drivers before 535 know the second name alone."""
+
 
 def machine() -> dict[str, Any]:
-    """What a number must be read with: processor, cores this process may use, versions, GPU (None without one)."""
+    """What a number must be read with: processor, cores this process may use, versions, GPU (None without one).
+
+    "commit" is what DIT4DIT_COMMIT says: an installed package does not know it.
+    """
     gpu = torch.cuda.is_available()
+    driver = _nvidia_smi(("driver_version",)) if gpu else None
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -30,12 +42,82 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: _version(name) for name in VERSIONS},
         "dit4dit": dit4dit.__version__,
+        "commit": os.environ.get("DIT4DIT_COMMIT") or None,
         "build": _C.build_info(),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "gpu_capability": ".".join(map(str, torch.cuda.get_device_capability())) if gpu else None,
+        "gpu_driver": driver[0] if driver else None,
         "cuda": torch.version.cuda if gpu else None,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
     }
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def clocks(work: Callable[[], object] | None = None) -> dict[str, Any] | None:
+    """The GPU's clocks, temperature, power, and the reasons why it is not faster; None where nvidia-smi gives none.
+
+    work: is called again and again until nvidia-smi has answered, so that the numbers are those under load.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return None
+    fields = tuple(CLOCKS.values())
+    for extra in (*((reason,) for reason in REASONS), ()):
+        values = _nvidia_smi((*fields, *extra), work)
+        if values is not None:
+            numbers = {name: _number(value) for name, value in zip(CLOCKS, values, strict=False)}
+            return {**numbers, "reasons": values[len(fields)] if extra else None}
+    return None
+
+
+def _number(text: str) -> float | None:
+    """The number; None for "[N/A]" and its like."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _nvidia_smi(
+    fields: Sequence[str], work: Callable[[], object] | None = None, seconds: float = 10
+) -> list[str] | None:
+    """The fields of torch's current GPU; None where nvidia-smi is absent, knows one of them not, or takes too long."""
+    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", *_gpu_id()]
+    try:
+        asked = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True
+        )
+    except OSError:
+        return None
+    end = time.monotonic() + seconds
+    try:
+        while work is not None and asked.poll() is None and time.monotonic() < end:
+            work()
+        output, _ = asked.communicate(timeout=max(end - time.monotonic(), 0.1))
+    except (subprocess.TimeoutExpired, ValueError):  # ValueError: not text
+        return None
+    finally:
+        if asked.poll() is None:
+            asked.kill()
+    values = [value.strip() for value in (output.splitlines() or [""])[0].split(",")]
+    return values if asked.returncode == 0 and len(values) == len(fields) else None
+
+
+def _gpu_id() -> list[str]:
+    """nvidia-smi's option for torch's current GPU, whose number is another one under CUDA_VISIBLE_DEVICES."""
+    if not torch.cuda.is_available():
+        return []
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    return [] if uuid is None else [f"--id=GPU-{uuid}"]
 
 
 def _cpu_model() -> str:

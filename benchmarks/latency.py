@@ -3,36 +3,89 @@
 The engine is timed as a policy runs it, from uint8 pictures on the host to actions on the host; the published schedule starts
 with everything on the device. Random weights at true sizes need no download; before anything is timed the two must agree on
 the very tensors that will be.
+
+What matters most comes first, and is in the file first: set-up, agreement, the engine alone, the engine at a robot's rate, the
+two in turns, the roofline.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from dit4dit.benchmarks import flops, roofline
+from dit4dit.benchmarks.agreement import (
+    AGREE,
+    WrongActions,
+    against_published,
+    check,
+    check_quantised,
+    distance,
+    finite,
+    known,
+)
 from dit4dit.benchmarks.contenders import Clock, Inputs, Planned, Published, random_pictures
-from dit4dit.benchmarks.harness import machine, quantiles
+from dit4dit.benchmarks.harness import clocks, machine, quantiles
+from dit4dit.benchmarks.recording import Recording, Terminated
+from dit4dit.benchmarks.sampling import Sampler, Samples, rounded, slowest, summary
 from torch import Tensor
-from tqdm import tqdm
 
 from dit4dit.action_ode.program import HeadChoice
 from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.engine import Engine, calibrate, errors
+from dit4dit.errors import OutputError
+from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.weights import random_model
-from dit4dit.noise import Noise
 from dit4dit.ops import onednn
 from dit4dit.presets import Preset
 
 STAGES = ("text", "vae", "backbone", "action_head")
-AGREE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
-"""Largest relative difference between the two at which they are still timed."""
-QUANTISED = 2e-1
-"""Likewise, relative rms difference of the features of a quantised and the exact engine; of the actions too where the head is one
-launch, whose weights are quantised as well."""
+SETUP = ("machine", "model", "inputs", "exact engine", "engine", "plan", "first chunk", "check", "warm-up")
+PARTS = {"engine alone": 3, "spaced": 2, "pairs": 3}
+"""What is timed, in this order, and its share of the time that is left for it and for those after it."""
+WARM_UP = {"cuda": 0.5, "cpu": 0.0}
+"""Seconds of chunks before the first one that is timed: a GPU's clocks rise with load."""
+TIMES = (
+    *("engine", "baseline", "ratio", "stages", "spaced", "slowest", "collections", "samples_ms", "engine_alone_ms"),
+    *("roofline", "share_of_measured_rate"),
+)
+"""What a result loses that turns out to be wrong."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured; the counts are the most, `seconds` ends it earlier.
+
+    Attributes:
+        chunks: of engine and published schedule in turns, for the ratio and the stages.
+        baseline, text: time the published schedule; with its text encoder.
+        seed: of weights and inputs.
+        head, head_dtype, quantization: of the engine.
+        engine_chunks: of the engine alone, for its percentiles.
+        at_hz: also time the engine at this rate, as many chunks as of the engine alone.
+        seconds: for all samples together; set-up and roofline are not counted.
+    """
+
+    chunks: int
+    baseline: bool
+    text: bool
+    seed: int
+    head: HeadChoice = "auto"
+    head_dtype: torch.dtype = torch.float32
+    quantization: Literal["fp8"] | None = None
+    engine_chunks: int = 0
+    at_hz: float | None = None
+    seconds: float | None = None
+
+    def counts(self) -> dict[str, int]:
+        """Chunks of each part that is timed, in order."""
+        most = self.engine_chunks or self.chunks
+        counts = {"engine alone": self.engine_chunks, "spaced": most if self.at_hz else 0, "pairs": self.chunks}
+        return {part: count for part, count in counts.items() if count}
 
 
 def measure(
@@ -41,175 +94,257 @@ def measure(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    chunks: int,
-    baseline: bool,
-    text: bool,
-    seed: int,
-    head: HeadChoice = "auto",
-    head_dtype: torch.dtype = torch.float32,
-    quantization: Literal["fp8"] | None = None,
-    engine_chunks: int = 0,
+    record: Recording | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Time `chunks` chunks, alternating with the published schedule where `baseline`; the result is ready for JSON.
+    """Time what `options` ask for (`Wanted`); the result is ready for JSON, and in the record's file after each block.
 
     With `quantization` the exact engine is held to the published schedule and the quantised one, which is timed, to the
-    exact one: "error" in the result. After that `engine_chunks` chunks of the engine alone, if any, give its percentiles.
-
-    Without the published schedule, a head in one launch is held to the engine with the library's.
+    exact one: "error" in the result. Without the published schedule, a head in one launch is held to the engine with the
+    library's. "agreement" in the result says how far they are from each other, also where that ends the run.
 
     Raises:
         RuntimeError: these do not agree, or actions are not finite; no times are given.
         OutputError: a launch of the one-launch head failed while it was timed; no times are given.
     """
-    config = preset.model
-    views = len(EMBODIMENTS[preset.embodiment].views)
-    model = random_model(config, seed, device=device, dtype=dtype, head_dtype=head_dtype, with_text=text and baseline)
-    inputs = Inputs.random(config, views, seed, device, text=text and baseline)
-    if inputs.tokens is not None:
-        inputs = Inputs(**{**vars(inputs), "embeds": model.embed(inputs.tokens)})
-    pictures, frame = random_pictures(config, views, seed, device, dtype)
-    inputs = replace(inputs, frame=frame)
-    exact = None if quantization is None else Planned(Engine(model, head="library"), inputs, pictures)
-    calibration = None if exact is None else calibrate(exact.engine, [exact.step_inputs()])
-    start = time.perf_counter()
-    engine = Engine(model, quantization=quantization, calibration=calibration, head=head)
-    folded = time.perf_counter()
-    fast = Planned(engine, inputs, pictures)
-    planned = time.perf_counter()
-    result = finite(fast.checked())
-    first = time.perf_counter()
-    error = None
-    if exact is not None:
-        error = quantisation_error(exact, fast)
-        result = exact.checked()
-    published = Published(model) if baseline else None
-    coarsest = min(dtype, head_dtype, key=lambda kind: kind.itemsize)
-    if published is not None:
-        check(result, published.sample(inputs, Clock(device)), coarsest, "published schedule")
-    elif engine.one_launch is not None and exact is None:
-        library = Planned(Engine(model, head="library"), inputs, pictures)
-        check(result, library.checked(), coarsest, "the engine with head='library'")
-    rates = [matrix_rate(device, dtype)]
-    clocks, totals = timed(fast, published, chunks, seed)
-    alone = engine_alone(fast, engine_chunks, seed) or totals["engine"]
-    if engine.one_launch is not None:
-        engine.one_launch.check()  # a launch that failed has ended early
-    finite(fast.checked())
-    rates.append(matrix_rate(device, dtype))
-    counts = flops.count(preset)
-    stages = {who: {s: median(c.seconds[s]) * 1e3 for s in c.seconds} for who, c in clocks.items()}
-    assert model.head is not None
-    return {
+    wanted = Wanted(**options)
+    run = Run(preset, wanted, device, dtype, Recording(None) if record is None else record)
+    run.result |= {
         "preset": name,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
-        "quantization": quantization,
-        "head": "library" if engine.one_launch is None else "one_launch",
-        "head_dtype": str(head_dtype).removeprefix("torch."),
-        "error": error,
-        "text_encoder_in_baseline": inputs.tokens is not None,
-        "machine": machine(),
-        "cold_start_seconds": {"fold": folded - start, "plan": planned - folded, "first_chunk": first - planned},
-        "ratio": ratios(totals, clocks) if baseline else None,
-        "stages": stages,
-        "roofline": roofline.points(
-            preset,
-            counts,
-            stages,
-            matrix_gflops=max(rates),
-            memory_gb_per_s=roofline.memory_rate(device),
-            dtype=dtype,
-            head_dtype=model.head.action_decoder.layer2.weight.dtype,
-            text=inputs.tokens is not None,
-        ),
-        "share_of_measured_rate": shares(totals, counts, max(rates), inputs.tokens is not None),
-        "samples_ms": {who: [round(t * 1e3, 4) for t in times] for who, times in totals.items()},
-        "engine_alone_ms": [round(t * 1e3, 4) for t in alone] if engine_chunks else None,
-        **{
-            who: {k: v if k == "jitter" else v * 1e3 for k, v in quantiles(alone if who == "engine" else t).items()}
-            for who, t in totals.items()
-        },
+        "quantization": wanted.quantization,
+        "head_dtype": str(wanted.head_dtype).removeprefix("torch."),
+        "error": None,
+        "text_encoder_in_baseline": wanted.text and wanted.baseline,
+        "wanted": {**wanted.counts(), "at_hz": wanted.at_hz, "seconds": wanted.seconds},
     }
+    run.set_up()
+    run.time()
+    return run.result
 
 
-def timed(
-    fast: Planned, published: Published | None, chunks: int, seed: int
-) -> tuple[dict[str, Clock], dict[str, list[float]]]:
-    """Each contender's stages, and its seconds per chunk; they take turns."""
-    device = fast.inputs.frame.device
-    clocks, wholes = ({who: Clock(device) for who in ("engine", "baseline")} for _ in range(2))
-    for i in tqdm(range(chunks), desc="chunks", disable=None):
-        with wholes["engine"].stage("total"):
-            fast.chunk(Noise.from_seed(seed, i))
-        fast.stages(clocks["engine"])
-        if published is not None:
-            with wholes["baseline"].stage("total"):
-                published.sample(fast.inputs, clocks["baseline"])
-    who_ran = [who for who, whole in wholes.items() if whole.seconds]
-    return {who: clocks[who] for who in who_ran}, {who: wholes[who].seconds["total"] for who in who_ran}
+class Run:
+    """One benchmark: set-up, then the parts that are timed, each named in the file before it begins."""
 
+    def __init__(
+        self, preset: Preset, wanted: Wanted, device: torch.device, dtype: torch.dtype, record: Recording
+    ) -> None:
+        self.preset, self.wanted, self.device, self.dtype, self.record = preset, wanted, device, dtype, record
+        self.result = record.result
+        self.result |= {"setup_seconds": {}, "clocks": {"before": None, "after": None}, "agreement": None}
+        self.steps = [*SETUP, *wanted.counts(), "roofline"]
+        if wanted.quantization is None:
+            self.steps.remove("exact engine")
 
-def engine_alone(fast: Planned, chunks: int, seed: int) -> list[float]:
-    """Seconds per chunk of the engine by itself, as in a control loop: for the tail."""
-    seconds = []
-    for i in tqdm(range(chunks), desc="engine alone", disable=None):
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """A step of the set-up: its name is in the file while it runs, its seconds after it."""
+        self._during(name)
         start = time.perf_counter()
-        fast.chunk(Noise.from_seed(seed, i))
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            self.result["setup_seconds"][name] = round(time.perf_counter() - start, 3)
+
+    def set_up(self) -> None:
+        """Everything up to the first sample; RuntimeError where the engine is wrong."""
+        wanted, device, views = self.wanted, self.device, len(EMBODIMENTS[self.preset.embodiment].views)
+        config, text = self.preset.model, wanted.text and wanted.baseline
+        with self.step("machine"):
+            self.result["machine"] = machine()
+        with self.step("model"):
+            model = random_model(
+                config, wanted.seed, device=device, dtype=self.dtype, head_dtype=wanted.head_dtype, with_text=text
+            )
+        with self.step("inputs"):
+            inputs = Inputs.random(config, views, wanted.seed, device, text=text)
+            if inputs.tokens is not None:
+                inputs = replace(inputs, embeds=model.embed(inputs.tokens))
+            pictures, frame = random_pictures(config, views, wanted.seed, device, self.dtype)
+            inputs = replace(inputs, frame=frame)
+        exact, calibration = None, None
+        if wanted.quantization is not None:
+            with self.step("exact engine"):
+                exact = Planned(Engine(model, head="library"), inputs, pictures)
+                calibration = calibrate(exact.engine, [exact.step_inputs()])
+        with self.step("engine"):
+            engine = Engine(model, quantization=wanted.quantization, calibration=calibration, head=wanted.head)
+        self.result["head"] = "library" if engine.one_launch is None else "one_launch"
+        with self.step("plan"):
+            fast = Planned(engine, inputs, pictures)
+        with self.step("first chunk"):
+            actions = fast.checked()
+        taken = self.result["setup_seconds"]
+        cold = {"fold": taken["engine"], "plan": taken["plan"], "first_chunk": taken["first chunk"]}
+        self.result["cold_start_seconds"] = cold
+        self.sampler = Sampler(fast, wanted.seed, self.record, self._keep)
+        with self.step("check"):
+            self.published = Published(model) if wanted.baseline else None
+            self._check(model, fast, exact, actions, pictures)
+        with self.step("warm-up"):
+            count = self.sampler.warm_up(WARM_UP[device.type])
+            self.result["warm_up_chunks"] = count
+            self.result["clocks"]["before"] = clocks(self.sampler.chunk)
+        if device.type == "cuda":
+            self.result["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+
+    def _check(
+        self, model: DiT4DiT, fast: Planned, exact: Planned | None, actions: Tensor, pictures: list[Any]
+    ) -> None:
+        """Nothing wrong is timed: RuntimeError, after how wrong it is stands in the result."""
+        engine, inputs = fast.engine, fast.inputs
+        if exact is not None:
+            finite(actions)
+            self.result["error"] = errors(exact.engine, engine, [exact.step_inputs()])
+            check_quantised(self.result["error"], fast)
+            engine, actions = exact.engine, exact.checked()
+        limit = AGREE[min(self.dtype, self.wanted.head_dtype, key=lambda kind: kind.itemsize)]
+        found: dict[str, Any] | None = None
+        if self.published is not None:
+            found = against_published(engine, exact or fast, actions, self.published)
+        elif engine.one_launch is not None:
+            library = Planned(Engine(model, head="library"), inputs, pictures)
+            found = {"with": "the engine with head='library'", "features": None}
+            found["actions"] = distance(actions, library.checked())
+        if found is not None:
+            self.result["agreement"] = {**{k: known(v) for k, v in found.items()}, "limit": limit}
+        finite(actions)
+        if found is not None:
+            check(found, limit)
+
+    def time(self) -> None:
+        """All parts, as far as the time goes, then the roofline."""
+        wanted, sampler, counts = self.wanted, self.sampler, self.wanted.counts()
+        parts: dict[str, Callable[[int, float | None], None]] = {
+            "engine alone": sampler.alone,
+            "spaced": lambda count, end: sampler.spaced(wanted.at_hz or 1.0, count, end),
+            "pairs": lambda count, end: sampler.pairs(self.published, count, end),
+        }
+        self.record.limit(wanted.seconds)
+        try:
+            with sampler.samples.collections.watched():
+                for part, count in counts.items():
+                    self._during(part)
+                    parts[part](count, self._end(part))
+                    self._sound(whole=True)
+                    self.result["clocks"]["after"] = clocks(sampler.chunk)
+                    self._put()
+        except (Terminated, KeyboardInterrupt):
+            self._put()
+            raise
+        self._during("roofline")
+        self._roofline()
+
+    def _end(self, part: str) -> float | None:
+        """When the part's share of what is left has passed; None without a limit."""
+        remaining, parts = self.record.remaining(), list(self.wanted.counts())
+        after = sum(PARTS[other] for other in parts[parts.index(part) :])
+        return None if remaining is None else time.monotonic() + remaining * PARTS[part] / after
+
+    def _during(self, name: str) -> None:
+        self.record.during(name, self.steps[self.steps.index(name) + 1 :])
+
+    def _keep(self) -> None:
+        self._sound()
+        self._put()
+        self.record.keep()
+
+    def _put(self) -> None:
+        """The numbers of the samples so far."""
+        self.result |= numbers(self.sampler.samples)
+
+    def _sound(self, whole: bool = False) -> None:
+        """What is wrong takes all times away. whole: look at the actions too, which is not for between two blocks."""
+        fast = self.sampler.fast
+        try:
+            if fast.engine.one_launch is not None:
+                fast.engine.one_launch.check()  # a launch that failed has ended early
+            if whole:
+                finite(fast.checked())
+        except (OutputError, WrongActions):
+            for key in TIMES:
+                self.result.pop(key, None)
+            raise
+
+    def _roofline(self) -> None:
+        """What the times are of the device's own rates; counting takes seconds on the host, so it comes last."""
+        model, samples, text = (
+            self.sampler.fast.engine.model,
+            self.sampler.samples,
+            self.wanted.text and self.wanted.baseline,
+        )
+        assert model.head is not None
+        rate, memory, counts = (
+            matrix_rate(self.device, self.dtype),
+            roofline.memory_rate(self.device),
+            flops.count(self.preset),
+        )
+        times = {who: self.result["samples_ms"][who] for who in samples.totals}
+        times["engine"] = self.result["engine_alone_ms"] or times["engine"]
+        self.result["share_of_measured_rate"] = shares(times, counts, rate, text)
+        self.result["roofline"] = roofline.points(
+            self.preset,
+            counts,
+            self.result["stages"],
+            matrix_gflops=rate,
+            memory_gb_per_s=memory,
+            dtype=self.dtype,
+            head_dtype=model.head.action_decoder.layer2.weight.dtype,
+            text=text,
+        )
 
 
-def check(engine: Tensor, wanted: Tensor, dtype: torch.dtype, whose: str) -> None:
-    """RuntimeError unless both wrote the same actions, to rounding; `whose`: the wanted ones."""
-    error = ((engine - wanted).abs().max() / wanted.abs().max()).item()
-    if not error <= AGREE[dtype]:
-        raise RuntimeError(f"engine and {whose} differ by {error:.2e} (at most {AGREE[dtype]:.0e}): not timed")
-
-
-def finite(actions: Tensor) -> Tensor:
-    """The actions; RuntimeError where some are not finite."""
-    wrong = int((~torch.isfinite(actions)).sum())
-    if wrong:
-        raise RuntimeError(f"actions: expected finite numbers, got {wrong} of {actions.numel()} others: not timed")
-    return actions
-
-
-def quantisation_error(exact: Planned, other: Planned) -> dict[str, dict[str, float]]:
-    """`errors` on the inputs that will be timed; RuntimeError where they are those of something broken."""
-    found = errors(exact.engine, other.engine, [exact.step_inputs()])
-    for part in ("features",) if other.engine.one_launch is None else ("features", "actions"):
-        rms = found[part]["rms"]
-        if not rms <= QUANTISED:
-            raise RuntimeError(f"quantised and exact {part} differ by {rms:.2e} (at most {QUANTISED:.0e}): not timed")
-    return found
+def numbers(samples: Samples) -> dict[str, Any]:
+    """What is known of the samples so far, ready for JSON; None where there are none yet."""
+    n, alone = samples.pairs, list(samples.alone)
+    totals = {who: times[:n] for who, times in samples.totals.items()} if n else {}
+    stages = {w: {s: t[:n] for s, t in c.seconds.items()} for w, c in samples.stages.items()} if n else {}
+    engine = alone or totals.get("engine")
+    spaced = samples.spaced
+    return {
+        **({"engine": summary(engine)} if engine else {}),
+        **({"baseline": summary(totals["baseline"])} if "baseline" in totals else {}),
+        "ratio": ratios(totals, stages) if "baseline" in totals else None,
+        "stages": {who: {s: median(t) * 1e3 for s, t in times.items()} for who, times in stages.items()},
+        "spaced": spaced.result() if spaced is not None and spaced.seconds else None,
+        "slowest": slowest(alone),
+        "collections": samples.collections.result(),
+        "roofline": None,
+        "share_of_measured_rate": None,
+        "samples_ms": {who: rounded(times) for who, times in totals.items()},
+        "engine_alone_ms": rounded(alone) if alone else None,
+    }
 
 
 def median(values: Sequence[float]) -> float:
     return quantiles(values)["p50"]
 
 
-def ratios(totals: dict[str, list[float]], clocks: dict[str, Clock]) -> dict[str, float]:
+def ratios(totals: dict[str, list[float]], stages: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """Published over engine: the median of the pairs' ratios, whole, per stage, and for backbone and head together."""
 
     def of(pick: Callable[[str], list[float]]) -> float:
         return median([slow / quick for slow, quick in zip(pick("baseline"), pick("engine"), strict=True)])
 
     def both(who: str) -> list[float]:
-        seconds = clocks[who].seconds
+        seconds = stages[who]
         return [a + b for a, b in zip(seconds["backbone"], seconds["action_head"], strict=True)]
 
-    shared = [stage for stage in STAGES if stage in clocks["engine"].seconds]
-    stages = {stage: of(lambda who, s=stage: clocks[who].seconds[s]) for stage in shared}  # type: ignore[misc]
-    return {"total": of(totals.__getitem__), "backbone_and_head": of(both), **stages}
+    shared = [stage for stage in STAGES if stage in stages["engine"]]
+    each = {stage: of(lambda who, s=stage: stages[who][s]) for stage in shared}  # type: ignore[misc]
+    return {"total": of(totals.__getitem__), "backbone_and_head": of(both), **each}
 
 
 def shares(
-    totals: dict[str, list[float]], counts: dict[str, dict[str, float]], rate: float, text: bool
+    times_ms: dict[str, list[float]], counts: dict[str, dict[str, float]], rate: float, text: bool
 ) -> dict[str, float]:
-    """GFLOP/s of each contender over `rate`, that of one large matrix product measured before and after."""
+    """GFLOP/s of each contender over `rate`, that of one large matrix product."""
     work = {"engine": counts["executed"]["total"], "baseline": counts["published"]["total"]}
     work["baseline"] -= 0.0 if text else counts["published"]["text_encoder"]
-    return {"matrix_gflops": rate, **{who: work[who] / median(times) / rate for who, times in totals.items()}}
+    return {"matrix_gflops": rate, **{who: work[who] / median(times) * 1e3 / rate for who, times in times_ms.items()}}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -228,14 +363,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """The table that the command prints: one row per number."""
+    """The table that the command prints: one row per number; "-" where something was not measured."""
+    spaced = result.get("spaced")
+    found: dict[str, Any] = {who: result[who] for who in ("engine", "baseline") if who in result}
+    if spaced:
+        found[f"engine at {spaced['hz']:g} Hz"] = spaced
     out = []
-    for who in ("engine", "baseline"):
-        if who not in result:
-            continue
-        q = result[who]
-        numbers = [f"{q[k]:.2f}" for k in ("p50", "p95", "p99", "p999", "max")]
-        stages = "  ".join(f"{s} {ms:.2f}" for s, ms in result["stages"][who].items())
-        share = result["share_of_measured_rate"][who]
-        out.append([who, *numbers, f"{q['jitter']:.2f}", f"{100 * share:.0f} %", stages])
+    for who, q in found.items():
+        times = [f"{q[k]:.2f}" for k in ("p50", "p95", "p99", "p999", "max")]
+        stages = "  ".join(f"{s} {ms:.2f}" for s, ms in (result.get("stages") or {}).get(who, {}).items())
+        share = (result.get("share_of_measured_rate") or {}).get(who)
+        out.append([who, *times, f"{q['jitter']:.2f}", "-" if share is None else f"{100 * share:.0f} %", stages])
     return out

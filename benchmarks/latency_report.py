@@ -1,54 +1,100 @@
-"""The latency benchmark as pictures and one HTML page."""
+"""The latency benchmark as images and one HTML page.
+
+A result that was cut short makes a page of what it has: `python -m dit4dit.benchmarks.latency_report RESULT.json PAGE.html`.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dit4dit.commands.report import read_json_object
+from dit4dit.commands.shell import check_folder
+from dit4dit.errors import InputError
+
 COLOURS = {"engine": "#2a7f62", "baseline": "#b0623c"}
+SPACED = "#3b6ea5"
 
 
-def write(folder: Path, result: dict[str, Any]) -> Path:
-    """Write histogram.png, stages.png, roofline.png and report.html into `folder`; returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = {"histogram": histogram, "stages": stages, "roofline": roofline}
-    for name, draw in pictures.items():
-        _save(folder / f"{name}.png", draw, result)
-    page = folder / "report.html"
-    page.write_text(_page(folder, list(pictures), result))
+def check(report: Path) -> None:
+    """InputError where the report cannot be written or drawn: before anything is measured."""
+    if report.suffix == ".html" and report.is_dir():
+        raise InputError(f"--report {report}: is a folder; give a file to write, or a folder without .html")
+    check_folder("--report", report.parent if report.suffix == ".html" else report)
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--report: matplotlib cannot be imported ({error}); pip install matplotlib") from None
+
+
+def write(report: Path, result: dict[str, Any]) -> Path:
+    """Write report.html, which holds its images, and the images beside it into a folder; to a path that ends in .html the page
+    alone. Returns the page's path.
+    """
+    images = {draw.__name__: _drawn(draw, result) for draw, there in IMAGES.items() if there(result)}
+    page = report if report.suffix == ".html" else report / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    if page != report:
+        for name, png in images.items():
+            (report / f"{name}.png").write_bytes(png)
+    page.write_text(_page(images, result), encoding="utf-8")
     return page
 
 
-def _save(path: Path, draw: Any, result: dict[str, Any]) -> None:
-    import matplotlib
+def _drawn(draw: Any, result: dict[str, Any]) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 3.5))
-    draw(axis, result)
+    figure = Figure(figsize=(7, 3.5))
+    FigureCanvasAgg(figure)
+    draw(figure.subplots(), result)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, format="png")
+    return png.getvalue()
+
+
+def _series(result: dict[str, Any]) -> list[tuple[str, str, list[float]]]:
+    """Name, colour and samples of everything that was timed; the engine alone in place of the engine in turns."""
+    found = dict(result.get("samples_ms") or {})
+    if result.get("engine_alone_ms"):
+        found["engine"] = result["engine_alone_ms"]
+    series = [(who, COLOURS[who], found[who]) for who in COLOURS if found.get(who)]
+    spaced = result.get("spaced")
+    return [*series, *([(f"engine at {spaced['hz']:g} Hz", SPACED, spaced["samples_ms"])] if spaced else [])]
 
 
 def histogram(axis: Any, result: dict[str, Any]) -> None:
-    """How often each latency came, per contender, on a logarithmic axis where both are there."""
-    everything = [ms for samples in result["samples_ms"].values() for ms in samples]
+    """How often each latency came, per contender, on a logarithmic axis where there are several."""
+    series = _series(result)
+    everything = [ms for _, _, samples in series for ms in samples]
     low, high = min(everything) * 0.95, max(everything) * 1.05
     count = min(120, 30 + len(everything) // 4)
-    several = len(result["samples_ms"]) > 1
+    several = len(series) > 1
     edges = np.geomspace(low, high, count) if several else np.linspace(low, high, count)
-    for who, samples in result["samples_ms"].items():
-        axis.hist(samples, bins=edges, color=COLOURS[who], alpha=0.8, label=who)
+    for who, colour, samples in series:
+        axis.hist(samples, bins=edges, color=colour, alpha=0.7, label=who)
     if several:
         axis.set_xscale("log")
     axis.set_xlabel("ms per chunk")
     axis.set_ylabel("chunks")
+    axis.legend()
+
+
+def in_time(axis: Any, result: dict[str, Any]) -> None:
+    """The engine's samples in the order in which they came: where the slow ones are."""
+    for who, colour, samples in _series(result):
+        if who != "baseline":
+            axis.plot(range(len(samples)), samples, ".", markersize=2, color=colour, label=who)
+    axis.set_xlabel("sample")
+    axis.set_ylabel("ms per chunk")
     axis.legend()
 
 
@@ -102,31 +148,84 @@ def roofline(axis: Any, result: dict[str, Any]) -> None:
     axis.legend(loc="lower right")
 
 
-def _page(folder: Path, pictures: list[str], result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    where = html.escape(str(machine["gpu"] or machine["cpu"]))
-    keys = ("p50", "p95", "p99", "p999", "max", "jitter")
+IMAGES = {
+    histogram: lambda result: bool(_series(result)),
+    in_time: lambda result: bool(_series(result)),
+    stages: lambda result: bool(result.get("stages")),
+    roofline: lambda result: bool((result.get("roofline") or {}).get("points")),
+}
+"""What is drawn, and whether the result has it."""
+
+
+def _page(images: dict[str, bytes], result: dict[str, Any]) -> str:
+    machine, preset = result.get("machine") or {}, html.escape(str(result.get("preset")))
+    where = html.escape(str(machine.get("gpu") or machine.get("cpu")))
+    keys = ("p50", "p95", "p99", "p999", "max", "jitter", "samples")
+    spaced = result.get("spaced")
+    found = {who: result[who] for who in COLOURS if who in result}
+    found |= {f"engine at {spaced['hz']:g} Hz": spaced} if spaced else {}
     body = "".join(
-        f"<tr><th>{who}</th>" + "".join(f"<td>{result[who][key]:.2f}</td>" for key in keys) + "</tr>"
-        for who in COLOURS
-        if who in result
+        f"<tr><th>{who}</th>" + "".join(f"<td>{_cell(q.get(key))}</td>" for key in keys) + "</tr>"
+        for who, q in found.items()
     )
-    ratio = result["ratio"]
-    verdict = "" if not ratio else f"<p>published / engine: <b>{ratio['total']:.2f}</b></p>"
-    counted = f"<p>Bytes in the roofline: {html.escape(result['roofline']['bytes'])}.</p>"
-    images = "".join(
-        f'<p><img src="data:image/png;base64,{_encoded(folder / f"{p}.png")}" alt="{p}"></p>' for p in pictures
+    drawn = "".join(
+        f'<p><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{name}"></p>'
+        for name, png in images.items()
     )
     header = "".join(f"<th>{key}</th>" for key in keys)
+    words = [machine.get(key) for key in ("torch", "torch_threads", "dit4dit", "commit", "gpu_driver")]
+    torch, threads, version, commit, driver = (html.escape(str(word)) for word in words)
     return (
-        f"<!doctype html><meta charset='utf-8'><title>dit4dit latency: {html.escape(result['preset'])}</title>"
+        f"<!doctype html><meta charset='utf-8'><title>dit4dit latency: {preset}</title>"
         "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .8em;text-align:right}</style>"
-        f"<h1>{html.escape(result['preset'])}, {result['dtype']}, {where}</h1>"
-        f"<p>torch {html.escape(machine['torch'])}, {machine['torch_threads']} threads, "
-        f"dit4dit {html.escape(machine['dit4dit'])}; milliseconds per chunk, jitter = p99.9 / p50</p>"
-        f"<table><tr><th></th>{header}</tr>{body}</table>{verdict}{images}{counted}"
+        f"<h1>{preset}, {html.escape(str(result.get('dtype')))}, {where}</h1>"
+        f"<p>torch {torch}, {threads} threads, dit4dit {version} (commit {commit}), driver {driver}; milliseconds per chunk, "
+        "jitter = p99.9 / p50</p>"
+        f"<table><tr><th></th>{header}</tr>{body}</table>{_notes(result)}{drawn}"
     )
 
 
-def _encoded(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
+def _notes(result: dict[str, Any]) -> str:
+    """Ratio, agreement, clocks, and what was cut: each where the result has it."""
+    ratio, agreement, spaced = result.get("ratio"), result.get("agreement"), result.get("spaced")
+    notes = []
+    if ratio:
+        notes.append(f"published / engine: <b>{ratio['total']:.2f}</b>")
+    if agreement:
+        notes.append(f"Agreement (largest relative difference): {_listed(agreement)}.")
+    if spaced:
+        notes.append(
+            f"At {spaced['hz']:g} Hz {spaced['missed_slots']} control steps were missed; chunks began "
+            f"{spaced['late_ms']['p50']:.2f} ms late (p50), {spaced['late_ms']['max']:.2f} ms at most."
+        )
+    for what, clocks in (("Clocks", result.get("clocks")), ("Clocks at that rate", (spaced or {}).get("clocks"))):
+        notes += [f"{what}, {when}: {_listed(seen)}." for when, seen in (clocks or {}).items() if seen]
+    collections = (result.get("collections") or {}).get("by_generation")
+    if collections:
+        notes.append(
+            "Garbage collections while samples were taken: "
+            + "; ".join(f"generation {g}: {c['count']} in {c['ms']:.1f} ms" for g, c in collections.items())
+            + "."
+        )
+    if result.get("roofline"):
+        notes.append(f"Bytes in the roofline: {html.escape(result['roofline']['bytes'])}.")
+    if result.get("cut"):
+        notes.append(f"<b>Cut short</b>: {_listed(result['cut'])}.")
+    return "".join(f"<p>{note}</p>" for note in notes)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def _listed(values: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(str, value)) or "nothing"
+        return f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value}"
+
+    return html.escape(", ".join(f"{name.replace('_', ' ')}: {text(value)}" for name, value in values.items()))
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[2]), read_json_object(Path(sys.argv[1]))))

@@ -44,6 +44,7 @@ class Recording:
         self._end = None if seconds is None else time.monotonic() + seconds
         self._during, self._left = "start", list[str]()
         self._over: dict[str, Any] | None = None
+        self._writing = self._stopped = False
 
     def __enter__(self) -> Recording:
         self._handles = threading.current_thread() is threading.main_thread()
@@ -54,25 +55,33 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        self._writing = True  # a signal that comes now waits until the file is there
         try:
             if error is not None:
-                by = "SIGTERM" if isinstance(error, Terminated) else f"{type(error).__name__}: {error}"
-                self._over = {"by": by, "during": self._during, "left": self._left}
+                # what a signal interrupts may fail in its own way, as the capture of a CUDA graph does
+                by = "SIGTERM" if self._stopped else f"{type(error).__name__}: {error}"
+                self._over = self._ended(by)
             self.result |= {"complete": self._over is None, "cut": self._over}
             self._write()
         finally:
             if self._handles:
                 signal.signal(signal.SIGTERM, self._before)
+        if self._stopped and not isinstance(error, Terminated):
+            raise Terminated(TERMINATED) from error
+
+    def limit(self, seconds: float | None) -> None:
+        """The time begins now: what came before, as making a model, is not counted. None leaves it as it is."""
+        if seconds is not None:
+            self._end = time.monotonic() + seconds
 
     def keep(self) -> None:
         """Write what there is: a block of samples has ended."""
-        killed = {"by": "killed", "during": self._during, "left": self._left}
-        self.result |= {"complete": False, "cut": self._over or killed}
+        self.result |= {"complete": False, "cut": self._ended("killed")}
         self._write()
 
-    def during(self, what: str) -> None:
-        """Name what is measured next, and keep what was measured before."""
-        self._during, self._left = what, []
+    def during(self, what: str, left: Iterable[str] = ()) -> None:
+        """Name what is measured next, and what is left after it; keep what was measured before."""
+        self._during, self._left = what, list(left)
         self.keep()
 
     def remaining(self) -> float | None:
@@ -83,10 +92,14 @@ class Recording:
         """Whether the time has been used up, which then stands in the result with what is left out."""
         if self.remaining() != 0.0:
             return False
+        self.short(left)
+        return True
+
+    def short(self, left: Iterable[str]) -> None:
+        """Note that the time, or the share of it that something had, left this out."""
         if self._over is None:
             self._over = {"by": "seconds", "during": self._during, "left": []}
         self._over["left"] += list(left)
-        return True
 
     def each(self, things: Iterable[T], what: str, name: Any = str) -> Iterator[T]:
         """Each of `things` while there is time, with the file written after it; those not reached are named as left."""
@@ -101,10 +114,25 @@ class Recording:
             self.keep()
         self._left = []
 
+    def _ended(self, by: str) -> dict[str, Any]:
+        """What stands in the file if this is the end: what had no time before is left out too."""
+        earlier = [] if self._over is None else self._over["left"]
+        return {"by": by, "during": self._during, "left": [*earlier, *self._left]}
+
     def _terminate(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the file is being written
-        raise Terminated(TERMINATED)
+        self._stopped = True
+        if not self._writing:  # a second one must not end the writing that the first one caused
+            self._writing = True
+            raise Terminated(TERMINATED)
 
     def _write(self) -> None:
-        if self._path is not None:
+        if self._path is None:
+            return
+        before, self._writing = self._writing, True
+        try:
             write_json(self._path, self.result)
+        finally:
+            self._writing = before
+        if self._stopped and not before:
+            self._writing = True
+            raise Terminated(TERMINATED)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Dtype, Head, check_folder, dtype_of, finish, head_dtype_of, say
+from dit4dit.commands.shell import Device, Dtype, Head, dtype_of, finish, head_dtype_of, say
 from dit4dit.errors import InputError
 
 Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -42,38 +42,50 @@ def latency(
     head_dtype: Dtype = "auto",
     quantization: Literal["fp8"] | None = None,
     engine_chunks: int = 0,
+    at_hz: float | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     json: Path | None = None,
     report: Path | None = None,
 ) -> int:
     """Latency of one chunk on random weights of true sizes: the engine and, beside it, the published schedule.
 
+    The JSON file is written after each half second of samples and when the command is told to stop; "cut" in it says what it
+    lacks.
+
     Args:
         preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
-        chunks: timed chunks of each contender, in turns.
+        chunks: timed chunks of each contender, in turns, for the ratio and the stages; 0 with --engine-chunks leaves them out.
         baseline: also time the published schedule, alternating, and report the ratio.
         text: the baseline encodes its instruction in each chunk, as published; --no-text leaves that out.
         head: how the engine runs the action head; one_launch is one CUDA kernel, auto takes it where it was
             measured, with --head-dtype bfloat16.
         head_dtype: of the action head, on both sides; auto is float32, and bfloat16 for one_launch.
         quantization: fp8 in the engine, calibrated on the inputs that are timed; its errors are reported.
-        engine_chunks: then so many chunks of the engine alone, for its percentiles.
+        engine_chunks: before that, so many chunks of the engine alone, for its percentiles.
+        at_hz: as many chunks again, each begun at a control step of a robot at this rate, with the GPU's clocks.
+        seconds: how long all samples together may take; the counts are then the most. Set-up comes on top.
         seed: of weights and inputs.
         json: also write every number to this file.
-        report: write an HTML report and its pictures into this folder.
+        report: write an HTML report and its images into this folder, or as one page to this file if it ends in .html.
     """
     import torch
 
     from dit4dit.benchmarks import latency as module
     from dit4dit.benchmarks import latency_report
+    from dit4dit.benchmarks.recording import Recording
     from dit4dit.commands.report import table
     from dit4dit.device import pick_device
     from dit4dit.presets import preset as find
 
-    if chunks < 1:
-        raise InputError(f"--chunks: expected at least 1, got {chunks}")
+    least = 0 if engine_chunks > 0 else 1
+    if chunks < least:
+        raise InputError(f"--chunks: expected at least {least}, got {chunks}")
+    for option, value in (("--at-hz", at_hz), ("--seconds", seconds)):
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{option}: expected a number above 0, got {value}")
     place, chosen = pick_device(device), find(preset)
     kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     if engine_chunks < 0:
@@ -81,11 +93,12 @@ def latency(
     if seed < 0:
         raise InputError(f"--seed: expected 0 or more, got {seed}")
     if report is not None:
-        check_folder("--report", report)
+        latency_report.check(report)
     options: dict[str, Any] = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
-    options |= {"quantization": quantization, "engine_chunks": engine_chunks}
+    options |= {"quantization": quantization, "engine_chunks": engine_chunks, "at_hz": at_hz, "seconds": seconds}
     options |= {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
-    result = module.measure(chosen, preset, device=place, dtype=kind, **options)
+    with Recording(json) as record:
+        result = module.measure(chosen, preset, device=place, dtype=kind, record=record, **options)
     header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
     lines = [table(header, module.rows(result), right=range(1, 8))]
     if result["error"]:
@@ -93,9 +106,11 @@ def latency(
         lines.append(f"{quantization} against the exact engine, rms: {of}")
     if result["ratio"]:
         lines.append("published / engine: " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratio"].items()))
+    if result["cut"]:
+        lines.append(f"--seconds left out: {', '.join(result['cut']['left'])}")
+    say("\n".join(lines))
     if report is not None:
-        lines.append(f"wrote {latency_report.write(report, result)}")
-    finish("\n".join(lines), result, json)
+        say(f"wrote {latency_report.write(report, result)}")
     return 0
 
 
