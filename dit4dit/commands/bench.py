@@ -99,6 +99,48 @@ def latency(
     return 0
 
 
+def profile(
+    preset: str = "robocasa_gr1",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    head: Head = "auto",
+    head_dtype: Dtype = "auto",
+    quantization: Literal["fp8"] | None = None,
+    seed: int = 0,
+    seconds: float | None = None,
+    json: Path | None = None,
+) -> int:
+    """Kernels of one engine step, stage by stage: names, counts and times, beside the time of the step as it is replayed.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
+        device: auto, cpu, cuda or cuda:N; on a CPU operators take the kernels' place.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        head: library, one_launch or auto, as in bench latency.
+        head_dtype: of the action head; auto is float32, and bfloat16 for one_launch.
+        quantization: fp8 in the engine, calibrated on the inputs that are profiled.
+        seed: of weights and inputs.
+        seconds: end after about this long; stages that were not reached are named in the result.
+        json: write whole names and all numbers to this file, as they come.
+    """
+    import torch
+
+    from dit4dit.benchmarks import profiling as module
+    from dit4dit.benchmarks.recording import Recording
+    from dit4dit.device import pick_device
+    from dit4dit.presets import preset as find
+
+    place, chosen = pick_device(device), find(preset)
+    kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    options: dict[str, Any] = {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
+    with Recording(json, seconds) as record:
+        module.measure(
+            chosen, preset, device=place, dtype=kind, seed=seed, record=record, quantization=quantization, **options
+        )
+    say(module.show(record.result))
+    return 0
+
+
 def ops(
     ops: tuple[str, ...] = (),
     device: Device = "auto",
@@ -312,6 +354,7 @@ def rollout(
 BENCHMARKS: dict[str, Callable[..., int]] = {
     "flops": flops,
     "latency": latency,
+    "profile": profile,
     "ops": ops,
     "options": options,
     "training": training,
