@@ -17,7 +17,6 @@ import torch
 from dit4dit.benchmarks.contenders import Inputs, Planned, random_pictures
 from dit4dit.benchmarks.harness import machine
 from dit4dit.benchmarks.recording import Recording
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dit4dit.action_ode.program import HeadChoice
@@ -175,7 +174,7 @@ def kernels_of(function: Callable[[], object], activities: Sequence[str]) -> lis
         wait()
     sums: dict[str, list[float]] = {}
     for event in seen.events() or ():
-        if (event.device_type == DeviceType.CUDA) != on_gpu or getattr(event, "is_user_annotation", False):
+        if (event.device_type.name == "CUDA") != on_gpu or getattr(event, "is_user_annotation", False):
             continue
         entry = sums.setdefault(event.name[:NAME], [0.0, 0.0])
         entry[0] += 1 / STEPS

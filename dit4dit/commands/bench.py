@@ -149,28 +149,33 @@ def ops(
     batch: int = 1,
     samples: int | None = None,
     compile: bool = True,
+    isolate: bool = False,
+    seconds: float | None = None,
     seed: int = 0,
     json: Path | None = None,
 ) -> int:
     """Time single ops: PyTorch eager, torch.compile, and every implementation that fits, at the released models' sizes.
 
-    Nothing is timed before it agrees with the reference on the very tensors; exit code 1 where something does not.
+    Nothing is timed before it agrees with the reference on the very tensors; exit code 1 where something does not, or fails;
+    3 where the GPU was lost and what is left needs a new process.
 
     Args:
-        ops: some of the ops; all when not given.
+        ops: some of the ops, in this order; all when not given.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
         sizes: calls of every released model, or of RoboCasa-GR1 alone; auto is all on a GPU and gr1 on a CPU.
         batch: requests at a time.
         samples: timed calls each; 200 on a GPU and 10 on a CPU when not given.
         compile: time torch.compile of the reference too.
+        isolate: each op in a process of its own, so that one that dies or hangs costs its own rows alone.
+        seconds: end after about this long; with --isolate shared out among the ops.
         seed: of the tensors.
         json: also write every number to this file, as they come.
     """
     import torch
 
     from dit4dit import ops as all_ops
-    from dit4dit.benchmarks import op_bench
+    from dit4dit.benchmarks import isolation, op_bench
     from dit4dit.device import pick_device
 
     for name, value in (("--batch", batch), ("--samples", samples)):
@@ -180,19 +185,16 @@ def ops(
         all_ops.implementations(op)  # BackendError: no such op
     place = pick_device(device)
     gpu = place.type == "cuda"
-    result = op_bench.run(
-        ops or all_ops.names(),
-        device=str(place),
-        dtype=dtype_of(dtype) or (torch.bfloat16 if gpu else torch.float32),
-        samples=samples or (200 if gpu else 10),
-        batch=batch,
-        gr1_only=sizes == "gr1" or (sizes == "auto" and not gpu),
-        compiling=compile,
-        seed=seed,
-        keep=json,
-    )
-    finish(op_bench.show(result), result, json)
-    return 1 if op_bench.disagreements(result) else 0
+    options: dict[str, Any] = {"samples": samples, "batch": batch, "seed": seed}
+    if isolate:
+        words = [*("--device", str(place), "--dtype", dtype, "--sizes", sizes), *([] if compile else ["--no-compile"])]
+        words += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+        return int(isolation.command(ops or all_ops.names(), words, json, seconds))
+    options["samples"] = samples or (200 if gpu else 10)
+    options["dtype"] = dtype_of(dtype) or (torch.bfloat16 if gpu else torch.float32)
+    options["gr1_only"] = sizes == "gr1" or (sizes == "auto" and not gpu)
+    options |= {"device": str(place), "compiling": compile}
+    return int(op_bench.command(ops or all_ops.names(), json, seconds, **options))
 
 
 def options(
