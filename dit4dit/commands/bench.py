@@ -22,12 +22,17 @@ def flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
         json: also write the counts to this file.
     """
     from dit4dit.benchmarks import flops as module  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.benchmarks.recording import Recording
     from dit4dit.commands.report import table
     from dit4dit.presets import preset as find
 
-    counts = module.count(find(preset))
+    schedules, counts = module.schedules(find(preset)), dict[str, dict[str, float]]()
+    with Recording(json) as record:
+        record.result["preset"] = preset
+        for name, count in record.each(schedules.items(), "schedules", name=lambda item: item[0]):
+            record.result[name] = counts[name] = count()
     rows = [[stage, *(f"{counts[s][stage]:,.2f}" for s in counts)] for stage in (*module.STAGES, "total")]
-    finish(table(["GFLOP", *counts], rows, right=(1, 2, 3)), {"preset": preset, **counts}, json)
+    say(table(["GFLOP", *counts], rows, right=(1, 2, 3)))
     return 0
 
 
@@ -205,11 +210,12 @@ def options(
     dtype: Dtype = "auto",
     seeds: int = 8,
     seed: int = 0,
+    seconds: float | None = None,
     json: Path | None = None,
 ) -> int:
     """Error of every option that changes numbers, against the exact engine with the same noise.
 
-    A preset has random weights; of a trained model only its checkpoint tells.
+    A preset has random weights; of a trained model only its checkpoint tells. Exit code 1 where an option or a subject failed.
 
     Args:
         preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop; may be given several times.
@@ -219,11 +225,15 @@ def options(
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
         seeds: requests, each with a picture, a state and noise of its own.
         seed: of the first request, and of a preset's weights.
-        json: also write every number to this file.
+        seconds: end after about this long; options that were not reached are named in the result.
+        json: also write every number to this file, as they come.
     """
+    from functools import partial
+
     import torch
 
     from dit4dit.benchmarks import options as module
+    from dit4dit.benchmarks.recording import Recording
     from dit4dit.device import pick_device
     from dit4dit.presets import preset as find
 
@@ -233,12 +243,15 @@ def options(
         raise InputError(f"--seeds: expected at least 1, got {seeds}")
     place = pick_device(device)
     kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    given: dict[str, Any] = {"device": place, "dtype": kind}
     found = [(name, find(name)) for name in preset]
-    subjects = [module.of_preset(name, chosen, device=place, dtype=kind, seed=seed) for name, chosen in found]
-    subjects += [module.of_checkpoint(path, backbone, device=place, dtype=kind) for path in checkpoint]
-    results = [module.measure(subject, module.OPTIONS, seeds=seeds, seed=seed) for subject in subjects]
-    finish("\n\n".join(module.show(result) for result in results), {"subjects": results}, json)
-    return 0
+    subjects = {f"preset {name}": partial(module.of_preset, name, one, seed=seed, **given) for name, one in found}
+    subjects |= {f"checkpoint {path}": partial(module.of_checkpoint, path, backbone, **given) for path in checkpoint}
+    with Recording(json, seconds) as record:
+        module.measure(subjects, module.OPTIONS, seeds=seeds, seed=seed, record=record)
+    results = record.result["subjects"]
+    say("\n\n".join(module.show(result) for result in results))
+    return 1 if module.failed(results) else 0
 
 
 def tune(
@@ -272,6 +285,7 @@ def tune(
     import torch
 
     from dit4dit.benchmarks import tune as module
+    from dit4dit.benchmarks.recording import Recording
     from dit4dit.device import pick_device
     from dit4dit.ops import launch
 
@@ -283,30 +297,35 @@ def tune(
     files.check()
     found = module.on_gpu(names, place, batch, seed)
     measure = partial(module.measured, samples=samples)
-    with torch.no_grad():
-        search = module.tune(launch.architecture(place), found, measure, seconds=seconds, keep=files.keep)
-    files.keep(search)
+    with Recording(files.timings, seconds) as record, torch.no_grad():
+        search = module.tune(launch.architecture(place), found, measure, record=record, write=files.write)
+    files.write(search)
     use = "replace dit4dit/ops/tiles.json with it" if whole else f"export DIT4DIT_TILES={out.resolve()}"
     say(f"{module.show(search)}\nwrote {out} and {files.timings}; to use it: {use}")
     return 0
 
 
-def training(steps: int = 7, batch_size: int = 4, seed: int = 0, json: Path | None = None) -> int:
+def training(
+    steps: int = 7, batch_size: int = 4, seed: int = 0, seconds: float | None = None, json: Path | None = None
+) -> int:
     """Samples per second of a training step on this CPU against the published schedule, with and without cached latents.
 
     Args:
         steps: timed steps of each schedule, in alternation.
         batch_size: samples of a step.
         seed: of weights, data and draws.
-        json: also write every number to this file.
+        seconds: end after about this long, with the steps that were timed.
+        json: also write every number to this file, as they come.
     """
     from dit4dit.benchmarks import training as module  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.benchmarks.recording import Recording
 
     for name, value in (("steps", steps), ("batch-size", batch_size)):
         if value < 1:
             raise InputError(f"--{name}: expected at least 1, got {value}")
-    result = module.measure(steps=steps, batch_size=batch_size, seed=seed)
-    finish(module.show(result), result, json)
+    with Recording(json, seconds) as record:
+        module.measure(steps=steps, batch_size=batch_size, seed=seed, record=record)
+    say(module.show(record.result))
     return 0
 
 
@@ -317,6 +336,7 @@ def rollout(
     episodes: int = 4,
     rounds: int = 3,
     device: Device = "auto",
+    seconds: float | None = None,
     json: Path | None = None,
 ) -> int:
     """Episodes per second of several simulators against one, on the tabletop world with one policy and the same padded batch.
@@ -331,11 +351,13 @@ def rollout(
         episodes: of each worker in each round, after its first, where there are most; fewer workers play the same ones.
         rounds: in which the numbers of workers take turns.
         device: auto, cpu, cuda or cuda:N.
-        json: also write every number to this file.
+        seconds: end after about this long, with the rounds that were played.
+        json: also write every number to this file, as they come.
     """
     from tqdm import tqdm
 
     from dit4dit.benchmarks import rollout as module  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.benchmarks.recording import Recording
     from dit4dit.commands.report import table
     from dit4dit.envs import tabletop_policy_dir
     from dit4dit.policy import Policy
@@ -344,12 +366,13 @@ def rollout(
         if value < 1:
             raise InputError(f"--{name}: expected at least 1, got {value}")
     checkpoint = checkpoint or tabletop_policy_dir()
-    with tqdm(unit="episode", desc="rollout", disable=None) as bar:
+    with tqdm(unit="episode", desc="rollout", disable=None) as bar, Recording(json, seconds) as record:
         policy = Policy.from_pretrained(checkpoint, device=device)
         sizes: dict[str, Any] = {"workers": workers, "batch": batch, "episodes": episodes, "rounds": rounds}
-        result = module.measure(policy, checkpoint, **sizes, on_episode=bar.update)
+        module.measure(policy, checkpoint, **sizes, record=record, on_episode=bar.update)
+    result = record.result
     header = ["workers", "episodes/s", "times one", "of min(workers, cores)"]
-    finish(table(header, module.rows(result), right=range(4)), result, json)
+    say(table(header, module.rows(result), right=range(4)))
     return 0 if all(run["efficiency"] >= module.ENOUGH for run in result["runs"]) else 1
 
 
