@@ -53,6 +53,12 @@ def check_gpu(what: str) -> None:
                 raise GpuLost(f"{what}; then the GPU was lost: {reason_of(error)}") from None
 
 
+def settle() -> None:
+    """Wait for the GPU, so that what a call did wrong there is raised here and not by the next call."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def reason_of(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]

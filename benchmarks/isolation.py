@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 GRACE = 20.0
 """Seconds beyond its share that a process has to start and to end the call that it is in."""
+LEAST = 1.0  # seconds of an op whose share the imports have used up
 LIMIT = 900.0
 """Seconds of a process where there is no time limit: what takes longer hangs."""
 STOPPING = 3.0  # from SIGTERM to SIGKILL; one that waits for a GPU does not see the first
@@ -49,12 +50,22 @@ def run(names: Sequence[str], words: Sequence[str], record: Recording) -> None:
         record.result["machine"] = machine()
 
 
+SCRIPT = """
+import sys, time
+begin = time.monotonic()
+sys.path[:] = {path!r}
+from dit4dit.benchmarks import op_bench
+from dit4dit.cli import main
+seconds = {seconds!r}
+left = [] if seconds is None else ["--seconds", str(max(seconds - (time.monotonic() - begin), {least}))]
+main({words!r} + left)
+"""
+
+
 def child(op: str, words: Sequence[str], file: Path, seconds: float | None) -> list[str]:
-    """The command of one op's process, which finds the packages where this one does."""
+    """The command of one op's process, which finds the packages where this one does; its imports are in its time."""
     given = ["bench", "ops", "--ops", op, *words, "--json", str(file)]
-    given += [] if seconds is None else ["--seconds", f"{seconds:.3f}"]
-    script = f"import sys; sys.path[:] = {sys.path!r}; from dit4dit.cli import main; main({given!r})"
-    return [sys.executable, "-c", script]
+    return [sys.executable, "-c", SCRIPT.format(path=sys.path, seconds=seconds, least=LEAST, words=given)]
 
 
 def _one(op: str, words: Sequence[str], share: float | None, folder: Path, record: Recording) -> None:
@@ -80,6 +91,8 @@ def _one(op: str, words: Sequence[str], share: float | None, folder: Path, recor
             _stop(process)
             entry |= {"exit_code": process.returncode, "seconds": round(time.monotonic() - begin, 1)}
             _merge(file, before, entry, record)
+    rows = len(record.result["rows"]) - len(before)
+    sys.stderr.write(f"{op}: {rows} rows, exit code {process.returncode}, {entry['seconds']} s\n")
     if process.returncode not in (0, 1) or not file.exists() or entry["ended_by"] is not None:
         _died(entry, log, record)
     record.keep()

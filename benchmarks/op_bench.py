@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dit4dit.benchmarks.failures import GPU_LOST, NO_TIME, GpuLost, Rows, failure, leave
+from dit4dit.benchmarks.failures import GPU_LOST, NO_TIME, GpuLost, Rows, failure, leave, settle
 from dit4dit.benchmarks.harness import assert_no_worse, machine, quantiles, time_cpu, time_gpu
 from dit4dit.benchmarks.kernels import calls
 from dit4dit.benchmarks.recording import Recording
@@ -99,6 +99,7 @@ def contenders(
         fn = positional(op, name)
         try:
             fn(*args)
+            settle()
         except BackendError as error:
             out[name] = {"left_out": str(error).partition("refused: ")[2] or str(error)}
         except Exception as error:  # what Triton and CUDA raise has no common base
@@ -130,6 +131,7 @@ def uncompilable(fn: Contender, args: tuple[Any, ...]) -> str | None:
             # it looks through our tables' cache, which is what is wanted
             warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
             fn(*args)
+            settle()
     except TorchDynamoException as error:
         told = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]
         lines = [line.strip() for line in told.splitlines() if line.strip()]
