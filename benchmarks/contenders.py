@@ -22,7 +22,7 @@ from dit4dit.engine import Engine, Plan, PromptPack, RequestShape, StepInputs
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.export import transformer_arguments
 from dit4dit.model.text import byte_tokenizer, standardize, tokenize
-from dit4dit.noise import Noise
+from dit4dit.noise import STREAMS, Noise
 
 
 @dataclass
@@ -156,7 +156,8 @@ class Planned:
         sizes = tuple((int(p.shape[0]), int(p.shape[1])) for p in pictures)
         shape = RequestShape(1, sizes, self.config.image_size, "cv2_area", self.state is not None, self.pack.length)
         table = torch.tensor([[torch.nan, -1.0, 1.0, 1.0, 0.0]] * self.config.head.action_dim, dtype=torch.float64)
-        self.plan = Plan(engine, shape, table.T.contiguous())
+        self.table = table.T.contiguous().to(engine.device)
+        self.plan = Plan(engine, shape, self.table)
         self._stages = {name: self.plan.record(stage) for name, stage in self._functions().items()}
 
     def chunk(self, noise: Noise) -> NDArray[np.float32]:
@@ -178,6 +179,29 @@ class Planned:
         """The inputs as the engine's own functions take them."""
         given = self.inputs
         return StepInputs(given.frame, [self.pack], given.state, given.posterior, given.latent, given.action)
+
+    def eager(self) -> dict[str, Callable[[], None]]:
+        """One step in five stages with the kernels of the plan, called one by one: no graph. Copies to and from the GPU count."""
+        plan, shape, stages = self.plan, self.plan.shape, self._functions()
+        given, results = plan.inputs.device, plan.outputs.device
+        dtype = self.engine.model.backbone.transformer.dtype
+
+        def preprocess() -> None:
+            plan.inputs.upload()
+            for name, stream in STREAMS.items():
+                plan.noise.device[name].copy_(ops.philox_normal(given["requests"], stream, plan.draws[name]))
+            ops.preprocess([given[f"view{i}"] for i in range(len(shape.views))], shape.size, shape.resize, dtype)
+
+        def outputs() -> None:
+            if "actions" in results:
+                results["actions"].copy_(ops.unnormalize(results["normalized"], self.table))
+            plan.outputs.download()
+
+        return {"preprocess": preprocess, **stages, "outputs": outputs}
+
+    def replays(self) -> dict[str, Callable[[], None]]:
+        """Likewise as they are replayed: "step" the whole, and the stages that have a graph of their own."""
+        return {"step": self.plan.compute, **self._stages}
 
     def _functions(self) -> dict[str, Callable[[], None]]:
         """Each stage from fixed buffers to fixed buffers."""

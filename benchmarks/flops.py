@@ -9,6 +9,7 @@ an instruction it has seen; "first_chunk" adds what a new instruction costs once
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,15 +34,20 @@ Counter = Callable[[Callable[[], Any]], dict[str, float]]
 """What a call does, by module path; "Global" is all of it."""
 
 
-def count(preset: Preset) -> dict[str, dict[str, float]]:
-    """{"published" | "executed" | "first_chunk": {stage: GFLOP, "total": GFLOP}} for batch 1."""
+def schedules(preset: Preset) -> dict[str, Callable[[], dict[str, float]]]:
+    """{"published" | "executed" | "first_chunk": what counts it, as {stage: GFLOP, "total": GFLOP}} for batch 1."""
     views = len(EMBODIMENTS[preset.embodiment].views)
-    schedules = {
-        "published": published(preset.model, views),
-        "executed": executed(preset.model, views),
-        "first_chunk": first_chunk(preset.model, views),
-    }
-    return {name: {**stages, "total": sum(stages.values())} for name, stages in schedules.items()}
+
+    def total(count: Callable[[ModelConfig, int], dict[str, float]]) -> dict[str, float]:
+        stages = count(preset.model, views)
+        return {**stages, "total": sum(stages.values())}
+
+    return {f.__name__: partial(total, f) for f in (published, executed, first_chunk)}
+
+
+def count(preset: Preset) -> dict[str, dict[str, float]]:
+    """All of `schedules`, counted."""
+    return {name: counted() for name, counted in schedules(preset).items()}
 
 
 def moved(preset: Preset) -> dict[str, dict[str, float]]:

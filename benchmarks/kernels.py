@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
 from dit4dit.cubins.compiler import compiled, resources
@@ -113,32 +113,34 @@ def multiplies_fp8(ptx: str) -> bool:
     return re.search(r"mma\S*(e4m3\.e4m3|kind::f8f6f4)", ptx) is not None
 
 
-def report(capability: int, batch: int = 1) -> list[dict[str, Any]]:
+def report(capability: int, batch: int = 1) -> Iterator[dict[str, Any]]:
     """One row a launch: case, kernel, tile, registers, stack, local, shared bytes, tensor core instructions, in fp8 or not."""
-    rows = []
     for case, step in launches(capability, batch):
         kernel = compiled(Specialization.of(step), capability)
         row = {"case": case, "kernel": step.kernel, "capability": capability, "tile": dict(step.tile)}
         ptx = kernel.asm["ptx"]
         row |= {"shared": kernel.metadata.shared, "products": products(ptx), "fp8": multiplies_fp8(ptx)}
-        rows.append({**row, **resources(kernel.asm["cubin"])})
-    return rows
+        yield {**row, **resources(kernel.asm["cubin"])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, action="append", choices=list(SHARED_MEMORY), help="default: all")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--seconds", type=float, help="end after about this long")
+    parser.add_argument("--json", type=Path, help="write the rows here, as they come")
     args = parser.parse_args()
-    rows = []
-    for capability in args.capability or SHARED_MEMORY:
-        for row in report(capability, args.batch):
-            rows.append(row)
-            numbers = " ".join(f"{row[name]:7}" for name in ("registers", "stack", "local", "shared"))
-            print(f"{capability:4} {row['case']:28} {row['kernel']:24} {numbers} {row['products'] or ''}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    with Recording(args.json, args.seconds) as record:
+        record.result["rows"] = []
+        for capability in record.each(args.capability or SHARED_MEMORY, "capabilities"):
+            for row in report(capability, args.batch):
+                record.result["rows"].append(row)
+                numbers = " ".join(f"{row[name]:7}" for name in ("registers", "stack", "local", "shared"))
+                print(
+                    f"{capability:4} {row['case']:28} {row['kernel']:24} {numbers} {row['products'] or ''}", flush=True
+                )
+                if record.over():
+                    break
 
 
 if __name__ == "__main__":

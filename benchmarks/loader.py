@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from dit4dit.benchmarks.harness import machine
+from dit4dit.benchmarks.recording import Recording
 from numpy.typing import NDArray
 
 from dit4dit.config import ModelConfig
@@ -40,9 +41,16 @@ def measure(
     workers: Sequence[int],
     batch_size: int,
     batches: int,
+    record: Recording,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Samples per second per number of workers, and shares of time in one process, with the machine they belong to."""
+) -> None:
+    """Samples per second per number of workers, and shares of time in one process, with the machine they belong to, into
+    `record`.
+    """
+    result = record.result
+    runs: list[dict[str, Any]] = []
+    result |= {"machine": machine(), "batch_size": batch_size, "batches": batches, "runs": runs, "share_of_time": None}
+    record.during("data")
     with tempfile.TemporaryDirectory() as scratch:
         made = not datasets
         if made:
@@ -53,20 +61,17 @@ def measure(
         mixture = Mixture.open(entries, Path(), known, progress=progress)
         window = Window.for_model(model)
         options: dict[str, Any] = {"batch_size": batch_size, "seed": 0}
+        result["data"] = MADE if made else [str(path) for path in datasets]
+        sizes = {"frames": len(window.offsets), "horizon": window.horizon, "image_size": window.image_size}
+        result["window"] = sizes
+        record.during("comparison")
         _agree(mixture, window, workers, options)
-        runs = []
-        for count in workers:
+        for count in record.each([*workers, None], "workers", name=lambda n: "shares" if n is None else f"{n} workers"):
+            if count is None:
+                result["share_of_time"] = _shares(mixture, window, batches, options)
+                continue
             seconds = _time(Loader(mixture, window, workers=count, **options), batches)
             runs.append({"workers": count, "seconds": seconds, "samples_per_second": batches * batch_size / seconds})
-        return {
-            "data": MADE if made else [str(path) for path in datasets],
-            "window": {"frames": len(window.offsets), "horizon": window.horizon, "image_size": window.image_size},
-            "batch_size": batch_size,
-            "batches": batches,
-            "runs": runs,
-            "share_of_time": _shares(mixture, window, batches, options),
-            "machine": machine(),
-        }
 
 
 def make(root: Path, seed: int = 0) -> Path:

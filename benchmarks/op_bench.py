@@ -1,7 +1,8 @@
 """Benchmarks of single ops: each times the calls that one step of the released models makes of its op.
 
 Contenders are the reference called as it is ("eager"), `torch.compile` of it ("compile"), and every other implementation
-that takes the tensors. None is timed before it has agreed with the reference on the very tensors that will be timed.
+that takes the tensors. None is timed before it has agreed with the reference on the very tensors that will be timed. One that
+raises costs its own row.
 
 Bytes are the least that must move: every tensor argument read once, every new result written once. FLOPs are those of the
 reference's matrix products, attention included.
@@ -10,7 +11,9 @@ reference's matrix products, attention included.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dit4dit.benchmarks.failures import GPU_LOST, NO_TIME, GpuLost, Rows, failure, leave, settle
 from dit4dit.benchmarks.harness import assert_no_worse, machine, quantiles, time_cpu, time_gpu
 from dit4dit.benchmarks.kernels import calls
+from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dit4dit import ops
-from dit4dit.commands.report import table, write_json
+from dit4dit.commands.report import table
 from dit4dit.errors import BackendError
 from dit4dit.ops import onednn
 from dit4dit.ops.linear_fp8 import FP8
@@ -79,30 +84,41 @@ def fill(args: tuple[Any, ...], device: str, dtype: torch.dtype, generator: torc
     return tuple(map(real, args))
 
 
-def contenders(op: str, args: tuple[Any, ...], compiling: bool) -> tuple[dict[str, Contender], dict[str, str]]:
-    """name -> call of what takes these arguments, "eager" first; and why each other implementation does not."""
+def contenders(
+    op: str, args: tuple[Any, ...], compiling: bool, over: Callable[[], bool]
+) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
+    """name -> call of what takes these arguments, "eager" first; and the row of each other implementation."""
     if op == "linear_gelu":
         onednn.pack(args[1], args[0].numel() // args[0].shape[-1])  # as the engine does at warm-up
     reference = reference_of(op)
     found: dict[str, Contender] = {"eager": reference}
-    out: dict[str, str] = {}
+    out: dict[str, dict[str, Any]] = {}
     for name in ops.implementations(op):
         if name == "torch":  # the reference again
             continue
         fn = positional(op, name)
         try:
             fn(*args)
+            settle()
         except BackendError as error:
-            out[name] = str(error).partition("refused: ")[2] or str(error)
+            out[name] = {"left_out": str(error).partition("refused: ")[2] or str(error)}
+        except Exception as error:  # what Triton and CUDA raise has no common base
+            out[name] = failure(error)
         else:
             found[name] = fn
-    if compiling:
+    if compiling and over():
+        out["compile"] = NO_TIME
+    elif compiling:
         fn = torch.compile(reference, dynamic=False)
-        reason = uncompilable(fn, args)
-        if reason is None:
-            found["compile"] = fn
+        try:
+            reason = uncompilable(fn, args)
+        except Exception as error:
+            out["compile"] = failure(error)
         else:
-            out["compile"] = reason
+            if reason is None:
+                found["compile"] = fn
+            else:
+                out["compile"] = {"left_out": reason}
     return found, out
 
 
@@ -115,6 +131,7 @@ def uncompilable(fn: Contender, args: tuple[Any, ...]) -> str | None:
             # it looks through our tables' cache, which is what is wanted
             warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
             fn(*args)
+            settle()
     except TorchDynamoException as error:
         told = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]
         lines = [line.strip() for line in told.splitlines() if line.strip()]
@@ -160,44 +177,97 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products and convolutions without TF32, whatever was chosen."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def exact(reference: Contender) -> Contender:
+    """The reference without TF32: what the truth is made with."""
+
+    def run(*args: Any) -> Any:
+        with full_precision():
+            return reference(*args)
+
+    return run
+
+
 @torch.no_grad()
-def measure(case: Case, args: tuple[Any, ...], samples: int, compiling: bool) -> list[dict[str, Any]]:
-    """One row a contender: its times and rates, or "left_out" with the reason ("disagrees" says it was wrong)."""
+def measure(case: Case, args: tuple[Any, ...], samples: int, compiling: bool, record: Recording) -> None:
+    """One row a contender: its times and rates, or "left_out" with the reason ("disagrees" says it was wrong, "failed" that
+    it raised, "cut" that its time was over).
+    """
     op, name, _ = case
+    rows = Rows(record, op, name)
     reference = reference_of(op)
-    found, out = contenders(op, args, compiling)
-    common = {"op": op, "case": name}
-    rows: list[dict[str, Any]] = []
+    found, out = contenders(op, args, compiling, record.over)
+    for contender, row in out.items():
+        rows.add(contender, row)
+    todo: dict[str, Callable[[], Any]] = {}
     for contender, fn in found.items():
+        if record.over():
+            rows.add(contender, NO_TIME)
+            continue
         try:
-            assert_no_worse(fn, reference, args, float32_limit=1e-5)
+            assert_no_worse(fn, exact(reference), args, float32_limit=1e-5)
         except AssertionError as error:
             wrong = {"left_out": f"not timed, it disagrees with the reference: {error}", "disagrees": True}
-            rows.append({**common, "implementation": contender, **wrong})
-    wrong_ones = {row["implementation"] for row in rows}
+            rows.add(contender, wrong)
+        except Exception as error:
+            rows.add(contender, failure(error))
+        else:
+            todo[contender] = partial(fn, *args)
+    if not todo:
+        return
     doing = work(reference, args)
-    times = alternating({c: partial(fn, *args) for c, fn in found.items() if c not in wrong_ones}, args, samples)
-    eager = times["eager"]["p50"]
-    for contender, q in times.items():
+    eager: float | None = None
+    for contender, times in alternating(todo, args, samples, over=record.over).items():
+        if isinstance(times, Exception):
+            rows.add(contender, failure(times))
+            continue
+        if not times:
+            rows.add(contender, NO_TIME)
+            continue
+        q = quantiles(times)
+        eager = q["p50"] if contender == "eager" else eager
         ms = {key: value * 1e3 for key, value in q.items() if key != "jitter"}
         rates = {"gb_per_s": doing["bytes"] / q["p50"] / 1e9, "gflop_per_s": doing["flops"] / q["p50"] / 1e9}
-        row = {**common, "implementation": contender, "ms": ms, "jitter": q["jitter"], **doing, **rates}
-        rows.append({**row, "ratio": eager / q["p50"]})
-    return rows + [{**common, "implementation": other, "left_out": reason} for other, reason in out.items()]
+        ratio = eager / q["p50"] if eager else None
+        rows.add(contender, {"ms": ms, "jitter": q["jitter"], "samples": len(times), **doing, **rates, "ratio": ratio})
 
 
 def alternating(
-    todo: dict[str, Callable[[], Any]], args: tuple[Any, ...], samples: int, rounds: int = 5
-) -> dict[str, dict[str, float]]:
-    """Quantiles of each contender's seconds, taken in turns, so that a machine that changes pace does so for all."""
+    todo: dict[str, Callable[[], Any]],
+    args: tuple[Any, ...],
+    samples: int,
+    rounds: int = 5,
+    over: Callable[[], bool] = lambda: False,
+) -> dict[str, list[float] | Exception]:
+    """Seconds of each contender's calls, taken in turns, so that a machine that changes pace does so for all; what one that
+    raised has raised. Fewer, or none, once it is over.
+    """
     timer = time_gpu if next(_tensors(args)).device.type == "cuda" else time_cpu
     rounds = min(rounds, samples)
-    seconds: dict[str, list[float]] = {contender: [] for contender in todo}
+    found: dict[str, list[float] | Exception] = {contender: [] for contender in todo}
     for i in range(rounds):
         share = samples // rounds + (i < samples % rounds)
         for contender, fn in todo.items():
-            seconds[contender] += timer(fn, samples=share, warmup=max(2, share // 10))
-    return {contender: quantiles(taken) for contender, taken in seconds.items()}
+            taken = found[contender]
+            if isinstance(taken, Exception) or over():
+                continue
+            try:
+                taken += timer(fn, samples=share, warmup=max(2, share // 10))
+            except Exception as error:
+                found[contender] = error.with_traceback(None)  # its frames hold tensors
+    return found
 
 
 def run(
@@ -206,48 +276,50 @@ def run(
     device: str,
     dtype: torch.dtype,
     samples: int,
+    record: Recording,
     batch: int = 1,
     gr1_only: bool = False,
     compiling: bool = True,
     seed: int = 0,
-    keep: Path | None = None,
-) -> dict[str, Any]:
-    """Time these ops; ready for JSON. With `keep` the file is written after each case, so that an end by a time limit
-    leaves what was measured ("complete": False).
-    """
+) -> None:
+    """Time these ops, in this order, into `record`. GpuLost: the rest needs another process."""
     generator = torch.Generator().manual_seed(seed)
-    result: dict[str, Any] = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device,
-        "samples": samples,
-        "machine": machine(),
-        "complete": False,
-        "rows": [],
-    }
-    todo = cases(names, batch=batch, gr1_only=gr1_only)
-    with tqdm(todo, unit="case", disable=None) as bar:
-        for case in bar:
+    result = record.result
+    result |= {"dtype": str(dtype).removeprefix("torch."), "device": device, "samples": samples}
+    result |= {"machine": machine(), "rows": []}
+    todo: list[Case] = []
+    for op in dict.fromkeys(names):
+        todo += _heads(gr1_only) if op == "action_ode" else cases([op], batch=batch, gr1_only=gr1_only)
+    with tqdm(total=len(todo), unit="case", disable=None) as bar:
+        for case in record.each(todo, "ops", name=lambda case: f"{case[0]} {case[1]}"):
             bar.set_description(f"{case[0]} {case[1]}")
-            args = fill(case[2], device, dtype, generator)
-            result["rows"] += measure(case, args, samples, compiling)
+            try:
+                if case[0] == "action_ode":
+                    _head(case, device, dtype, samples, batch, record)
+                else:
+                    measure(case, fill(case[2], device, dtype, generator), samples, compiling, record)
+            except Exception as error:
+                row = failure(error)
+                del error
+                Rows(record, case[0], case[1]).add("all", row)
             # compiled code of other shapes is of no more use, and torch keeps eight a function
             torch.compiler.reset()
-            if keep is not None:
-                write_json(keep, result)
-    if "action_ode" in names:
-        result["rows"] += _head(device, dtype, samples, batch, gr1_only)
-    result["complete"] = True
-    return result
+            bar.update()
 
 
-def _head(device: str, dtype: torch.dtype, samples: int, batch: int, gr1_only: bool) -> list[dict[str, Any]]:
-    """Rows of the whole action head, whose arguments are a head and not only tensors."""
+def _heads(gr1_only: bool) -> list[Case]:
+    """The whole action head, whose arguments are a head and not only tensors."""
     from dit4dit.benchmarks.ops import bench_action_ode  # it shows its results with this file
 
+    return [("action_ode", f"{tokens}", (tokens,)) for tokens in ([17] if gr1_only else bench_action_ode.TOKENS)]
+
+
+def _head(case: Case, device: str, dtype: torch.dtype, samples: int, batch: int, record: Recording) -> None:
+    from dit4dit.benchmarks.ops import bench_action_ode
+
     kind = torch.bfloat16 if dtype == torch.float16 else dtype
-    sizes = [17] if gr1_only else bench_action_ode.TOKENS
     given: dict[str, Any] = {"device": device, "dtype": kind, "samples": samples, "batch": min(batch, 4)}
-    return [row for tokens in sizes for row in bench_action_ode.case(tokens, **given)]
+    bench_action_ode.case(*case[2], **given, record=record)
 
 
 def show(result: dict[str, Any]) -> str:
@@ -262,7 +334,7 @@ def show(result: dict[str, Any]) -> str:
             f"{row['ms']['p50']:.4f}",
             f"{row['gb_per_s']:,.1f}",
             f"{row['gflop_per_s']:,.0f}" if row["flops"] else "",
-            f"{row['ratio']:.2f}",
+            f"{row['ratio']:.2f}" if row["ratio"] else "",
         ]
         for row in timed
     ]
@@ -271,15 +343,32 @@ def show(result: dict[str, Any]) -> str:
     reasons: dict[str, list[str]] = {}
     for row in result["rows"]:
         if "left_out" in row:
-            place = f"{row['op']} {row['case']}" if row.get("disagrees") else row["op"]
+            place = f"{row['op']} {row['case']}" if row.get("disagrees") or row.get("failed") else row["op"]
             reasons.setdefault(f"{row['implementation']}: {row['left_out']}", []).append(place)
     lines = [f"{reason} ({', '.join(dict.fromkeys(places))})" for reason, places in reasons.items()]
     return "\n".join([where, table(header, rows, right=range(3, 7)), *(["", "left out", *lines] if lines else [])])
 
 
-def disagreements(result: dict[str, Any]) -> list[str]:
-    """ "op case implementation" of everything that was not timed because it was wrong."""
-    return [f"{r['op']} {r['case']} {r['implementation']}" for r in result["rows"] if r.get("disagrees")]
+def bad(result: dict[str, Any]) -> list[str]:
+    """ "op case implementation" of everything that was not timed because it was wrong or failed."""
+    rows = [row for row in result["rows"] if row.get("disagrees") or row.get("failed")]
+    return [f"{row['op']} {row['case']} {row['implementation']}" for row in rows]
+
+
+def command(names: Sequence[str], path: Path | None, seconds: float | None, **options: Any) -> int:
+    """`run` into a file, and the table; exit code 1 where an implementation is wrong or failed, GPU_LOST after GpuLost."""
+    recording = Recording(path, seconds)
+    code = 0
+    try:
+        with recording as record:
+            run(names, record=record, **options)
+    except GpuLost as lost:
+        sys.stderr.write(f"bench ops: {lost.args[0]}\n")
+        code = GPU_LOST
+    sys.stdout.write(show(recording.result) + "\n")
+    if code == GPU_LOST:
+        leave(code)
+    return 1 if bad(recording.result) else 0
 
 
 def bench(op: str, description: str | None) -> int:
@@ -291,19 +380,17 @@ def bench(op: str, description: str | None) -> int:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the reference too")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write machine and rows here")
+    parser.add_argument("--seconds", type=float, help="end after about this long")
+    parser.add_argument("--json", type=Path, help="write machine and rows here, as they come")
     args = parser.parse_args()
-    result = run(
+    return command(
         [op],
+        args.json,
+        args.seconds,
         device=args.device,
         dtype=getattr(torch, args.dtype),
         samples=args.samples,
         batch=args.batch,
         compiling=args.compile,
         seed=args.seed,
-        keep=args.json,
     )
-    if args.json:
-        write_json(args.json, result)
-    print(show(result))
-    return 1 if disagreements(result) else 0

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from dit4dit.benchmarks.contenders import Inputs
+from dit4dit.benchmarks.failures import check_gpu, reason_of
 from dit4dit.benchmarks.harness import machine
+from dit4dit.benchmarks.recording import Recording
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,6 +36,7 @@ from dit4dit.engine import Calibration, Engine, StepInputs, calibrate, stack
 from dit4dit.engine.engine import STEPS
 from dit4dit.envs import tabletop_vae_dir
 from dit4dit.envs.tabletop import TabletopEnv
+from dit4dit.errors import Dit4DitError
 from dit4dit.model.weights import random_model
 from dit4dit.policy import Policy
 from dit4dit.presets import Preset
@@ -68,6 +71,7 @@ class Subject:
         name, weights: preset or checkpoint, and where its weights are from, in words.
         load: options -> an engine of this model with them.
         embeds: embedding of the instruction, [1, L, text_in].
+        dtype: of the backbone.
         codec: from normalised actions to robot units; None for a preset, which has no statistics.
         picture: seed -> what the robot sees, uint8 [H, W, 3] at the model's size; None takes smooth random pictures.
     """
@@ -79,6 +83,7 @@ class Subject:
     load: Callable[[Mapping[str, Any]], Engine]
     embeds: Tensor
     codec: Codec | None = None
+    dtype: str = "float32"
     picture: Callable[[int], NDArray[np.uint8]] | None = None
 
 
@@ -97,10 +102,11 @@ def of_preset(name: str, preset: Preset, *, device: torch.device, dtype: torch.d
     generator = torch.Generator().manual_seed(seed)
     embeds = torch.randn(1, config.text.max_length, config.dit.text_in, generator=generator).to(device, dtype)
     views = len(EMBODIMENTS[preset.embodiment].views)
+    kind = str(dtype).removeprefix("torch.")
     if trained is None:
-        return Subject(f"preset {name}", "random", config, views, load, embeds)
+        return Subject(f"preset {name}", "random", config, views, load, embeds, dtype=kind)
     weights = "random but for the trained VAE"
-    return Subject(f"preset {name}", weights, config, views, load, embeds, picture=tabletop_picture)
+    return Subject(f"preset {name}", weights, config, views, load, embeds, dtype=kind, picture=tabletop_picture)
 
 
 def tabletop_picture(seed: int) -> NDArray[np.uint8]:
@@ -123,7 +129,8 @@ def of_checkpoint(path: str, backbone: str | None, *, device: torch.device, dtyp
 
     placed = embeds[INSTRUCTION][None].to(device)
     views = len(first.embodiment.views)
-    return Subject(f"checkpoint {path}", "the checkpoint's", first.config, views, load, placed, first.codec)
+    kind = str(dtype).removeprefix("torch.")
+    return Subject(f"checkpoint {path}", "the checkpoint's", first.config, views, load, placed, first.codec, kind)
 
 
 def requests(subject: Subject, count: int, seed: int) -> Iterator[Inputs]:
@@ -171,35 +178,89 @@ def calibrated(engine: Engine, inputs: Sequence[Inputs]) -> Calibration:
     )
 
 
-def measure(subject: Subject, options: Sequence[Option], *, seeds: int, seed: int) -> dict[str, Any]:
-    """Errors of each option over `seeds` requests; ready for JSON.
+@dataclass(frozen=True)
+class Exact:
+    """A subject's requests, the exact engine's results on them, and what fp8 is to know."""
 
-    Raises:
-        RuntimeError: the exact engine does not repeat its own bits, so that no difference would mean anything.
+    subject: Subject
+    inputs: Sequence[Inputs]
+    results: Sequence[tuple[Tensor, Tensor]]
+    calibration: Calibration
+
+    @classmethod
+    def of(cls, subject: Subject, seeds: int, seed: int) -> Exact:
+        """RuntimeError: the exact engine does not repeat its own bits, so that no difference would mean anything."""
+        inputs = list(requests(subject, seeds, seed))
+        engine = subject.load({})
+        results = run(engine, inputs)
+        again = run(engine, inputs[:1])[0]
+        if not all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True)):
+            raise RuntimeError(f"{subject.name}: the exact engine does not repeat its own bits: nothing is compared")
+        return cls(
+            subject, inputs, results, calibrated(engine, list(requests(subject, CALIBRATION_REQUESTS, seed + seeds)))
+        )
+
+    def row(self, option: Option) -> dict[str, Any]:
+        """An option's errors, or "failed" with what it raised."""
+        extra = {"calibration": self.calibration} if "quantization" in option.arguments else {}
+        try:
+            found = run(self.subject.load({**option.arguments, **extra}), self.inputs)
+            return errors(self.subject, option, self.results, found)
+        except Exception as error:  # what Triton and CUDA raise has no common base
+            return {"option": option.name, "arguments": words(option), "failed": reason_of(error)}
+
+
+def measure(
+    subjects: Mapping[str, Callable[[], Subject]],
+    options: Sequence[Option],
+    *,
+    seeds: int,
+    seed: int,
+    record: Recording,
+) -> None:
+    """Errors of each option over `seeds` requests, of one subject after the other, into `record`, option by option.
+
+    An option that raises costs its own row, a subject whose exact engine does the subject: "failed" says why.
     """
-    inputs = list(requests(subject, seeds, seed))
-    engine = subject.load({})
-    exact = run(engine, inputs)
-    again = run(engine, inputs[:1])[0]
-    if not all(torch.equal(a, b) for a, b in zip(exact[0], again, strict=True)):
-        raise RuntimeError(f"{subject.name}: the exact engine does not repeat its own bits: nothing is compared")
-    dtype = str(engine.model.backbone.transformer.dtype).removeprefix("torch.")
-    calibration = calibrated(engine, list(requests(subject, CALIBRATION_REQUESTS, seed + seeds)))
-    del engine  # before the next one is built: a released model is large
-    rows = []
-    for option in tqdm(options, desc=subject.name, unit="option", disable=None):
-        extra = {"calibration": calibration} if "quantization" in option.arguments else {}
-        rows.append(errors(subject, option, exact, run(subject.load({**option.arguments, **extra}), inputs)))
+    found: list[dict[str, Any]] = []
+    record.result["subjects"] = found
+    exact: Exact | None = None
+    todo = [(name, option) for name in subjects for option in options]
+    with tqdm(total=len(todo), unit="option", disable=None) as bar:
+        for name, option in record.each(todo, "options", name=lambda pair: f"{pair[0]}: {pair[1].name}"):
+            bar.set_description(name)
+            bar.update()
+            if not found or found[-1]["subject"] != name:
+                exact = None  # before the next one is built: a released model is large
+                found.append({"subject": name, "seeds": seeds, "seed": seed, "machine": machine(), "options": []})
+                record.keep()
+                try:
+                    exact = Exact.of(subjects[name](), seeds, seed)
+                except Dit4DitError:
+                    raise  # a mistake in the command
+                except Exception as error:
+                    found[-1]["failed"] = reason_of(error)
+                else:
+                    found[-1] |= about(exact)
+            if exact is not None:
+                found[-1]["options"].append(exact.row(option))
+            failed = found[-1].get("failed") or found[-1]["options"][-1].get("failed")
+            if failed:
+                check_gpu(f"{name}: {option.name}: {failed}")
+
+
+def about(exact: Exact) -> dict[str, Any]:
+    """What a subject's rows must be read with."""
+    subject = exact.subject
     return {
-        "subject": subject.name,
         "weights": subject.weights,
-        "dtype": dtype,
+        "dtype": subject.dtype,
         "steps": subject.config.head.num_inference_timesteps,
-        "seeds": seeds,
-        "seed": seed,
-        "machine": machine(),
-        "options": rows,
     }
+
+
+def words(option: Option) -> dict[str, str]:
+    return {name: str(value).removeprefix("torch.") for name, value in option.arguments.items()}
 
 
 def errors(
@@ -210,7 +271,7 @@ def errors(
     actions = [relative(got[1], want[1]) for got, want in zip(found, exact, strict=True)]
     return {
         "option": option.name,
-        "arguments": {name: str(value).removeprefix("torch.") for name, value in option.arguments.items()},
+        "arguments": words(option),
         "actions": summary(actions),
         "features": summary(features) if any(features) else None,
         "robot_units": None if subject.codec is None else in_robot_units(subject.codec, exact, found),
@@ -235,10 +296,20 @@ def in_robot_units(
     return {name: float(value) for name, value in zip(codec.embodiment.action_names, largest, strict=True)}
 
 
+def failed(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether something raised."""
+    return any("failed" in result or any("failed" in row for row in result["options"]) for result in results)
+
+
 def show(result: dict[str, Any]) -> str:
     """The table that the command prints for one subject."""
     rows = []
+    if "weights" not in result:
+        return f"{result['subject']}: {result.get('failed', 'not measured')}"
     for row in result["options"]:
+        if "failed" in row:
+            rows.append([row["option"], "failed", "", "", row["failed"]])
+            continue
         features = row["features"]
         most = row["robot_units"]
         name = max(most, key=most.get) if most else ""

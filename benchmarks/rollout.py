@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from dit4dit.benchmarks.harness import machine
+from dit4dit.benchmarks.recording import Recording
 
 from dit4dit.evaluation import identity, tabletop
 from dit4dit.evaluation.rollout import Options, evaluate
@@ -32,9 +33,10 @@ def measure(
     batch: int,
     episodes: int,
     rounds: int,
+    record: Recording,
     on_episode: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Episodes per second for one worker and for each of `workers`, with the machine they belong to.
+) -> None:
+    """Episodes per second for one worker and for each of `workers`, with the machine they belong to, into `record`.
 
     Args:
         episodes: of each worker and round, after the first, where there are most workers; fewer workers play the same ones,
@@ -47,22 +49,28 @@ def measure(
         AssertionError: two numbers of workers disagree about an episode; nothing is reported.
     """
     about = identity.describe(policy, checkpoint)
-    load = os.getloadavg()[0]
+    result = record.result
+    result |= {"machine": machine(), "load_before": os.getloadavg()[0]}
     counts = [1, *(count for count in dict.fromkeys(workers) if count != 1)]
     rates: dict[int, list[float]] = {count: [] for count in counts}
+    result |= {"batch": batch, "episodes": episodes, "rounds": rounds, "runs": [], "all_rates": rates}
     known: dict[int, Any] = {}
-    for _ in range(rounds):
-        for count in counts:
-            rate, records = _play(policy, about, count, batch, max(counts) * (episodes + 1), on_episode)
-            for record in records:
-                del record["took"]
-                assert known.setdefault(record["trial"], record) == record, (
-                    f"{count} workers: another episode; nothing is timed"
-                )
-            rates[count].append(rate)
-    cores = machine()["cores"]
+    todo = [(turn, count) for turn in range(rounds) for count in counts]
+    for _, count in record.each(todo, "rounds", name=lambda pair: f"round {pair[0] + 1}, {pair[1]} workers"):
+        rate, records = _play(policy, about, count, batch, max(counts) * (episodes + 1), on_episode)
+        for episode in records:
+            del episode["took"]
+            assert known.setdefault(episode["trial"], episode) == episode, (
+                f"{count} workers: another episode; nothing is timed"
+            )
+        rates[count].append(rate)
+        result["runs"] = _runs(rates, result["machine"]["cores"])
+
+
+def _runs(rates: dict[int, list[float]], cores: int) -> list[dict[str, Any]]:
+    """The numbers of workers that have a rate so far; one worker is the first to."""
     one = median(rates[1])
-    rows = [
+    return [
         {
             "workers": count,
             "episodes_per_second": median(found),
@@ -70,9 +78,8 @@ def measure(
             "efficiency": median(found) / one / min(count, cores),
         }
         for count, found in rates.items()
+        if found
     ]
-    sizes = {"batch": batch, "episodes": episodes, "rounds": rounds}
-    return {"machine": machine(), "load_before": load, **sizes, "runs": rows, "all_rates": rates}
 
 
 def _play(

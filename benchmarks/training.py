@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from dit4dit.benchmarks.harness import machine
+from dit4dit.benchmarks.recording import Recording
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,8 +128,12 @@ def flops(run: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def measure(*, steps: int, batch_size: int, seed: int) -> dict[str, Any]:
-    """Samples per second of the published schedule, of ours, and of ours with cached latents, in alternation."""
+def measure(*, steps: int, batch_size: int, seed: int, record: Recording) -> None:
+    """Samples per second of the published schedule, of ours, and of ours with cached latents, in alternation, into `record`."""
+    result = record.result
+    result |= {"benchmark": "training", "machine": machine(), "batch_size": batch_size, "steps": steps}
+    result |= {"losses": {}, "gflop_per_sample": {}, "samples_per_s": {}, "seconds": {}, "ratio": {}}
+    record.during("weights, data and caches")
     config = model_config()
     data = RandomData(config, EMBODIMENT, clips=batch_size + 8, seed=seed)
     tokenizer = byte_tokenizer()
@@ -157,46 +162,45 @@ def measure(*, steps: int, batch_size: int, seed: int) -> dict[str, Any]:
 
         schedules = {"published": theirs, "ours": ours(None), "ours, cached latents": ours(latents)}
         model.train()
-        losses = {name: loss().item() for name, loss in schedules.items()}
+        record.during("losses")
+        losses = result["losses"]
+        losses |= {name: loss().item() for name, loss in schedules.items()}
         for name, loss in losses.items():
             if abs(loss - losses["published"]) > AGREE * abs(losses["published"]):
                 raise AssertionError(
                     f"{name}: expected the published loss {losses['published']}, got {loss}; nothing is timed"
                 )
+        record.during("work")
         counted = {name: flops(lambda loss=loss: loss().backward()) for name, loss in schedules.items()}  # type: ignore[misc]
         text = flops(lambda: published.embed(tokens))
-        seconds = alternate(schedules, optimizer, steps)
-    return {
-        "benchmark": "training",
-        "machine": machine(),
-        "batch_size": batch_size,
-        "steps": steps,
-        "parameters": sum(p.numel() for p in optim.trainable(model).values()),
-        "gflop_per_sample": {name: value / batch_size for name, value in counted.items()},
-        "text_share_of_published": text / counted["published"],
-        "losses": losses,
-        "samples_per_s": {name: batch_size / sorted(times)[len(times) // 2] for name, times in seconds.items()},
-        "seconds": seconds,
-        "ratio": {name: _ratio(seconds["published"], seconds[name]) for name in list(seconds)[1:]},
-        "filling_caches_s": filling,
-    }
+        result["parameters"] = sum(p.numel() for p in optim.trainable(model).values())
+        result["gflop_per_sample"] = {name: value / batch_size for name, value in counted.items()}
+        result |= {"text_share_of_published": text / counted["published"], "filling_caches_s": filling}
+        alternate(schedules, optimizer, steps, record)
 
 
 def alternate(
-    schedules: dict[str, Callable[[], Tensor]], optimizer: torch.optim.Optimizer, steps: int
-) -> dict[str, list[float]]:
-    """Seconds of each whole step, one of each schedule in turn, after one round that is not counted."""
+    schedules: dict[str, Callable[[], Tensor]], optimizer: torch.optim.Optimizer, steps: int, record: Recording
+) -> None:
+    """Seconds of each whole step, one of each schedule in turn, after one round that is not counted, and their rates."""
+    result = record.result
     seconds: dict[str, list[float]] = {name: [] for name in schedules}
-    for turn in tqdm(range(steps + 1), desc="steps", disable=None):
-        for name, loss in schedules.items():
-            start = time.perf_counter()
-            loss().backward()
-            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    result["seconds"] = seconds
+    with tqdm(total=steps + 1, desc="steps", disable=None) as bar:
+        for turn in record.each(range(steps + 1), "steps", name=lambda turn: f"step {turn}"):
+            for name, loss in schedules.items():
+                start = time.perf_counter()
+                loss().backward()
+                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+            bar.update()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                medians = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
+                result["samples_per_s"] = {name: result["batch_size"] / middle for name, middle in medians.items()}
+                result["ratio"] = {n: _ratio(seconds["published"], seconds[n]) for n in list(seconds)[1:]}
 
 
 def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
@@ -217,6 +221,7 @@ def show(result: dict[str, Any]) -> str:
     lines = [
         f"{here['cpu']}, {here['torch_threads']} threads, torch {here['torch']}, batch {result['batch_size']}, float32",
         table(["schedule", "GFLOP per sample", "samples/s", "ratio"], rows, right=(1, 2, 3)),
-        f"the text encoder is {result['text_share_of_published']:.1%} of the published schedule's FLOPs",
     ]
+    if "text_share_of_published" in result:
+        lines.append(f"the text encoder is {result['text_share_of_published']:.1%} of the published schedule's FLOPs")
     return "\n".join(lines)

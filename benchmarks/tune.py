@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dit4dit.benchmarks.failures import check_gpu, reason_of
 from dit4dit.benchmarks.harness import assert_no_worse, machine, quantiles, time_cpu, time_gpu
-from dit4dit.benchmarks.op_bench import Case, cases, fill, positional, reference_of
+from dit4dit.benchmarks.op_bench import Case, cases, exact, fill, positional, reference_of
+from dit4dit.benchmarks.recording import Recording
 from tqdm import tqdm
 
 from dit4dit import ops
 from dit4dit.commands.report import table as text_table
-from dit4dit.commands.report import write_json
 from dit4dit.errors import BackendError, InputError, did_you_mean
 from dit4dit.ops import launch, tiles
 
@@ -85,31 +86,33 @@ def tune(
     measure: Measure,
     *,
     rounds: int = 3,
-    seconds: float | None = None,
-    keep: Callable[[Search], None] = lambda search: None,
+    record: Recording,
+    write: Callable[[Search], None] = lambda search: None,
 ) -> Search:
-    """From each row that calls take uphill, at most `rounds` times; `keep` sees the search after each row.
+    """From each row that calls take uphill, at most `rounds` times, into `record`; `write` gets the table after each row.
 
-    seconds: for the whole search, shared out among the rows; what is left at its end keeps the tile it has.
+    The record's time is shared out among the rows; what is left at its end keeps the tile it has.
     """
     search = Search(architecture)
     groups: dict[tuple[str, int], list[Case]] = {}
     for case in found:
         groups.setdefault((case[0], row_of(case, architecture)), []).append(case)
-    end = None if seconds is None else time.monotonic() + seconds
-    with tqdm(groups.items(), unit="row", disable=None) as bar:
-        for n, ((op, i), group) in enumerate(bar):
-            bar.set_description(f"{op} row {i + 1}")
-            now = time.monotonic()
-            share = None if end is None else now + max(end - now, 0.0) / (len(groups) - n)
-            if end is not None and now >= end:
-                search.left.append(f"{op} row {i + 1}")
-                continue
+    names = {key: f"{key[0]} row {key[1] + 1}" for key in groups}
+    search.left += names.values()
+    record.result |= {"machine": machine(), **vars(search)}
+    record.keep()
+    with tqdm(total=len(groups), unit="row", disable=None) as bar:
+        for n, (op, i) in enumerate(record.each(groups, "rows", name=names.__getitem__)):
+            bar.set_description(names[op, i])
+            remaining = record.remaining()
+            share = None if remaining is None else time.monotonic() + remaining / (len(groups) - n)
             if op not in search.columns:
                 column = tiles.table()[op][tiles.nearest(op, architecture)]
                 search.columns[op] = [{name: dict(part) for name, part in row.items()} for row in column]
-            _uphill(search, op, i, group, measure, rounds, share)
-            keep(search)
+            _uphill(search, op, i, groups[op, i], measure, rounds, share)
+            del search.left[0]
+            write(search)
+            bar.update()
     return search
 
 
@@ -166,14 +169,18 @@ def measured(case: Case, samples: int) -> float | str:
     fn = positional(op, "triton")
     timer = time_gpu if args[0].device.type == "cuda" else time_cpu
     try:
-        assert_no_worse(fn, reference_of(op), args, float32_limit=1e-5)
+        assert_no_worse(fn, exact(reference_of(op)), args, float32_limit=1e-5)
+        return quantiles(timer(partial(fn, *args), samples=samples, warmup=5))["p50"]
     except AssertionError as error:
         return f"disagrees with the reference: {error}"
-    except Exception as error:  # what Triton raises has no common base: too much shared memory, too few registers
-        if type(error).__module__.split(".")[0] != "triton":
-            raise
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return quantiles(timer(partial(fn, *args), samples=samples, warmup=5))["p50"]
+    except (
+        Exception
+    ) as error:  # what Triton and CUDA raise has no common base: too much shared memory, too few registers
+        reason = reason_of(error)
+        if type(error).__module__.partition(".")[0] == "triton":  # before the launch
+            return reason
+    check_gpu(f"{op} {case[1]}: {reason}")
+    return reason
 
 
 def check(names: Sequence[str], device: torch.device) -> list[str]:
@@ -203,7 +210,7 @@ def on_gpu(names: Sequence[str], device: torch.device, batches: Sequence[int], s
 
 @dataclass(frozen=True)
 class Files:
-    """Where a search is kept, row by row: `out` the tiles, `timings` every number.
+    """Where a search goes, row by row: `out` the tiles, and every number into `timings`, which is a Recording's.
 
     `out` is a machine's own table (what it holds already of other ops and chips stays) or, with `whole`, the committed
     table with the new columns, to replace the package's.
@@ -221,7 +228,8 @@ class Files:
             if path.is_dir() or not path.parent.is_dir():
                 raise InputError(f"{path}: expected a file in a folder that exists; choose another")
 
-    def keep(self, search: Search) -> None:
+    def write(self, search: Search) -> None:
+        """The tiles so far."""
         here = machine()
         own = {} if self.whole or not self.out.exists() else tiles.read_own(self.out)
         table = {op: dict(columns) for op, columns in (tiles.committed() if self.whole else own).items()}
@@ -230,7 +238,6 @@ class Files:
         measured_on = f"Column {search.architecture} measured on {here['gpu'] or here['cpu']}, torch {here['torch']}."
         note = f"{json.loads(tiles.TABLE.read_text())['note']} {measured_on}" if self.whole else measured_on
         write(table, note, self.out)
-        write_json(self.timings, {"machine": here, **vars(search)})
 
 
 def write(table: dict[str, tiles.Columns], note: str, path: Path) -> None:

@@ -389,7 +389,7 @@ GROUPS = {"bench": BENCHMARKS, "data": DATA, "eval": evaluating.EVALUATIONS}
 
 
 def bench() -> int:
-    """Benchmarks: flops, latency, ops, options, training, rollout and loader; `dit4dit bench latency --help`."""
+    """Benchmarks: flops, latency, profile, ops, options, training, rollout and loader; `dit4dit bench latency --help`."""
     raise AssertionError("main() sends bench to its own subcommands")
 
 

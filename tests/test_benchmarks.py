@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from dit4dit.benchmarks import harness, op_bench
+from dit4dit.benchmarks import failures, harness, isolation, op_bench
 from dit4dit.benchmarks.harness import assert_no_worse, quantiles, time_cpu
 from dit4dit.benchmarks.ops import bench_action_ode
+from dit4dit.benchmarks.recording import TERMINATED, Recording
 from head_case import SMALL, Case, tiny
 
 from dit4dit import ops
@@ -187,20 +190,177 @@ def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_end_by_a_time_limit_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    """SIGTERM in the second case of three: the first is in the file, and what was cut is named."""
 
-    def measure(case, *rest):
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(case)
-        return [{"op": case[0]}]
+    def measure(case, args, samples, compiling, record):
+        if record.result["rows"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        op_bench.Rows(record, *case[:2]).add("eager", {"left_out": "nothing"})
 
     monkeypatch.setattr(op_bench, "measure", measure)
     path = tmp_path / "ops.json"
-    with pytest.raises(KeyboardInterrupt):
-        op_bench.run(["euler_step"], device="cpu", dtype=torch.float32, samples=1, keep=path)
+    assert run("--ops", "euler_step", "unnormalize", "--sizes", "all", "--json", str(path)) == TERMINATED
     data = json.loads(path.read_text())
-    assert (data["complete"], data["rows"]) == (False, [{"op": "euler_step"}])
+    assert [(row["op"], row["case"]) for row in data["rows"]] == [("euler_step", "plain")]
+    assert not data["complete"]
+    assert data["cut"]["by"] == "SIGTERM"
+    assert data["cut"]["left"] == ["euler_step guided", "unnormalize gr1", "unnormalize libero"]
+
+
+def test_ops_are_timed_in_the_order_given_until_the_time_is_over(tmp_path: Path) -> None:
+    path = tmp_path / "ops.json"
+    assert run("--ops", "unnormalize", "euler_step", "--no-compile", "--samples", "2", "--json", str(path)) == 0
+    assert [row["op"] for row in json.loads(path.read_text())["rows"]] == ["unnormalize"] * 2 + ["euler_step"] * 4
+    assert run("--ops", "euler_step", "--seconds", "0.000001", "--json", str(path)) == 0
+    data = json.loads(path.read_text())
+    assert (data["complete"], data["rows"]) == (False, [])
+    assert (data["cut"]["by"], data["cut"]["left"]) == ("seconds", ["euler_step plain", "euler_step guided"])
+
+
+def test_time_that_ends_within_a_case_leaves_the_other_contenders_out() -> None:
+    recording = Recording(None, 0.0)
+    recording.result["rows"] = []
+    case = ("unnormalize", "small", (torch.zeros(2, 3, 5), torch.zeros(5, 5, dtype=torch.float64)))
+    op_bench.measure(case, case[2], samples=2, compiling=True, record=recording)
+    rows = {row["implementation"]: row for row in recording.result["rows"]}
+    assert rows["eager"]["cut"]
+    assert rows["compile"]["cut"]
+    calls: list[str] = []
+    todo = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    found = op_bench.alternating(todo, (torch.zeros(1),), samples=10, over=lambda: len(calls) > 3)
+    assert [len(found[name]) for name in ("a", "b")] == [2, 0]
+
+
+@pytest.mark.parametrize("when", ["tried", "compared", "timed"])
+@pytest.mark.usefixtures("small")
+def test_a_contender_that_raises_costs_its_own_row(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    real, calls = op_bench.positional, [0]
+    first = {"tried": 1, "compared": 2, "timed": 3}[when]
+
+    def positional(op, backend):
+        def fn(*args):
+            calls[0] += 1
+            if calls[0] >= first:
+                raise RuntimeError("out of registers\nand more")
+            return real(op, backend)(*args)
+
+        return fn
+
+    monkeypatch.setattr(op_bench, "positional", positional)
+    path = tmp_path / "ops.json"
+    assert run("--ops", "preprocess", "--samples", "2", "--no-compile", "--json", str(path)) == 1
+    data = json.loads(path.read_text())
+    assert data["complete"]
+    rows = [row for row in data["rows"] if row["implementation"] == "cpp"]
+    assert [row["left_out"] for row in rows] == ["RuntimeError: out of registers and more"] * 2
+    assert all(row["failed"] for row in rows)
+    assert len([row for row in data["rows"] if row["implementation"] == "eager" and "ms" in row]) == 2
+    assert "out of registers and more" in capsys.readouterr().out
+
+
+def test_a_case_that_raises_costs_its_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_bench, "work", lambda *_: [].pop())
+    path = tmp_path / "ops.json"
+    assert run("--ops", "euler_step", "--samples", "2", "--no-compile", "--json", str(path)) == 1
+    data = json.loads(path.read_text())
+    failed = [row for row in data["rows"] if row.get("failed")]
+    assert [(row["case"], row["implementation"]) for row in failed] == [("plain", "all"), ("guided", "all")]
+
+
+def test_a_gpu_that_is_lost_ends_the_process_with_its_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    def broken(*_):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lost)
+        raise RuntimeError("first")
+
+    monkeypatch.setattr(op_bench, "work", broken)
+    monkeypatch.setattr(op_bench, "leave", leave)
+    path = tmp_path / "ops.json"
+    assert run("--ops", "euler_step", "--samples", "2", "--no-compile", "--json", str(path)) == failures.GPU_LOST == 3
+    data = json.loads(path.read_text())
+    assert data["cut"]["left"] == ["euler_step plain", "euler_step guided"]
+    assert [row["implementation"] for row in data["rows"] if row.get("failed")] == ["all"]
+    message = "euler_step plain all: RuntimeError: first; then the GPU was lost: RuntimeError: CUDA error: an illegal"
+    assert message in capsys.readouterr().err
+
+
+CHILD = """
+import json, os, pathlib, signal, sys, time
+op, file, seconds = sys.argv[1:]
+row = {{"op": op, "case": "first", "implementation": "eager", "left_out": seconds}}
+here = {{"gpu": None, "cpu": "x", "torch": "y", "torch_threads": 1}}
+data = {{"machine": here, "dtype": "float32", "device": "cpu", "rows": [row]}}
+data["cut"] = None if op == "a" else {{"by": "killed", "during": "ops", "left": [op + " second", op + " third"]}}
+pathlib.Path(file).write_text(json.dumps(data))
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        ("os._exit(3)", "exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
+        ("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", "a time limit of 3 s"),
+    ],
+    ids=["dies", "killed", "hangs"],
+)
+def test_a_process_that_dies_or_hangs_costs_one_op(
+    end: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def child(op, words, file, seconds):
+        return [sys.executable, "-c", CHILD.format(end=end if op == "b" else ""), op, str(file), str(seconds)]
+
+    monkeypatch.setattr(isolation, "child", child)
+    monkeypatch.setattr(isolation, "GRACE", 0.5)
+    monkeypatch.setattr(isolation, "STOPPING", 0.1)
+    path = tmp_path / "ops.json"
+    assert isolation.command(["a", "b", "a", "c"], [], path, 6.0) == 1
+    data = json.loads(path.read_text())
+    assert [(row["op"], row["case"], row["implementation"]) for row in data["rows"]] == [
+        ("a", "first", "eager"),
+        ("b", "first", "eager"),
+        ("b", "second", "process"),
+        ("c", "first", "eager"),
+    ]
+    assert data["rows"][2]["left_out"] == f"its process was ended by {how}; not measured: b second, b third"
+    assert data["machine"]["cpu"] == "x"
+    shares = [float(row["left_out"]) for row in data["rows"] if row["implementation"] == "eager"]
+    assert shares[0] == pytest.approx(2, abs=0.1)
+    assert f"b: its process was ended by {how}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_each_op_in_a_process_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "ops.json"
+    words = ["--isolate", "--ops", "unnormalize", "euler_step", "--no-compile", "--samples", "2", "--json", str(path)]
+    assert run(*words, "--seconds", "100") == 0
+    data = json.loads(path.read_text())
+    assert data["complete"]
+    assert [row["op"] for row in data["rows"]] == ["unnormalize"] * 2 + ["euler_step"] * 4
+    assert [entry["exit_code"] for entry in data["processes"]] == [0, 0]
+    assert (data["unfinished"], data["samples"], data["dtype"]) == ([], 2, "float32")
+
+
+def test_the_truth_is_made_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_float32_matmul_precision("high")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    try:
+        seen = op_bench.exact(lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))()
+        assert seen == ("highest", False)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_a_cpu_is_asked_for_one_model_only() -> None:
@@ -274,7 +434,7 @@ def test_a_wrong_head_is_not_timed(monkeypatch, wrong, capsys):
     monkeypatch.setattr(bench_action_ode, "time_cpu", lambda *_, **__: pytest.fail("timed"))
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9"])
     assert bench_action_ode.main() == 1
-    assert "eager: it disagrees with the reference: expected at most" in capsys.readouterr().out
+    assert "eager: not timed, it disagrees with the reference: expected at most" in capsys.readouterr().out
 
 
 def test_times_of_a_launch_that_failed_are_not_given(monkeypatch, capsys):
@@ -290,4 +450,4 @@ def test_times_of_a_launch_that_failed_are_not_given(monkeypatch, capsys):
     monkeypatch.setattr(OneLaunchHead, "check", check)
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9", "--samples", "2"])
     assert bench_action_ode.main() == 1
-    assert "not timed: eager: action_ode: block 3 waited" in capsys.readouterr().out
+    assert "eager: not timed: action_ode: block 3 waited" in capsys.readouterr().out

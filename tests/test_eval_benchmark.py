@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from dit4dit.benchmarks import rollout
+from dit4dit.benchmarks.recording import Recording
 from spare_cores import TWO_IDLE_CORES, cores_to_spare
 
 from dit4dit.cli import main
@@ -57,4 +58,23 @@ def test_nothing_is_timed_that_disagrees(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(rollout, "_play", play)
     monkeypatch.setattr(rollout.identity, "describe", lambda policy, path: {})
     with pytest.raises(AssertionError, match="2 workers: another episode; nothing is timed"):
-        rollout.measure(None, tmp_path, workers=[2], batch=2, episodes=1, rounds=1)  # type: ignore[arg-type]
+        rollout.measure(None, tmp_path, workers=[2], batch=2, episodes=1, rounds=1, record=Recording(None))  # type: ignore[arg-type]
+
+
+def test_the_rates_so_far_are_in_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    turns = iter([1.0, 2.0, 3.0])
+
+    def play(*_: Any) -> Any:
+        rate = next(turns, None)
+        if rate is None:
+            raise KeyboardInterrupt
+        return rate, [{"trial": 0, "success": True, "took": {}}]
+
+    monkeypatch.setattr(rollout, "_play", play)
+    monkeypatch.setattr(rollout.identity, "describe", lambda policy, path: {})
+    path = tmp_path / "result.json"
+    with pytest.raises(KeyboardInterrupt), Recording(path) as record:
+        rollout.measure(None, tmp_path, workers=[2, 4], batch=2, episodes=1, rounds=2, record=record)  # type: ignore[arg-type]
+    data = json.loads(path.read_text())
+    assert [(run["workers"], run["episodes_per_second"]) for run in data["runs"]] == [(1, 1.0), (2, 2.0), (4, 3.0)]
+    assert data["cut"]["left"] == ["round 2, 1 workers", "round 2, 2 workers", "round 2, 4 workers"]

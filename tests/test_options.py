@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from dit4dit.benchmarks import options
+from dit4dit.benchmarks import options, recording
+from dit4dit.benchmarks.recording import Recording
 
 from dit4dit.cli import main
 from dit4dit.presets import preset
@@ -109,13 +111,54 @@ def test_the_tabletop_looks_at_its_own_world() -> None:
     assert "trained VAE" in subject.weights
 
 
+def measured(subjects: dict, chosen, path: Path | None = None, seconds: float | None = None) -> dict:
+    with Recording(path, seconds) as record:
+        options.measure(subjects, chosen, seeds=1, seed=0, record=record)
+    return record.result
+
+
 def test_nothing_is_compared_with_an_engine_that_does_not_repeat(
     tiny: options.Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(options.Engine, "check_folding", lambda self: None)
     monkeypatch.setattr(options.Engine, "actions", lambda self, features, state, noise: torch.rand_like(noise))
-    with pytest.raises(RuntimeError, match="nothing is compared"):
-        options.measure(tiny, options.OPTIONS[:1], seeds=1, seed=0)
+    (found,) = measured({"preset tiny": lambda: tiny}, options.OPTIONS[:2])["subjects"]
+    assert "nothing is compared" in found["failed"]
+    assert found["options"] == []
+    assert options.failed([found])
+    assert "nothing is compared" in options.show(found)
+
+
+def test_an_option_that_raises_costs_its_own_row(tiny: options.Subject, tmp_path: Path) -> None:
+    wrong = options.Option("odd", {"steps": 3})
+    path = tmp_path / "options.json"
+    result = measured({"preset tiny": lambda: tiny}, [wrong, options.Option("steps=4", {"steps": 4})], path)
+    assert result["complete"]
+    (found,) = json.loads(path.read_text())["subjects"]
+    first, second = found["options"]
+    assert first["failed"].startswith("ConfigError: engine steps: expected one of")
+    assert second["actions"]["max"] == 0
+    assert options.failed([found])
+    assert "ConfigError" in options.show(found)
+
+
+def test_the_end_of_the_time_leaves_what_was_measured(
+    tiny: options.Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real, now = tmp_path / "options.json", options.Exact.row, [0.0]
+
+    def slow(self, option):
+        now[0] += 5
+        return real(self, option)
+
+    monkeypatch.setattr(options.Exact, "row", slow)
+    monkeypatch.setattr(recording, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    chosen = [options.Option("steps=1", {"steps": 1}), options.Option("steps=2", {"steps": 2})]
+    measured({"preset tiny": lambda: tiny, "preset b": lambda: tiny}, chosen, path, 4.5)
+    data = json.loads(path.read_text())
+    assert (data["complete"], data["cut"]["by"]) == (False, "seconds")
+    assert data["cut"]["left"] == ["preset tiny: steps=2", "preset b: steps=1", "preset b: steps=2"]
+    assert [row["option"] for row in data["subjects"][0]["options"]] == ["steps=1"]
 
 
 def test_mistakes(capsys) -> None:

@@ -11,6 +11,7 @@ The kernel has not run on a chip yet: there is no result so far.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dit4dit.benchmarks import op_bench
+from dit4dit.benchmarks import failures, op_bench
 from dit4dit.benchmarks.harness import machine, quantiles, time_cpu, time_gpu
+from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
 from dit4dit import ops
 from dit4dit.action_ode import Device, head_shape, plan
 from dit4dit.action_ode.program import OneLaunchHead, device_of
 from dit4dit.action_ode.weights import FP8, row_scale
-from dit4dit.commands.report import write_json
 from dit4dit.config import HeadConfig
 from dit4dit.engine.fold import Head, HeadBlock, Matrix, fold_head
 from dit4dit.errors import OutputError
@@ -43,7 +44,19 @@ def config(horizon: int) -> HeadConfig:
 
 
 def graph_of(fn: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`fn` captured in a CUDA graph, after a few runs that let the libraries choose."""
+    """`fn` as a CUDA graph, which its first call captures: what cannot be captured costs no other contender."""
+    captured: list[Callable[[], Tensor]] = []
+
+    def run() -> Tensor:
+        if not captured:
+            captured.append(_capture(fn))
+        return captured[0]()
+
+    return run
+
+
+def _capture(fn: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """After a few runs that let the libraries choose."""
     for _ in range(3):
         fn()
     torch.cuda.synchronize()
@@ -132,7 +145,8 @@ def case(
     batch: int = 1,
     steps: int = 4,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+    record: Recording,
+) -> None:
     """Rows of one number of tokens, as op_bench's: each contender, once it agrees with the reference in float32."""
     horizon, features = TOKENS[tokens]
     torch.manual_seed(seed)
@@ -150,43 +164,45 @@ def case(
     plain = ops.action_ode(eager.head, *given, backend="torch").cpu()
     # twice as far from the truth as PyTorch in this dtype
     allowed = max(2 * (plain - eager.want).abs().max().item(), 1e-5 * eager.want.abs().max().item())
-    common: dict[str, Any] = {"op": "action_ode", "case": f"{tokens}"}
+    rows = failures.Rows(record, "action_ode", f"{tokens}")
     on_kernel = {"stages": stages(eager.head, device, batch, features)}
     weights = width**2 * sum(2 + 8 if block.cross else 4 + 8 for block in truth.blocks)
     flops = 2 * steps * weights * batch * tokens
-    rows: list[dict[str, Any]] = []
     first: float | None = None
+    reason = eager.head.refuse(*given)
+    if reason is not None:
+        rows.add("cuda", {"left_out": reason, **on_kernel})
     for name, entry in entered.items():
-        common["implementation"] = name
-        times = timed(entry, allowed, timer, samples)
-        if isinstance(times, str):
-            rows.append({**common, "left_out": f"not timed: {name}: {times}", "disagrees": True})
+        times = failures.NO_TIME if record.over() else timed(entry, allowed, timer, samples)
+        if "left_out" in times:
+            rows.add(name, times)
             continue
         first = times["p50"] if name == "eager" else first
         read = steps * weights * entry.weight_bytes
-        row = {**common, "ms": {k: v * 1e3 for k, v in times.items() if k != "jitter"}, "jitter": times["jitter"]}
+        row: dict[str, Any] = {"ms": {k: v * 1e3 for k, v in times.items() if k != "jitter"}, "jitter": times["jitter"]}
         row |= {"bytes": read, "flops": flops, "gb_per_s": read / times["p50"] / 1e9}
         row |= {"gflop_per_s": flops / times["p50"] / 1e9, "ratio": first / times["p50"] if first else None}
-        rows.append(row | (on_kernel if "cuda" in name else {}))
-    reason = eager.head.refuse(*given)
-    if reason is not None:
-        rows.append({**common, "implementation": "cuda", "left_out": reason, **on_kernel})
-    return rows
+        rows.add(name, row | (on_kernel if "cuda" in name else {}))
 
 
-def timed(entry: Contender, allowed: float, timer: Callable[..., list[float]], samples: int) -> dict[str, float] | str:
-    """The quantiles of its times, or why there are none: too far from the truth, or a launch failed, also while timed."""
+def timed(entry: Contender, allowed: float, timer: Callable[..., list[float]], samples: int) -> dict[str, Any]:
+    """The quantiles of its times, or the row that says why there are none: too far from the truth, or a launch failed, also
+    while timed.
+    """
     try:
         result = entry.run().cpu()
         entry.head.check()
         distance = (result - entry.want).abs().max().item()
         if not distance <= allowed:  # a NaN is not near
-            return f"it disagrees with the reference: expected at most {allowed:.3g} from the truth, got {distance:.3g}"
+            far = f"expected at most {allowed:.3g} from the truth, got {distance:.3g}"
+            return {"left_out": f"not timed, it disagrees with the reference: {far}", "disagrees": True}
         times = timer(entry.run, samples=samples)
         entry.head.check()  # a launch that failed has ended early
     except OutputError as error:
-        return str(error)
-    return quantiles(times)
+        return {"left_out": f"not timed: {error}", "disagrees": True}
+    except Exception as error:  # what CUDA raises has no common base
+        return failures.failure(error)
+    return dict(quantiles(times))
 
 
 def main() -> int:
@@ -198,16 +214,23 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write machine and rows here")
+    parser.add_argument("--seconds", type=float, help="end after about this long")
+    parser.add_argument("--json", type=Path, help="write machine and rows here, as they come")
     args = vars(parser.parse_args())
     path, chosen, dtype = args.pop("json"), args.pop("tokens"), getattr(torch, args.pop("dtype"))
-    rows = [row for tokens in chosen or TOKENS for row in case(tokens, dtype=dtype, **args)]
-    result = {"dtype": str(dtype).removeprefix("torch."), "machine": machine(), "rows": rows}
-    if path:
-        write_json(path, result)
-    print(op_bench.show(result))
+    recording = Recording(path, args.pop("seconds"))
+    try:
+        with recording as record:
+            record.result |= {"dtype": str(dtype).removeprefix("torch."), "machine": machine(), "rows": []}
+            for tokens in record.each(chosen or TOKENS, "tokens"):
+                case(tokens, dtype=dtype, **args, record=record)
+    except failures.GpuLost as lost:
+        sys.stderr.write(f"{lost.args[0]}\n")
+        failures.leave(failures.GPU_LOST)
+    rows = recording.result["rows"]
+    print(op_bench.show(recording.result))
     print(*sorted({f"{row['case']} tokens: {row['stages']} stages" for row in rows if "stages" in row}), sep="\n")
-    return 1 if op_bench.disagreements(result) else 0
+    return 1 if op_bench.bad(recording.result) else 0
 
 
 if __name__ == "__main__":

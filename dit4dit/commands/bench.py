@@ -22,12 +22,17 @@ def flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
         json: also write the counts to this file.
     """
     from dit4dit.benchmarks import flops as module  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.benchmarks.recording import Recording
     from dit4dit.commands.report import table
     from dit4dit.presets import preset as find
 
-    counts = module.count(find(preset))
+    schedules, counts = module.schedules(find(preset)), dict[str, dict[str, float]]()
+    with Recording(json) as record:
+        record.result["preset"] = preset
+        for name, count in record.each(schedules.items(), "schedules", name=lambda item: item[0]):
+            record.result[name] = counts[name] = count()
     rows = [[stage, *(f"{counts[s][stage]:,.2f}" for s in counts)] for stage in (*module.STAGES, "total")]
-    finish(table(["GFLOP", *counts], rows, right=(1, 2, 3)), {"preset": preset, **counts}, json)
+    say(table(["GFLOP", *counts], rows, right=(1, 2, 3)))
     return 0
 
 
@@ -114,6 +119,48 @@ def latency(
     return 0
 
 
+def profile(
+    preset: str = "robocasa_gr1",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    head: Head = "auto",
+    head_dtype: Dtype = "auto",
+    quantization: Literal["fp8"] | None = None,
+    seed: int = 0,
+    seconds: float | None = None,
+    json: Path | None = None,
+) -> int:
+    """Kernels of one engine step, stage by stage: names, counts and times, beside the time of the step as it is replayed.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
+        device: auto, cpu, cuda or cuda:N; on a CPU operators take the kernels' place.
+        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
+        head: library, one_launch or auto, as in bench latency.
+        head_dtype: of the action head; auto is float32, and bfloat16 for one_launch.
+        quantization: fp8 in the engine, calibrated on the inputs that are profiled.
+        seed: of weights and inputs.
+        seconds: end after about this long; stages that were not reached are named in the result.
+        json: write whole names and all numbers to this file, as they come.
+    """
+    import torch
+
+    from dit4dit.benchmarks import profiling as module
+    from dit4dit.benchmarks.recording import Recording
+    from dit4dit.device import pick_device
+    from dit4dit.presets import preset as find
+
+    place, chosen = pick_device(device), find(preset)
+    kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    options: dict[str, Any] = {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
+    with Recording(json, seconds) as record:
+        module.measure(
+            chosen, preset, device=place, dtype=kind, seed=seed, record=record, quantization=quantization, **options
+        )
+    say(module.show(record.result))
+    return 0
+
+
 def ops(
     ops: tuple[str, ...] = (),
     device: Device = "auto",
@@ -122,28 +169,33 @@ def ops(
     batch: int = 1,
     samples: int | None = None,
     compile: bool = True,
+    isolate: bool = False,
+    seconds: float | None = None,
     seed: int = 0,
     json: Path | None = None,
 ) -> int:
     """Time single ops: PyTorch eager, torch.compile, and every implementation that fits, at the released models' sizes.
 
-    Nothing is timed before it agrees with the reference on the very tensors; exit code 1 where something does not.
+    Nothing is timed before it agrees with the reference on the very tensors; exit code 1 where something does not, or fails;
+    3 where the GPU was lost and what is left needs a new process.
 
     Args:
-        ops: some of the ops; all when not given.
+        ops: some of the ops, in this order; all when not given.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
         sizes: calls of every released model, or of RoboCasa-GR1 alone; auto is all on a GPU and gr1 on a CPU.
         batch: requests at a time.
         samples: timed calls each; 200 on a GPU and 10 on a CPU when not given.
         compile: time torch.compile of the reference too.
+        isolate: each op in a process of its own, so that one that dies or hangs costs its own rows alone.
+        seconds: end after about this long; with --isolate shared out among the ops.
         seed: of the tensors.
         json: also write every number to this file, as they come.
     """
     import torch
 
     from dit4dit import ops as all_ops
-    from dit4dit.benchmarks import op_bench
+    from dit4dit.benchmarks import isolation, op_bench
     from dit4dit.device import pick_device
 
     for name, value in (("--batch", batch), ("--samples", samples)):
@@ -153,19 +205,16 @@ def ops(
         all_ops.implementations(op)  # BackendError: no such op
     place = pick_device(device)
     gpu = place.type == "cuda"
-    result = op_bench.run(
-        ops or all_ops.names(),
-        device=str(place),
-        dtype=dtype_of(dtype) or (torch.bfloat16 if gpu else torch.float32),
-        samples=samples or (200 if gpu else 10),
-        batch=batch,
-        gr1_only=sizes == "gr1" or (sizes == "auto" and not gpu),
-        compiling=compile,
-        seed=seed,
-        keep=json,
-    )
-    finish(op_bench.show(result), result, json)
-    return 1 if op_bench.disagreements(result) else 0
+    options: dict[str, Any] = {"samples": samples, "batch": batch, "seed": seed}
+    if isolate:
+        words = [*("--device", str(place), "--dtype", dtype, "--sizes", sizes), *([] if compile else ["--no-compile"])]
+        words += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+        return int(isolation.command(ops or all_ops.names(), words, json, seconds))
+    options["samples"] = samples or (200 if gpu else 10)
+    options["dtype"] = dtype_of(dtype) or (torch.bfloat16 if gpu else torch.float32)
+    options["gr1_only"] = sizes == "gr1" or (sizes == "auto" and not gpu)
+    options |= {"device": str(place), "compiling": compile}
+    return int(op_bench.command(ops or all_ops.names(), json, seconds, **options))
 
 
 def options(
@@ -176,11 +225,12 @@ def options(
     dtype: Dtype = "auto",
     seeds: int = 8,
     seed: int = 0,
+    seconds: float | None = None,
     json: Path | None = None,
 ) -> int:
     """Error of every option that changes numbers, against the exact engine with the same noise.
 
-    A preset has random weights; of a trained model only its checkpoint tells.
+    A preset has random weights; of a trained model only its checkpoint tells. Exit code 1 where an option or a subject failed.
 
     Args:
         preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop; may be given several times.
@@ -190,11 +240,15 @@ def options(
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
         seeds: requests, each with a picture, a state and noise of its own.
         seed: of the first request, and of a preset's weights.
-        json: also write every number to this file.
+        seconds: end after about this long; options that were not reached are named in the result.
+        json: also write every number to this file, as they come.
     """
+    from functools import partial
+
     import torch
 
     from dit4dit.benchmarks import options as module
+    from dit4dit.benchmarks.recording import Recording
     from dit4dit.device import pick_device
     from dit4dit.presets import preset as find
 
@@ -204,12 +258,15 @@ def options(
         raise InputError(f"--seeds: expected at least 1, got {seeds}")
     place = pick_device(device)
     kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    given: dict[str, Any] = {"device": place, "dtype": kind}
     found = [(name, find(name)) for name in preset]
-    subjects = [module.of_preset(name, chosen, device=place, dtype=kind, seed=seed) for name, chosen in found]
-    subjects += [module.of_checkpoint(path, backbone, device=place, dtype=kind) for path in checkpoint]
-    results = [module.measure(subject, module.OPTIONS, seeds=seeds, seed=seed) for subject in subjects]
-    finish("\n\n".join(module.show(result) for result in results), {"subjects": results}, json)
-    return 0
+    subjects = {f"preset {name}": partial(module.of_preset, name, one, seed=seed, **given) for name, one in found}
+    subjects |= {f"checkpoint {path}": partial(module.of_checkpoint, path, backbone, **given) for path in checkpoint}
+    with Recording(json, seconds) as record:
+        module.measure(subjects, module.OPTIONS, seeds=seeds, seed=seed, record=record)
+    results = record.result["subjects"]
+    say("\n\n".join(module.show(result) for result in results))
+    return 1 if module.failed(results) else 0
 
 
 def tune(
@@ -243,6 +300,7 @@ def tune(
     import torch
 
     from dit4dit.benchmarks import tune as module
+    from dit4dit.benchmarks.recording import Recording
     from dit4dit.device import pick_device
     from dit4dit.ops import launch
 
@@ -254,30 +312,35 @@ def tune(
     files.check()
     found = module.on_gpu(names, place, batch, seed)
     measure = partial(module.measured, samples=samples)
-    with torch.no_grad():
-        search = module.tune(launch.architecture(place), found, measure, seconds=seconds, keep=files.keep)
-    files.keep(search)
+    with Recording(files.timings, seconds) as record, torch.no_grad():
+        search = module.tune(launch.architecture(place), found, measure, record=record, write=files.write)
+    files.write(search)
     use = "replace dit4dit/ops/tiles.json with it" if whole else f"export DIT4DIT_TILES={out.resolve()}"
     say(f"{module.show(search)}\nwrote {out} and {files.timings}; to use it: {use}")
     return 0
 
 
-def training(steps: int = 7, batch_size: int = 4, seed: int = 0, json: Path | None = None) -> int:
+def training(
+    steps: int = 7, batch_size: int = 4, seed: int = 0, seconds: float | None = None, json: Path | None = None
+) -> int:
     """Samples per second of a training step on this CPU against the published schedule, with and without cached latents.
 
     Args:
         steps: timed steps of each schedule, in alternation.
         batch_size: samples of a step.
         seed: of weights, data and draws.
-        json: also write every number to this file.
+        seconds: end after about this long, with the steps that were timed.
+        json: also write every number to this file, as they come.
     """
     from dit4dit.benchmarks import training as module  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.benchmarks.recording import Recording
 
     for name, value in (("steps", steps), ("batch-size", batch_size)):
         if value < 1:
             raise InputError(f"--{name}: expected at least 1, got {value}")
-    result = module.measure(steps=steps, batch_size=batch_size, seed=seed)
-    finish(module.show(result), result, json)
+    with Recording(json, seconds) as record:
+        module.measure(steps=steps, batch_size=batch_size, seed=seed, record=record)
+    say(module.show(record.result))
     return 0
 
 
@@ -288,6 +351,7 @@ def rollout(
     episodes: int = 4,
     rounds: int = 3,
     device: Device = "auto",
+    seconds: float | None = None,
     json: Path | None = None,
 ) -> int:
     """Episodes per second of several simulators against one, on the tabletop world with one policy and the same padded batch.
@@ -302,11 +366,13 @@ def rollout(
         episodes: of each worker in each round, after its first, where there are most; fewer workers play the same ones.
         rounds: in which the numbers of workers take turns.
         device: auto, cpu, cuda or cuda:N.
-        json: also write every number to this file.
+        seconds: end after about this long, with the rounds that were played.
+        json: also write every number to this file, as they come.
     """
     from tqdm import tqdm
 
     from dit4dit.benchmarks import rollout as module  # type: ignore[import-not-found, unused-ignore]
+    from dit4dit.benchmarks.recording import Recording
     from dit4dit.commands.report import table
     from dit4dit.envs import tabletop_policy_dir
     from dit4dit.policy import Policy
@@ -315,18 +381,20 @@ def rollout(
         if value < 1:
             raise InputError(f"--{name}: expected at least 1, got {value}")
     checkpoint = checkpoint or tabletop_policy_dir()
-    with tqdm(unit="episode", desc="rollout", disable=None) as bar:
+    with tqdm(unit="episode", desc="rollout", disable=None) as bar, Recording(json, seconds) as record:
         policy = Policy.from_pretrained(checkpoint, device=device)
         sizes: dict[str, Any] = {"workers": workers, "batch": batch, "episodes": episodes, "rounds": rounds}
-        result = module.measure(policy, checkpoint, **sizes, on_episode=bar.update)
+        module.measure(policy, checkpoint, **sizes, record=record, on_episode=bar.update)
+    result = record.result
     header = ["workers", "episodes/s", "times one", "of min(workers, cores)"]
-    finish(table(header, module.rows(result), right=range(4)), result, json)
+    say(table(header, module.rows(result), right=range(4)))
     return 0 if all(run["efficiency"] >= module.ENOUGH for run in result["runs"]) else 1
 
 
 BENCHMARKS: dict[str, Callable[..., int]] = {
     "flops": flops,
     "latency": latency,
+    "profile": profile,
     "ops": ops,
     "options": options,
     "training": training,

@@ -145,6 +145,7 @@ def bench_loader(
     workers: tuple[int, ...] = (0, 1, 2),
     batch_size: int = 8,
     batches: int = 20,
+    seconds: float | None = None,
     json: Path | None = None,
 ) -> int:
     """Samples per second of the data loader, and how much of the time goes into decoding.
@@ -158,10 +159,12 @@ def bench_loader(
         workers: numbers of worker processes to time.
         batch_size: samples of a batch.
         batches: timed batches.
-        json: also write every number to this file.
+        seconds: end after about this long; numbers of workers that were not reached are named in the result.
+        json: also write every number to this file, as they come.
     """
     from dit4dit.benchmarks import loader as module  # type: ignore[import-not-found, unused-ignore]
-    from dit4dit.commands.report import table, write_json
+    from dit4dit.benchmarks.recording import Recording
+    from dit4dit.commands.report import table
     from dit4dit.data.robots import catalogue
     from dit4dit.presets import preset as find
 
@@ -169,8 +172,9 @@ def bench_loader(
         raise InputError("bench loader: expected --batches >= 1, --batch-size >= 1 and --workers >= 0")
     if dataset and robot is None:
         raise InputError("bench loader: give --robot, the robot type of the data sets")
-    with _progress() as progress:
-        result = module.measure(
+    with _progress() as progress, Recording(json, seconds) as record:
+        record.result["preset"] = preset
+        module.measure(
             [path.resolve() for path in dataset],
             robot,
             find(preset).model,
@@ -179,14 +183,15 @@ def bench_loader(
             workers=workers,
             batch_size=batch_size,
             batches=batches,
+            record=record,
             progress=progress,
         )
+    result = record.result
     rows = [[r["workers"], f"{r['samples_per_second']:.1f}"] for r in result["runs"]]
     say(table(["workers", "samples/s"], rows, right=(0, 1)))
     share = result["share_of_time"]
-    say("one process: " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in share.items()))
-    if json is not None:
-        write_json(json, {"preset": preset, **result})
+    if share is not None:
+        say("one process: " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in share.items()))
     return 0
 
 

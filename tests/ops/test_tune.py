@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dit4dit.benchmarks import tune
+from dit4dit.benchmarks import recording, tune
 from dit4dit.benchmarks.op_bench import cases
+from dit4dit.benchmarks.recording import Recording
 
 from dit4dit.cli import main
 from dit4dit.errors import BackendError, ConfigError, InputError
@@ -33,7 +34,7 @@ def test_finds_the_best_tile_of_every_row_that_is_called() -> None:
         return "too small" if tried[-1]["ROWS"] == 16 else wanted(tried[-1])
 
     before = tiles.table()["cross_attention"]["90"]
-    search = tune.tune("90", found, measure, rounds=5)
+    search = tune.tune("90", found, measure, rounds=5, record=Recording(None))
     called = {tune.row_of(call, "90") for call in found}
     assert len(called) == len(before) - 1  # no call of a single sample takes the row for larger batches
     for i, row in enumerate(search.columns["cross_attention"]):
@@ -59,26 +60,27 @@ def test_finds_the_best_tile_of_every_row_that_is_called() -> None:
 
 
 def test_a_new_architecture_gets_a_column_of_its_own() -> None:
-    search = tune.tune("103", cases(["euler_step"]), lambda case: 1.0)
+    search = tune.tune("103", cases(["euler_step"]), lambda case: 1.0, record=Recording(None))
     assert search.columns["euler_step"] == tiles.table()["euler_step"]["80"]
     assert "103" not in tiles.table()["euler_step"]
 
 
 def test_ends_in_time_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (tune, recording):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow(case) -> float:
         now[0] += 0.03
         return 1.0
 
-    search = tune.tune("90", cases(["adaln", "self_attention"]), slow, seconds=0.25)
+    search = tune.tune("90", cases(["adaln", "self_attention"]), slow, record=Recording(None, 0.25))
     # a tile that has been begun in time is measured on every call of its row
     assert now[0] <= 0.25 + 0.03 * len(search.timings[-1]["cases"])
     rows = {(entry["op"], entry["row"]) for entry in search.timings}
     assert len(rows) == len(search.best)
     assert len(search.best) + len(search.left) == 6
-    none = tune.tune("90", cases(["adaln"]), slow, seconds=0.0)
+    none = tune.tune("90", cases(["adaln"]), slow, record=Recording(None, 0.0))
     assert none.left
     assert (none.columns, none.timings, none.best) == ({}, [], [])
     assert f"no time was left for: {', '.join(none.left)}" in tune.show(none)
@@ -89,14 +91,19 @@ def test_what_is_found_is_kept_row_by_row_and_used(tmp_path: Path, monkeypatch: 
     files.check()
     lengths = []
 
-    def keep(search: tune.Search) -> None:
-        files.keep(search)
-        lengths.append(len(json.loads(files.timings.read_text())["timings"]))
+    def write(search: tune.Search) -> None:
+        files.write(search)
+        lengths.append(len(json.loads(files.timings.read_text())["best"]))
 
-    tune.tune("90", cases(["cross_attention"]), lambda case: wanted(tiles._trials[case[0]].tile), keep=keep)
+    def measure(case) -> float:
+        return wanted(tiles._trials[case[0]].tile)
+
+    with Recording(files.timings) as record:
+        tune.tune("90", cases(["cross_attention"]), measure, record=record, write=write)
+    assert lengths == list(range(len(lengths))), "a row is in the file before the next one begins"
     assert len(lengths) > 1
-    assert lengths == sorted(set(lengths))
-    tune.tune("100", cases(["euler_step"]), lambda case: 1.0, keep=files.keep)
+    assert len(json.loads(files.timings.read_text())["best"]) == len(lengths)
+    tune.tune("100", cases(["euler_step"]), lambda case: 1.0, record=Recording(None), write=files.write)
     assert set(tiles.read_own(files.out)) == {"cross_attention", "euler_step"}  # the first search's stay
     assert json.loads(files.timings.read_text())["machine"]["torch"] == torch.__version__
     monkeypatch.setenv(tiles.VARIABLE, str(files.out))
@@ -111,7 +118,7 @@ def test_what_is_found_is_kept_row_by_row_and_used(tmp_path: Path, monkeypatch: 
 
 def test_a_whole_table_can_replace_the_committed_one(tmp_path: Path) -> None:
     files = tune.Files(tmp_path / "tiles.json", tmp_path / "timings.json", whole=True)
-    tune.tune("103", cases(["euler_step"]), lambda case: 1.0, keep=files.keep)
+    tune.tune("103", cases(["euler_step"]), lambda case: 1.0, record=Recording(None), write=files.write)
     data = json.loads(files.out.read_text())
     assert data["tiles"]["euler_step"].pop("103")
     assert data["tiles"] == tiles.committed()
