@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Generator
 from pathlib import Path
 
+import dead_device
 import numpy as np
 import pytest
 
@@ -25,6 +26,11 @@ KERNELS = {"interpreter", "small_build"}
 """Fixtures that run or compile kernels: a test that has one is marked `kernels`."""
 MAY_BE_ABSENT = {"accelerate", "av", "diffusers", "matplotlib", "msgpack", "peft", "pyarrow", "scipy", "websockets"}
 """Packages without which the GPU tests are still collected: a machine with a GPU may have an image of its own."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.is_registered(dead_device):
+        config.pluginmanager.register(dead_device)
 
 
 @pytest.hookimpl(wrapper=True)
