@@ -1,8 +1,9 @@
 """A CUDA error that ends a process ends one test: conftest.py registers these hooks.
 
-After such an error every CUDA call of the process fails. A worker of `pytest -n` then exits, once the test's reports are sent, and
-xdist starts another for the tests that are left. With --dist load or worksteal none is lost and none runs twice; the test itself is
-reported a second time, as the one that its worker crashed in. Without -n the GPU tests that are left fail at once.
+After such an error every CUDA call of the process fails. A worker of `pytest -n` then exits, once the test's reports are
+sent, and xdist starts another for the tests that are left. With --dist load or worksteal none is lost and none runs twice
+(loadfile and loadgroup run the test again); the test is reported twice, also as the one that its worker crashed in.
+Without -n the GPU tests that are left fail at once.
 """
 
 from __future__ import annotations
