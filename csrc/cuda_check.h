@@ -43,4 +43,17 @@ private:
     bool changed_ = false;
 };
 
+// Lets a block of `kernel` on `device`, which must be current, have all the dynamic shared memory that there is for it: what the
+// device gives a block less what the kernel declares itself. In bytes.
+inline int allow_dynamic_shared(const void* kernel, int device, const std::string& where) {
+    int most = 0;
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), where + ": device attribute");
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), where + ": kernel attributes");
+    most -= static_cast<int>(attributes.sharedSizeBytes);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+               where + ": " + std::to_string(most) + " bytes of shared memory");
+    return most;
+}
+
 }  // namespace dit4dit

@@ -107,11 +107,12 @@ std::shared_ptr<Kernel> Driver::load(const std::string& image, const std::string
     Handle module = nullptr;  // stays loaded for as long as the process lives
     check(load_data_(&module, image.data()), entry + ": cuModuleLoadData");
     check(get_function_(&kernel->function_, module, entry.c_str()), entry + ": cuModuleGetFunction");
-    if (shared > kSharedWithoutAsking) {
-        int most = 0, taken = 0, ordinal = 0;
+    int taken = 0;  // by what the kernel declares itself, out of the same total
+    check(function_attribute_(&taken, kSharedSize, kernel->function_), entry + ": cuFuncGetAttribute");
+    if (shared + taken > kSharedWithoutAsking) {
+        int most = 0, ordinal = 0;
         check(device_(&ordinal, device), entry + ": cuDeviceGet");
         check(device_attribute_(&most, kSharedOptIn, ordinal), entry + ": cuDeviceGetAttribute");
-        check(function_attribute_(&taken, kSharedSize, kernel->function_), entry + ": cuFuncGetAttribute");
         if (static_cast<std::int64_t>(shared) > most - taken)
             throw std::runtime_error(entry + ": needs " + std::to_string(shared + taken) +
                                      " bytes of shared memory, this device has " + std::to_string(most));

@@ -2,6 +2,7 @@
 // other, so all must be resident: the launch is cooperative, which the driver refuses where they are not.
 // Not run on a chip yet: compiled for all, and run on a CPU by tests/cuda_emulation.
 #include <climits>
+#include <map>
 #include <mutex>
 #include <set>
 
@@ -158,18 +159,16 @@ void set_buffers(ode::Launch& l, const std::vector<BufferPlace>& buffers, std::i
     }
 }
 
-// The kernel may take all the shared memory of a block of this device, which must be current. Said once: a launch of one schedule
-// changes nothing for another's.
-void allow_shared_memory(int device) {
+// The bytes of dynamic shared memory that a block may have on a device, which must be current. Said to the driver once: a launch of
+// one schedule changes nothing for another's.
+int allowed_shared_memory(int device) {
     static std::mutex mutex;
-    static std::set<int> allowed;
+    static std::map<int, int> allowed;
     const std::lock_guard<std::mutex> guard(mutex);
-    if (allowed.count(device)) return;
-    int most = 0;
-    check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "action_ode: device attribute");
-    check_cuda(cudaFuncSetAttribute(action_ode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-               "action_ode: " + std::to_string(most) + " bytes of shared memory");
-    allowed.insert(device);
+    const auto found = allowed.find(device);
+    if (found != allowed.end()) return found->second;
+    const auto kernel = reinterpret_cast<const void*>(action_ode_kernel);
+    return allowed[device] = allow_dynamic_shared(kernel, device, "action_ode");
 }
 
 int shared_bytes_of(const ode::Launch& l) { return ode::kFixedBytes + l.slots * ode::kSlotBytes + l.staging; }
@@ -201,7 +200,7 @@ void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
     l.max_guidance = max_guidance;
     l.limit_ns = limit_ns;
     const DeviceGuard guard(given.view("out"));
-    allow_shared_memory(guard.device());
+    allowed_shared_memory(guard.device());
     launch_cooperatively(l, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -214,13 +213,12 @@ std::map<std::string, int> action_ode_facts(int device, int shared_bytes) {
     };
     std::map<std::string, int> facts{
         {"multiprocessors", attribute(cudaDevAttrMultiProcessorCount)},
-        {"shared_memory", attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)},
+        {"shared_memory", allowed_shared_memory(device)},
         {"capability",
          10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)},
     };
     int blocks = 0;
     if (shared_bytes <= facts["shared_memory"] && attribute(cudaDevAttrCooperativeLaunch)) {
-        allow_shared_memory(device);
         check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, action_ode_kernel, ode::kThreads, shared_bytes),
                    "action_ode: occupancy");
     }

@@ -1,14 +1,22 @@
-"""Which command runs a test: `make test`, `make test-all`, or `pytest -m long`; never two of them, never none."""
+"""Which command runs a test: `make test`, `make test-all`, or `pytest -m long`; never two of them, never none.
+
+The GPU tests are the same on every machine: images for GPUs bring torch, and not all that the package can use.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
+import absent
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TESTS = str(ROOT / "tests")
 COSTS = ("kernels", "slow", "sim", "long", "gpu")
 
 
@@ -25,3 +33,54 @@ def test_every_test_has_one_command(has: tuple[bool, ...]) -> None:
     chosen = {name: bool(eval(expression, {}, marks)) for name, expression in expressions().items()}
     assert [*chosen.values(), marks["long"]].count(True) == 1, (marks, chosen)
     assert chosen["QUICK"] == (not any(has))
+
+
+ABSENT = "accelerate av matplotlib msgpack omegaconf peft pyarrow scipy torchcodec websockets"
+"""Which none of the engine, its parity and its benchmarks needs."""
+
+
+def run_without(packages: str, *command: str) -> str:
+    """What a command of this environment writes, in a process where `packages` cannot be imported."""
+    path = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command,
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": path, absent.VARIABLE: packages},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def gpu_tests(without: str = "") -> list[str]:
+    pytest_ = str(Path(sys.executable).parent / "pytest")
+    text = run_without(
+        without, pytest_, "-p", "absent", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", "-q", TESTS
+    )
+    return [line for line in text.splitlines() if "::" in line]
+
+
+@pytest.mark.slow
+def test_gpu_tests_need_no_package_that_the_engine_does_not_need() -> None:
+    everything = gpu_tests()
+    assert len(everything) > 300
+    assert gpu_tests(f"{ABSENT} diffusers") == everything
+
+
+COMMANDS = [
+    "doctor",
+    f"parity {ROOT}/tests/golden/libero_tiny --engine",
+    f"parity {ROOT}/tests/golden/gr1_tiny --engine",
+    "bench latency --preset tiny --chunks 1 --engine-chunks 2",
+    "bench ops --ops euler_step --samples 1 --no-compile",
+    "bench options --preset tiny --seeds 1",
+    "bench flops --preset tiny",
+    "tune --help",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_gpu_is_tried_with_needs_no_more(command: str) -> None:
+    run_without(ABSENT, sys.executable, "-c", f"import absent, dit4dit.cli as c; c.main({command.split()!r})")

@@ -321,6 +321,7 @@ def test_a_graph_gives_the_bits_of_the_same_step_without_one() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_the_one_launch_head_in_a_graph() -> None:
     """As near to the loop over library calls as bfloat16 rounds, the same bits each time, no allocation, no lost wait."""
     kinds = {"dtype": torch.bfloat16, "head_dtype": torch.bfloat16}

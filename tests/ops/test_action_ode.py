@@ -288,6 +288,7 @@ def released() -> tuple[Case, OneLaunchHead, tuple[Tensor, ...]]:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_on_a_gpu(released) -> None:
     case, head, given = released
     with torch.no_grad():
@@ -298,6 +299,7 @@ def test_on_a_gpu(released) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.capture
 def test_replays_on_a_gpu_give_the_same_bits(released) -> None:
     _, head, given = released
@@ -313,6 +315,7 @@ def test_replays_on_a_gpu_give_the_same_bits(released) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("replayed", [pytest.param(True, marks=pytest.mark.capture), False])
 def test_many_launches_on_a_gpu_end(released, replayed: bool) -> None:
     """100 000 of them, or DIT4DIT_LAUNCHES: all end, none gives up a wait, and the last one has the bits of the first.
@@ -340,6 +343,7 @@ def test_many_launches_on_a_gpu_end(released, replayed: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_wait_in_vain_on_a_gpu(released) -> None:
     _, head, given = released
     want = ops.action_ode(head, *given, backend="cuda")
