@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dit4dit import ops
 from dit4dit.action_ode import epilogue
+from dit4dit.engine.capture import capture
 from dit4dit.engine.engine import Engine
 from dit4dit.engine.packs import PromptPack
 from dit4dit.engine.staging import Fields, Staging
@@ -60,7 +61,10 @@ class Plan:
     """The engine's step for one `RequestShape`. Not for two threads at a time: the buffers are the plan's own."""
 
     def __init__(self, engine: Engine, shape: RequestShape, table: Tensor | None) -> None:
-        """table: of `ops.unnormalize`, float64 [5, A]; None where only normalised actions are wanted."""
+        """table: of `ops.unnormalize`, float64 [5, A]; None where only normalised actions are wanted.
+
+        BackendError: on a GPU, the step cannot be captured as a graph; its cause is what failed.
+        """
         self.engine, self.shape = engine, shape
         device, config = engine.device, engine.config
         self._table = None if table is None else table.to(device)
@@ -85,22 +89,25 @@ class Plan:
         engine.warm_up()
         self._stream = engine.stream
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        self._draw = self.record(self._draw_noise)
-        self._step = self.record(self._compute)
+        self._draw = self.record(self._draw_noise, "drawing the noise")
+        self._step = self.record(self._compute, "the step")
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """A function of fixed buffers itself, or on a GPU the replay of its kernels as one graph."""
+    def record(self, function: Callable[[], None], what: str = "a stage") -> Callable[[], None]:
+        """A function of fixed buffers itself, or on a GPU the replay of its kernels as one graph.
+
+        what: names it in an error. BackendError, DeviceError: as `capture`; the engine can record again afterwards.
+        """
         if self._stream is None:
             return function
         self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))
         with torch.cuda.stream(self._stream), torch.no_grad():
             for _ in range(_WARM_UPS):
                 function()
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            pool = self.engine.graph_pool
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                function()
+            try:
+                graph = capture(what, function, self._stream, self.engine.graph_pool)
+            except BaseException:
+                self.engine.drop_graph_pool()
+                raise
         replay: Callable[[], None] = graph.replay
         return replay
 
