@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +20,10 @@ from dit4dit.engine import Engine, Plan, RequestShape
 from dit4dit.engine.capture import capture
 from dit4dit.errors import BackendError, DeviceError
 from dit4dit.model.weights import random_model
+from dit4dit.ops import tables, use_backend
 from dit4dit.presets import preset
 
+preprocess: Any = importlib.import_module("dit4dit.ops.preprocess")  # dit4dit.ops.preprocess is the function
 TINY = preset("tiny").model
 SHAPE = RequestShape(1, ((40, 50), (30, 30)), (32, 32), "bilinear", True, 9)
 
@@ -116,6 +123,47 @@ def test_an_interrupt_stays_one_and_a_lost_device_is_said_to_be_lost(
 
     with pytest.raises(DeviceError, match=r"planted.* must restart"):
         capture("x", access, cuda.stream, (0, 7))
+
+
+@pytest.mark.parametrize(
+    "resize, sizes, taps",
+    [
+        ("bilinear", (40, 50), [(preprocess._bilinear_taps, 40), (preprocess._bilinear_taps, 50)]),
+        ("cv2_area", (40, 50), [(preprocess._area_taps, 40), (preprocess._area_taps, 50)]),
+        ("cv2_area", (20, 25), [(preprocess._enlarge_taps, 20), (preprocess._enlarge_taps, 25)]),
+    ],
+)
+def test_a_plan_keeps_the_tables_that_its_graph_reads(engine: Engine, resize, sizes, taps) -> None:
+    """Whatever else has been resized since, and no longer than the plan lives."""
+    with use_backend("torch"):  # what a GPU runs where no kernel of ours fits it
+        plan = Plan(engine, replace(SHAPE, views=(sizes,), resize=resize), None)
+    read = [weakref.ref(tensor) for table, n in taps for tensor in table(n, 32, engine.device)]
+    for n in range(100, 101 + tables.KEPT):
+        for table, _ in taps:
+            table(n, 32 if table is not preprocess._enlarge_taps else 200, engine.device)
+    gc.collect()
+    assert all(ref() is not None for ref in read)
+    assert tables._read.get() is None
+    del plan
+    gc.collect()
+    assert all(ref() is None for ref in read), "evicted: it is the plan that kept them"
+
+
+@pytest.mark.gpu
+@pytest.mark.capture
+def test_a_graph_gives_the_same_bits_after_its_tables_left_the_cache(small_libero: Path, make_observation) -> None:
+    policy = Policy.from_pretrained(small_libero, device="cuda")
+    seen = make_observation(0)
+    seen = replace(seen, images={name: np.ascontiguousarray(image[:200, :180]) for name, image in seen.images.items()})
+    with use_backend(preprocess="torch"):
+        before = policy.infer(seen, "open", seed=0).normalized
+    for table in (preprocess._area_taps, preprocess._bilinear_taps, preprocess._enlarge_taps):
+        table.forget()
+    gc.collect()
+    torch.full((2**20,), 7, device="cuda")  # over what has come free
+    for n in range(64, 512):
+        torch.full((n,), 7, device="cuda")
+    assert np.array_equal(policy.infer(seen, "open", seed=0).normalized, before)
 
 
 @pytest.mark.gpu

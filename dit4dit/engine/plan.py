@@ -23,6 +23,7 @@ from dit4dit.engine.packs import PromptPack
 from dit4dit.engine.staging import Fields, Staging
 from dit4dit.guidance import Guidance
 from dit4dit.noise import STREAMS, Noise
+from dit4dit.ops import tables
 
 _WARM_UPS = 3  # before recording: kernels compiled, library handles and workspaces made
 
@@ -88,6 +89,7 @@ class Plan:
         self._pack = self._slots.of(batch)
         engine.warm_up()
         self._stream = engine.stream
+        self._tables: list[tuple[Tensor, ...]] = []
         self._done = torch.cuda.Event() if device.type == "cuda" else None
         self._draw = self.record(self._draw_noise, "drawing the noise")
         self._step = self.record(self._compute, "the step")
@@ -104,10 +106,12 @@ class Plan:
             for _ in range(_WARM_UPS):
                 function()
             try:
-                graph = capture(what, function, self._stream, self.engine.graph_pool)
+                with tables.collected() as read:
+                    graph = capture(what, function, self._stream, self.engine.graph_pool)
             except BaseException:
                 self.engine.drop_graph_pool()
                 raise
+        self._tables += read  # the graph reads them by address
         replay: Callable[[], None] = graph.replay
         return replay
 
