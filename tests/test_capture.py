@@ -20,7 +20,7 @@ from dit4dit.engine import Engine, Plan, RequestShape
 from dit4dit.engine.capture import capture
 from dit4dit.errors import BackendError, DeviceError
 from dit4dit.model.weights import random_model
-from dit4dit.ops import tables, use_backend
+from dit4dit.ops import device_tables, use_backend
 from dit4dit.presets import preset
 
 preprocess: Any = importlib.import_module("dit4dit.ops.preprocess")  # dit4dit.ops.preprocess is the function
@@ -104,6 +104,26 @@ def test_a_capture_that_does_not_begin_or_end_says_so(cuda: FakeCuda, monkeypatc
     assert not cuda.allocating
 
 
+def test_each_graph_is_replayed_once_before_the_first_request(cuda: FakeCuda, engine: Engine) -> None:
+    """On the engine's stream, and waited for: whatever uploading a graph costs is paid here."""
+    streams = []
+    replay = torch.cuda.CUDAGraph.replay
+    torch.cuda.CUDAGraph.replay = lambda self: (streams.append(cuda.current), replay(self))[1]
+    Plan(engine, SHAPE, None)
+    once = ["begin", "end", "replay", "synchronize"]
+    assert cuda.log == 2 * once
+    assert streams == [cuda.stream, cuda.stream]
+
+
+def test_a_first_replay_that_fails_is_a_failed_capture(cuda: FakeCuda, engine: Engine) -> None:
+    cuda.broken = True
+    with pytest.raises(BackendError, match=r"drawing the noise cannot be captured .* unspecified launch failure"):
+        Plan(engine, SHAPE, None)
+    assert cuda.log[-1] == "reset"
+    assert not cuda.allocating
+    assert not cuda.released, "the graph itself gives its pool back"
+
+
 def test_an_interrupt_stays_one_and_a_lost_device_is_said_to_be_lost(
     cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,12 +158,12 @@ def test_a_plan_keeps_the_tables_that_its_graph_reads(engine: Engine, resize, si
     with use_backend("torch"):  # what a GPU runs where no kernel of ours fits it
         plan = Plan(engine, replace(SHAPE, views=(sizes,), resize=resize), None)
     read = [weakref.ref(tensor) for table, n in taps for tensor in table(n, 32, engine.device)]
-    for n in range(100, 101 + tables.KEPT):
+    for n in range(100, 101 + device_tables.KEPT):
         for table, _ in taps:
             table(n, 32 if table is not preprocess._enlarge_taps else 200, engine.device)
     gc.collect()
     assert all(ref() is not None for ref in read)
-    assert tables._read.get() is None
+    assert device_tables._read.get() is None
     del plan
     gc.collect()
     assert all(ref() is None for ref in read), "evicted: it is the plan that kept them"

@@ -20,14 +20,16 @@ _given_up: list[torch.cuda.CUDAGraph] = []
 
 
 def capture(what: str, function: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
-    """The kernels of `function`, which must have run on `stream` before, as a graph.
+    """The kernels of `function`, which must have run on `stream` before, as a graph on the GPU.
+
+    The graph is replayed once, on whatever its buffers hold: the first replay uploads it, which would cost the first request.
 
     Args:
         what: names the graph in an error.
         stream: where to capture; not the default one. pool: from `torch.cuda.graph_pool_handle`.
 
     Raises:
-        BackendError: the capture failed; its cause is the error that came first. Nothing is being
+        BackendError: the capture or the first replay failed; its cause is the error that came first. Nothing is being
             captured any more, and other work on the device goes on; take a new pool for the next capture.
         DeviceError: nothing works on the device any more.
     """
@@ -40,6 +42,8 @@ def capture(what: str, function: Callable[[], None], stream: torch.cuda.Stream, 
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             function()
             graph.capture_end()
+            graph.replay()
+            stream.synchronize()
         except BaseException as error:
             _give_up(graph, stream, pool)
             if not isinstance(error, Exception):

@@ -23,7 +23,7 @@ from dit4dit.engine.packs import PromptPack
 from dit4dit.engine.staging import Fields, Staging
 from dit4dit.guidance import Guidance
 from dit4dit.noise import STREAMS, Noise
-from dit4dit.ops import tables
+from dit4dit.ops import device_tables
 
 _WARM_UPS = 3  # before recording: kernels compiled, library handles and workspaces made
 
@@ -95,7 +95,7 @@ class Plan:
         self._step = self.record(self._compute, "the step")
 
     def record(self, function: Callable[[], None], what: str = "a stage") -> Callable[[], None]:
-        """A function of fixed buffers itself, or on a GPU the replay of its kernels as one graph.
+        """A function of fixed buffers itself, or on a GPU the replay of its kernels as one graph, which has been replayed once.
 
         what: names it in an error. BackendError, DeviceError: as `capture`; the engine can record again afterwards.
         """
@@ -106,7 +106,7 @@ class Plan:
             for _ in range(_WARM_UPS):
                 function()
             try:
-                with tables.collected() as read:
+                with device_tables.collected() as read:
                     graph = capture(what, function, self._stream, self.engine.graph_pool)
             except BaseException:
                 self.engine.drop_graph_pool()
@@ -179,7 +179,7 @@ class Plan:
 
     def rehearse(self) -> None:
         """Run the step once on whatever the buffers hold, so that its memory and its kernels are there."""
-        if self._stream is None:  # on a GPU recording has done so
+        if self._stream is None:  # on a GPU recording has done so, and has replayed each graph
             with torch.no_grad():
                 self._compute()
 

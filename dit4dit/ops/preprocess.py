@@ -16,8 +16,8 @@ from torch import Tensor
 from dit4dit import _C
 from dit4dit.errors import InputError, did_you_mean
 from dit4dit.ops import native
+from dit4dit.ops.device_tables import DeviceTable
 from dit4dit.ops.dispatch import Implementation, Op
-from dit4dit.ops.tables import DeviceTable
 
 FILTERS = ("cv2_area", "bilinear")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
