@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from waiting import WAIT
 
+import dit4dit.model.vae as vae_module
 from dit4dit.config import VaeConfig
-from dit4dit.model.vae import FrameEncoder, LatentScale, VideoVae, build_wan
+from dit4dit.model.vae import FrameEncoder, LatentScale, VideoVae, build_wan, full_precision
 
 SMALL = VaeConfig(
     base_dim=6, latents_mean=tuple(0.1 * i for i in range(16)), latents_std=tuple(1 + 0.1 * i for i in range(16))
@@ -71,12 +79,94 @@ def test_clips_encode_to_the_posterior_mean_and_decode_to_pictures() -> None:
     assert again.abs().max() <= 1
 
 
-def test_convolutions_in_float32_are_not_shortened_and_the_callers_setting_stays() -> None:
-    seen = []
-    encoder = FrameEncoder(VaeConfig(base_dim=4))
-    encoder.conv_in.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-    before = torch.backends.cudnn.allow_tf32
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to the 10 bits of mantissa that a tensor core takes of a float32."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Convolutions round their float32 operands as a GPU does, where PyTorch's settings let it; the settings are put back."""
+    cudnn = torch.backends.cudnn
+    before = torch.backends.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.allow_tf32
+    for name in ("conv2d", "conv3d"):
+        exact = getattr(F, name)
+
+        def rounded(
+            x: torch.Tensor, weight: torch.Tensor, *args: Any, exact: Any = exact, **kwargs: Any
+        ) -> torch.Tensor:
+            if cudnn.conv.fp32_precision == "tf32" and x.dtype == torch.float32:
+                x, weight = tf32(x), tf32(weight)
+            return exact(x, weight, *args, **kwargs)
+
+        monkeypatch.setattr(F, name, rounded)
+    yield
+    torch.backends.fp32_precision, cudnn.allow_tf32 = before[0], before[3]
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before[1:3]
+
+
+def default() -> None:
+    assert torch.backends.cudnn.allow_tf32, "PyTorch's default"
+
+
+def asked_for() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+def parity() -> dict[str, torch.Tensor]:
+    """What has convolutions, with fixed weights and inputs."""
+    torch.manual_seed(2)
+    vae, (_, frame) = VideoVae(SMALL).eval(), fresh(SMALL)
+    video, latents = torch.rand(1, 3, 5, 32, 32) * 2 - 1, torch.randn(1, 16, 2, 4, 4)
     with torch.no_grad():
-        encoder(torch.zeros(1, 3, 16, 16))
-    assert seen == [False]
-    assert torch.backends.cudnn.allow_tf32 == before
+        posterior = vae.posterior(video)
+        found = {
+            "mean": posterior.mean,
+            "std": posterior.std,
+            "encode": vae.encode(video),
+            "decode": vae.decode(latents),
+        }
+        return found | dict(zip(("frame mean", "frame std"), frame(video[:, :, 0]), strict=True))
+
+
+@pytest.mark.parametrize("setting", [default, asked_for])
+def test_convolutions_in_float32_are_not_shortened(tensor_cores, monkeypatch: pytest.MonkeyPatch, setting) -> None:
+    """Within the 1e-4 of the float32 parity; without the guard the same convolutions are outside of it."""
+    with monkeypatch.context() as exactly:
+        exactly.setattr(vae_module, "full_precision", contextlib.nullcontext)
+        torch.backends.cudnn.allow_tf32 = False
+        exact = parity()
+        torch.backends.cudnn.allow_tf32 = True
+        setting()
+        unguarded = parity()
+    guarded = parity()
+    for name, want in exact.items():
+        assert (unguarded[name] - want).abs().max() > 1e-4 * want.abs().max(), f"{name}: the emulation shortens nothing"
+        assert torch.equal(guarded[name], want), name
+
+
+def test_the_callers_setting_is_back_when_the_last_guard_closes(tensor_cores) -> None:
+    cudnn = torch.backends.cudnn
+    inside, release = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with full_precision():
+            inside.set()
+            release.wait(WAIT)
+
+    thread = threading.Thread(target=other)
+    with full_precision():
+        thread.start()
+        assert inside.wait(WAIT)
+    assert cudnn.conv.fp32_precision == "ieee", "another thread is still at its convolutions"
+    assert cudnn.allow_tf32 is False
+    release.set()
+    thread.join(WAIT)
+    assert cudnn.conv.fp32_precision == "tf32"
+    assert cudnn.allow_tf32 is True
+    for conv, rnn in (("ieee", "tf32"), ("tf32", "ieee"), ("none", "none")):
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
+        with pytest.raises(ValueError, match="in the middle"), full_precision():
+            raise ValueError("in the middle")
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == (conv, rnn)

@@ -111,6 +111,10 @@ class Engine:
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
 
+    def drop_graph_pool(self) -> None:
+        """After a failed capture: graphs to come take memory of their own, those that are there keep theirs."""
+        self._pool = None
+
     @property
     def stream(self) -> torch.cuda.Stream | None:
         """The stream of all plans, before others on a GPU; None on a CPU."""

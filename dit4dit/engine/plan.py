@@ -17,11 +17,13 @@ from torch import Tensor
 
 from dit4dit import ops
 from dit4dit.action_ode import epilogue
+from dit4dit.engine.capture import capture
 from dit4dit.engine.engine import Engine
 from dit4dit.engine.packs import PromptPack
 from dit4dit.engine.staging import Fields, Staging
 from dit4dit.guidance import Guidance
 from dit4dit.noise import STREAMS, Noise
+from dit4dit.ops import device_tables
 
 _WARM_UPS = 3  # before recording: kernels compiled, library handles and workspaces made
 
@@ -60,7 +62,10 @@ class Plan:
     """The engine's step for one `RequestShape`. Not for two threads at a time: the buffers are the plan's own."""
 
     def __init__(self, engine: Engine, shape: RequestShape, table: Tensor | None) -> None:
-        """table: of `ops.unnormalize`, float64 [5, A]; None where only normalised actions are wanted."""
+        """table: of `ops.unnormalize`, float64 [5, A]; None where only normalised actions are wanted.
+
+        BackendError: on a GPU, the step cannot be captured as a graph; its cause is what failed.
+        """
         self.engine, self.shape = engine, shape
         device, config = engine.device, engine.config
         self._table = None if table is None else table.to(device)
@@ -84,23 +89,29 @@ class Plan:
         self._pack = self._slots.of(batch)
         engine.warm_up()
         self._stream = engine.stream
+        self._tables: list[tuple[Tensor, ...]] = []
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        self._draw = self.record(self._draw_noise)
-        self._step = self.record(self._compute)
+        self._draw = self.record(self._draw_noise, "drawing the noise")
+        self._step = self.record(self._compute, "the step")
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """A function of fixed buffers itself, or on a GPU the replay of its kernels as one graph."""
+    def record(self, function: Callable[[], None], what: str = "a stage") -> Callable[[], None]:
+        """A function of fixed buffers itself, or on a GPU the replay of its kernels as one graph, which has been replayed once.
+
+        what: names it in an error. BackendError, DeviceError: as `capture`; the engine can record again afterwards.
+        """
         if self._stream is None:
             return function
         self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))
         with torch.cuda.stream(self._stream), torch.no_grad():
             for _ in range(_WARM_UPS):
                 function()
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            pool = self.engine.graph_pool
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                function()
+            try:
+                with device_tables.collected() as read:
+                    graph = capture(what, function, self._stream, self.engine.graph_pool)
+            except BaseException:
+                self.engine.drop_graph_pool()
+                raise
+        self._tables += read  # the graph reads them by address
         replay: Callable[[], None] = graph.replay
         return replay
 
@@ -168,7 +179,7 @@ class Plan:
 
     def rehearse(self) -> None:
         """Run the step once on whatever the buffers hold, so that its memory and its kernels are there."""
-        if self._stream is None:  # on a GPU recording has done so
+        if self._stream is None:  # on a GPU recording has done so, and has replayed each graph
             with torch.no_grad():
                 self._compute()
 

@@ -7,6 +7,7 @@ the temporal down-samplings skipped. It agrees with `AutoencoderKLWan` on the pa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -23,15 +24,31 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 
+_guard = threading.Lock()
+_guarded: list[tuple[str, str]] = []  # the settings to go back to, once for each guard that is open in any thread
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 convolutions in float32: PyTorch's default on a GPU is TF32, whose 10 bits are those of float16."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """float32 convolutions in float32: PyTorch's default on a GPU is TF32, whose 10 bits are those of float16.
+
+    The setting is the process's: convolutions of other threads are exact meanwhile too, and the last guard to close puts the
+    caller's setting back. It holds however the caller has set it: by `cudnn.allow_tf32`, or by an `fp32_precision`.
+    """
+    cudnn: Any = torch.backends.cudnn
+    with _guard:
+        _guarded.append(_guarded[0] if _guarded else (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision))
+        # both, and the old name with the new ones: PyTorch raises where it finds them at odds
+        cudnn.allow_tf32 = False
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        with _guard:
+            before = _guarded.pop()
+            if not _guarded:
+                cudnn.allow_tf32 = "tf32" in before
+                cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 class ChannelRmsNorm(nn.Module):
@@ -190,12 +207,15 @@ class VideoVae(nn.Module):
 
     def posterior(self, video: Tensor) -> Any:
         """video [B, 3, F, H, W] in [-1, 1] -> diffusers' distribution; its `mean` and `std` are [B, z, T, H/8, W/8]."""
-        return self.wan.encode(video.to(self.wan.quant_conv.weight.dtype)).latent_dist
+        with full_precision():
+            return self.wan.encode(video.to(self.wan.quant_conv.weight.dtype)).latent_dist
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, z, T, h, w] -> video [B, 3, F, H, W], float32 in [-1, 1]."""
         dtype = self.wan.quant_conv.weight.dtype
-        return self.wan.decode(self.scale.denormalize(latents.float()).to(dtype)).sample.float().clamp(-1, 1)
+        with full_precision():
+            video = self.wan.decode(self.scale.denormalize(latents.float()).to(dtype)).sample
+        return video.float().clamp(-1, 1)
 
 
 def wan_arguments(config: VaeConfig) -> dict[str, Any]:

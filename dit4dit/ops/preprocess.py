@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from dit4dit import _C
 from dit4dit.errors import InputError, did_you_mean
 from dit4dit.ops import native
+from dit4dit.ops.device_tables import DeviceTable
 from dit4dit.ops.dispatch import Implementation, Op
 
 FILTERS = ("cv2_area", "bilinear")
@@ -95,8 +95,8 @@ def _cv2_scale(n_in: int, n_out: int) -> float:
     return 1.0 / (n_out / n_in)
 
 
-# Taps are kept where they are used: a CUDA graph cannot be recorded while something is brought from the host.
-@lru_cache(maxsize=64)
+# Taps are kept where they are used: a CUDA graph cannot be captured while something is brought from the host.
+@DeviceTable
 def _area_taps(n_in: int, n_out: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """First source index [n_out] and weights float32 [n_out, taps] of outputs that each cover n_in / n_out inputs."""
     scale = _cv2_scale(n_in, n_out)
@@ -122,7 +122,7 @@ def _area_taps(n_in: int, n_out: int, device: torch.device) -> tuple[Tensor, Ten
     return torch.tensor(first, device=device), table.to(device)
 
 
-@lru_cache(maxsize=64)
+@DeviceTable
 def _bilinear_taps(n_in: int, n_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Left and right source index and their weights, each [n_out]."""
     scale = torch.tensor(n_in, dtype=torch.float32) / n_out
@@ -135,7 +135,7 @@ def _bilinear_taps(n_in: int, n_out: int, device: torch.device) -> tuple[Tensor,
     return i.to(device), (i + 1).clamp_max(n_in - 1).to(device), (1 - weight).to(device), weight.to(device)
 
 
-@lru_cache(maxsize=64)
+@DeviceTable
 def _enlarge_taps(n_in: int, n_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Left and right source index and their weights in 1/2048, each [n_out]."""
     inverse = n_out / n_in

@@ -13,6 +13,7 @@ NOT_OPS = {
     "__init__",
     "arguments",
     "attention_libraries",
+    "device_tables",
     "dispatch",
     "launch",
     "measured",

@@ -1,0 +1,54 @@
+"""Small tensors that an op makes once for its sizes and leaves on the device.
+
+The cache of them is bounded, as sizes come from requests. A CUDA graph reads them by address for as long as it is replayed, so
+whoever captures one collects what it has read and keeps that beside the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache, update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
+
+KEPT = 64
+"""Sizes of each kind of table that are kept."""
+
+_read: ContextVar[list[tuple[Tensor, ...]] | None] = ContextVar("dit4dit_tables_read", default=None)
+
+
+class DeviceTable(Generic[Arguments, Tensors]):
+    """Decorator of a function of sizes and a device (hashable) that makes tensors there; those last asked for are kept."""
+
+    def __init__(self, make: Callable[Arguments, Tensors]) -> None:
+        self._kept: Any = lru_cache(maxsize=KEPT)(make)
+        update_wrapper(self, make)
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensors:
+        tensors: Tensors = self._kept(*args, **kwargs)
+        # torch.compile, which makes constants of them, cannot look into a ContextVar
+        if not torch.compiler.is_compiling() and (read := _read.get()) is not None:
+            read.append(tensors)
+        return tensors
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._kept.cache_clear()
+
+
+@contextmanager
+def collected() -> Iterator[list[tuple[Tensor, ...]]]:
+    """The list of all tables that are read inside, by this thread. Whoever holds it keeps them alive."""
+    read: list[tuple[Tensor, ...]] = []
+    token = _read.set(read)
+    try:
+        yield read
+    finally:
+        _read.reset(token)
