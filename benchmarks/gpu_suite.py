@@ -51,8 +51,6 @@ KEEP = 5
 """Seconds between two writings of the result while a part runs."""
 LOG_BYTES = 1 << 20
 """What a part may put into the log; of a longer one the middle is left out."""
-PERSISTENT = ("tests/ops/test_action_ode.py",)
-"""GPU tests of kernels whose blocks wait for each other: by themselves and last, as they can hang a GPU."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +135,9 @@ def parts(settings: Settings) -> list[Part]:
             "-v",
         )
         bounds = ("--timeout", "60", "--timeout-method", "thread", "--junitxml", "{xml}")
-        return (python, "-m", "pytest", *given, *bounds, *options)
+        return (python, "-m", "pytest", *given, *bounds, *options, str(ROOT / "tests"))
 
     own_process = ("self_attention", "action_ode")
-    persistent = tuple(str(ROOT / file) for file in PERSISTENT)
     one_head = ("--head-dtype", "bfloat16", "--chunks", "10", "--engine-chunks", "300")
     both = ("--baseline", "--chunks", "20", "--engine-chunks", "100")
     return [
@@ -173,13 +170,13 @@ def parts(settings: Settings) -> list[Part]:
         *(Part(f"ops_{op}", ops(op), 10, 20) for op in own_process),
         Part(
             "gpu_tests",
-            tests("-n", "8", "--dist", "loadfile", *(f"--ignore={file}" for file in persistent), str(ROOT / "tests")),
+            tests("gpu and not alone", "-n", "8", "--dist", "loadfile"),
             20,
             90,
             gpu=True,
             stop=signal.SIGINT,
         ),
-        Part("gpu_tests_persistent", tests(*persistent), 15, 40, gpu=True, stop=signal.SIGINT),
+        Part("gpu_tests_alone", tests("gpu and alone"), 15, 40, gpu=True, stop=signal.SIGINT),
         Part(f"latency_fp8_{first}", latency(first, "--quantization", "fp8", *one_head[2:]), 15, 40),
         *(Part(f"ratio_{p}", latency(p, *both, *page(p)), 20, 45) for p in others),
         Part(f"spaced_{first}", latency(first, "--at-hz", "30", "--chunks", "3", "--engine-chunks", "300"), 15, 40),

@@ -109,7 +109,7 @@ def test_the_parts_of_most_value_fit_into_one_short_call(bundle: Path | None, tm
         assert needed <= settings.limit - gpu_suite.RESERVE
     order = ("install", "doctor", "parity_gr1", "latency_robocasa_gr1", "latency_libero", "profile_robocasa_gr1")
     order += ("latency_library_robocasa_gr1", "latency_one_launch_robocasa_gr1", "ratio_robocasa_gr1", "ops")
-    order += ("ops_self_attention", "ops_action_ode", "gpu_tests", "gpu_tests_persistent", "latency_fp8_robocasa_gr1")
+    order += ("ops_self_attention", "ops_action_ode", "gpu_tests", "gpu_tests_alone", "latency_fp8_robocasa_gr1")
     order += ("ratio_libero", "spaced_robocasa_gr1", "tune", "sanitizer")
     assert sorted(order, key=names.index) == list(order)
 
@@ -280,7 +280,7 @@ def test_the_whole_suite_without_a_gpu(tmp_path: Path) -> None:
         "parity_one_launch",
         "latency_one_launch_tiny",
         "gpu_tests",
-        "gpu_tests_persistent",
+        "gpu_tests_alone",
         "tune",
         "sanitizer",
     }
