@@ -26,6 +26,8 @@ VERSIONS = ("triton", "numpy", "transformers", "diffusers")
 CLOCKS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "celsius": "temperature.gpu", "watts": "power.draw"}
 REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 """Why the clocks are not higher, a bit mask; drivers before 535 know the second name alone."""
+PATIENCE = 5.0
+"""Seconds for nvidia-smi to answer."""
 
 
 def machine() -> dict[str, Any]:
@@ -70,12 +72,14 @@ def clocks(work: Callable[[], object] | None = None) -> dict[str, Any] | None:
     """
     if shutil.which("nvidia-smi") is None:
         return None
-    fields = tuple(CLOCKS.values())
+    fields, begin = tuple(CLOCKS.values()), time.monotonic()
     for extra in (*((reason,) for reason in REASONS), ()):
         values = _nvidia_smi((*fields, *extra), work)
         if values is not None:
             numbers = {name: _number(value) for name, value in zip(CLOCKS, values, strict=False)}
             return {**numbers, "reasons": values[len(fields)] if extra else None}
+        if time.monotonic() - begin > PATIENCE:
+            break
     return None
 
 
@@ -87,29 +91,37 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _nvidia_smi(
-    fields: Sequence[str], work: Callable[[], object] | None = None, seconds: float = 10
-) -> list[str] | None:
+def _nvidia_smi(fields: Sequence[str], work: Callable[[], object] | None = None) -> list[str] | None:
     """The fields of torch's current GPU; None where nvidia-smi is absent, knows one of them not, or takes too long."""
-    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", *_gpu_id()]
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    begin, gpu = time.monotonic(), _gpu_id()
+    output = _answer([*query, *gpu], work)
+    if output is None and gpu and torch.cuda.device_count() == 1 and time.monotonic() - begin < PATIENCE:
+        output = _answer(query, work)  # it knows this GPU by another name
+    values = [value.strip() for value in (output or "").partition("\n")[0].split(",")]
+    return values if len(values) == len(fields) and any(values) else None
+
+
+def _answer(words: Sequence[str], work: Callable[[], object] | None) -> str | None:
+    """What a program prints, `work` being done meanwhile; None where it fails."""
+    end = time.monotonic() + PATIENCE
     try:
         asked = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True
         )
     except OSError:
         return None
-    end = time.monotonic() + seconds
     try:
         while work is not None and asked.poll() is None and time.monotonic() < end:
             work()
         output, _ = asked.communicate(timeout=max(end - time.monotonic(), 0.1))
-    except (subprocess.TimeoutExpired, ValueError):  # ValueError: not text
+    except (subprocess.TimeoutExpired, UnicodeDecodeError):
         return None
     finally:
         if asked.poll() is None:
             asked.kill()
-    values = [value.strip() for value in (output.splitlines() or [""])[0].split(",")]
-    return values if asked.returncode == 0 and len(values) == len(fields) else None
+            asked.wait()
+    return output if asked.returncode == 0 else None
 
 
 def _gpu_id() -> list[str]:
@@ -117,7 +129,7 @@ def _gpu_id() -> list[str]:
     if not torch.cuda.is_available():
         return []
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
-    return [] if uuid is None else [f"--id=GPU-{uuid}"]
+    return [] if uuid is None else [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"]
 
 
 def _cpu_model() -> str:

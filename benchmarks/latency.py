@@ -271,25 +271,19 @@ class Run:
 
     def _roofline(self) -> None:
         """What the times are of the device's own rates; counting takes seconds on the host, so it comes last."""
-        model, samples, text = (
-            self.sampler.fast.engine.model,
-            self.sampler.samples,
-            self.wanted.text and self.wanted.baseline,
-        )
+        model, text = self.sampler.fast.engine.model, self.wanted.text and self.wanted.baseline
         assert model.head is not None
-        rate, memory, counts = (
-            matrix_rate(self.device, self.dtype),
-            roofline.memory_rate(self.device),
-            flops.count(self.preset),
-        )
-        times = {who: self.result["samples_ms"][who] for who in samples.totals}
+        rates, memory = [matrix_rate(self.device, self.dtype)], roofline.memory_rate(self.device)
+        counts = flops.count(self.preset)
+        rates.append(matrix_rate(self.device, self.dtype))
+        times = dict(self.result["samples_ms"])
         times["engine"] = self.result["engine_alone_ms"] or times["engine"]
-        self.result["share_of_measured_rate"] = shares(times, counts, rate, text)
+        self.result["share_of_measured_rate"] = shares(times, counts, max(rates), text)
         self.result["roofline"] = roofline.points(
             self.preset,
             counts,
             self.result["stages"],
-            matrix_gflops=rate,
+            matrix_gflops=max(rates),
             memory_gb_per_s=memory,
             dtype=self.dtype,
             head_dtype=model.head.action_decoder.layer2.weight.dtype,

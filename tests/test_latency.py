@@ -400,9 +400,23 @@ def test_clocks_are_those_under_load_or_none(tmp_path: Path, monkeypatch: pytest
     assert harness.clocks() is None
     nvidia_smi(tmp_path, "printf '\\377\\376'", monkeypatch)
     assert harness.clocks() is None
+    monkeypatch.setattr(harness, "PATIENCE", 0.2)
+    nvidia_smi(tmp_path, "exec sleep 30", monkeypatch)
+    begin = time.monotonic()
+    assert harness.clocks() is None
+    assert time.monotonic() - begin < 10
     (tmp_path / "nvidia-smi").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert harness.clocks() is None
+
+
+def test_a_gpu_that_nvidia_smi_knows_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_gpu_id", lambda: ["--id=GPU-0"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    nvidia_smi(tmp_path, 'case "$*" in *--id*) exit 6;; esac; echo "1, 2, 3, 4, 0x1"', monkeypatch)
+    found = harness.clocks()
+    assert found is not None
+    assert found["sm_mhz"] == 1
 
 
 def test_the_machine_names_versions_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
