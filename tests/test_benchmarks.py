@@ -340,6 +340,31 @@ def test_a_process_that_dies_or_hangs_costs_one_op(
     assert f"b: its process was ended by {how}" in capsys.readouterr().err
 
 
+def test_sigterm_ends_the_process_of_an_op_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent as soon as the second op's rows are there, while its process sleeps."""
+    path = tmp_path / "ops.json"
+
+    def child(op, words, file, seconds):
+        return [sys.executable, "-c", CHILD.format(end="time.sleep(60)" if op == "b" else ""), op, str(file), "1"]
+
+    def merged(*args):
+        real(*args)
+        if [row["op"] for row in args[-1].result["rows"]] == ["a", "b"] and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    real, sent = isolation._merge, []
+    monkeypatch.setattr(isolation, "child", child)
+    monkeypatch.setattr(isolation, "_merge", merged)
+    with pytest.raises(SystemExit) as end:
+        isolation.command(["a", "b", "c"], [], path, None)
+    assert end.value.code == TERMINATED
+    data = json.loads(path.read_text())
+    assert [row["op"] for row in data["rows"]] == ["a", "b"]
+    assert (data["cut"]["by"], data["cut"]["left"]) == ("SIGTERM", ["b", "c"])
+    assert [entry["exit_code"] for entry in data["processes"]] == [0, -signal.SIGTERM]
+
+
 @pytest.mark.slow
 def test_each_op_in_a_process_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "ops.json"
