@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit4dit import examples as published_examples
+from dit4dit import garbage
 from dit4dit.codec import Codec
 from dit4dit.config import ModelConfig
 from dit4dit.device import pick_device
@@ -326,6 +327,7 @@ class Policy:
         batch: int = 1,
         joined: tuple[int, int] | None = None,
         max_guidance: float | None = None,
+        freeze_gc: bool = False,
     ) -> None:
         """Do now what the first chunk would otherwise do; call it before a control loop starts.
 
@@ -336,6 +338,12 @@ class Policy:
             batch: requests in one pass (`infer_batch`).
             joined: height and width of joined pictures: warm `predict_action` up instead.
             max_guidance: warm up requests with `Guidance` of this bound instead of those without.
+            freeze_gc: afterwards collect garbage once and freeze what is alive, so that no full collection of Python's
+                interrupts a chunk. It holds for the whole process (`dit4dit.garbage.freeze`): give it in the last warm-up,
+                when everything else that stays has been loaded too.
+
+        Raises:
+            InputError: a view, size or batch that this policy cannot have. BackendError: as `engine.Plan`.
         """
         names, given = self.embodiment.views, dict(pictures or {})
         for name in given:
@@ -352,13 +360,14 @@ class Policy:
             sizes, size, resize, units = [checked_size("joined", joined)], None, "bilinear", False
         if self.device.type == "cpu":
             host_memory.hold()
-        if not isinstance(self._runner, EngineRunner):
-            return
-        with plain(self.device):
-            for length in self._texts.embedder.lengths:
-                with_state = self.codec.state is not None
-                shape = RequestShape(batch, tuple(sizes), size, resize, with_state, length, max_guidance)
-                self._runner.warm_up(shape, units)
+        if isinstance(self._runner, EngineRunner):
+            with plain(self.device):
+                for length in self._texts.embedder.lengths:
+                    with_state = self.codec.state is not None
+                    shape = RequestShape(batch, tuple(sizes), size, resize, with_state, length, max_guidance)
+                    self._runner.warm_up(shape, units)
+        if freeze_gc:
+            garbage.freeze()
 
     def prepare(self, instruction: str) -> Future[None]:
         """Encode an instruction in the background, so that the chunk that first uses it does not wait.

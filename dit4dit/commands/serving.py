@@ -126,8 +126,12 @@ def _load(checkpoint: str, backbone: str | None, **options: Any) -> Any:
 
 
 def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str, tuple[int, int]]) -> None:
-    """Encode the words; and for raw and for joined pictures make a plan of each batch size."""
+    """Encode the words; for raw and for joined pictures make a plan of each batch size; then freeze what is there: the process
+    is the server's own, and no full garbage collection shall hold up a reply.
+    """
     from tqdm import tqdm
+
+    from dit4dit import garbage
 
     for line in tqdm(words, desc="instructions", disable=None if words else True):
         policy.prepare(line).result()
@@ -136,6 +140,7 @@ def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str,
     for batch in tqdm(range(1, batches + 1), desc="batch sizes", disable=None if batches else True):
         policy.warm_up(pictures, batch=batch)
         policy.warm_up(batch=batch, joined=joined)
+    garbage.freeze()
 
 
 def _size(text: str) -> tuple[str, tuple[int, int]]:
