@@ -107,6 +107,8 @@ def parts(settings: Settings) -> list[Part]:
     first, *others = settings.presets
 
     def latency(preset: str, *options: str) -> tuple[str, ...]:
+        if "--baseline" not in options:
+            options = (*options, "--no-roofline")  # it takes seconds on the host, and is told with the ratio
         given = ("--preset", preset, "--device", device, *options, "--seconds", "{seconds}", "--json", "{json}")
         return (*dit4dit, "bench", "latency", *given)
 

@@ -68,6 +68,7 @@ class Wanted:
         engine_chunks: of the engine alone, for its percentiles.
         at_hz: also time the engine at this rate, as many chunks as of the engine alone.
         seconds: for all samples together; set-up and roofline are not counted.
+        roofline: also count the operations and measure the device's own rates.
     """
 
     chunks: int
@@ -80,6 +81,7 @@ class Wanted:
     engine_chunks: int = 0
     at_hz: float | None = None
     seconds: float | None = None
+    roofline: bool = True
 
     def counts(self) -> dict[str, int]:
         """Chunks of each part that is timed, in order."""
@@ -133,7 +135,7 @@ class Run:
         self.preset, self.wanted, self.device, self.dtype, self.record = preset, wanted, device, dtype, record
         self.result = record.result
         self.result |= {"setup_seconds": {}, "clocks": {"before": None, "after": None}, "agreement": None}
-        self.steps = [*SETUP, *wanted.counts(), "roofline"]
+        self.steps = [*SETUP, *wanted.counts(), *(["roofline"] if wanted.roofline else [])]
         if wanted.quantization is None:
             self.steps.remove("exact engine")
 
@@ -235,8 +237,9 @@ class Run:
         except (Terminated, KeyboardInterrupt):
             self._put()
             raise
-        self._during("roofline")
-        self._roofline()
+        if wanted.roofline:
+            self._during("roofline")
+            self._roofline()
 
     def _end(self, part: str) -> float | None:
         """When the part's share of what is left has passed; None without a limit."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Dtype, Head, dtype_of, finish, head_dtype_of, say
+from dit4dit.commands.shell import Device, Dtype, Head, dtype_of, head_dtype_of, say
 from dit4dit.errors import InputError
 
 Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -49,6 +49,7 @@ def latency(
     engine_chunks: int = 0,
     at_hz: float | None = None,
     seconds: float | None = None,
+    roofline: bool = True,
     seed: int = 0,
     json: Path | None = None,
     report: Path | None = None,
@@ -72,6 +73,7 @@ def latency(
         engine_chunks: before that, so many chunks of the engine alone, for its percentiles.
         at_hz: as many chunks again, each begun at a control step of a robot at this rate, with the GPU's clocks.
         seconds: how long all samples together may take; the counts are then the most. Set-up comes on top.
+        roofline: last, count the operations and measure the device's own rates, which takes some seconds.
         seed: of weights and inputs.
         json: also write every number to this file.
         report: write an HTML report and its images into this folder, or as one page to this file if it ends in .html.
@@ -101,6 +103,7 @@ def latency(
         latency_report.check(report)
     options: dict[str, Any] = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
     options |= {"quantization": quantization, "engine_chunks": engine_chunks, "at_hz": at_hz, "seconds": seconds}
+    options |= {"roofline": roofline}
     options |= {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
     with Recording(json) as record:
         result = module.measure(chosen, preset, device=place, dtype=kind, record=record, **options)
