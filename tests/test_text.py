@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -71,3 +74,39 @@ def test_presets_have_room_for_a_prompt(name: str) -> None:
     tokenizer = tabletop_tokenizer() if name == "tabletop" else byte_tokenizer()
     tokens = tokenize(tokenizer, ["put the yellow block on the white plate"], text.max_length)
     assert (tokens[0] == 0).any(), "the longest usual instruction must not be cut"
+
+
+def user_hook(module: torch.nn.Module, args: object, output: object) -> None:
+    """One of the user's own, which can be pickled."""
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+def test_the_hooks_that_transformers_installs_stay_behind(duplicate) -> None:
+    """As transformers 5 does in the first call: a local function on each layer, and a mark that they are there."""
+    encoder = TextEncoder(CONFIG).eval()
+    tokens = torch.randint(0, CONFIG.vocab_size, (1, 7))
+    with torch.no_grad():
+        want = encoder(tokens)
+    model, layer = encoder.language_model, encoder.language_model.layers[0]
+    seen = []
+
+    def output_capturing_hook(module, args, output) -> None:
+        seen.append(module)
+
+    output_capturing_hook.__module__ = "transformers.utils.output_capturing"
+    model.twice = layer.mlp  # a module that is there under two names
+    layer.register_forward_hook(output_capturing_hook)
+    layer.register_forward_hook(user_hook)
+    model._output_capturing_hooks_installed = True
+    before = list(layer._forward_hooks.values())
+    twin = duplicate(encoder)
+    assert list(layer._forward_hooks.values()) == before, "the original keeps its own"
+    found = twin.language_model
+    assert list(found.layers[0]._forward_hooks.values()) == [user_hook]
+    assert not getattr(found, "_output_capturing_hooks_installed", False), "or transformers would not install them anew"
+    assert found.twice is found.layers[0].mlp
+    assert found.layers[0] is not layer
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(encoder.parameters(), twin.parameters(), strict=True))
+    with torch.no_grad():
+        assert torch.equal(twin(tokens), want)
+    assert not seen, "a twin's call runs none of the original's hooks"

@@ -6,6 +6,7 @@ neither the vision tower nor the output matrix.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,10 @@ class TextEncoder(nn.Module):
         rotary = self.language_model.rotary_emb
         self.language_model.rotary_emb = type(rotary)(qwen_config(self.config)).to(device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hooks that transformers 5 leaves on its layers in the first call and cannot pickle; it makes them anew."""
+        return {**self.__dict__, "_modules": {name: _unhooked(module, {}) for name, module in self._modules.items()}}
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> prompt embeddings [B, L, embed_width] in the weights' dtype."""
         return torch.cat([standardize(h) for h in self.hidden_states(tokens)], dim=-1)
@@ -52,6 +57,28 @@ class TextEncoder(nn.Module):
         out = self.language_model(input_ids=tokens, output_hidden_states=True, use_cache=False)
         states: tuple[Tensor, ...] = out.hidden_states[1:]
         return states
+
+
+def _unhooked(module: Any, done: dict[int, Any]) -> Any:
+    """A module of the same parameters and buffers, and so its children, without transformers' own forward hooks.
+
+    done: by id, what has been copied, so that a module that is there twice stays one.
+    """
+    if module is None or id(module) in done:
+        return None if module is None else done[id(module)]
+    copy: Any = object.__new__(type(module))
+    done[id(module)] = copy
+    hooks = {k: hook for k, hook in module._forward_hooks.items() if not _is_of_transformers(hook)}
+    # the mark without which transformers installs its hooks
+    facts = {name: value for name, value in module.__dict__.items() if name != "_output_capturing_hooks_installed"}
+    facts |= {"_forward_hooks": OrderedDict(hooks)}
+    facts |= {"_modules": {name: _unhooked(child, done) for name, child in module._modules.items()}}
+    copy.__dict__.update(facts)
+    return copy
+
+
+def _is_of_transformers(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def standardize(h: Tensor) -> Tensor:
