@@ -12,6 +12,7 @@ struct Fixed {
     std::uint64_t full[kMostSlots], empty[kMostSlots];
     int records[2][kRecord];
     int alive;
+    int failed;  // 0, or 1 + the barrier, of `full` or `empty`, that was waited for in vain
 };
 constexpr int kFixedBytes = 1536;
 static_assert(sizeof(Fixed) <= kFixedBytes, "plan.py counts with this");
@@ -45,15 +46,54 @@ struct Block {
     // Until the tile's counter has its target; what the block stored before is seen by all of it after. False: the launch has
     // failed, here or elsewhere, and ends.
     DEVICE bool wait(const Tile& tile, int index) const {
-        if (thread_index() == 0) fixed.alive = tile.wait == kNone || poll(tile, index);
+        if (thread_index() == 0) fixed.alive = !barrier_failed() && (tile.wait == kNone || poll(tile, index));
         sync_block();
         return fixed.alive != 0;
     }
 
+#if DIT4DIT_BULK_COPIES
+    // Until a phase of a weight slot's barrier is over. The copy engine or the block's own warps end it, never another block; it is
+    // bounded like `poll` all the same, and more tightly: those who wait for this block are not to be the first to say so. After a
+    // wait in vain threads go on with what lies there until the next `wait` ends the launch, and no longer wait for what may never
+    // come, but at the end (`last`), where a copy may still be on its way.
+    DEVICE void wait_for_slot(std::uint64_t* barrier, int parity, bool last = false) const {
+        if (barrier_try_wait(barrier, parity)) return;
+        const std::int64_t begin = nanoseconds();  // a barrier sleeps before it says no, so that the clock is not asked often
+        for (;;) {
+            const std::int64_t now = nanoseconds();  // before the barrier: between the two the GPU may be another process's
+            if (barrier_try_wait(barrier, parity) || (!last && barrier_failed())) return;
+            if (now - begin > launch.limit_ns / 4) break;
+        }
+        *static_cast<volatile int*>(&fixed.failed) = 1 + static_cast<int>(barrier - fixed.full);  // `empty` lies behind
+    }
+#endif
+
+    // By one thread, after the last tile: what happened to its barriers is known outside.
+    DEVICE void report() const {
+        if (barrier_failed()) fail(kNone, barrier_failed() - 1, 0);
+    }
+
 private:
+    static constexpr int kPolls = 64;  // before the clock and what others say have their turn
+
+    DEVICE int barrier_failed() const {
+#if DIT4DIT_BULK_COPIES
+        return *static_cast<const volatile int*>(&fixed.failed);
+#else
+        return 0;
+#endif
+    }
+
+    // The launch has failed; the first to say so is the one that is heard.
+    DEVICE void fail(int tile, int counter, int have) const {
+        if (compare_and_swap(launch.status, 0, 1 + block_index()) != 0) return;
+        launch.status[1] = tile;
+        launch.status[2] = counter;
+        launch.status[3] = have;
+    }
+
     // A poll is a round trip to the second-level cache, so that the clock and the error flag have their turn now and then only.
     DEVICE int poll(const Tile& tile, int index) const {
-        constexpr int kPolls = 64;
         std::int64_t begin = 0;
         for (int turn = 1;; ++turn) {
             const int have = load_acquire(counter(tile.wait));
@@ -63,11 +103,7 @@ private:
             const std::int64_t now = nanoseconds();
             if (begin == 0) begin = now;
             if (now - begin > launch.limit_ns) {
-                if (compare_and_swap(launch.status, 0, 1 + block_index()) == 0) {
-                    launch.status[1] = index;
-                    launch.status[2] = tile.wait;
-                    launch.status[3] = have;
-                }
+                fail(index, tile.wait, have);
                 return 0;
             }
         }
@@ -97,6 +133,7 @@ public:
           last_(load_int(block.launch.first_segment + block_index() + 1)) {
 #if DIT4DIT_BULK_COPIES
         if (thread_index() == 0) {
+            block.fixed.failed = 0;
             for (int s = 0; s < slots(); ++s) {
                 barrier_init(&block.fixed.full[s], 1);
                 barrier_init(&block.fixed.empty[s], kWarps);
@@ -113,7 +150,7 @@ public:
         const int slot = used_ % slots();
         const std::uint8_t* at = block_.ring + slot * kSlotBytes;
 #if DIT4DIT_BULK_COPIES
-        barrier_wait(&block_.fixed.full[slot], used_ / slots() & 1);
+        block_.wait_for_slot(&block_.fixed.full[slot], used_ / slots() & 1);
 #else
         wait_copies<kCopySlots - 2>();
 #endif
@@ -131,7 +168,10 @@ public:
     DEVICE void drain() {
 #if DIT4DIT_BULK_COPIES
         if (thread_index() == 0)
-            for (; used_ < fetched_; ++used_) barrier_wait(&block_.fixed.full[used_ % slots()], used_ / slots() & 1);
+            for (; used_ < fetched_; ++used_) {
+                const int slot = used_ % slots();
+                block_.wait_for_slot(&block_.fixed.full[slot], used_ / slots() & 1, true);
+            }
 #else
         wait_copies<0>();
 #endif
@@ -150,7 +190,8 @@ private:
 #if DIT4DIT_BULK_COPIES
         if (thread_index() == 0 && advance()) {
             const int slot = fetched_ % slots(), bytes = units_ * kWeightUnit;
-            if (fetched_ >= slots()) barrier_wait(&block_.fixed.empty[slot], (fetched_ / slots() - 1) & 1);
+            if (fetched_ >= slots())
+                block_.wait_for_slot(&block_.fixed.empty[slot], (fetched_ / slots() - 1) & 1);
             barrier_expect(&block_.fixed.full[slot], bytes);
             bulk_copy(block_.ring + slot * kSlotBytes, from_, bytes, &block_.fixed.full[slot]);
             from_ += bytes;

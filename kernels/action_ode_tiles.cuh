@@ -64,7 +64,9 @@ struct Launch {
     // workspace
     std::uint8_t* workspace;
     int* counters;  // [counter_count + 1, kCounterStride], the last one counts workers that are done; zero between launches
-    int* status;    // [4]: 0, or 1 + worker that waited in vain; tile; counter; what it had. Stays until the host clears it
+    // [4]: 0, or 1 + worker that waited in vain; tile; counter; what it had. Stays until the host clears it. Tile kNone: it waited
+    // for its own weights, and the counter is the barrier in `Fixed`.
+    int* status;
 
     std::int64_t offset[kSpaces];  // bytes of each buffer in the workspace
     int columns[kSpaces];

@@ -47,6 +47,7 @@ DEVICE void worker(const Launch& launch) {
         sync_block();
         if (thread == 0 && signal != kNone) add_release(block.counter(signal));
     }
+    if (thread == 0) block.report();
     weights.drain();
     end(block);
 }

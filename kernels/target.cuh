@@ -156,12 +156,12 @@ DEVICE void barrier_expect(std::uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// Ends: the copy engine or the block's own warps complete the phase, never another block.
-DEVICE void barrier_wait(std::uint64_t* barrier, int parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
-        ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+// Whether the barrier's phase is over; it may sleep for a while before it says no.
+DEVICE bool barrier_try_wait(std::uint64_t* barrier, int parity) {
+    std::uint32_t over;
+    asm volatile("{\n.reg .pred over;\nmbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\nselp.u32 %0, 1, 0, over;\n}"
+                 : "=r"(over) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    return over != 0;
 }
 DEVICE void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit4dit import _C
 from dit4dit.action_ode.epilogue import Guidance, Units
 from dit4dit.action_ode.plan import FIXED_SHARED, head_shape, plan
-from dit4dit.action_ode.schedule import COUNTER_STRIDE, WEIGHT_UNIT, Device, Schedule
+from dit4dit.action_ode.schedule import COUNTER_STRIDE, NONE, WEIGHT_UNIT, Device, Schedule
 from dit4dit.action_ode.validate import ScheduleError, validate
 from dit4dit.action_ode.weights import as_bytes, pack_constants, pack_matrices
 from dit4dit.config import HeadConfig
@@ -190,9 +190,13 @@ class OneLaunchHead:
                 raise
             if worker:
                 ready.status.zero_()
+                seconds = LONGEST_WAIT_NS / 1e9
+                what = f"{seconds:g} s in tile {tile} for counter {counter}, which stood at {had}"
+                if tile == NONE:
+                    what = f"{seconds / 4:g} s for barrier {counter} of its weights"
                 raise OutputError(
-                    f"action_ode: block {worker - 1} waited more than {LONGEST_WAIT_NS / 1e9:g} s in tile {tile} for counter "
-                    f"{counter}, which stood at {had}; is something else keeping the GPU? use head='library'"
+                    f"action_ode: block {worker - 1} waited more than {what}; is something else keeping the GPU? "
+                    "use head='library'"
                 )
 
 

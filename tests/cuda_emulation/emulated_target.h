@@ -163,8 +163,10 @@ DEVICE void barrier_expect(std::uint64_t* p, int bytes) {
     reinterpret_cast<Barrier*>(p)->bytes += bytes;
     barrier_arrive(p);
 }
-DEVICE void barrier_wait(std::uint64_t* p, int parity) {
-    while (static_cast<volatile Barrier*>(reinterpret_cast<Barrier*>(p))->phase == parity) machine->yield();
+DEVICE bool barrier_try_wait(std::uint64_t* p, int parity) {
+    if (static_cast<volatile Barrier*>(reinterpret_cast<Barrier*>(p))->phase != parity) return true;
+    machine->yield();
+    return false;
 }
 DEVICE void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barrier) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16 || shared_address(to) % 16 || bytes % 16)

@@ -10,13 +10,14 @@ import copy
 import os
 import pickle
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import emulator
 import pytest
 import torch
-from emulator import Emulator, needs_compiler
+from emulator import ROOT, Emulator, needs_compiler
 from head_case import A100, DEVICES, H200, SIZES, Case, tiny
 from torch import Tensor
 
@@ -260,6 +261,42 @@ def test_a_wait_in_vain_ends_in_an_error(chip: tuple[Emulator, Device]) -> None:
     again = run(sound, packed, *case.given(), counters=counters)
     assert again.status == [0, 0, 0, 0]
     assert torch.equal(again.actions, run(sound, packed, *case.given()).actions)
+
+
+BARRIERS = {
+    "a copy that never comes": (
+        "barrier_expect(&block_.fixed.full[slot], bytes)",
+        "barrier_expect(&block_.fixed.full[slot], bytes + (fetched_ == 7 && block_index() == 2 ? 16 : 0))",
+        0,
+    ),
+    "a warp that never arrives": (
+        "if (thread_index() % 32 == 0) barrier_arrive",
+        "if (thread_index() == 0) barrier_arrive",
+        16,
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", BARRIERS)
+def test_a_wait_in_vain_for_weights_ends_in_an_error(fault: str, tmp_path: Path) -> None:
+    """In one block: it ends, the flag says why, the others end too, no action is left and the counters are as before."""
+    case, device = Case(tiny()), replace(DEVICES["bulk"], workers=5)
+    sound = plan(case.shape, device)
+    packed = pack(case.folded, sound)
+    old, new, first = BARRIERS[fault]
+    kernels = Path(shutil.copytree(ROOT / "kernels", tmp_path / "kernels"))
+    block = kernels / "action_ode_block.cuh"
+    assert block.read_text().count(old) == 1, "the kernel no longer says this"
+    block.write_text(block.read_text().replace(old, new))
+    counters = torch.zeros(sound.counters + 1, COUNTER_STRIDE, dtype=torch.int32)
+    result = Emulator("bulk", tmp_path, kernels)(sound, packed, *case.given(), limit_ns=10**7, counters=counters)
+    worker, tile, barrier, _ = result.status
+    assert worker == 3 if first == 0 else 1 <= worker <= 5
+    assert tile == NONE
+    assert first <= barrier < first + sound.slots
+    assert result.actions.isnan().all()
+    assert not counters.any()
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ from head_case import Case, tiny
 from dit4dit import _C
 from dit4dit.action_ode import Device, Schedule, plan, program
 from dit4dit.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
-from dit4dit.action_ode.schedule import COUNTER_STRIDE, Space
+from dit4dit.action_ode.schedule import COUNTER_STRIDE, NONE, Space
 from dit4dit.errors import OutputError
 
 DEVICE = Device(13, 99 << 10, 80)
@@ -54,6 +54,9 @@ def test_the_error_flag_is_read_and_cleared() -> None:
     with pytest.raises(OutputError, match="block 2 waited more than 2 s in tile 40 for counter 7, which stood at 2"):
         head.check()
     head.check()
+    status.copy_(torch.tensor([3, NONE, 7, 1]))
+    with pytest.raises(OutputError, match="block 2 waited more than 0.5 s for barrier 7 of its weights; is something"):
+        head.check()
 
 
 # -- what is known before a launch ---------------------------------------------------------------------------------------

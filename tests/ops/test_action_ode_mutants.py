@@ -52,12 +52,13 @@ MUTANTS = {
         "query_tiles * 16, d);",
     ),
     "copies: an address off by a row": ("product", "j * 8 + lane % 8)", "j * 8 + (lane + 1) % 8)"),
-    "bulk: the other phase": ("block", "full[slot], used_ / slots() & 1", "full[slot], ~used_ / slots() & 1"),
+    "bulk: the other phase": ("block", "full[slot], used_ / slots() & 1);", "full[slot], ~used_ / slots() & 1);"),
     "bulk: a slot filled while it is read": (
         "block",
-        "if (fetched_ >= slots()) barrier_wait",
-        "if (false) barrier_wait",
+        "if (fetched_ >= slots())",
+        "if (false)",
     ),
+    "bulk: a wait that does not wait": ("block", "if (barrier_try_wait(barrier, parity)) return;", "return;"),
     "warpgroups: strides exchanged": (
         "product",
         "along_columns << 16 | along_tokens << 32",
