@@ -144,7 +144,7 @@ def parts(settings: Settings) -> list[Part]:
     both = ("--baseline", "--chunks", "20", "--engine-chunks", "100")
     return [
         *([install(settings)] if settings.build else []),
-        Part("doctor", (*dit4dit, "doctor", "--json", "{json}"), 5, 20),
+        Part("doctor", (*dit4dit, "doctor", "--json", "{json}"), 5, 25),
         Part("parity_gr1", parity("gr1_tiny"), 8, 25),
         Part("parity_libero", parity("libero_tiny"), 8, 25, beside=True),
         Part(
@@ -167,7 +167,7 @@ def parts(settings: Settings) -> list[Part]:
         ),
         Part(f"latency_library_{first}", latency(first, "--head", "library", *one_head), 12, 28),
         Part(f"latency_one_launch_{first}", latency(first, "--head", "one_launch", *one_head), 12, 28, gpu=True),
-        Part(f"ratio_{first}", latency(first, *both, *page(first)), 20, 45),
+        Part(f"ratio_{first}", latency(first, *both, *page(first)), 20, 42),
         Part("ops", ops(*OTHER_OPS), 15, 40),
         *(Part(f"ops_{op}", ops(op), 10, 20) for op in own_process),
         Part(
