@@ -86,6 +86,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def interpreter_fault(triton: str, numpy: str) -> str | None:
+    """Why a Triton cannot interpret with a NumPy, or None; compiled kernels run with both.
+
+    Its interpreter before 3.7 takes an array of one element for a number, which NumPy from 2.4 on refuses.
+    """
+    from packaging.version import Version
+
+    if Version(triton) < Version("3.7") and Version(numpy) >= Version("2.4"):
+        return f"Triton {triton} cannot interpret with NumPy {numpy}: it needs Triton 3.7, or NumPy before 2.4"
+    return None
+
+
+@pytest.fixture(scope="session")
+def interprets() -> None:
+    """A test that interprets Triton's kernels is skipped where Triton is absent, or cannot with this NumPy."""
+    triton = pytest.importorskip("triton")
+    if fault := interpreter_fault(triton.__version__, np.__version__):
+        pytest.skip(fault)
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     return GOLDEN
