@@ -11,6 +11,7 @@ from pathlib import Path
 import dead_device
 import numpy as np
 import pytest
+from interpreting import interpreter_fault
 
 # Waiting threads must not spin: with another process on the cores a spinning test run is seventy times slower.
 # Set before torch is imported, or it has no effect.
@@ -84,18 +85,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def interpreter_fault(triton: str, numpy: str) -> str | None:
-    """Why a Triton cannot interpret with a NumPy, or None; compiled kernels run with both.
-
-    Its interpreter before 3.7 takes an array of one element for a number, which NumPy from 2.4 on refuses.
-    """
-    from packaging.version import Version
-
-    if Version(triton) < Version("3.7") and Version(numpy) >= Version("2.4"):
-        return f"Triton {triton} cannot interpret with NumPy {numpy}: it needs Triton 3.7, or NumPy before 2.4"
-    return None
 
 
 @pytest.fixture(scope="session")

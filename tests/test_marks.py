@@ -14,7 +14,7 @@ from pathlib import Path
 
 import absent
 import pytest
-from conftest import interpreter_fault
+from interpreting import interpreter_fault
 
 ROOT = Path(__file__).parents[1]
 TESTS = str(ROOT / "tests")
