@@ -139,6 +139,8 @@ def parts(settings: Settings) -> list[Part]:
         bounds = ("--timeout", "60", "--timeout-method", "thread", "--junitxml", "{xml}")
         return (python, "-m", "pytest", *given, *bounds, *options, str(ROOT / "tests"))
 
+    # not loadfile: a test that kills its worker would be run again and again, and none behind it
+    replaced = ("--dist", "worksteal", "--max-worker-restart", "40")
     own_process = ("self_attention", "action_ode")
     one_head = ("--head-dtype", "bfloat16", "--chunks", "10", "--engine-chunks", "300")
     both = ("--baseline", "--chunks", "20", "--engine-chunks", "100")
@@ -172,13 +174,13 @@ def parts(settings: Settings) -> list[Part]:
         *(Part(f"ops_{op}", ops(op), 10, 20) for op in own_process),
         Part(
             "gpu_tests",
-            tests("gpu and not alone", "-n", "8", "--dist", "loadfile"),
+            tests("gpu and not alone", "-n", "8", *replaced),
             20,
             90,
             gpu=True,
             stop=signal.SIGINT,
         ),
-        Part("gpu_tests_alone", tests("gpu and alone"), 15, 40, gpu=True, stop=signal.SIGINT),
+        Part("gpu_tests_alone", tests("gpu and alone", "-n", "1", *replaced), 15, 40, gpu=True, stop=signal.SIGINT),
         Part(f"latency_fp8_{first}", latency(first, "--quantization", "fp8", *one_head[2:]), 15, 40),
         *(Part(f"ratio_{p}", latency(p, *both, *page(p)), 20, 45) for p in others),
         Part(f"spaced_{first}", latency(first, "--at-hz", "30", "--chunks", "3", "--engine-chunks", "300"), 15, 40),

@@ -11,6 +11,7 @@ from pathlib import Path
 import dead_device
 import numpy as np
 import pytest
+from interpreting import interpreter_fault
 
 # Waiting threads must not spin: with another process on the cores a spinning test run is seventy times slower.
 # Set before torch is imported, or it has no effect.
@@ -84,6 +85,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def interprets() -> None:
+    """A test that interprets Triton's kernels is skipped where Triton is absent, or cannot with this NumPy."""
+    triton = pytest.importorskip("triton")
+    if fault := interpreter_fault(triton.__version__, np.__version__):
+        pytest.skip(fault)
 
 
 @pytest.fixture(scope="session")

@@ -421,6 +421,7 @@ def test_pack_command_errors(small_libero: Path, tmp_path: Path, capsys) -> None
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny"])
+@pytest.mark.usefixtures("interprets")
 def test_every_triton_kernel_on_the_way_agrees_with_the_published_code(
     golden_dir: Path, tmp_path: Path, name: str
 ) -> None:

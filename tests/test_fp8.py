@@ -297,6 +297,7 @@ def test_what_cannot_be_calibrated(exact: Engine) -> None:
 
 
 @pytest.mark.kernels
+@pytest.mark.usefixtures("interprets")
 def test_the_engine_through_the_triton_kernels(tmp_path: Path) -> None:
     """In a process that interprets them; what is left is an e4m3 step here and there where two sums round differently."""
     pytest.importorskip("triton")

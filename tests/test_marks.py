@@ -14,6 +14,7 @@ from pathlib import Path
 
 import absent
 import pytest
+from interpreting import interpreter_fault
 
 ROOT = Path(__file__).parents[1]
 TESTS = str(ROOT / "tests")
@@ -84,3 +85,18 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_a_gpu_is_tried_with_needs_no_more(command: str) -> None:
     run_without(ABSENT, sys.executable, "-c", f"import absent, dit4dit.cli as c; c.main({command.split()!r})")
+
+
+@pytest.mark.parametrize(
+    "triton,numpy,fails",
+    [("3.6.0", "2.5.2", True), ("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.0", "2.4.6", False)],
+)
+def test_which_triton_interprets_with_which_numpy(triton: str, numpy: str, fails: bool) -> None:
+    assert (interpreter_fault(triton, numpy) is not None) == fails
+
+
+def test_the_versions_of_development_interpret_and_the_package_asks_for_no_others() -> None:
+    pinned = dict(re.findall(r"^(triton|numpy)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert interpreter_fault(**pinned) is None
+    wanted = re.findall(r'^  "((?:numpy|triton)[^";]*)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert wanted == ["numpy", "triton>=3.6"], "images for GPUs hold Triton 3.6 with the newest NumPy"

@@ -44,7 +44,7 @@ class Interpreter:
 
 
 @pytest.fixture(scope="session")
-def interpreter() -> Iterator[Interpreter]:
+def interpreter(interprets: None) -> Iterator[Interpreter]:
     process = Interpreter()
     yield process
     process.close()

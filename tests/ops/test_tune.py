@@ -175,6 +175,7 @@ with torch.no_grad():
 
 
 @pytest.mark.kernels
+@pytest.mark.usefixtures("interprets")
 def test_a_tile_is_measured_through_its_kernel(tmp_path: Path) -> None:
     """Under the interpreter, in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
