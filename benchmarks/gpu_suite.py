@@ -123,7 +123,7 @@ def parts(settings: Settings) -> list[Part]:
         given = ("--sizes", "gr1", "--no-compile", "--device", device, "--seconds", "{seconds}", "--json", "{json}")
         return (*dit4dit, "bench", "ops", *(("--ops", *names) if names else ()), *given)
 
-    def tests(*options: str) -> tuple[str, ...]:
+    def tests(marks: str, *options: str) -> tuple[str, ...]:
         # from another folder, where the source tree would be taken for the package
         given = (
             "-c",
@@ -132,9 +132,9 @@ def parts(settings: Settings) -> list[Part]:
             str(ROOT),
             "-p",
             "no:cacheprovider",
-            "-m",
-            "gpu",
             "-v",
+            "-m",
+            marks,
         )
         bounds = ("--timeout", "60", "--timeout-method", "thread", "--junitxml", "{xml}")
         return (python, "-m", "pytest", *given, *bounds, *options, str(ROOT / "tests"))

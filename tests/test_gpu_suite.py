@@ -120,6 +120,8 @@ def test_every_program_is_called_by_its_path_and_every_op_is_timed(tmp_path: Pat
     settings = gpu_suite.Settings(out=tmp_path, scratch=tmp_path, python="/x/python")
     parts = gpu_suite.parts(settings)
     assert {part.command[0] for part in parts} == {"/x/python", "bash"}
+    marks = [part.command[part.command.index("-m", 3) + 1] for part in parts if part.name.startswith("gpu_tests")]
+    assert marks == ["gpu and not alone", "gpu and alone"]
     timed = [word for part in parts if part.name.startswith("ops") for word in part.command]
     assert set(ops.names()) <= set(timed)
 

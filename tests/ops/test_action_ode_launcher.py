@@ -55,7 +55,9 @@ def test_the_error_flag_is_read_and_cleared() -> None:
         head.check()
     head.check()
     status.copy_(torch.tensor([3, NONE, 7, 1]))
-    with pytest.raises(OutputError, match=r"block 2 waited more than 0\.5 s for barrier 7 of its weights; is something"):
+    with pytest.raises(
+        OutputError, match=r"block 2 waited more than 0\.5 s for barrier 7 of its weights; is something"
+    ):
         head.check()
 
 
