@@ -120,7 +120,8 @@ def parts(settings: Settings) -> list[Part]:
         return (*dit4dit, "parity", golden, "--engine", "--device", device, "--json", "{json}", *options)
 
     def ops(*names: str) -> tuple[str, ...]:
-        given = ("--sizes", "gr1", "--no-compile", "--device", device, "--seconds", "{seconds}", "--json", "{json}")
+        given = ("--sizes", "gr1", "--samples", "100", "--no-compile", "--device", device)
+        given += ("--seconds", "{seconds}", "--json", "{json}")
         return (*dit4dit, "bench", "ops", *(("--ops", *names) if names else ()), *given)
 
     def tests(marks: str, *options: str) -> tuple[str, ...]:
@@ -146,32 +147,32 @@ def parts(settings: Settings) -> list[Part]:
     both = ("--baseline", "--chunks", "20", "--engine-chunks", "100")
     return [
         *([install(settings)] if settings.build else []),
-        Part("doctor", (*dit4dit, "doctor", "--json", "{json}"), 5, 25),
-        Part("parity_gr1", parity("gr1_tiny"), 8, 25),
-        Part("parity_libero", parity("libero_tiny"), 8, 25, beside=True),
+        Part("doctor", (*dit4dit, "doctor", "--json", "{json}"), 5, 24),
+        Part("parity_gr1", parity("gr1_tiny"), 8, 28),
+        Part("parity_libero", parity("libero_tiny"), 8, 28, beside=True),
         Part(
             "parity_one_launch",
             parity("gr1_tiny", "--head", "one_launch", "--dtype", "bfloat16"),
             8,
-            25,
+            28,
             beside=True,
             gpu=True,
         ),
         *(
             Part(f"latency_{p}", latency(p, "--chunks", "20", "--engine-chunks", "500", *page(p)), 15, most)
-            for p, most in zip(settings.presets, (40, *(30 for _ in others)), strict=True)
+            for p, most in zip(settings.presets, (38, *(34 for _ in others)), strict=True)
         ),
         Part(
             f"profile_{first}",
             (*dit4dit, "bench", "profile", "--preset", first, "--device", device, "--json", "{json}"),
             12,
-            22,
+            24,
         ),
         Part(f"latency_library_{first}", latency(first, "--head", "library", *one_head), 12, 28),
-        Part(f"latency_one_launch_{first}", latency(first, "--head", "one_launch", *one_head), 12, 28, gpu=True),
-        Part(f"ratio_{first}", latency(first, *both, *page(first)), 20, 42),
+        Part(f"latency_one_launch_{first}", latency(first, "--head", "one_launch", *one_head), 12, 30, gpu=True),
+        Part(f"ratio_{first}", latency(first, *both, *page(first)), 20, 44),
         Part("ops", ops(*OTHER_OPS), 15, 40),
-        *(Part(f"ops_{op}", ops(op), 10, 20) for op in own_process),
+        *(Part(f"ops_{op}", ops(op), 10, 30) for op in own_process),
         Part(
             "gpu_tests",
             tests("gpu and not alone", "-n", "8", *replaced),
@@ -254,7 +255,7 @@ def install(settings: Settings) -> Part:
     pip = (settings.python, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(settings.site))
     if settings.bundle is not None:
         wheels = sorted(str(wheel) for wheel in settings.bundle.glob("*.whl"))
-        return Part("install", (*pip, "--no-index", *wheels), 5, 20)
+        return Part("install", (*pip, "--no-index", *wheels), 3, 12)
     definitions = "--config-settings=cmake.define.DIT4DIT_CUDA=AUTO"
     return Part("install", (*pip, "--no-build-isolation", definitions, str(ROOT)), 30, 120)
 
@@ -576,13 +577,15 @@ def machine_name(machine: dict[str, Any]) -> str:
 
 
 def commit() -> str | None:
-    """The source's commit, "+" behind it where files differ; what DIT4DIT_COMMIT says where there is no git."""
+    """What DIT4DIT_COMMIT says, else the source's commit, "+" behind it where files differ; None where there is no git."""
+    if given := os.environ.get("DIT4DIT_COMMIT"):
+        return given
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("DIT4DIT_COMMIT")
+        return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

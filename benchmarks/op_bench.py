@@ -63,7 +63,8 @@ def cases(names: Sequence[str], *, batch: int = 1, gr1_only: bool = False) -> li
 
 
 def fill(args: tuple[Any, ...], device: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
-    """Tensors without data -> random ones of the same shapes; bfloat16 becomes `dtype`. Matrices keep the size of rows."""
+    """Tensors without data -> random ones of the same shapes and strides; bfloat16 becomes `dtype`. Matrices keep the size of
+    rows."""
 
     def real(value: Any) -> Any:
         if isinstance(value, list):
@@ -74,7 +75,7 @@ def fill(args: tuple[Any, ...], device: str, dtype: torch.dtype, generator: torc
             return value
         if value.dtype == torch.uint8:
             return torch.randint(0, 256, value.shape, dtype=torch.uint8, generator=generator).to(device)
-        x = torch.randn(value.shape, generator=generator)
+        x = torch.empty_strided(value.shape, value.stride()).copy_(torch.randn(value.shape, generator=generator))
         if value.dtype == FP8:
             return (64 * x).to(device, FP8)  # a row of a matrix that fills e4m3's range
         if x.ndim == 2 and x.shape[0] > 3:  # a weight, not a table of one row a latent frame

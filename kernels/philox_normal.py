@@ -11,7 +11,7 @@ def philox_normal(
     requests,  # int64 [batch, 2]: seed, chunk
     out,  # float32 [batch, count]
     count,
-    stream,
+    draw,  # which of a request's draws
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1)
@@ -21,7 +21,7 @@ def philox_normal(
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     c0 = position.to(tl.uint32)
-    c1 = (tl.zeros([BLOCK], tl.int32) + stream).to(tl.uint32)
+    c1 = (tl.zeros([BLOCK], tl.int32) + draw).to(tl.uint32)
     c2 = tl.zeros([BLOCK], tl.uint32) + chunk.to(tl.uint32)
     c3 = tl.zeros([BLOCK], tl.uint32) + (chunk >> 32).to(tl.uint32)
     for _ in tl.static_range(10):

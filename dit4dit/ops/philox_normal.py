@@ -69,7 +69,7 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     out = torch.empty(batch, *shape, dtype=torch.float32, device=requests.device)
     tile = tiles.lookup("philox_normal", architecture)
     grid = (launch.blocks(-(-count // 4), tile["BLOCK"]), batch)
-    return [Launch("philox_normal", grid, dict(requests=requests, out=out, count=count, stream=stream), {}, tile)], out
+    return [Launch("philox_normal", grid, dict(requests=requests, out=out, count=count, draw=stream), {}, tile)], out
 
 
 def _refuse(requests: Tensor, _: int, shape: tuple[int, ...]) -> str | None:

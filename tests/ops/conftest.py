@@ -62,6 +62,8 @@ def triton_op(request: pytest.FixtureRequest) -> Run:
         def to(device: str, value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)(to(device, inner) for inner in value)
+            if isinstance(value, dict):
+                return {name: to(device, inner) for name, inner in value.items()}
             return value.to(device) if isinstance(value, torch.Tensor) else value
 
         given = to("cuda", args)

@@ -5,8 +5,12 @@ No GPU is needed. DIT4DIT_KERNELS_REPORT=file.json writes what the compiler said
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +24,8 @@ from dit4dit.ops import launch, tiles
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY, launches
 
 pytest.importorskip("triton")
+from triton.backends.nvidia.compiler import CUDAOptions
+
 pytestmark = pytest.mark.kernels
 
 # (kernel, capability) -> reason why it may spill. Keep it empty if you can.
@@ -42,6 +48,24 @@ def rows():
     path = os.environ.get("DIT4DIT_KERNELS_REPORT")
     if path:
         Path(path).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def test_no_argument_has_a_name_that_triton_keeps_for_itself():
+    """A keyword argument of that name is Triton's own: the kernel cannot be launched just in time."""
+    from triton.runtime.jit import JITFunction
+
+    source = inspect.getsource(inspect.getmodule(JITFunction))
+    own = {*inspect.signature(JITFunction.run).parameters, *re.findall(r'"(\w+)" not in kwargs', source)}
+    own |= {field.name for field in dataclasses.fields(CUDAOptions)} - {"num_warps", "num_stages"}
+    assert {"grid", "warmup", "stream", "device"} <= own
+    found = 0
+    for path in KERNELS.glob("*.py"):
+        module = importlib.import_module(f"dit4dit.kernels.{path.stem}")
+        for name, kernel in vars(module).items():
+            if isinstance(kernel, JITFunction):
+                found += 1
+                assert not own & set(kernel.arg_names), f"{path.stem}.{name}"
+    assert found > 10
 
 
 @pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
