@@ -49,7 +49,7 @@ RESERVE = 6
 LONGEST = 480
 KEEP = 5
 """Seconds between two writings of the result while a part runs."""
-LOG_BYTES = 1 << 20
+LOG_BYTES = 700_000
 """What a part may put into the log; of a longer one the middle is left out."""
 
 
@@ -121,8 +121,7 @@ def parts(settings: Settings) -> list[Part]:
 
     def ops(*names: str) -> tuple[str, ...]:
         given = ("--sizes", "gr1", "--samples", "100", "--no-compile", "--device", device)
-        given += ("--seconds", "{seconds}", "--json", "{json}")
-        return (*dit4dit, "bench", "ops", *(("--ops", *names) if names else ()), *given)
+        return (*dit4dit, "bench", "ops", "--ops", *names, *given, "--seconds", "{seconds}", "--json", "{json}")
 
     def tests(marks: str, *options: str) -> tuple[str, ...]:
         # from another folder, where the source tree would be taken for the package
@@ -181,8 +180,16 @@ def parts(settings: Settings) -> list[Part]:
             gpu=True,
             stop=signal.SIGINT,
         ),
-        Part("gpu_tests_alone", tests("gpu and alone", "-n", "1", *replaced), 15, 40, gpu=True, stop=signal.SIGINT),
-        Part(f"latency_fp8_{first}", latency(first, "--quantization", "fp8", *one_head[2:]), 15, 40),
+        Part(
+            "gpu_tests_alone",
+            tests("gpu and alone", "-n", "1", *replaced),
+            20,
+            60,
+            gpu=True,
+            stop=signal.SIGINT,
+            environment={"DIT4DIT_LAUNCHES": "2000"},
+        ),
+        Part(f"latency_fp8_{first}", latency(first, "--quantization", "fp8", *one_head[2:]), 30, 60),
         *(Part(f"ratio_{p}", latency(p, *both, *page(p)), 20, 45) for p in others),
         Part(f"spaced_{first}", latency(first, "--at-hz", "30", "--chunks", "3", "--engine-chunks", "300"), 15, 40),
         Part(
@@ -427,7 +434,7 @@ class Job:
             self.clocks["after"] = clocks()
         seconds = self.seconds or time.monotonic() - self.begin
         return {
-            "command": plain(self.settings, self.command),
+            "command": plain(self.settings, [*(f"{k}={v}" for k, v in self.part.environment.items()), *self.command]),
             "exit_code": self.process.returncode,
             "seconds": round(seconds, 1),
             "limit": round(self.most, 1),

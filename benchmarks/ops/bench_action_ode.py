@@ -5,7 +5,6 @@ python -m dit4dit.benchmarks.ops.bench_action_ode --device cuda --json result.js
 The yardstick is "eager graph": the reference's library kernels as one CUDA graph. Bytes are the blocks' weights, read once a
 step, GB/s those bytes over the time that was reached, and operations their products. "cuda fp8" keeps these weights in e4m3 and
 is held to the head with weights so rounded. "stages" of the kernel's rows: how often all multiprocessors wait for each other.
-The kernel has not run on a chip yet: there is no result so far.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ class Engine:
             release: with fp8, take the matrices that it replaces away from `model`, which then runs only through this
                 engine; without, both stay in memory.
             head: "library" runs the action head as a loop over library calls, "one_launch" as one CUDA kernel (bfloat16;
-                it has not run on a chip yet), "auto" takes the kernel for a bfloat16 head on chips with a committed green
-                result: none so far.
+                on an H200 slower than the library), "auto" takes the kernel for a bfloat16 head on GPUs where a committed
+                result chooses it: none so far.
 
         Raises:
             ConfigError: an option has another value. CheckpointError: the calibration is another model's. BackendError: the

