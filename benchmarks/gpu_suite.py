@@ -146,7 +146,7 @@ def parts(settings: Settings) -> list[Part]:
     both = ("--baseline", "--chunks", "20", "--engine-chunks", "100")
     return [
         *([install(settings)] if settings.build else []),
-        Part("doctor", (*dit4dit, "doctor", "--json", "{json}"), 5, 24),
+        Part("doctor", (*dit4dit, "doctor", "--json", "{json}"), 5, 30),
         Part("parity_gr1", parity("gr1_tiny"), 8, 28),
         Part("parity_libero", parity("libero_tiny"), 8, 28, beside=True),
         Part(
@@ -159,16 +159,16 @@ def parts(settings: Settings) -> list[Part]:
         ),
         *(
             Part(f"latency_{p}", latency(p, "--chunks", "20", "--engine-chunks", "500", *page(p)), 15, most)
-            for p, most in zip(settings.presets, (38, *(34 for _ in others)), strict=True)
+            for p, most in zip(settings.presets, (38, *(32 for _ in others)), strict=True)
         ),
         Part(
             f"profile_{first}",
             (*dit4dit, "bench", "profile", "--preset", first, "--device", device, "--json", "{json}"),
             12,
-            24,
+            22,
         ),
         Part(f"latency_library_{first}", latency(first, "--head", "library", *one_head), 12, 28),
-        Part(f"latency_one_launch_{first}", latency(first, "--head", "one_launch", *one_head), 12, 30, gpu=True),
+        Part(f"latency_one_launch_{first}", latency(first, "--head", "one_launch", *one_head), 12, 28, gpu=True),
         Part(f"ratio_{first}", latency(first, *both, *page(first)), 20, 44),
         Part("ops", ops(*OTHER_OPS), 15, 40),
         *(Part(f"ops_{op}", ops(op), 10, 30) for op in own_process),

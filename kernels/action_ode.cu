@@ -1,6 +1,6 @@
 // action_ode on CUDA: the whole ODE of the action head in one launch of one block per multiprocessor. Blocks wait for each
 // other, so all must be resident: the launch is cooperative, which the driver refuses where they are not.
-// Not run on a chip yet: compiled for all, and run on a CPU by tests/cuda_emulation.
+// On a CPU it runs by tests/cuda_emulation.
 #include <climits>
 #include <map>
 #include <mutex>

@@ -1,5 +1,5 @@
 // self_attention on CUDA: norm, rotation and attention in one launch, out of the qkv matrix.
-// Not run on a chip yet: compiled for all, and run on a CPU by tests/cuda_emulation.
+// On a CPU it runs by tests/cuda_emulation.
 #include "self_attention.cuh"
 
 #include <climits>

@@ -1,6 +1,6 @@
 // Self-attention straight out of the qkv matrix: a block takes kQueries queries of one head past all of its keys.
 // q and k are normed and turned in shared memory once they have landed; scores, weights and sums stay in registers.
-// Plain C++ over target.cuh, so that tests/cuda_emulation runs it on a CPU. Not run on a chip yet.
+// Plain C++ over target.cuh, so that tests/cuda_emulation runs it on a CPU.
 #pragma once
 
 #include <cmath>

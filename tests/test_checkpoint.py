@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,38 +45,6 @@ def test_published_configuration_is_read(golden_dir: Path) -> None:
     vae = json.loads((golden_dir / "gr1_tiny" / "cosmos" / "vae" / "config.json").read_text())
     assert model.vae.latents_std == tuple(vae["latents_std"])
     assert model.vae.latents_mean == tuple(vae["latents_mean"])
-
-
-SCALARS = """
-a: [1e-4, -2E+3, 1.5, .5, 1_000, 0x10, 010, 1:30, +.inf, -.INF, 1., 3.e5, 1e, e5, 12e3]
-b: {yes: no, on: "on", 7: null, x: ~, d: 2026-01-01, t: 2026-01-01 10:00:00, s: '1e-4', m: "???"}
-c: |
-  two
-  lines
-"""
-
-
-@pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny", "scalars", "empty"])
-def test_yaml_is_read_as_omegaconf_reads_it(name, golden_dir: Path, tmp_path: Path, monkeypatch) -> None:
-    from omegaconf import OmegaConf
-
-    file = golden_dir / name / "config.yaml"
-    if name in ("scalars", "empty"):
-        file = tmp_path / "config.yaml"
-        file.write_text(SCALARS if name == "scalars" else "")
-    want = OmegaConf.to_container(OmegaConf.create(file.read_text()), resolve=True)
-    monkeypatch.setitem(sys.modules, "omegaconf", None)
-    got = read_yaml(file)
-    assert repr(got) == repr({str(key): value for key, value in want.items()}), "types too"
-
-
-def test_interpolations_need_omegaconf(tmp_path: Path, monkeypatch) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("a: &x 1e-4\nb: ${a}\nc: *x")
-    assert read_yaml(file) == {"a": 1e-4, "b": 1e-4, "c": 1e-4}
-    monkeypatch.setitem(sys.modules, "omegaconf", None)
-    with pytest.raises(CheckpointError, match=r"config\.yaml: has interpolations or anchors; pip install omegaconf"):
-        read_yaml(file)
 
 
 def test_ignored_keys_are_listed(golden_dir: Path) -> None:

@@ -36,7 +36,7 @@ def test_every_test_has_one_command(has: tuple[bool, ...]) -> None:
     assert chosen["QUICK"] == (not any(has))
 
 
-ABSENT = "accelerate av matplotlib msgpack omegaconf peft pyarrow scipy torchcodec websockets"
+ABSENT = "accelerate av matplotlib msgpack peft pyarrow scipy torchcodec websockets"
 """Which none of the engine, its parity and its benchmarks needs."""
 
 

@@ -60,7 +60,8 @@ def capture(what: str, function: Callable[[], None], stream: torch.cuda.Stream, 
 def _give_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
     """Leave nothing of a failed capture behind: on the stream, in the allocator, in the random generator."""
     _given_up.append(graph)
-    suppressed = contextlib.suppress(RuntimeError)  # the error that came first is the one to report
+    # the error that came first is the one to report; the allocator's two functions are PyTorch's own
+    suppressed = contextlib.suppress(RuntimeError, AttributeError)
     with suppressed:
         graph.capture_end()
     with suppressed:  # an error where `capture_end` came as far as this itself

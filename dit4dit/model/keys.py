@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
 
-if TYPE_CHECKING:
-    from yaml import SafeLoader
-
 NEEDED = object()
 """Default of a key that a file must have."""
-_FLOAT = re.compile(
-    r"""^(?:[-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+(?:_[0-9]+)*[eE][-+]?[0-9]+
-        |\.[0-9]+(?:_[0-9]+)*(?:[eE][-+][0-9]+)?|[-+]?[0-9]+(?:_[0-9]+)*(?::[0-5]?[0-9])+\.[0-9_]*
-        |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-    re.VERBOSE,
-)
 
 
 class KeyReader:
@@ -145,63 +134,16 @@ def read_json(path: Path, hint: str = "the folder is incomplete") -> dict[str, A
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, OmegaConf interpolations resolved; CheckpointError when it is missing or not one.
+    """A YAML mapping from a file, OmegaConf interpolations resolved; CheckpointError when it is missing or not one."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    omegaconf is needed only where a file has interpolations or anchors.
-    """
     text = read_text(path, "a published run folder has one beside checkpoints/")
-    data = (_read_with_omegaconf if "${" in text or "&" in text else _read_plain)(text, path)
+    try:
+        data = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise CheckpointError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a mapping, got {type(data).__name__}")
     return {str(key): value for key, value in data.items()}
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: not readable YAML ({' '.join(str(error).split())})")
-
-
-def _read_with_omegaconf(text: str, path: Path) -> Any:
-    try:
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-    except ModuleNotFoundError:
-        raise CheckpointError(f"{path}: has interpolations or anchors; pip install omegaconf to read it") from None
-    from yaml import YAMLError
-
-    try:
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise _unreadable(path, error) from None
-
-
-def _read_plain(text: str, path: Path) -> Any:
-    from yaml import YAMLError, load
-
-    try:
-        data = load(text, _loader())
-    except YAMLError as error:
-        raise _unreadable(path, error) from None
-    return {} if data is None else data
-
-
-@functools.cache
-def _loader() -> type[SafeLoader]:
-    """PyYAML's, with OmegaConf's rules: 1e-4 is a number, 2026-01-01 is text, no key comes twice."""
-    from yaml import SafeLoader
-    from yaml.constructor import ConstructorError
-
-    class Loader(SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen = set()
-            for key, _ in node.value:
-                if (key.tag, key.value) in seen:
-                    raise ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
-                seen.add((key.tag, key.value))
-            return super().construct_mapping(node, deep)
-
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, rule) for tag, rule in rules if not tag.endswith((":timestamp", ":float"))]
-        for first, rules in SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-    return Loader
