@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -172,7 +173,7 @@ def case(
     if reason is not None:
         rows.add("cuda", {"left_out": reason, **on_kernel})
     for name, entry in entered.items():
-        times = failures.NO_TIME if record.over() else timed(entry, allowed, timer, samples)
+        times = failures.NO_TIME if record.over() else timed(entry, allowed, timer, samples, record.remaining())
         if "left_out" in times:
             rows.add(name, times)
             continue
@@ -184,18 +185,24 @@ def case(
         rows.add(name, row | (on_kernel if "cuda" in name else {}))
 
 
-def timed(entry: Contender, allowed: float, timer: Callable[..., list[float]], samples: int) -> dict[str, Any]:
+def timed(
+    entry: Contender, allowed: float, timer: Callable[..., list[float]], samples: int, remaining: float | None
+) -> dict[str, Any]:
     """The quantiles of its times, or the row that says why there are none: too far from the truth, or a launch failed, also
-    while timed.
+    while timed. remaining: seconds that may be measured, for which fewer samples are taken.
     """
     try:
+        entry.run()
+        begin = time.perf_counter()
         result = entry.run().cpu()
+        if remaining is not None:
+            samples = max(1, min(samples, int(remaining / (time.perf_counter() - begin))))
         entry.head.check()
         distance = (result - entry.want).abs().max().item()
         if not distance <= allowed:  # a NaN is not near
             far = f"expected at most {allowed:.3g} from the truth, got {distance:.3g}"
             return {"left_out": f"not timed, it disagrees with the reference: {far}", "disagrees": True}
-        times = timer(entry.run, samples=samples)
+        times = timer(entry.run, samples=samples, warmup=max(2, samples // 10))
         entry.head.check()  # a launch that failed has ended early
     except OutputError as error:
         return {"left_out": f"not timed: {error}", "disagrees": True}
