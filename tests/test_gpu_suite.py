@@ -34,6 +34,7 @@ def load() -> ModuleType:
 
 
 gpu_suite = load()
+gpu_runner = sys.modules["gpu_runner"]
 
 
 def environment(**given: str) -> dict[str, str]:
@@ -56,7 +57,7 @@ def start(tmp_path: Path, parts: dict[str, str], options: str = "", **given: str
     driver = tmp_path / "driver.py"
     driver.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nfrom pathlib import Path\n"
-        f"from gpu_suite import Part, run\nbefore = Path(sys.argv[2]) if len(sys.argv) > 2 else None\n"
+        f"from gpu_suite import run\nfrom gpu_runner import Part\nbefore = Path(sys.argv[2]) if len(sys.argv) > 2 else None\n"
         f"sys.exit(run(Path(sys.argv[1]), before, (), lambda settings: [{made}]))\n"
     )
     before = [given.pop("before")] if "before" in given else []
@@ -93,20 +94,20 @@ def test_it_is_a_shell_script() -> None:
 
 @pytest.mark.parametrize("bundle", [None, ROOT / "dist" / "gpu-bundle"])
 def test_the_parts_of_most_value_fit_into_one_short_call(bundle: Path | None, tmp_path: Path) -> None:
-    settings = gpu_suite.Settings(out=tmp_path, scratch=tmp_path, bundle=bundle)
+    settings = gpu_runner.Settings(out=tmp_path, scratch=tmp_path, bundle=bundle)
     parts = gpu_suite.parts(settings)
     names = [part.name for part in parts]
     assert len(set(names)) == len(names)
     assert all(0 < part.least <= part.most for part in parts)
     needed = 0
-    for group in gpu_suite.side_by_side(parts):
+    for group in gpu_runner.side_by_side(parts):
         needed += max(part.most for part in group)
         if group[-1].name == "ratio_robocasa_gr1":
             break
     else:
         pytest.fail("no ratio")
     if bundle is not None:  # a build takes longer, and what is after it less
-        assert needed <= settings.limit - gpu_suite.RESERVE
+        assert needed <= settings.limit - gpu_runner.RESERVE
     order = ("install", "doctor", "parity_gr1", "latency_robocasa_gr1", "latency_libero", "profile_robocasa_gr1")
     order += ("latency_library_robocasa_gr1", "latency_one_launch_robocasa_gr1", "ratio_robocasa_gr1", "ops")
     order += ("ops_self_attention", "ops_action_ode", "gpu_tests", "gpu_tests_alone", "latency_fp8_robocasa_gr1")
@@ -117,7 +118,7 @@ def test_the_parts_of_most_value_fit_into_one_short_call(bundle: Path | None, tm
 def test_every_program_is_called_by_its_path_and_every_op_is_timed(tmp_path: Path) -> None:
     from dit4dit import ops
 
-    settings = gpu_suite.Settings(out=tmp_path, scratch=tmp_path, python="/x/python")
+    settings = gpu_runner.Settings(out=tmp_path, scratch=tmp_path, python="/x/python")
     parts = gpu_suite.parts(settings)
     assert {part.command[0] for part in parts} == {"/x/python", "bash"}
     marks = [part.command[part.command.index("-m", 3) + 1] for part in parts if part.name.startswith("gpu_tests")]
@@ -144,6 +145,7 @@ def test_a_part_that_fails_is_recorded_and_stops_no_other(tmp_path: Path) -> Non
     assert "line 0" in log.read_text()  # the whole of it
 
 
+@pytest.mark.slow
 def test_parts_that_never_end_are_ended_and_what_they_had_is_kept(tmp_path: Path) -> None:
     deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + BLOCKS
     deaf += "n = 0\nwhile True:\n    n += 1; write(n); time.sleep(0.05)\n"
@@ -173,6 +175,7 @@ def test_with_the_longest_limit_parts_that_never_end_are_ended(tmp_path: Path) -
     assert len(result(tmp_path / "out")["suite"]["parts"]) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_suite_that_is_killed_leaves_its_result_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
     slow = BLOCKS + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
@@ -225,7 +228,7 @@ def test_merged_results_hold_the_best_of_each_part() -> None:
     failed, left = {"exit_code": 1}, {"left_out": "no time was left"}
     first = one("H", a=(whole, 1), b=(cut, 2), c=(failed, 3), d=(left, None))
     second = one("H", a=(cut, 10), b=(whole, 20), c=(left, None), d=(failed, None), e=(whole, 50))
-    together = gpu_suite.merge([first, second])
+    together = gpu_runner.merge([first, second])
     assert {name: together.get(name) for name in "abcde"} == {"a": 1, "b": 20, "c": 3, "d": None, "e": 50}
     assert together["suite"]["failed"] == ["c", "d"]
     assert together["suite"]["left_out"] == []
@@ -235,7 +238,7 @@ def test_merged_results_hold_the_best_of_each_part() -> None:
 
 def test_results_of_two_cards_are_not_put_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one card, got H100 and H200"):
-        gpu_suite.merge([one("H100"), one("H200")])
+        gpu_runner.merge([one("H100"), one("H200")])
     for name, gpu in (("a", "H100"), ("b", "H200")):
         (tmp_path / name).write_text(json.dumps(one(gpu)))
     assert gpu_suite.main(["merge", *(str(tmp_path / name) for name in ("c", "a", "b"))]) == 2
@@ -251,8 +254,8 @@ def test_all_runs_of_tests_are_in_one_file(tmp_path: Path) -> None:
             f"<testsuites><testsuite name='{name}' tests='3' failures='1' errors='0' skipped='{skipped}'/></testsuites>"
         )
     whole = tmp_path / "whole.xml"
-    assert gpu_suite.add_tests(whole, tmp_path / "a") == {"tests": 3, "failures": 1, "errors": 0, "skipped": 0}
-    assert gpu_suite.add_tests(whole, tmp_path / "b")["skipped"] == 1
+    assert gpu_runner.add_tests(whole, tmp_path / "a") == {"tests": 3, "failures": 1, "errors": 0, "skipped": 0}
+    assert gpu_runner.add_tests(whole, tmp_path / "b")["skipped"] == 1
     assert [suite.get("name") for suite in ElementTree.parse(whole).getroot()] == ["a", "b"]
 
 
