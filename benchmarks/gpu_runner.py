@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import platform
 import re
@@ -15,22 +14,36 @@ import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_results import (
+        FINISHED,
+        add_tests,
+        has_failed,
+        merge,
+        rank,
+        read_json,
+        same_gpu,
+        summed_up,
+        write_json,
+    )
+else:
+    from gpu_results import FINISHED, add_tests, has_failed, merge, rank, read_json, same_gpu, summed_up, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 4
-"""Seconds from the signal that ends a part to the one that kills it."""
+"""Seconds from the signal that ends a part to the one that kills it, where the part does not say another number."""
 RESERVE = 6
 """Seconds before LIMIT at which the last part is told to end: GRACE, and writing the result."""
 LONGEST = 480
 KEEP = 5
 """Seconds between two writings of the result while a part runs."""
-LOG_BYTES = 700_000
-"""What a part may put into the log; of a longer one the middle is left out."""
+LOG_BYTES = 15 << 20
+"""The whole log; a part may take half of what is left, and of a longer one the middle is left out."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Part:
         least, most: seconds; it does not begin with less, and is ended after `most`.
         beside: runs at the same time as the part before it.
         gpu: left out without a GPU.
-        stop: the signal that ends it.
+        stop: the signal that ends it. grace: seconds after which it is killed.
     """
 
     name: str
@@ -53,6 +66,7 @@ class Part:
     beside: bool = False
     gpu: bool = False
     stop: signal.Signals = signal.SIGTERM
+    grace: int = GRACE
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -86,45 +100,49 @@ class Suite:
     def __init__(self, settings: Settings, earlier: dict[str, Any] | None = None) -> None:
         """earlier: the result of a call before on the same GPU, whose finished parts are kept.
 
-        ValueError: it is another GPU's.
+        ValueError: it is another GPU's; there is no GPU; OUT holds a result that would be overwritten.
         """
-        self.settings, self.begin = settings, time.monotonic()
+        self.settings, self.begin, self.earlier = settings, time.monotonic(), earlier
         self.machine: dict[str, Any] = {"gpu": gpu_name() if settings.on_gpu else None, "cpu": cpu_name()}
-        self.name = machine_name(self.machine)
-        self.result: dict[str, Any] = {"machine": self.machine, "suite": {"limit": settings.limit, "parts": {}}}
+        if settings.on_gpu and self.machine["gpu"] is None:
+            raise ValueError(
+                f"DEVICE={settings.device}: nvidia-smi names no GPU; DEVICE=cpu PRESETS=tiny runs what needs none"
+            )
+        self.commit = commit()
+        self.suite: dict[str, Any] = {"seconds": 0.0, "limit": settings.limit, "commit": self.commit, "parts": {}}
+        self.result: dict[str, Any] = {"machine": self.machine, "suite": self.suite}
+        self.json, self.log, self.xml = (
+            settings.out / f"{machine_name(self.machine)}.{kind}" for kind in ("json", "log", "xml")
+        )
         if earlier is not None:
             same_gpu(earlier, self.machine)
-            self.result = earlier
-        self.suite: dict[str, Any] = self.result["suite"]
-        self.suite["limit"] = settings.limit
-        self.failed = False
+        elif self.json.exists():
+            raise ValueError(f"{self.json}: is there already; give another folder, or --continue {self.json}")
         settings.out.mkdir(parents=True, exist_ok=True)
-        self.log = settings.out / f"{self.name}.log"
-        if earlier is None:
-            self.log.unlink(missing_ok=True)
-        self.commit = commit()
 
     def seconds(self) -> float:
         return time.monotonic() - self.begin
 
-    def run(self, todo: Sequence[Part]) -> None:
-        """Each part in turn, those marked `beside` with the one before."""
+    def run(self, todo: Sequence[Part]) -> dict[str, Any]:
+        """Each part in turn, those marked `beside` with the one before. What there is at the end, earlier calls' included."""
+        self.write()
         for group in side_by_side([part for part in todo if not self._done(part)]):
             running: list[Job] = []
             try:
                 for part in group:
                     running += self._start(part)
                 self._wait(running)
-            finally:  # SIGTERM too
+            finally:  # a signal too
                 for job in running:
                     job.kill()
                     self._finish(job)
                 self.write()
+        return self.write()
 
     def _wait(self, running: Sequence[Job]) -> None:
         """Until all have ended; every few seconds the result takes in what they have so far."""
         kept = time.monotonic()
-        while any(job.running() for job in running):
+        while sum(job.running() for job in running):  # each is asked, as it ends what is out of time
             if time.monotonic() - kept > KEEP:
                 for job in running:
                     self.suite["parts"][job.part.name] = {**job.record(), **self._fold(job)}
@@ -134,59 +152,57 @@ class Suite:
 
     def _done(self, part: Part) -> bool:
         """Whether an earlier call finished it. The package must be installed in each."""
-        return part.name != "install" and rank(self.suite["parts"].get(part.name, {})) == 4
+        known = {} if self.earlier is None else self.earlier["suite"]["parts"]
+        return part.name != "install" and rank(known.get(part.name, {})) == FINISHED
 
     def _start(self, part: Part) -> list[Job]:
         left = self.settings.limit - RESERVE - self.seconds()
+        # what takes longer to end is told so earlier
+        allowed = left - (part.grace - GRACE)
         if part.gpu and not self.settings.on_gpu:
             self.suite["parts"][part.name] = {"left_out": f"DEVICE={self.settings.device}: it needs a GPU"}
             return []
-        if left < part.least:
-            known = self.suite["parts"].get(part.name, {})
-            if "exit_code" not in known:  # what an earlier call has of it is more than nothing
-                why = f"no time was left: {left:.0f} s of {self.settings.limit:.0f}, it needs {part.least}"
-                self.suite["parts"][part.name] = {"left_out": why}
+        if allowed < part.least:
+            why = f"no time was left: {allowed:.0f} s of {self.settings.limit:.0f}, it needs {part.least}"
+            self.suite["parts"][part.name] = {"left_out": why}
             return []
-        most = min(float(part.most), left)
+        most = min(float(part.most), allowed)
         print(f"== {part.name} ({self.seconds():.0f}s, at most {most:.0f}s)", flush=True)
         try:
             return [Job(part, self.settings, most, self.commit)]
         except OSError as error:
-            self.failed = True
             self.suite["parts"][part.name] = {"command": " ".join(part.command), "exit_code": 127, "log": [str(error)]}
             return []
 
     def _finish(self, job: Job) -> None:
-        part, record = job.part, job.record()
-        record |= self._fold(job)
-        if record["exit_code"]:
-            self.failed = True
+        part, record = job.part, {**job.record(), **self._fold(job)}
+        if has_failed(record):
             record["log"] = job.text().splitlines()[-30:]
             print(f"FAILED ({record['exit_code']}): {part.name}", flush=True)
         self.suite["parts"][part.name] = record
         with self.log.open("a") as log:
             log.write(f"== {part.name}, exit code {record['exit_code']}, {record['seconds']} s: {record['command']}\n")
-            log.write(job.text() + "\n")
+            log.write(job.text(max((LOG_BYTES - log.tell()) // 2, 20_000)) + "\n")
         if job.xml.is_file():
-            self.result.setdefault("tests", {})[part.name] = add_tests(self.settings.out / f"{self.name}.xml", job.xml)
+            self.result.setdefault("tests", {})[part.name] = add_tests(self.xml, job.xml, part.name)
 
     def _fold(self, job: Job) -> dict[str, Any]:
-        """Take in what a part's file holds, which may be running still; what stopped it."""
+        """Take in what a part's file holds, which may be running still; what its record has of it."""
         found = read_json(job.json)
         if not isinstance(found, dict):
             return {}
         self.result[job.part.name] = found
         if isinstance(found.get("machine"), dict):  # versions, as the package sees them
             self.machine |= found["machine"]
-            self.result["machine"] = self.machine
-        return {"cut": found["cut"]} if found.get("cut") else {}
+        if found.get("cut"):
+            return {"cut": found["cut"]}
+        return {"complete": True} if job.timed_out and found.get("complete") is True else {}
 
-    def write(self) -> None:
-        known = self.suite["parts"]
-        self.suite |= {"seconds": round(self.seconds(), 1), "commit": self.commit}
-        self.suite["failed"] = [name for name, part in known.items() if part.get("exit_code")]
-        self.suite["left_out"] = [name for name, part in known.items() if "left_out" in part]
-        write_json(self.settings.out / f"{self.name}.json", self.result)
+    def write(self) -> dict[str, Any]:
+        self.suite["seconds"] = round(self.seconds(), 1)
+        whole = summed_up(self.result) if self.earlier is None else merge([self.earlier, self.result])
+        write_json(self.json, whole)
+        return whole
 
 
 class Job:
@@ -200,7 +216,7 @@ class Job:
         self.command = [places.get(word, word) for word in part.command]
         self.begin, self.most = time.monotonic(), most
         self.end = self.begin + most
-        self.timed_out = False
+        self.timed_out = self.killed = False
         self.seconds: float | None = None
         self.clocks = {"before": clocks() if settings.on_gpu else None}
         self.commit = of
@@ -213,15 +229,15 @@ class Job:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=prepare_process,
             )
 
     def running(self) -> bool:
         """Whether it runs still; it is told to end when its time is over, and killed when it does not."""
-        if self.process.poll() is not None:
+        if self.killed or self.process.poll() is not None:
             self.seconds = self.seconds or time.monotonic() - self.begin
             return False
-        if time.monotonic() >= self.end + GRACE:
+        if time.monotonic() >= self.end + self.part.grace:
             self.kill()
         elif time.monotonic() >= self.end and not self.timed_out:
             self.timed_out = True
@@ -230,16 +246,23 @@ class Job:
 
     def kill(self) -> None:
         """The whole group, so that no child keeps the GPU."""
+        self.killed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        # one that waits inside a driver does not die, and the others have their turn all the same
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=2)
 
-    def text(self) -> str:
+    def text(self, most: int = 1 << 20) -> str:
+        """What it printed; of more than `most` bytes the middle is left out."""
         data = self.output.read_bytes()
-        if len(data) > LOG_BYTES:
-            half = LOG_BYTES // 2
-            data = data[:half] + b"\n... %d bytes left out ...\n" % (len(data) - LOG_BYTES) + data[-half:]
+        if len(data) > most:
+            data = data[: most // 2] + b"\n... %d bytes left out ...\n" % (len(data) - most) + data[-most // 2 :]
         return "\n".join(line.rpartition("\r")[2] for line in data.decode(errors="replace").splitlines())
+
+    def exit_code(self) -> int | None:
+        """None while it runs; -9 also where it was killed and did not die."""
+        return -signal.SIGKILL if self.killed and self.process.returncode is None else self.process.returncode
 
     def record(self) -> dict[str, Any]:
         """How it went; "exit_code" is None while it runs."""
@@ -248,7 +271,7 @@ class Job:
         seconds = self.seconds or time.monotonic() - self.begin
         return {
             "command": plain(self.settings, [*(f"{k}={v}" for k, v in self.part.environment.items()), *self.command]),
-            "exit_code": self.process.returncode,
+            "exit_code": self.exit_code(),
             "seconds": round(seconds, 1),
             "limit": round(self.most, 1),
             "timed_out": self.timed_out,
@@ -257,8 +280,9 @@ class Job:
         }
 
 
-def die_with_parent() -> None:
-    """In a new process, on Linux: it ends with the suite, also where that is killed."""
+def prepare_process() -> None:
+    """In a new process: it hears SIGINT also where the suite is in the background, and on Linux it ends with the suite."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -289,81 +313,11 @@ def side_by_side(todo: Sequence[Part]) -> Iterator[list[Part]]:
         yield group
 
 
-def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Several calls on one card as one result: of each part the last finished run, else the last that has anything.
-
-    ValueError: they are different GPUs'.
-    """
-    first, *others = results
-    together: dict[str, Any] = json.loads(json.dumps(first))
-    for other in others:
-        same_gpu(together, other["machine"])
-        known = together["suite"]["parts"]
-        for name, part in other["suite"]["parts"].items():
-            if rank(part) >= rank(known.get(name, {})):
-                known[name] = part
-                together.pop(name, None)
-                if name in other:
-                    together[name] = other[name]
-                if name in other.get("tests", {}):
-                    together.setdefault("tests", {})[name] = other["tests"][name]
-        together["machine"] |= other["machine"]
-        suite = together["suite"]
-        suite["seconds"] = round(suite["seconds"] + other["suite"]["seconds"], 1)
-        suite["commit"] = other["suite"]["commit"]
-        suite["failed"] = [name for name, part in known.items() if part.get("exit_code")]
-        suite["left_out"] = [name for name, part in known.items() if "left_out" in part]
-    return together
-
-
-def rank(part: dict[str, Any]) -> int:
-    """What a record of a part is worth: nothing, left out, failed, cut, finished."""
-    if not part:
-        return 0
-    if "left_out" in part:
-        return 1
-    if part.get("exit_code") != 0:
-        return 2
-    return 3 if part.get("cut") else 4
-
-
-def same_gpu(result: dict[str, Any], machine: dict[str, Any]) -> None:
-    had, has = result["machine"].get("gpu"), machine.get("gpu")
-    if had != has:
-        raise ValueError(f"expected results of one card, got {had or 'a CPU'} and {has or 'a CPU'}")
-
-
-def add_tests(whole: Path, new: Path) -> dict[str, int]:
-    """Add a run's suites to the one XML file; how many tests ended how."""
-    root = ElementTree.parse(new).getroot()
-    suites = list(root) if root.tag == "testsuites" else [root]
-    together = ElementTree.parse(whole).getroot() if whole.is_file() else ElementTree.Element("testsuites")
-    together.extend(suites)
-    ElementTree.ElementTree(together).write(whole, encoding="utf-8", xml_declaration=True)
-    kinds = ("tests", "failures", "errors", "skipped")
-    return {kind: sum(int(suite.get(kind, 0)) for suite in suites) for kind in kinds}
-
-
-def read_json(path: Path) -> Any:
-    """What the file holds; None where there is none, or where its part was killed while writing."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def write_json(path: Path, data: Any) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(data, indent=1) + "\n")
-    aside.replace(path)
-
-
 def clocks() -> dict[str, float] | None:
     """What nvidia-smi says of the first GPU: MHz, degrees, watts; None where it does not answer."""
-    names = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    values = smi(*names)
+    values = smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
     try:
-        return dict(zip(names, map(float, values), strict=True))
+        return dict(zip(("sm_mhz", "memory_mhz", "celsius", "watts"), map(float, values), strict=True))
     except ValueError:
         return None
 
@@ -372,7 +326,7 @@ def smi(*names: str) -> list[str]:
     """nvidia-smi's answers about the first GPU; none where there is no such program."""
     query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=2, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return []
     return [value.strip() for value in lines[0].split(",")] if lines else []

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one call that ends by itself within LIMIT seconds.
 
-benchmarks/gpu_suite.sh [OUT] [--continue FILE] [--only PART]...    run, on a machine with one GPU (PYTHON: the interpreter)
+benchmarks/gpu_suite.sh OUT [--continue FILE] [--only PART]...    run, on a machine with one GPU (PYTHON: the interpreter)
 python -I benchmarks/gpu_suite.py merge OUT FILE FILE...            put the files of several calls on one card together
 python -I benchmarks/gpu_suite.py parts                             list the parts with their seconds
 
@@ -8,7 +8,7 @@ Parts run in the order of their value, each in processes of its own: one that fa
 itself. A part begins only where its least useful time is left. At the end of its time it gets SIGTERM, which every benchmark
 answers with its file (pytest gets SIGINT, and writes its XML), and then SIGKILL. The result is written anew after each part.
 
-OUT (benchmarks/results) gets at most eight files: <machine>.json, <machine>.log (all that the parts printed), <machine>.xml
+OUT gets at most eight files: <machine>.json, <machine>.log (all that the parts printed), <machine>.xml
 (the GPU tests), and one page a preset. Exit code 1 when a part failed. Standard library only: it must run where nothing is
 installed yet. Nothing is downloaded.
 
@@ -24,7 +24,6 @@ Environment:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -34,10 +33,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_runner import LONGEST, ROOT, Part, Settings, Suite, merge, write_json
+    from benchmarks.gpu_results import merge, read_result, write_json
+    from benchmarks.gpu_runner import LONGEST, ROOT, Part, Settings, Suite
 else:
     sys.path.append(str(Path(__file__).parent))  # which python -I leaves out
-    from gpu_runner import LONGEST, ROOT, Part, Settings, Suite, merge, write_json
+    from gpu_results import merge, read_result, write_json
+    from gpu_runner import LONGEST, ROOT, Part, Settings, Suite
 
 OWN_PROCESS = ("self_attention", "action_ode")
 """Ops that are timed in a process each: ours among them keep a whole GPU busy, or wait for each other's blocks."""
@@ -57,6 +58,8 @@ OTHER_OPS = (
 BFLOAT16_HEAD = ("--head-dtype", "bfloat16")
 ALONE = ("--chunks", "10", "--engine-chunks", "300")
 BESIDE_PUBLISHED = ("--baseline", "--chunks", "20", "--engine-chunks", "100")
+MOST_PRESETS = 5
+"""With a page each, and the result, the log and the XML: eight files, which is what some machines send back."""
 SANITIZED = ("preprocess", "action_ode", "self_attention")
 
 
@@ -147,12 +150,13 @@ def later_parts(settings: Settings) -> list[Part]:
     # 100 000 launches, as everywhere else, take many minutes
     launches = {"DIT4DIT_LAUNCHES": "2000"}
     alone = run.tests("gpu and alone", 1)
-    interrupt = signal.SIGINT
+    # pytest-xdist waits 10 s for a worker that is in the middle of a test before it writes the XML
+    interrupt: dict[str, Any] = {"gpu": True, "stop": signal.SIGINT, "grace": 14}
     return [
         Part("ops", run.ops(*OTHER_OPS), 15, 40),
         *(Part(f"ops_{op}", run.ops(op), 10, 30) for op in OWN_PROCESS),
-        Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 90, gpu=True, stop=interrupt),
-        Part("gpu_tests_alone", alone, 20, 60, gpu=True, stop=interrupt, environment=launches),
+        Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 90, **interrupt),
+        Part("gpu_tests_alone", alone, 20, 60, environment=launches, **interrupt),
         Part(f"latency_fp8_{first}", run.latency(first, "--quantization", "fp8", *ALONE), 30, 60),
         *(Part(f"ratio_{p}", run.latency(p, *BESIDE_PUBLISHED, page=True), 20, 45) for p in others),
         Part(f"spaced_{first}", run.latency(first, "--at-hz", "30", *ALONE), 15, 40),
@@ -178,45 +182,64 @@ def install(settings: Settings) -> Part:
 
 
 def settings_of(out: Path, scratch: Path, environment: dict[str, str]) -> Settings:
-    """ValueError: LIMIT is no number of seconds that a call may take."""
-    limit = float(environment.get("LIMIT", 270))
-    if not 0 < limit <= LONGEST:
-        raise ValueError(f"LIMIT: expected seconds up to {LONGEST}, got {limit:g}")
-    bundle = Path(environment.get("BUNDLE", ROOT / "dist" / "gpu-bundle")).resolve()
+    """ValueError: a variable of the environment has a value that it cannot have."""
+
+    def seconds(name: str, default: float | None, most: float) -> float | None:
+        given = environment.get(name)
+        try:
+            value = default if given is None else float(given)
+        except ValueError:
+            value = 0.0
+        if value is not None and not 0 < value <= most:
+            raise ValueError(f"{name}: expected seconds above 0, at most {most:g}, got {given!r}")
+        return value
+
+    def one_of(name: str, *known: str) -> str:
+        value = environment.get(name, known[0])
+        if value not in known:
+            raise ValueError(f"{name}: expected {' or '.join(known)}, got {value!r}")
+        return value
+
+    presets = tuple(environment.get("PRESETS", "robocasa_gr1 libero").split())
+    if not 1 <= len(presets) <= MOST_PRESETS or len(set(presets)) < len(presets):
+        raise ValueError(f"PRESETS: expected 1 to {MOST_PRESETS} different ones, got {' '.join(presets) or 'none'}")
+    wheels = Path(environment.get("BUNDLE", ROOT / "dist" / "gpu-bundle")).resolve()
+    bundle = wheels if any(wheels.glob("*.whl")) else None
+    if bundle is None and "BUNDLE" in environment:
+        raise ValueError(f"BUNDLE: {wheels} holds no wheels; make gpu-bundle makes dist/gpu-bundle")
     return Settings(
         out=out.resolve(),
         scratch=scratch,
-        device=environment.get("DEVICE", "cuda"),
-        presets=tuple(environment.get("PRESETS", "robocasa_gr1 libero").split()),
-        limit=limit,
-        bundle=bundle if any(bundle.glob("*.whl")) else None,
-        build=environment.get("BUILD", "1") == "1",
-        measure=float(environment["MEASURE"]) if "MEASURE" in environment else None,
+        device=one_of("DEVICE", "cuda", "cpu"),
+        presets=presets,
+        limit=seconds("LIMIT", 270, LONGEST) or 0.0,
+        bundle=bundle,
+        build=one_of("BUILD", "1", "0") == "1",
+        measure=seconds("MEASURE", None, LONGEST),
     )
 
 
 def run(out: Path, before: Path | None, only: Sequence[str], make: Callable[[Settings], list[Part]] = parts) -> int:
-    """Exit code 1 when a part failed."""
+    """Exit code 1 when a part failed, of this call or of one before that is kept."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, terminate)
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
         settings = settings_of(out, Path(scratch), dict(os.environ))
         todo = make(settings)
         unknown = sorted(set(only) - {part.name for part in todo})
         if unknown:
             raise ValueError(f"--only: no part {', '.join(unknown)}; known: {', '.join(part.name for part in todo)}")
-        earlier = None if before is None else json.loads(before.read_text())
-        suite = Suite(settings, earlier)
-        signal.signal(signal.SIGTERM, terminate)
-        suite.write()
-        suite.run([part for part in todo if not only or part.name in (*only, "install")])
-        suite.write()
-        took, failed, left = suite.seconds(), suite.suite["failed"], suite.suite["left_out"]
-        print(f"{took:.0f} s; failed: {', '.join(failed) or 'none'}; left out: {', '.join(left) or 'none'}")
-        return 1 if suite.failed else 0
+        suite = Suite(settings, None if before is None else read_result(before))
+        whole = suite.run([part for part in todo if not only or part.name in (*only, "install")])["suite"]
+    failed, left = (", ".join(whole[key]) or "none" for key in ("failed", "left_out"))
+    print(f"{suite.seconds():.0f} s; failed: {failed}; left out: {left}")
+    return 1 if whole["failed"] else 0
 
 
 def terminate(number: int, frame: Any) -> None:
-    """SIGTERM: the part that runs is ended, and the result written."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A signal that ends the suite: the part that runs is ended, and the result written."""
+    for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
@@ -224,12 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     running = verbs.add_parser("run", help="run the parts")
-    running.add_argument("out", type=Path, nargs="?", default=ROOT / "benchmarks" / "results")
+    running.add_argument("out", type=Path, metavar="OUT", help="a folder without a result of this machine")
     running.add_argument(
         "--continue", type=Path, dest="before", metavar="FILE", help="keep what this result has finished"
     )
     running.add_argument(
-        "--only", action="append", default=[], metavar="PART", help="this part; may be given several times"
+        "--only", action="append", default=[], metavar="PART", help="this part; several times for more"
     )
     merging = verbs.add_parser("merge", help="several results of one card as one")
     merging.add_argument("out", type=Path)
@@ -240,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.verb == "run":
             return run(given.out, given.before, given.only)
         if given.verb == "merge":
-            write_json(given.out, merge([json.loads(file.read_text()) for file in given.files]))
+            write_json(given.out, merge([read_result(file) for file in given.files]))
             return 0
         for part in parts(settings_of(Path("OUT"), Path("SCRATCH"), dict(os.environ))):
             print(f"{part.name:28} {part.least:4} to {part.most:4} s  {' '.join(part.command)}")

@@ -162,10 +162,13 @@ def time_gpu(fn: Callable[[], object], samples: int = 200, warmup: int = 20) -> 
     flush = torch.empty(max(2 * _l2_bytes(), 1), dtype=torch.uint8, device="cuda")
     for _ in range(warmup):
         fn()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    fn()
-    host = time.perf_counter() - begin
+    hosts = []
+    for _ in range(5):  # the slowest of some: a host that is late once would be timed as the GPU
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        fn()
+        hosts.append(time.perf_counter() - begin)
+    host = max(hosts)
     flushing = min(_between_events(flush.zero_)[0] for _ in range(3))
     events = []
     for _ in range(samples):

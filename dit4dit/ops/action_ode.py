@@ -2,7 +2,8 @@
 
 The CUDA kernel (kernels/action_ode.cu) runs a schedule of `dit4dit.action_ode`; on a CPU it runs by emulation
 (tests/cuda_emulation). It is chosen by itself only where measured.py names it, which is nowhere yet: on an H200 it is right, and
-takes twice as long as a graph of library kernels (benchmarks/results/nvidia-h200.json).
+takes 4.5 ms where a graph of this file's reference takes 3.6, and the engine's loop of library and Triton kernels 2.4
+(benchmarks/results/nvidia-h200.json).
 """
 
 from __future__ import annotations
