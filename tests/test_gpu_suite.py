@@ -360,30 +360,32 @@ def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert re.search(r"no part latency; known: doctor, parity_gr1, ", done.stderr)
 
 
-@pytest.mark.slow
-def test_the_whole_suite_without_a_gpu(tmp_path: Path) -> None:
-    """Under six minutes on two cores; here with less of the time that is not needed to see that each part works."""
+@pytest.mark.parametrize(
+    "only",
+    [
+        pytest.param(("doctor", "parity_gr1", "latency_tiny", "profile_tiny", "sanitizer"), marks=pytest.mark.slow),
+        pytest.param((), marks=pytest.mark.long),  # all of it, as `make gpu-rehearsal` does
+    ],
+)
+def test_the_suite_without_a_gpu(tmp_path: Path, only: tuple[str, ...]) -> None:
     begin = time.monotonic()
-    done = suite(tmp_path, LIMIT="350")
+    words = [word for name in only for word in ("--only", name)]
+    done = suite(tmp_path, *words, LIMIT="350", **({"MEASURE": "2"} if only else {}))
     assert time.monotonic() - begin < 360
     assert done.returncode == 0, done.stdout + done.stderr
     data = result(tmp_path)
-    on_a_gpu = {
-        "parity_one_launch",
-        "latency_one_launch_tiny",
-        "gpu_tests",
-        "gpu_tests_alone",
-        "tune",
-        "sanitizer",
-    }
-    assert set(data["suite"]["left_out"]) == on_a_gpu
+    on_a_gpu = {"parity_one_launch", "latency_one_launch_tiny", "gpu_tests", "gpu_tests_alone", "tune", "sanitizer"}
+    assert set(data["suite"]["left_out"]) == (on_a_gpu & set(only) if only else on_a_gpu)
     ran = {name for name, part in data["suite"]["parts"].items() if part.get("exit_code") == 0}
     assert ran == set(data["suite"]["parts"]) - on_a_gpu
     assert ran <= set(data)  # each of them wrote its JSON
+    assert only or len(ran) > 10
     assert data["machine"]["torch"]
     assert data["doctor"]["healthy"]
     assert all(stage["ok"] for stage in data["parity_gr1"]["stages"])
-    assert data["ratio_tiny"]["ratio"]["total"] > 0
+    assert data["latency_tiny"]["engine"]["p50"] > 0
+    assert data["profile_tiny"]["launches"] > 0
+    assert only or data["ratio_tiny"]["ratio"]["total"] > 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) <= 8
     assert {path.suffix for path in files} == {".json", ".log", ".html"}
@@ -425,7 +427,7 @@ def test_parts_that_are_killed_at_random_moments(tmp_path: Path, rounds: int, na
     for n in range(rounds):
         out = tmp_path / str(n)
         command = ["bash", str(SCRIPT), str(out), *(word for name in names for word in ("--only", name))]
-        process = subprocess.Popen(command, env=environment(MEASURE="3", LIMIT="300"), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=environment(MEASURE="30", LIMIT="300"), stdout=subprocess.DEVNULL)
         sent: dict[int, signal.Signals] = {}
         due, seen = 0.0, dict.fromkeys(names, 0)
         while process.poll() is None:

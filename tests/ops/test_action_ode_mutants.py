@@ -29,8 +29,8 @@ MUTANTS = {
     "copies: no sync before the sums": ("product", "w);\n    sync_block();\n    float* to", "w);\n    float* to"),
     "copies: scale and shift while others still work": (
         "block",
-        "poll(tile, index);\n        sync_block();",
-        "poll(tile, index);",
+        "poll(tile, index));\n        sync_block();",
+        "poll(tile, index));",
     ),
     "copies: a norm of the wrong part": ("stage", "to.row(c - column, token)", "to.row((c - column) % 16, token)"),
     "copies: ranges of keys without their shares": ("stage", "exponential(score - largest) * sum", "sum"),
