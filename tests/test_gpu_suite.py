@@ -392,16 +392,17 @@ def test_the_suite_without_a_gpu(tmp_path: Path, only: tuple[str, ...]) -> None:
     assert all(path.stat().st_size < 16 << 20 for path in files)
 
 
-def children(pid: int) -> list[int]:
-    """Processes whose parent this one is, and which still run."""
-    found = []
+def children(pid: int) -> dict[int, str]:
+    """Processes of parts, whose parent is this one, and which still run: the part's name, from where its JSON goes."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            words = (stat.parent / "cmdline").read_text().split("\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(parent) == pid and state != "Z":
-            found.append(int(stat.parent.name))
+        if int(parent) == pid and state != "Z" and "--json" in words:
+            found[int(stat.parent.name)] = Path(words[words.index("--json") + 1]).stem
     return found
 
 
@@ -428,7 +429,7 @@ def test_parts_that_are_killed_at_random_moments(tmp_path: Path, rounds: int, na
         out = tmp_path / str(n)
         command = ["bash", str(SCRIPT), str(out), *(word for name in names for word in ("--only", name))]
         process = subprocess.Popen(command, env=environment(MEASURE="30", LIMIT="300"), stdout=subprocess.DEVNULL)
-        sent: dict[int, signal.Signals] = {}
+        sent: dict[str, signal.Signals] = {}
         due, seen = 0.0, dict.fromkeys(names, 0)
         while process.poll() is None:
             for file in out.glob("*.json"):
@@ -436,21 +437,22 @@ def test_parts_that_are_killed_at_random_moments(tmp_path: Path, rounds: int, na
                 for name in names:
                     assert blocks(data.get(name)) >= seen[name], name  # what has been written stays
                     seen[name] = blocks(data.get(name))
-            for child in children(process.pid):
-                if child not in sent and due == 0.0:
+            for child, name in children(process.pid).items():
+                if name not in sent and due == 0.0:
                     due = time.monotonic() + chance.uniform(4, 12)
-                if child not in sent and time.monotonic() >= due:
-                    sent[child] = numbers[(len(sent) + n) % 2]
-                    os.kill(child, sent[child])
+                if name not in sent and time.monotonic() >= due:
+                    sent[name] = numbers[(len(sent) + n) % 2]
+                    os.kill(child, sent[name])
                     due = 0.0
             time.sleep(0.05)
         data = result(out)
         known = data["suite"]["parts"]
         assert set(known) == set(names)  # those after a killed one ran
-        for (name, part), number in zip(known.items(), sent.values(), strict=False):
+        for name, part in known.items():
             assert blocks(data.get(name)) >= seen[name]
             if part["exit_code"] == 0:  # it had ended by then
                 continue
+            number = sent[name]
             assert part["exit_code"] in (-number, 128 + number), name
             if name in data:  # else it was killed before it had anything
                 assert data[name]["cut"]["by"] == ("SIGTERM" if number == signal.SIGTERM else "killed")
