@@ -11,7 +11,6 @@ reference's matrix products, attention included.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import sys
 import warnings
@@ -35,6 +34,7 @@ from dit4dit.commands.report import table
 from dit4dit.errors import BackendError
 from dit4dit.ops import onednn
 from dit4dit.ops.linear_fp8 import FP8
+from dit4dit.precision import full_precision
 
 Contender = Callable[..., Any]
 Case = tuple[str, str, tuple[Any, ...]]  # op, name, arguments without data
@@ -176,19 +176,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _tensors(inner)
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products and convolutions without TF32, whatever was chosen."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def exact(reference: Contender) -> Contender:

@@ -378,15 +378,28 @@ def test_each_op_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert (data["unfinished"], data["samples"], data["dtype"]) == ([], 2, "float32")
 
 
-def test_the_truth_is_made_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_truth_is_made_without_tf32() -> None:
     torch.set_float32_matmul_precision("high")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     try:
         seen = op_bench.exact(lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))()
         assert seen == ("highest", False)
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_ops_are_timed_however_the_precision_was_set(tmp_path: Path) -> None:
+    """By the new names alone, beside which PyTorch cannot read the old ones."""
+    path, cudnn, cuda = tmp_path / "ops.json", torch.backends.cudnn, torch.backends.cuda
+    before = cudnn.conv.fp32_precision, cuda.matmul.fp32_precision
+    cudnn.conv.fp32_precision, cuda.matmul.fp32_precision = "ieee", "tf32"
+    try:
+        words = ["--ops", "euler_step", "unnormalize", "--no-compile", "--samples", "2", "--json", str(path)]
+        assert run(*words) == 0
+        assert (cudnn.conv.fp32_precision, cuda.matmul.fp32_precision) == ("ieee", "tf32")
+    finally:
+        cudnn.conv.fp32_precision, cuda.matmul.fp32_precision = before
+    assert all("ms" in row for row in json.loads(path.read_text())["rows"] if row["implementation"] == "eager")
 
 
 def test_a_cpu_is_asked_for_one_model_only() -> None:

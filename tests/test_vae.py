@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from waiting import WAIT
 
 import dit4dit.model.vae as vae_module
 from dit4dit.config import VaeConfig
-from dit4dit.model.vae import FrameEncoder, LatentScale, VideoVae, build_wan, full_precision
+from dit4dit.model.vae import FrameEncoder, LatentScale, VideoVae, build_wan
 
 SMALL = VaeConfig(
     base_dim=6, latents_mean=tuple(0.1 * i for i in range(16)), latents_std=tuple(1 + 0.1 * i for i in range(16))
@@ -144,29 +142,3 @@ def test_convolutions_in_float32_are_not_shortened(tensor_cores, monkeypatch: py
     for name, want in exact.items():
         assert (unguarded[name] - want).abs().max() > 1e-4 * want.abs().max(), f"{name}: the emulation shortens nothing"
         assert torch.equal(guarded[name], want), name
-
-
-def test_the_callers_setting_is_back_when_the_last_guard_closes(tensor_cores) -> None:
-    cudnn = torch.backends.cudnn
-    inside, release = threading.Event(), threading.Event()
-
-    def other() -> None:
-        with full_precision():
-            inside.set()
-            release.wait(WAIT)
-
-    thread = threading.Thread(target=other)
-    with full_precision():
-        thread.start()
-        assert inside.wait(WAIT)
-    assert cudnn.conv.fp32_precision == "ieee", "another thread is still at its convolutions"
-    assert cudnn.allow_tf32 is False
-    release.set()
-    thread.join(WAIT)
-    assert cudnn.conv.fp32_precision == "tf32"
-    assert cudnn.allow_tf32 is True
-    for conv, rnn in (("ieee", "tf32"), ("tf32", "ieee"), ("none", "none")):
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
-        with pytest.raises(ValueError, match="in the middle"), full_precision():
-            raise ValueError("in the middle")
-        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == (conv, rnn)

@@ -7,9 +7,7 @@ the temporal down-samplings skipped. It agrees with `AutoencoderKLWan` on the pa
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -19,36 +17,10 @@ from torch import Tensor, nn
 
 from dit4dit.config import VaeConfig
 from dit4dit.ops.rms_norm_silu import reference as rms_norm_silu
+from dit4dit.precision import full_precision
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
-
-
-_guard = threading.Lock()
-_guarded: list[tuple[str, str]] = []  # the settings to go back to, once for each guard that is open in any thread
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 convolutions in float32: PyTorch's default on a GPU is TF32, whose 10 bits are those of float16.
-
-    The setting is the process's: convolutions of other threads are exact meanwhile too, and the last guard to close puts the
-    caller's setting back. It holds however the caller has set it: by `cudnn.allow_tf32`, or by an `fp32_precision`.
-    """
-    cudnn: Any = torch.backends.cudnn
-    with _guard:
-        _guarded.append(_guarded[0] if _guarded else (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision))
-        # both, and the old name with the new ones: PyTorch raises where it finds them at odds
-        cudnn.allow_tf32 = False
-        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        with _guard:
-            before = _guarded.pop()
-            if not _guarded:
-                cudnn.allow_tf32 = "tf32" in before
-                cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 class ChannelRmsNorm(nn.Module):
