@@ -145,6 +145,14 @@ def test_an_interrupt_stays_one_and_a_lost_device_is_said_to_be_lost(
         capture("x", access, cuda.stream, (0, 7))
 
 
+def resize_much(device: torch.device) -> None:
+    """As many sizes of each table as the cache keeps, so that no other is left in it."""
+    for n in range(100, 101 + device_tables.KEPT):
+        preprocess._area_taps(n, 32, device)
+        preprocess._bilinear_taps(n, 32, device)
+        preprocess._enlarge_taps(n, 200, device)
+
+
 @pytest.mark.parametrize(
     "resize, sizes, taps",
     [
@@ -158,9 +166,7 @@ def test_a_plan_keeps_the_tables_that_its_graph_reads(engine: Engine, resize, si
     with use_backend("torch"):  # what a GPU runs where no kernel of ours fits it
         plan = Plan(engine, replace(SHAPE, views=(sizes,), resize=resize), None)
     read = [weakref.ref(tensor) for table, n in taps for tensor in table(n, 32, engine.device)]
-    for n in range(100, 101 + device_tables.KEPT):
-        for table, _ in taps:
-            table(n, 32 if table is not preprocess._enlarge_taps else 200, engine.device)
+    resize_much(engine.device)
     gc.collect()
     assert all(ref() is not None for ref in read)
     assert device_tables._read.get() is None
@@ -177,8 +183,7 @@ def test_a_graph_gives_the_same_bits_after_its_tables_left_the_cache(small_liber
     seen = replace(seen, images={name: np.ascontiguousarray(image[:200, :180]) for name, image in seen.images.items()})
     with use_backend(preprocess="torch"):
         before = policy.infer(seen, "open", seed=0).normalized
-    for table in (preprocess._area_taps, preprocess._bilinear_taps, preprocess._enlarge_taps):
-        table.forget()
+    resize_much(torch.device("cuda"))
     gc.collect()
     torch.full((2**20,), 7, device="cuda")  # over what has come free
     for n in range(64, 512):

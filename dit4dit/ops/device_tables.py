@@ -38,10 +38,6 @@ class DeviceTable(Generic[Arguments, Tensors]):
             read.append(tensors)
         return tensors
 
-    def forget(self) -> None:
-        """Empty the cache."""
-        self._kept.cache_clear()
-
 
 @contextmanager
 def collected() -> Iterator[list[tuple[Tensor, ...]]]:
