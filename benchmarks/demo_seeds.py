@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from dit4dit.commands.demo_report import ROWS, plot_success
-from dit4dit.commands.report import write_json
+from dit4dit.commands.report import strict, write_json
 
 GOAL = {"success": 0.8, "minutes": 20.0}
 
@@ -42,7 +42,7 @@ def main(folders: Annotated[list[Path], tyro.conf.Positional], out: Path) -> Non
             f"demo_seeds: no such file: {', '.join(missing)}; make demo-train writes one when it has ended"
         )
     result = merged([json.loads(file.read_text()) for file in files])
-    write_json(out, result)
+    write_json(out, strict(result))
     bars = {
         f"seed {seed}: {ROWS[name]}": one
         for seed, run in result["seeds"].items()

@@ -35,6 +35,7 @@ from dit4dit.benchmarks.sampling import Sampler, Samples, rounded, slowest, summ
 from torch import Tensor
 
 from dit4dit.action_ode.program import HeadChoice
+from dit4dit.commands.report import table
 from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.engine import Engine, calibrate, errors
 from dit4dit.errors import OutputError
@@ -372,3 +373,17 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
         share = (result.get("share_of_measured_rate") or {}).get(who)
         out.append([who, *times, f"{q['jitter']:.2f}", "-" if share is None else f"{100 * share:.0f} %", stages])
     return out
+
+
+def show(result: dict[str, Any]) -> str:
+    """The table, the errors of quantisation, how much faster the engine is, and what `--seconds` left out."""
+    header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
+    lines = [table(header, rows(result), right=range(1, 8))]
+    if result["error"]:
+        of = "  ".join(f"{what} {e['rms']:.2e}" for what, e in result["error"].items())
+        lines.append(f"{result['quantization']} against the exact engine, rms: {of}")
+    if result["ratio"]:
+        lines.append("published / engine: " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratio"].items()))
+    if result["cut"]:
+        lines.append(f"--seconds left out: {', '.join(result['cut']['left'])}")
+    return "\n".join(lines)

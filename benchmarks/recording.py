@@ -6,20 +6,23 @@
             record.result["rows"].append(measure(case))
 
 "complete" in the file says whether all was measured, and "cut" what stopped it: {"by", "during", "left"}, None where nothing did.
-A process that is killed outright leaves the last block's file, whose "cut" says "killed".
+A process that is killed outright leaves the last block's file, whose "cut" says "killed". A number that is not finite is null
+there: strict JSON has no other word for it.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-from dit4dit.commands.report import write_json
+from dit4dit.commands.report import strict, write_json
+from dit4dit.errors import InputError
 
 T = TypeVar("T")
 TERMINATED = 128 + signal.SIGTERM
@@ -38,11 +41,17 @@ class Recording:
     """
 
     def __init__(self, path: Path | None, seconds: float | None = None) -> None:
-        """path: None keeps no file. seconds: how long may be measured; None as long as it takes."""
+        """path: None keeps no file. seconds: how long may be measured; None as long as it takes.
+
+        Raises:
+            InputError: `seconds` is not above 0, or not finite.
+        """
         self.result: dict[str, Any] = {"complete": False}
         self._path = path
-        self._end = None if seconds is None else time.monotonic() + seconds
+        self._end: float | None = None
+        self.limit(seconds)
         self._during, self._left = "start", list[str]()
+        self._undone: Callable[[], list[str]] = list
         self._over: dict[str, Any] | None = None
         self._writing = self._stopped = False
 
@@ -59,10 +68,15 @@ class Recording:
         try:
             if error is not None:
                 # what a signal interrupts may fail in its own way, as the capture of a CUDA graph does
-                by = "SIGTERM" if self._stopped else f"{type(error).__name__}: {error}"
-                self._over = self._ended(by)
+                stopped = self._stopped or isinstance(error, Terminated)  # the latter by a recording within this one
+                self._over = self._ended("SIGTERM" if stopped else f"{type(error).__name__}: {error}")
             self.result |= {"complete": self._over is None, "cut": self._over}
             self._write()
+        except Exception as failure:
+            if error is None and not self._stopped:
+                raise
+            if str(failure) != str(error):  # where the path is wrong, it is what ended the measurement
+                sys.stderr.write(f"not written: {failure}\n")
         finally:
             if self._handles:
                 signal.signal(signal.SIGTERM, self._before)
@@ -71,8 +85,11 @@ class Recording:
 
     def limit(self, seconds: float | None) -> None:
         """The time begins now: what came before, as making a model, is not counted. None leaves it as it is."""
-        if seconds is not None:
-            self._end = time.monotonic() + seconds
+        if seconds is None:
+            return
+        if not 0 < seconds < float("inf"):
+            raise InputError(f"--seconds: expected seconds above 0, got {seconds}")
+        self._end = time.monotonic() + seconds
 
     def keep(self) -> None:
         """Write what there is: a block of samples has ended."""
@@ -81,8 +98,12 @@ class Recording:
 
     def during(self, what: str, left: Iterable[str] = ()) -> None:
         """Name what is measured next, and what is left after it; keep what was measured before."""
-        self._during, self._left = what, list(left)
+        self._during, self._left, self._undone = what, list(left), list
         self.keep()
+
+    def undone(self, of_it: Callable[[], list[str]]) -> None:
+        """How to say, whenever it ends, what is missing of what is measured now; until `during` names something else."""
+        self._undone = of_it
 
     def remaining(self) -> float | None:
         """Seconds that may still be measured; None without a limit."""
@@ -117,7 +138,7 @@ class Recording:
     def _ended(self, by: str) -> dict[str, Any]:
         """What stands in the file if this is the end: what had no time before is left out too."""
         earlier = [] if self._over is None else self._over["left"]
-        return {"by": by, "during": self._during, "left": [*earlier, *self._left]}
+        return {"by": by, "during": self._during, "left": [*earlier, *self._undone(), *self._left]}
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         self._stopped = True
@@ -130,7 +151,7 @@ class Recording:
             return
         before, self._writing = self._writing, True
         try:
-            write_json(self._path, self.result)
+            write_json(self._path, strict(self.result))
         finally:
             self._writing = before
         if self._stopped and not before:

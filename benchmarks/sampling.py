@@ -156,7 +156,7 @@ class Sampler:
         """The engine by itself, one chunk after the other."""
         times = self.samples.alone
         self._begin()
-        for i in self._until(count, end, "engine alone"):
+        for i in self._until(count, end, "engine alone", lambda: len(times)):
             self.samples.collections.sample = ("engine_alone", i)
             start = time.perf_counter()
             self.chunk(i)
@@ -175,7 +175,7 @@ class Sampler:
         spaced.clocks["before"] = clocks(lambda: self._one_step(hz))
         self._begin()
         first, slot = time.perf_counter(), 0
-        for i in self._until(count, end, f"at {hz:g} Hz"):
+        for i in self._until(count, end, f"at {hz:g} Hz", lambda: len(spaced.seconds)):
             due = first + slot / hz
             time.sleep(max(due - time.perf_counter(), 0.0))
             self.samples.collections.sample = ("spaced", i)
@@ -201,7 +201,7 @@ class Sampler:
         self.samples.totals = {who: whole.seconds["total"] for who, whole in wholes.items()}
         self.samples.stages = stages = {who: Clock(device) for who in names}
         self._begin()
-        for i in self._until(count, end, "chunks"):
+        for i in self._until(count, end, "chunks", lambda: self.samples.pairs):
             self.samples.collections.sample = ("pairs", i)
             with wholes["engine"].stage("total"):
                 self.chunk(i)
@@ -219,11 +219,17 @@ class Sampler:
     def _begin(self) -> None:
         self._block = time.perf_counter()
 
-    def _until(self, count: int, end: float | None, what: str) -> Iterator[int]:
-        """0, 1, ... while there is time, at least once; what the time leaves out is noted."""
+    def _until(self, count: int, end: float | None, what: str, done: Callable[[], int]) -> Iterator[int]:
+        """0, 1, ... while there is time, at least once; what the time leaves out is noted, and what another end does."""
+
+        def missing() -> list[str]:
+            return [f"{what}: {count - done()} of {count}"] if done() < count else []
+
+        self.record.undone(missing)
         for i in tqdm(range(count), desc=what, disable=None):
             if i and end is not None and time.monotonic() >= end:
-                self.record.short([f"{what}: {count - i} of {count}"])
+                self.record.undone(list)
+                self.record.short(missing())
                 break
             yield i
 

@@ -219,7 +219,7 @@ def test_ops_are_timed_in_the_order_given_until_the_time_is_over(tmp_path: Path)
 
 
 def test_time_that_ends_within_a_case_leaves_the_other_contenders_out() -> None:
-    recording = Recording(None, 0.0)
+    recording = Recording(None, 1e-9)
     recording.result["rows"] = []
     case = ("unnormalize", "small", (torch.zeros(2, 3, 5), torch.zeros(5, 5, dtype=torch.float64)))
     op_bench.measure(case, case[2], samples=2, compiling=True, record=recording)

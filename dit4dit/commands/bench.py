@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Dtype, Head, dtype_of, head_dtype_of, say
+from dit4dit.commands.shell import Device, Dtype, Head, at_least, check_seed, dtype_on, head_dtype_of, say
 from dit4dit.errors import InputError
 
 Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -78,47 +78,29 @@ def latency(
         json: also write every number to this file.
         report: write an HTML report and its images into this folder, or as one page to this file if it ends in .html.
     """
-    import torch
-
     from dit4dit.benchmarks import latency as module
     from dit4dit.benchmarks import latency_report
     from dit4dit.benchmarks.recording import Recording
-    from dit4dit.commands.report import table
     from dit4dit.device import pick_device
     from dit4dit.presets import preset as find
 
-    least = 0 if engine_chunks > 0 else 1
-    if chunks < least:
-        raise InputError(f"--chunks: expected at least {least}, got {chunks}")
-    for option, value in (("--at-hz", at_hz), ("--seconds", seconds)):
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{option}: expected a number above 0, got {value}")
+    at_least(0 if engine_chunks > 0 else 1, chunks=chunks)
+    at_least(0, engine_chunks=engine_chunks)
+    check_seed(seed)
+    if at_hz is not None and not 0 < at_hz < float("inf"):
+        raise InputError(f"--at-hz: expected a number above 0, got {at_hz}")
     place, chosen = pick_device(device), find(preset)
-    kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    if engine_chunks < 0:
-        raise InputError(f"--engine-chunks: expected 0 or more, got {engine_chunks}")
-    if seed < 0:
-        raise InputError(f"--seed: expected 0 or more, got {seed}")
     if report is not None:
         latency_report.check(report)
     options: dict[str, Any] = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
     options |= {"quantization": quantization, "engine_chunks": engine_chunks, "at_hz": at_hz, "seconds": seconds}
     options |= {"roofline": roofline}
     options |= {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
-    with Recording(json) as record:
-        result = module.measure(chosen, preset, device=place, dtype=kind, record=record, **options)
-    header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
-    lines = [table(header, module.rows(result), right=range(1, 8))]
-    if result["error"]:
-        of = "  ".join(f"{what} {e['rms']:.2e}" for what, e in result["error"].items())
-        lines.append(f"{quantization} against the exact engine, rms: {of}")
-    if result["ratio"]:
-        lines.append("published / engine: " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratio"].items()))
-    if result["cut"]:
-        lines.append(f"--seconds left out: {', '.join(result['cut']['left'])}")
-    say("\n".join(lines))
+    with Recording(json, seconds) as record:
+        module.measure(chosen, preset, device=place, dtype=dtype_on(place, dtype), record=record, **options)
+    say(module.show(record.result))
     if report is not None:
-        say(f"wrote {latency_report.write(report, result)}")
+        say(f"wrote {latency_report.write(report, record.result)}")
     return 0
 
 
@@ -146,15 +128,14 @@ def profile(
         seconds: end after about this long; stages that were not reached are named in the result.
         json: write whole names and all numbers to this file, as they come.
     """
-    import torch
-
     from dit4dit.benchmarks import profiling as module
     from dit4dit.benchmarks.recording import Recording
     from dit4dit.device import pick_device
     from dit4dit.presets import preset as find
 
+    check_seed(seed)
     place, chosen = pick_device(device), find(preset)
-    kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    kind = dtype_on(place, dtype)
     options: dict[str, Any] = {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
     with Recording(json, seconds) as record:
         module.measure(
@@ -195,15 +176,12 @@ def ops(
         seed: of the tensors.
         json: also write every number to this file, as they come.
     """
-    import torch
-
     from dit4dit import ops as all_ops
     from dit4dit.benchmarks import isolation, op_bench
     from dit4dit.device import pick_device
 
-    for name, value in (("--batch", batch), ("--samples", samples)):
-        if value is not None and value < 1:
-            raise InputError(f"{name}: expected at least 1, got {value}")
+    at_least(1, batch=batch, samples=samples)
+    check_seed(seed)
     for op in ops:
         all_ops.implementations(op)  # BackendError: no such op
     place = pick_device(device)
@@ -214,7 +192,7 @@ def ops(
         words += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
         return int(isolation.command(ops or all_ops.names(), words, json, seconds))
     options["samples"] = samples or (200 if gpu else 10)
-    options["dtype"] = dtype_of(dtype) or (torch.bfloat16 if gpu else torch.float32)
+    options["dtype"] = dtype_on(place, dtype)
     options["gr1_only"] = sizes == "gr1" or (sizes == "auto" and not gpu)
     options |= {"device": str(place), "compiling": compile}
     return int(op_bench.command(ops or all_ops.names(), json, seconds, **options))
@@ -248,8 +226,6 @@ def options(
     """
     from functools import partial
 
-    import torch
-
     from dit4dit.benchmarks import options as module
     from dit4dit.benchmarks.recording import Recording
     from dit4dit.device import pick_device
@@ -257,11 +233,10 @@ def options(
 
     if not preset and not checkpoint:
         raise InputError("bench options: give --preset or --checkpoint")
-    if seeds < 1:
-        raise InputError(f"--seeds: expected at least 1, got {seeds}")
+    at_least(1, seeds=seeds)
+    check_seed(seed)
     place = pick_device(device)
-    kind = dtype_of(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    given: dict[str, Any] = {"device": place, "dtype": kind}
+    given: dict[str, Any] = {"device": place, "dtype": dtype_on(place, dtype)}
     found = [(name, find(name)) for name in preset]
     subjects = {f"preset {name}": partial(module.of_preset, name, one, seed=seed, **given) for name, one in found}
     subjects |= {f"checkpoint {path}": partial(module.of_checkpoint, path, backbone, **given) for path in checkpoint}
@@ -307,8 +282,8 @@ def tune(
     from dit4dit.device import pick_device
     from dit4dit.ops import launch
 
-    if not batch or min(batch) < 1 or samples < 1:
-        raise InputError(f"--batch, --samples: expected at least 1, got {list(batch)} and {samples}")
+    at_least(1, batch=min(batch, default=0), samples=samples)
+    check_seed(seed)
     place = pick_device(device)
     names = module.check(ops, place)
     files = module.Files(out, json or out.with_suffix(".timings.json"), whole)
@@ -338,9 +313,8 @@ def training(
     from dit4dit.benchmarks import training as module  # type: ignore[import-not-found, unused-ignore]
     from dit4dit.benchmarks.recording import Recording
 
-    for name, value in (("steps", steps), ("batch-size", batch_size)):
-        if value < 1:
-            raise InputError(f"--{name}: expected at least 1, got {value}")
+    at_least(1, steps=steps, batch_size=batch_size)
+    check_seed(seed)
     with Recording(json, seconds) as record:
         module.measure(steps=steps, batch_size=batch_size, seed=seed, record=record)
     say(module.show(record.result))
@@ -380,9 +354,7 @@ def rollout(
     from dit4dit.envs import tabletop_policy_dir
     from dit4dit.policy import Policy
 
-    for name, value in (("workers", min(workers, default=0)), ("episodes", episodes), ("rounds", rounds)):
-        if value < 1:
-            raise InputError(f"--{name}: expected at least 1, got {value}")
+    at_least(1, workers=min(workers, default=0), batch=batch, episodes=episodes, rounds=rounds)
     checkpoint = checkpoint or tabletop_policy_dir()
     with tqdm(unit="episode", desc="rollout", disable=None) as bar, Recording(json, seconds) as record:
         policy = Policy.from_pretrained(checkpoint, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,15 @@ def write_json(path: Path, data: Any) -> None:
         partial.replace(target)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+
+
+def strict(data: Any) -> Any:
+    """The same for a JSON file that strict readers take: None for every number that is not finite."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: strict(value) for key, value in data.items()}
+    return [strict(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:

@@ -30,6 +30,24 @@ def head_dtype_of(name: str, head: str) -> Any:
     return dtype_of(name) or dtype_of("bfloat16" if head == "one_launch" else "float32")
 
 
+def dtype_on(device: Any, name: str) -> Any:
+    """The torch dtype of this name; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    return dtype_of(name) or dtype_of("bfloat16" if device.type == "cuda" else "float32")
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """InputError where one of these options is given and is below `least`."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """InputError unless NumPy and torch both take it, and the seeds of the requests after it."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed: expected an integer in 0..2^63-1, got {seed}")
+
+
 def say(text: str) -> None:
     sys.stdout.write(text + "\n")
 

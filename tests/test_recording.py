@@ -1,0 +1,170 @@
+"""A benchmark's file: strict JSON that says what ended it, what is missing, and for how long it may measure."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dit4dit.benchmarks import recording
+from dit4dit.benchmarks.contenders import Clock
+from dit4dit.benchmarks.recording import TERMINATED, Recording, Terminated
+from dit4dit.benchmarks.sampling import Sampler
+
+from dit4dit.cli import main
+from dit4dit.errors import InputError
+
+COMMANDS = {
+    "ops": ["--ops", "unnormalize", "--no-compile", "--samples", "1"],
+    "options": ["--preset", "tiny", "--seeds", "1"],
+    "profile": ["--preset", "tiny"],
+    "latency": ["--preset", "tiny", "--chunks", "1"],
+    "training": ["--steps", "1", "--batch-size", "1"],
+    "rollout": [],
+    "loader": [],
+}
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 0.0, math.nan, math.inf])
+def test_seconds_are_above_0(seconds: float) -> None:
+    with pytest.raises(InputError, match=f"--seconds: expected seconds above 0, got {seconds}"):
+        Recording(None, seconds)
+    with pytest.raises(InputError, match=f"--seconds: expected seconds above 0, got {seconds}"):
+        Recording(None).limit(seconds)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_seconds_that_are_none(command: str, tmp_path: Path, capsys) -> None:
+    words = ["bench", command, *COMMANDS[command], "--seconds", "-1", "--json", str(tmp_path / "r.json")]
+    assert "--seconds: expected seconds above 0, got -1" in refused(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("command", ["ops", "options", "profile", "latency", "training"])
+def test_every_command_refuses_seeds_that_are_none(command: str, seed: int, capsys) -> None:
+    words = ["bench", command, *COMMANDS[command], "--seed", str(seed)]
+    assert f"--seed: expected an integer in 0..2^63-1, got {seed}" in refused(capsys, *words)
+
+
+def test_tune_refuses_such_a_seed_and_such_counts(capsys) -> None:
+    assert "--seed: expected an integer in 0..2^63-1, got -1" in refused(capsys, "tune", "--seed", "-1")
+    assert "--samples: expected at least 1, got 0" in refused(capsys, "tune", "--samples", "0")
+    assert "--batch: expected at least 1, got -2" in refused(capsys, "tune", "--batch", "1", "-2")
+
+
+def test_a_batch_of_nothing_is_refused(capsys) -> None:
+    assert "--batch: expected at least 1, got 0" in refused(capsys, "bench", "rollout", "--batch", "0")
+
+
+def test_one_recording_within_another_says_what_ended_both(tmp_path: Path) -> None:
+    outer, inner = tmp_path / "outer.json", tmp_path / "inner.json"
+    with pytest.raises(Terminated) as end, Recording(outer), Recording(inner):
+        terminate()
+    assert end.value.code == TERMINATED
+    assert [json.loads(path.read_text())["cut"]["by"] for path in (outer, inner)] == ["SIGTERM"] * 2
+
+
+def test_a_file_that_cannot_be_written_does_not_hide_what_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def full(path: Path, data: dict) -> None:
+        raise InputError(f"{path}: cannot be written (no space left on device)")
+
+    path = tmp_path / "r.json"
+    monkeypatch.setattr(recording, "write_json", full)
+    with pytest.raises(RuntimeError, match="the actions differ"), Recording(path):
+        raise RuntimeError("the actions differ")
+    assert capsys.readouterr().err == f"not written: {path}: cannot be written (no space left on device)\n"
+    with pytest.raises(Terminated), Recording(path):
+        terminate()
+    with pytest.raises(InputError, match="no space left"), Recording(path):
+        pass
+    capsys.readouterr()
+    with pytest.raises(InputError, match="no space left"), Recording(path) as record:
+        record.keep()
+    assert capsys.readouterr().err == "", "said once"
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    with Recording(path) as record:
+        record.result["numbers"] = {"a": [math.nan, 1.5], "b": (math.inf, -math.inf), 3: {"c": math.nan}}
+    data = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert data["numbers"] == {"a": [None, 1.5], "b": [None, None], "3": {"c": None}}
+    assert math.isnan(record.result["numbers"]["a"][0]), "only the file's"
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_chunks_that_a_signal_left_out_are_named(published: bool, tmp_path: Path, monkeypatch) -> None:
+    """In turns with the published schedule, as --seconds names them; a turn that is not whole is missing."""
+    path, kept = tmp_path / "r.json", []
+
+    def stages(clock: Clock) -> None:
+        with clock.stage("vae"):
+            pass
+        if len(kept) == 3:
+            terminate()
+        kept.append(1)
+
+    def sample(inputs: object, clock: Clock) -> None:
+        with clock.stage("vae"):
+            pass
+
+    fast = SimpleNamespace(inputs=SimpleNamespace(frame=torch.zeros(1)), stages=stages)
+    baseline = SimpleNamespace(sample=sample) if published else None
+    record = Recording(path)
+    record.during("pairs", ["roofline"])
+    sampler = Sampler(fast, 0, record, record.keep)  # type: ignore[arg-type]
+    monkeypatch.setattr(sampler, "chunk", lambda i: None)
+    monkeypatch.setattr(sampler, "_block_over", record.keep)
+    with pytest.raises(Terminated), record:
+        sampler.pairs(baseline, 40, None)  # type: ignore[arg-type]
+    cut = json.loads(path.read_text())["cut"]
+    left = 37 if published else 36
+    assert cut == {"by": "SIGTERM", "during": "pairs", "left": [f"chunks: {left} of 40", "roofline"]}
+
+
+def test_a_kill_names_them_too_and_a_part_that_is_done_is_not_missing(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "r.json"
+    record = Recording(path)
+    sampler = Sampler(None, 0, record, record.keep)  # type: ignore[arg-type]
+    monkeypatch.setattr(sampler, "chunk", lambda i: None)
+    record.during("engine alone", ["pairs"])
+    seen: list[list[str]] = []
+
+    def block() -> None:
+        record.keep()
+        seen.append(json.loads(path.read_text())["cut"]["left"])
+
+    monkeypatch.setattr(sampler, "_block_over", block)
+    sampler.alone(3, None)
+    assert seen == [["engine alone: 2 of 3", "pairs"], ["engine alone: 1 of 3", "pairs"], ["pairs"]]
+
+
+def test_what_the_time_left_out_is_missing_once(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "r.json"
+    with Recording(path) as record:
+        sampler = Sampler(None, 0, record, record.keep)  # type: ignore[arg-type]
+        monkeypatch.setattr(sampler, "chunk", lambda i: None)
+        record.during("engine alone")
+        sampler.alone(9, 0.0)  # its time has passed; one is taken all the same
+        record.keep()
+        assert json.loads(path.read_text())["cut"]["left"] == ["engine alone: 8 of 9"]
+    assert json.loads(path.read_text())["cut"]["left"] == ["engine alone: 8 of 9"]
