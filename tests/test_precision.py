@@ -61,6 +61,8 @@ def test_settings_by_their_new_names(conv: str, rnn: str, product: str, cpu: str
 
 def test_what_followed_the_setting_above_it_still_does() -> None:
     """Products do where nobody has set them: they must not stay TF32 when that one is put back."""
+    for place in (CUDA.matmul, CPU.matmul, CPU.conv):
+        place.fp32_precision = "none"
     torch.backends.fp32_precision = "tf32"
     before = settings()
     with full_precision():
