@@ -77,8 +77,9 @@ PARALLEL = ("-n", "2", "--dist", "worksteal", "--max-worker-restart", "9")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how,own", [("synchronize()", "failure"), ("return", "error")], ids=["at once", "later"])
-@pytest.mark.parametrize("bad", [0, 3, 8])
+@pytest.mark.parametrize(
+    "bad,how,own", [(0, "return", "error"), (3, "synchronize()", "failure"), (8, "return", "error")]
+)
 def test_a_worker_whose_device_has_died_is_replaced(bad: int, how: str, own: str, tmp_path: Path) -> None:
     found, text = outcomes(tmp_path, bad, how, *PARALLEL)
     reports = found.pop(f"test_it[{bad}]")

@@ -177,7 +177,7 @@ def test_with_the_longest_limit_parts_that_never_end_are_ended(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_suite_that_is_killed_leaves_its_result_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
     slow = BLOCKS + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
     slow += "for n in range(1, 400): write(n); time.sleep(0.05)\n"
@@ -363,7 +363,7 @@ def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "only",
     [
-        pytest.param(("doctor", "parity_gr1", "latency_tiny", "profile_tiny", "sanitizer"), marks=pytest.mark.slow),
+        pytest.param(("doctor", "parity_gr1", "latency_tiny", "sanitizer"), marks=pytest.mark.slow),
         pytest.param((), marks=pytest.mark.long),  # all of it, as `make gpu-rehearsal` does
     ],
 )
@@ -384,7 +384,7 @@ def test_the_suite_without_a_gpu(tmp_path: Path, only: tuple[str, ...]) -> None:
     assert data["doctor"]["healthy"]
     assert all(stage["ok"] for stage in data["parity_gr1"]["stages"])
     assert data["latency_tiny"]["engine"]["p50"] > 0
-    assert data["profile_tiny"]["launches"] > 0
+    assert only or data["profile_tiny"]["launches"] > 0
     assert only or data["ratio_tiny"]["ratio"]["total"] > 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) <= 8
@@ -417,7 +417,7 @@ KILLED = ("latency_tiny", "ops", "profile_tiny", "options", "ratio_tiny", "laten
 @pytest.mark.parametrize(
     "rounds, names",
     [
-        pytest.param(1, KILLED[:3], marks=pytest.mark.slow),
+        pytest.param(1, KILLED[:2], marks=pytest.mark.slow),
         pytest.param(3, KILLED, marks=pytest.mark.long),  # 21 kills
     ],
 )

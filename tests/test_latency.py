@@ -74,8 +74,9 @@ def test_command_writes_numbers_and_pictures(tmp_path: Path, capsys) -> None:
 
 
 def test_the_engine_alone_gives_its_percentiles() -> None:
-    options = dict(chunks=1, baseline=False, text=False, seed=0, engine_chunks=5)
+    options = dict(chunks=1, baseline=False, text=False, seed=0, engine_chunks=5, roofline=False)
     result = latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
+    assert result["roofline"] is None
     alone = result["engine_alone_ms"]
     assert len(alone) == 5
     assert result["engine"]["p50"] == pytest.approx(sorted(alone)[2], rel=1e-3)
@@ -163,7 +164,7 @@ def one_launch_head(choice, folded, config, steps, fp8=False):
 
 
 def measure_one_launch(**changes):
-    options = dict(chunks=1, baseline=False, text=False, seed=0, head="one_launch") | changes
+    options = dict(chunks=1, baseline=False, text=False, seed=0, head="one_launch", roofline=False) | changes
     return latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
 
 
@@ -194,7 +195,19 @@ def test_no_times_where_a_launch_failed(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_head_that_is_asked_for_runs_or_says_why_not(tmp_path: Path, capsys) -> None:
     out = tmp_path / "l.json"
-    words = ["bench", "latency", "--preset", "tiny", "--device", "cpu", "--chunks", "1", "--json", str(out)]
+    words = [
+        "bench",
+        "latency",
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--chunks",
+        "1",
+        "--no-roofline",
+        "--json",
+        str(out),
+    ]
     with pytest.raises(SystemExit) as end:
         main([*words, "--head", "one_launch"])
     assert end.value.code == 2
@@ -210,7 +223,7 @@ def test_fp8_is_timed_with_its_error_beside_it(tmp_path: Path, capsys) -> None:
     out = tmp_path / "l.json"
     words = ["--preset", "tiny", "--device", "cpu", "--chunks", "1", "--baseline", "--no-text", "--quantization", "fp8"]
     with pytest.raises(SystemExit) as end:
-        main(["bench", "latency", *words, "--json", str(out)])
+        main(["bench", "latency", *words, "--no-roofline", "--json", str(out)])
     assert end.value.code == 0
     data = json.loads(out.read_text())
     assert data["quantization"] == "fp8"
