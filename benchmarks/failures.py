@@ -42,7 +42,7 @@ def check_gpu(what: str) -> None:
     gc.collect()
     if not torch.cuda.is_initialized():
         return
-    for last in (False, True):  # an error of one launch is told once, one of the context for ever
+    for last in (False, True):  # CUDA reports an error of one launch once, one of the context every time
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GRACE = 4
 """Seconds from the signal that ends a part to the one that kills it, where the part does not say another number."""
 RESERVE = 6
-"""Seconds before LIMIT at which the last part is told to end: GRACE, and writing the result."""
+"""Seconds before LIMIT at which the last part gets its signal: GRACE, and writing the result."""
 LONGEST = 480
 KEEP = 5
 """Seconds between two writings of the result while a part runs."""
@@ -157,7 +157,7 @@ class Suite:
 
     def _start(self, part: Part) -> list[Job]:
         left = self.settings.limit - RESERVE - self.seconds()
-        # what takes longer to end is told so earlier
+        # what takes longer to end gets its signal earlier
         allowed = left - (part.grace - GRACE)
         if part.gpu and not self.settings.on_gpu:
             self.suite["parts"][part.name] = {"left_out": f"DEVICE={self.settings.device}: it needs a GPU"}
@@ -233,7 +233,7 @@ class Job:
             )
 
     def running(self) -> bool:
-        """Whether it runs still; it is told to end when its time is over, and killed when it does not."""
+        """Whether it runs still; it gets its signal when its time is over, and is killed when it does not end."""
         if self.killed or self.process.poll() is not None:
             self.seconds = self.seconds or time.monotonic() - self.begin
             return False

@@ -78,7 +78,7 @@ class Commands:
 
     def latency(self, preset: str, *options: str, page: bool = False) -> tuple[str, ...]:
         if "--baseline" not in options:
-            options = (*options, "--no-roofline")  # it takes seconds on the host, and is told with the ratio
+            options = (*options, "--no-roofline")  # it takes seconds on the host; the ratio's part has it
         if page:
             options = (*options, "--report", str(self.settings.out / f"latency_{preset}.html"))
         return self.on_device("bench", "latency", "--preset", preset, "--seconds", "{seconds}", *options)

@@ -9,87 +9,17 @@ import runpy
 import shutil
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from dit4dit.benchmarks import failures, harness, isolation, op_bench
-from dit4dit.benchmarks.harness import assert_no_worse, quantiles, time_cpu
+from dit4dit.benchmarks import failures, isolation, op_bench
 from dit4dit.benchmarks.ops import bench_action_ode
 from dit4dit.benchmarks.recording import TERMINATED, Recording
-from head_case import SMALL, Case, tiny
+from head_case import small_head
 
 from dit4dit import ops
-from dit4dit.action_ode import plan
-from dit4dit.action_ode.program import OneLaunchHead
 from dit4dit.cli import main
-from dit4dit.config import HeadConfig
-from dit4dit.engine.fold import fold_head
-from dit4dit.errors import OutputError
-
-
-def product(x, y):
-    return x @ y
-
-
-ARGS = {
-    dtype: (torch.randn(9, 64, dtype=dtype), torch.randn(64, 7, dtype=dtype))
-    for dtype in (torch.float32, torch.bfloat16)
-}
-
-
-@pytest.mark.parametrize("dtype", ARGS)
-def test_accepts_the_reference_and_rounding(dtype):
-    assert_no_worse(product, product, ARGS[dtype])
-    assert_no_worse(lambda x, y: (x.float() @ y.float()).to(dtype), product, ARGS[dtype])
-
-
-@pytest.mark.parametrize("dtype", ARGS)
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (lambda x, y: (x @ y) * 1.05, "from the truth"),
-        (lambda x, y: (x @ y).index_fill(0, torch.tensor([3]), float("nan")), "NaN"),
-        (lambda x, y: (x @ y)[:-1], "expected .9, 7."),
-        (lambda x, y: (x @ y).half(), "got .9, 7. torch.float16"),
-    ],
-)
-def test_refuses(dtype, wrong, message):
-    with pytest.raises(AssertionError, match=message):
-        assert_no_worse(wrong, product, ARGS[dtype])
-
-
-def test_quantiles_are_samples():
-    samples = [float(i) for i in range(1000, 0, -1)]
-    found = quantiles(samples)
-    assert found == {"p50": 500, "p95": 950, "p99": 990, "p999": 999, "max": 1000, "jitter": 999 / 500}
-    assert set(quantiles([3.0]).values()) == {3.0, 1.0}
-    with pytest.raises(ValueError, match="at least one sample"):
-        quantiles([])
-
-
-def test_times_every_call():
-    calls = []
-    samples = time_cpu(lambda: calls.append(1), samples=5, warmup=2)
-    assert len(samples) == 5
-    assert len(calls) == 7
-    assert min(samples) >= 0
-
-
-def test_the_machine_is_named():
-    found = harness.machine()
-    assert found["cpu"]
-    assert found["cores"] >= 1
-    assert found["torch"] == torch.__version__
-    assert (found["gpu"] is None) == (not torch.cuda.is_available())
-    json.dumps(found)
-
-
-def test_the_gpu_is_kept_busy_while_the_host_hands_a_call_over():
-    assert harness.flushes(host=0.0, flushing=20e-6) == 1
-    assert harness.flushes(host=100e-6, flushing=20e-6) == 8
-    assert harness.flushes(host=1.0, flushing=20e-6) == 64
 
 
 def run(*words: str) -> int:
@@ -427,66 +357,3 @@ def test_an_op_is_benchmarked_by_itself(op: str, tmp_path: Path, small, monkeypa
     rows = json.loads(path.read_text())["rows"]
     assert {row["op"] for row in rows} == {op}
     assert [row["implementation"] for row in rows].count("eager") == 2
-
-
-def small_head(horizon):
-    return HeadConfig(num_layers=2, num_heads=2, head_dim=16, hidden_size=32, output_dim=32, action_horizon=horizon)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_head_is_benchmarked(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(bench_action_ode, "config", small_head)
-    path = tmp_path / "result.json"
-    words = ["bench", "--device", "cpu", "--dtype", dtype, "--samples", "2", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", words)
-    assert bench_action_ode.main() == 0
-    every = json.loads(path.read_text())["rows"]
-    rows = [row for row in every if "ms" in row]
-    assert [(row["case"], row["implementation"]) for row in rows] == [("9", "eager"), ("17", "eager"), ("51", "eager")]
-    assert all(row["gb_per_s"] > 0 for row in rows)
-    left_out = [row for row in every if "left_out" in row]
-    assert [row["stages"] for row in left_out] == [1 + 4 * (4 + 5 * 2)] * 3, "two blocks, four steps"
-
-
-@torch.no_grad()
-def test_the_fp8_kernel_is_held_to_its_own_weights():
-    """The schedule with fp8 weights, run without rounding, is the head whose weights are rounded so, and no other."""
-    case = Case(tiny())
-    case.folded = fold_head(case.head.bfloat16().float(), case.steps)
-    schedule = plan(replace(case.shape, fp8=True), SMALL)
-    got = case.twin(schedule).run()
-    want, exact = (
-        ops.action_ode(OneLaunchHead(folded, case.config, case.steps), *case.given(), backend="torch")
-        for folded in (bench_action_ode.in_fp8(case.folded), case.folded)
-    )
-    assert case.error(got, want) < 1e-5
-    assert case.error(got, exact) > 1e-3
-
-
-@pytest.mark.parametrize("wrong", [0.5, float("nan")])
-def test_a_wrong_head_is_not_timed(monkeypatch, wrong, capsys):
-    monkeypatch.setattr(bench_action_ode, "config", small_head)
-    right = bench_action_ode.candidates
-    monkeypatch.setattr(
-        bench_action_ode, "candidates", lambda *args: {"eager": lambda: right(*args)["eager"]() + wrong}
-    )
-    monkeypatch.setattr(bench_action_ode, "time_cpu", lambda *_, **__: pytest.fail("timed"))
-    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9"])
-    assert bench_action_ode.main() == 1
-    assert "eager: not timed, it disagrees with the reference: expected at most" in capsys.readouterr().out
-
-
-def test_times_of_a_launch_that_failed_are_not_given(monkeypatch, capsys):
-    """It ends early, and would be the fastest of all."""
-    monkeypatch.setattr(bench_action_ode, "config", small_head)
-    calls = iter([None, OutputError("action_ode: block 3 waited")])  # sound when compared, not when timed
-
-    def check(_self):
-        found = next(calls)
-        if found is not None:
-            raise found
-
-    monkeypatch.setattr(OneLaunchHead, "check", check)
-    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9", "--samples", "2"])
-    assert bench_action_ode.main() == 1
-    assert "eager: not timed: action_ode: block 3 waited" in capsys.readouterr().out

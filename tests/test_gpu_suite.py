@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -13,28 +12,14 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from gpu_modules import gpu_results, gpu_runner, gpu_suite
 from waiting import eventually
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_suite.sh"
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_suite", ROOT / "benchmarks" / "gpu_suite.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_suite = load()
-gpu_runner, gpu_results = (sys.modules[name] for name in ("gpu_runner", "gpu_results"))
 
 
 def environment(**given: str) -> dict[str, str]:
@@ -216,66 +201,6 @@ def test_a_second_call_goes_on_where_the_first_was_cut(tmp_path: Path) -> None:
     assert ended(start(tmp_path, parts, before=str(before)))[0] == 1
     assert {name: file.read_text() for name, file in ran.items()} == {"whole": "x", "cut": "xx", "fails": "xx"}
     assert result(tmp_path / "out")["whole"]["blocks"] == 400
-
-
-def one(gpu: str | None = None, /, **parts: Any) -> dict[str, Any]:
-    known = {name: record for name, (record, _) in parts.items()}
-    data = {name: found for name, (_, found) in parts.items() if found is not None}
-    return {"machine": {"gpu": gpu}, "suite": {"seconds": 2, "commit": "c", "limit": 9, "parts": known}, **data}
-
-
-def test_merged_results_hold_the_best_of_each_part() -> None:
-    whole, cut = {"exit_code": 0}, {"exit_code": 0, "cut": {"by": "seconds"}, "seconds": 5}
-    failed, left = {"exit_code": 1}, {"left_out": "no time was left"}
-    shorter = {**cut, "seconds": 3}
-    late = {"exit_code": -15, "complete": True}  # it was done when its time was over
-    first = one("H", a=(whole, 1), b=(cut, 2), c=(failed, 3), d=(left, None), f=(cut, 4), g=(cut, 5), h=(late, 6))
-    second = one(
-        "H",
-        a=(cut, 10),
-        b=(whole, 20),
-        c=(left, None),
-        d=(failed, None),
-        e=(whole, 50),
-        f=(shorter, 40),
-        g=(failed, None),
-    )
-    together = gpu_results.merge([first, second])
-    wanted = {"a": 1, "b": 20, "c": 3, "d": None, "e": 50, "f": 4, "g": 5, "h": 6}
-    assert {name: together.get(name) for name in wanted} == wanted
-    assert together["suite"]["parts"]["g"] == cut  # record and numbers of one run
-    assert together["suite"]["failed"] == ["c", "d"]
-    assert together["suite"]["left_out"] == []
-    assert together["suite"]["seconds"] == 4
-    assert gpu_results.rank(late) == gpu_results.FINISHED
-    assert first["suite"]["parts"]["d"] == left  # what was given is as it was
-
-
-def test_results_of_two_cards_are_not_put_together(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one card, got H100 and H200"):
-        gpu_results.merge([one("H100"), one("H200")])
-    for name, gpu in (("a", "H100"), ("b", "H200")):
-        (tmp_path / name).write_text(json.dumps(one(gpu)))
-    assert gpu_suite.main(["merge", *(str(tmp_path / name) for name in ("c", "a", "b"))]) == 2
-    assert not (tmp_path / "c").exists()
-    (tmp_path / "b").write_text(json.dumps(one("H100", x=({"exit_code": 0}, 5))))
-    assert gpu_suite.main(["merge", *(str(tmp_path / name) for name in ("c", "a", "b"))]) == 0
-    assert json.loads((tmp_path / "c").read_text())["x"] == 5
-
-
-def test_all_runs_of_tests_are_in_one_file(tmp_path: Path) -> None:
-    for name, skipped in (("a", 0), ("b", 1)):
-        (tmp_path / name).write_text(
-            f"<testsuites><testsuite name='{name}' tests='3' failures='1' errors='0' skipped='{skipped}'/></testsuites>"
-        )
-    whole = tmp_path / "whole.xml"
-    assert gpu_results.add_tests(whole, tmp_path / "a", "x") == {"tests": 3, "failures": 1, "errors": 0, "skipped": 0}
-    assert gpu_results.add_tests(whole, tmp_path / "b", "y")["skipped"] == 1
-    gpu_results.add_tests(whole, tmp_path / "b", "y")  # run again: instead of before
-    assert [suite.get("part") for suite in ElementTree.parse(whole).getroot()] == ["x", "y"]
-    (tmp_path / "half").write_text("<testsuites><testsu")
-    assert "unreadable" in gpu_results.add_tests(whole, tmp_path / "half", "z")
-    assert len(ElementTree.parse(whole).getroot()) == 2
 
 
 @pytest.mark.slow
@@ -482,33 +407,3 @@ def test_the_whole_suite_killed_twice_and_gone_on_with(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert {name: parts[name] for name in finished} == {name: known[name] for name in finished}  # not run again
     assert all("left_out" in part or part["exit_code"] == 0 for part in parts.values())
-
-
-def test_the_numbers_in_the_readme_are_those_of_the_result() -> None:
-    data = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h200.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-
-    def row(label: str, q: dict[str, Any], stages: dict[str, float] | None = None) -> str:
-        times = [f"{q[k]:.2f}" for k in ("p50", "p99", "p999")]
-        parts = [""] * 3 if stages is None else [f"{stages[s]:.2f}" for s in ("vae", "backbone", "action_head")]
-        return re.sub(r"\|  (?=\|)", "| ", f"| {label} | {' | '.join([*times, str(q['samples']), *parts])} |")
-
-    spaced = data["spaced_robocasa_gr1"]
-    bfloat16, libero = data["latency_library_robocasa_gr1"], data["ratio_libero"]
-    for line in (
-        row("GR1, head bfloat16", bfloat16["engine"], bfloat16["stages"]["engine"]),
-        row("GR1, head float32 (the published choice)", spaced["engine"], spaced["stages"]["engine"]),
-        row("the same, one chunk every 1/30 s", spaced["spaced"]),
-        row("LIBERO, head float32", libero["engine"], libero["stages"]["engine"]),
-    ):
-        assert line in readme
-    for name, label in (("robocasa_gr1", "GR1"), ("libero", "LIBERO")):
-        found = data[f"ratio_{name}"]
-        q, stages = found["baseline"], found["stages"]["baseline"]
-        numbers = [*(f"{q[k]:.0f}" for k in ("p50", "p99", "p999")), str(q["samples"])]
-        numbers += [f"{stages[s]:.1f}" for s in ("vae", "backbone", "action_head")]
-        text = f"published schedule, {label}, with its text encoder ({stages['text']:.0f} ms)"
-        assert f"| {text} | {' | '.join(numbers)} |" in readme
-        assert f"{found['ratio']['total']:.1f}" == "9.6"
-        assert "alternation: 9.6 for each of the two" in readme
-    assert not data["suite"]["failed"]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit4dit.benchmarks import agreement, contenders, flops, harness, latency, latency_report, roofline, sampling
-from dit4dit.benchmarks.recording import Recording, Terminated
+from dit4dit.benchmarks import agreement, contenders, flops, latency, latency_report, roofline, sampling
+from dit4dit.benchmarks.recording import Recording
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -393,53 +393,6 @@ def test_the_slowest_samples_keep_their_places() -> None:
     assert [f["sample"] for f in found] == list(range(29, 9, -1))
 
 
-def nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = folder / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-
-def test_clocks_are_those_under_load_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nvidia_smi(tmp_path, "sleep 0.1; echo '1980, 3201, 41, [N/A], 0x0000000000000004'; echo other", monkeypatch)
-    called: list[int] = []
-    want = {"sm_mhz": 1980.0, "memory_mhz": 3201.0, "celsius": 41.0, "watts": None, "reasons": "0x0000000000000004"}
-    assert harness.clocks(lambda: called.append(1)) == want
-    assert called
-    old = 'case "$1" in *clocks_event*) exit 2;; esac; echo "1, 2, 3, 4, 0x1"'
-    nvidia_smi(tmp_path, old, monkeypatch)
-    assert harness.clocks() == {"sm_mhz": 1, "memory_mhz": 2, "celsius": 3, "watts": 4, "reasons": "0x1"}
-    nvidia_smi(tmp_path, "echo 'No devices were found'; exit 6", monkeypatch)
-    assert harness.clocks() is None
-    nvidia_smi(tmp_path, "printf '\\377\\376'", monkeypatch)
-    assert harness.clocks() is None
-    monkeypatch.setattr(harness, "PATIENCE", 0.2)
-    nvidia_smi(tmp_path, "exec sleep 30", monkeypatch)
-    begin = time.monotonic()
-    assert harness.clocks() is None
-    assert time.monotonic() - begin < 10
-    (tmp_path / "nvidia-smi").unlink()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert harness.clocks() is None
-
-
-def test_a_gpu_that_nvidia_smi_knows_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_gpu_id", lambda: ["--id=GPU-0"])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    nvidia_smi(tmp_path, 'case "$*" in *--id*) exit 6;; esac; echo "1, 2, 3, 4, 0x1"', monkeypatch)
-    found = harness.clocks()
-    assert found is not None
-    assert found["sm_mhz"] == 1
-
-
-def test_the_machine_names_versions_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIT4DIT_COMMIT", "abc123")
-    found = harness.machine()
-    assert found["commit"] == "abc123"
-    assert all(found[name] for name in ("numpy", "transformers", "diffusers"))
-    assert {"gpu_driver", "cudnn", "triton"} <= set(found)
-
-
 def test_a_report_that_cannot_be_drawn_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -467,38 +420,3 @@ def test_a_page_of_next_to_nothing(tmp_path: Path) -> None:
     start = {"preset": "tiny", "dtype": "float32", "cut": {"by": "killed", "during": "model", "left": ["engine"]}}
     assert "killed" in latency_report.write(tmp_path / "a.html", start).read_text()
     assert latency.rows(start) == []
-
-
-def test_a_second_sigterm_does_not_end_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit4dit.benchmarks import recording
-
-    out, write = tmp_path / "r.json", recording.write_json
-
-    def slow(path: Path, data: dict) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        write(path, data)
-
-    monkeypatch.setattr(recording, "write_json", slow)
-    record = Recording(out)
-    record.result["block"] = 1
-    with pytest.raises(Terminated), record:
-        record.during("samples", ["roofline"])  # the signal comes while the file is written
-    data = json.loads(out.read_text())
-    assert data["block"] == 1
-    assert data["cut"] == {"by": "SIGTERM", "during": "samples", "left": ["roofline"]}
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_what_a_sigterm_breaks_is_still_its_doing(tmp_path: Path) -> None:
-    """Interrupted, the capture of a CUDA graph ends with an error of its own."""
-
-    def interrupted() -> None:
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        except Terminated:
-            raise RuntimeError("capture failed") from None
-
-    with pytest.raises(Terminated) as end, Recording(tmp_path / "r.json"):
-        interrupted()
-    assert end.value.code == 143
-    assert json.loads((tmp_path / "r.json").read_text())["cut"]["by"] == "SIGTERM"

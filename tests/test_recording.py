@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dit4dit.benchmarks import recording
+from dit4dit.benchmarks import (
+    recording,
+)
 from dit4dit.benchmarks.contenders import Clock
 from dit4dit.benchmarks.recording import TERMINATED, Recording, Terminated
 from dit4dit.benchmarks.sampling import Sampler
@@ -168,3 +170,38 @@ def test_what_the_time_left_out_is_missing_once(tmp_path: Path, monkeypatch) -> 
         record.keep()
         assert json.loads(path.read_text())["cut"]["left"] == ["engine alone: 8 of 9"]
     assert json.loads(path.read_text())["cut"]["left"] == ["engine alone: 8 of 9"]
+
+
+def test_a_second_sigterm_does_not_end_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit4dit.benchmarks import recording
+
+    out, write = tmp_path / "r.json", recording.write_json
+
+    def slow(path: Path, data: dict) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(path, data)
+
+    monkeypatch.setattr(recording, "write_json", slow)
+    record = Recording(out)
+    record.result["block"] = 1
+    with pytest.raises(Terminated), record:
+        record.during("samples", ["roofline"])  # the signal comes while the file is written
+    data = json.loads(out.read_text())
+    assert data["block"] == 1
+    assert data["cut"] == {"by": "SIGTERM", "during": "samples", "left": ["roofline"]}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_a_sigterm_breaks_is_still_its_doing(tmp_path: Path) -> None:
+    """Interrupted, the capture of a CUDA graph ends with an error of its own."""
+
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            raise RuntimeError("capture failed") from None
+
+    with pytest.raises(Terminated) as end, Recording(tmp_path / "r.json"):
+        interrupted()
+    assert end.value.code == 143
+    assert json.loads((tmp_path / "r.json").read_text())["cut"]["by"] == "SIGTERM"

@@ -92,3 +92,8 @@ class Case:
 
 def tiny(horizon: int = 8, **change: Any) -> HeadConfig:
     return HeadConfig(**{**TINY, "action_horizon": horizon, **change})
+
+
+def small_head(horizon: int) -> HeadConfig:
+    """What the benchmarks of the head take instead of a released one."""
+    return HeadConfig(num_layers=2, num_heads=2, head_dim=16, hidden_size=32, output_dim=32, action_horizon=horizon)
