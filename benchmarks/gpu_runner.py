@@ -281,8 +281,7 @@ class Job:
 
 
 def prepare_process() -> None:
-    """In a new process: it hears SIGINT also where the suite is in the background, and on Linux it ends with the suite."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """In a new process, on Linux: it ends with the suite, also where that is killed."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

@@ -221,6 +221,7 @@ def settings_of(out: Path, scratch: Path, environment: dict[str, str]) -> Settin
 
 def run(out: Path, before: Path | None, only: Sequence[str], make: Callable[[Settings], list[Part]] = parts) -> int:
     """Exit code 1 when a part failed, of this call or of one before that is kept."""
+    # parts have the default of what is handled here: pytest gets its SIGINT also where the suite, in the background, ignored it
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, terminate)
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:

@@ -107,6 +107,7 @@ def test_every_program_is_called_by_its_path_and_every_op_is_timed(tmp_path: Pat
     settings = gpu_runner.Settings(out=tmp_path, scratch=tmp_path, python="/x/python")
     parts = gpu_suite.parts(settings)
     assert {part.command[0] for part in parts} == {"/x/python", "bash"}
+    assert {part.grace for part in parts if part.stop == signal.SIGINT} == {14}  # xdist waits for 10 s
     marks = [part.command[part.command.index("-m", 3) + 1] for part in parts if part.name.startswith("gpu_tests")]
     assert marks == ["gpu and not alone", "gpu and alone"]
     timed = [word for part in parts if part.name.startswith("ops") for word in part.command]
