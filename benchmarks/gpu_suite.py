@@ -24,11 +24,12 @@ Environment:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ ALONE = ("--chunks", "10", "--engine-chunks", "300")
 BESIDE_PUBLISHED = ("--baseline", "--chunks", "20", "--engine-chunks", "100")
 MOST_PRESETS = 5
 """With a page each, and the result, the log and the XML: eight files, which is what some machines send back."""
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SANITIZED = ("preprocess", "action_ode", "self_attention")
 
 
@@ -221,10 +223,7 @@ def settings_of(out: Path, scratch: Path, environment: dict[str, str]) -> Settin
 
 def run(out: Path, before: Path | None, only: Sequence[str], make: Callable[[Settings], list[Part]] = parts) -> int:
     """Exit code 1 when a part failed, of this call or of one before that is kept."""
-    # parts have the default of what is handled here: pytest gets its SIGINT also where the suite, in the background, ignored it
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, terminate)
-    with tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="gpu-suite-") as scratch:
         settings = settings_of(out, Path(scratch), dict(os.environ))
         todo = make(settings)
         unknown = sorted(set(only) - {part.name for part in todo})
@@ -237,9 +236,22 @@ def run(out: Path, before: Path | None, only: Sequence[str], make: Callable[[Set
     return 1 if whole["failed"] else 0
 
 
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A signal ends the suite: the part that runs is ended, and the result written. Afterwards the handlers are those before.
+
+    Parts have the default of what is handled here: pytest gets its SIGINT also where the suite, in the background, ignored it.
+    """
+    before = {number: signal.signal(number, terminate) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def terminate(number: int, frame: Any) -> None:
-    """A signal that ends the suite: the part that runs is ended, and the result written."""
-    for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for other in ENDING:
         signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
 

@@ -249,7 +249,9 @@ def test_a_setting_that_cannot_be_is_refused_by_its_name(
 ) -> None:
     monkeypatch.setenv("DEVICE", "cpu")
     monkeypatch.setenv(variable, value)
+    before = [signal.getsignal(number) for number in gpu_suite.ENDING]
     assert gpu_suite.main(["run", str(tmp_path / "out")]) == 2
+    assert [signal.getsignal(number) for number in gpu_suite.ENDING] == before
     assert f"error: {variable}: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
