@@ -15,7 +15,6 @@ from dit4dit.embodiments import TABLETOP
 from dit4dit.errors import OutputError
 from dit4dit.evaluation.plan import Episode, Plan
 from dit4dit.evaluation.rollout import Options, evaluate
-from dit4dit.evaluation.tabletop import hold
 from dit4dit.evaluation.workers import Launch
 from dit4dit.types import Noise
 
@@ -75,7 +74,7 @@ def make_plan(count: int = 6, launch: Launch = LAUNCH, tasks: int = 2, **options
     for i in range(count):
         mine = {**options, **(trouble if i == 0 else {})}
         episodes.append(Episode("suite", f"task {i % tasks}", i // tasks, i, 100 + i, "eval_worlds:world", mine))
-    return Plan("worlds", "tabletop", launch, tuple(episodes), hold, {"count": count, "options": options})
+    return Plan("worlds", "tabletop", launch, tuple(episodes), {"count": count, "options": options})
 
 
 def play(

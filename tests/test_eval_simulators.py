@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dit4dit import cli
@@ -34,7 +33,7 @@ def test_plan_of_libero_is_the_published_protocol() -> None:
     large = libero.plan(Launch(), ["libero_90"])
     assert len(large.episodes) == 90 * 50
     assert large.episodes[0].options["max_steps"] == 400
-    assert plan.hold(np.array([0.1] * 6 + [1], np.float32)).tolist() == [0] * 6 + [1]
+    assert plan.embodiment == "libero"
 
 
 def test_plan_of_gr1_is_the_published_protocol() -> None:

@@ -1,4 +1,4 @@
-"""A robot as data: its cameras, its state and action keys in order, how they are encoded, and its gripper rule.
+"""A robot as data: its cameras, its state and action keys in order, how they are encoded, what each action asks for, its gripper.
 
 The same object serves training and inference. `observe` and `command` translate between the robot's (or simulator's) own
 dictionaries and named data; everything below works on named data only.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,24 +22,57 @@ from dit4dit.types import Observation
 Array = NDArray[np.float32]
 StateEncoding = Literal["sin_cos", "normalized"]
 Resize = Literal["cv2_area", "bilinear"]
+Kind = Literal["position", "angle", "velocity", "relative", "binary"]
+"""What an action asks for: an absolute target (an `angle` wraps at pi), a speed, a displacement, or one of two commands."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+KEPT = frozenset({"position", "angle", "binary"})
+"""Kinds whose last value, sent again, moves nothing; of the others it is zero that moves nothing."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One named part of the state or action vector."""
+    """One named part of the state or action vector.
+
+    Attributes:
+        kind: of an action; None where nobody has said it, and then the robot cannot be told to stand still.
+        moves: of an action, the state key of the same size that it moves, value for value; a position is a target for it.
+        clip: of an action, the largest magnitude that the robot or simulator takes; what is beyond it clips.
+        unit: of a state, "m" or "rad" where it is one of them.
+    """
 
     name: str
     dim: int = 1
     normalization: Mode = "min_max"
+    kind: Kind | None = None
+    moves: str | None = None
+    clip: float | None = None
+    unit: Literal["m", "rad"] | None = None
 
 
 @dataclass(frozen=True)
 class Gripper:
-    """One action dimension that the model decides: below `threshold` it becomes 0, else 1, before un-normalisation."""
+    """One action dimension that the model decides: below `threshold` it becomes 0, else 1, before un-normalisation.
+
+    Attributes:
+        open: which of the two opens the fingers; the other closes them.
+        opening: named state -> how far they are open, in a unit of the robot's own.
+    """
 
     index: int
     threshold: float
-    meaning: str
+    open: Literal[0, 1]
+    opening: Callable[[Mapping[str, Any]], float]
+
+    @property
+    def close(self) -> int:
+        """The value that closes the fingers."""
+        return 1 - self.open
+
+    @property
+    def meaning(self) -> str:
+        """The rule in words."""
+        low, high = ("open", "close") if self.open == 0 else ("close", "open")
+        return f"model value < {self.threshold:g} -> 0 ({low}), else 1 ({high})"
 
 
 @dataclass(frozen=True)
@@ -64,6 +98,19 @@ class Embodiment:
     """Filter that brings each view to the model's size at inference; training uses `bilinear`."""
     gripper: Gripper | None = None
     notes: tuple[str, ...] = field(default=())
+    kind_hint: str = "give its Key a kind"
+    """What to do about an action key that has no kind, for the message; KEY in it becomes the key's name."""
+
+    def __post_init__(self) -> None:
+        sizes = {key.name: key.dim for key in self.state}
+        for key in self.action:
+            if key.moves is not None and sizes.get(key.moves) != key.dim:
+                raise ConfigError(
+                    f"embodiment {self.name!r}: action {key.name!r} moves {key.moves!r}: expected a state key of {key.dim} "
+                    f"values, got {sizes.get(key.moves, 'none')}"
+                )
+        if self.gripper is not None and not 0 <= self.gripper.index < self.action_dim:
+            raise ConfigError(f"embodiment {self.name!r}: gripper: no action {self.gripper.index} of {self.action_dim}")
 
     @property
     def state_dim(self) -> int:
@@ -84,6 +131,54 @@ class Embodiment:
     def action_names(self) -> tuple[str, ...]:
         """One name per action dimension: "x", or "left_arm.0" where a key has several."""
         return tuple(key.name if key.dim == 1 else f"{key.name}.{i}" for key in self.action for i in range(key.dim))
+
+    @property
+    def places(self) -> dict[str, slice]:
+        """Action key -> its place in a row of actions."""
+        ends = np.cumsum([key.dim for key in self.action]).tolist()
+        return {key.name: slice(end - key.dim, end) for key, end in zip(self.action, ends, strict=True)}
+
+    @cached_property
+    def _kept(self) -> NDArray[np.bool_]:
+        """Action dimensions whose last value moves nothing [A]; ConfigError where a key has no kind."""
+        for key in self.action:
+            if key.kind is None:
+                raise ConfigError(
+                    f"embodiment {self.name!r}: action {key.name!r}: nothing says whether it is an absolute target or a "
+                    f"displacement, so how the robot stands still is unknown; {self.kind_hint.replace('KEY', key.name)}"
+                )
+        return np.array([key.kind in KEPT for key in self.action for _ in range(key.dim)], dtype=bool)
+
+    def hold(self, last: Array) -> Array:
+        """The row that keeps the robot where it is, for steps without a chunk: an absolute target stays what was commanded last,
+        a displacement and a velocity become 0, a gripper keeps its command.
+
+        Args:
+            last: the row that was executed last, in robot units [A].
+
+        Raises:
+            ConfigError: an action key has no kind.
+        """
+        if np.shape(last) != (self.action_dim,):
+            raise InputError(
+                f"embodiment {self.name!r}: hold: expected a row of {self.action_dim} actions, got shape {list(np.shape(last))}"
+            )
+        return np.where(self._kept, last, 0).astype(np.float32)
+
+    def still(self, state: Mapping[str, Any], rest: Array | None = None) -> Array:
+        """The row that keeps a robot that has not been commanded yet where its named `state` says that it is: `hold` of a row
+        whose targets are the measured state. The gripper opens.
+
+        Args:
+            rest: row [A] for targets whose place the state does not tell; zeros where None.
+        """
+        row = np.zeros(self.action_dim, np.float32) if rest is None else np.array(rest, dtype=np.float32)
+        for key in self.action:
+            if key.moves is not None:
+                row[self.places[key.name]] = np.asarray(state[key.moves]).reshape(-1)
+        if self.gripper is not None:
+            row[self.gripper.index] = self.gripper.open
+        return self.hold(row)
 
     def state_chain(self, statistics: Statistics, width: int) -> Chain:
         """Raw state [..., state_dim] <-> the model's state [..., width]."""

@@ -40,8 +40,14 @@ G1 = Embodiment(
     name="g1",
     tag="new_embodiment",
     views=("ego_view",),
-    state=tuple(Key(name, dim, "q99") for name, dim in BODY),
-    action=tuple(Key(name, dim) for name, dim in ACTION),
+    state=tuple(Key(name, dim, "q99", unit="m" if name == "base_height" else "rad") for name, dim in BODY),
+    action=(
+        *(Key(name, dim, kind="position", moves=name) for name, dim in BODY),
+        # without a chunk the robot stops walking; the heading stays the one that it was told last: 0 is a place on the compass
+        # too, and would turn it there
+        Key("base_velocity", 3, kind="velocity"),
+        Key("target_yaw", 1, kind="angle"),
+    ),
     state_encoding="normalized",
     rate_hz=30.0,
     observe=observe,

@@ -37,8 +37,9 @@ GR1 = Embodiment(
     name="gr1",
     tag="gr1",
     views=("ego_view",),
-    state=tuple(Key(name, dim) for name, dim in PARTS),
-    action=tuple(Key(name, dim) for name, dim in PARTS),
+    state=tuple(Key(name, dim, unit="rad") for name, dim in PARTS),
+    # a hand's state lists its joints in another order than its action, so no value of one is the target of the other's
+    action=tuple(Key(name, dim, kind="position", moves=None if name.endswith("hand") else name) for name, dim in PARTS),
     state_encoding="sin_cos",
     rate_hz=20.0,
     observe=observe,

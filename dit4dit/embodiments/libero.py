@@ -50,18 +50,27 @@ def record(sent: Any) -> Array:
     return out
 
 
+def opening(state: Mapping[str, Any]) -> float:
+    """Metres between the two fingers, whose joints move in opposite directions."""
+    pad, other = (float(np.asarray(state[key]).reshape(-1)[0]) for key in ("pad", "gripper"))
+    return pad - other
+
+
 LIBERO = Embodiment(
     name="libero",
     tag="franka",
     views=("primary_image", "wrist_image"),
-    state=tuple(Key(name) for name in STATE),
-    action=(*(Key(name) for name in ACTION[:6]), Key("gripper", normalization="none")),
+    state=tuple(Key(name, unit="rad" if name in ("roll", "pitch", "yaw") else "m") for name in STATE),
+    action=(
+        *(Key(name, kind="relative", moves=name, clip=1.0) for name in ACTION[:6]),
+        Key("gripper", normalization="none", kind="binary"),
+    ),
     state_encoding="sin_cos",
     rate_hz=20.0,
     observe=observe,
     command=command,
     record=record,
-    gripper=Gripper(index=6, threshold=0.5, meaning="model value < 0.5 -> 0 (close), else 1 (open)"),
+    gripper=Gripper(index=6, threshold=0.5, open=1, opening=opening),
     notes=(
         "pad and gripper are the two finger joints; roll, pitch, yaw are the axis-angle vector",
         "rate_hz is the simulator's control rate; a data set's own rate is in its meta/info.json",

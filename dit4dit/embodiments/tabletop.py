@@ -12,6 +12,7 @@ from dit4dit.types import Observation
 
 STATE = ("x", "y", "grip")
 ACTION = ("x", "y", "grip")
+REACH = 0.21  # m from the middle, which the world's gripper does not leave
 
 
 def observe(raw: Mapping[str, Any]) -> Observation:
@@ -26,17 +27,25 @@ def command(action: Array) -> Array:
     return np.asarray(action, dtype=np.float32)
 
 
+def opening(state: Mapping[str, Any]) -> float:
+    """Of the fingers: 0 closed, 1 open."""
+    return float(np.asarray(state["grip"]).reshape(-1)[0])
+
+
 TABLETOP = Embodiment(
     name="tabletop",
     tag="tabletop",
     views=("top",),
-    state=tuple(Key(name) for name in STATE),
-    action=(Key("x", normalization="mean_std"), Key("y", normalization="mean_std"), Key("grip", normalization="none")),
+    state=(Key("x", unit="m"), Key("y", unit="m"), Key("grip")),
+    action=(
+        *(Key(name, normalization="mean_std", kind="position", moves=name, clip=REACH) for name in ACTION[:2]),
+        Key("grip", normalization="none", kind="binary"),
+    ),
     state_encoding="normalized",
     rate_hz=10.0,
     observe=observe,
     command=command,
     record=command,
     resize="bilinear",
-    gripper=Gripper(index=2, threshold=0.5, meaning="model value < 0.5 -> 0 (open), else 1 (close)"),
+    gripper=Gripper(index=2, threshold=0.5, open=0, opening=opening),
 )

@@ -7,8 +7,8 @@ all K rows) and its rows 0..E-1 are executed.
 
 With a latency of x ms the chunk comes d = ceil(x / control period) steps late, and what the robot does in the meantime is
 
-  hold      it stands still: d rows of `hold`, then rows 0..E-1 of the chunk, whose motion was planned from where the robot still
-            is; then the next chunk is asked for. One cycle takes d + E steps.
+  hold      it stands still: d rows of the embodiment's `hold`, then rows 0..E-1 of the chunk, whose motion was planned from
+            where the robot still is; then the next chunk is asked for. One cycle takes d + E steps.
   continue  it goes on with the chunk before, at the rows meant for these steps; then rows d, d+1, ... of the new chunk, in place
             of the old ones. The next chunk is asked for max(E, d) steps after this one. Where d + E > K a chunk ends before the
             next one is there; the missing steps are held.

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dit4dit.embodiments import GR1
 from dit4dit.errors import ConfigError, did_you_mean
 from dit4dit.evaluation.plan import Episode, Plan, derived_seed
@@ -82,9 +79,4 @@ def plan(
             Episode("gr1", task, k, seed + k, derived_seed(seed, "gr1", task, k), "gr1", options) for k in range(trials)
         ]
     about = {"tasks": list(tasks), "trials": trials, "seed": seed, "max_steps": max_steps}
-    return Plan("gr1", GR1.name, launch, tuple(episodes), hold, about)
-
-
-def hold(last: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Absolute targets: the last ones again. [29] -> [29]"""
-    return last.copy()
+    return Plan("gr1", GR1.name, launch, tuple(episodes), about)

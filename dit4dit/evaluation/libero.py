@@ -12,9 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dit4dit.embodiments import LIBERO
 from dit4dit.errors import ConfigError, did_you_mean
 from dit4dit.evaluation.plan import Episode, Plan, derived_seed
@@ -86,9 +83,4 @@ def plan(
         "settle_steps": settle_steps,
         "camera": camera,
     }
-    return Plan("libero", LIBERO.name, launch, tuple(episodes), hold, about)
-
-
-def hold(last: NDArray[np.float32]) -> NDArray[np.float32]:
-    """No motion; the gripper stays as it was last told. [7] -> [7]"""
-    return np.array([*[0.0] * 6, last[6]], dtype=np.float32)
+    return Plan("libero", LIBERO.name, launch, tuple(episodes), about)

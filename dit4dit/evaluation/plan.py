@@ -5,17 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from dit4dit.errors import ConfigError
 from dit4dit.evaluation.workers import Launch
 
-Row = NDArray[np.float32]
 Key = tuple[str, str, int]
 
 
@@ -56,8 +52,6 @@ class Plan:
         embodiment: name of the robot that the policy must be for.
         launch: how a worker is started.
         episodes: in the order in which they are begun, as far as workers are free.
-        hold: last executed row [A] in robot units -> the row that keeps the robot where it is, for steps without a chunk
-            (`execution`).
         about: what the plan was made from, for run.json; a run that goes on must be told the same.
         shard: (i, n), the part of the plan that `episodes` is, 1 <= i <= n.
     """
@@ -66,7 +60,6 @@ class Plan:
     embodiment: str
     launch: Launch
     episodes: tuple[Episode, ...]
-    hold: Callable[[Row], Row]
     about: Mapping[str, Any]
     shard: tuple[int, int] = (1, 1)
 

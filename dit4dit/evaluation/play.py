@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -68,14 +68,7 @@ class Play:
             "actions_hash": None,
         }
 
-    def run(
-        self,
-        worker: Worker,
-        facts: Mapping[str, Any],
-        policy: Predictor,
-        server: BatchedPolicy,
-        hold: Callable[..., Any],
-    ) -> None:
+    def run(self, worker: Worker, facts: Mapping[str, Any], policy: Predictor, server: BatchedPolicy) -> None:
         """Play to the end."""
         filmed = self._options.videos != "none"
         start = worker.reset(self.episode.seed, self.episode.trial, pictures=filmed)
@@ -85,7 +78,7 @@ class Play:
             self._video = Video(self._half, facts["rate_hz"])
             self._video.add(start["picture"])
         policy.prepare(instruction).result()
-        executor = Executor(self._options.execution, facts["rate_hz"], hold)
+        executor = Executor(self._options.execution, facts["rate_hz"], policy.embodiment.hold)
         successes: list[bool] = []
         executed = hashlib.blake2b(digest_size=16)
         at_chunk_ends = done = False

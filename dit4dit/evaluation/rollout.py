@@ -60,11 +60,14 @@ def evaluate(
         on_episode: called with each new record, from the players' threads, one at a time.
 
     Raises:
-        ConfigError: the policy is for another robot, options that do not fit, or a folder with another run.
+        ConfigError: the policy is for another robot, options that do not fit, a robot that cannot be held while a chunk is late,
+            or a folder with another run.
         KeyboardInterrupt: handed on once the workers have ended; the run can go on with `resume`.
     """
     check_robot(policy, plan)
     options.execution.check(horizon)
+    if options.execution.latency is not None:
+        policy.embodiment.hold(np.zeros(policy.embodiment.action_dim, np.float32))  # or the run ends in its middle
     server = BatchedPolicy(policy, options.batch)
     book = Book(folder, configuration(plan, options, about_policy), resume=resume)
     try:
@@ -281,7 +284,7 @@ class Player(threading.Thread):
         try:
             self._ready(episode)
             assert self._worker is not None
-            play.run(self._worker, self._facts, self._policy, self._server, self._plan.hold)
+            play.run(self._worker, self._facts, self._policy, self._server)
             return play, None
         except (SimulatorError, OutputError) as error:
             if isinstance(error, SimulatorError):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dit4dit.embodiments import TABLETOP
 from dit4dit.envs.tabletop import PICTURES, TEST_SEEDS_FROM
 from dit4dit.errors import ConfigError
@@ -40,11 +37,5 @@ def plan(
             Episode("tabletop", "put_block_on_plate", trial, seed + trial, seed + trial, "tabletop", options)
             for trial in range(episodes)
         ),
-        hold=hold,
         about={"episodes": episodes, "seed": seed, **options},
     )
-
-
-def hold(last: NDArray[np.float32]) -> NDArray[np.float32]:
-    """No displacement; the fingers stay as they were last told. [3] -> [3]"""
-    return np.array([0.0, 0.0, last[2]], dtype=np.float32)
