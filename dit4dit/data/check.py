@@ -157,7 +157,7 @@ def _warnings(
         out.append(
             f"no meta/modality.json: keys are {'the standard ones of the robot' if recording else 'whole columns'}"
         )
-    relative = [] if recording is None else [source.name for source in recording.action if not source.where.absolute]
+    relative = [] if recording is None else [source.name for source in recording.action if source.where.relative]
     if relative:
         out.append(f"relative actions, zero past the end of an episode: {', '.join(relative)}")
     return out

@@ -18,6 +18,7 @@ from dit4dit.data.robots import Catalogue, Entry
 from dit4dit.data.samples import Recording, SampleReader, Window
 from dit4dit.data.statistics import mixture_statistics
 from dit4dit.data.video import Backend
+from dit4dit.embodiments.embodiment import Kind
 from dit4dit.errors import ConfigError, DataError
 
 Split = Literal["train", "heldout"]
@@ -55,7 +56,7 @@ class Mixture:
         Raises:
             DataError: a damaged data set, with file and row (with `skip_bad` only where no episode is left), or a frame rate
                 that the entry does not declare.
-            ConfigError: an unknown robot, or one that does not fit.
+            ConfigError: an unknown robot, one that does not fit, or data sets that contradict each other about its actions.
         """
         entries = [one for entry in entries for one in matching(entry, root)]
         recordings, skipped, without = [], [], []
@@ -77,7 +78,7 @@ class Mixture:
             skipped += problems
             without.append(bad)
         names = tuple(entry.dataset for entry in entries)
-        return cls(names, tuple(recordings), tuple(e.weight for e in entries), tuple(skipped), tuple(without))
+        return cls(names, _agreed(recordings), tuple(e.weight for e in entries), tuple(skipped), tuple(without))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -172,3 +173,28 @@ def _open(entry: Entry, root: Path, catalogue: Catalogue, backend: Backend, prog
             f"{data.meta.info}: fps: the mixture declares {entry.fps:g}, the data set has {data.fps:g}; mend whichever is wrong"
         )
     return Recording.of(data, robot)
+
+
+def _agreed(recordings: Sequence[Recording]) -> tuple[Recording, ...]:
+    """The recordings, each robot's actions with the kinds that any of its data sets says; ConfigError where two contradict."""
+    said: dict[tuple[str, str], tuple[Kind, str]] = {}
+    for recording in recordings:
+        robot = recording.embodiment
+        for key in robot.action:
+            if key.kind is None:
+                continue
+            kind, where = said.setdefault((robot.name, key.name), (key.kind, recording.data.modality.where))
+            if kind != key.kind:
+                raise ConfigError(
+                    f"robot {robot.name!r}: action.{key.name} is {kind} in {where} and {key.kind} in "
+                    f"{recording.data.modality.where}; one policy cannot learn both: give them to two robots, or correct one"
+                )
+    out = []
+    for recording in recordings:
+        robot = recording.embodiment
+        known = {name: kind for (of, name), (kind, _) in said.items() if of == robot.name}
+        if any(key.kind is None and key.name in known for key in robot.action):
+            action = tuple(replace(key, kind=known.get(key.name)) for key in robot.action)
+            recording = replace(recording, embodiment=replace(robot, action=action))
+        out.append(recording)
+    return tuple(out)

@@ -21,10 +21,16 @@ class Slice:
     column: str
     start: int
     end: int
-    absolute: bool = True
-    """False for actions relative to the present: nothing to do is zero, not the last value."""
+    absolute: bool | None = None
+    """Of actions: False for displacements, True for targets, None where the file does not say."""
     rotation: str | None = None
     """How the values represent a rotation, where they do."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether nothing to do is zero, not the last value; an action of which nothing is said counts as absolute, as the
+        published loader has it."""
+        return self.absolute is False
 
     @property
     def size(self) -> int:
@@ -150,9 +156,9 @@ def _slice(entry: Mapping[str, Any], default: str, features: Mapping[str, Any], 
         raise DataError(
             f"{where}: expected 0 <= start < end <= {size} (the width of {column!r}), got {start} and {end}"
         )
-    absolute = entry.get("absolute", True)
-    if not isinstance(absolute, bool):
-        raise DataError(f"{where}: absolute: expected true or false, got {absolute!r}")
+    absolute = entry.get("absolute")
+    if not isinstance(absolute, bool) and "absolute" in entry:
+        raise DataError(f"{where}: absolute: expected true or false, got {absolute!r:.60}")
     found = Slice(column, int(start), int(end), absolute, entry.get("rotation_type"))  # type: ignore[arg-type]
     if found.rotation is not None and source_size(str(found.rotation), where) != found.size:
         size = source_size(str(found.rotation), where)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.config import build
-from dit4dit.data.rotations import TARGETS
+from dit4dit.data.rotations import TARGETS, zero_is_no_turn
 from dit4dit.embodiments import EMBODIMENTS
-from dit4dit.embodiments.embodiment import Array, Embodiment, Key, field_of, join_action, split_action
+from dit4dit.embodiments.embodiment import KINDS, Array, Embodiment, Key, Kind, field_of, join_action, split_action
 from dit4dit.errors import ConfigError, did_you_mean
 from dit4dit.transforms import Mode
 from dit4dit.types import Observation
@@ -37,6 +37,7 @@ class Robot:
     state: tuple[str, ...] = ()
     action: tuple[str, ...] = ()
     normalization: dict = field(default_factory=dict)
+    kinds: dict = field(default_factory=dict)
     sin_cos_state: bool = False
     target_rotations: dict = field(default_factory=dict)
     modality: dict = field(default_factory=dict)
@@ -46,13 +47,22 @@ class Robot:
         if not self.language.startswith("annotation."):
             raise ConfigError(f"{where}: language: expected 'annotation.<key>', got {self.language!r}")
         keys = [f"state.{key}" for key in self.state] + [f"action.{key}" for key in self.action]
-        for option in ("normalization", "target_rotations"):
+        for option in ("normalization", "kinds", "target_rotations"):
+            known = keys if option != "kinds" else [f"action.{key}" for key in self.action]
             for key in getattr(self, option):
-                if key not in keys:
-                    raise ConfigError(f"{where}: {option}: unknown key {key!r}{did_you_mean(str(key), keys)}")
+                if key not in known:
+                    raise ConfigError(f"{where}: {option}: unknown key {key!r}{did_you_mean(str(key), known)}")
         for key, mode in self.normalization.items():
             if mode not in MODES:
                 raise ConfigError(f"{where}: normalization of {key}: expected one of {', '.join(MODES)}, got {mode!r}")
+        for key, kind in self.kinds.items():
+            if kind not in KINDS:
+                raise ConfigError(f"{where}: kind of {key}: expected one of {', '.join(KINDS)}, got {kind!r:.60}")
+            if kind == "relative" and not zero_is_no_turn(self.target_rotations.get(key)):
+                turn = self.target_rotations[key]
+                raise ConfigError(
+                    f"{where}: kind of {key}: zeros as {turn} are no rotation; make its target axis_angle"
+                )
         for key, target in self.target_rotations.items():
             if target not in TARGETS:
                 raise ConfigError(f"{where}: rotation of {key}: expected one of {', '.join(TARGETS)}, got {target!r}")
@@ -67,17 +77,21 @@ class Robot:
         """Key of the task's annotation in modality.json."""
         return self.language.removeprefix("annotation.")
 
-    def to_embodiment(self, sizes: Mapping[str, int], rate_hz: float, where: str) -> Embodiment:
+    def to_embodiment(
+        self, sizes: Mapping[str, int], rate_hz: float, where: str, absolute: Mapping[str, bool] | None = None
+    ) -> Embodiment:
         """What the policy calls this robot.
 
         Args:
             sizes: values of each key as a sample holds it, by "state.<key>" and "action.<key>".
             rate_hz: frames per second of the data, for a robot that the policy does not know yet.
             where: the data set, for the message.
+            absolute: action key -> what the data set says of it: True a target, False a displacement.
 
         Raises:
-            ConfigError: the policy knows the robot, with other sizes.
+            ConfigError: the policy knows the robot, with other sizes; or the data's displacements are targets for this robot.
         """
+        absolute = absolute or {}
         if self.embodiment is not None:
             known = EMBODIMENTS[self.embodiment]
             for part, listed in (("state", known.state), ("action", known.action)):
@@ -88,20 +102,48 @@ class Robot:
                             f"{where}: {part}.{key.name}: robot {self.name!r} has {key.dim} values there, the data set {got}; "
                             "choose another robot, or mend modality.json"
                         )
+            for key in known.action:
+                self._check_displacements(key.name, key.kind, absolute, where)
             return known
         return Embodiment(
             name=self.name,
             tag=self.tag,
             views=self.video,
             state=self._keys("state", self.state, sizes),
-            action=self._keys("action", self.action, sizes),
+            action=tuple(
+                replace(key, kind=self._kind(key.name, absolute, where))
+                for key in self._keys("action", self.action, sizes)
+            ),
             state_encoding="sin_cos" if self.sin_cos_state else "normalized",
             rate_hz=rate_hz,
             observe=_Observe(self),
             command=_Command(tuple((key, sizes[f"action.{key}"]) for key in self.action)),
             record=_Record(tuple((key, sizes[f"action.{key}"]) for key in self.action)),
             resize="bilinear",
+            kind_hint=(
+                f'give action.KEY "absolute": true (a target) or false (a displacement) in meta/modality.json of its data '
+                f"({where} does not say it), or `kinds: {{action.KEY: position}}` (or relative) to the robot in the file of "
+                "robots; a turn by a quaternion, a matrix or rotation_6d needs a target_rotations: axis_angle"
+            ),
         )
+
+    def _kind(self, key: str, absolute: Mapping[str, bool], where: str) -> Kind | None:
+        """What an action asks for: as this robot's entry says it, else as the data do; None where neither does."""
+        kind: Kind | None = self.kinds.get(f"action.{key}")
+        if kind is None and self.normalization.get(f"action.{key}") == "binary":
+            kind = "binary"
+        self._check_displacements(key, kind, absolute, where)
+        if kind is None and key in absolute:
+            kind = "position" if absolute[key] else "relative"
+        return kind
+
+    def _check_displacements(self, key: str, kind: Kind | None, absolute: Mapping[str, bool], where: str) -> None:
+        # the reverse is let pass: "absolute": true is the format's default, which tools write without a look at the data
+        if kind in ("position", "angle") and absolute.get(key) is False:
+            raise ConfigError(
+                f'{where}: action.{key}: "absolute" is false there, and robot {self.name!r} takes a target ({kind}): what is '
+                "trained on displacements would be sent as places; choose another robot, or correct modality.json"
+            )
 
     def _keys(self, part: str, names: Sequence[str], sizes: Mapping[str, int]) -> tuple[Key, ...]:
         return tuple(
@@ -132,8 +174,9 @@ def described(embodiment: Embodiment) -> str | dict[str, Any]:
     if robot is None:
         return embodiment.name
     parts = {"state": embodiment.state, "action": embodiment.action}
+    kinds = {f"action.{key.name}": key.kind for key in embodiment.action if key.kind is not None}
     return {
-        "robot": asdict(robot),
+        "robot": asdict(replace(robot, kinds=kinds)),
         "sizes": {f"{part}.{key.name}": key.dim for part, keys in parts.items() for key in keys},
         "rate_hz": embodiment.rate_hz,
     }
@@ -146,7 +189,10 @@ def restored(data: Mapping[str, Any], where: str) -> Embodiment:
         for key in keys:
             if f"{part}.{key}" not in stored.sizes:
                 raise ConfigError(f"{where}.sizes: missing key '{part}.{key}'; add it")
-    return stored.robot.to_embodiment(stored.sizes, stored.rate_hz, where)
+    made = stored.robot.to_embodiment(stored.sizes, stored.rate_hz, where)
+    return replace(
+        made, kind_hint=f'add "action.KEY": "position" or "relative" to robot.kinds of {where} in its config.json'
+    )
 
 
 @dataclass(frozen=True)
@@ -277,7 +323,7 @@ def _robot(name: str, data: Any, where: str) -> Robot:
             known = ", ".join(EMBODIMENTS)
             near = did_you_mean(str(chosen), list(EMBODIMENTS))
             raise ConfigError(f"{where}: robots.{name}.embodiment: unknown {chosen!r}{near}; known: {known}")
-        its_own = ("tag", "video", "state", "action", "normalization", "sin_cos_state", "target_rotations")
+        its_own = ("tag", "video", "state", "action", "normalization", "kinds", "sin_cos_state", "target_rotations")
         for key in its_own:
             if key in data:
                 raise ConfigError(f"{where}: robots.{name}.{key}: embodiment {chosen!r} decides it; leave it out")

@@ -99,6 +99,12 @@ _SOURCES: dict[str, Callable[[Any], Array]] = {
 }
 
 
+def zero_is_no_turn(name: str | None) -> bool:
+    """Whether zeros in this representation turn nothing; as quaternion, matrix or rotation_6d they are no rotation at all. None
+    is no rotation."""
+    return name is None or name == "axis_angle" or _euler_order(name) is not None
+
+
 def source_size(name: str, where: str) -> int:
     """How many values the representation `name` has; ConfigError when it is unknown."""
     if _euler_order(name) is not None:

@@ -21,7 +21,7 @@ from dit4dit.config import ModelConfig
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.modality import Slice
 from dit4dit.data.robots import Robot
-from dit4dit.data.rotations import TARGETS, convert
+from dit4dit.data.rotations import TARGETS, convert, zero_is_no_turn
 from dit4dit.embodiments.embodiment import Embodiment
 from dit4dit.errors import ConfigError, DataError
 from dit4dit.ops.preprocess import preprocess
@@ -170,6 +170,12 @@ class KeySource:
         return self.where.size if self.target is None else TARGETS[self.target][0]
 
     @property
+    def says_what_it_is(self) -> bool:
+        """Of an action: whether the data say if it is a target or a displacement, and zeros, if a displacement, move nothing."""
+        rotation = self.where.rotation if self.target is None else self.target
+        return self.where.absolute is not None and (self.where.absolute or zero_is_no_turn(rotation))
+
+    @property
     def converted(self) -> bool:
         return self.target is not None and self.target != self.where.rotation
 
@@ -219,7 +225,8 @@ class Recording:
                     "convert the data set to video"
                 )
         sizes = {f"{part}.{source.name}": source.size for part, sources in parts.items() for source in sources}
-        embodiment = robot.to_embodiment(sizes, data.fps, modality.where)
+        said = {source.name: bool(source.where.absolute) for source in parts["action"] if source.says_what_it_is}
+        embodiment = robot.to_embodiment(sizes, data.fps, modality.where, said)
         language = modality.find("annotation", robot.annotation)
         return cls(data, robot, embodiment, parts["state"], parts["action"], cameras, language)
 
@@ -241,7 +248,7 @@ class Recording:
     @property
     def relative(self) -> NDArray[np.bool_]:
         """True on action dimensions that are zero, not repeated, past the end of an episode."""
-        return np.array([not source.where.absolute for source in self.action for _ in range(source.size)])
+        return np.array([source.where.relative for source in self.action for _ in range(source.size)])
 
 
 class SampleReader:

@@ -7,7 +7,7 @@ It cannot see whether a picture is mirrored, or a camera stands elsewhere: that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +26,12 @@ Row = NDArray[np.float32]
 Verdict = Literal["ok", "unusual", "contradiction", "not tested"]
 UNUSUAL, CONTRADICTION = 0.1, 1.0
 """How far outside the training data's range a value may lie, in widths of that range."""
-STEPS = 10
-"""Steps in which fingers are told to open, and to close, and joints to stay."""
-DRIFT = 0.5
-"""rad; joints that are told to stay where they are do not go further than this, unless they were told something else."""
+STEPS, HELD = 10, 20
+"""Steps in which fingers are told to open, and to close, and a robot to settle; and those that it is then held."""
+AWAY = {"m": 0.05, "rad": 0.5}
+"""A robot that is told to stay does not go further than this, unless it was told something else."""
+DRIFT = {"m": 1e-3, "rad": 1e-2}
+"""Once it has settled, a robot that is held does not move more than this."""
 
 
 @dataclass(frozen=True)
@@ -40,42 +42,6 @@ class Finding:
     verdict: Verdict
     text: str
     numbers: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Fingers:
-    """A gripper that one action value opens and another closes.
-
-    Attributes:
-        open, close: rows of actions in robot units that do nothing else.
-        opening: named state -> how far it is open.
-    """
-
-    open: Row
-    close: Row
-    opening: Callable[[Mapping[str, Any]], float]
-
-
-def _one(state: Mapping[str, Any], key: str) -> float:
-    return float(np.asarray(state[key]).reshape(-1)[0])
-
-
-FINGERS = {
-    "libero": Fingers(
-        open=np.array([0, 0, 0, 0, 0, 0, 1], np.float32),
-        close=np.array([0, 0, 0, 0, 0, 0, 0], np.float32),
-        opening=lambda state: _one(state, "pad") - _one(state, "gripper"),
-    ),
-    "tabletop": Fingers(
-        open=np.array([0, 0, 0], np.float32),
-        close=np.array([0, 0, 1], np.float32),
-        opening=lambda state: _one(state, "grip"),
-    ),
-}
-ABSOLUTE = {"gr1": ("left_arm", "right_arm", "waist")}
-"""Keys whose actions are targets for the state of the same name, in the same order."""
-DELTA_LIMIT = {"libero": 1.0}
-"""What the simulator clips every action but the gripper's to."""
 
 
 def examine(
@@ -187,18 +153,19 @@ def states(robot: Embodiment, statistics: Statistics, seen: Sequence[Observation
 
 
 def actions(robot: Embodiment, statistics: Statistics, rows: Row) -> Finding:
-    """The first chunk beside what the simulator takes; their statistics' range holds by construction."""
-    limit = DELTA_LIMIT.get(robot.name)
-    if limit is None:
+    """The first chunk beside what the robot or simulator takes; their statistics' range holds by construction."""
+    clips = np.array([key.clip or np.inf for key in robot.action for _ in range(key.dim)])
+    if not np.isfinite(clips).any():
         return _beside("action", rows, statistics.action, robot.action_names)
-    free = [i for i in range(robot.action_dim) if robot.gripper is None or i != robot.gripper.index]
-    most = float(np.abs([statistics.action.min[free], statistics.action.max[free]]).max())
+    largest = np.maximum(np.abs(statistics.action.min), np.abs(statistics.action.max))
+    worst = int((largest / clips).argmax())
+    most, limit = float(largest[worst]), float(clips[worst])
     numbers = {
         "largest_in_statistics": most,
         "simulator_clips_at": limit,
-        "largest_of_chunk": float(np.abs(rows[:, free]).max()),
+        "largest_of_chunk": float(np.abs(rows[:, worst]).max()),
     }
-    text = f"the data's largest is {most:.3g}, the simulator clips at {limit:g}"
+    text = f"the data's largest {robot.action_names[worst]} is {most:.3g}, the simulator clips at {limit:g}"
     verdict: Verdict = (
         "ok" if most <= limit * (1 + UNUSUAL) else "unusual" if most <= limit * (1 + CONTRADICTION) else "contradiction"
     )
@@ -218,15 +185,17 @@ def gripper_statistics(robot: Embodiment, statistics: Statistics) -> Finding:
 
 
 def fingers(robot: Embodiment, worker: Worker, episode: Episode) -> Finding:
-    """Tell the fingers to close, to open and to close, and watch them."""
-    probe = FINGERS.get(robot.name)
-    if probe is None:
+    """Tell the fingers to close, to open and to close, and watch them; nothing else is told to move."""
+    gripper = robot.gripper
+    if gripper is None:
         return Finding("fingers", "not tested", f"no gripper of {robot.name} is known that one action value opens")
-    _reset(worker, episode, robot)
+    first, _ = _reset(worker, episode, robot)
+    row = robot.still(first.state)
     measured = []
-    for row in (probe.close, probe.open, probe.close):
+    for value in (gripper.close, gripper.open, gripper.close):
+        row[gripper.index] = value
         seen = _take(worker, robot, np.repeat(row[None], STEPS, axis=0))
-        measured.append(probe.opening(seen.state))
+        measured.append(gripper.opening(seen.state))
     shut, opened, again = measured
     numbers = {"closed": shut, "opened": opened, "closed_again": again}
     text = f"opening {shut:.3f} after 'close', {opened:.3f} after 'open', {again:.3f} after 'close'"
@@ -237,43 +206,46 @@ def fingers(robot: Embodiment, worker: Worker, episode: Episode) -> Finding:
 
 
 def standing_still(robot: Embodiment, statistics: Statistics, worker: Worker, episode: Episode) -> Finding:
-    """Absolute targets: joints that are told to be where they are, stay; and the data's targets lie where the joints are."""
-    keys = ABSOLUTE.get(robot.name)
-    if keys is None:
-        return Finding("absolute targets", "not tested", f"the actions of {robot.name} are no joint targets")
+    """A robot that is told to stay where it is stays there; and the data's targets lie where it is."""
+    units = {key.name: key.unit for key in robot.state if key.unit is not None}
+    moved = {key.moves: key for key in robot.action if key.moves in units}
+    if not moved or any(key.kind is None for key in robot.action):
+        return Finding("standing still", "not tested", f"what the actions of {robot.name} move is not known")
     first, _ = _reset(worker, episode, robot)
-    places = _places(robot)
     middle = (statistics.action.min + statistics.action.max) / 2
-    row = middle.astype(np.float32)
-    for key in keys:
-        row[places[key]] = first.state[key]
-    after = _take(worker, robot, np.repeat(row[None], STEPS, axis=0))
-    drift = {key: float(np.abs(np.asarray(after.state[key]) - first.state[key]).max()) for key in keys}
-    targets = statistics.action
-    outside = max(
-        float(_excess(np.asarray(first.state[key]), targets.min[places[key]], targets.max[places[key]]).max())
-        for key in keys
-    )
-    numbers = {"drift_rad": drift, "outside_of_targets": outside}
-    most = max(drift.values())
-    text = f"told to stay, joints move by {most:.3f} rad at most in {STEPS} steps"
-    if most > DRIFT:
+    row = robot.still(first.state, middle.astype(np.float32))
+    settled = _take(worker, robot, np.repeat(row[None], STEPS, axis=0))
+    after = _take(worker, robot, np.repeat(robot.hold(row)[None], HELD, axis=0))
+    away = {name: _way(units[name], first.state[name], after.state[name]) for name in moved}
+    drift = {name: _way(units[name], settled.state[name], after.state[name]) for name in moved}
+    targets, outside = statistics.action, 0.0
+    for name, key in moved.items():
+        if key.kind in ("position", "angle"):
+            place = robot.places[key.name]
+            excess = _excess(np.asarray(first.state[name]), targets.min[place], targets.max[place])
+            outside = max(outside, float(excess.max()))
+    numbers = {"moved": away, "drift": drift, "outside_of_targets": outside}
+    farthest = max(away, key=lambda name: away[name] / AWAY[units[name]])
+    text = f"told to stay, {farthest} moves by {away[farthest]:.2g} {units[farthest]} in {STEPS + HELD} steps"
+    if away[farthest] > AWAY[units[farthest]]:
         return Finding(
-            "absolute targets", "contradiction", f"{text}: the simulator takes something else than targets", numbers
+            "standing still", "contradiction", f"{text}: the simulator takes its actions for something else", numbers
         )
     if outside > CONTRADICTION:
         text += f"; but the first pose is {outside:.1f} widths outside the range of the data's targets"
-        return Finding("absolute targets", "contradiction", text, numbers)
-    return Finding("absolute targets", "ok" if outside <= UNUSUAL else "unusual", text, numbers)
+        return Finding("standing still", "contradiction", text, numbers)
+    drifting = [f"{name} {way:.2g} {units[name]}" for name, way in drift.items() if way > DRIFT[units[name]]]
+    if drifting:
+        text += f"; in the last {HELD} of them, settled and held, still {', '.join(drifting)}"
+    return Finding("standing still", "unusual" if drifting or outside > UNUSUAL else "ok", text, numbers)
 
 
-def _places(robot: Embodiment) -> dict[str, slice]:
-    """Action key -> its place in a row."""
-    out, start = {}, 0
-    for key in robot.action:
-        out[key.name] = slice(start, start + key.dim)
-        start += key.dim
-    return out
+def _way(unit: str, here: Any, there: Any) -> float:
+    """How far the farthest of a key's values went; an angle the short way round."""
+    way = np.asarray(there, dtype=np.float64) - np.asarray(here, dtype=np.float64)
+    if unit == "rad":
+        way = (way + np.pi) % (2 * np.pi) - np.pi
+    return float(np.abs(way).max())
 
 
 def _reset(worker: Worker, episode: Episode, robot: Embodiment) -> tuple[Observation, str]:

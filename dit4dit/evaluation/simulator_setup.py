@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dit4dit.embodiments import GR1, LIBERO, Embodiment
 from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation.gr1 import TASKS, environment_id
 from dit4dit.evaluation.simulators import LIBRARIES, Graphics, Say, Simulator, install, make_environment, run
@@ -61,7 +62,7 @@ def setup_libero(
     install(simulator, say, first=torch)
     write_libero_config(simulator)
     link_assets(simulator, assets, say)
-    return first_step(simulator, graphics, "libero", {"suite": "libero_spatial", "task": 0}, [0.0] * 6 + [-1.0])
+    return first_step(simulator, graphics, "libero", {"suite": "libero_spatial", "task": 0}, LIBERO)
 
 
 def check_assets(folder: Path) -> None:
@@ -150,7 +151,7 @@ def setup_gr1(simulator: Simulator, graphics: Graphics, say: Say, *, python: str
             folder=tasks,
         )
         done.touch()
-    return first_step(simulator, graphics, "gr1", {"environment": environment_id(TASKS[0])}, None)
+    return first_step(simulator, graphics, "gr1", {"environment": environment_id(TASKS[0])}, GR1)
 
 
 def checkout(url: str, commit: str, folder: Path) -> None:
@@ -178,12 +179,9 @@ def git_head(folder: Path) -> str | None:
 
 
 def first_step(
-    simulator: Simulator, graphics: Graphics, environment: str, options: dict[str, Any], command: Any
+    simulator: Simulator, graphics: Graphics, environment: str, options: dict[str, Any], robot: Embodiment
 ) -> dict[str, Any]:
-    """Make an environment, reset it, step once: {"versions", "seconds", "picture": [H, W, 3]}.
-
-    command: None repeats the observed joints, which is what GR1's absolute targets need to stand still.
-    """
+    """Make an environment, reset it, step once, in which `robot` stands still: {"versions", "seconds", "picture": [H, W, 3]}."""
     log = simulator.folder / "first-step.log"
     log.unlink(missing_ok=True)
     start = time.perf_counter()
@@ -191,14 +189,8 @@ def first_step(
         with Worker(simulator.launch(graphics), log) as worker:
             made = worker.make(environment, options)
             seen = worker.reset(0, 0, pictures=True)
-            still = (
-                command
-                if command is not None
-                else {
-                    k.replace("state.", "action."): v for k, v in seen["observation"].items() if k.startswith("state.")
-                }
-            )
-            worker.step([still])
+            state = robot.observe(seen["observation"]).state
+            worker.step([robot.command(robot.still(state))])
     except SimulatorError as error:
         last = error.traceback.strip().splitlines()[-1:]
         raise SimulatorError(
