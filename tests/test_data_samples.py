@@ -195,6 +195,72 @@ def test_a_robot_of_the_users_with_rotations_and_binary_grippers(tmp_path: Path)
     )
     assert sample.actions[0, 6] == float(action[10, 6] > 0.5)
     assert (sample.actions[2:, :6] == 0).all()  # past the end, relative, not normalised
+    assert robot.hold(np.arange(1, 8, dtype=np.float32)).tolist() == [0] * 6 + [7]
+
+
+TURNED = {
+    "video": ["top"],
+    "action": ["turn", "grip"],
+    "language": "annotation.human.action.task_description",
+    "action_steps": 2,
+}
+
+
+def turned(folder: Path, name: str, absolute: bool | None, rotation: str | None = None) -> None:
+    """A data set of a robot whose action `turn` has 4 values, with its own modality.json; the robot is in my.yaml beside it."""
+    slot = {"start": 0, "end": 4, "rotation_type": rotation, "absolute": absolute}
+    modality = {
+        "action": {
+            "turn": {key: value for key, value in slot.items() if value is not None},
+            "grip": {"start": 4, "end": 5, "absolute": True},
+        },
+        "video": {"top": {"original_key": "top"}},
+        "annotation": {"human.action.task_description": {"original_key": "task_index"}},
+    }
+    (folder / "my.yaml").write_text(json.dumps({"robots": {"turned": TURNED}}))
+    with Writer(folder / name, 10, modality=modality, codec=VideoCodec.lossless()) as writer:
+        writer.add({"action": np.full((4, 5), 0.5, np.float32)}, {"top": np.zeros((4, 16, 16, 3), np.uint8)}, "go")
+
+
+@pytest.mark.parametrize(
+    ("absolute", "rotation", "kind"),
+    [
+        (True, "quaternion", "position"),
+        (False, "quaternion", None),
+        (None, "quaternion", None),
+        (False, None, "relative"),
+        (None, None, None),
+    ],
+)
+def test_what_an_action_asks_for_is_what_modality_says(tmp_path: Path, absolute, rotation, kind) -> None:
+    turned(tmp_path, "set", absolute, rotation)
+    (recording,) = open_one(tmp_path / "set", "turned", tmp_path / "my.yaml").recordings
+    robot, last = recording.embodiment, np.arange(1, 6, dtype=np.float32)
+    assert [key.kind for key in robot.action] == [kind, "position"]
+    assert recording.relative.tolist() == [absolute is False] * 4 + [False]
+    if kind is None:  # zeros are no quaternion
+        with pytest.raises(ConfigError, match=r"meta/modality.json of its data .*needs a target_rotations: axis_angle"):
+            robot.hold(last)
+    else:
+        assert robot.hold(last).tolist() == [*([1, 2, 3, 4] if absolute else [0] * 4), 5]
+
+
+def test_data_sets_of_one_robot_agree_about_its_actions(tmp_path: Path) -> None:
+    for name, absolute in (("silent", None), ("targets", True), ("more", True), ("deltas", False)):
+        turned(tmp_path, name, absolute)
+
+    def mixed(*names):
+        return Mixture.open([Entry(name, "turned") for name in names], tmp_path, catalogue(tmp_path / "my.yaml"))
+
+    made = mixed("silent", "targets", "more")
+    assert [r.embodiment.action[0].kind for r in made.recordings] == ["position"] * 3
+    with pytest.raises(ConfigError) as caught:
+        mixed("silent", "targets", "deltas")
+    said = str(caught.value)
+    assert "robot 'turned': action.turn is position in" in said
+    assert said.index("targets/meta/modality.json and relative in") < said.index(
+        "deltas/meta/modality.json; one policy"
+    )
 
 
 def test_a_rotation_that_does_not_say_what_it_is_is_refused(write_libero, tmp_path: Path) -> None:

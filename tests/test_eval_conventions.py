@@ -26,7 +26,7 @@ def statistics(state, action, tag="t"):
     return parse({tag: entry}, tag, "a test")
 
 
-WORLD = statistics([(-0.25, 0.25), (-0.25, 0.25), (0, 1)], [(-0.04, 0.04), (-0.04, 0.04), (0, 1)])
+WORLD = statistics([(-0.25, 0.25), (-0.25, 0.25), (0, 1)], [(-0.2, 0.2), (-0.2, 0.2), (0, 1)])
 
 
 class Still:
@@ -55,9 +55,12 @@ def test_the_tabletop_world_keeps_its_conventions(tmp_path) -> None:
         "action": "ok",
         "gripper data": "ok",
         "fingers": "ok",
-        "absolute targets": "not tested",
+        "standing still": "ok",
     }
     assert not module.contradictions(found)
+    numbers = found[-1].numbers
+    assert set(numbers["moved"]) == set(numbers["drift"]) == {"x", "y"}
+    assert max(*numbers["moved"].values(), *numbers["drift"].values()) < 1e-6
     from PIL import Image
 
     from dit4dit.envs.tabletop import TEST_SEEDS_FROM, TabletopEnv
@@ -83,6 +86,57 @@ def test_fingers_that_do_not_move_are_found(tmp_path) -> None:
     policy = Still(replace(TABLETOP, command=lambda row: np.array([row[0], row[1], 0], np.float32)))
     (wrong,) = module.contradictions(module.examine(policy, tabletop.plan(1), WORLD, tmp_path))
     assert "they do not move" in wrong.text
+
+
+def of_kind(kind):
+    return replace(TABLETOP, action=(*(replace(key, kind=kind) for key in TABLETOP.action[:2]), TABLETOP.action[2]))
+
+
+@pytest.mark.parametrize(
+    "robot",
+    [
+        pytest.param(of_kind("relative"), id="targets taken for displacements"),
+        pytest.param(of_kind("velocity"), id="targets taken for velocities"),
+        pytest.param(replace(TABLETOP, command=lambda row: row * np.float32([-1, 1, 1])), id="one axis turned"),
+        pytest.param(replace(TABLETOP, command=lambda row: row * np.float32([0.1, 0.1, 1])), id="another unit"),
+    ],
+)
+def test_actions_that_mean_something_else_are_found(robot, tmp_path) -> None:
+    (wrong,) = module.contradictions(module.examine(Still(robot), tabletop.plan(1), WORLD, tmp_path))
+    assert wrong.name == "standing still"
+    assert "told to stay, " in wrong.text
+    assert "the simulator takes its actions for something else" in wrong.text
+
+
+def test_a_first_pose_far_from_the_datas_targets_is_found(tmp_path) -> None:
+    elsewhere = statistics([(-0.25, 0.25), (-0.25, 0.25), (0, 1)], [(-0.2, -0.19), (-0.2, 0.2), (0, 1)])
+    (wrong,) = module.contradictions(module.examine(Still(), tabletop.plan(1), elsewhere, tmp_path))
+    assert "widths outside the range of the data's targets" in wrong.text
+
+
+def test_a_robot_that_settles_slowly_is_unusual() -> None:
+    class Sagging:
+        """Falls by a centimetre in 10 steps, and never stops."""
+
+        def reset(self, seed, trial):
+            self.x = 0.1
+            return {"observation": self.seen(), "instruction": ""}
+
+        def step(self, rows):
+            self.x -= 1e-3 * len(rows)
+            return {"observation": self.seen()}
+
+        def seen(self):
+            return {"image": np.zeros((64, 64, 3), np.uint8), "state": np.float32([self.x, 0, 1])}
+
+    found = module.standing_still(TABLETOP, WORLD, Sagging(), tabletop.plan(1).episodes[0])
+    assert found.verdict == "unusual"
+    assert (
+        "told to stay, x moves by 0.03 m in 30 steps; in the last 20 of them, settled and held, still x 0.02 m"
+        in found.text
+    )
+    nobody = replace(TABLETOP, action=tuple(replace(key, kind=None) for key in TABLETOP.action))
+    assert module.standing_still(nobody, WORLD, Sagging(), tabletop.plan(1).episodes[0]).verdict == "not tested"
 
 
 @pytest.mark.parametrize(
@@ -141,6 +195,17 @@ def test_states_are_held_against_the_data() -> None:
     assert module.states(TABLETOP, statistics(None, [(0, 1)] * 3), at(0)).verdict == "not tested"
     short = statistics([(0, 1)] * 2, [(0, 1)] * 3)
     assert "3 values, the checkpoint's statistics have 2" in module.states(TABLETOP, short, at(0)).text
+
+
+def test_actions_are_held_against_what_the_world_clips_at() -> None:
+    rows = np.zeros((8, 3), np.float32)
+    found = module.actions(TABLETOP, WORLD, rows)
+    assert (found.verdict, found.numbers["simulator_clips_at"]) == ("ok", 0.21)
+    for largest, verdict in ((0.23, "ok"), (0.3, "unusual"), (20.0, "contradiction")):
+        one = statistics(None, [(-0.2, 0.2), (-largest, 0.2), (0, 1)])
+        found = module.actions(TABLETOP, one, rows)
+        assert found.verdict == verdict
+        assert f"the data's largest y is {largest:g}, the simulator clips at 0.21" in found.text
 
 
 def test_libero_data_with_other_conventions_are_found() -> None:

@@ -29,6 +29,9 @@ from dit4dit.training.lerobot_data import LeRobotData
 pytest.importorskip("pyarrow")
 GOLDEN = Path(__file__).parent / "golden"
 MODALITY = catalogue().robot("libero_franka").modality
+KEYS = MODALITY["action"].items()
+SAID = {**MODALITY, "action": {key: {**slot, "absolute": key == "x"} for key, slot in KEYS if key != "gripper"}}
+SAID["action"]["gripper"] = MODALITY["action"]["gripper"]
 MINE = f"""
 robots:
   my_arm:
@@ -39,7 +42,7 @@ robots:
     sin_cos_state: true
     action_steps: 8
     language: annotation.human.action.task_description
-    modality: {json.dumps(MODALITY)}
+    modality: {json.dumps(SAID)}
 mixtures:
   franka: [{{dataset: lerobot_v3, robot: libero_franka}}]
   mine: [{{dataset: lerobot_v3, robot: my_arm}}]
@@ -82,6 +85,8 @@ def test_a_robot_of_ones_own_goes_with_its_checkpoint(file: Path, tmp_path: Path
     robot = policy.embodiment
     assert (robot.name, policy.codec.tag) == ("my_arm", "new_embodiment")
     assert [key.normalization for key in robot.action] == ["min_max", *["none"] * 5, "binary"]
+    assert named["embodiment"]["robot"]["kinds"]["action.x"] == "position"
+    assert robot.hold(np.arange(1, 8, dtype=np.float32)).tolist() == [1, 0, 0, 0, 0, 0, 7]
     images = {f"video.{view}": np.zeros((32, 32, 3), np.uint8) for view in robot.views}
     seen = robot.observe({**images, **{f"state.{key.name}": np.zeros(key.dim) for key in robot.state}})
     assert isinstance(seen, Observation)

@@ -66,7 +66,7 @@ def test_observations_are_the_robots_and_seeds_repeat(gr1) -> None:
     )
 
 
-def test_convention_check_knows_absolute_targets(gr1, tmp_path, capsys) -> None:
+def test_convention_check_knows_how_it_stands_still(gr1, tmp_path, capsys) -> None:
     joints = [(-1.5, 1.5)] * 3 + [(-2.5, 0.5)] + [(-1.5, 1.5)] * 3
     ranges = joints * 2 + [(-2.0, 2.0)] * 12 + [(-1.0, 1.0)] * 3
     run = checkpoint(tmp_path, "gr1_tiny", "gr1", ranges, ranges, side=32)
@@ -87,7 +87,8 @@ def test_convention_check_knows_absolute_targets(gr1, tmp_path, capsys) -> None:
         cli.main(["eval", "gr1", *words, "--out", str(out), "--check-only"])
     assert caught.value.code == 0, capsys.readouterr().out
     findings = {f["name"]: f for f in json.loads((out / "conventions.json").read_text())["findings"]}
-    assert findings["absolute targets"]["verdict"] == "ok"
-    assert max(findings["absolute targets"]["drift_rad"].values()) < 0.3
+    assert findings["standing still"]["verdict"] == "ok"
+    assert set(findings["standing still"]["moved"]) == {"left_arm", "right_arm", "waist"}
+    assert max(findings["standing still"]["moved"].values()) < 0.3
     assert findings["state"]["verdict"] != "contradiction"
     assert not Path(out / "run.json").exists(), "nothing was played"

@@ -53,7 +53,7 @@ def test_convention_check_before_the_run(libero, libero_checkpoint, tmp_path, ca
         "action": "ok",
         "gripper data": "ok",
         "fingers": "ok",
-        "absolute targets": "not tested",
+        "standing still": "ok",
     }
     assert found["fingers"]["opened"] > 0.06 > 0.02 > found["fingers"]["closed"], "metres between two fingers"
     seen, drawn = (np.asarray(Image.open(out / name)) for name in ("policy_input.png", "policy_views.png"))
