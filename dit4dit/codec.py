@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dit4dit import embodiments, stats
 from dit4dit.embodiments.embodiment import Embodiment
+from dit4dit.embodiments.state_range import StateRange
 from dit4dit.errors import ConfigError, did_you_mean
 from dit4dit.model.checkpoint import Checkpoint
 from dit4dit.transforms import Chain
@@ -14,12 +15,18 @@ from dit4dit.transforms import Chain
 
 @dataclass(frozen=True)
 class Codec:
-    """How one embodiment's named data become model values and back, for one checkpoint's statistics."""
+    """How one embodiment's named data become model values and back, for one checkpoint's statistics.
+
+    Attributes:
+        state: None for a model without a state token.
+        state_range: tells of states that are far from the training data's; None where it has nothing to compare them with.
+    """
 
     embodiment: Embodiment
     tag: str
     state: Chain | None
     action: Chain
+    state_range: StateRange | None = None
 
     @classmethod
     def for_checkpoint(cls, checkpoint: Checkpoint, wanted: str | Embodiment | None) -> Codec:
@@ -37,7 +44,8 @@ class Codec:
         statistics = stats.parse(checkpoint.statistics, tag, where)
         head = checkpoint.model.head
         state = None if head.state_dim is None else robot.state_chain(statistics, head.state_dim)
-        return cls(robot, tag, state, robot.action_chain(statistics, head.action_dim))
+        action = robot.action_chain(statistics, head.action_dim)
+        return cls(robot, tag, state, action, StateRange.of(robot, statistics, state))
 
 
 def choose_embodiment(checkpoint: Checkpoint, wanted: str | Embodiment | None) -> tuple[Embodiment, str | None]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,10 @@ from numpy.typing import NDArray
 from dit4dit.embodiments.embodiment import check_picture
 from dit4dit.errors import InputError
 
+log = logging.getLogger(__name__)
 Example = Mapping[str, Any]
+ASPECT = 0.05
+"""How far the first image's aspect may be from the joined one's before it looks like a single view, as a share of it."""
 
 
 def check(examples: Any) -> list[Example]:
@@ -87,3 +91,33 @@ def instructions(examples: Sequence[Example]) -> list[str]:
         if not isinstance(example.get("lang"), str):
             raise InputError(f"examples[{i}].lang: expected a string, got {example.get('lang')!r:.60}")
     return [str(example["lang"]) for example in examples]
+
+
+class Unjoined:
+    """Warns once of examples whose image is a list of single views, of which a policy would see the first alone."""
+
+    def __init__(self, views: int, size: tuple[int, int]) -> None:
+        """size: height and width of one view as the model has it."""
+        self._views, self._size = views, size
+        self._silent = views < 2
+
+    def look(self, examples: Sequence[Example]) -> None:
+        """Examples that `pictures` has taken. A list may hold the future frames of a joined image, so this is no error."""
+        if self._silent:
+            return
+        height, width = self._size
+        for i, example in enumerate(examples):
+            image = example["image"]
+            if not isinstance(image, (list, tuple)) or len(image) < 2:
+                continue
+            own = np.shape(image[0])
+            joined = self._views * width / height
+            if abs(own[1] / own[0] / joined - 1) > ASPECT + 1e-9:
+                self._silent = True
+                log.warning(
+                    "examples[%d].image: of a list of %d images only the first is used, %d x %d; the others count as future "
+                    "frames. This robot has %d views: join them side by side (numpy.concatenate(views, axis=1), %d x %d), or use "
+                    "infer(). Said once",
+                    *(i, len(image), own[0], own[1], self._views, height, self._views * width),
+                )
+                return

@@ -69,6 +69,7 @@ class Policy:
         self.codec = codec
         self.engine = engine
         self._runner = ModelRunner(model, codec) if engine is None else EngineRunner(engine, codec)
+        self._unjoined = published_examples.Unjoined(len(codec.embodiment.views), model.config.image_size)
         self._texts = Texts(model, Embedder(model, tokenizer, prompt_embeds), engine, packs)
 
     @classmethod
@@ -287,8 +288,11 @@ class Policy:
         found = published_examples.check(examples)
         noises = noises_of([noise] if isinstance(noise, Noise) else noise, len(found))
         pictures = published_examples.pictures(found, self.config.pixels_per_token)
+        self._unjoined.look(found)
         width = self.config.head.state_dim
         encoded = None if width is None else published_examples.encoded_states(found, width)
+        if encoded is not None and self.codec.state_range is not None:
+            self.codec.state_range.look_encoded(encoded)
         requests = [
             Request([pictures[i]], None if encoded is None else encoded[i], words, noises[i])
             for i, words in enumerate(published_examples.instructions(found))
@@ -380,7 +384,10 @@ class Policy:
         """Encoded state [1, state_dim]; None for a model without a state token, which looks at no state."""
         if self.codec.state is None:
             return None
-        return self.codec.state.forward(self.embodiment.state_vector(observation.state)[None])
+        raw = self.embodiment.state_vector(observation.state)
+        if self.codec.state_range is not None:
+            self.codec.state_range.look(raw)
+        return self.codec.state.forward(raw[None])
 
 
 _Result = tuple[Array, Array | None]

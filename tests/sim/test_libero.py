@@ -12,6 +12,7 @@ import pytest
 from checkpoints import LIBERO_ACTION
 from scripted import PickAndPlace
 
+from dit4dit.embodiments import LIBERO
 from dit4dit.errors import SimulatorError
 from dit4dit.evaluation import libero as benchmark
 from dit4dit.evaluation.conventions import policy_picture
@@ -139,6 +140,37 @@ def test_an_environment_repeats_itself_to_the_bit_with_cameras_on_and_off(libero
         assert not np.array_equal(seen["end agentview_image"], seen["start agentview_image"])
         with pytest.raises(SimulatorError, match="initial states 0 to 49"):
             worker.reset(7, 50)
+
+
+@pytest.mark.parametrize(
+    ("before", "settle"),
+    [
+        pytest.param(None, 10, id="at rest"),
+        pytest.param([0.5, 0.3, 0.5, 0.1, -0.1, 0.1, 1], 10, id="in motion"),
+        pytest.param([0, 0, 0.9, 0, 0, 0, 0], 10, id="lifting with closing fingers"),
+        # a turn of 0 leaves OSC_POSE the orientation that the last turn asked for, up to 0.5 rad ahead: it still gets there
+        pytest.param([0, 0, 0.3, 0, 0, 1, 1], 20, id="in the fastest turn"),
+    ],
+)
+def test_it_does_not_move_when_it_is_held(libero, before, settle) -> None:
+    plan = small_plan(libero, camera=32)
+    with Worker(plan.launch) as worker:
+        worker.make("libero", plan.episodes[0].options)
+        row = LIBERO.still(LIBERO.observe(worker.reset(7, 0)["observation"]).state)
+        if before is not None:
+            row = np.float32(before)
+            worker.step([LIBERO.command(row)] * 8)
+        seen = []
+        for _ in range(settle + 20):
+            row = LIBERO.hold(row)
+            seen.append(worker.step([LIBERO.command(row)])["observation"])
+    held = seen[settle - 1 :]
+    for name, most in (("robot0_eef_pos", 1e-3), ("robot0_gripper_qpos", 1e-3)):
+        assert np.abs(np.array([one[name] for one in held]) - held[0][name]).max() < most, name
+    turned = [2 * math.acos(min(1.0, abs(held[0]["robot0_eef_quat"] @ one["robot0_eef_quat"]))) for one in held]
+    assert max(turned) < 0.01
+    opening = LIBERO.gripper.opening(LIBERO.observe(held[-1]).state)
+    assert (opening > 0.06) == (row[6] == 1), "the fingers stay as they were told"
 
 
 def test_a_script_that_acts_through_commands_succeeds(libero, tmp_path) -> None:
