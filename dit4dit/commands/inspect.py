@@ -107,6 +107,7 @@ def conventions(checkpoint: Checkpoint, robot: Embodiment) -> dict[str, str]:
         "actions": ", ".join(f"{k.name}({k.dim})" for k in robot.action)
         + f"; the first {robot.action_dim} of the model's {model.head.action_dim} values",
         "action normalisation": ", ".join(f"{k.name}: {k.normalization}" for k in robot.action),
+        "kinds of actions": ", ".join(f"{k.name}: {k.kind or 'not said'}" for k in robot.action),
         "gripper": "no rule" if robot.gripper is None else f"action {robot.gripper.index}: {robot.gripper.meaning}",
         "chunk": f"{model.head.action_horizon} actions at {robot.rate_hz:g} Hz = "
         f"{model.head.action_horizon / robot.rate_hz:.2f} s, {model.head.num_inference_timesteps} Euler steps",

@@ -142,35 +142,39 @@ def test_an_environment_repeats_itself_to_the_bit_with_cameras_on_and_off(libero
             worker.reset(7, 50)
 
 
-@pytest.mark.parametrize(
-    ("before", "settle"),
-    [
-        pytest.param(None, 10, id="at rest"),
-        pytest.param([0.5, 0.3, 0.5, 0.1, -0.1, 0.1, 1], 10, id="in motion"),
-        pytest.param([0, 0, 0.9, 0, 0, 0, 0], 10, id="lifting with closing fingers"),
+def test_it_does_not_move_when_it_is_held(libero) -> None:
+    """1 mm and 0.01 rad in 20 steps, once it has settled for 10."""
+    motions = {
+        "at rest": (None, 10),
+        "in motion": ([0.5, 0.3, 0.5, 0.1, -0.1, 0.1, 1], 10),
+        "lifting with closing fingers": ([0, 0, 0.9, 0, 0, 0, 0], 10),
         # a turn of 0 leaves OSC_POSE the orientation that the last turn asked for, up to 0.5 rad ahead: it still gets there
-        pytest.param([0, 0, 0.3, 0, 0, 1, 1], 20, id="in the fastest turn"),
-    ],
-)
-def test_it_does_not_move_when_it_is_held(libero, before, settle) -> None:
+        "in the fastest turn": ([0, 0, 0.3, 0, 0, 1, 1], 20),
+    }
     plan = small_plan(libero, camera=32)
     with Worker(plan.launch) as worker:
         worker.make("libero", plan.episodes[0].options)
-        row = LIBERO.still(LIBERO.observe(worker.reset(7, 0)["observation"]).state)
-        if before is not None:
-            row = np.float32(before)
-            worker.step([LIBERO.command(row)] * 8)
-        seen = []
-        for _ in range(settle + 20):
-            row = LIBERO.hold(row)
-            seen.append(worker.step([LIBERO.command(row)])["observation"])
-    held = seen[settle - 1 :]
-    for name, most in (("robot0_eef_pos", 1e-3), ("robot0_gripper_qpos", 1e-3)):
-        assert np.abs(np.array([one[name] for one in held]) - held[0][name]).max() < most, name
-    turned = [2 * math.acos(min(1.0, abs(held[0]["robot0_eef_quat"] @ one["robot0_eef_quat"]))) for one in held]
-    assert max(turned) < 0.01
-    opening = LIBERO.gripper.opening(LIBERO.observe(held[-1]).state)
-    assert (opening > 0.06) == (row[6] == 1), "the fingers stay as they were told"
+
+        def held(row, steps):
+            for _ in range(steps):
+                row = LIBERO.hold(row)
+                rows.append(LIBERO.command(row))
+            seen = worker.step(rows)["observation"]
+            rows.clear()
+            return row, seen
+
+        for motion, (before, settle) in motions.items():
+            row = LIBERO.still(LIBERO.observe(worker.reset(7, 0)["observation"]).state)
+            rows = [] if before is None else [LIBERO.command(np.float32(before))] * 8
+            row, first = held(row if before is None else np.float32(before), settle)
+            for _ in range(4):
+                row, seen = held(row, 5)
+                assert np.abs(seen["robot0_eef_pos"] - first["robot0_eef_pos"]).max() < 1e-3, motion
+                assert np.abs(seen["robot0_gripper_qpos"] - first["robot0_gripper_qpos"]).max() < 1e-3, motion
+                turned = 2 * math.acos(min(1.0, abs(first["robot0_eef_quat"] @ seen["robot0_eef_quat"])))
+                assert turned < 0.01, motion
+            opening = LIBERO.gripper.opening(LIBERO.observe(seen).state)
+            assert (opening > 0.06) == (motion != "lifting with closing fingers"), "the fingers stay as they were told"
 
 
 def test_a_script_that_acts_through_commands_succeeds(libero, tmp_path) -> None:
