@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from dit4dit import stats
+from dit4dit.data.check import check
 from dit4dit.data.mixture import Mixture
 from dit4dit.data.robots import Entry, catalogue
 from dit4dit.data.rotations import convert, from_euler, to_quaternion
@@ -238,6 +239,10 @@ def test_what_an_action_asks_for_is_what_modality_says(tmp_path: Path, absolute,
     robot, last = recording.embodiment, np.arange(1, 6, dtype=np.float32)
     assert [key.kind for key in robot.action] == [kind, "position"]
     assert recording.relative.tolist() == [absolute is False] * 4 + [False]
+    warned = [
+        line for line in check(tmp_path / "set", robot=recording.robot)["warnings"] if "cannot be held: turn;" in line
+    ]
+    assert len(warned) == (kind is None)
     if kind is None:  # zeros are no quaternion
         with pytest.raises(ConfigError, match=r"meta/modality.json of its data .*needs a target_rotations: axis_angle"):
             robot.hold(last)

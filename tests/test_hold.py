@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from eval_standin import StandIn
 
 from dit4dit.data.robots import catalogue, described, restored
 from dit4dit.embodiments import EMBODIMENTS, G1, GR1, LIBERO, TABLETOP, Key
@@ -142,6 +143,27 @@ def test_a_run_with_latency_ends_before_it_begins_where_the_robot_cannot_be_held
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["position", "relative"])
+def test_late_chunks_are_waited_for_with_the_embodiments_rows(tmp_path: Path, kind) -> None:
+    sent = []
+
+    def command(row):
+        sent.append(row.tolist())
+        return row
+
+    action = (*(replace(key, kind=kind) for key in TABLETOP.action[:2]), TABLETOP.action[2])
+    policy = StandIn()
+    policy.embodiment = replace(TABLETOP, action=action, command=command)
+    options = Options(execution=Execution(2, latency=Latency(150.0)), batch=1, videos="none")
+    plan = benchmark.plan(1, max_steps=8)
+    (record,) = evaluate(policy, plan, options, tmp_path / "run", horizon=4, about_policy={"checkpoint": "a test's"})
+    assert (record["error"], record["held"], len(sent)) == (None, 4, 8)
+    for last in (1, 5):  # two rows of a chunk, two held
+        x, y, grip = sent[last]
+        assert x
+        assert sent[last + 1] == sent[last + 2] == ([x, y, grip] if kind == "position" else [0, 0, grip])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -223,6 +245,7 @@ def test_where_nothing_says_it_the_error_names_the_key_to_add(tmp_path: Path) ->
     [
         ("    kinds: {action.joint: position}\n", "kinds: unknown key 'action.joint'; did you mean 'action.joints'"),
         ("    kinds: {state.joints: position}\n", "kinds: unknown key 'state.joints'"),
+        ("  other:\n    embodiment: libero\n    kinds: {action.x: position}\n", "embodiment 'libero' decides it"),
         ("    kinds: {action.joints: absolute}\n", "kind of action.joints: expected one of position, angle, velocity"),
         (
             "    kinds: {action.joints: relative}\n    target_rotations: {action.joints: rotation_6d}\n",

@@ -160,4 +160,10 @@ def _warnings(
     relative = [] if recording is None else [source.name for source in recording.action if source.where.relative]
     if relative:
         out.append(f"relative actions, zero past the end of an episode: {', '.join(relative)}")
+    unsaid = [] if recording is None else [key.name for key in recording.embodiment.action if key.kind is None]
+    if unsaid:
+        out.append(
+            f"nothing says if these actions are targets or displacements, so the robot cannot be held: {', '.join(unsaid)}; give "
+            'them "absolute" in meta/modality.json, or `kinds` in the file of robots'
+        )
     return out
