@@ -39,6 +39,14 @@ class Gripper:
     index: int
     threshold: float
     meaning: str
+    opens: Literal[0, 1]
+    """The decided value that opens it; the other one closes it."""
+    opening: tuple[tuple[str, float], ...] = ()
+    """State keys and factors whose sum tells how far it is open; empty where the state does not tell."""
+
+    def word(self, value: int) -> str:
+        """What the decided value does: "open" or "close"."""
+        return "open" if value == self.opens else "close"
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,20 @@ class Embodiment:
         normalize = Normalize.from_stats(statistics.action, self._modes(self.action))
         threshold = () if self.gripper is None else (Threshold(self.gripper.index, self.gripper.threshold),)
         return Chain((normalize, *threshold, Pad(self.action_dim, width)))
+
+    def still(self, statistics: Statistics) -> str:
+        """Which action dimensions never moved in the data of `statistics`, in words; empty where all did, or their mode (binary,
+        none) does not scale by them.
+        """
+        value = Normalize.from_stats(statistics.action, self._modes(self.action)).constant
+        at = np.flatnonzero(~np.isnan(value))
+        if not len(at):
+            return ""
+        listed = ", ".join(f"{self.action_names[i]} = {value[i]:g}" for i in at[:8]) + ", ..." * (len(at) > 8)
+        return (
+            f"statistics {statistics.tag!r}: {len(at)} of {self.action_dim} action dimensions never moved in the data, and are "
+            f"always sent as the one value that they had: {listed}"
+        )
 
     @staticmethod
     def _modes(keys: tuple[Key, ...]) -> list[Mode]:

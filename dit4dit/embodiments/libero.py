@@ -61,7 +61,13 @@ LIBERO = Embodiment(
     observe=observe,
     command=command,
     record=record,
-    gripper=Gripper(index=6, threshold=0.5, meaning="model value < 0.5 -> 0 (close), else 1 (open)"),
+    gripper=Gripper(
+        index=6,
+        threshold=0.5,
+        meaning="model value < 0.5 -> 0 (close), else 1 (open)",
+        opens=1,
+        opening=(("pad", 1.0), ("gripper", -1.0)),
+    ),
     notes=(
         "pad and gripper are the two finger joints; roll, pitch, yaw are the axis-angle vector",
         "rate_hz is the simulator's control rate; a data set's own rate is in its meta/info.json",

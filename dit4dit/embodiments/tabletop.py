@@ -38,5 +38,11 @@ TABLETOP = Embodiment(
     command=command,
     record=command,
     resize="bilinear",
-    gripper=Gripper(index=2, threshold=0.5, meaning="model value < 0.5 -> 0 (open), else 1 (close)"),
+    gripper=Gripper(
+        index=2,
+        threshold=0.5,
+        meaning="model value < 0.5 -> 0 (open), else 1 (close)",
+        opens=0,
+        opening=(("grip", 1.0),),
+    ),
 )
