@@ -166,10 +166,10 @@ def _direction(
     parts = [[w * x for x in _values(recording, sources[key], 0, without)] for key, w in gripper.opening]
     openings = [np.sum(each, axis=0) for each in zip(*parts, strict=True)]
     open_ = [(command >= gripper.threshold) == bool(gripper.opens) for command in commands]
-    against, movements = travel(open_, openings)
-    r = strongest_correlation(open_, openings, recording.data.fps)
-    if not movements or against < AGAINST or r > CORRELATION:
+    found = runs_against(open_, openings, recording.data.fps)
+    if found is None:
         return None
+    against, movements, r = found
     formula = " ".join(f"{'+-'[w < 0]} {key}" for key, w in gripper.opening).removeprefix("+ ")
     return (
         f"{name}: the fingers run against the command: {100 * against:.0f} % of what they move in {movements} movements opens "
@@ -178,11 +178,24 @@ def _direction(
     )
 
 
+def runs_against(open_: Sequence[NDArray[np.bool_]], openings: Values, fps: float) -> tuple[float, int, float] | None:
+    """(`travel`, `strongest_correlation`) of episodes whose fingers clearly run against the command; None for all others.
+
+    Args:
+        open_: per episode whether "open" is commanded. openings: how far the fingers are open, in any unit.
+    """
+    against, movements = travel(open_, openings)
+    if not movements or against < AGAINST:
+        return None
+    r = strongest_correlation(open_, openings, fps)
+    return (against, movements, r) if r < CORRELATION else None
+
+
 def travel(open_: Sequence[NDArray[np.bool_]], openings: Values) -> tuple[float, int]:
     """Share of the fingers' travel that goes against the command, and how many movements that is of.
 
-    A movement is what the opening changed from one switch of the command to the next, where that is `MOVED` of the whole range or
-    more: fingers may follow late, stop at an object, or not move at all.
+    A movement is what the opening changed from just before the command switched until it switches again, where that is `MOVED` of
+    the whole range or more: fingers may follow at once or late, stop at an object, or not move at all.
     """
     low, high = np.percentile(np.concatenate(openings), [1, 99])
     right = wrong = 0.0
@@ -191,7 +204,7 @@ def travel(open_: Sequence[NDArray[np.bool_]], openings: Values) -> tuple[float,
         if not len(command):
             continue
         starts = np.r_[0, np.flatnonzero(np.diff(command)) + 1]
-        change = opening[np.r_[starts[1:], len(command) - 1]] - opening[starts]
+        change = opening[np.r_[starts[1:], len(command)] - 1] - opening[np.maximum(starts - 1, 0)]
         counted = np.abs(change) >= max(MOVED * (high - low), 1e-9)
         agrees = (change > 0) == command[starts]
         right += float(np.abs(change[counted & agrees]).sum())
