@@ -13,6 +13,7 @@ import torch
 
 from dit4dit import Observation, Policy
 from dit4dit.codec import Codec
+from dit4dit.commands.inspect import inspect
 from dit4dit.data.robots import Robot, catalogue, described, restored
 from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.embodiments.embodiment import Embodiment
@@ -197,6 +198,12 @@ def test_a_robot_that_went_with_its_checkpoint_has_its_modes(arms_only_run: Path
     codec = Codec.for_checkpoint(open_checkpoint(own), None)
     y = np.full((1, 32), 0.5, np.float32)
     np.testing.assert_allclose(codec.robot_units(y)[0, 14:], [0.04875, 0.04875], atol=1e-7)
+    shown = inspect(own, backbone=None, embodiment=None)["statistics"]["new_embodiment"]["action"]
+    assert [row["scaled"] for row in shown] == [True] * 16
+    alone = inspect(
+        arms_only_run, backbone=None, embodiment=None
+    )  # nobody says which robot: the file's mask is all there is
+    assert [row["scaled"] for row in alone["statistics"]["new_embodiment"]["action"]] == [True] * 14 + [False] * 2
 
 
 @pytest.fixture

@@ -7,11 +7,16 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dit4dit.codec import Codec
+from dit4dit.commands import report
 from dit4dit.data import statistics
 from dit4dit.data.lerobot import LeRobot
+from dit4dit.data.mixture import Mixture
+from dit4dit.data.robots import Entry, catalogue
 from dit4dit.embodiments import EMBODIMENTS, LIBERO
 from dit4dit.errors import CheckpointError, ConfigError, DataError
 from dit4dit.model import own_format
@@ -147,10 +152,27 @@ def test_statistics_that_are_all_zero_give_zeros(name: str) -> None:
     assert (out[:, scaled] == 0).all()
 
 
-def test_nothing_that_is_no_number_is_written(libero_data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_nothing_that_is_no_number_is_written(libero_data: Path, tmp_path: Path) -> None:
     data = LeRobot.open(libero_data / "v2.1")
     with pytest.raises(DataError, match=r"v2\.1: column 'action': mean of position 3 is nan"):
         statistics._cached(data, "action", (), "spoilt", lambda x: np.where(np.arange(7) == 3, np.nan, x))
     with pytest.raises(ValueError, match="Out of range float"):
         own_format.write_json(tmp_path / "statistics.json", {"franka": {"action": {"mean": [float("nan")]}}})
-    assert not (tmp_path / "statistics.json").exists()
+    with pytest.raises(ValueError, match="Out of range float"):
+        report.write_json(tmp_path / "statistics.json", {"franka": [float("inf")]}, allow_nan=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_says_what_never_moved(write_libero, tmp_path: Path) -> None:
+    root = write_libero(tmp_path / "set", lengths=(9, 9))
+    for file in root.rglob("*.parquet"):
+        table = pq.read_table(file)
+        rows = np.stack(table["action"].to_numpy())
+        rows[:, 2] = 0.5
+        kind = table.schema.field("action").type
+        pq.write_table(table.set_column(table.column_names.index("action"), "action", pa.array(list(rows), kind)), file)
+    (note,) = Mixture.open([Entry("set", "libero_franka")], tmp_path, catalogue()).notes
+    assert note == (
+        "statistics 'franka': 1 of 7 action dimensions never moved in the data, and are always sent as the one value that they "
+        "had: z = 0.5"
+    )
