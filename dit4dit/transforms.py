@@ -196,5 +196,4 @@ def inverse_table(chain: Chain) -> NDArray[np.float64]:
     fixed = ~np.isnan(normalize.constant)
     scale = np.where(fixed, 0.0, normalize.scale)
     offset = np.where(fixed, normalize.constant, normalize.offset)
-    scale, offset = np.where(normalize.decided, 1.0, scale), np.where(normalize.decided, 0.0, offset)
     return np.stack([at, normalize.low, normalize.high, scale, offset])

@@ -179,6 +179,21 @@ def test_what_is_right_passes(right: Path, theirs) -> None:
     Mixture.open([Entry("theirs", "libero_franka")], root.parent, catalogue())
 
 
+def test_damaged_episodes_do_not_count(theirs) -> None:
+    """Their rows are zeros in the cache, which would be commands to close."""
+    root = theirs(np.ones_like)
+    next(root.rglob("episode_000001.parquet")).unlink()
+    messages = [
+        error["message"] for error in check(root, robot=catalogue().robot("libero_franka"), decode=False)["errors"]
+    ]
+    assert messages[0].startswith("no such file")
+    assert messages[1].startswith(
+        "action.gripper: all 120 values lie above the threshold 0.5 (seen 1 to 1), so the policy would"
+    )
+    with pytest.raises(DataError, match="all 120 values lie above"):
+        Mixture.open([Entry("theirs", "libero_franka")], root.parent, catalogue(), skip_bad=True)
+
+
 @pytest.mark.parametrize("value, inside", [(-0.1, True), (1.1, True), (-0.11, False), (1.11, False)])
 def test_the_bounds(theirs, value: float, inside: bool) -> None:
     def change(column: np.ndarray) -> np.ndarray:
@@ -293,7 +308,8 @@ def test_the_tabletops_own_demonstrations_pass_and_reversed_ones_do_not(tmp_path
     """There 1 closes, and the opening is one number: the rule is the embodiment's, not LIBERO's."""
     from dit4dit.envs.demonstrations import demonstrate
 
-    for name, change in (("right", lambda c: c), ("reversed", lambda c: 1 - c), ("signs", lambda c: 2 * c - 1)):
+    changes = {"right": lambda c: c, "reversed": lambda c: 1 - c, "signs": lambda c: 2 * c - 1, "open": np.zeros_like}
+    for name, change in changes.items():
         with Writer(tmp_path / name, 10, codec=VideoCodec.lossless()) as writer:
             for number in range(2):
                 demo = demonstrate(number)
@@ -310,6 +326,8 @@ def test_the_tabletops_own_demonstrations_pass_and_reversed_ones_do_not(tmp_path
         DataError, match=r"signs: action.grip: .*-1 = open and \+1 = close make \(value \+ 1\) / 2; where"
     ):
         Mixture.open([Entry("signs", "tabletop")], tmp_path, catalogue())
+    with pytest.raises(DataError, match=r"open: action.grip: all .* so the policy would never close the gripper"):
+        Mixture.open([Entry("open", "tabletop")], tmp_path, catalogue())
 
 
 MINE = f"""
