@@ -75,7 +75,9 @@ def measure(
 
 
 def make(root: Path, seed: int = 0) -> Path:
-    """A data set with LIBERO's keys: smooth moving pictures, which compress as a camera's do, and random numbers."""
+    """A data set with LIBERO's keys: smooth moving pictures, which compress as a camera's do, and random numbers, but for a
+    gripper that closes in the second half of an episode (LIBERO's 1 = open) with both fingers.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: MADE["height"], : MADE["width"]]
     with Writer(root, MADE["fps"], version="v2.1") as writer:
@@ -85,6 +87,8 @@ def make(root: Path, seed: int = 0) -> Path:
             waves = [128 + 100 * np.sin((x + shift) / (17 + 5 * c) + (y - shift) / (23 + episode)) for c in range(3)]
             pictures = (np.stack(waves, axis=-1) + rng.normal(0, 4, (n, *x.shape, 1))).clip(0, 255).astype(np.uint8)
             state, action = (rng.normal(size=(n, d)).astype(np.float32) for d in (8, 7))
+            action[:, 6] = np.arange(n) < n // 2
+            state[:, 6:] = np.outer(action[:, 6], (0.04, -0.04))
             views = {"observation.images.image": pictures, "observation.images.wrist_image": pictures[:, ::-1]}
             writer.add({"observation.state": state, "action": action}, views, f"task {episode % 2}")
     return root

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from dit4dit import embodiments, stats
-from dit4dit.embodiments.embodiment import Embodiment
+from dit4dit.embodiments.embodiment import Array, Embodiment
 from dit4dit.embodiments.state_range import StateRange
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, OutputError, did_you_mean
 from dit4dit.model.checkpoint import Checkpoint
 from dit4dit.transforms import Chain
+
+log = logging.getLogger("dit4dit.codec")
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,31 @@ class Codec:
         head = checkpoint.model.head
         state = None if head.state_dim is None else robot.state_chain(statistics, head.state_dim)
         action = robot.action_chain(statistics, head.action_dim)
-        return cls(robot, tag, state, action, StateRange.of(robot, statistics, state))
+        codec = cls(robot, tag, state, action, StateRange.of(robot, statistics, state))
+        if never_moved := robot.never_moved(statistics):
+            log.warning("%s: %s", where, never_moved)
+        return codec
+
+    def robot_units(self, normalized: Array) -> Array:
+        """The model's actions [..., K, A_model] -> robot units [..., K, A]; OutputError as `check`."""
+        actions = self.action.inverse(normalized)
+        self.check(actions)
+        return actions
+
+    def check(self, actions: Array) -> None:
+        """Refuse actions in robot units [..., A] that no robot can carry out; all that `robot_units` or the engine writes is
+        looked at before it leaves the policy.
+
+        Raises:
+            OutputError: a value is NaN or infinite; it names the dimensions.
+        """
+        bad = ~np.isfinite(actions).reshape(-1, actions.shape[-1]).all(axis=0)
+        if bad.any():
+            names = ", ".join(np.asarray(self.embodiment.action_names)[bad])
+            raise OutputError(
+                f"actions: NaN or infinite values in robot units ({names}) with the statistics {self.tag!r}; nothing was "
+                "returned. Check the checkpoint's weights and statistics (`dit4dit inspect`)"
+            )
 
 
 def choose_embodiment(checkpoint: Checkpoint, wanted: str | Embodiment | None) -> tuple[Embodiment, str | None]:

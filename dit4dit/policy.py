@@ -298,7 +298,9 @@ class Policy:
             for i, words in enumerate(published_examples.instructions(found))
         ]
         results = self._sample(requests, None, "bilinear", units=False)
-        return {"normalized_actions": np.stack([normalized for normalized, _ in results])}
+        actions = np.stack([normalized for normalized, _ in results])
+        self.codec.robot_units(actions)  # refuses here what the caller makes of them with the same statistics
+        return {"normalized_actions": actions}
 
     def embed_prompts(self, instructions: Sequence[str]) -> dict[str, Tensor]:
         """instruction -> prompt embedding [L, text_in] on the CPU, for `from_pretrained(prompt_embeds=...)`."""
@@ -322,6 +324,9 @@ class Policy:
                 "actions: the model wrote NaN or infinite values; nothing was returned. Check the checkpoint's weights and, "
                 "where they were given, the prompt embeddings"
             )
+        for _, actions in done:
+            if actions is not None:
+                self.codec.check(actions)
         return done
 
     def warm_up(

@@ -77,7 +77,22 @@ class Pad:
 
 @dataclass(frozen=True)
 class Normalize:
-    """(x - offset) / scale per dimension, clipped to [-1, 1] where `clip`; the inverse clips before it scales.
+    """(x - offset) / scale per dimension, clipped to [-1, 1] where `clip`; the inverse bounds by `low` and `high`, then scales.
+
+    The training mode of a key decides what happens to its values in both directions. The statistics' `mask` (False: the
+    published inference passes the value through) was written from key names, so for a gripper that training did normalise it
+    is wrong; it counts where the mode leaves the inverse open, for `binary` and `none`, and in the inverse alone:
+
+    | mode     | forward                              | inverse                        | inverse where mask is False       |
+    | -------- | ------------------------------------ | ------------------------------ | --------------------------------- |
+    | min_max  | min..max to [-1, 1]                  | clip to [-1, 1], to min..max   | the same                          |
+    | q99      | q01..q99 to [-1, 1], clipped         | clip to [-1, 1], to q01..q99   | the same                          |
+    | mean_std | (x - mean) / std                     | y * std + mean                 | the same                          |
+    | binary   | x > 0.5                              | y > 0.5                        | y itself, clip to [-1, 1]         |
+    | none     | x                                    | y                              | y, clip to [-1, 1] and min..max   |
+
+    The last clip is the published one to [-1, 1], widened to the range of the data: a robot without normalisation may have
+    values of any size.
 
     Dimensions whose range is empty map to 0 (min_max) or pass through (q99, mean_std), as in the published loader; back
     they come as the one value that the data had.
@@ -86,19 +101,23 @@ class Normalize:
     offset: NDArray[np.float64]
     scale: NDArray[np.float64]
     clip: NDArray[np.bool_]
-    bounded: NDArray[np.bool_]
-    """Dimensions that the inverse clips to [-1, 1]: those with a range, and masked ones as the published code has it."""
+    """Dimensions that the forward step clips to [-1, 1]."""
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    """Bounds of the model's values in the inverse; infinite where there are none."""
     flat: NDArray[np.bool_]
     """Dimensions of empty range that the forward step maps to 0."""
     constant: NDArray[np.float64]
     """The value of dimensions of empty range, which the inverse gives whatever the model wrote; NaN elsewhere."""
     binary: NDArray[np.bool_]
+    """Dimensions that the forward step makes 0 or 1."""
+    decided: NDArray[np.bool_]
+    """Those of them that the inverse makes 0 or 1 as well."""
 
     @classmethod
     def from_stats(cls, stats: VectorStats, modes: Sequence[Mode]) -> Normalize:
-        """One mode per dimension; the statistics' own mask (False: pass through) wins over the mode."""
+        """One mode per dimension; what the mask of `stats` means for each is in the class's table."""
         mode = np.asarray(modes)
-        mode[~stats.mask] = "none"
         offset, scale = np.zeros(stats.size), np.ones(stats.size)
         for name, low, high in (("min_max", stats.min, stats.max), ("q99", stats.q01, stats.q99)):
             chosen = mode == name
@@ -111,8 +130,13 @@ class Normalize:
         passed = empty & (mode != "min_max")
         offset[passed], scale[passed] = 0.0, 1.0
         scale[flat] = 1.0
-        bounded = np.isin(mode, ("min_max", "q99", "binary")) | ~stats.mask
-        return cls(offset, scale, mode == "q99", bounded, flat, constant, mode == "binary")
+        low, high = np.full(stats.size, -np.inf), np.full(stats.size, np.inf)
+        bounded = np.isin(mode, ("min_max", "q99", "binary"))
+        low[bounded], high[bounded] = -1.0, 1.0
+        raw = (mode == "none") & ~stats.mask
+        low[raw], high[raw] = np.minimum(-1.0, stats.min)[raw], np.maximum(1.0, stats.max)[raw]
+        binary = mode == "binary"
+        return cls(offset, scale, mode == "q99", low, high, flat, constant, binary, binary & stats.mask)
 
     def forward(self, x: Array) -> Array:
         """Robot units [..., d] -> model values [..., d]."""
@@ -122,10 +146,11 @@ class Normalize:
         return np.where(self.binary, x > 0.5, y).astype(np.float32)
 
     def inverse(self, y: Array) -> Array:
-        """Model values [..., d], clipped where `bounded` -> robot units [..., d]."""
-        y = np.where(self.bounded, np.clip(y, -1, 1), y)
+        """Model values [..., d] -> robot units [..., d]; what float32 cannot hold becomes infinite (`Codec` refuses it)."""
+        y = np.clip(y.astype(np.float64), self.low, self.high)
         x = np.where(np.isnan(self.constant), y * self.scale + self.offset, self.constant)
-        return np.where(self.binary, y > 0.5, x).astype(np.float32)
+        with np.errstate(over="ignore"):
+            return np.where(self.decided, y > 0.5, x).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -158,19 +183,17 @@ def inverse_table(chain: Chain) -> NDArray[np.float64]:
     normalize = next((step for step in chain.steps if isinstance(step, Normalize)), None)
     if normalize is None:
         size = next(step.size for step in chain.steps if isinstance(step, Pad))
-        none = np.zeros(size, dtype=bool)
-        normalize = Normalize(np.zeros(size), np.ones(size), none, none, none, np.full(size, np.nan), none)
+        none, open_end = np.zeros(size, dtype=bool), np.full(size, np.inf)
+        blank = np.full(size, np.nan)
+        normalize = Normalize(np.zeros(size), np.ones(size), none, -open_end, open_end, none, blank, none, none)
     size = normalize.scale.shape[0]
     at = np.full(size, np.nan)
     # strictly above 0.5 in float32 is at least the next number
-    at[normalize.binary] = np.nextafter(np.float32(0.5), np.float32(1))
+    at[normalize.decided] = np.nextafter(np.float32(0.5), np.float32(1))
     for step in chain.steps:
         if isinstance(step, Threshold):
             at[step.index] = step.at
-    low = np.where(normalize.bounded, -1.0, -np.inf)
-    high = np.where(normalize.bounded, 1.0, np.inf)
     fixed = ~np.isnan(normalize.constant)
     scale = np.where(fixed, 0.0, normalize.scale)
     offset = np.where(fixed, normalize.constant, normalize.offset)
-    scale, offset = np.where(normalize.binary, 1.0, scale), np.where(normalize.binary, 0.0, offset)
-    return np.stack([at, low, high, scale, offset])
+    return np.stack([at, normalize.low, normalize.high, scale, offset])

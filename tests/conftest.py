@@ -187,13 +187,27 @@ def _data_cache(tmp_path_factory: pytest.TempPathFactory):
 LIBERO_CAMERAS = ("observation.images.image", "observation.images.wrist_image")
 
 
+def libero_gripper(number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """LIBERO's gripper in an episode that closes it (an even number) or opens it: command [length], 1 = open, and the two finger
+    joints [length, 2] in metres, which follow one frame later at 2 cm a frame.
+    """
+    command = (np.arange(length) < (length + 1) // 2) == (number % 2 == 0)
+    opening = np.empty(length)
+    at = 0.08 * command[0]
+    for frame in range(length):
+        at += float(np.clip(0.08 * command[max(0, frame - 1)] - at, -0.02, 0.02))
+        opening[frame] = at
+    return command.astype(np.float32), np.stack([opening / 2, -opening / 2], axis=1).astype(np.float32)
+
+
 def make_libero_episode(number: int, length: int, height: int = 24, width: int = 32):
-    """Columns and pictures of an episode with LIBERO's keys; random, the same for the same arguments."""
+    """Columns and pictures of an episode with LIBERO's keys; random but for the gripper, the same for the same arguments."""
     rng = np.random.default_rng(number)
     columns = {
         "observation.state": rng.normal(size=(length, 8)).astype(np.float32),
         "action": rng.normal(size=(length, 7)).astype(np.float32),
     }
+    columns["action"][:, 6], columns["observation.state"][:, 6:] = libero_gripper(number, length)
     return columns, {c: rng.integers(0, 256, (length, height, width, 3), dtype=np.uint8) for c in LIBERO_CAMERAS}
 
 

@@ -180,6 +180,7 @@ def test_a_robot_of_the_users_with_rotations_and_binary_grippers(tmp_path: Path)
     }
     rng = np.random.default_rng(0)
     state, action = rng.uniform(-1, 1, (2, 12, 7)).astype(np.float32)
+    action[:, 6] = np.linspace(0, 1, 12)
     with Writer(tmp_path / "droid", 15, modality=modality, codec=VideoCodec.lossless()) as writer:
         pictures = {v: rng.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8) for v in modality["video"]}
         writer.add({"observation.state": state, "action": action}, pictures, "go")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from dit4dit.ops import unnormalize
 from dit4dit.stats import VectorStats
-from dit4dit.transforms import Chain, Normalize, Pad, SinCos, Threshold
+from dit4dit.transforms import Chain, Normalize, Pad, SinCos, Threshold, inverse_table
 
 
 def stats(**changes) -> VectorStats:
@@ -61,22 +63,51 @@ def test_normalisation_comes_back(mode) -> None:
 
 
 def test_the_inverse_clips_and_the_published_formula_holds() -> None:
+    """As in a published LIBERO checkpoint: the arm min_max, the gripper none with mask false."""
     s = stats(mask=[True, True, True, False])
     a = np.array([[-3.0, 0.25, 0.9, 7.0], [0.5, 2.0, -1.0, 0.3]])
     clipped = np.clip(a, -1, 1)
     want = np.where(s.mask, 0.5 * (clipped + 1) * (s.max - s.min) + s.min, clipped)
-    assert np.allclose(Normalize.from_stats(s, ["min_max"] * 4).inverse(a), want, atol=1e-6)
+    assert np.allclose(Normalize.from_stats(s, ["min_max"] * 3 + ["none"]).inverse(a), want, atol=1e-6)
 
 
-def test_masked_dimensions_pass_unscaled() -> None:
-    s = stats(mask=[True, False, True, True])
-    assert Normalize.from_stats(s, ["min_max"] * 4).forward(np.array([0, 3.5, 3, 0], np.float32))[1] == 3.5
+# mode -> model values of `y` below in robot units, with mask true and with mask false; dimension 1 of `stats()`
+INVERSE = {
+    "min_max": ([4.0, 0.0, 3.0, 2.6, 2.4], [4.0, 0.0, 3.0, 2.6, 2.4]),
+    "q99": ([3.0, 1.0, 2.5, 2.3, 2.2], [3.0, 1.0, 2.5, 2.3, 2.2]),
+    "mean_std": ([15.0, -13.0, 2.0, 1.6, 1.4], [15.0, -13.0, 2.0, 1.6, 1.4]),
+    "binary": ([1.0, 0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 0.5, 0.3, 0.2]),
+    "none": ([7.0, -7.0, 0.5, 0.3, 0.2], [4.0, -1.0, 0.5, 0.3, 0.2]),
+}
+
+
+@pytest.mark.parametrize("mode", INVERSE)
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_mode_decides_and_the_mask_counts_for_binary_and_none(mode, mask) -> None:
+    y, x = np.full((5, 4), 0.1, np.float32), np.array([[0.5, 1.5, 3.0, 0.75]], np.float32)
+    y[:, 1] = [7.0, -7.0, 0.5, 0.3, 0.2]
+    normalize = Normalize.from_stats(stats(mask=[True, mask, True, True]), [mode] * 4)
+    np.testing.assert_allclose(normalize.inverse(y)[:, 1], INVERSE[mode][not mask], atol=1e-6)
+    # forward, whatever the mask: what training saw
+    whole = Normalize.from_stats(stats(), [mode] * 4)
+    assert np.array_equal(normalize.forward(x), whole.forward(x))
+    # and other dimensions have nothing of it
+    assert np.array_equal(np.delete(normalize.inverse(y), 1, 1), np.delete(whole.inverse(y), 1, 1))
+    # the table that the engine has
+    table = torch.from_numpy(inverse_table(Chain((normalize, Pad(4, 4)))))
+    assert np.array_equal(unnormalize(torch.from_numpy(y[None]), table)[0].numpy(), normalize.inverse(y))
+
+
+def test_a_raw_value_is_never_cut_off_below_its_data() -> None:
+    """Published statistics mask what is named "gripper", ours what is not normalised; a gripper may go from 0 to 100."""
+    raw = Normalize.from_stats(stats(max=[2.0, 100.0, 3.0, 1.0], mask=[True, False, True, True]), ["none"] * 4)
+    y = np.array([[0.0, 87.0, 0.0, 0.0], [0.0, 140.0, 0.0, 0.0], [0.0, -0.5, 0.0, 0.0]], np.float32)
+    assert raw.inverse(y)[:, 1].tolist() == [87.0, 100.0, -0.5]
 
 
 def test_threshold_before_the_affine_map() -> None:
-    chain = Chain(
-        (Normalize.from_stats(stats(mask=[True, True, True, False]), ["min_max"] * 4), Threshold(3), Pad(4, 6))
-    )
+    modes = ["min_max"] * 3 + ["none"]
+    chain = Chain((Normalize.from_stats(stats(mask=[True, True, True, False]), modes), Threshold(3), Pad(4, 6)))
     y = np.zeros((2, 6), np.float32)
     y[:, 3] = [0.49, 0.5]
     assert chain.inverse(y)[:, 3].tolist() == [0.0, 1.0]

@@ -72,7 +72,7 @@ def stats(
             if part in entry:
                 say(table([part, *_NAMES], _rows(names[part], entry[part]), right=range(1, 7)))
     if out is not None:
-        write_json(out, found)
+        write_json(out, found, allow_nan=False)
         say(f"wrote {out}")
     return 0
 

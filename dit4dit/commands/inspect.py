@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def inspect(path: str | Path, *, backbone: str | Path | None, embodiment: str | 
     }
     try:
         robot = Codec.for_checkpoint(checkpoint, embodiment).embodiment
+        result["statistics"] = _tags(checkpoint, robot)
     except ConfigError as error:
         if embodiment is not None:
             raise
@@ -61,25 +63,28 @@ def part_sizes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return rows
 
 
-def _tags(checkpoint: Checkpoint) -> dict[str, Any]:
+def _tags(checkpoint: Checkpoint, robot: Embodiment | None = None) -> dict[str, Any]:
+    """Ranges per tag; the robot's training modes say which actions they scale, without a robot the file's mask does."""
+    modes = [] if robot is None else [key.normalization for key in robot.action for _ in range(key.dim)]
     out = {}
     for tag in checkpoint.statistics:
         parsed = stats.parse(checkpoint.statistics, tag, f"statistics of {checkpoint.path}")
         out[tag] = {
-            "action": _ranges(parsed.action),
+            "action": _ranges(parsed.action, modes),
             "state": None if parsed.state is None else _ranges(parsed.state),
         }
     return out
 
 
-def _ranges(vector: stats.VectorStats) -> list[dict[str, Any]]:
+def _ranges(vector: stats.VectorStats, modes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    scaled = [mode not in ("binary", "none") for mode in modes] if len(modes) == vector.size else vector.mask
     return [
         {
             "min": float(vector.min[i]),
             "max": float(vector.max[i]),
             "mean": float(vector.mean[i]),
             "std": float(vector.std[i]),
-            "scaled": bool(vector.mask[i]),
+            "scaled": bool(scaled[i]),
         }
         for i in range(vector.size)
     ]

@@ -27,11 +27,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequen
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *(line(row) for row in cells[1:])])
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, *, allow_nan: bool = True) -> None:
     """A JSON file. A regular one is written aside and renamed, so that a reader never sees half of it; anything else that
     is there (a device, a pipe) is written through, and a link keeps pointing at its target.
+
+    Without `allow_nan` ValueError for NaN and infinity, which are no JSON.
     """
-    text = json.dumps(data, indent=1) + "\n"
+    text = json.dumps(data, indent=1, allow_nan=allow_nan) + "\n"
     target = path.resolve()
     if target.is_dir():
         raise InputError(f"{path}: is a folder; give a file to write")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dit4dit.data import gripper
 from dit4dit.data.columns import Problem, Progress
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.robots import Robot
@@ -51,8 +52,11 @@ def check(
         errors += _decode(data, {(problem.episode, problem.column) for problem in errors}, progress)
     spoilt = {problem.episode for problem in errors}
     good = [i for i, episode in enumerate(data.meta.episodes) if episode.index not in spoilt]
-    columns = _columns(data, frozenset(range(len(data.meta.episodes))) - frozenset(good)) if good else {}
+    without = frozenset(range(len(data.meta.episodes))) - frozenset(good)
+    columns = _columns(data, without) if good else {}
     tasks = _tasks(data, good)
+    wrong = [] if recording is None else gripper.findings(recording, without)
+    odd = [] if recording is None else gripper.notes(recording, without)
     return {
         "dataset": str(root),
         "version": data.meta.version,
@@ -67,8 +71,9 @@ def check(
         },
         "keys": {part: list(data.modality.part(part)) for part in ("state", "action", "video", "annotation")},
         "decoded": decode,
-        "errors": [asdict(problem) for problem in errors],
-        "warnings": [*_longer_videos(data, spoilt), *_warnings(data, columns, tasks, recording)],
+        "errors": [asdict(problem) for problem in errors]
+        + [{"file": data.name, "row": None, "episode": None, **asdict(finding)} for finding in wrong],
+        "warnings": [*_longer_videos(data, spoilt), *_warnings(data, columns, tasks, recording), *odd],
         "columns": columns,
         "tasks": tasks,
     }

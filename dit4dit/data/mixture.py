@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dit4dit import stats
+from dit4dit.data import gripper
 from dit4dit.data.columns import Problem, Progress
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.robots import Catalogue, Entry
@@ -54,8 +55,8 @@ class Mixture:
         """Open the data sets of `entries`, folders below `root`; an entry with a * is all data sets that it matches.
 
         Raises:
-            DataError: a damaged data set, with file and row (with `skip_bad` only where no episode is left), or a frame rate
-                that the entry does not declare.
+            DataError: a damaged data set, with file and row (with `skip_bad` only where no episode is left), a frame rate
+                that the entry does not declare, or a gripper whose values are not the robot's (`gripper.refuse`).
             ConfigError: an unknown robot, one that does not fit, or data sets that contradict each other about its actions.
         """
         entries = [one for entry in entries for one in matching(entry, root)]
@@ -77,6 +78,7 @@ class Mixture:
             recordings.append(recording)
             skipped += problems
             without.append(bad)
+        gripper.refuse(recordings, without)
         names = tuple(entry.dataset for entry in entries)
         return cls(names, _agreed(recordings), tuple(e.weight for e in entries), tuple(skipped), tuple(without))
 
@@ -88,6 +90,10 @@ class Mixture:
         if len(set(rates.values())) > 1:
             listed = ", ".join(f"{name} {fps:g}" for name, fps in rates.items())
             out.append(f"mixed frame rates, so that a step lasts differently long: {listed} fps")
+        robots = {recording.embodiment.tag: recording.embodiment for recording in self.recordings}
+        for tag, robot in robots.items():
+            if never_moved := robot.never_moved(stats.parse(self.statistics, tag, "statistics of the mixture")):
+                out.append(never_moved)
         if self.skipped:
             out.append(f"{sum(map(len, self.without))} damaged episodes left out; the first: {self.skipped[0]}")
         return tuple(out)

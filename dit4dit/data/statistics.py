@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from dit4dit.data.samples import KeySource, Recording
 from dit4dit.errors import ConfigError, DataError
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
-FORMAT = 1
+FORMAT = 2
 Vectors = dict[str, NDArray[np.float64]]
 
 
@@ -52,9 +51,16 @@ def _cached(data: LeRobot, column: str, without: Collection[int], how: str, read
     rows = np.concatenate([np.arange(data.rows(i).start, data.rows(i).stop) for i in kept])
     values = data.columns[column]
     found = _exact(read(values if len(rows) == len(values) else values[rows]))
+    for name, vector in found.items():
+        if not np.isfinite(vector).all():
+            at = int(np.flatnonzero(~np.isfinite(vector))[0])
+            raise DataError(
+                f"{data.name}: column {column!r}: {name} of position {at} is {vector[at]:g}; a value is NaN or infinite, or a "
+                "rotation has none: `dit4dit data check` names file and row"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({name: list(map(float, vector)) for name, vector in found.items()}))
+    partial.write_text(json.dumps({name: list(map(float, vector)) for name, vector in found.items()}, allow_nan=False))
     partial.replace(path)
     return found
 
@@ -125,12 +131,6 @@ def mixture_statistics(
         kept = [recordings[i].length(e) for i in members for e in range(_count(recordings[i])) if e not in without[i]]
         out[tag] = {**entry, "num_transitions": sum(kept), "num_trajectories": len(kept)}
     return out
-
-
-def write_statistics(path: Path, content: Mapping[str, Any]) -> None:
-    """A dataset_statistics.json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _count(recording: Recording) -> int:

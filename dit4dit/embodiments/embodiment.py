@@ -55,13 +55,13 @@ class Gripper:
 
     Attributes:
         open: which of the two opens the fingers; the other closes them.
-        opening: named state -> how far they are open, in a unit of the robot's own.
+        fingers: state keys and factors whose sum tells how far they are open, in a unit of the robot's own.
     """
 
     index: int
     threshold: float
     open: Literal[0, 1]
-    opening: Callable[[Mapping[str, Any]], float]
+    fingers: tuple[tuple[str, float], ...]
 
     @property
     def close(self) -> int:
@@ -71,8 +71,15 @@ class Gripper:
     @property
     def meaning(self) -> str:
         """The rule in words."""
-        low, high = ("open", "close") if self.open == 0 else ("close", "open")
-        return f"model value < {self.threshold:g} -> 0 ({low}), else 1 ({high})"
+        return f"model value < {self.threshold:g} -> 0 ({self.word(0)}), else 1 ({self.word(1)})"
+
+    def word(self, value: int) -> str:
+        """What the decided value does: "open" or "close"."""
+        return "open" if value == self.open else "close"
+
+    def opening(self, state: Mapping[str, Any]) -> float:
+        """How far the fingers are open in a named state, in a unit of the robot's own."""
+        return sum(factor * float(np.asarray(state[key]).reshape(-1)[0]) for key, factor in self.fingers)
 
 
 @dataclass(frozen=True)
@@ -210,6 +217,20 @@ class Embodiment:
         normalize = Normalize.from_stats(statistics.action, self._modes(self.action))
         threshold = () if self.gripper is None else (Threshold(self.gripper.index, self.gripper.threshold),)
         return Chain((normalize, *threshold, Pad(self.action_dim, width)))
+
+    def never_moved(self, statistics: Statistics) -> str:
+        """Which action dimensions never moved in the data of `statistics`, in words; empty where all did, or their mode (binary,
+        none) does not scale by them.
+        """
+        value = Normalize.from_stats(statistics.action, self._modes(self.action)).constant
+        at = np.flatnonzero(~np.isnan(value))
+        if not len(at):
+            return ""
+        listed = ", ".join(f"{self.action_names[i]} = {value[i]:g}" for i in at[:8]) + ", ..." * (len(at) > 8)
+        return (
+            f"statistics {statistics.tag!r}: {len(at)} of {self.action_dim} action dimensions never moved in the data, and are "
+            f"always sent as the one value that they had: {listed}"
+        )
 
     @staticmethod
     def _modes(keys: tuple[Key, ...]) -> list[Mode]:

@@ -50,12 +50,6 @@ def record(sent: Any) -> Array:
     return out
 
 
-def opening(state: Mapping[str, Any]) -> float:
-    """Metres between the two fingers, whose joints move in opposite directions."""
-    pad, other = (float(np.asarray(state[key]).reshape(-1)[0]) for key in ("pad", "gripper"))
-    return pad - other
-
-
 LIBERO = Embodiment(
     name="libero",
     tag="franka",
@@ -70,7 +64,7 @@ LIBERO = Embodiment(
     observe=observe,
     command=command,
     record=record,
-    gripper=Gripper(index=6, threshold=0.5, open=1, opening=opening),
+    gripper=Gripper(index=6, threshold=0.5, open=1, fingers=(("pad", 1.0), ("gripper", -1.0))),
     notes=(
         "pad and gripper are the two finger joints; roll, pitch, yaw are the axis-angle vector",
         "rate_hz is the simulator's control rate; a data set's own rate is in its meta/info.json",

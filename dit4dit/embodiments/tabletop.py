@@ -27,11 +27,6 @@ def command(action: Array) -> Array:
     return np.asarray(action, dtype=np.float32)
 
 
-def opening(state: Mapping[str, Any]) -> float:
-    """Of the fingers: 0 closed, 1 open."""
-    return float(np.asarray(state["grip"]).reshape(-1)[0])
-
-
 TABLETOP = Embodiment(
     name="tabletop",
     tag="tabletop",
@@ -47,5 +42,5 @@ TABLETOP = Embodiment(
     command=command,
     record=command,
     resize="bilinear",
-    gripper=Gripper(index=2, threshold=0.5, open=0, opening=opening),
+    gripper=Gripper(index=2, threshold=0.5, open=0, fingers=(("grip", 1.0),)),
 )

@@ -123,10 +123,14 @@ def read_text(path: Path, hint: str) -> str:
 
 
 def read_json(path: Path, hint: str = "the folder is incomplete") -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing, unreadable or something else."""
+    """A JSON object from a file; CheckpointError when it is missing, unreadable or something else.
+
+    NaN and Infinity, which are no JSON, are read as Python writes them: diffusers saves schedulers with -Infinity in keys that
+    nobody reads here. Who reads a number says whether it must be finite.
+    """
     try:
         data = json.loads(read_text(path, hint))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, or nested without end
         raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")

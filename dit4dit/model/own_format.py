@@ -118,7 +118,8 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], progress: Progress
 
 
 def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    """A JSON file of a checkpoint; ValueError for NaN and infinity, which are no JSON and no size or statistics either."""
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def write_folder(

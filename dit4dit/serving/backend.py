@@ -105,7 +105,7 @@ class PolicyBackend:
             return [{"normalized_actions": chunk.normalized[None], "actions": chunk.actions[None]} for chunk in chunks]
         examples = [dict(example) for work in works for example in work.inputs]  # type: ignore[arg-type]
         normalized = self.policy.predict_action(examples, noise=flat)["normalized_actions"]
-        actions = self.policy.codec.action.inverse(normalized).astype(np.float32)
+        actions = self.policy.codec.robot_units(normalized)
         ends = np.cumsum([work.count for work in works])
         return [
             {"normalized_actions": normalized[end - work.count : end], "actions": actions[end - work.count : end]}

@@ -38,6 +38,18 @@ def picture(episode: int, frame: int) -> np.ndarray:
     return (np.stack([x * 8 + episode * 40 + frame * 9, y * 10 + frame * 13, blue], axis=-1) % 256).astype(np.uint8)
 
 
+def gripper(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """LIBERO's: the command (1 = open), closed in the middle third, and two finger joints that follow at 2 cm a frame."""
+    command = np.ones(length, np.float32)
+    command[length // 3 : 2 * length // 3] = 0
+    opening = np.empty(length)
+    at = 0.08
+    for frame in range(length):
+        at += float(np.clip(0.08 * command[max(0, frame - 1)] - at, -0.02, 0.02))
+        opening[frame] = at
+    return command, np.stack([opening / 2, -opening / 2], axis=1).astype(np.float32)
+
+
 def main(folder: Path) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -51,9 +63,11 @@ def main(folder: Path) -> None:
     )
     rng = np.random.default_rng(0)
     for episode, (length, task) in enumerate(EPISODES):
+        commands, fingers = gripper(length)
         for frame in range(length):
             seen = picture(episode, frame)
             state, action = rng.normal(size=8).astype(np.float32), rng.normal(size=7).astype(np.float32)
+            action[6], state[6:] = commands[frame], fingers[frame]
             row = {CAMERAS[0]: seen, CAMERAS[1]: seen[::-1].copy(), "observation.state": state, "action": action}
             made.add_frame({**row, "task": TASKS[task]})
         made.save_episode(parallel_encoding=False)
