@@ -35,6 +35,7 @@ class Codec:
         robot, label = choose_embodiment(checkpoint, wanted)
         tag = stats.choose_tag(checkpoint.statistics, label, where)
         statistics = stats.parse(checkpoint.statistics, tag, where)
+        checkpoint.model.tokens(len(robot.views))  # refuses views that side by side are wider than the backbone takes
         head = checkpoint.model.head
         state = None if head.state_dim is None else robot.state_chain(statistics, head.state_dim)
         return cls(robot, tag, state, robot.action_chain(statistics, head.action_dim))

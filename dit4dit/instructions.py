@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit4dit.engine.packs import PackFolder, PromptPack
 from dit4dit.errors import ConfigError, InputError, did_you_mean
+from dit4dit.model.folders import fault, visible
 from dit4dit.model.text import tokenize
 
 if TYPE_CHECKING:
@@ -228,6 +229,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     if not (folder / "tokenizer_config.json").is_file():
         raise ConfigError(f"{folder}: no tokenizer_config.json; give a backbone folder with its tokenizer")
+    for file in visible(folder):
+        if reason := fault(file):
+            raise ConfigError(f"{file}: {reason}")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:

@@ -42,7 +42,7 @@ def read_run(config_path: Path, cosmos: Path) -> PublishedRun:
     Raises:
         CheckpointError: a file is missing or unreadable. ConfigError: a needed key is missing or has another type.
     """
-    keys = KeyReader(read_yaml(config_path), str(config_path))
+    keys = KeyReader(read_yaml(config_path, keep_unset=True), str(config_path))
     model, data_mix = read_run_keys(keys, cosmos)
     return PublishedRun(model, data_mix, keys.unread())
 
