@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,15 @@ from dit4dit.model.folders import fault
 
 NEEDED = object()
 """Default of a key that a file must have."""
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """A ConfigError of what is made here names the file `where` that the values came from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
 
 
 class Unset:

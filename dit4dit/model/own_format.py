@@ -28,6 +28,7 @@ from dit4dit.model.checkpoint import (
     FORMAT_VERSION,
     FROZEN,
     HEAD,
+    STEP,
     TEXT,
     TRANSFORMER,
     VAE,
@@ -38,6 +39,7 @@ from dit4dit.model.checkpoint import (
 )
 from dit4dit.model.folders import visible
 from dit4dit.model.keys import read_json
+from dit4dit.model.tensor_files import SUFFIX
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,9 +224,10 @@ def to_own(source: Path, target: Path, backbone: Path | None = None, progress: P
 
 def _pt_name(weights: Path, run: Path) -> str:
     """Where in a published run the .pt file stands whose weights were read from `weights`, which may be safetensors."""
-    if weights.is_dir():
-        return "final_model/pytorch_model.pt"
-    return weights.relative_to(run).with_suffix(".pt").as_posix()
+    if weights.is_file() and not weights.name.lower().endswith(SUFFIX):
+        return weights.relative_to(run).as_posix()
+    step = STEP.fullmatch(weights.name)
+    return f"checkpoints/steps_{step[1]}_pytorch_model.pt" if step else "final_model/pytorch_model.pt"
 
 
 def _copy_small_files(cosmos: Path, target: Path) -> None:

@@ -61,7 +61,7 @@ def _load(file: Path) -> Any:
 def _reason(error: Exception, file: Path) -> str:
     """The end of the message, from its bracket on."""
     text = " ".join(str(error).split())
-    if kind := re.search(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.]+)", text, re.IGNORECASE):
+    if kind := re.search(r"unsupported (?:(?:global|class):? )+([\w.]+)", text, re.IGNORECASE):
         return (
             f"it holds objects of {kind[1]}, which are not loaded because unpickling them could run code); save the state dict "
             "alone where it came from: torch.save(model.state_dict(), FILE)"
