@@ -64,9 +64,19 @@ def inspect(
         verify: read every file, and hold it against checksums.json of the own format first.
         json: also write everything to this file.
     """
+    from tqdm import tqdm
+
     from dit4dit.commands import inspect as module
 
-    result = module.inspect(checkpoint, backbone=backbone, embodiment=embodiment, verify=verify)
+    with tqdm(unit="B", unit_scale=True, desc="reading", disable=None if verify else True) as bar:
+
+        def progress(name: str, size: int) -> None:
+            bar.set_postfix_str(name)
+            bar.update(size)
+
+        result = module.inspect(
+            checkpoint, backbone=backbone, embodiment=embodiment, verify=progress if verify else None
+        )
     finish(module.show(result), result, json)
     return 1 if result["problems"] else 0
 

@@ -108,6 +108,10 @@ def ambiguous(state: dict) -> dict:
 
 REFUSED = {
     "moving average beside": (ambiguous, "holds 2 sets of weights, under 'model' and 'ema'"),
+    "moments alone": (
+        lambda s: {"exp_avg": s},
+        "tensors under our names only below 'exp_avg', expected at the top level",
+    ),
     "flat and below": (lambda s: {**s, "state_dict": s}, "2 sets of weights, under the top level and 'state_dict'"),
     "two levels": (lambda s: {"state_dict": {"model": s}}, "expected a flat state dict of tensors"),
     "half of the names": (

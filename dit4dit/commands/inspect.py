@@ -29,17 +29,17 @@ PARTS = {"text encoder": TEXT, "VAE": VAE, "backbone": TRANSFORMER, "action head
 
 
 def inspect(
-    path: str | Path, *, backbone: str | Path | None, embodiment: str | None, verify: bool = False
+    path: str | Path, *, backbone: str | Path | None, embodiment: str | None, verify: checksums.Progress | None = None
 ) -> dict[str, Any]:
     """Sizes per part, shapes, statistics and conventions, ready for JSON; weights are mapped, not read.
 
-    `problems` says why `Policy.from_pretrained` would refuse the checkpoint; with `verify` every file that checksums.json lists
-    is read, before anything else, and `checksums` says how many there are (None: the checkpoint has no checksums.json).
+    `problems` says why `Policy.from_pretrained` would refuse the checkpoint. With `verify`, which is called with names and bytes,
+    every file that checksums.json lists is read first; `checksums` says how many there are (None: there is no such list).
 
     Raises:
         CheckpointError: it cannot be opened, or with `verify` a file is not what was written.
     """
-    verified = {"checksums": verify_files(path)} if verify else {}
+    verified = {} if verify is None else {"checksums": verify_files(path, verify)}
     checkpoint = open_checkpoint(path, backbone)
     model = checkpoint.model
     problems = weights.check(model, checkpoint.tensors, str(checkpoint.path))
@@ -74,11 +74,11 @@ def inspect(
     return {**result, "embodiment": robot.name, "shapes": shapes, "conventions": conventions(checkpoint, robot)}
 
 
-def verify_files(path: str | Path) -> int | None:
+def verify_files(path: str | Path, progress: checksums.Progress) -> int | None:
     """How many files are what checksums.json of a folder says; None where it has none, as the published layout."""
     folder = local_folder(path)
     file = folder / checksums.FILE
-    return checksums.verify(file) if is_own_format(folder) and file.is_file() else None
+    return checksums.verify(file, progress=progress) if is_own_format(folder) and file.is_file() else None
 
 
 def part_sizes(checkpoint: Checkpoint) -> list[dict[str, Any]]:

@@ -45,11 +45,21 @@ def _read(file: Path) -> str:
     return _known[stamp]
 
 
-def entries(folder: Path, carried: Mapping[tuple[int, int], str] | None = None) -> Entries:
+Progress = Callable[[str, int], None]
+"""Called with a file's name and its bytes."""
+
+
+def _silent(name: str, size: int) -> None:
+    pass
+
+
+def entries(
+    folder: Path, carried: Mapping[tuple[int, int], str] | None = None, progress: Progress = _silent
+) -> Entries:
     """Of every file below `folder` whose name and folders do not begin with a dot.
 
     Args:
-        carried: (device, inode) -> hash, of linked files that are not read again.
+        carried: (device, inode) -> hash, of linked files that are not read again. progress: told of each file, without bytes.
     """
     out: Entries = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
@@ -57,6 +67,7 @@ def entries(folder: Path, carried: Mapping[tuple[int, int], str] | None = None) 
         if not any(part.startswith(".") for part in name.parts):
             facts = file.stat()
             known = (carried or {}).get((facts.st_dev, facts.st_ino))
+            progress(f"{name.as_posix()} (checksum)", 0)
             out[name.as_posix()] = {"size": facts.st_size, "sha256": known or sha256(file)}
     return out
 
@@ -72,11 +83,10 @@ def carried(folder: Path) -> dict[tuple[int, int], str]:
 def write(
     folder: Path,
     linked: Mapping[tuple[int, int], str] | None = None,
-    progress: Callable[[str, int], None] = lambda name, size: None,
+    progress: Progress = _silent,
 ) -> None:
     """checksums.json of all other files below `folder`, the last thing that is written there."""
-    progress("checksums", 0)
-    (folder / FILE).write_text(json.dumps(entries(folder, linked), indent=1) + "\n")
+    (folder / FILE).write_text(json.dumps(entries(folder, linked, progress), indent=1) + "\n")
 
 
 def read(file: Path) -> Entries:
@@ -89,9 +99,7 @@ def read(file: Path) -> Entries:
     return data
 
 
-def verify(
-    file: Path, rest: str = "copy it again", progress: Callable[[str, int], None] = lambda name, size: None
-) -> int:
+def verify(file: Path, rest: str = "copy it again", progress: Progress = _silent) -> int:
     """Read every file that the checksum file `file` lists, and return how many there are.
 
     A frozen part whose whole folder was removed is left out: it comes from the backbone then.

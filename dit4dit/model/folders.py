@@ -19,7 +19,10 @@ def visible(folder: Path, ending: str = "") -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    found = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    try:
+        found = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
     return sorted(file for file in found if file.name.lower().endswith(ending))
 
 
@@ -30,7 +33,7 @@ def inside(source: Path, name: object) -> Path:
         CheckpointError: the name is absolute or leads out of the folder. It is judged as text, before any file is touched.
     """
     parts = re.split(r"[\\/]", name) if isinstance(name, str) else [""]
-    if not parts[0] or ".." in parts or ":" in parts[0] or "\0" in str(name):
+    if not parts[0] or ".." in parts or re.match(r"[A-Za-z]:", parts[0]) or "\0" in str(name):
         raise CheckpointError(
             f"{source}: names the file {name!r:.80}; expected a name inside {source.parent}, without '..': do not use this "
             "folder, or correct the name"

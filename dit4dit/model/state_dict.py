@@ -6,6 +6,7 @@ the state dict below `state_dict`, `model` or `module`, DataParallel and torch.c
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import struct
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIXES = ("module.", "_orig_mod.")
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
+"""Keys below which trainers put the weights. Elsewhere, as below "ema" or "exp_avg", they may be something else of that shape."""
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 ZERO_PARTS = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+")
 ZERO_FILES = re.compile(rf"{ZERO_PARTS.pattern}|mp_rank_\d+")
@@ -103,6 +106,11 @@ def _unwrap(data: Any, file: Path, known: tuple[str, ...]) -> dict[str, Tensor]:
             f"module, got {type(data).__name__} with the keys {', '.join(map(str, data)) or 'none'!s:.120}"
         )
     key, tensors = next(iter(found.items()))
+    if key and key not in WRAPPERS:
+        raise CheckpointError(
+            f"{file}: tensors under our names only below {key!r}, expected at the top level or below one of "
+            f"{', '.join(WRAPPERS)}; if they are the weights that are meant save them alone: torch.save(data[{key!r}], FILE)"
+        )
     left = [name for name in data if name not in tensors] if not key else [name for name in data if name != key]
     left += [f"{key}.{name}" for name in groups[key] if name not in tensors] if key else []
     if key:
@@ -152,12 +160,17 @@ def is_zero_shard(file: Path) -> bool:
 
 def zero_folder(path: Path) -> Path | None:
     """The folder of a DeepSpeed checkpoint in shards, at `path` or one or two folders below; None where there is none."""
-    candidates = [path, *(f for f in visible(path) if f.is_dir())]
-    candidates += [f for folder in candidates[1:] for f in visible(folder) if f.is_dir()]
+    candidates = [path, *_folders(path)]
+    candidates += [f for folder in candidates[1:] for f in _folders(folder)]
     for folder in candidates:
         if any(ZERO_PARTS.match(file.name) for file in visible(folder)) or (folder / "zero_to_fp32.py").is_file():
             return folder
     return None
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders in `path` that can be looked into."""
+    return [folder for folder in visible(path) if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)]
 
 
 def zero_error(folder: Path) -> CheckpointError:
