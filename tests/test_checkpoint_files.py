@@ -165,18 +165,18 @@ def test_what_is_not_weights_at_all(name: str, libero_run: Path) -> None:
     assert str(pt(libero_run)) in said
 
 
-@pytest.mark.parametrize("name", ["pointer", "page", "empty"])
 @pytest.mark.parametrize(
     "file", ["config.yaml", "dataset_statistics.json", "cosmos/vae/config.json", "cosmos/tokenizer/tokenizer.json"]
 )
-def test_small_files_that_are_not_what_they_are_called(name: str, file: str, libero_run: Path) -> None:
+def test_small_files_that_are_not_what_they_are_called(file: str, libero_run: Path) -> None:
     from dit4dit.instructions import load_tokenizer
 
-    (libero_run / file).write_bytes(CONTENTS[name][0])
-    with pytest.raises((CheckpointError, ConfigError)) as caught:
-        load_tokenizer(ck.open_checkpoint(libero_run).tokenizer)
-    assert str(libero_run / file) in str(caught.value)
-    assert CONTENTS[name][1] in str(caught.value)
+    for name in ("pointer", "page", "empty"):
+        (libero_run / file).write_bytes(CONTENTS[name][0])
+        with pytest.raises((CheckpointError, ConfigError)) as caught:
+            load_tokenizer(ck.open_checkpoint(libero_run).tokenizer)
+        assert str(libero_run / file) in str(caught.value)
+        assert CONTENTS[name][1] in str(caught.value)
 
 
 def test_a_safetensors_file_under_the_wrong_name(libero_run: Path, state) -> None:
@@ -199,6 +199,8 @@ def test_safetensors_instead_of_the_pt_file(name: str, prefix: str, libero_run: 
     assert opened.path == file
     assert ("names are read without what was put in front" in caplog.text) == bool(prefix)
     check_same(ck.open_checkpoint(file), state)
+    if not prefix:
+        return
     own_format.to_own(libero_run, libero_run.parent / "own")
     check_same(ck.open_checkpoint(libero_run.parent / "own"), state)
     own_format.to_published(libero_run.parent / "own", libero_run.parent / "back")
