@@ -115,7 +115,7 @@ REFUSED = {
     "flat and below": (lambda s: {**s, "state_dict": s}, "2 sets of weights, under the top level and 'state_dict'"),
     "two levels": (lambda s: {"state_dict": {"model": s}}, "expected a flat state dict of tensors"),
     "half of the names": (
-        lambda s: {("module." if i % 2 else "") + n: t for i, (n, t) in enumerate(s.items())},
+        lambda s: {("" if i % 2 else "module.") + n: t for i, (n, t) in enumerate(s.items())},
         None,  # opens; `build` misses the other half
     ),
     "twice under two names": (
@@ -139,6 +139,7 @@ def test_what_is_refused_in_a_pt_file(name: str, libero_run: Path, state) -> Non
     torch.save(make(state), pt(libero_run))
     if wanted is None:
         opened = ck.open_checkpoint(libero_run)
+        assert set(opened.tensors) == set(make(state)), "a prefix of some names is no prefix"
         problems = weights.check(opened.model, opened.tensors, "here")
         assert len(problems) == 5
         assert all("tensors missing" in problem for problem in problems)
