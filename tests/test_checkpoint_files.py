@@ -269,6 +269,8 @@ def test_deepspeed_shards_name_their_script(where: str, libero_run: Path) -> Non
         assert command in said
         assert "truncated" not in said
         assert "not a DiT4DiT" not in said
+    (top / "latest").unlink()
+    assert f"{command} --tag {folder.name}" in refusal(folder)
 
 
 def test_what_zero_3_leaves_without_gathering(libero_run: Path, state) -> None:

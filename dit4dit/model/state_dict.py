@@ -175,13 +175,16 @@ def _folders(path: Path) -> list[Path]:
 
 def zero_error(folder: Path) -> CheckpointError:
     """What to type for a DeepSpeed checkpoint in shards; `folder` has them, or is the one above with the file `latest`."""
-    if (folder.parent / "latest").is_file() or (folder.parent / "zero_to_fp32.py").is_file():
+    tag = ""
+    if any(ZERO_PARTS.match(file.name) for file in visible(folder)):
+        # the script wants the folder above, and reads there in `latest` which one is meant
+        tag = "" if (folder.parent / "latest").is_file() else f" --tag {folder.name}"
         folder = folder.parent
     script = folder / "zero_to_fp32.py"
     run = next((p for p in (folder, *folder.parents) if (p / "config.yaml").is_file()), folder.parent)
     return CheckpointError(
         f"{folder}: holds the shards of a DeepSpeed (ZeRO) checkpoint, not a state dict; put them together with the "
-        f"zero_to_fp32.py that DeepSpeed left there: python {script} {folder} {run / 'final_model'} --safe_serialization "
-        f"(an old DeepSpeed without that option: python {script} {folder} {run / 'final_model' / 'pytorch_model.pt'}), then "
+        f"zero_to_fp32.py that DeepSpeed left there: python {script} {folder} {run / 'final_model'} --safe_serialization{tag} "
+        f"(an old DeepSpeed without that option: python {script} {folder} {run / 'final_model' / 'pytorch_model.pt'}{tag}), then "
         f"load {run}"
     )
