@@ -52,21 +52,33 @@ def inspect(
     checkpoint: tyro.conf.Positional[str],
     backbone: str | None = None,
     embodiment: str | None = None,
+    verify: bool = False,
     json: Path | None = None,
 ) -> int:
-    """Sizes, shapes, statistics and conventions of a checkpoint.
+    """Sizes, shapes, statistics and conventions of a checkpoint; exit code 1 where it cannot be loaded.
 
     Args:
         checkpoint: run folder, .pt file, folder in the own format, or hub id.
         backbone: Cosmos-Predict2.5 folder or hub id.
         embodiment: report the conventions for this robot.
+        verify: read every file, and hold it against checksums.json of the own format first.
         json: also write everything to this file.
     """
+    from tqdm import tqdm
+
     from dit4dit.commands import inspect as module
 
-    result = module.inspect(checkpoint, backbone=backbone, embodiment=embodiment)
+    with tqdm(unit="B", unit_scale=True, desc="reading", disable=None if verify else True) as bar:
+
+        def progress(name: str, size: int) -> None:
+            bar.set_postfix_str(name)
+            bar.update(size)
+
+        result = module.inspect(
+            checkpoint, backbone=backbone, embodiment=embodiment, verify=progress if verify else None
+        )
     finish(module.show(result), result, json)
-    return 0
+    return 1 if result["problems"] else 0
 
 
 def predict(

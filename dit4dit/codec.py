@@ -13,6 +13,7 @@ from dit4dit.embodiments.embodiment import Array, Embodiment
 from dit4dit.embodiments.state_range import StateRange
 from dit4dit.errors import ConfigError, OutputError, did_you_mean
 from dit4dit.model.checkpoint import Checkpoint
+from dit4dit.model.keys import naming
 from dit4dit.transforms import Chain
 
 log = logging.getLogger("dit4dit.codec")
@@ -47,6 +48,8 @@ class Codec:
         robot, label = choose_embodiment(checkpoint, wanted)
         tag = stats.choose_tag(checkpoint.statistics, label, where)
         statistics = stats.parse(checkpoint.statistics, tag, where)
+        with naming(str(checkpoint.path)):  # views that side by side are wider than the backbone takes
+            checkpoint.model.tokens(len(robot.views))
         head = checkpoint.model.head
         state = None if head.state_dim is None else robot.state_chain(statistics, head.state_dim)
         action = robot.action_chain(statistics, head.action_dim)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -19,13 +20,21 @@ TrainingMode = Literal["joint", "action", "video"]
 TimeDistribution = Literal["logit_normal", "uniform"]
 
 
-def _check_sizes(config: Any, name: str) -> None:
-    """ConfigError when a size (any integer field, alone or in a tuple) is not positive."""
+def _check_sizes(config: Any, name: str, positive: tuple[str, ...] = ()) -> None:
+    """ConfigError when a size (any integer field, alone or in a tuple) is not positive, or a float not finite.
+
+    positive: fields whose floats must be more than 0.
+    """
+    prefix = f"{name}." if name else ""
     for field_ in dataclasses.fields(config):
         value = getattr(config, field_.name)
         for size in value if isinstance(value, tuple) else (value,):
             if isinstance(size, int) and not isinstance(size, bool) and size < 1:
-                raise ConfigError(f"{name}.{field_.name}: expected at least 1, got {value}")
+                raise ConfigError(f"{prefix}{field_.name}: expected at least 1, got {value}")
+            if isinstance(size, float) and not math.isfinite(size):
+                raise ConfigError(f"{prefix}{field_.name}: expected a finite number, got {value}")
+            if field_.name in positive and not size > 0:
+                raise ConfigError(f"{prefix}{field_.name}: expected more than 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class TextConfig:
     """Tokens a prompt is padded or truncated to; there is no attention mask, so it changes the result."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "text")
+        _check_sizes(self, "text", ("rope_theta", "rms_norm_eps"))
 
     @property
     def embed_width(self) -> int:
@@ -74,7 +83,7 @@ class VaeConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "vae")
+        _check_sizes(self, "vae", ("latents_std",))
         for name in ("latents_mean", "latents_std"):
             got = len(getattr(self, name))
             if got != self.z_dim:
@@ -115,7 +124,7 @@ class VideoDitConfig:
     finds places many times sooner with them than through the rotary angles alone."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "dit")
+        _check_sizes(self, "dit", ("mlp_ratio", "rope_scale"))
 
     @property
     def width(self) -> int:
@@ -148,6 +157,13 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "head")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"head.dropout: expected a share from 0 to below 1, got {self.dropout}")
+        if self.num_inference_timesteps > self.num_timestep_buckets:
+            raise ConfigError(
+                f"head.num_inference_timesteps: at most num_timestep_buckets = {self.num_timestep_buckets}, or two steps would "
+                f"have the same time, got {self.num_inference_timesteps}"
+            )
         if self.add_pos_embed and self.action_horizon > self.max_seq_len:
             raise ConfigError(
                 f"head.action_horizon: at most max_seq_len = {self.max_seq_len}, got {self.action_horizon}"
@@ -193,13 +209,12 @@ class FlowConfig:
     """Let the action loss reach the backbone; the published models never did."""
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "flow", ("beta_alpha", "beta_beta", "time_scale"))
         if (self.high_sigma_ratio is None) != (self.high_sigma_min is None):
             raise ConfigError(
                 "flow.high_sigma_ratio and flow.high_sigma_min: set both or neither, got "
                 f"{self.high_sigma_ratio} and {self.high_sigma_min}"
             )
-        if self.video_every < 1:
-            raise ConfigError(f"flow.video_every: expected at least 1, got {self.video_every}")
         if self.training not in typing.get_args(TrainingMode):
             raise ConfigError(f"flow.training: expected one of joint, action, video, got {self.training!r}")
         if self.time_distribution not in typing.get_args(TimeDistribution):
@@ -228,6 +243,14 @@ class ModelConfig:
     """Largest sigma of the scheduler; the time of the noisy frames is sigma_max / (1 + sigma_max)."""
 
     def __post_init__(self) -> None:
+        for name, value in (
+            ("conditional_frame_timestep", self.conditional_frame_timestep),
+            ("sigma_max", self.sigma_max),
+        ):
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name}: expected a finite number of at least 0, got {value}")
+        if self.frames < 1 or min(self.image_size) < 1:
+            raise ConfigError(f"frames and image_size: expected at least 1, got {self.frames} and {self.image_size}")
         if (self.frames - 1) % self.vae.temporal_factor:
             raise ConfigError(
                 f"frames: expected 1 + a multiple of {self.vae.temporal_factor} (one latent frame holds that many), "
@@ -250,6 +273,12 @@ class ModelConfig:
         for side in self.image_size:
             if side % self.pixels_per_token:
                 raise ConfigError(f"image_size: expected multiples of {self.pixels_per_token}, got {self.image_size}")
+        self.latent_size(*self.image_size)
+        if self.latent_frames > self.dit.max_size[0]:
+            raise ConfigError(
+                f"frames: at most {self.dit.max_size[0]} latent frames (the video transformer's max_size), got "
+                f"{self.latent_frames} from {self.frames} frames"
+            )
 
     @property
     def latent_frames(self) -> int:
@@ -275,7 +304,8 @@ class ModelConfig:
         if size[0] > self.dit.max_size[1] or size[1] > self.dit.max_size[2]:
             most = tuple(self.vae.spatial_factor * side for side in self.dit.max_size[1:])
             raise ConfigError(
-                f"image: at most {most[0]} x {most[1]} pixels, got {height} x {width}; resize the picture"
+                f"image_size: at most {most[0]} x {most[1]} pixels, got {height} x {width} (all views side by side; the video "
+                f"transformer's max_size is {self.dit.max_size[1]} x {self.dit.max_size[2]} latents); make the images smaller"
             )
         return size
 
@@ -300,7 +330,15 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "config") -> ModelConfig:
         """The inverse of `to_dict`. Unknown keys and wrong types raise ConfigError naming `where`."""
+        return build_within(cls, data, where)
+
+
+def build_within(cls: type[Config], data: Any, where: str) -> Config:
+    """`build`, whose errors all name `where`: those of values that contradict each other too."""
+    try:
         return build(cls, data, where)
+    except ConfigError as error:
+        raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
 
 
 def build(cls: type[Config], data: Any, where: str) -> Config:
@@ -346,7 +384,12 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if type(None) in args:
         return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: expected a number that a float can hold, got a larger one") from None
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, got {value}")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit4dit.engine.packs import PackFolder, PromptPack
 from dit4dit.errors import ConfigError, InputError, did_you_mean
+from dit4dit.model.folders import fault, visible
 from dit4dit.model.text import tokenize
 
 if TYPE_CHECKING:
@@ -222,12 +223,21 @@ def plain(device: torch.device) -> Iterator[None]:
         yield
 
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+"""Files of which a tokenizer has one, without which transformers fails in many ways."""
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`; ConfigError when its files are missing."""
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
         raise ConfigError(f"{folder}: no tokenizer_config.json; give a backbone folder with its tokenizer")
+    if not any((folder / name).is_file() or (folder / name).is_symlink() for name in VOCABULARIES):
+        raise ConfigError(f"{folder}: none of {', '.join(VOCABULARIES)}; give a backbone folder with its tokenizer")
+    for file in visible(folder):
+        if reason := fault(file):
+            raise ConfigError(f"{file}: {reason}")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:

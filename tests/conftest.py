@@ -155,7 +155,7 @@ def make_observation():
 
 @pytest.fixture(scope="session")
 def cosmos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete Cosmos-Predict2.5 folder: the fixture's small files and, from its .pt, the three weight files."""
+    """A complete Cosmos-Predict2.5 folder: the fixture's, whose text encoder transformers saved, and two parts of its .pt."""
     from safetensors.torch import save_file
 
     from dit4dit.model import checkpoint as ck
@@ -164,11 +164,10 @@ def cosmos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("cosmos") / "Cosmos-Predict2.5-2B"
     shutil.copytree(source / "cosmos", target)
     tensors = ck.load_pt(source / "checkpoints" / "steps_10_pytorch_model.pt")
-    files = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "transformer": "diffusion_pytorch_model"}
-    for part, name in files.items():
+    for part in ("vae", "transformer"):
         prefix = f"{ck.EXTRACTOR}{part}."
         state = {n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
-        save_file(state, target / part / f"{name}.safetensors", metadata={"format": "pt"})
+        save_file(state, target / part / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     return target
 
 

@@ -301,7 +301,7 @@ def test_what_opens_is_the_embodiments() -> None:
     for robot in (LIBERO, TABLETOP):
         words = robot.gripper.meaning
         assert f"-> 0 ({robot.gripper.word(0)}), else 1 ({robot.gripper.word(1)})" in words
-        assert {key for key, _ in robot.gripper.opening} <= {key.name for key in robot.state}
+        assert {key for key, _ in robot.gripper.fingers} <= {key.name for key in robot.state}
 
 
 def test_the_tabletops_own_demonstrations_pass_and_reversed_ones_do_not(tmp_path: Path) -> None:

@@ -9,19 +9,45 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit import stats
-from dit4dit.codec import Codec
+from dit4dit.codec import Codec, robot_of
 from dit4dit.commands.report import table
 from dit4dit.embodiments import EMBODIMENTS, Embodiment
 from dit4dit.errors import ConfigError
-from dit4dit.model.checkpoint import HEAD, TEXT, TRANSFORMER, VAE, Checkpoint, open_checkpoint
+from dit4dit.instructions import load_tokenizer
+from dit4dit.model import checksums, weights
+from dit4dit.model.checkpoint import (
+    HEAD,
+    TEXT,
+    TRANSFORMER,
+    VAE,
+    Checkpoint,
+    is_own_format,
+    local_folder,
+    open_checkpoint,
+)
 
 PARTS = {"text encoder": TEXT, "VAE": VAE, "backbone": TRANSFORMER, "action head": HEAD}
 
 
-def inspect(path: str | Path, *, backbone: str | Path | None, embodiment: str | None) -> dict[str, Any]:
-    """Sizes per part, shapes, statistics and conventions, ready for JSON; weights are mapped, not read."""
+def inspect(
+    path: str | Path, *, backbone: str | Path | None, embodiment: str | None, verify: checksums.Progress | None = None
+) -> dict[str, Any]:
+    """Sizes per part, shapes, statistics and conventions, ready for JSON; weights are mapped, not read.
+
+    `problems` says why `Policy.from_pretrained` would refuse the checkpoint. With `verify`, which is called with names and bytes,
+    every file that checksums.json lists is read first; `checksums` says how many there are (None: there is no such list).
+
+    Raises:
+        CheckpointError: it cannot be opened, or with `verify` a file is not what was written.
+    """
+    verified = {} if verify is None else {"checksums": verify_files(path, verify)}
     checkpoint = open_checkpoint(path, backbone)
     model = checkpoint.model
+    problems = weights.check(model, checkpoint.tensors, str(checkpoint.path))
+    try:
+        load_tokenizer(checkpoint.tokenizer)
+    except ConfigError as error:
+        problems.append(str(error))
     result: dict[str, Any] = {
         "path": str(checkpoint.path),
         "layout": checkpoint.layout,
@@ -29,6 +55,8 @@ def inspect(path: str | Path, *, backbone: str | Path | None, embodiment: str | 
         "model": model.to_dict(),
         "statistics": _tags(checkpoint),
         "ignored_keys": list(checkpoint.ignored),
+        "problems": problems,
+        **verified,
     }
     try:
         robot = Codec.for_checkpoint(checkpoint, embodiment).embodiment
@@ -36,6 +64,8 @@ def inspect(path: str | Path, *, backbone: str | Path | None, embodiment: str | 
     except ConfigError as error:
         if embodiment is not None:
             raise
+        if robot_of(checkpoint) is not None and len(checkpoint.statistics) == 1:
+            problems.append(str(error))  # there was nothing to choose
         return {**result, "embodiment": None, "conventions": None, "note": str(error)}
     shapes = {
         "frame": [3, model.image_size[0], model.image_size[1] * len(robot.views)],
@@ -44,6 +74,13 @@ def inspect(path: str | Path, *, backbone: str | Path | None, embodiment: str | 
         "actions": [model.head.action_horizon, model.head.action_dim],
     }
     return {**result, "embodiment": robot.name, "shapes": shapes, "conventions": conventions(checkpoint, robot)}
+
+
+def verify_files(path: str | Path, progress: checksums.Progress) -> int | None:
+    """How many files are what checksums.json of a folder says; None where it has none, as the published layout."""
+    folder = local_folder(path)
+    file = folder / checksums.FILE
+    return checksums.verify(file, progress=progress) if is_own_format(folder) and file.is_file() else None
 
 
 def part_sizes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -145,9 +182,14 @@ def show(result: dict[str, Any]) -> str:
         blocks.append(f"embodiment: {result['embodiment']}\nshapes: {shapes}")
         blocks.append(table(["convention", ""], list(result["conventions"].items())))
     blocks += [_show_statistics(tag, entry, result["embodiment"]) for tag, entry in result["statistics"].items()]
+    if "checksums" in result:
+        count = result["checksums"]
+        none = f"there is no {checksums.FILE}, so no file was checked; `dit4dit convert` and training write one"
+        blocks.append(none if count is None else f"{count} files are what {checksums.FILE} says")
     if result["ignored_keys"]:
         keys = f"config.yaml keys that inference does not read: {', '.join(result['ignored_keys'])}"
         blocks.append(textwrap.fill(keys, 120, break_long_words=False, break_on_hyphens=False))
+    blocks += [f"cannot be loaded: {problem}" for problem in result["problems"]]
     return "\n\n".join(blocks)
 
 

@@ -23,6 +23,7 @@ from dit4dit.engine.fold import MATRICES, BackboneBlock, Matrix
 from dit4dit.engine.packs import PromptPack, stack, weights_key
 from dit4dit.errors import CheckpointError, ConfigError, InputError, OutputError
 from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.model.keys import is_finite
 
 if TYPE_CHECKING:
     from dit4dit.engine.engine import Engine
@@ -116,7 +117,7 @@ def _sound(data: Any) -> bool:
     weights, samples, amax = data.get("weights"), data.get("samples"), data.get("amax")
     if not isinstance(weights, str) or not isinstance(samples, int) or not isinstance(amax, dict):
         return False
-    return all(isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 for value in amax.values())
+    return all(is_finite(value) and value >= 0 for value in amax.values())
 
 
 def at(block: int, matrix: str) -> str:

@@ -77,6 +77,10 @@ class Engine:
             raise ConfigError(f"engine posterior: expected sample or mean, got {posterior!r}")
         self.model, self.config, self.posterior = model, model.config, posterior
         self.steps = model.config.head.num_inference_timesteps if steps is None else steps
+        if self.steps > model.config.head.num_timestep_buckets:
+            raise ConfigError(
+                f"engine steps: at most the model's num_timestep_buckets = {model.config.head.num_timestep_buckets}, got {steps}"
+            )
         self.quantization = quantization
         blocks = list(fold_backbone(model.backbone))
         self.blocks: tuple[BackboneBlock, ...] = tuple(blocks)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from dit4dit.errors import CheckpointError
-from dit4dit.model import own_format
+from dit4dit.model import checksums, own_format
 from dit4dit.model.checkpoint import VAE, open_checkpoint
 from dit4dit.model.keys import read_json
 
@@ -50,6 +50,7 @@ def ship(source: Path, target: Path) -> None:
                 **facts,
             },
         )
+        checksums.write(partial)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         if size > LIMIT:
             raise CheckpointError(f"{target}: {size} bytes, more than {LIMIT}; train a smaller model")

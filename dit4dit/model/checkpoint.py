@@ -6,20 +6,31 @@ formats give their tensors under the published names, so that one table says whe
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit4dit.config import ModelConfig
 from dit4dit.errors import CheckpointError
-from dit4dit.model import published
+from dit4dit.model import published, state_dict
+from dit4dit.model.folders import visible
 from dit4dit.model.keys import read_json
+from dit4dit.model.tensor_files import (
+    INDEX,
+    SHARD,
+    SHARED,
+    SUFFIX,
+    Joined,
+    Renamed,
+    joined,
+    renamed,
+    safetensor_file,
+    safetensor_files,
+    say_once,
+)
 from dit4dit.stats import read_statistics
 
 if TYPE_CHECKING:
@@ -37,7 +48,10 @@ TEXT, TRANSFORMER, VAE, HEAD = (
     EXTRACTOR + "vae.",
     "action_model.",
 )
-FROZEN = {"text_encoder": TEXT, "vae": VAE}
+KNOWN = (TRANSFORMER, HEAD)
+"""Beginnings of names by which weights are recognised as a DiT4DiT model's."""
+EMBEDDING, OUTPUT = f"{TEXT}model.language_model.embed_tokens.weight", f"{TEXT}lm_head.weight"
+FROZEN = dict(zip(SHARED, (TEXT, VAE), strict=True))
 """Parts that no recipe trains: kept in folders of their own, so that a fine-tuned head does not carry 16 GB of text."""
 
 
@@ -67,74 +81,6 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class SafetensorFiles(Mapping[str, "Tensor"]):
-    """Tensors of several safetensors files under a common prefix, each mapped from disk on access."""
-
-    prefix: str
-    index: dict[str, Path]
-    """Full name -> file."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        return _map_tensor(self.index[name], name.removeprefix(self.prefix))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.index)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-
-@functools.lru_cache(maxsize=256)
-def _safetensors_header(file: Path, stamp: tuple[int, int]) -> tuple[dict[str, Any], int]:
-    """(entry per tensor, offset of the first data byte): 8 bytes of length, then that much JSON.
-
-    `stamp` is the file's time and size, so that a replaced file is read anew.
-    """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return json.loads(stream.read(length)), 8 + length
-
-
-def _map_tensor(file: Path, name: str) -> Tensor:
-    """One tensor whose storage is exactly its own bytes of the file, so that it can be saved again without a copy.
-
-    (safetensors' own reader gives views of one storage as large as the file.)
-    """
-    import numpy as np
-    import torch
-    from safetensors.torch import _getdtype
-
-    facts = file.stat()
-    header, start = _safetensors_header(file, (facts.st_mtime_ns, facts.st_size))
-    entry = header[name]
-    dtype: torch.dtype = _getdtype(entry["dtype"])
-    begin, end = entry["data_offsets"]
-    if begin == end:
-        return torch.empty(entry["shape"], dtype=dtype)
-    data = np.memmap(file, dtype=np.uint8, mode="c", offset=start + begin, shape=(end - begin,))
-    return torch.from_numpy(data).view(dtype).reshape(entry["shape"])
-
-
-@dataclass(frozen=True)
-class Joined(Mapping[str, "Tensor"]):
-    """Several mappings as one; the first that has a name gives it."""
-
-    parts: tuple[Mapping[str, Tensor], ...]
-
-    def __getitem__(self, name: str) -> Tensor:
-        for part in self.parts:
-            if name in part:
-                return part[name]
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(name for part in self.parts for name in part))
-
-    def __len__(self) -> int:
-        return len(set().union(*self.parts))
-
-
 def open_checkpoint(path: str | Path, backbone: str | Path | None = None) -> Checkpoint:
     """Open a published run folder (or one of its .pt files), a folder in the own format, or a hub repository id.
 
@@ -146,10 +92,14 @@ def open_checkpoint(path: str | Path, backbone: str | Path | None = None) -> Che
     Raises:
         CheckpointError: something is missing, truncated, or not a checkpoint. ConfigError: its configuration is wrong.
     """
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        folder = _from_hub(str(path))
+    folder = local_folder(path)
     return _open_own(folder, backbone) if is_own_format(folder) else _open_published(folder, backbone)
+
+
+def local_folder(path: str | Path) -> Path:
+    """Where a checkpoint lies on this machine; a hub id is downloaded."""
+    folder = Path(path).expanduser()
+    return folder if folder.exists() else _from_hub(str(path))
 
 
 def is_own_format(folder: Path) -> bool:
@@ -179,29 +129,33 @@ def _download(name: str, revision: str | None, patterns: list[str] | None, hint:
         raise CheckpointError(f"hub {name}: could not be downloaded ({first}); {hint}") from None
 
 
-def find_backbone(backbone: str | Path | None, run: Path | None, *, weights: bool) -> Path:
-    """The Cosmos folder to use; a hub id is downloaded (only its small files unless `weights`)."""
+def backbone_name(backbone: str | Path | None, run: Path | None) -> str:
+    """The Cosmos folder or hub id that is meant: the given one, DIT4DIT_BACKBONE, the run's own, the released one."""
     chosen = backbone or os.environ.get("DIT4DIT_BACKBONE")
     if not chosen and run is not None and (run / "cosmos" / "model_index.json").is_file():
-        return run / "cosmos"
-    if chosen and Path(chosen).expanduser().exists():
+        return str(run / "cosmos")
+    return str(chosen or HUB_BACKBONE)
+
+
+def find_backbone(backbone: str | Path | None, run: Path | None, *, weights: bool) -> Path:
+    """The Cosmos folder to use; a hub id is downloaded (only its small files unless `weights`)."""
+    chosen = backbone_name(backbone, run)
+    if Path(chosen).expanduser().exists():
         return Path(chosen).expanduser()
     patterns = None if weights else SMALL_FILES
     hint = "give a Cosmos-Predict2.5 folder with --backbone or DIT4DIT_BACKBONE"
-    if not chosen:
-        return _download(HUB_BACKBONE, HUB_REVISION, patterns, hint)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(chosen)):
         raise CheckpointError(f"backbone {chosen}: no such folder; give a Cosmos-Predict2.5 folder or its hub id")
-    return _download(str(chosen), HUB_REVISION if str(chosen) == HUB_BACKBONE else None, patterns, hint)
+    return _download(chosen, HUB_REVISION if chosen == HUB_BACKBONE else None, patterns, hint)
 
 
 def _open_published(path: Path, backbone: str | Path | None) -> Checkpoint:
-    run, file = _published_files(path)
+    run, file = published_files(path)
     cosmos = find_backbone(backbone, run, weights=False)
     config = published.read_run(run / "config.yaml", cosmos)
     statistics = read_statistics(run / "dataset_statistics.json")
-    tensors = load_pt(file)
-    if not any(name.startswith((TRANSFORMER, HEAD)) for name in tensors):
+    tensors = renamed(_published_tensors(file), text_name, file)
+    if not any(name.startswith(KNOWN) for name in tensors):
         raise CheckpointError(
             f"{file}: expected tensors under {TRANSFORMER} or {HEAD}, found {next(iter(tensors), 'none')!r}; "
             "this is not a DiT4DiT checkpoint"
@@ -221,83 +175,120 @@ def _open_published(path: Path, backbone: str | Path | None) -> Checkpoint:
     )
 
 
-def _published_files(path: Path) -> tuple[Path, Path]:
-    """(run folder, .pt file) for a run folder, its checkpoints folder, or one .pt file; the highest step wins."""
-    if path.is_file():
-        for run in path.parents[:2]:
-            if (run / "config.yaml").is_file():
-                return run, path
-        raise CheckpointError(f"{path}: no config.yaml beside it or one folder up; keep the run folder whole")
-    run = path.parent if path.name in ("checkpoints", "final_model") else path
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{run}: neither config.yaml (published run) nor config.json (own format); give a run folder"
-        )
-    steps = {
-        int(match[1]): file
-        for file in (run / "checkpoints").glob("steps_*_pytorch_model.pt")
-        if (match := re.fullmatch(r"steps_(\d+)_pytorch_model\.pt", file.name))
-    }
-    final = run / "final_model" / "pytorch_model.pt"
-    if steps:
-        return run, steps[max(steps)]
-    if final.is_file():
-        return run, final
-    raise CheckpointError(f"{run}: no checkpoints/steps_N_pytorch_model.pt and no final_model/pytorch_model.pt")
+def _published_tensors(file: Path) -> Mapping[str, Tensor]:
+    """The weights of a published run: a .pt file, a safetensors file, or a folder with several of them."""
+    if file.is_file() and not _is_safetensors(file):
+        return load_pt(file)
+    if file.is_file() and SHARD.search(file.name):
+        raise CheckpointError(f"{file}: one of several files of weights; give the folder {file.parent}")
+    found = safetensor_files(file, "") if file.is_dir() else safetensor_file(file)
+    plain = state_dict.plain_names(found, file)
+    if all(new == old for new, old in plain.items()):
+        return found
+    say_once(f"{file}: names are read without what was put in front of the published ones, as in {next(iter(found))!r}")
+    return Renamed(found, plain)
 
 
 def load_pt(file: Path) -> dict[str, Tensor]:
-    """A state dict, memory-mapped, read with `weights_only=True`."""
-    import torch
+    """The state dict in a .pt file (`state_dict.read`)."""
+    return state_dict.read(file, KNOWN)
 
-    try:
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be opened ({error.strerror}); check its permissions") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160]
+
+def published_files(path: Path) -> tuple[Path, Path]:
+    """(run folder, file or folder with its weights) for a run folder, its checkpoints or final_model folder, or one file."""
+    if path.is_file():
+        if state_dict.is_zero_shard(path):
+            raise state_dict.zero_error(path.parent)
+        for run in path.parents[:2]:
+            if (run / "config.yaml").is_file():
+                return run, path
+        if (path.parent / "config.json").is_file():
+            raise CheckpointError(f"{path}: one file of a folder in the own format; give the folder {path.parent}")
+        raise CheckpointError(f"{path}: no config.yaml beside it or one folder up; keep the run folder whole")
+    run = path.parent if path.name in ("checkpoints", "final_model") else path
+    if not (run / "config.yaml").is_file():
+        if shards := state_dict.zero_folder(path):
+            raise state_dict.zero_error(shards)
+        hint = f"; give {run / 'policy'}" if (run / "policy" / "config.json").is_file() else "; give a run folder"
+        raise CheckpointError(f"{run}: neither config.yaml (published run) nor config.json (own format){hint}")
+    found = _final([path]) if path.name == "final_model" else _steps(run) or _final([run / "final_model", run])
+    if not found:
+        if shards := state_dict.zero_folder(run / "checkpoints") or state_dict.zero_folder(run):
+            raise state_dict.zero_error(shards)
+        ours = [f for f in visible(run / "checkpoints") if (f / "policy" / "config.json").is_file()]
+        hint = f"; it is a run of dit4dit train, give {ours[-1] / 'policy'}" if ours else ""
         raise CheckpointError(
-            f"{file}: not readable as a PyTorch checkpoint ({file.stat().st_size} bytes; {reason}); "
-            "truncated, or not written by torch.save? copy it again"
-        ) from None
-    if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
-        raise CheckpointError(f"{file}: expected a flat state dict of tensors, got {type(data).__name__}")
-    return data
+            f"{run}: no checkpoints/steps_N_pytorch_model.pt and no final_model/pytorch_model.pt{hint}"
+        )
+    if len(found) > 1:
+        rest = ", ".join(file.name for file in found[1:])
+        say_once(f"{found[0]} is read, not what lies beside it: {rest}; name one in full to choose it")
+    return run, found[0]
 
 
-def safetensor_files(folder: Path, prefix: str) -> SafetensorFiles:
-    """All tensors of a folder's safetensors files (with or without an index), names prefixed.
+FINAL = re.compile(r"pytorch_model\.(pt|pth|safetensors)|model\.safetensors", re.IGNORECASE)
+STEP = re.compile(r"steps_(\d+)_(pytorch_)?model\.(pt|pth|safetensors)", re.IGNORECASE)
 
-    Raises:
-        CheckpointError: there are none, a shard is missing, or a file is truncated.
+
+def _steps(run: Path) -> list[Path]:
+    """The weight files of the highest step, the published kind (.pt) first."""
+    steps: dict[int, list[Path]] = {}
+    for file in visible(run / "checkpoints"):
+        if match := STEP.fullmatch(file.name):
+            steps.setdefault(int(match[1]), []).append(file)
+    return sorted(steps[max(steps)], key=_is_safetensors) if steps else []
+
+
+def _final(folders: list[Path]) -> list[Path]:
+    """The weights of the first folder that has some under the usual names: a .pt file, safetensors, the folder of shards."""
+    for folder in folders:
+        files = [file for file in visible(folder) if FINAL.fullmatch(file.name)]
+        files.sort(key=_is_safetensors)
+        if any(INDEX.search(file.name) for file in visible(folder)):
+            files.append(folder)
+        if files:
+            return files
+    return []
+
+
+def _is_safetensors(file: Path) -> bool:
+    return file.name.lower().endswith(SUFFIX)
+
+
+def text_name(name: str) -> str:
+    """The published name of a tensor; of the text encoder's those that transformers writes to disk are others.
+
+    The module has `model.language_model.*` and `model.visual.*`, so the published .pt does. `save_pretrained` writes the names
+    of its older layout, `model.*` and `visual.*`; Qwen2_5_VLModel alone, without its lm_head, has no `model.` in front.
     """
-    from safetensors import SafetensorError, safe_open
-
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        names = read_json(indexes[0]).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{indexes[0]}: expected a weight_map, tensor -> file; copy the file again")
-        shards = [folder / name for name in sorted(set(names.values()))]
-    else:
-        shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"{folder}: no .safetensors files; the folder has no weights, download them too")
-    index = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                index.update({prefix + name: shard for name in file.keys()})  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise CheckpointError(f"{shard}: missing or not readable ({error}); copy it again") from None
-    return SafetensorFiles(prefix, index)
+    if not name.startswith(TEXT):
+        return name
+    rest = name.removeprefix(TEXT)
+    if rest.startswith(("visual.", "language_model.")):
+        rest = f"model.{rest}"
+    elif rest.startswith("model.") and not rest.startswith(("model.language_model.", "model.visual.")):
+        rest = f"model.language_model.{rest.removeprefix('model.')}"
+    return TEXT + rest
 
 
 def cosmos_tensors(
     folder: Path, parts: tuple[str, ...] = ("text_encoder", "vae", "transformer")
 ) -> Mapping[str, Tensor]:
     """Weights of a Cosmos folder's parts, under the published names."""
-    return Joined(tuple(safetensor_files(folder / part, f"{EXTRACTOR}{part}.") for part in parts))
+    return Joined(tuple(_cosmos_part(folder / part) for part in parts))
+
+
+def _cosmos_part(folder: Path) -> Mapping[str, Tensor]:
+    found = renamed(safetensor_files(folder, f"{EXTRACTOR}{folder.name}."), text_name, folder)
+    if folder.name != "text_encoder" or EMBEDDING in found or OUTPUT not in found:
+        return found
+    config = read_json(folder / "config.json")
+    nested = config.get("text_config")
+    if (nested if isinstance(nested, dict) else config).get("tie_word_embeddings", config.get("tie_word_embeddings")):
+        # a save of tied weights keeps one of the two names
+        names = {name: name for name in found} | {EMBEDDING: OUTPUT}
+        return Renamed(found, names)
+    return found
 
 
 def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
@@ -312,22 +303,25 @@ def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
     robot = data.get("embodiment")
     if not isinstance(robot, (str, dict, type(None))):
         raise CheckpointError(f"{where}: embodiment: expected a robot's name or description, got {robot!r:.40}")
-    parts: list[Mapping[str, Tensor]] = [safetensor_files(folder, "")]
-    absent = tuple(part for part in FROZEN if not (folder / part).is_dir())
-    for part in FROZEN:
-        if part not in absent:
-            parts.append(safetensor_files(folder / part, ""))
+    parts = [safetensor_files(folder, "")]
+    absent = tuple(
+        part
+        for part, prefix in FROZEN.items()
+        if not (folder / part).is_dir() and not any(name.startswith(prefix) for name in parts[0])
+    )
+    parts += [safetensor_files(folder / part, "") for part in FROZEN if (folder / part).is_dir()]
+    rest = []
     tokenizer = folder / "tokenizer"
     if absent or not tokenizer.is_dir():
         cosmos = find_backbone(backbone, None, weights=True)
         tokenizer = tokenizer if tokenizer.is_dir() else cosmos / "tokenizer"
         if absent:
-            parts.append(cosmos_tensors(cosmos, absent))
+            rest.append(cosmos_tensors(cosmos, absent))
     return Checkpoint(
         path=folder,
         layout="dit4dit",
         model=model,
-        tensors=Joined(tuple(parts)),
+        tensors=joined(parts, *rest),
         statistics=read_statistics(folder / "statistics.json"),
         embodiment=robot,
         tokenizer=tokenizer,

@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+from dit4dit.model.folders import fault
 
 NEEDED = object()
 """Default of a key that a file must have."""
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """A ConfigError of what is made here names the file `where` that the values came from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
+
+
+class Unset:
+    """A value that could not be resolved, `${oc.env:...}` of a variable that is not set: no matter where nobody reads it."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        self.text, self.reason = text, reason
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def find_unset(value: Any, key: str) -> tuple[str, Unset] | None:
+    """The first such value in `value`, which stands under `key`, with its own key."""
+    if isinstance(value, Unset):
+        return key, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        if found := find_unset(item, f"{key}.{name}" if key else str(name)):
+            return found
+    return None
+
+
+def refuse_unset(value: Any, key: str, where: str) -> None:
+    """ConfigError where `value`, which stands under `key`, holds an `Unset`."""
+    if found := find_unset(value, key):
+        name, unset = found
+        raise ConfigError(
+            f"{where}: {name}: {unset.text!r:.80} has no value ({unset.reason:.120}); set it, or write the value"
+        )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, not a flag, that a float can hold and that is neither NaN nor infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 class KeyReader:
@@ -30,6 +83,9 @@ class KeyReader:
                     raise ConfigError(f"{self.where}: missing key {key!r}; add it, or copy the file again")
                 return default
             node = node[part]
+            if isinstance(node, Unset):
+                break
+        refuse_unset(node, key, self.where)
         return node
 
     def has(self, key: str) -> bool:
@@ -44,8 +100,8 @@ class KeyReader:
 
     def number(self, key: str, default: Any = NEEDED) -> float:
         value = self.raw(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-            raise self._wrong(key, "a number", value)
+        if not is_finite(value):
+            raise self._wrong(key, "a finite number", value)
         return float(value)
 
     def text(self, key: str, default: Any = NEEDED) -> str:
@@ -64,9 +120,10 @@ class KeyReader:
         """A list of numbers, of `count` where that is fixed."""
         value = self.raw(key, default)
         good = isinstance(value, (list, tuple)) and bool(value)
-        good = good and all(isinstance(x, (int, float)) and not isinstance(x, bool) and x == x for x in value)
+        good = good and all(is_finite(x) for x in value)
         if not good or count not in (None, len(value)):
-            raise self._wrong(key, f"a list of {count if count is not None else ''} numbers".replace("  ", " "), value)
+            wanted = f"a list of {count if count is not None else ''} finite numbers".replace("  ", " ")
+            raise self._wrong(key, wanted, value)
         return tuple(value)
 
     def integers(self, key: str, default: Any = NEEDED, *, count: int | None = None) -> tuple[int, ...]:
@@ -114,6 +171,8 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
 
 def read_text(path: Path, hint: str) -> str:
     """A text file; CheckpointError with `hint` when it is missing, and with the reason when it is not readable."""
+    if reason := fault(path):
+        raise CheckpointError(f"{path}: {reason}")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -130,24 +189,52 @@ def read_json(path: Path, hint: str = "the folder is incomplete") -> dict[str, A
     """
     try:
         data = json.loads(read_text(path, hint))
-    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, or nested without end
+    except (ValueError, RecursionError) as error:  # beside bad syntax: too long a number, too deep a nesting
         raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, OmegaConf interpolations resolved; CheckpointError when it is missing or not one."""
+def read_yaml(path: Path, *, keep_unset: bool = False) -> dict[str, Any]:
+    """A YAML mapping from a file, OmegaConf interpolations resolved; CheckpointError when it is missing or not one.
+
+    With `keep_unset`, an interpolation that cannot be resolved stays in it as `Unset`, for a `KeyReader` to refuse where the
+    key is read; otherwise it is an error.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     text = read_text(path, "a published run folder has one beside checkpoints/")
     try:
-        data = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        data = _resolved(OmegaConf.create(text))
     except (YAMLError, OmegaConfBaseException) as error:
         raise CheckpointError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a mapping, got {type(data).__name__}")
-    return {str(key): value for key, value in data.items()}
+    data = {str(key): value for key, value in data.items()}
+    if not keep_unset:
+        refuse_unset(data, "", str(path))
+    return data
+
+
+def _resolved(node: Any) -> Any:
+    """An OmegaConf node as plain data, each interpolation by itself."""
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def value(key: Any) -> Any:
+        try:
+            return "???" if OmegaConf.is_missing(node, key) else _resolved(node[key])
+        except OmegaConfBaseException as error:
+            if not OmegaConf.is_interpolation(node, key):
+                raise
+            text = OmegaConf.to_container(node, resolve=False)[key]
+            return Unset(str(text), str(error).splitlines()[0])
+
+    if isinstance(node, DictConfig):
+        return {key: value(key) for key in node}
+    if isinstance(node, ListConfig):
+        return [value(i) for i in range(len(node))]
+    return node

@@ -2,6 +2,7 @@
 
 config.json                     format_version, model sizes, embodiment
 statistics.json                 normalisation statistics, keyed by embodiment tag
+checksums.json                  size and SHA-256 of every other file
 model.safetensors               backbone and action head (what recipes train), under the published names
 text_encoder/, vae/             frozen parts; a folder that is absent is taken from the backbone instead
 tokenizer/                      the tokenizer's files
@@ -22,18 +23,23 @@ from typing import TYPE_CHECKING, Any
 
 from dit4dit.config import ModelConfig
 from dit4dit.errors import CheckpointError
+from dit4dit.model import checksums
 from dit4dit.model.checkpoint import (
     FORMAT_VERSION,
     FROZEN,
     HEAD,
+    STEP,
     TEXT,
     TRANSFORMER,
     VAE,
     find_backbone,
     is_own_format,
     open_checkpoint,
+    published_files,
 )
+from dit4dit.model.folders import visible
 from dit4dit.model.keys import read_json
+from dit4dit.model.tensor_files import SUFFIX
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +48,9 @@ if TYPE_CHECKING:
     from dit4dit.model.dit4dit import DiT4DiT
 
 SHARD_SIZE = "2GB"
+DOTTED = shutil.ignore_patterns(".*")
+"""Files that no reader looks at, as macOS and git leave them, are not copied."""
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 COSMOS_PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 Progress = Callable[[str, int], None]
 """Called with a file's name and its bytes when it has been written."""
@@ -174,6 +183,7 @@ def save_model(
         write_folder(partial, model=model.config, embodiment=embodiment, tensors=tensors)
         write_json(partial / "statistics.json", statistics)
         tokenizer.save_pretrained(partial / "tokenizer")
+        checksums.write(partial)
 
 
 def named_tensors(model: DiT4DiT) -> dict[str, Tensor]:
@@ -193,8 +203,7 @@ def to_own(source: Path, target: Path, backbone: Path | None = None, progress: P
     checkpoint = open_checkpoint(source, backbone)
     if checkpoint.layout != "published":
         raise CheckpointError(f"{source}: is in the own format already; wanted a published run folder")
-    run = checkpoint.path.parent.parent if checkpoint.path.parent.name in ("checkpoints", "final_model") else None
-    run = run if run is not None and (run / "config.yaml").is_file() else checkpoint.path.parent
+    run, _ = published_files(checkpoint.path)
     cosmos = find_backbone(backbone, run, weights=False)
     with new_folder(target) as partial:
         write_folder(
@@ -205,17 +214,26 @@ def to_own(source: Path, target: Path, backbone: Path | None = None, progress: P
             progress=progress,
         )
         shutil.copyfile(run / "dataset_statistics.json", partial / "statistics.json")
-        shutil.copytree(cosmos / "tokenizer", partial / "tokenizer")
+        shutil.copytree(cosmos / "tokenizer", partial / "tokenizer", ignore=DOTTED)
         kept = partial / "published"
         kept.mkdir()
         shutil.copyfile(run / "config.yaml", kept / "config.yaml")
         _copy_small_files(cosmos, kept / "cosmos")
-        write_json(kept / "source.json", {"file": str(checkpoint.path.relative_to(run))})
+        write_json(kept / "source.json", {"file": _pt_name(checkpoint.path, run)})
+        checksums.write(partial, progress=progress)
+
+
+def _pt_name(weights: Path, run: Path) -> str:
+    """Where in a published run the .pt file stands whose weights were read from `weights`, which may be safetensors."""
+    if weights.is_file() and not weights.name.lower().endswith(SUFFIX):
+        return weights.relative_to(run).as_posix()
+    step = STEP.fullmatch(weights.name)
+    return f"checkpoints/steps_{step[1]}_pytorch_model.pt" if step else "final_model/pytorch_model.pt"
 
 
 def _copy_small_files(cosmos: Path, target: Path) -> None:
     """The configuration, tokenizer and scheduler files of a Cosmos folder, without weights."""
-    for file in [cosmos / "model_index.json", *(f for part in COSMOS_PARTS for f in sorted((cosmos / part).glob("*")))]:
+    for file in [cosmos / "model_index.json", *(f for part in COSMOS_PARTS for f in visible(cosmos / part))]:
         small = file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(".index.json")
         if file.is_file() and small:
             (target / file.relative_to(cosmos)).parent.mkdir(parents=True, exist_ok=True)
@@ -239,14 +257,14 @@ def to_published(source: Path, target: Path, backbone: Path | None = None, progr
     with new_folder(target) as partial:
         if kept.is_dir():
             shutil.copyfile(kept / "config.yaml", partial / "config.yaml")
-            shutil.copytree(kept / "cosmos", partial / "cosmos")
+            shutil.copytree(kept / "cosmos", partial / "cosmos", ignore=DOTTED)
             name = str(read_json(kept / "source.json").get("file"))
             if not re.fullmatch(r"(checkpoints/|final_model/)?[\w.-]+\.pt", name):
                 raise CheckpointError(f"{kept / 'source.json'}: expected a .pt file inside the run, got {name!r}")
         else:
             (partial / "config.yaml").write_text(export.run_yaml(checkpoint.model, checkpoint.embodiment))
             export.write_cosmos_configs(partial / "cosmos", checkpoint.model)
-            shutil.copytree(checkpoint.tokenizer, partial / "cosmos" / "tokenizer", dirs_exist_ok=True)
+            shutil.copytree(checkpoint.tokenizer, partial / "cosmos" / "tokenizer", dirs_exist_ok=True, ignore=DOTTED)
             name = "checkpoints/steps_0_pytorch_model.pt"
         shutil.copyfile(checkpoint.path / "statistics.json", partial / "dataset_statistics.json")
         file = partial / name
@@ -256,16 +274,29 @@ def to_published(source: Path, target: Path, backbone: Path | None = None, progr
 
 
 def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
-    """Upload a folder in the own format; returns its address. Pull it back with `Policy.from_pretrained(repository)`."""
+    """Upload a folder in the own format; returns its address. Pull it back with `Policy.from_pretrained(repository)`.
+
+    Weight files of an earlier upload that this folder does not have are removed there, so that no tensor is in two files.
+
+    Raises:
+        CheckpointError: not in the own format, not what its checksums.json says, or the hub refuses.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not is_own_format(folder):
         raise CheckpointError(f"{folder}: not a folder in the own format (no config.json); convert it first")
+    if (folder / checksums.FILE).is_file():
+        checksums.verify(
+            folder / checksums.FILE, "convert it again, or, where you changed it on purpose, remove checksums.json"
+        )
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="dit4dit checkpoint"))
+        address = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="dit4dit checkpoint", delete_patterns=WEIGHTS
+        )
+        return str(address)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

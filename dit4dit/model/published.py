@@ -12,7 +12,7 @@ from typing import Any
 
 from dit4dit.config import FlowConfig, HeadConfig, ModelConfig, TextConfig, VaeConfig, VideoDitConfig
 from dit4dit.errors import CheckpointError, ConfigError
-from dit4dit.model.keys import NEEDED, KeyReader, read_json, read_yaml
+from dit4dit.model.keys import NEEDED, KeyReader, naming, read_json, read_yaml
 
 ACTION_MODEL_TYPES = {"DiT-B": (12, 64), "DiT-L": (32, 48)}
 
@@ -42,7 +42,7 @@ def read_run(config_path: Path, cosmos: Path) -> PublishedRun:
     Raises:
         CheckpointError: a file is missing or unreadable. ConfigError: a needed key is missing or has another type.
     """
-    keys = KeyReader(read_yaml(config_path), str(config_path))
+    keys = KeyReader(read_yaml(config_path, keep_unset=True), str(config_path))
     model, data_mix = read_run_keys(keys, cosmos)
     return PublishedRun(model, data_mix, keys.unread())
 
@@ -50,11 +50,11 @@ def read_run(config_path: Path, cosmos: Path) -> PublishedRun:
 def read_run_keys(keys: KeyReader, cosmos: Path) -> tuple[ModelConfig, str | None]:
     """Model and data mixture of a published config.yaml, through a reader that remembers what was read."""
     text, vae, dit, sigma_max = read_cosmos(cosmos)
-    flow = _read_flow(keys)
     deltas = keys.integers("datasets.vla_data.video_delta_indices")
     ratio = keys.integer("datasets.vla_data.action_video_freq_ratio", 1)
     height, width = keys.integers("datasets.vla_data.image_size", (224, 224), count=2)
-    try:
+    with naming(keys.where):
+        flow = _read_flow(keys)
         model = ModelConfig(
             text=replace(text, max_length=keys.integer("framework.cosmos25.max_sequence_length", 512)),
             vae=vae,
@@ -67,8 +67,6 @@ def read_run_keys(keys: KeyReader, cosmos: Path) -> tuple[ModelConfig, str | Non
             conditional_frame_timestep=keys.number("framework.cosmos25.conditional_frame_timestep", 0.0001),
             sigma_max=sigma_max,
         )
-    except ConfigError as error:
-        raise ConfigError(str(error) if str(error).startswith(keys.where) else f"{keys.where}: {error}") from None
     data_mix = keys.raw("datasets.vla_data.data_mix", None)
     return model, data_mix if isinstance(data_mix, str) else None
 
@@ -152,8 +150,13 @@ def read_cosmos(folder: Path) -> tuple[TextConfig, VaeConfig, VideoDitConfig, fl
 
     scheduler = keys("scheduler/scheduler_config.json")
     sigma_max = scheduler.number("sigma_max") if scheduler.has("sigma_max") else 200.0
-    text = read_text_config(keys("text_encoder/config.json"))
-    return text, read_vae_config(keys("vae/config.json")), read_dit_config(keys("transformer/config.json")), sigma_max
+    text, vae, dit = (keys(f"{part}/config.json") for part in ("text_encoder", "vae", "transformer"))
+    with naming(text.where):
+        text_config = read_text_config(text)
+    with naming(vae.where):
+        vae_config = read_vae_config(vae)
+    with naming(dit.where):
+        return text_config, vae_config, read_dit_config(dit), sigma_max
 
 
 def read_text_config(keys: KeyReader) -> TextConfig:

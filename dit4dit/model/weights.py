@@ -96,8 +96,25 @@ def finish(model: DiT4DiT, device: torch.device) -> None:
     model.eval()
 
 
-def fill(part: Part, tensors: Mapping[str, Tensor], where: str, device: torch.device) -> None:
-    """Bring one part's weights from the checkpoint to the device, one tensor at a time."""
+def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> list[str]:
+    """What `build` would refuse, one message per part at most; no weight is read.
+
+    The parts are those of a policy, and the VAE's decoder where the checkpoint has anything of it.
+    """
+    decoder = any(name.startswith(f"{VAE}decoder.") for name in tensors)
+    with torch.device("meta"):
+        model = DiT4DiT(config, with_text=True, with_head=True, with_video_vae=decoder)
+    found = []
+    for part in parts_of(model, torch.float32, torch.float32):
+        try:
+            match(part, tensors, where)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
+
+
+def match(part: Part, tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
+    """One part's tensors under the module's own names; CheckpointError where they are not the module's, one for one."""
     expected = dict(part.module.state_dict())
     found = part.select(Slice(tensors, part.prefix))
     missing = [name for name in expected if name not in found]
@@ -112,18 +129,29 @@ def fill(part: Part, tensors: Mapping[str, Tensor], where: str, device: torch.de
             f"{where}: {part.name}: {len(extra)} tensors that this model does not have, first {part.prefix}…{extra[0]}; "
             "the configuration is another model's"
         )
-    state = {}
     for name, blank in expected.items():
         value = found[name]
         if value.shape != blank.shape:
+            empty = (
+                "; an empty tensor is what DeepSpeed's ZeRO-3 leaves of one: zero_to_fp32.py puts the shards together"
+            )
             raise CheckpointError(
                 f"{where}: {part.name}: {part.prefix}…{name}: expected shape {list(blank.shape)} from the configuration, "
-                f"got {list(value.shape)}"
+                f"got {list(value.shape)}{'' if value.numel() else empty}"
             )
         if not value.is_floating_point():
             raise CheckpointError(f"{where}: {part.name}: {part.prefix}…{name}: expected floats, got {value.dtype}")
-        # a copy even where nothing changes: a mapped file that is replaced later must not change a running policy
-        state[name] = value.to(device=device, dtype=part.dtype, copy=True).contiguous()
+    return found
+
+
+def fill(part: Part, tensors: Mapping[str, Tensor], where: str, device: torch.device) -> None:
+    """Bring one part's weights from the checkpoint to the device, one tensor at a time."""
+    found = match(part, tensors, where)
+    # a copy even where nothing changes: a mapped file that is replaced later must not change a running policy
+    state = {
+        name: found[name].to(device=device, dtype=part.dtype, copy=True).contiguous()
+        for name in part.module.state_dict()
+    }
     part.module.load_state_dict(state, assign=True)
 
 

@@ -14,7 +14,6 @@ begins with a dot, which the next start removes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
@@ -30,9 +29,11 @@ from torch import Tensor
 
 from dit4dit.config import ModelConfig, build
 from dit4dit.errors import CheckpointError
-from dit4dit.model import own_format
-from dit4dit.model.checkpoint import FROZEN, safetensor_files
+from dit4dit.model import checksums, own_format
+from dit4dit.model.checkpoint import FROZEN
+from dit4dit.model.folders import visible
 from dit4dit.model.keys import read_json
+from dit4dit.model.tensor_files import safetensor_files
 
 MANIFEST, PROGRESS, RNG, STATE, POLICY = "manifest.json", "progress.json", "rng.safetensors", "state", "policy"
 
@@ -89,13 +90,14 @@ def write(
         discard(target)
     try:
         with own_format.new_folder(target) as partial:
+            # the frozen parts that are linked are hashed once a run, when they are written
+            linked = {} if inference.frozen is None else checksums.carried(inference.frozen)
             _write_policy(partial / POLICY, inference)
+            checksums.write(partial / POLICY, linked)
             own_format.write_shards(partial / STATE, state)
             save_file(dict(rng), partial / RNG)
             own_format.write_json(partial / PROGRESS, asdict(progress))
-            files = sorted(file for file in partial.rglob("*") if file.is_file())
-            entries = {str(f.relative_to(partial)): {"size": f.stat().st_size, "sha256": sha256(f)} for f in files}
-            own_format.write_json(partial / MANIFEST, entries)
+            own_format.write_json(partial / MANIFEST, checksums.entries(partial, linked))
     except (OSError, SafetensorError) as error:
         newest = latest(run)
         rest = (
@@ -116,40 +118,17 @@ def _write_policy(folder: Path, inference: Inference) -> None:
     for part in FROZEN:
         if inference.frozen is not None:
             (folder / part).mkdir()
-            for file in sorted((inference.frozen / part).iterdir()):
+            for file in visible(inference.frozen / part):
                 os.link(file, folder / part / file.name)
-
-
-_hashes: dict[tuple[int, int, int, int], str] = {}
-
-
-def sha256(file: Path) -> str:
-    """A file's hash; one that was hashed before and has not changed (a linked one) is not read again."""
-    facts = file.stat()
-    stamp = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-    if stamp not in _hashes:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-        _hashes[stamp] = digest.hexdigest()
-    return _hashes[stamp]
 
 
 def verify(folder: Path) -> None:
     """CheckpointError unless every file of the manifest is there, whole and unchanged."""
-    entries = read_json(folder / MANIFEST, "not a whole training checkpoint; give another folder checkpoints/step_N")
-    for name, entry in entries.items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(
-                f"{file}: missing; the checkpoint is incomplete, resume an older one with --resume FOLDER"
-            )
-        if file.stat().st_size != entry["size"] or sha256(file) != entry["sha256"]:
-            raise CheckpointError(
-                f"{file}: expected {entry['size']} bytes with SHA-256 {entry['sha256'][:12]}…, got {file.stat().st_size} other "
-                "bytes; the checkpoint is damaged, resume an older one with --resume FOLDER"
-            )
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder / MANIFEST}: no such file; not a whole training checkpoint, give another folder checkpoints/step_N"
+        )
+    checksums.verify(folder / MANIFEST, "the checkpoint is damaged, resume an older one with --resume FOLDER")
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dit4dit.config import ModelConfig, build
+from dit4dit.config import ModelConfig, build_within
 from dit4dit.errors import ConfigError, did_you_mean
 
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
@@ -210,7 +210,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> TrainConfig:
         """The inverse of `to_dict`; ConfigError names an unknown or mistyped key."""
-        return build(cls, dict(data), where)
+        return build_within(cls, dict(data), where)
 
     def override(self, words: Mapping[str, str]) -> TrainConfig:
         """A copy with dotted keys replaced, "optim.clip" -> "0.5"; ConfigError for a key that there is not."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.errors import ConfigError, did_you_mean
-from dit4dit.model.checkpoint import find_backbone
+from dit4dit.model.checkpoint import backbone_name, find_backbone
 from dit4dit.model.keys import KeyReader, read_yaml
 from dit4dit.model.published import MIXTURES, read_run_keys
 from dit4dit.training.config import (
@@ -24,6 +24,7 @@ from dit4dit.training.config import (
     parse,
 )
 
+BASE = "framework.cosmos25.base_model"
 ROOTS = (
     "run_id",
     "run_root_dir",
@@ -40,7 +41,7 @@ ROOTS = (
 
 def is_published(path: Path) -> bool:
     """Whether a YAML file is in the published layout."""
-    data = read_yaml(path)
+    data = read_yaml(path, keep_unset=True)
     return "framework" in data and "model" not in data
 
 
@@ -48,25 +49,30 @@ def read(path: Path, overrides: Mapping[str, str], backbone: str | None) -> tupl
     """A published file with dotted overrides in its own words -> (configuration, keys that nothing reads).
 
     Args:
-        backbone: Cosmos folder or hub id for the sizes and first weights; the file's own base_model when None and it exists.
+        backbone: Cosmos folder or hub id for the sizes and first weights. When None, a base_model among the overrides, else
+            the file's own where it exists here.
 
     Raises:
         ConfigError: a key is missing or mistyped, or an override names a key that nothing reads.
     """
-    data = read_yaml(path)
+    data = read_yaml(path, keep_unset=True)
     for key, text in overrides.items():
         _put(data, key, parse(text))
     keys = KeyReader(data, str(path))
-    named = keys.raw("framework.cosmos25.base_model", None)
-    if backbone is None and isinstance(named, str) and (Path(named) / "transformer").is_dir():
+    if backbone is not None and BASE in overrides:
+        raise ConfigError(f"--weights.backbone and --{BASE} say the same; give one of them")
+    named = keys.raw(BASE, None) if backbone is None else None
+    if isinstance(named, str) and (BASE in overrides or (Path(named).expanduser() / "transformer").is_dir()):
         backbone = named
     run = path.parent if (path.parent / "cosmos").is_dir() else None
-    cosmos = find_backbone(backbone, run, weights=False)
+    # its name, and not the folder of what is read of it here: of a hub id that has the small files alone
+    chosen = backbone_name(backbone, run)
+    cosmos = find_backbone(chosen, None, weights=False)
     model, mixture = read_run_keys(keys, cosmos)
     config = TrainConfig(
         model=model,
         embodiment=MIXTURES.get(mixture or ""),
-        weights=WeightsConfig(backbone=str(cosmos)),
+        weights=WeightsConfig(backbone=chosen),
         data=_data(keys, mixture),
         optim=_optim(keys),
         run=_run(keys),

@@ -12,7 +12,7 @@ import torch
 from dit4dit.config import ModelConfig
 from dit4dit.envs import tabletop_tokenizer, tabletop_vae_dir
 from dit4dit.instructions import load_tokenizer
-from dit4dit.model import checkpoint, own_format, weights
+from dit4dit.model import checkpoint, checksums, own_format, weights
 from dit4dit.model.action_head import ActionHead
 from dit4dit.model.checkpoint import FROZEN, TEXT
 from dit4dit.model.dit4dit import DiT4DiT
@@ -156,3 +156,4 @@ def save_frozen(folder: Path, model: DiT4DiT, text: TextEncoder) -> None:
     with own_format.new_folder(folder) as partial:
         for part, prefix in FROZEN.items():
             own_format.write_shards(partial / part, {n: t for n, t in tensors.items() if n.startswith(prefix)})
+        checksums.write(partial)
