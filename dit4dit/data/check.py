@@ -34,7 +34,7 @@ def check(
     Args:
         robot: check that the data set holds what this robot needs, too.
         modality: a modality.json to use instead of the data set's own.
-        decode: decode every picture; without it only their times and sizes are read.
+        decode: decode every picture; without it only sizes, frame times and frame counts of the video files are read.
         progress: told how far it has come.
 
     Raises:
