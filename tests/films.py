@@ -33,8 +33,11 @@ def film(
     codec: str = "libx264",
     options: Mapping[str, str] | None = None,
     container: Mapping[str, str] | None = None,
+    key_frames: int = 0,
 ) -> Path:
-    """A video whose i-th frame shows the i-th of `numbers` (its position) at `ticks[i] * base` seconds."""
+    """A video whose i-th frame shows the i-th of `numbers` (its position) at `ticks[i] * base` seconds; the first `key_frames`
+    are key frames, so that none of them is reordered.
+    """
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +49,8 @@ def film(
         for time, number in zip(ticks, numbers or range(len(ticks)), strict=True):
             frame = av.VideoFrame.from_ndarray(numbered(number), format="rgb24")
             frame.pts, frame.time_base = time, base
+            if number < key_frames:
+                frame.pict_type = av.video.frame.PictureType.I
             target.mux(stream.encode(frame))
         target.mux(stream.encode())
     return path

@@ -34,6 +34,11 @@ LENGTHS = (12, 9, 10)
 MS30 = Fraction(1, 3000)
 """A hundred ticks are a frame at 30 fps."""
 
+ARM = """
+robots:
+  arm: {video: [image], state: [state], action: [action], language: annotation.human.action.task_description, action_steps: 16,
+        normalization: {action.action: min_max}}
+"""
 BESIDE = "from_timestamp is more than 0.1 frames away from the nearest frame of the video, which is taken"
 
 
@@ -175,11 +180,20 @@ def test_a_start_beside_a_frame_is_one_warning(record, off: float, monkeypatch) 
 
 def test_a_warning_about_one_camera_is_for_those_who_use_it(record) -> None:
     root = record()
-    set_starts(root, [0.0, 12.3 / 30, 21 / 30], CAMERAS[1])
+    set_starts(root, [0.0, 12.3 / 30, 20.8 / 30], CAMERAS[1])
     data = LeRobot.open(root)
     assert data.warnings([CAMERAS[0], "action", "timestamp"]) == []
-    (warning,) = data.warnings([CAMERAS[1]])
-    assert warning == (f"{BESIDE}: {root / VIDEO.format(CAMERAS[1])}, episode 1: 0.30 frames at 0.4100 s, frame 12")
+    worst = f"{root / VIDEO.format(CAMERAS[1])}, episode 1: 0.30 frames at 0.4100 s, frame 12"
+    assert data.warnings([CAMERAS[1]]) == data.warnings() == [f"{BESIDE}, 2 times; the worst: {worst}"]
+    set_starts(root, [0.0, 12 / 30, 21.2 / 30], CAMERAS[0])
+    data = LeRobot.open(root)
+    (own,) = data.warnings([CAMERAS[0]])
+    assert own == f"{BESIDE}: {root / VIDEO.format(CAMERAS[0])}, episode 2: 0.20 frames at 0.7067 s, frame 21"
+    assert data.warnings([CAMERAS[1]]) == [f"{BESIDE}, 2 times; the worst: {worst}"]
+    assert data.warnings() == [f"{BESIDE}, 3 times; the worst: {worst}"]
+    arm = root.parent / "arm.yaml"
+    arm.write_text(ARM)
+    assert Mixture.open([Entry(root.name, "arm")], root.parent, catalogue(arm)).notes == (f"{root.name}: {own}",)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +388,7 @@ KINDS = {
     "av1": ("v.mp4", {"codec": "libsvtav1", "options": {"preset": "12"}}),
     "mov": ("v.mov", {}),
     "fragments": ("v.mp4", {"container": {"movflags": "frag_keyframe+empty_moov"}}),
+    "fragments, reordered late": ("v.mp4", {"key_frames": 12, "container": {"movflags": "frag_keyframe+empty_moov"}}),
     "matroska": ("v.mkv", {}),
 }
 
@@ -395,7 +410,17 @@ def test_times_are_those_of_the_decoded_frames(name: str, first: int, tmp_path: 
     assert times.ticks.tolist() == sorted(time for time, _ in decoded)
     assert [number for _, number in decoded] == list(range(40 - len(decoded), 40))
     # without reading the frames of an ordinary mp4 file
-    assert (indexed[0] is not None) == (name not in ("fragments", "matroska"))
+    assert (indexed[0] is not None) == (not name.startswith(("fragments", "matroska")))
+
+
+def test_an_empty_packet_is_no_frame(tmp_path: Path) -> None:
+    path = film(tmp_path / "v.mp4", range(0, 2000, 100), MS30, options={"bf": "0"})
+    whole = read_header(path).times.ticks.tolist()
+    data = bytearray(path.read_bytes())
+    at = boxes(data, b"stsz") + 12 + 4 * 12
+    data[at : at + 4] = bytes(4)
+    path.write_bytes(data)
+    assert read_header(path).times.ticks.tolist() == whole[:12] + whole[13:]
 
 
 def boxes(data: bytearray, kind: bytes) -> int:
