@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -42,22 +44,32 @@ robots:
 BESIDE = "from_timestamp is more than 0.1 frames away from the nearest frame of the video, which is taken"
 
 
-@pytest.fixture
-def record(tmp_path: Path, libero_episode):
-    """Write a data set with LIBERO's keys whose frames show their number, counted over the episodes."""
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, libero_episode):
+    """Data sets with LIBERO's keys whose frames show their number, counted over the episodes. Not to be written to."""
 
-    def write(fps: float = 30, lengths: Sequence[int] = LENGTHS, version: str = "v3.0") -> Path:
-        count = 0
-        codec = VideoCodec(options={"preset": "ultrafast"})
-        with Writer(tmp_path / "set", fps, version=version, codec=codec) as writer:
+    @cache
+    def write(fps: float, lengths: tuple[int, ...], version: str) -> Path:
+        root, count = tmp_path_factory.mktemp("recorded") / "set", 0
+        with Writer(root, fps, version=version, codec=VideoCodec(options={"preset": "ultrafast"})) as writer:
             for i, length in enumerate(lengths):
                 columns, _ = libero_episode(i, length)
                 frames = np.stack([numbered((count + k) % 256) for k in range(length)])
                 writer.add(columns, dict.fromkeys(CAMERAS, frames), "go")
                 count += length
-        return tmp_path / "set"
+        return root
 
     return write
+
+
+@pytest.fixture
+def record(recorded, tmp_path: Path):
+    """A copy of such a data set that a test may spoil."""
+
+    def copy(fps: float = 30, lengths: Sequence[int] = LENGTHS, version: str = "v3.0") -> Path:
+        return Path(shutil.copytree(recorded(fps, tuple(lengths), version), tmp_path / "set"))
+
+    return copy
 
 
 def set_starts(root: Path, starts: Sequence[float], camera: str | None = None) -> None:
@@ -86,9 +98,13 @@ def set_timestamps(root: Path, change) -> None:
     pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", column), root / ROWS)
 
 
+published = cache(catalogue)
+
+
 def verdict(root: Path) -> tuple[list[str], list[str]]:
     """Errors and warnings about a data set, which the full check, the one without decoding and opening a mixture agree on."""
-    robot = catalogue().robot("libero_franka")
+    known = published()
+    robot = known.robot("libero_franka")
     full, quick = check(root, robot=robot), check(root, robot=robot, decode=False)
     assert full["errors"] == quick["errors"]
     assert full["warnings"] == quick["warnings"]
@@ -96,10 +112,10 @@ def verdict(root: Path) -> tuple[list[str], list[str]]:
     about_time = [w for w in full["warnings"] if re.search("timestamp|more frames than", w)]
     if errors:
         with pytest.raises(DataError) as caught:
-            Mixture.open([Entry(root.name, "libero_franka")], root.parent, catalogue())
+            Mixture.open([Entry(root.name, "libero_franka")], root.parent, known)
         assert str(caught.value).startswith(errors[0])
     else:
-        notes = Mixture.open([Entry(root.name, "libero_franka")], root.parent, catalogue()).notes
+        notes = Mixture.open([Entry(root.name, "libero_franka")], root.parent, known).notes
         assert notes == tuple(f"{root.name}: {warning}" for warning in about_time)
     return errors, about_time
 
@@ -126,8 +142,9 @@ def counted(lengths: Sequence[int], first: int = 0) -> list[list[int]]:
     return [list(range(end - n, end)) for n, end in zip(lengths, ends.tolist(), strict=True)]
 
 
-@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
-@pytest.mark.parametrize("fps", [30, 29.97, 30000 / 1001, 12.5])
+@pytest.mark.parametrize(
+    "version,fps", [("v2.1", 30), ("v3.0", 30), ("v3.0", 29.97), ("v3.0", 30000 / 1001), ("v2.1", 12.5)]
+)
 def test_what_the_writer_writes_is_even(record, version: str, fps: float, monkeypatch) -> None:
     root = record(fps, version=version)
     assert verdict(root) == ([], [])
@@ -421,6 +438,12 @@ def test_an_empty_packet_is_no_frame(tmp_path: Path) -> None:
     data[at : at + 4] = bytes(4)
     path.write_bytes(data)
     assert read_header(path).times.ticks.tolist() == whole[:12] + whole[13:]
+
+
+def test_frames_without_times_are_an_error(tmp_path: Path) -> None:
+    path = film(tmp_path / "v.h264", range(0, 2000, 100), MS30)
+    with pytest.raises(DataError, match=r"v\.h264: holds frames without a presentation time; encode it again"):
+        read_header(path)
 
 
 def boxes(data: bytearray, kind: bytes) -> int:

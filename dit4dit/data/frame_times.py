@@ -206,8 +206,7 @@ def _composition_offsets(path: Path, frames: int) -> NDArray[np.int64] | None:
     """Presentation minus decoding time of each frame of an mp4 file's video, in decoding order, up to a constant (ISO 14496-12,
     the box ctts); None for other files, for fragmented ones, and where the box does not fit `frames`.
     """
-    with path.open("rb") as file:
-        moov = _moov(file)
+    moov = _moov(path)
     tables = [
         inner
         for kind, track in _boxes(moov)
@@ -224,17 +223,22 @@ def _composition_offsets(path: Path, frames: int) -> NDArray[np.int64] | None:
     return np.repeat(runs[:, 1], runs[:, 0]) if total == frames and (runs[:, 0] >= 0).all() else None
 
 
-def _moov(file: Any) -> memoryview:
-    """Content of an mp4 file's box moov; empty where there is none."""
-    while len(head := file.read(8)) == 8:
-        size, header = int.from_bytes(head[:4], "big"), 8
-        if size == 1:
-            size, header = int.from_bytes(file.read(8), "big"), 16
-        if head[4:] == b"moov":
-            return memoryview(file.read(max(0, size - header)))
-        if size < header:
-            break
-        file.seek(size - header, 1)
+def _moov(path: Path) -> memoryview:
+    """Content of an mp4 file's box moov; empty where there is none, whole."""
+    end, at = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while len(head := file.read(8)) == 8:
+            size, header = int.from_bytes(head[:4], "big"), 8
+            if size == 1:
+                size, header = int.from_bytes(file.read(8), "big"), 16
+            if (
+                not header <= size <= end - at
+            ):  # of another kind of file: whatever it says, no more than the file is read
+                break
+            if head[4:] == b"moov":
+                return memoryview(file.read(size - header))
+            at += size
+            file.seek(at)
     return memoryview(b"")
 
 
