@@ -226,7 +226,6 @@ def test_a_warning_about_one_camera_is_for_those_who_use_it(record) -> None:
             [2],
         ),
         ([0.0, 12 / 30, 100.0], "episode 2: no frame at 100.0000 s: the nearest, 30, is 99.0000 s away", [2]),
-        ([0.0, 0.0, 21 / 30], "episodes 0 and 1 share the frames 0 to 8 of the video", [0, 1]),
     ],
 )
 def test_a_start_at_another_frame_is_an_error(record, starts: list, message: str, episodes: list) -> None:
