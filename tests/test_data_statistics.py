@@ -235,7 +235,7 @@ def test_the_check_warns_of_videos_that_go_on(write_libero, tmp_path: Path) -> N
     assert found["errors"] == []
     video = root / "videos/chunk-000/observation.images.image/episode_000002.mp4"
     message = f"a video has more frames than its episode has rows, 2 times; the worst: {video}, episode 2: 1 more"
-    assert found["warnings"][0] == message
+    assert message in found["warnings"]
 
 
 def test_the_loader_benchmark(main, libero_data: Path, tmp_path: Path) -> None:

@@ -231,9 +231,8 @@ def _moov(path: Path) -> memoryview:
             size, header = int.from_bytes(head[:4], "big"), 8
             if size == 1:
                 size, header = int.from_bytes(file.read(8), "big"), 16
-            if (
-                not header <= size <= end - at
-            ):  # of another kind of file: whatever it says, no more than the file is read
+            # in a file of another kind it says anything: no more than the file is read
+            if not header <= size <= end - at:
                 break
             if head[4:] == b"moov":
                 return memoryview(file.read(size - header))
