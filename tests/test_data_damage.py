@@ -92,7 +92,11 @@ DAMAGE = {
         lambda p: pq.write_table(pq.read_table(p).drop_columns(["action"]), p),
         "no column 'action'",
     ),
-    "uneven time": (DATA, edit("timestamp", put(8, 3.0)), "row 8: column 'timestamp': expected 0.8000 s at the 10 fps"),
+    "another rate": (
+        DATA,
+        edit("timestamp", lambda values: values.__setitem__(slice(None), [0.103 * i for i in range(len(values))])),
+        "episode 2: column 'timestamp': the median step between rows is 0.103 s, info.json says 10 fps (0.1 s)",
+    ),
     "missing mp4": (VIDEO, Path.unlink, "no such file"),
     "truncated mp4": (VIDEO, truncate, "unreadable video"),
     "empty episode": (
@@ -154,7 +158,7 @@ def test_damage_that_a_robot_does_not_read_does_not_stop_it(spoiled) -> None:
 def test_another_rate_than_the_videos_is_an_error(write_libero, tmp_path: Path) -> None:
     root = write_libero(tmp_path / "set", lengths=(9,))
     set_fps(root / "meta" / "info.json")
-    with pytest.raises(DataError, match=r"row 1: column 'timestamp': expected 0\.0500 s at the 20 fps"):
+    with pytest.raises(DataError, match=r"the median step between rows is 0\.1 s, info\.json says 20 fps \(0\.05 s\)"):
         mixture(root)
     messages = [problem.message for problem in open_columns(read_meta(root)).problems]
     assert any("the video has 10 fps, info.json 20" in message for message in messages)

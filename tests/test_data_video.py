@@ -11,24 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from films import film, install_torchcodec, numbered, shown
 
-from dit4dit.data.video import PyAvDecoder, VideoReader, read_header
+from dit4dit.data.frame_times import read_header
+from dit4dit.data.video import PyAvDecoder, TorchcodecDecoder, VideoReader
 from dit4dit.data.writer import VideoCodec, VideoFile
 from dit4dit.errors import ConfigError, DataError
-
-BLOCK, BITS = 16, 8
-
-
-def numbered(number: int) -> np.ndarray:
-    """uint8 [32, 64, 3]: eight blocks, black or white, that no lossy codec can confuse."""
-    bits = np.array([(number >> i) & 1 for i in range(BITS)], dtype=np.uint8).reshape(2, 4)
-    return np.repeat(np.kron(bits * 255, np.ones((BLOCK, BLOCK), np.uint8))[..., None], 3, axis=2)
-
-
-def shown(picture: np.ndarray) -> int:
-    blocks = picture.mean(axis=2).reshape(2, BLOCK, 4, BLOCK).mean(axis=(1, 3)).reshape(-1)
-    return sum(1 << i for i, value in enumerate(blocks) if value > 127)
-
 
 CODECS = {
     "default": VideoCodec(),
@@ -56,42 +44,45 @@ def test_the_exact_frame(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["default", "open gop", "av1"])
-def test_torchcodec_gives_the_same_frames(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("torchcodec")
+def test_torchcodec_gives_the_same_frames(name: str, tmp_path: Path, monkeypatch) -> None:
+    install_torchcodec(monkeypatch)
     reader = VideoReader("torchcodec")
     path = write(tmp_path / "v.mp4", codec=CODECS[name])
     assert [shown(x) for x in reader.decoder(path).frames([40, 40, 7, 89, 0])] == [40, 40, 7, 89, 0]
+    for number in (90, -1):
+        with pytest.raises(DataError, match=rf"v\.mp4: frame {number}: the video has 90 frames"):
+            reader.decoder(path).frames([3, number])
+
+
+def test_torchcodec_is_not_believed_about_numbers(tmp_path: Path, monkeypatch) -> None:
+    """Its frame numbers are its own; where they are not those of the video's times, that is an error."""
+    install_torchcodec(monkeypatch)
+    decoder = VideoReader("torchcodec").decoder(write(tmp_path / "v.mp4"))
+    assert isinstance(decoder, TorchcodecDecoder)
+    right = decoder.decoder.get_frames_at
+
+    class Shifted:
+        get_frames_at = staticmethod(lambda indices: right([index + (index > 5) for index in indices]))
+
+    decoder.decoder = Shifted()
+    assert [shown(x) for x in decoder.frames([5, 0])] == [5, 0]
+    message = r"v\.mp4: frame 6: torchcodec gave the one of 0\.7000 s, its time is 0\.6000 s; use the backend pyav"
+    with pytest.raises(DataError, match=message):
+        decoder.frames([5, 6])
 
 
 def test_uneven_times_do_not_matter(tmp_path: Path) -> None:
     """A camera that dropped frames: the i-th frame is the i-th one, not the one nearest i / fps."""
-    import av
-
     times = np.cumsum(np.random.default_rng(0).integers(1, 7, 40)).tolist()
-    with av.open(str(tmp_path / "v.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"g": "9", "bf": "2"})
-        stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 90)
-        for i, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(numbered(i), format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 90)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    decoder = PyAvDecoder(tmp_path / "v.mp4")
+    decoder = PyAvDecoder(film(tmp_path / "v.mp4", times, Fraction(1, 90)))
     assert [shown(x) for x in decoder.frames(range(40))] == list(range(40))
     assert [shown(x) for x in decoder.frames([39, 3, 20])] == [39, 3, 20]
 
 
-def test_frames_by_time_are_exact_or_refused(tmp_path: Path) -> None:
-    decoder = PyAvDecoder(write(tmp_path / "v.mp4"))
-    assert [decoder.first_frame(seconds) for seconds in (0.0, 0.1, 4.7000001, 8.9)] == [0, 1, 47, 89]
-    with pytest.raises(DataError, match=r"v\.mp4: no frame at 9\.5000 s: the nearest, 89"):
-        decoder.first_frame(9.5)
-
-
 def test_the_header(tmp_path: Path) -> None:
     header = read_header(write(tmp_path / "v.mp4", count=7, fps=12.5))
-    assert (header.frames, header.fps, header.height, header.width) == (7, 12.5, 32, 64)
+    assert (header.frames, header.height, header.width) == (7, 32, 64)
+    assert header.times.seconds.tolist() == pytest.approx([0.08 * i for i in range(7)])
 
 
 def remux_with_index_first(source: Path, target: Path) -> Path:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dit4dit import Noise, Observation
@@ -131,10 +134,16 @@ def test_the_command(small_libero: Path, libero_data: Path, tmp_path: Path, caps
     from PIL import Image
 
     out = tmp_path / "out"
-    words = [libero_data / "v3.0", "--checkpoint", small_libero, "--device", "cpu", "--out", out]
+    data = Path(shutil.copytree(libero_data / "v3.0", tmp_path / "data"))
+    rows = data / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(rows)
+    times = pa.array(np.asarray(table["timestamp"]) + 9 * (np.arange(len(table)) == 5), pa.float32())
+    pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", times), rows)
+    words = [data, "--checkpoint", small_libero, "--device", "cpu", "--out", out]
     assert run(*words, "--episodes", 0, 2, "--plots", 1, "--seed", 3) == 0
     said = capsys.readouterr().out
     assert "MAE, robot units" in said
+    assert said.count("note: column 'timestamp' is not even at the 10 fps of info.json") == 1
     assert "2 episodes, 5 chunks, one every 8 frames" in said
     summary = json.loads((out / "openloop.json").read_text())
     lines = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]

@@ -94,7 +94,7 @@ def data_check(
         robot: check that they hold what this robot type needs, too.
         robots: YAML file with robots of your own.
         modality: a modality.json for data sets that have none.
-        decode: decode every picture; --no-decode reads the headers of the video files only.
+        decode: decode every picture; --no-decode reads sizes, frame times and frame counts of the video files only.
         out: folder for the page and the JSON file.
     """
     from dit4dit.commands import data_sheet

@@ -46,6 +46,8 @@ def run(
     if (out / RESULT).exists():
         raise InputError(f"--out {out}: has a result already ({RESULT}); give another folder")
     recording, policy = _open(dataset, policy_options, robot, robots, modality)
+    for warning in recording.data.warnings(recording.columns):
+        say(f"note: {warning}")
     chosen = openloop.choose_episodes(recording, episodes)
     step = policy.config.head.action_horizon if every is None else every
     check_folder("--out", out)

@@ -16,7 +16,6 @@ from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.robots import Robot
 from dit4dit.data.samples import Recording
 from dit4dit.data.statistics import NAMES, flat_statistics
-from dit4dit.data.video import read_header
 from dit4dit.errors import DataError
 
 BATCH = 64
@@ -36,7 +35,7 @@ def check(
     Args:
         robot: check that the data set holds what this robot needs, too.
         modality: a modality.json to use instead of the data set's own.
-        decode: decode every picture; without it only the headers of the video files are read.
+        decode: decode every picture; without it only sizes, frame times and frame counts of the video files are read.
         progress: told how far it has come.
 
     Raises:
@@ -73,7 +72,7 @@ def check(
         "decoded": decode,
         "errors": [asdict(problem) for problem in errors]
         + [{"file": data.name, "row": None, "episode": None, **asdict(finding)} for finding in wrong],
-        "warnings": [*_longer_videos(data, spoilt), *_warnings(data, columns, tasks, recording), *odd],
+        "warnings": [*data.warnings(), *_warnings(data, columns, tasks, recording), *odd],
         "columns": columns,
         "tasks": tasks,
     }
@@ -96,19 +95,6 @@ def _decode(data: LeRobot, known: set[tuple[int, str | None]], progress: Progres
                 why = str(error).removeprefix(f"{place.path}: ")
                 problems.append(Problem(str(place.path), None, episode.index, camera, why))
     return problems
-
-
-def _longer_videos(data: LeRobot, spoilt: set[int]) -> list[str]:
-    """Episodes in files of their own whose video goes on after the last row: read as they are, and perhaps out of step."""
-    if data.meta.version == "v3.0":
-        return []
-    places = [(episode, place) for episode in data.meta.episodes for place in episode.videos.values()]
-    long = [
-        place.path
-        for episode, place in places
-        if episode.index not in spoilt and read_header(place.path).frames > episode.length
-    ]
-    return [f"{len(long)} videos have more frames than their episode has rows; the first: {long[0]}"] if long else []
 
 
 def _columns(data: LeRobot, without: frozenset[int]) -> dict[str, dict[str, list[float]]]:

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from dit4dit.cache import cache_root
 from dit4dit.data.meta import EpisodeMeta, Meta, read_table
 from dit4dit.data.modality import is_picture, width
-from dit4dit.data.video import VideoHeader, read_header
+from dit4dit.data.time_check import Unusual, check_videos, merged, uneven_timestamps, wrong_timestamps
 from dit4dit.errors import DataError
 from dit4dit.extras import require
 
-FORMAT = 1
+FORMAT = 2
 """Part of the key: another layout of the cache is another number."""
 
 Progress = Callable[[str, int, int], None]
@@ -61,6 +61,7 @@ class Columns:
     problems: tuple[Problem, ...]
     starts: tuple[int, ...]
     """First row of each episode."""
+    unusual: tuple[Unusual, ...]
 
     def __getstate__(self) -> dict[str, Any]:
         # a pickled memory map would be the numbers themselves: the other process opens its own
@@ -105,7 +106,8 @@ def open_columns(meta: Meta, progress: Progress | None = None) -> Columns:
             ) from None
     index = json.loads((folder / "index.json").read_text())
     problems = tuple(Problem(**problem) for problem in index["problems"])
-    return Columns(folder, index["files"], index["digests"], problems, _starts(meta))
+    unusual = tuple(Unusual(**unusual) for unusual in index["unusual"])
+    return Columns(folder, index["files"], index["digests"], problems, _starts(meta), unusual)
 
 
 def _starts(meta: Meta) -> tuple[int, ...]:
@@ -139,20 +141,27 @@ def _build(meta: Meta, folder: Path, progress: Progress | None) -> None:
         if empty:
             np.save(path, out[name])
     problems: list[Problem] = []
+    unusual: list[Unusual] = []
     starts = dict(zip((episode.index for episode in meta.episodes), _starts(meta), strict=True))
     by_file = _group((episode.data, episode) for episode in meta.episodes)
     for done, (path, episodes) in enumerate(by_file.items()):
         if progress is not None:
             progress(path.name, done, len(by_file))
-        problems += _read_file(meta, path, episodes, out, starts)
-    problems += _check_videos(meta, progress)
+        problems += _read_file(meta, path, episodes, out, starts, unusual)
+    for video, number, camera, why in check_videos(meta, progress, unusual):
+        problems.append(Problem(str(video), None, number, camera, why))
     digests = {
         name: hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).hexdigest() for name, x in out.items()
     }
     del out
     order = {episode.index: i for i, episode in enumerate(meta.episodes)}
     problems.sort(key=lambda problem: order[problem.episode])
-    index = {"files": files, "digests": digests, "problems": [asdict(problem) for problem in problems]}
+    index = {
+        "files": files,
+        "digests": digests,
+        "problems": [asdict(problem) for problem in problems],
+        "unusual": [asdict(unusual) for unusual in merged(unusual)],
+    }
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
@@ -174,9 +183,14 @@ def _group(pairs: Iterable[tuple[Path, EpisodeMeta]]) -> dict[Path, list[Episode
 
 
 def _read_file(
-    meta: Meta, path: Path, episodes: list[EpisodeMeta], out: Mapping[str, NDArray[Any]], starts: Mapping[int, int]
+    meta: Meta,
+    path: Path,
+    episodes: list[EpisodeMeta],
+    out: Mapping[str, NDArray[Any]],
+    starts: Mapping[int, int],
+    unusual: list[Unusual],
 ) -> list[Problem]:
-    """Copy one parquet file's episodes into `out`; what is wrong with them."""
+    """Copy one parquet file's episodes into `out`; what is wrong with them. What is only unusual is added to `unusual`."""
     try:
         table = read_table(path, sorted({"episode_index", *out}))
         owner = _numbers(table["episode_index"], 1)[0][:, 0]
@@ -210,6 +224,12 @@ def _read_file(
             wrong = _wrong_values(name, piece, meta)
             if wrong is not None:
                 add(wrong[1], first + wrong[0], name)
+            elif name == "timestamp":
+                why = wrong_timestamps(piece[:, 0], meta.fps)
+                if why is not None:
+                    add(f"episode {episode.index}: {why}", None, name)
+                else:
+                    unusual += uneven_timestamps(piece[:, 0], meta.fps, path, first, episode.index)
     return problems
 
 
@@ -228,15 +248,6 @@ def _wrong_values(name: str, values: NDArray[Any], meta: Meta) -> tuple[int, str
         if unknown.any():
             row = int(unknown.argmax())
             return row, f"column {name!r}: unknown task index {int(values[row, 0])}; meta has {len(meta.tasks)} tasks"
-    if name == "timestamp":
-        late = np.abs(values[:, 0] - values[0, 0] - np.arange(len(values)) / meta.fps) > 0.5 / meta.fps
-        if late.any():
-            row = int(late.argmax())
-            got = float(values[row, 0] - values[0, 0])
-            return row, (
-                f"column 'timestamp': expected {row / meta.fps:.4f} s at the {meta.fps:g} fps of info.json, got {got:.4f} s; "
-                "mend fps, or record at one rate"
-            )
     return None
 
 
@@ -270,32 +281,3 @@ def _numbers(column: Any, size: int) -> tuple[NDArray[Any], list[tuple[int | Non
     else:
         flat = column
     return flat.to_numpy(zero_copy_only=False).reshape(rows, size), []
-
-
-def _check_videos(meta: Meta, progress: Progress | None) -> list[Problem]:
-    """What the headers of the video files tell; nothing is decoded."""
-    problems = []
-    for key in sorted({key for episode in meta.episodes for key in episode.videos}):
-        by_file = _group((episode.videos[key].path, episode) for episode in meta.episodes if episode.length > 0)
-        for done, (path, episodes) in enumerate(by_file.items()):
-            if progress is not None:
-                progress(f"{key}/{path.name}", done, len(by_file))
-            try:
-                header = read_header(path)
-                short = [(episode, _wrong_video(header, episode, key, meta)) for episode in episodes]
-            except DataError as error:
-                short = [(episode, str(error).removeprefix(f"{path}: ")) for episode in episodes]
-            problems += [Problem(str(path), None, episode.index, key, why) for episode, why in short if why is not None]
-    return problems
-
-
-def _wrong_video(header: VideoHeader, episode: EpisodeMeta, key: str, meta: Meta) -> str | None:
-    if header.frames > 1 and abs(header.fps - meta.fps) > 0.02 * meta.fps:
-        return f"the video has {header.fps:g} fps, info.json {meta.fps:g}; mend info.json, or encode the video again"
-    end = round(episode.videos[key].start * meta.fps) + episode.length
-    if header.frames < end:
-        return f"episode {episode.index} needs frames up to {end - 1}, the video has {header.frames}; copy it again"
-    shape = list(meta.features[key].get("shape") or [])
-    if len(shape) == 3 and sorted([header.height, header.width, 3]) != sorted(shape):
-        return f"the video has {header.height} x {header.width} pixels, info.json says {shape}"
-    return None

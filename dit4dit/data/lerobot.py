@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dit4dit.data.columns import Columns, Problem, Progress, open_columns
 from dit4dit.data.meta import EpisodeMeta, Meta, read_meta
 from dit4dit.data.modality import Modality, Slice, from_features, parse, read_modality
+from dit4dit.data.time_check import merged
 from dit4dit.data.video import Backend, Frames, VideoReader
 from dit4dit.errors import DataError
 
@@ -62,6 +63,11 @@ class LeRobot:
         """What is wrong with episodes as a whole, or with one of these columns or cameras."""
         return [problem for problem in self.columns.problems if problem.column is None or problem.column in columns]
 
+    def warnings(self, columns: Collection[str] | None = None) -> list[str]:
+        """What is unusual in these columns and cameras (all of them), once for each kind with the count and the worst."""
+        found = [one for one in self.columns.unusual if columns is None or one.column in columns]
+        return [str(one) for one in merged(found, columns=True)]
+
     def rows(self, episode: int) -> slice:
         """The rows of an episode in `columns`."""
         start = self.columns.starts[episode]
@@ -84,7 +90,7 @@ class LeRobot:
         """
         place = self.meta.episodes[episode].videos[camera]
         decoder = self.videos.decoder(place.path)
-        first = 0 if place.start == 0 else decoder.first_frame(place.start)
+        first, _ = decoder.times.first_frame(place.start, self.fps)
         return decoder.frames([first + frame for frame in frames])
 
     def episode(self, episode: int) -> EpisodeMeta:

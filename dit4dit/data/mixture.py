@@ -96,6 +96,8 @@ class Mixture:
                 out.append(never_moved)
         if self.skipped:
             out.append(f"{sum(map(len, self.without))} damaged episodes left out; the first: {self.skipped[0]}")
+        for name, recording in zip(self.names, self.recordings, strict=True):
+            out += [f"{name}: {warning}" for warning in recording.data.warnings(recording.columns)]
         return tuple(out)
 
     @cached_property

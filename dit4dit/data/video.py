@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dit4dit.data.frame_times import FrameTimes, frame_times, open_container, read_header, video_stream
 from dit4dit.errors import ConfigError, DataError
 from dit4dit.extras import require
 
@@ -22,47 +22,14 @@ Backend = Literal["pyav", "torchcodec"]
 Frames = NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class VideoHeader:
-    """What a file says about itself without decoding."""
-
-    frames: int
-    fps: float
-    height: int
-    width: int
-
-
 class Decoder(Protocol):
     """Reads one file."""
 
-    def first_frame(self, seconds: float) -> int:
-        """Number of the frame shown at `seconds` from the start."""
-        ...
+    times: FrameTimes
 
     def frames(self, numbers: Sequence[int]) -> Frames:
         """uint8 [n, H, W, 3], RGB, in the order of `numbers` (which may repeat)."""
         ...
-
-
-def read_header(path: Path) -> VideoHeader:
-    """Header of an mp4 file.
-
-    Raises:
-        DataError: the file is missing, no video, or shorter than its own index says (a copy that was cut off).
-    """
-    container = _open(path)
-    with container:
-        stream = _stream(container, path)
-        if stream.average_rate is None:
-            raise DataError(f"{path}: the video does not say its frame rate; encode it again")
-        entries = stream.index_entries
-        count = len(entries)
-        end = max((entry.pos + entry.size for entry in entries), default=0)
-        size = path.stat().st_size
-        if end > size:
-            raise DataError(f"{path}: truncated: its index reaches to byte {end}, the file has {size}; copy it again")
-        codec = stream.codec_context
-        return VideoHeader(stream.frames or count, float(stream.average_rate), codec.height, codec.width)
 
 
 class PyAvDecoder:
@@ -70,36 +37,19 @@ class PyAvDecoder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.container = _open(path)
-        self.stream = _stream(self.container, path)
+        self.container = open_container(path)
+        self.stream = video_stream(self.container, path)
         self.stream.codec_context.thread_count = 1
         av = require("av", "train")
         # one for all frames: setting up the conversion costs more than converting
         self.reformatter = av.video.reformatter.VideoReformatter()
         # from PyAV 17 on it would otherwise start a thread for each core, in every open file of every worker
         self.one_thread = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
-        try:
-            times = [packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None]
-        except av.error.FFmpegError as error:
-            raise DataError(f"{path}: unreadable video ({error}); copy it again") from None
-        self.times = np.sort(np.asarray(times, dtype=np.int64))
-        """Presentation time of each frame, in ticks of the stream's time base."""
-
-    def first_frame(self, seconds: float) -> int:
-        ticks = (self.times - (self.times[0] if len(self.times) else 0)) * float(self.stream.time_base)
-        if not len(ticks):
-            raise DataError(f"{self.path}: holds no frames; copy it again")
-        number = int(np.abs(ticks - seconds).argmin())
-        gap = abs(float(ticks[number]) - seconds)
-        if gap * float(self.stream.average_rate) > 0.25:
-            raise DataError(f"{self.path}: no frame at {seconds:.4f} s: the nearest, {number}, is {gap:.4f} s away")
-        return number
+        self.times = frame_times(self.container, self.stream, path)
 
     def frames(self, numbers: Sequence[int]) -> Frames:
-        for number in numbers:
-            if not 0 <= number < len(self.times):
-                raise DataError(f"{self.path}: frame {number}: the video has {len(self.times)} frames; copy it again")
-        wanted = {int(self.times[number]) for number in numbers}
+        ticks = _ticks(self.times, numbers)
+        wanted = set(ticks)
         found: dict[int, Frames] = {}
         av = require("av", "train")
         try:
@@ -113,12 +63,12 @@ class PyAvDecoder:
             raise DataError(
                 f"{self.path}: frame {min(numbers)}: cannot be decoded ({error}); copy the file again"
             ) from None
-        lost = [number for number in numbers if int(self.times[number]) not in found]
+        lost = [number for number, time in zip(numbers, ticks, strict=True) if time not in found]
         if lost:
             raise DataError(
                 f"{self.path}: frame {lost[0]}: the decoder did not give it; the file is damaged, copy it again"
             )
-        return np.stack([found[int(self.times[number])] for number in numbers])
+        return np.stack([found[time] for time in ticks])
 
     def _rgb(self, frame: Any) -> Frames:
         picture: Frames = self.reformatter.reformat(frame, format="rgb24", **self.one_thread).to_ndarray()
@@ -133,9 +83,7 @@ class TorchcodecDecoder:
 
     def __init__(self, path: Path) -> None:
         decoders = require("torchcodec.decoders", "torchcodec")
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; copy the data set again")
-        self.path = path
+        self.path, self.times = path, read_header(path).times
         try:
             self.decoder = decoders.VideoDecoder(
                 str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
@@ -143,21 +91,32 @@ class TorchcodecDecoder:
         except (RuntimeError, ValueError) as error:
             raise DataError(f"{path}: unreadable video ({' '.join(str(error).split()):.200}); copy it again") from None
 
-    def first_frame(self, seconds: float) -> int:
-        rate = float(self.decoder.metadata.average_fps)
-        number = round(seconds * rate)
-        if abs(seconds * rate - number) > 0.25:
-            raise DataError(f"{self.path}: no frame at {seconds:.4f} s at {rate:g} fps")
-        return number
-
     def frames(self, numbers: Sequence[int]) -> Frames:
+        ticks = _ticks(self.times, numbers)
         try:
-            data: Frames = self.decoder.get_frames_at(indices=list(numbers)).data.numpy()
+            found = self.decoder.get_frames_at(indices=list(numbers))
         except (RuntimeError, IndexError, ValueError) as error:
             raise DataError(
-                f"{self.path}: frame {min(numbers)}: cannot be decoded ({' '.join(str(error).split()):.200}); copy the file again"
+                f"{self.path}: frame {min(numbers)}: cannot be decoded ({' '.join(str(error).split()):.200}); copy the file "
+                "again, or use the backend pyav"
             ) from None
+        for number, time, got in zip(numbers, ticks, found.pts_seconds.tolist(), strict=True):
+            wanted = float(time * self.times.tick)
+            if abs(got - wanted) > float(self.times.tick) / 2:
+                raise DataError(
+                    f"{self.path}: frame {number}: torchcodec gave the one of {got:.4f} s, its time is {wanted:.4f} s; "
+                    "use the backend pyav"
+                )
+        data: Frames = found.data.numpy()
         return data
+
+
+def _ticks(times: FrameTimes, numbers: Sequence[int]) -> list[int]:
+    """Presentation times of these frames; DataError for one that the video does not have."""
+    for number in numbers:
+        if not 0 <= number < len(times):
+            raise DataError(f"{times.path}: frame {number}: the video has {len(times)} frames; copy it again")
+    return [int(times.ticks[number]) for number in numbers]
 
 
 class VideoReader:
@@ -194,20 +153,3 @@ class VideoReader:
             if isinstance(decoder, PyAvDecoder):
                 decoder.close()
         self._open.clear()
-
-
-def _open(path: Path) -> Any:
-    av = require("av", "train")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; copy the data set again")
-    try:
-        return av.open(str(path))
-    except (av.error.FFmpegError, OSError) as error:
-        raise DataError(f"{path}: unreadable video ({error}); copy it again") from None
-
-
-def _stream(container: Any, path: Path) -> Any:
-    if not container.streams.video:
-        container.close()
-        raise DataError(f"{path}: holds no video stream; copy it again")
-    return container.streams.video[0]
