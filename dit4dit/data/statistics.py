@@ -21,7 +21,7 @@ from dit4dit.data.samples import KeySource, Recording
 from dit4dit.errors import ConfigError, DataError
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
-FORMAT = 1
+FORMAT = 2
 Vectors = dict[str, NDArray[np.float64]]
 
 
@@ -49,12 +49,17 @@ def _cached(data: LeRobot, column: str, without: Collection[int], how: str, read
     path = cache_dir() / "statistics" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
     if path.is_file():
         return {name: np.asarray(values) for name, values in json.loads(path.read_text()).items()}
-    rows = np.concatenate([np.arange(data.rows(i).start, data.rows(i).stop) for i in kept])
-    values = data.columns[column]
-    found = _exact(read(values if len(rows) == len(values) else values[rows]))
+    found = _exact(read(data.columns.gather(column, kept)))
+    for name, vector in found.items():
+        if not np.isfinite(vector).all():
+            raise DataError(
+                f"{data.name}: {name} of column {column!r} is not finite at position {int((~np.isfinite(vector)).argmax())}; "
+                "`dit4dit data check` names the rows"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({name: list(map(float, vector)) for name, vector in found.items()}))
+    plain = {name: list(map(float, vector)) for name, vector in found.items()}
+    partial.write_text(json.dumps(plain, allow_nan=False))
     partial.replace(path)
     return found
 
@@ -130,7 +135,7 @@ def mixture_statistics(
 def write_statistics(path: Path, content: Mapping[str, Any]) -> None:
     """A dataset_statistics.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _count(recording: Recording) -> int:
