@@ -48,7 +48,7 @@ def check(
     recording = None
     if robot is not None:
         recording = Recording.of(data, robot)
-        errors += recording.no_rotations({problem.episode for problem in errors})
+        errors += recording.no_rotations
     if decode:
         errors += _decode(data, {(problem.episode, problem.column) for problem in errors}, progress)
     spoilt = {problem.episode for problem in errors}
@@ -71,9 +71,9 @@ def check(
         "decoded": decode,
         "errors": [asdict(problem) for problem in errors],
         "warnings": [
-            *data.warnings(),
             *_longer_videos(data, spoilt),
             *_warnings(data, columns, tasks, recording, good),
+            *data.warnings(),
         ],
         "columns": columns,
         "tasks": tasks,

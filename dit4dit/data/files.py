@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return _object(_text(path), str(path))
 
 
-def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(file and line, object) of each line that is not blank.
 
     Lines end with a line feed alone: U+2028 and its like are characters of the texts in them.

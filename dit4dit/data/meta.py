@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dit4dit.data.files import fill, number, read_json, read_lines, read_rows, visible, whole, words
+from dit4dit.data.files import fill, number, read_json, read_json_lines, read_rows, visible, whole, words
 from dit4dit.data.modality import check_features, depth_map, is_picture
 from dit4dit.errors import DataError
 
@@ -114,10 +114,10 @@ def _read_v2(
 ) -> tuple[dict[int, str], list[_Listed]]:
     path = str(root / "meta" / "info.json")
     size = whole(info, "chunks_size", path, least=1)
-    lines = read_lines(root / "meta" / "tasks.jsonl")
+    lines = read_json_lines(root / "meta" / "tasks.jsonl")
     tasks = _tasks((at, whole(line, "task_index", at), words(line, "task", at)) for at, line in lines)
     listed = []
-    for at, line in read_lines(root / "meta" / "episodes.jsonl"):
+    for at, line in read_json_lines(root / "meta" / "episodes.jsonl"):
         index, length = whole(line, "episode_index", at), whole(line, "length", at)
         where: dict[str, int | str] = {"episode_chunk": index // size, "episode_index": index}
         videos = {

@@ -8,7 +8,7 @@ normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -240,17 +240,18 @@ class Recording:
     @cached_property
     def problems(self) -> list[Problem]:
         """What is wrong with episodes that samples would read."""
-        found = self.data.problems(self.columns)
-        return found + self.no_rotations({problem.episode for problem in found})
+        return self.data.problems(self.columns) + self.no_rotations
 
-    def no_rotations(self, without: Collection[int] = ()) -> list[Problem]:
-        """Values that are to become another rotation and are none, but for the episodes with the numbers `without`."""
+    @cached_property
+    def no_rotations(self) -> list[Problem]:
+        """Values that are to become another rotation and are none."""
         found = []
         for source in [source for source in (*self.state, *self.action) if source.converted]:
             assert source.where.rotation is not None
             column = source.where.column
+            spoilt = {problem.episode for problem in self.data.problems({column})}
             for i, episode in enumerate(self.data.meta.episodes):
-                if episode.index in without:
+                if episode.index in spoilt:
                     continue
                 wrong = no_rotation(self.data.values(source.where, i), source.where.rotation)
                 if wrong is not None:
