@@ -152,13 +152,14 @@ def matching(entry: Entry, root: Path) -> list[Entry]:
         return [entry]
     # only the * is special
     pattern = re.sub(r"[?[]", r"[\g<0>]", entry.dataset)
-    found = sorted(info.parent.parent for info in visible(root, f"{pattern}/meta/info.json"))
+    folders = sorted(info.parent.parent for info in visible(root, f"{pattern}/meta/info.json"))
+    found = [folder.relative_to(root) if folder.is_relative_to(root) else folder for folder in folders]
     if not found:
         raise DataError(
             f"{root}: no data set matches {entry.dataset!r}, wanted folders with meta/info.json for robot {entry.robot!r}; "
             "put them there, or name the folder above them (training: --data.root, stats: --root)"
         )
-    return [replace(entry, dataset=str(path.relative_to(root))) for path in found]
+    return [replace(entry, dataset=str(path)) for path in found]
 
 
 def _rank(seed: int, name: str, episode: int) -> bytes:

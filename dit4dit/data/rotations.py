@@ -113,7 +113,8 @@ def source_size(name: str, where: str) -> int:
 
 def no_rotation(x: NDArray[Any], source: str) -> tuple[int, str] | None:
     """The first of the rows [n, source's size] that is no rotation, and why."""
-    wide = np.asarray(x, dtype=np.float64)
+    finite = np.isfinite(x).all(axis=-1)
+    wide = np.where(finite[:, None], np.asarray(x, dtype=np.float64), 0.0)
     if source == "quaternion":
         bad, why = np.linalg.norm(wide, axis=-1) < LEAST, "a quaternion of length 0"
     elif source == "rotation_6d":
@@ -127,12 +128,12 @@ def no_rotation(x: NDArray[Any], source: str) -> tuple[int, str] | None:
         bad, why = (off > 0.02) | (np.linalg.det(m) < 0), "a matrix whose rows are not orthonormal and right-handed"
     else:  # any three numbers are angles
         bad, why = np.zeros(len(wide), dtype=bool), ""
-    bad |= ~np.isfinite(wide).all(axis=-1)
+    bad |= ~finite
     if not bad.any():
         return None
     row = int(bad.argmax())
-    shown = ", ".join(f"{value:g}" for value in wide[row])
-    return row, f"expected a rotation, got {why or 'NaN or infinite angles'}: {shown}"
+    shown = ", ".join(f"{value:g}" for value in x[row])
+    return row, f"expected a rotation, got {why if finite[row] else 'NaN or infinite values'}: {shown}"
 
 
 def convert(x: NDArray[Any], source: str, target: str) -> NDArray[np.float32]:
