@@ -19,6 +19,7 @@ from dit4dit.data.files import fill
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.meta import read_meta
 from dit4dit.data.mixture import Mixture, matching
+from dit4dit.data.modality import Slice, from_features
 from dit4dit.data.robots import Entry, catalogue
 from dit4dit.errors import DataError
 
@@ -359,8 +360,38 @@ def test_the_same_bytes_in_another_shape_are_other_values(copy, tmp_path: Path) 
     assert len(digests) == 3
 
 
-def test_a_cache_that_lost_its_end_is_an_error(copy) -> None:
+def test_what_was_not_read_and_is_no_known_damage_is_no_cache(copy, tmp_path: Path, monkeypatch) -> None:
+    from dit4dit.data import columns
+
+    whole = columns._Sink.append
+
+    def lose(self, episode: int, values: np.ndarray) -> None:
+        if (episode, self.width) != (2, 7):
+            whole(self, episode, values)
+
     root = copy("v2.1")
+    monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(columns._Sink, "append", lose)
+    with pytest.raises(DataError, match=r"episode_000002\.parquet: column 'action' of episode 2 was not read"):
+        open_columns(read_meta(root))
+    assert list((tmp_path / "cache/data").iterdir()) == []
+
+
+def test_a_column_of_texts_is_no_state(copy, tmp_path: Path) -> None:
+    root = copy("v2.1")
+    name = "annotation.state"
+    info(root, lambda data: data["features"].update({name: {"dtype": "int64", "shape": [1]}}))
+    for i, n in enumerate(LENGTHS):
+        column(root / f"data/chunk-000/episode_{i:06d}.parquet", name, ["open"] * n)
+    data = LeRobot.open(root)
+    assert data.task(name, 0, 0) == "open"
+    with pytest.raises(DataError, match=r"column 'annotation\.state' holds texts; expected numbers"):
+        data.values(Slice(name, 0, 1), 0)
+
+
+def test_a_cache_that_lost_its_end_is_an_error(copy, tmp_path: Path, monkeypatch) -> None:
+    root = copy("v2.1")
+    monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path / "cache"))
     columns = open_columns(read_meta(root))
     file = columns.folder / columns.columns["action"].file
     file.write_bytes(file.read_bytes()[:-4])
@@ -757,6 +788,32 @@ def test_tasks_that_the_meta_folder_lists_for_an_episode_and_its_rows_do_not_hav
     lines(root, "episodes", lambda items: items[1].update(tasks=["task 0"]))
     words = "1 episodes have rows with another task than the meta folder lists for them; the first: episode 1"
     assert words in accepted(root)["warnings"]
+
+
+def test_a_key_that_two_columns_would_have_is_neithers() -> None:
+    def feature(*names: str) -> dict[str, Any]:
+        return {"dtype": "float32", "shape": [len(names)], "names": list(names)}
+
+    picture = {"dtype": "video", "shape": [24, 32, 3]}
+    features = {
+        "observation.state": feature("x", "y", "arm", "state"),
+        "observation.arm": feature("x", "z"),
+        "observation.force": {"dtype": "float32", "shape": [2, 3]},
+        "observation.note": {"dtype": "string", "shape": [1]},
+        "action": feature("x", "action"),
+        "action.action": feature("u", "v"),
+        "observation.images.top": picture,
+        "top": picture,
+        "front": picture,
+    }
+    found = from_features(features, "here")
+    places = {key: (where.column, where.start, where.end) for key, where in found.state.items()}
+    state, arm = "observation.state", "observation.arm"
+    assert places == {"state": (state, 0, 4), "arm": (arm, 0, 2), "y": (state, 1, 2), "z": (arm, 1, 2)}
+    assert {key: where.column for key, where in found.action.items()} == {
+        "x": "action", "u": "action.action", "v": "action.action"
+    }  # fmt: skip
+    assert found.video == {"front": "front"}
 
 
 # Depth.

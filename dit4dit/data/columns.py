@@ -224,8 +224,9 @@ def _build(meta: Meta, spoken: Collection[str], folder: Path, progress: Progress
     for name, sink in sinks.items():
         missing = [i for i in range(len(meta.episodes)) if i not in sink.written]
         for i in missing:
-            # whatever was not read has to be known as damage: reading it later says why
-            assert known & {(meta.episodes[i].index, None), (meta.episodes[i].index, name)}, (name, i)
+            episode = meta.episodes[i]
+            if not known & {(episode.index, None), (episode.index, name)}:  # what is missing has to be known as damage
+                raise DataError(f"{episode.data}: column {name!r} of episode {episode.index} was not read; report this")
         entry = {"file": sink.file, "kind": np.dtype(sink.kind).name, "width": sink.width}
         columns[name] = {**entry, "digest": sink.digest.hexdigest(), "missing": missing}
     order = {episode.index: i for i, episode in enumerate(meta.episodes)}
@@ -280,7 +281,6 @@ class _Sink:
         return numbers(column, self.width, self.kind)
 
     def append(self, episode: int, values: NDArray[Any]) -> None:
-        assert values.shape[1] == self.width
         data = np.ascontiguousarray(values).tobytes()
         self.stream.write(data)
         self.digest.update(f"{len(values)}\n".encode() + data)

@@ -82,8 +82,14 @@ class LeRobot:
         return self.columns.read(name, episode)
 
     def values(self, where: Slice, episode: int) -> NDArray[np.float32]:
-        """One key of one episode, float32 [length, size]."""
-        found: NDArray[np.float32] = self.column(where.column, episode)[:, where.start : where.end]
+        """One key of one episode, float32 [length, size]; DataError where the files do not have it as numbers."""
+        if where.column in self.columns.texts:
+            raise DataError(
+                f"{self.name}: column {where.column!r} holds texts; expected numbers, for a state or an action"
+            )
+        found: NDArray[np.float32] = self.column(where.column, episode)[:, where.start : where.end].astype(
+            np.float32, copy=False
+        )
         return found
 
     def task(self, column: str, episode: int, frame: int) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dit4dit.data.files import read_json
 from dit4dit.data.rotations import source_size
 from dit4dit.errors import DataError, did_you_mean
 
 IMAGES = "observation.images."
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,25 +88,35 @@ def from_features(features: Mapping[str, Any], where: str) -> Modality:
     """Keys taken whole from info.json's features.
 
     "observation.state" is the state key "state", "observation.<key>" is <key>; "action" is the action key "action"; names that
-    info.json gives to single values are keys too; "observation.images.<view>" is <view>; the task is `task_index`.
+    info.json gives to single values are keys too; "observation.images.<view>" is <view>; the task is `task_index`. A key that two
+    features would have is neither's, but for a column's own, which goes before the name of a value.
     """
-    state: dict[str, Slice] = {}
-    action: dict[str, Slice] = {}
-    video: dict[str, str] = {}
+    columns: dict[str, list[tuple[str, Slice]]] = {"state": [], "action": []}
+    values: dict[str, list[tuple[str, Slice]]] = {"state": [], "action": []}
+    video: list[tuple[str, str]] = []
     annotation = {"human.action.task_description": "task_index"} if "task_index" in features else {}
     for name, feature in features.items():
         if is_picture(feature):
-            video[name.removeprefix(IMAGES)] = name
+            video.append((name.removeprefix(IMAGES), name))
         elif name.startswith("annotation."):
             if is_language(name, feature):
                 annotation[name.removeprefix("annotation.")] = name
-        elif not is_numeric(feature):
-            continue
-        elif name == "action" or name.startswith("action."):
-            action |= _whole(name, name.removeprefix("action."), feature)
-        elif name.startswith("observation."):
-            state |= _whole(name, name.removeprefix("observation."), feature)
-    return Modality(where, state, action, video, annotation)
+        elif is_numeric(feature) and width(feature) > 0:
+            part = "state" if name.startswith("observation.") else "action"
+            if part == "state" or name == "action" or name.startswith("action."):
+                key = name.removeprefix("observation." if part == "state" else "action.")
+                columns[part].append((key, Slice(name, 0, width(feature))))
+                values[part] += _values(name, feature)
+    parts = {}
+    for part in columns:
+        taken = {key for key, _ in columns[part]}
+        parts[part] = _alone(columns[part]) | _alone([item for item in values[part] if item[0] not in taken])
+    return Modality(where, parts["state"], parts["action"], _alone(video), annotation)
+
+
+def _alone(found: list[tuple[str, T]]) -> dict[str, T]:
+    count = Counter(key for key, _ in found)
+    return {key: where for key, where in found if count[key] == 1}
 
 
 def check_features(features: Any, where: str) -> Mapping[str, Mapping[str, Any]]:
@@ -159,15 +171,15 @@ def width(feature: Mapping[str, Any]) -> int:
     return int(shape[0]) if len(shape) == 1 else -1
 
 
-def _whole(column: str, key: str, feature: Mapping[str, Any]) -> dict[str, Slice]:
+def _values(column: str, feature: Mapping[str, Any]) -> list[tuple[str, Slice]]:
+    """The single values of a column that info.json gives a name each."""
     size = width(feature)
     names = feature.get("names")
     if isinstance(names, Mapping):  # {"motors": [...]}, as older recorders wrote them
         names = next(iter(names.values()), None) if len(names) == 1 else None
-    found = {key: Slice(column, 0, size)} if size > 0 else {}
     if isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == size > 1:
-        found |= {name: Slice(column, i, i + 1) for i, name in enumerate(names)}
-    return found
+        return [(name, Slice(column, i, i + 1)) for i, name in enumerate(names)]
+    return []
 
 
 def _column(name: Any, features: Mapping[str, Any], where: str) -> str:
