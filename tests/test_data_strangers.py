@@ -161,7 +161,9 @@ def test_episodes_that_share_frames_of_a_video(copy, libero_episode) -> None:
     rows(root / EPISODES, shift(CAMERAS[1], 1, from_timestamp=-0.04))  # 0.4 of a frame: a rounding
     accepted(root)
     video = root / f"videos/{CAMERAS[1]}/chunk-000/file-000.mp4"
-    rows(root / EPISODES, shift(CAMERAS[1], 1, from_timestamp=-0.06))
+    rows(root / EPISODES, shift(CAMERAS[1], 1, from_timestamp=-0.02))
+    refused(root, "they share 0.6 frames")
+    rows(root / EPISODES, shift(CAMERAS[1], 1, from_timestamp=-0.04))
     refused(
         root,
         f"{EPISODES}, row 1: episode 1 starts at 1.1000 s of {video}, where episode 0 (row 0) lasts until 1.2000 s",
@@ -290,13 +292,30 @@ def test_a_listed_episode_without_rows(copy) -> None:
 def test_rows_out_of_order(copy, name: str) -> None:
     root = copy("v2.1")
     file = root / "data/chunk-000/episode_000002.parquet"
+    if name == "index":  # which is asked where frame_index says nothing
+        column(file, "frame_index", [0] * 17)
+        accepted(root)
     before = pq.read_table(file)[name].to_pylist()
-    column(file, name, [*before[:4], before[5], before[4], *before[6:]])
     want = before[3] + 1
-    refused(root, f"{file}, row 4: column {name!r}: expected {want} after {want - 1}, got {want + 1}; rows are lost")
-    column(file, name, [0] * 17)
-    words = f"1 episodes have one value in all rows of {name}"
-    assert any(words in warning for warning in accepted(root)["warnings"])
+    column(file, name, [*before[:4], before[5], before[4], *before[6:]])
+    message = f"{file}, row 4: column {name!r}: expected {want} after {want - 1}, got {want + 1}; rows are lost or out of order"
+    refused(root, message)
+    column(file, name, [*before[:4], *(n + 1 for n in before[4:])])
+    refused(root, message)
+
+
+def test_rows_that_nothing_counts(copy) -> None:
+    root = copy("v2.1")
+    words = "1 episodes have one value in all rows of frame_index and index: their order is not checked"
+    file = root / "data/chunk-000/episode_000002.parquet"
+    before = pq.read_table(file)["index"].to_pylist()
+    column(file, "index", [*before[:4], before[5], before[4], *before[6:]])
+    assert words not in accepted(root)["warnings"]  # frame_index tells
+    column(file, "index", [3] * 17)
+    assert words not in accepted(root)["warnings"]
+    column(file, "frame_index", [0] * 17)
+    assert words in accepted(root)["warnings"]
+    assert f"set: {words}" in mixture(root).notes
 
 
 def test_rows_of_episodes_need_not_be_in_the_order_of_their_numbers(copy, libero_episode) -> None:

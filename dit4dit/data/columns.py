@@ -296,7 +296,7 @@ class _Reading:
         self.problems: list[Problem] = []
         self.file_rows: dict[int, int] = {}
         self.strangers: list[str] = []
-        self.unnumbered: dict[str, set[int]] = {}
+        self.unnumbered = 0
 
     def file(self, path: Path, members: list[int]) -> None:
         """The episodes at these positions, from their file."""
@@ -323,46 +323,48 @@ class _Reading:
                 )
             else:
                 self.file_rows[i] = start
-                for name, sink in self.sinks.items():
-                    self._column(path, i, name, sink, pieces.get(name))
+                read = {name: self._column(path, i, name, sink, pieces.get(name)) for name, sink in self.sinks.items()}
+                self._order(path, i, [(name, read[name]) for name in ("frame_index", "index") if name in read])
                 continue
             self.problems.append(Problem(str(path), None, episode.index, None, why))
 
-    def _column(self, path: Path, i: int, name: str, sink: _Sink, column: Any) -> None:
+    def _column(self, path: Path, i: int, name: str, sink: _Sink, column: Any) -> NDArray[Any] | None:
+        """Copy one column of an episode; its values, where it has them."""
         episode, first = self.meta.episodes[i], self.file_rows[i]
 
-        def add(row: int | None, why: str, column: str | None = name) -> None:
+        def add(row: int | None, why: str) -> None:
             row = None if row is None else first + row
-            self.problems.append(Problem(str(path), row, episode.index, column, why))
+            self.problems.append(Problem(str(path), row, episode.index, name, why))
 
         if column is None:
             add(None, f"no column {name!r}; info.json lists it")
-            return
-        piece = column.slice(first, episode.length)
+            return None
         read = partial(language, tasks=self.meta.tasks.keys(), texts=sink.texts) if sink.spoken else sink.numbers
-        values = read(piece)
+        values = read(column.slice(first, episode.length))
         if isinstance(values, Wrong):
             add(values.row, f"column {name!r}: {values.why}")
-            return
+            return None
         sink.append(i, values)
-        if name in ("frame_index", "index"):
-            wrong = self._counted(name, i, values[:, 0])
-            if wrong is not None:
-                add(*wrong, column=None)
         wrong = _wrong_values(name, values, self.meta)
         if wrong is not None:
             add(*wrong)
+        return values
 
-    def _counted(self, name: str, i: int, values: NDArray[Any]) -> tuple[int, str] | None:
-        """The first row that is out of order, or before which some are lost: rows and video are out of step from there on."""
-        steps = np.diff(values)
-        if len(steps) and (values == values[0]).all():
-            self.unnumbered.setdefault(name, set()).add(i)
-        elif (steps != 1).any():
-            row = int((steps != 1).argmax()) + 1
-            want, got = int(values[row - 1]) + 1, int(values[row])
-            return row, f"column {name!r}: expected {want} after {want - 1}, got {got}; rows are lost or out of order"
-        return None
+    def _order(self, path: Path, i: int, counts: list[tuple[str, NDArray[Any] | None]]) -> None:
+        """Rows that are out of order, or lost, are out of step with the video: the first column that counts rows tells."""
+        for name, values in counts:
+            if values is None or (len(values) > 1 and (values == values[0]).all()):
+                continue
+            other = np.flatnonzero(np.diff(values[:, 0]) != 1)
+            if len(other):
+                row = int(other[0]) + 1
+                want, got = int(values[row - 1, 0]) + 1, int(values[row, 0])
+                why = f"column {name!r}: expected {want} after {want - 1}, got {got}; rows are lost or out of order"
+                place = self.file_rows[i] + row
+                self.problems.append(Problem(str(path), place, self.meta.episodes[i].index, None, why))
+            return
+        if any(values is not None for _, values in counts):
+            self.unnumbered += 1
 
     def _others(self, path: Path, rows: Mapping[int, tuple[int, int]]) -> None:
         """Rows of episodes that the meta folder places in another file, or does not list."""
@@ -381,9 +383,9 @@ class _Reading:
                 f"{len(self.strangers)} episodes have rows and are not listed in the meta folder, so nothing reads them; "
                 f"the first: {self.strangers[0]}"
             )
-        for name, episodes in self.unnumbered.items():
+        if self.unnumbered:
             out.append(
-                f"{len(episodes)} episodes have one value in all rows of {name}, so that their order is not checked"
+                f"{self.unnumbered} episodes have one value in all rows of frame_index and index: their order is not checked"
             )
         return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class _Listed:
     episode: EpisodeMeta
     rows: tuple[int, int] | None = None
     """First row and the one after the last, counted over the data set (v3.0)."""
-    ends: Mapping[str, float] | None = None
+    ends: Mapping[str, float] = field(default_factory=dict)
     """Camera -> seconds in its file at which the episode ends (v3.0)."""
 
 
@@ -254,18 +254,15 @@ def _own_frames(listed: Sequence[_Listed], fps: float) -> None:
             if one.episode.length > 0:
                 by_file.setdefault((key, place.path), []).append(one)
     for (key, path), members in by_file.items():
-        last: _Listed | None = None
-        for one in sorted(members, key=lambda one: one.episode.videos[key].start):
-            assert one.ends is not None
-            start, end = one.episode.videos[key].start, one.ends[key]
-            if last is not None and last.ends is not None and (shared := (last.ends[key] - start) * fps) > 0.5:
+        for one, other in pairwise(sorted(members, key=lambda one, key=key: one.episode.videos[key].start)):  # type: ignore[misc]
+            end, begin = one.ends[key], other.episode.videos[key].start
+            shared = (end - begin) * fps
+            if shared > 0.5:
                 raise DataError(
-                    f"{one.where}: episode {one.episode.index} starts at {start:.4f} s of {path}, where episode "
-                    f"{last.episode.index} ({_short(last.where, one.where)}) lasts until {last.ends[key]:.4f} s: they share "
-                    f"{shared:.1f} frames of {key}; mend from_timestamp, to_timestamp or length"
+                    f"{other.where}: episode {other.episode.index} starts at {begin:.4f} s of {path}, where episode "
+                    f"{one.episode.index} ({_short(one.where, other.where)}) lasts until {end:.4f} s: they share {shared:.1f} "
+                    f"frames of {key}; mend from_timestamp, to_timestamp or length"
                 )
-            if last is None or last.ends is None or end > last.ends[key]:
-                last = one
     # one file as the video of two cameras would be read without complaint too
     cameras: dict[Path, str] = {}
     for key, path in by_file:
