@@ -356,27 +356,30 @@ def test_values_that_would_become_others(copy, name: str, values: Any, message: 
         refused(root, str(file), message)
 
 
-def test_the_same_bytes_in_another_shape_are_other_values(copy, tmp_path: Path) -> None:
-    """Statistics are kept under a hash of the values: zeros of two widths, or of two cuts into episodes, are not one."""
-    root = copy("v2.1")
+def test_the_same_bytes_in_another_shape_are_other_values(tmp_path: Path) -> None:
+    """Statistics are kept under a hash of the values: zeros of two widths, or of other episodes, are not one."""
     digests = set()
-    for width, lengths in ((2, (6, 6)), (4, (3, 3)), (2, (4, 8))):
-        target = tmp_path / f"{width}{lengths[0]}"
-        (target / "meta").mkdir(parents=True)
-        (target / "data").mkdir()
-        feature = {"dtype": "float32", "shape": [width]}
-        made = {"codebase_version": "v2.1", "fps": 10, "features": {"action": feature}, "chunks_size": 1000}
-        (target / "meta/info.json").write_text(json.dumps({**made, "data_path": "data/{episode_index}.parquet"}))
-        (target / "meta/tasks.jsonl").write_text("")
-        shutil.copy(root / "meta/episodes.jsonl", target / "meta")
-        lines(target, "episodes", lambda items, lengths=lengths: items.__setitem__(
-            slice(None), [{"episode_index": i, "length": n} for i, n in enumerate(lengths)]
-        ))  # fmt: skip
-        for i, n in enumerate(lengths):
-            table = pa.table({"episode_index": [i] * n, "action": [[0.0] * width] * n})
-            pq.write_table(table, target / f"data/{i}.parquet")
-        digests.add(LeRobot.open(target).columns.digests["action"])
-    assert len(digests) == 3
+    for width, lengths in ((2, {0: 6, 1: 6}), (4, {0: 3, 1: 3}), (2, {0: 4, 1: 8}), (2, {0: 6, 2: 6})):
+        root = tmp_path / f"{len(digests)}"
+        (root / "meta").mkdir(parents=True)
+        (root / "data").mkdir()
+        facts = {
+            "codebase_version": "v2.1",
+            "fps": 10,
+            "chunks_size": 1000,
+            "data_path": "data/{episode_index}.parquet",
+        }
+        features = {"action": {"dtype": "float32", "shape": [width]}}
+        (root / "meta/info.json").write_text(json.dumps({**facts, "features": features}))
+        (root / "meta/tasks.jsonl").write_text("")
+        listed = [json.dumps({"episode_index": i, "length": n}) for i, n in lengths.items()]
+        (root / "meta/episodes.jsonl").write_text("\n".join(listed))
+        for i, n in lengths.items():
+            pq.write_table(
+                pa.table({"episode_index": [i] * n, "action": [[0.0] * width] * n}), root / f"data/{i}.parquet"
+            )
+        digests.add(LeRobot.open(root).columns.digests["action"])
+    assert len(digests) == 4
 
 
 def test_what_was_not_read_and_is_no_known_damage_is_no_cache(copy, tmp_path: Path, monkeypatch) -> None:
@@ -384,9 +387,9 @@ def test_what_was_not_read_and_is_no_known_damage_is_no_cache(copy, tmp_path: Pa
 
     whole = columns._Sink.append
 
-    def lose(self, episode: int, values: np.ndarray) -> None:
-        if (episode, self.width) != (2, 7):
-            whole(self, episode, values)
+    def lose(self, position: int, number: int, values: np.ndarray) -> None:
+        if (position, self.width) != (2, 7):
+            whole(self, position, number, values)
 
     root = copy("v2.1")
     monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path / "cache"))

@@ -61,7 +61,7 @@ class Column:
     kind: str
     width: int
     digest: str
-    """Hash of its values, and of where its episodes begin."""
+    """Hash of its values, and of which episodes they are of."""
     starts: NDArray[np.int64]
     """First row of each episode; -1 where it has none."""
     rows: int
@@ -280,11 +280,11 @@ class _Sink:
     def numbers(self, column: Any) -> NDArray[Any] | Wrong:
         return numbers(column, self.width, self.kind)
 
-    def append(self, episode: int, values: NDArray[Any]) -> None:
+    def append(self, position: int, number: int, values: NDArray[Any]) -> None:
         data = np.ascontiguousarray(values).tobytes()
         self.stream.write(data)
-        self.digest.update(f"{len(values)}\n".encode() + data)
-        self.written.add(episode)
+        self.digest.update(f"{number} {len(values)}\n".encode() + data)
+        self.written.add(position)
 
 
 class _Reading:
@@ -344,7 +344,7 @@ class _Reading:
         if isinstance(values, Wrong):
             add(values.row, f"column {name!r}: {values.why}")
             return None
-        sink.append(i, values)
+        sink.append(i, episode.index, values)
         wrong = _wrong_values(name, values, self.meta)
         if wrong is not None:
             add(*wrong)
