@@ -363,23 +363,21 @@ def test_the_same_bytes_in_another_shape_are_other_values(tmp_path: Path) -> Non
         root = tmp_path / f"{len(digests)}"
         (root / "meta").mkdir(parents=True)
         (root / "data").mkdir()
-        facts = {
-            "codebase_version": "v2.1",
-            "fps": 10,
-            "chunks_size": 1000,
-            "data_path": "data/{episode_index}.parquet",
+        facts = {"codebase_version": "v2.1", "fps": 10, "chunks_size": 1000, "data_path": "data/{episode_index}"}
+        features = {
+            "action": {"dtype": "float32", "shape": [width]},
+            "at_index": {"dtype": "int64", "shape": [width // 2]},
         }
-        features = {"action": {"dtype": "float32", "shape": [width]}}
         (root / "meta/info.json").write_text(json.dumps({**facts, "features": features}))
         (root / "meta/tasks.jsonl").write_text("")
         listed = [json.dumps({"episode_index": i, "length": n}) for i, n in lengths.items()]
         (root / "meta/episodes.jsonl").write_text("\n".join(listed))
         for i, n in lengths.items():
-            pq.write_table(
-                pa.table({"episode_index": [i] * n, "action": [[0.0] * width] * n}), root / f"data/{i}.parquet"
-            )
-        digests.add(LeRobot.open(root).columns.digests["action"])
-    assert len(digests) == 4
+            counts = [[0] * (width // 2)] * n if width > 2 else [0] * n
+            table = pa.table({"episode_index": [i] * n, "action": [[0.0] * width] * n, "at_index": counts})
+            pq.write_table(table, root / f"data/{i}")
+        digests |= set(LeRobot.open(root).columns.digests.values())
+    assert len(digests) == 8
 
 
 def test_what_was_not_read_and_is_no_known_damage_is_no_cache(copy, tmp_path: Path, monkeypatch) -> None:

@@ -275,7 +275,7 @@ class _Sink:
     written: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.digest = hashlib.blake2b(f"{np.dtype(self.kind).name} {self.width}\n".encode(), digest_size=16)
+        self.digest = hashlib.blake2b(f"{np.dtype(self.kind).name}\n".encode(), digest_size=16)
 
     def numbers(self, column: Any) -> NDArray[Any] | Wrong:
         return numbers(column, self.width, self.kind)
