@@ -94,6 +94,17 @@ def test_a_listed_episode_without_rows(copy) -> None:
         LeRobot.open(root).column("action", 2)
 
 
+def test_rows_of_two_episodes_that_are_mixed(copy) -> None:
+    root = copy("v3.0")
+    info(root, lambda data: [data["features"].pop(name) for name in ("frame_index", "index")])
+    file = root / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    pq.write_table(pa.concat_tables([table.slice(0, 6), table.slice(12, 9), table.slice(6, 6), table.slice(21)]), file)
+    message = "episode 0: expected 12 rows one after another, got 12 with others between (the file has 38)"
+    refused(root, f"{file}: {message}")
+    assert [problem.episode for problem in mixture(root, skip_bad=True).skipped] == [0]
+
+
 @pytest.mark.parametrize("name", ["frame_index", "index"])
 def test_rows_out_of_order(copy, name: str) -> None:
     root = copy("v2.1")

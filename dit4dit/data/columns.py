@@ -317,10 +317,10 @@ class _Reading:
             if episode.length < 1:
                 why = f"episode {episode.index} is empty (length {episode.length} in the meta folder); remove it"
             elif length != episode.length or not (owner[start : start + length] == episode.index).all():
-                why = (
-                    f"episode {episode.index}: expected {episode.length} rows one after another, got {length} "
-                    f"(the file has {len(owner)}); copy it again"
+                got = (
+                    f"{length}{' with others between' if length == episode.length else ''} (the file has {len(owner)})"
                 )
+                why = f"episode {episode.index}: expected {episode.length} rows one after another, got {got}; copy it again"
             else:
                 self.file_rows[i] = start
                 read = {name: self._column(path, i, name, sink, pieces.get(name)) for name, sink in self.sinks.items()}
