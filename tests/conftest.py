@@ -236,3 +236,13 @@ def libero_data(write_libero, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for version in ("v2.0", "v2.1", "v3.0"):
         write_libero(root / version, version=version)
     return root
+
+
+@pytest.fixture
+def copy(libero_data: Path, tmp_path: Path):
+    """Copy a data set of `libero_data`, which a test may spoil: copy("v2.1")."""
+
+    def of(version: str) -> Path:
+        return Path(shutil.copytree(libero_data / version, tmp_path / "set"))
+
+    return of

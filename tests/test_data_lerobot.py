@@ -89,7 +89,7 @@ def test_what_lerobot_wrote_reads_as_lerobot_reads_it() -> None:
     row = 0
     for i, episode in enumerate(data.meta.episodes):
         for column in ("observation.state", "action"):
-            got = data.columns[column][data.rows(i)]
+            got = data.column(column, i)
             np.testing.assert_array_equal(got, expected[column][row : row + episode.length])
         for frame in range(episode.length):
             assert data.task("task_index", i, frame) == expected["task"][row]
@@ -119,7 +119,7 @@ def test_the_writers_layouts_give_identical_samples_with_every_pixel(libero_data
     for i, length in enumerate((12, 9, 17, 11)):
         columns, pictures = libero_episode(i, length)
         data = old.recording.data
-        np.testing.assert_array_equal(data.columns["action"][data.rows(i)], columns["action"])
+        np.testing.assert_array_equal(data.column("action", i), columns["action"])
         for camera, want in pictures.items():
             np.testing.assert_array_equal(data.pictures(camera, i, range(length)), want)
         assert data.task("task_index", i, 3) == f"task {i % 2}"

@@ -263,7 +263,7 @@ def test_the_loader_benchmark(main, libero_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_pyarrow_names_the_extra(libero_data: Path, monkeypatch) -> None:
-    from dit4dit.data.meta import read_table
+    from dit4dit.data.files import read_table
     from dit4dit.errors import MissingExtra
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:

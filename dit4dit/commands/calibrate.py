@@ -45,7 +45,7 @@ def read_examples(path: Path) -> list[Example]:
     InputError: no such file, or a line that is none of these.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--examples {path}: cannot be read ({error})") from None
     found = [_example(f"{path}:{i}", line, path.parent) for i, line in enumerate(lines, 1) if line.strip()]

@@ -133,7 +133,7 @@ def _curves(data: LeRobot, column: str, episodes: Sequence[int]) -> str:
 
     figure, axes = plt.subplots(1, len(episodes), figsize=(3.6 * len(episodes), 2.8), sharey=True, squeeze=False)
     for axis, i in zip(axes[0], episodes, strict=True):
-        values = data.columns[column][data.rows(i)]
+        values = data.column(column, i)
         lines = axis.plot(np.arange(len(values)) / data.fps, values, linewidth=0.9)
         axis.set_title(f"episode {data.meta.episodes[i].index}", fontsize=9)
         axis.set_xlabel("s")
@@ -149,7 +149,7 @@ def _curves(data: LeRobot, column: str, episodes: Sequence[int]) -> str:
 
 def _labels(data: LeRobot, column: str) -> list[str]:
     """One name for each value of a column: the narrowest key that holds it."""
-    out = [str(d) for d in range(data.columns[column].shape[1])]
+    out = [str(d) for d in range(data.columns.columns[column].width)]
     keys = [(key, where) for part in ("state", "action") for key, where in data.modality.part(part).items()]
     for key, where in sorted((k for k in keys if k[1].column == column), key=lambda item: -item[1].size):
         for d in range(where.start, where.end):

@@ -283,7 +283,7 @@ def machine(processes: int) -> dict[str, Any]:
 
 def log_lines(run: Path) -> list[dict[str, float]]:
     """The run's log.jsonl."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n") if line]
 
 
 def show(result: dict[str, Any], out: Path) -> str:

@@ -77,7 +77,7 @@ def run(
         "batch": batch,
         "chunks": total,
         "episodes": len(found),
-        "damaged": len({problem.episode for problem in recording.data.problems(recording.columns)}),
+        "damaged": len({problem.episode for problem in recording.problems}),
         "actions": int(units.sums[2].max()),
         **openloop.errors(units, normalized, names),
     }

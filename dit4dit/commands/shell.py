@@ -76,10 +76,10 @@ def read_lines(file: Path) -> list[str]:
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected one instruction a line")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    lines = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
     if not lines:
         raise InputError(f"{file}: empty; expected one instruction a line")
     return lines

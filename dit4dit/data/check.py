@@ -13,6 +13,7 @@ import numpy as np
 from dit4dit.data import gripper
 from dit4dit.data.columns import Problem, Progress
 from dit4dit.data.lerobot import LeRobot
+from dit4dit.data.modality import depth_map
 from dit4dit.data.robots import Robot
 from dit4dit.data.samples import Recording
 from dit4dit.data.statistics import NAMES, flat_statistics
@@ -47,6 +48,7 @@ def check(
     recording = None
     if robot is not None:
         recording = Recording.of(data, robot)
+        errors += recording.no_rotations
     if decode:
         errors += _decode(data, {(problem.episode, problem.column) for problem in errors}, progress)
     spoilt = {problem.episode for problem in errors}
@@ -72,7 +74,7 @@ def check(
         "decoded": decode,
         "errors": [asdict(problem) for problem in errors]
         + [{"file": data.name, "row": None, "episode": None, **asdict(finding)} for finding in wrong],
-        "warnings": [*data.warnings(), *_warnings(data, columns, tasks, recording), *odd],
+        "warnings": [*data.warnings(), *_warnings(data, columns, tasks, recording, good), *odd],
         "columns": columns,
         "tasks": tasks,
     }
@@ -112,8 +114,7 @@ def _tasks(data: LeRobot, good: list[int]) -> dict[str, int]:
     count: Counter[str] = Counter()
     for column in sorted(set(data.modality.annotation.values()) & set(data.columns.digests)):
         for i in good:
-            numbers, frames = np.unique(data.columns[column][data.rows(i)], return_counts=True)
-            count.update({data.meta.tasks[int(n)]: int(k) for n, k in zip(numbers, frames, strict=True)})
+            count.update(data.tasks(column, i))
     return dict(count)
 
 
@@ -122,6 +123,7 @@ def _warnings(
     columns: Mapping[str, Mapping[str, list[float]]],
     tasks: Mapping[str, int],
     recording: Recording | None,
+    good: list[int],
 ) -> list[str]:
     """What is allowed and still worth a look."""
     out = []
@@ -137,13 +139,7 @@ def _warnings(
             out.append(
                 f"{column}: outliers at positions {np.flatnonzero(far).tolist()}: beyond ten times the range of q01..q99"
             )
-    blank = [words for words in tasks if not words.strip()]
-    if blank:
-        out.append(f"{tasks[blank[0]]} frames have an empty instruction")
-    same = Counter(" ".join(words.lower().split()) for words in tasks)
-    twice = [words for words, n in same.items() if n > 1]
-    if twice:
-        out.append(f"instructions that differ only in case or spaces: {twice[0]!r}")
+    out += _unusual_tasks(data, good, tasks)
     if not (data.meta.root / "meta" / "modality.json").is_file():
         out.append(
             f"no meta/modality.json: keys are {'the standard ones of the robot' if recording else 'whole columns'}"
@@ -157,4 +153,37 @@ def _warnings(
             f"nothing says if these actions are targets or displacements, so the robot cannot be held: {', '.join(unsaid)}; give "
             'them "absolute" in meta/modality.json, or `kinds` in the file of robots'
         )
+    unused = [] if recording is None else _depth_maps(data)
+    if recording is not None and unused:
+        out.append(
+            f"{len(unused)} depth cameras that {recording.robot.name} does not use are not looked at: {', '.join(unused)}"
+        )
+    return out
+
+
+def _depth_maps(data: LeRobot) -> list[str]:
+    features = data.meta.features.items()
+    return [name for name, f in features if f.get("dtype") == "video" and depth_map(f) is not None]
+
+
+def _unusual_tasks(data: LeRobot, good: list[int], tasks: Mapping[str, int]) -> list[str]:
+    out = []
+    blank = [words for words in tasks if not words.strip()]
+    if blank:
+        out.append(f"{sum(tasks[words] for words in blank)} frames have an empty instruction")
+    digits = [words for words in tasks if words.strip().isdigit()]
+    if digits:
+        frames = sum(tasks[words] for words in digits)
+        out.append(f"{frames} frames have a number for an instruction ({digits[0]!r}), as a text")
+    same = Counter(" ".join(words.lower().split()) for words in tasks)
+    twice = [words for words, n in same.items() if n > 1]
+    if twice:
+        out.append(f"instructions that differ only in case or spaces: {twice[0]!r}")
+    if "task_index" in data.columns.digests:
+        other = [i for i in good if (of := data.meta.episodes[i].tasks) and not {*data.tasks("task_index", i)} <= {*of}]
+        if other:
+            out.append(
+                f"{len(other)} episodes have rows with another task than the meta folder lists for them; the first: episode "
+                f"{data.meta.episodes[other[0]].index}"
+            )
     return out

@@ -1,6 +1,7 @@
 """The numbers of a data set in memory-mapped arrays, made once per data set and shared by all workers and runs.
 
-Making them reads every parquet file, so this is where damage is found: before training, each with its file and row. The cache
+Making them reads every parquet file, so this is where damage is found: before training, each with its file and row. Rows are
+appended as they are read: what could not be read is not there, rather than zero, and asking for it is an error. The cache
 lies in `DIT4DIT_CACHE` (else ~/.cache/dit4dit) under a key made of the meta files and of every file's size and time.
 """
 
@@ -10,23 +11,25 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit4dit.cache import cache_root
-from dit4dit.data.meta import EpisodeMeta, Meta, read_table
-from dit4dit.data.modality import is_picture, width
+from dit4dit.data.files import read_table
+from dit4dit.data.meta import EpisodeMeta, Meta
+from dit4dit.data.modality import is_language, is_numeric, is_picture, width
+from dit4dit.data.tables import Wrong, in_one_piece, language, numbers, owners
 from dit4dit.data.time_check import Unusual, check_videos, merged, uneven_timestamps, wrong_timestamps
 from dit4dit.errors import DataError
-from dit4dit.extras import require
 
-FORMAT = 2
+FORMAT = 4
 """Part of the key: another layout of the cache is another number."""
 
 Progress = Callable[[str, int, int], None]
@@ -51,17 +54,35 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Column:
+    """One column of the cache: the rows of the episodes that it has, one after another."""
+
+    file: str
+    kind: str
+    width: int
+    digest: str
+    """Hash of its values, and of which episodes they are of."""
+    starts: NDArray[np.int64]
+    """First row of each episode; -1 where it has none."""
+    rows: int
+
+
+@dataclass(frozen=True)
 class Columns:
-    """See the module. Rows of all episodes one after another, in the order of `Meta.episodes`."""
+    """See the module. Episodes are addressed by their position in `Meta.episodes`."""
 
     folder: Path
-    files: Mapping[str, str]
-    digests: Mapping[str, str]
-    """Column -> hash of its values."""
+    columns: Mapping[str, Column]
+    episodes: tuple[EpisodeMeta, ...]
     problems: tuple[Problem, ...]
-    starts: tuple[int, ...]
-    """First row of each episode."""
+    warnings: tuple[str, ...]
+    """What is unusual in the rows, and spoils nothing."""
     unusual: tuple[Unusual, ...]
+    """What is unusual in times."""
+    texts: Mapping[str, tuple[str, ...]]
+    """Texts of the columns of instructions that hold such themselves: n is stored as -1 - n (`tables.language`)."""
+    file_rows: tuple[int | None, ...]
+    """The row of its parquet file at which each episode begins."""
 
     def __getstate__(self) -> dict[str, Any]:
         # a pickled memory map would be the numbers themselves: the other process opens its own
@@ -69,11 +90,46 @@ class Columns:
 
     @cached_property
     def _maps(self) -> dict[str, NDArray[Any]]:
-        return {name: np.load(self.folder / file, mmap_mode="r") for name, file in self.files.items()}
+        return {name: self._map(name, column) for name, column in self.columns.items()}
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        """Column `name`, [rows, d], read-only."""
-        return self._maps[name]
+    def _map(self, name: str, column: Column) -> NDArray[Any]:
+        path, kind = self.folder / column.file, np.dtype(column.kind)
+        wanted = column.rows * column.width * kind.itemsize
+        size = path.stat().st_size if path.is_file() else 0
+        if size != wanted:
+            raise DataError(f"{path}: expected {wanted} bytes of column {name!r}, got {size}; remove {self.folder}")
+        if wanted == 0:  # cannot be mapped
+            return np.zeros((column.rows, column.width), kind)
+        return np.memmap(path, kind, "r", shape=(column.rows, column.width))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Column -> hash of its values."""
+        return {name: column.digest for name, column in self.columns.items()}
+
+    def read(self, name: str, episode: int) -> NDArray[Any]:
+        """Column `name` of one episode, [length, d], read-only.
+
+        Raises:
+            DataError: the files do not have it; the message is the problem that was found.
+        """
+        start = int(self._column(name).starts[episode])
+        if start < 0:
+            index = self.episodes[episode].index
+            raise DataError(str(next(p for p in self.problems if p.episode == index and p.column in (None, name))))
+        return self._maps[name][start : start + self.episodes[episode].length]
+
+    def gather(self, name: str, episodes: Collection[int]) -> NDArray[Any]:
+        """Column `name` of several episodes, [rows, d]; see `read`."""
+        starts = self._column(name).starts
+        if len(episodes) == int((starts >= 0).sum()) and all(starts[i] >= 0 for i in episodes):
+            return self._maps[name]
+        return np.concatenate([self.read(name, i) for i in episodes])
+
+    def _column(self, name: str) -> Column:
+        if name not in self.columns:
+            raise DataError(f"{self.folder}: no column {name!r}; it has: {', '.join(self.columns)}")
+        return self.columns[name]
 
 
 def cache_dir() -> Path:
@@ -81,19 +137,25 @@ def cache_dir() -> Path:
     return cache_root() / "data"
 
 
-def open_columns(meta: Meta, progress: Progress | None = None) -> Columns:
+def open_columns(meta: Meta, progress: Progress | None = None, instructions: Iterable[str] = ()) -> Columns:
     """The columns of a data set, from the cache or read from its files.
+
+    Args:
+        instructions: columns that hold instructions although they are named neither task_index nor annotation.*.
 
     Raises:
         DataError: the cache cannot be written. Damage does not raise: it is listed in `problems`.
     """
-    folder = cache_dir() / _key(meta)
+    spoken = frozenset(
+        {*instructions, *(name for name, feature in meta.features.items() if is_language(name, feature))}
+    )
+    folder = cache_dir() / _key(meta, spoken)
     if not (folder / "index.json").is_file():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
-                _build(meta, aside, progress)
+                _build(meta, spoken, aside, progress)
                 aside.rename(folder)
             except OSError:
                 if not (folder / "index.json").is_file():  # or else another process was quicker
@@ -105,19 +167,37 @@ def open_columns(meta: Meta, progress: Progress | None = None) -> Columns:
                 f"{folder}: cannot be written ({error.strerror}); set DIT4DIT_CACHE to another folder"
             ) from None
     index = json.loads((folder / "index.json").read_text())
+    columns = {
+        name: _column_of(meta, entry["file"], entry["kind"], entry["width"], entry["digest"], entry["missing"])
+        for name, entry in index["columns"].items()
+    }
+    texts = {name: tuple(of) for name, of in index["texts"].items()}
     problems = tuple(Problem(**problem) for problem in index["problems"])
-    unusual = tuple(Unusual(**unusual) for unusual in index["unusual"])
-    return Columns(folder, index["files"], index["digests"], problems, _starts(meta), unusual)
+    file_rows = tuple(index["file_rows"])
+    unusual = tuple(Unusual(**one) for one in index["unusual"])
+    return Columns(folder, columns, meta.episodes, problems, tuple(index["warnings"]), unusual, texts, file_rows)
 
 
-def _starts(meta: Meta) -> tuple[int, ...]:
-    return tuple(int(x) for x in np.cumsum([0, *(episode.length for episode in meta.episodes)])[:-1])
+def _column_of(meta: Meta, file: str, kind: str, width: int, digest: str, missing: list[int]) -> Column:
+    absent = set(missing)
+    # a length of the meta folder may be anything, until its rows were read
+    lengths = np.array(
+        [0 if i in absent else episode.length for i, episode in enumerate(meta.episodes)], dtype=np.int64
+    )
+    order = [i for members in _by_data_file(meta).values() for i in members]
+    ends = np.cumsum(lengths[order])
+    starts = np.full(len(lengths), -1, dtype=np.int64)
+    starts[order] = ends - lengths[order]
+    starts[missing] = -1
+    return Column(file, kind, width, digest, starts, int(ends[-1]))
 
 
-def _key(meta: Meta) -> str:
-    digest = hashlib.blake2b(f"{FORMAT}".encode(), digest_size=16)
+def _key(meta: Meta, spoken: Collection[str]) -> str:
+    digest = hashlib.blake2b(f"{FORMAT} {sorted(spoken)}".encode(), digest_size=16)
     for path in sorted(path for path in (meta.root / "meta").rglob("*") if path.is_file()):
-        digest.update(str(path.relative_to(meta.root)).encode() + b"\0" + path.read_bytes())
+        name = path.relative_to(meta.root)
+        if not any(part.startswith(".") for part in name.parts):
+            digest.update(str(name).encode() + b"\0" + path.read_bytes())
     files = {episode.data for episode in meta.episodes}
     files |= {place.path for episode in meta.episodes for place in episode.videos.values()}
     for path in sorted(files):
@@ -127,110 +207,191 @@ def _key(meta: Meta) -> str:
     return digest.hexdigest()
 
 
-def _build(meta: Meta, folder: Path, progress: Progress | None) -> None:
-    kinds = {n: _kind(n) for n, f in meta.features.items() if not is_picture(f) and _numeric(f) and width(f) > 0}
-    files = {name: f"{i}.npy" for i, name in enumerate(kinds)}
-    total = meta.frames
-    out: dict[str, NDArray[Any]] = {}
-    for name, kind in kinds.items():
-        shape = (total, width(meta.features[name]))
-        # an empty array cannot be mapped
-        empty = total == 0
-        path = folder / files[name]
-        out[name] = np.zeros(shape, kind) if empty else np.lib.format.open_memmap(path, "w+", kind, shape)
-        if empty:
-            np.save(path, out[name])
-    problems: list[Problem] = []
-    unusual: list[Unusual] = []
-    starts = dict(zip((episode.index for episode in meta.episodes), _starts(meta), strict=True))
-    by_file = _group((episode.data, episode) for episode in meta.episodes)
-    for done, (path, episodes) in enumerate(by_file.items()):
-        if progress is not None:
-            progress(path.name, done, len(by_file))
-        problems += _read_file(meta, path, episodes, out, starts, unusual)
-    for video, number, camera, why in check_videos(meta, progress, unusual):
+def _build(meta: Meta, spoken: Collection[str], folder: Path, progress: Progress | None) -> None:
+    with ExitStack() as files:
+        sinks: dict[str, _Sink] = {}
+        for name, feature in meta.features.items():
+            if not is_picture(feature) and width(feature) > 0 and (is_numeric(feature) or name in spoken):
+                file, kind = f"{len(sinks)}.bin", np.int64 if name in spoken else _kind(name)
+                stream = files.enter_context((folder / file).open("wb"))
+                sinks[name] = _Sink(file, stream, kind, width(feature), name in spoken)
+        reading = _Reading(meta, sinks)
+        by_file = _by_data_file(meta)
+        for done, (path, members) in enumerate(by_file.items()):
+            if progress is not None:
+                progress(path.name, done, len(by_file))
+            reading.file(path, members)
+    problems = list(reading.problems)
+    for video, number, camera, why in check_videos(meta, progress, reading.unusual):
         problems.append(Problem(str(video), None, number, camera, why))
-    digests = {
-        name: hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).hexdigest() for name, x in out.items()
-    }
-    del out
+    known = {(problem.episode, problem.column) for problem in problems}
+    columns = {}
+    for name, sink in sinks.items():
+        missing = [i for i in range(len(meta.episodes)) if i not in sink.written]
+        for i in missing:
+            episode = meta.episodes[i]
+            if not known & {(episode.index, None), (episode.index, name)}:  # what is missing has to be known as damage
+                raise DataError(f"{episode.data}: column {name!r} of episode {episode.index} was not read; report this")
+        entry = {"file": sink.file, "kind": np.dtype(sink.kind).name, "width": sink.width}
+        columns[name] = {**entry, "digest": sink.digest.hexdigest(), "missing": missing}
     order = {episode.index: i for i, episode in enumerate(meta.episodes)}
     problems.sort(key=lambda problem: order[problem.episode])
     index = {
-        "files": files,
-        "digests": digests,
+        "columns": columns,
+        "texts": {name: list(sink.texts) for name, sink in sinks.items() if sink.texts},
         "problems": [asdict(problem) for problem in problems],
-        "unusual": [asdict(unusual) for unusual in merged(unusual)],
+        "warnings": reading.warnings(),
+        "unusual": [asdict(one) for one in merged(reading.unusual)],
+        "file_rows": [reading.file_rows.get(i) for i in range(len(meta.episodes))],
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _numeric(feature: Mapping[str, Any]) -> bool:
-    return str(feature.get("dtype", "")).startswith(("float", "int", "uint", "bool"))
 
 
 def _kind(name: str) -> type:
     if name == "timestamp":
         return np.float64
-    return np.int64 if name == "index" or name.endswith("_index") or name.startswith("annotation.") else np.float32
+    return np.int64 if name == "index" or name.endswith("_index") else np.float32
 
 
-def _group(pairs: Iterable[tuple[Path, EpisodeMeta]]) -> dict[Path, list[EpisodeMeta]]:
-    out: dict[Path, list[EpisodeMeta]] = {}
-    for path, episode in pairs:
-        out.setdefault(path, []).append(episode)
+def _by_data_file(meta: Meta) -> dict[Path, list[int]]:
+    """Positions of the episodes of each parquet file, in the order in which they are read."""
+    out: dict[Path, list[int]] = {}
+    for i, episode in enumerate(meta.episodes):
+        out.setdefault(episode.data, []).append(i)
     return out
 
 
-def _read_file(
-    meta: Meta,
-    path: Path,
-    episodes: list[EpisodeMeta],
-    out: Mapping[str, NDArray[Any]],
-    starts: Mapping[int, int],
-    unusual: list[Unusual],
-) -> list[Problem]:
-    """Copy one parquet file's episodes into `out`; what is wrong with them. What is only unusual is added to `unusual`."""
-    try:
-        table = read_table(path, sorted({"episode_index", *out}))
-        owner = _numbers(table["episode_index"], 1)[0][:, 0]
-    except DataError as error:
-        message = str(error).removeprefix(f"{path}: ")
-        return [Problem(str(path), None, episode.index, None, message) for episode in episodes]
-    problems = []
-    arrays = {name: _numbers(table[name], width(meta.features[name])) for name in out}
-    for episode in episodes:
-        rows = np.flatnonzero(owner == episode.index)
+@dataclass
+class _Sink:
+    """One column being written."""
 
-        def add(message: str, row: int | None = None, column: str | None = None, number: int = episode.index) -> None:
-            problems.append(Problem(str(path), row, number, column, message))
+    file: str
+    stream: IO[bytes]
+    kind: type
+    width: int
+    spoken: bool
+    texts: dict[str, int] = field(default_factory=dict)
+    written: set[int] = field(default_factory=set)
 
-        if episode.length < 1:
-            add(f"episode {episode.index} is empty (length {episode.length} in the meta folder); remove it")
-            continue
-        if len(rows) != episode.length or rows[-1] - rows[0] + 1 != len(rows):
-            add(
-                f"episode {episode.index}: expected {episode.length} rows one after another, got {len(rows)}; copy it again"
-            )
-            continue
-        first = int(rows[0])
-        for name, (values, bad) in arrays.items():
-            at = next(((row, why) for row, why in bad if row is None or first <= row < first + episode.length), None)
-            if at is not None:
-                add(f"column {name!r}: {at[1]}", at[0], name)
+    def __post_init__(self) -> None:
+        self.digest = hashlib.blake2b(f"{np.dtype(self.kind).name}\n".encode(), digest_size=16)
+
+    def numbers(self, column: Any) -> NDArray[Any] | Wrong:
+        return numbers(column, self.width, self.kind)
+
+    def append(self, position: int, number: int, values: NDArray[Any]) -> None:
+        data = np.ascontiguousarray(values).tobytes()
+        self.stream.write(data)
+        self.digest.update(f"{number} {len(values)}\n".encode() + data)
+        self.written.add(position)
+
+
+class _Reading:
+    """Copies the rows of parquet files into sinks, and lists what is wrong with them."""
+
+    def __init__(self, meta: Meta, sinks: Mapping[str, _Sink]) -> None:
+        self.meta, self.sinks = meta, sinks
+        self.places = {episode.index: episode.data for episode in meta.episodes}
+        self.problems: list[Problem] = []
+        self.unusual: list[Unusual] = []
+        self.file_rows: dict[int, int] = {}
+        self.strangers: list[str] = []
+        self.unnumbered = 0
+
+    def file(self, path: Path, members: list[int]) -> None:
+        """The episodes at these positions, from their file."""
+        episodes = [self.meta.episodes[i] for i in members]
+        try:
+            table = read_table(path, ["episode_index"], [name for name in self.sinks if name != "episode_index"])
+            owner = owners(table["episode_index"])
+        except DataError as error:
+            message = str(error).removeprefix(f"{path}: ")
+            self.problems += [Problem(str(path), None, episode.index, None, message) for episode in episodes]
+            return
+        found, first, count = np.unique(owner, return_index=True, return_counts=True)
+        rows = {int(n): (int(start), int(k)) for n, start, k in zip(found, first, count, strict=True)}
+        self._others(path, rows)
+        pieces = {name: in_one_piece(table[name]) for name in self.sinks if name in table.column_names}
+        for i, episode in zip(members, episodes, strict=True):
+            start, length = rows.get(episode.index, (0, 0))
+            if episode.length < 1:
+                why = f"episode {episode.index} is empty (length {episode.length} in the meta folder); remove it"
+            elif length != episode.length or not (owner[start : start + length] == episode.index).all():
+                got = (
+                    f"{length}{' with others between' if length == episode.length else ''} (the file has {len(owner)})"
+                )
+                why = f"episode {episode.index}: expected {episode.length} rows one after another, got {got}; copy it again"
+            else:
+                self.file_rows[i] = start
+                read = {name: self._column(path, i, name, sink, pieces.get(name)) for name, sink in self.sinks.items()}
+                self._order(path, i, [(name, read[name]) for name in ("frame_index", "index") if name in read])
                 continue
-            piece = values[first : first + episode.length]
-            out[name][starts[episode.index] :][: episode.length] = piece
-            wrong = _wrong_values(name, piece, meta)
-            if wrong is not None:
-                add(wrong[1], first + wrong[0], name)
-            elif name == "timestamp":
-                why = wrong_timestamps(piece[:, 0], meta.fps)
-                if why is not None:
-                    add(f"episode {episode.index}: {why}", None, name)
-                else:
-                    unusual += uneven_timestamps(piece[:, 0], meta.fps, path, first, episode.index)
-    return problems
+            self.problems.append(Problem(str(path), None, episode.index, None, why))
+
+    def _column(self, path: Path, i: int, name: str, sink: _Sink, column: Any) -> NDArray[Any] | None:
+        """Copy one column of an episode; its values, where it has them."""
+        episode, first = self.meta.episodes[i], self.file_rows[i]
+
+        def add(row: int | None, why: str) -> None:
+            row = None if row is None else first + row
+            self.problems.append(Problem(str(path), row, episode.index, name, why))
+
+        if column is None:
+            add(None, f"no column {name!r}; info.json lists it")
+            return None
+        read = partial(language, tasks=self.meta.tasks.keys(), texts=sink.texts) if sink.spoken else sink.numbers
+        values = read(column.slice(first, episode.length))
+        if isinstance(values, Wrong):
+            add(values.row, f"column {name!r}: {values.why}")
+            return None
+        sink.append(i, episode.index, values)
+        wrong = _wrong_values(name, values, self.meta)
+        if wrong is not None:
+            add(*wrong)
+        elif name == "timestamp" and (why := wrong_timestamps(values[:, 0], self.meta.fps)) is not None:
+            add(None, f"episode {episode.index}: {why}")
+        elif name == "timestamp":
+            self.unusual += uneven_timestamps(values[:, 0], self.meta.fps, path, first, episode.index)
+        return values
+
+    def _order(self, path: Path, i: int, counts: list[tuple[str, NDArray[Any] | None]]) -> None:
+        """Rows that are out of order, or lost, are out of step with the video: the first column that counts rows tells."""
+        for name, values in counts:
+            if values is None or (len(values) > 1 and (values == values[0]).all()):
+                continue
+            other = np.flatnonzero(np.diff(values[:, 0]) != 1)
+            if len(other):
+                row = int(other[0]) + 1
+                want, got = int(values[row - 1, 0]) + 1, int(values[row, 0])
+                why = f"column {name!r}: expected {want} after {want - 1}, got {got}; rows are lost or out of order"
+                place = self.file_rows[i] + row
+                self.problems.append(Problem(str(path), place, self.meta.episodes[i].index, None, why))
+            return
+        if any(values is not None for _, values in counts):
+            self.unnumbered += 1
+
+    def _others(self, path: Path, rows: Mapping[int, tuple[int, int]]) -> None:
+        """Rows of episodes that the meta folder places in another file, or does not list."""
+        for index, (start, count) in rows.items():
+            place = self.places.get(index)
+            if place is None:
+                self.strangers.append(f"{path}, row {start}: {count} rows of episode {index}")
+            elif place != path:
+                why = f"{count} rows of episode {index}, which the meta folder places in {place}; remove them from one of the two"
+                self.problems.append(Problem(str(path), start, index, None, why))
+
+    def warnings(self) -> list[str]:
+        out = []
+        if self.strangers:
+            out.append(
+                f"{len(self.strangers)} episodes have rows and are not listed in the meta folder, so nothing reads them; "
+                f"the first: {self.strangers[0]}"
+            )
+        if self.unnumbered:
+            out.append(
+                f"{self.unnumbered} episodes have one value in all rows of frame_index and index: their order is not checked"
+            )
+        return out
 
 
 def _wrong_values(name: str, values: NDArray[Any], meta: Meta) -> tuple[int, str] | None:
@@ -243,41 +404,4 @@ def _wrong_values(name: str, values: NDArray[Any], meta: Meta) -> tuple[int, str
                 row,
                 f"column {name!r}: NaN or infinite value at position {int((~np.isfinite(values[row])).argmax())}",
             )
-    if name == "task_index" or name.startswith("annotation."):
-        unknown = ~np.isin(values[:, 0], list(meta.tasks))
-        if unknown.any():
-            row = int(unknown.argmax())
-            return row, f"column {name!r}: unknown task index {int(values[row, 0])}; meta has {len(meta.tasks)} tasks"
     return None
-
-
-def _numbers(column: Any, size: int) -> tuple[NDArray[Any], list[tuple[int | None, str]]]:
-    """An Arrow column as [rows, size], and the rows that are none: (row or None for all, why)."""
-    pa, compute = require("pyarrow", "train"), require("pyarrow.compute", "train")
-    column = column.combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # no rows at all
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    kind = column.type
-    rows = len(column)
-    nothing = np.zeros((rows, size))
-    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    inner = kind.value_type if listed else kind
-    if not (pa.types.is_floating(inner) or pa.types.is_integer(inner) or pa.types.is_boolean(inner)):
-        return nothing, [(None, f"expected numbers, got {kind}")]
-    if column.null_count:
-        row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-        return nothing, [(row, "no value")]
-    if listed:
-        lengths = compute.list_value_length(column).to_numpy(zero_copy_only=False)
-        wrong = np.flatnonzero(lengths != size)
-        if len(wrong):
-            return nothing, [(int(row), f"expected {size} values, got {int(lengths[row])}") for row in wrong]
-        flat = column.flatten()
-        if flat.null_count:
-            row = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0]) // size
-            return nothing, [(row, "no value")]
-    elif size != 1:
-        return nothing, [(None, f"expected lists of {size} values, got single ones")]
-    else:
-        flat = column
-    return flat.to_numpy(zero_copy_only=False).reshape(rows, size), []

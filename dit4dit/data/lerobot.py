@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ class LeRobot:
             DataError: no data set, or a meta folder that is damaged. Damaged episodes are listed in `columns.problems`.
         """
         meta = read_meta(root)
-        return cls(meta, _modality(meta, modality, standard), open_columns(meta, progress), backend)
+        found = _modality(meta, modality, standard)
+        return cls(meta, found, open_columns(meta, progress, found.annotation.values()), backend)
 
     @property
     def name(self) -> str:
@@ -64,23 +67,47 @@ class LeRobot:
         return [problem for problem in self.columns.problems if problem.column is None or problem.column in columns]
 
     def warnings(self, columns: Collection[str] | None = None) -> list[str]:
-        """What is unusual in these columns and cameras (all of them), once for each kind with the count and the worst."""
+        """What is unusual and spoils nothing in these columns and cameras (all of them), once for each kind."""
         found = [one for one in self.columns.unusual if columns is None or one.column in columns]
-        return [str(one) for one in merged(found, columns=True)]
+        return [*self.meta.warnings, *self.columns.warnings, *(str(one) for one in merged(found, columns=True))]
 
-    def rows(self, episode: int) -> slice:
-        """The rows of an episode in `columns`."""
-        start = self.columns.starts[episode]
-        return slice(start, start + self.meta.episodes[episode].length)
+    def first_row(self, episode: int) -> int:
+        """How many rows the episodes before this one have, as the meta folder counts them."""
+        return self._first_rows[episode]
+
+    @cached_property
+    def _first_rows(self) -> list[int]:
+        return [0, *accumulate(episode.length for episode in self.meta.episodes)]
+
+    def column(self, name: str, episode: int) -> NDArray[Any]:
+        """A column of one episode, [length, d]; DataError where the files do not have it."""
+        return self.columns.read(name, episode)
 
     def values(self, where: Slice, episode: int) -> NDArray[np.float32]:
-        """One key of one episode, float32 [length, size]."""
-        found: NDArray[np.float32] = self.columns[where.column][self.rows(episode), where.start : where.end]
+        """One key of one episode, float32 [length, size]; DataError where the files do not have it as numbers."""
+        if where.column in self.columns.texts:
+            raise DataError(
+                f"{self.name}: column {where.column!r} holds texts; expected numbers, for a state or an action"
+            )
+        found: NDArray[np.float32] = self.column(where.column, episode)[:, where.start : where.end].astype(
+            np.float32, copy=False
+        )
         return found
 
     def task(self, column: str, episode: int, frame: int) -> str:
         """The instruction of one frame."""
-        return self.meta.tasks[int(self.columns[column][self.rows(episode)][frame, 0])]
+        return self._text(column, int(self.column(column, episode)[frame, 0]))
+
+    def tasks(self, column: str, episode: int) -> dict[str, int]:
+        """Instruction -> frames of an episode that have it."""
+        out: dict[str, int] = {}
+        for n, count in zip(*np.unique(self.column(column, episode), return_counts=True), strict=True):
+            text = self._text(column, int(n))  # several task numbers may have one text
+            out[text] = out.get(text, 0) + int(count)
+        return out
+
+    def _text(self, column: str, number: int) -> str:
+        return self.columns.texts[column][-1 - number] if number < 0 else self.meta.tasks[number]
 
     def pictures(self, camera: str, episode: int, frames: Sequence[int]) -> Frames:
         """uint8 [n, H, W, 3] of these frames of an episode.

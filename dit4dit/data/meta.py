@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dit4dit.data.modality import is_picture
+from dit4dit.data.files import fill, number, read_json, read_json_lines, read_rows, visible, whole, words
+from dit4dit.data.modality import check_features, depth_map, is_picture
 from dit4dit.errors import DataError
-from dit4dit.extras import require
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
@@ -32,6 +32,9 @@ class EpisodeMeta:
     length: int
     data: Path
     videos: Mapping[str, VideoPlace]
+    """By camera; depth maps are none."""
+    tasks: tuple[str, ...] = ()
+    """The instructions that the meta folder lists for it; nothing but `data check` looks at them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Meta:
     features: Mapping[str, Any]
     tasks: Mapping[int, str]
     episodes: tuple[EpisodeMeta, ...]
+    warnings: tuple[str, ...] = ()
+    """What is unusual, and spoils nothing."""
 
     @property
     def info(self) -> Path:
@@ -54,121 +59,231 @@ class Meta:
         return sum(episode.length for episode in self.episodes)
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """One episode, and what is needed to see whether two of them claim the same."""
+
+    where: str
+    """The file, and the line or row, that lists it."""
+    episode: EpisodeMeta
+    rows: tuple[int, int] | None = None
+    """First row and the one after the last, counted over the data set (v3.0)."""
+    ends: Mapping[str, float] = field(default_factory=dict)
+    """Camera -> seconds in its file at which the episode ends (v3.0)."""
+
+
 def read_meta(root: Path) -> Meta:
     """The meta folder of the data set in `root`.
 
     Raises:
-        DataError: no data set there, a version that is not known, or a file that is damaged, named with its line.
+        DataError: no data set there, a version that is not known, a file that is damaged, named with its line, or two episodes
+            with the same number, rows or frames.
     """
     path = root / "meta" / "info.json"
     if not path.is_file():
         raise DataError(
             f"{root}: no LeRobot data set (no meta/info.json); give the folder that holds meta, data and videos"
         )
-    info = _json(path.read_text(encoding="utf-8"), str(path))
-    version = _get(info, "codebase_version", str, path)
+    info = read_json(path)
+    version = words(info, "codebase_version", str(path))
     if version not in VERSIONS:
         raise DataError(
-            f"{path}: codebase_version: expected one of {', '.join(VERSIONS)}, got {version!r}; convert the data set"
+            f"{path}: codebase_version: expected one of {', '.join(VERSIONS)}, got {version!r:.60}; convert the data set"
         )
-    fps, features = _get(info, "fps", (int, float), path), _get(info, "features", dict, path)
+    fps, features = number(info, "fps", str(path)), check_features(info.get("features"), f"{path}: features")
     if not fps > 0:
         raise DataError(f"{path}: fps: expected more than 0, got {fps}")
-    cameras = [name for name, feature in features.items() if is_picture(feature) and feature["dtype"] == "video"]
-    _get(info, "data_path", str, path)
+    cameras = [
+        name
+        for name, feature in features.items()
+        if is_picture(feature) and feature["dtype"] == "video" and depth_map(feature) is None
+    ]
+    words(info, "data_path", str(path))
     if cameras:
-        _get(info, "video_path", str, path)
+        words(info, "video_path", str(path))
     read = _read_v3 if version == "v3.0" else _read_v2
-    tasks, episodes = read(root, info, cameras)
-    if not episodes:
+    tasks, listed = read(root, info, cameras, fps)
+    if not listed:
         raise DataError(f"{root}/meta: no episodes; record some, or copy the data set again")
-    return Meta(root, version, float(fps), features, tasks, tuple(episodes))
+    episodes = tuple(one.episode for one in listed)
+    return Meta(root, version, fps, features, tasks, episodes, tuple(_other_totals(path, info, episodes)))
 
 
-def _read_v2(root: Path, info: Mapping[str, Any], cameras: list[str]) -> tuple[dict[int, str], list[EpisodeMeta]]:
-    path = root / "meta" / "info.json"
-    size = _get(info, "chunks_size", int, path)
-    listed = root / "meta" / "tasks.jsonl"
-    tasks = {_get(line, "task_index", int, at): _get(line, "task", str, at) for at, line in _lines(listed)}
-    episodes = []
-    for at, line in _lines(root / "meta" / "episodes.jsonl"):
-        number, length = _get(line, "episode_index", int, at), _get(line, "length", int, at)
-        where = {"episode_chunk": number // size, "episode_index": number}
-        videos = {key: VideoPlace(root / info["video_path"].format(**where, video_key=key), 0.0) for key in cameras}
-        episodes.append(EpisodeMeta(number, length, root / info["data_path"].format(**where), videos))
-    return tasks, episodes
+def _read_v2(
+    root: Path, info: Mapping[str, Any], cameras: list[str], fps: float
+) -> tuple[dict[int, str], list[_Listed]]:
+    path = str(root / "meta" / "info.json")
+    size = whole(info, "chunks_size", path, least=1)
+    lines = read_json_lines(root / "meta" / "tasks.jsonl")
+    tasks = _tasks((at, whole(line, "task_index", at), words(line, "task", at)) for at, line in lines)
+    listed = []
+    for at, line in read_json_lines(root / "meta" / "episodes.jsonl"):
+        index, length = whole(line, "episode_index", at), whole(line, "length", at)
+        where: dict[str, int | str] = {"episode_chunk": index // size, "episode_index": index}
+        videos = {
+            key: VideoPlace(fill(root, info["video_path"], {**where, "video_key": key}, f"{path}: video_path"), 0.0)
+            for key in cameras
+        }
+        data = fill(root, info["data_path"], where, f"{path}: data_path")
+        listed.append(_Listed(at, EpisodeMeta(index, length, data, videos, _texts(line.get("tasks")))))
+    _once(listed)
+    _own_files(listed, path)
+    return tasks, listed
 
 
-def _read_v3(root: Path, info: Mapping[str, Any], cameras: list[str]) -> tuple[dict[int, str], list[EpisodeMeta]]:
-    path = root / "meta" / "tasks.parquet"
-    table = read_table(path)
-    words = [name for name in table.column_names if name != "task_index"]
-    if "task_index" not in table.column_names or len(words) != 1:
-        raise DataError(f"{path}: expected the columns task_index and task, got {', '.join(table.column_names)}")
-    numbers, texts = table["task_index"].to_pylist(), table[words[0]].to_pylist()
-    for row, (number, text) in enumerate(zip(numbers, texts, strict=True)):
-        if not isinstance(number, int) or not isinstance(text, str):
-            raise DataError(f"{path}, row {row}: expected a number and a text, got {number!r} and {text!r:.60}")
-    files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+def _read_v3(
+    root: Path, info: Mapping[str, Any], cameras: list[str], fps: float
+) -> tuple[dict[int, str], list[_Listed]]:
+    files = visible(root / "meta" / "episodes", "*/*.parquet")
     if not files:
         raise DataError(f"{root}/meta/episodes: no parquet files; copy the data set again")
-    episodes = []
+    path = str(root / "meta" / "info.json")
+    names = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    names += [f"videos/{key}/{part}" for key in cameras for part in ("chunk_index", "file_index", "from_timestamp")]
+    more = ["tasks", "dataset_from_index", "dataset_to_index", *(f"videos/{key}/to_timestamp" for key in cameras)]
+    listed = []
     for file in files:
-        names = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-        names += [f"videos/{key}/{part}" for key in cameras for part in ("chunk_index", "file_index", "from_timestamp")]
-        for row, line in enumerate(read_table(file, names).to_pylist()):
+        for row, line in enumerate(read_rows(file, names, more)):
             at = f"{file}, row {row}"
             for name in names:
                 if line[name] is None:
                     raise DataError(f"{at}: {name} is missing; copy the data set again")
-            data = {"chunk_index": line["data/chunk_index"], "file_index": line["data/file_index"]}
-            videos = {key: _v3_video(root, info, key, line) for key in cameras}
-            number, length = _get(line, "episode_index", int, at), _get(line, "length", int, at)
-            episodes.append(EpisodeMeta(number, length, root / info["data_path"].format(**data), videos))
-    return dict(zip(numbers, texts, strict=True)), sorted(episodes, key=lambda episode: episode.index)
+            listed.append(_v3_episode(root, info, cameras, at, line, path, fps))
+    _once(listed)
+    _own_rows(listed)
+    _own_frames(listed, fps)
+    return _v3_tasks(root / "meta" / "tasks.parquet"), sorted(listed, key=lambda one: one.episode.index)
 
 
-def _v3_video(root: Path, info: Mapping[str, Any], key: str, line: Mapping[str, Any]) -> VideoPlace:
-    where = {part: line[f"videos/{key}/{part}"] for part in ("chunk_index", "file_index")}
-    return VideoPlace(root / info["video_path"].format(**where, video_key=key), line[f"videos/{key}/from_timestamp"])
+def _v3_tasks(path: Path) -> dict[int, str]:
+    rows = read_rows(path)
+    columns = list(rows[0]) if rows else ["task_index", "task"]
+    text = [name for name in columns if name != "task_index"]
+    if "task_index" not in columns or len(text) != 1:
+        raise DataError(f"{path}: expected the columns task_index and task, got {', '.join(columns)}")
+    found = []
+    for i, row in enumerate(rows):
+        at = f"{path}, row {i}"
+        index, task = row["task_index"], row[text[0]]
+        if not isinstance(index, int) or not isinstance(task, str):
+            raise DataError(f"{at}: expected a number and a text, got {index!r:.60} and {task!r:.60}")
+        found.append((at, whole(row, "task_index", at), task))
+    return _tasks(found)
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> Any:
-    """A parquet file as an Arrow table; DataError when it is missing, damaged, or lacks one of `columns`."""
-    parquet, pa = require("pyarrow.parquet", "train"), require("pyarrow", "train")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; copy the data set again")
-    try:
-        with parquet.ParquetFile(path) as file:
-            known = file.schema_arrow.names
-            for name in columns or ():
-                if name not in known:
-                    raise DataError(f"{path}: no column {name!r}; it has: {', '.join(known)}")
-            return file.read(columns)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: unreadable parquet ({' '.join(str(error).split()):.120}); copy it again") from None
+def _v3_episode(
+    root: Path, info: Mapping[str, Any], cameras: list[str], at: str, line: Mapping[str, Any], path: str, fps: float
+) -> _Listed:
+    def place(prefix: str) -> dict[str, int | str]:
+        return {part: whole(line, f"{prefix}/{part}", at) for part in ("chunk_index", "file_index")}
+
+    index, length = whole(line, "episode_index", at), whole(line, "length", at)
+    videos, ends = {}, {}
+    for key in cameras:
+        file = fill(root, info["video_path"], {**place(f"videos/{key}"), "video_key": key}, f"{path}: video_path")
+        start = number(line, f"videos/{key}/from_timestamp", at)
+        if start * fps < -0.5:
+            raise DataError(f"{at}: videos/{key}/from_timestamp: expected 0 or more, got {start}")
+        end = f"videos/{key}/to_timestamp"
+        # what is read counts too, where to_timestamp says less; the video's own rate may differ from fps by 2 %
+        ends[key] = max(start + 0.98 * length / fps, start if line.get(end) is None else number(line, end, at))
+        videos[key] = VideoPlace(file, max(start, 0.0))
+    data = fill(root, info["data_path"], place("data"), f"{path}: data_path")
+    rows = None
+    if line.get("dataset_from_index") is not None and line.get("dataset_to_index") is not None:
+        rows = whole(line, "dataset_from_index", at), whole(line, "dataset_to_index", at)
+    return _Listed(at, EpisodeMeta(index, length, data, videos, _texts(line.get("tasks"))), rows, ends)
 
 
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; copy the data set again")
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-    return [(f"{path}, line {i}", _json(line, f"{path}, line {i}")) for i, line in lines if line.strip()]
+def _tasks(rows: Iterable[tuple[str, int, str]]) -> dict[int, str]:
+    """Number -> text; one text may have several numbers, one number only one text."""
+    found: dict[int, tuple[str, str]] = {}
+    for at, index, task in rows:
+        first, text = found.setdefault(index, (at, task))
+        if text != task:
+            raise DataError(
+                f"{at}: task_index {index} is {task!r:.60}, and {text!r:.60} in {_short(first, at)}; give each text its number"
+            )
+    return {index: text for index, (_, text) in found.items()}
 
 
-def _json(text: str, where: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error}); copy the data set again") from None
-    if not isinstance(data, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(data).__name__}")
-    return data
+def _once(listed: Sequence[_Listed]) -> None:
+    """Each episode number once: of two, the rows of only one would be found."""
+    seen: dict[int, str] = {}
+    for one in listed:
+        index = one.episode.index
+        if index in seen:
+            raise DataError(
+                f"{one.where}: episode_index {index} is there already, in {_short(seen[index], one.where)}; keep one of them"
+            )
+        seen[index] = one.where
 
 
-def _get(data: Mapping[str, Any], key: str, kind: Any, where: Any) -> Any:
-    value = data.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = "a number" if isinstance(kind, tuple) else kind.__name__
-        raise DataError(f"{where}: {key}: expected {wanted}, got {value!r:.60}")
-    return value
+def _own_files(listed: Sequence[_Listed], path: str) -> None:
+    """Before v3.0 each file is of one episode, and holds either its rows or the frames of one camera."""
+    seen: dict[Path, tuple[str, _Listed]] = {}
+    for one in listed:
+        files = {"data": one.episode.data, **{key: place.path for key, place in one.episode.videos.items()}}
+        for what, file in files.items():
+            before, first = seen.setdefault(file, (what, one))
+            if first is not one or before != what:
+                raise DataError(
+                    f"{path}: {file} would be {before} of episode {first.episode.index} ({first.where}) and {what} of episode "
+                    f"{one.episode.index} ({_short(one.where, first.where)}); data_path needs {{episode_index}}, video_path "
+                    "{video_key} too"
+                )
+
+
+def _own_rows(listed: Sequence[_Listed]) -> None:
+    """No row of the data set belongs to two episodes."""
+    spans = sorted(((one.rows, one) for one in listed if one.rows is not None), key=lambda item: item[0])
+    for (first, one), (second, other) in pairwise(spans):
+        if second[0] < first[1]:
+            raise DataError(
+                f"{other.where}: episode {other.episode.index} has the rows {second[0]} to {second[1]} of the data set, "
+                f"episode {one.episode.index} {first[0]} to {first[1]} ({_short(one.where, other.where)}): both claim row "
+                f"{second[0]}; mend dataset_from_index and dataset_to_index"
+            )
+
+
+def _own_frames(listed: Sequence[_Listed], fps: float) -> None:
+    """No frame of a video belongs to two episodes; times are rounded, so less than half a frame is none."""
+    by_file: dict[tuple[str, Path], list[_Listed]] = {}
+    for one in listed:
+        for key, place in one.episode.videos.items():
+            if one.episode.length > 0:
+                by_file.setdefault((key, place.path), []).append(one)
+    for (key, path), members in by_file.items():
+        for one, other in pairwise(sorted(members, key=lambda one, key=key: one.episode.videos[key].start)):  # type: ignore[misc]
+            end, begin = one.ends[key], other.episode.videos[key].start
+            shared = (end - begin) * fps
+            if shared > 0.5:
+                raise DataError(
+                    f"{other.where}: episode {other.episode.index} starts at {begin:.4f} s of {path}, where episode "
+                    f"{one.episode.index} ({_short(one.where, other.where)}) lasts until {end:.4f} s: they share {shared:.1f} "
+                    f"frames of {key}; mend from_timestamp, to_timestamp or length"
+                )
+    # one file as the video of two cameras would be read without complaint too
+    cameras: dict[Path, str] = {}
+    for key, path in by_file:
+        if cameras.setdefault(path, key) != key:
+            raise DataError(f"{path}: is the video of {cameras[path]} and of {key}; name {{video_key}} in video_path")
+
+
+def _other_totals(path: Path, info: Mapping[str, Any], episodes: Sequence[EpisodeMeta]) -> list[str]:
+    counted = {"total_episodes": len(episodes), "total_frames": sum(episode.length for episode in episodes)}
+    return [
+        f"{path}: {key} is {info[key]!r:.30}, the episodes that are listed give {count}"
+        for key, count in counted.items()
+        if key in info and info[key] != count
+    ]
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(text for text in value if isinstance(text, str)) if isinstance(value, list) else ()
+
+
+def _short(first: str, second: str) -> str:
+    """`first` without the file, where `second` names the same one."""
+    file, comma, place = first.rpartition(", ")
+    return place if comma and second.startswith(f"{file}, ") else first

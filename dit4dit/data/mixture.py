@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from dit4dit import stats
 from dit4dit.data import gripper
 from dit4dit.data.columns import Problem, Progress
+from dit4dit.data.files import visible
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.robots import Catalogue, Entry
 from dit4dit.data.samples import Recording, SampleReader, Window
@@ -63,7 +63,7 @@ class Mixture:
         recordings, skipped, without = [], [], []
         for entry in entries:
             recording = _open(entry, root, catalogue, backend, progress)
-            problems = recording.data.problems(recording.columns)
+            problems = recording.problems
             if problems and not skip_bad:
                 more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
                 raise DataError(
@@ -106,9 +106,9 @@ class Mixture:
         found: set[str] = set()
         for recording, bad in zip(self.recordings, self.without, strict=True):
             data = recording.data
-            kept = [data.rows(i) for i in range(len(data.meta.episodes)) if i not in bad]
-            numbers = {int(n) for rows in kept for n in np.unique(data.columns[recording.language][rows])}
-            found |= {data.meta.tasks[n] for n in numbers}
+            for i in range(len(data.meta.episodes)):
+                if i not in bad:
+                    found |= data.tasks(recording.language, i).keys()
         return tuple(sorted(found))
 
     @cached_property
@@ -157,7 +157,10 @@ def matching(entry: Entry, root: Path) -> list[Entry]:
     """
     if "*" not in entry.dataset or (root / entry.dataset).is_dir():
         return [entry]
-    found = sorted(info.parent.parent.relative_to(root) for info in root.glob(f"{entry.dataset}/meta/info.json"))
+    # only the * is special
+    pattern = re.sub(r"[?[]", r"[\g<0>]", entry.dataset)
+    folders = sorted(info.parent.parent for info in visible(root, f"{pattern}/meta/info.json"))
+    found = [folder.relative_to(root) if folder.is_relative_to(root) else folder for folder in folders]
     if not found:
         raise DataError(
             f"{root}: no data set matches {entry.dataset!r}, wanted folders with meta/info.json for robot {entry.robot!r}; "

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import ConfigError
+from dit4dit.errors import ConfigError, DataError
 
 Array = NDArray[np.float64]
+LEAST = 1e-3
+"""Lengths below are noise about zero: their direction says nothing."""
 
 
 def from_axis_angle(x: Array) -> Array:
@@ -115,11 +117,43 @@ def source_size(name: str, where: str) -> int:
     return TARGETS[name][0]
 
 
+def no_rotation(x: NDArray[Any], source: str) -> tuple[int, str] | None:
+    """The first of the rows [n, source's size] that is no rotation, and why."""
+    finite = np.isfinite(x).all(axis=-1)
+    wide = np.where(finite[:, None], np.asarray(x, dtype=np.float64), 0.0)
+    if source == "quaternion":
+        bad, why = np.linalg.norm(wide, axis=-1) < LEAST, "a quaternion of length 0"
+    elif source == "rotation_6d":
+        sizes = np.linalg.norm(wide.reshape(-1, 2, 3), axis=-1)
+        across = np.linalg.norm(np.cross(wide[:, :3], wide[:, 3:]), axis=-1)
+        bad = (sizes < LEAST).any(axis=1) | (across < LEAST * sizes.prod(axis=1))
+        why = "two rows of a matrix that are 0 or parallel"
+    elif source == "matrix":
+        m = wide.reshape(-1, 3, 3)
+        off = np.abs(m @ np.swapaxes(m, 1, 2) - np.eye(3)).max(axis=(1, 2))
+        bad, why = (off > 0.02) | (np.linalg.det(m) < 0), "a matrix whose rows are not orthonormal and right-handed"
+    else:  # any three numbers are angles
+        bad, why = np.zeros(len(wide), dtype=bool), ""
+    bad |= ~finite
+    if not bad.any():
+        return None
+    row = int(bad.argmax())
+    shown = ", ".join(f"{value:g}" for value in x[row])
+    return row, f"expected a rotation, got {why if finite[row] else 'NaN or infinite values'}: {shown}"
+
+
 def convert(x: NDArray[Any], source: str, target: str) -> NDArray[np.float32]:
-    """[..., source's size] -> float32 [..., target's size]; the same numbers where the two are one."""
+    """[..., source's size] -> float32 [..., target's size]; the same numbers where the two are one.
+
+    Raises:
+        DataError: values that are no rotation, which would become NaN.
+    """
     if source == target:
         return x.astype(np.float32)
     wide = np.asarray(x, dtype=np.float64)
+    wrong = no_rotation(wide.reshape(-1, wide.shape[-1]), source)
+    if wrong is not None:
+        raise DataError(f"row {wrong[0]}: {wrong[1]}; `dit4dit data check --robot` names the file")
     order = _euler_order(source)
     matrix = from_euler(wide, order) if order is not None else _SOURCES[source](wide)
     return TARGETS[target][1](matrix).astype(np.float32)

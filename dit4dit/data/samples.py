@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit4dit.config import ModelConfig
+from dit4dit.data.columns import Problem
 from dit4dit.data.lerobot import LeRobot
-from dit4dit.data.modality import Slice
+from dit4dit.data.modality import Slice, depth_map
 from dit4dit.data.robots import Robot
-from dit4dit.data.rotations import TARGETS, convert, zero_is_no_turn
+from dit4dit.data.rotations import TARGETS, convert, no_rotation, zero_is_no_turn
 from dit4dit.embodiments.embodiment import Embodiment
 from dit4dit.errors import ConfigError, DataError
 from dit4dit.ops.preprocess import preprocess
@@ -219,6 +221,12 @@ class Recording:
             parts[part] = tuple(sources)
         cameras = tuple(modality.find("video", view) for view in robot.video)
         for view, camera in zip(robot.video, cameras, strict=True):
+            depth = depth_map(data.meta.features[camera])
+            if depth is not None:
+                raise DataError(
+                    f"{data.meta.info}: {camera!r} (view {view!r}) {depth}; robot {robot.name!r} takes colour images: "
+                    "name another camera in modality.json"
+                )
             if data.meta.features[camera].get("dtype") != "video":
                 raise DataError(
                     f"{data.meta.info}: {camera!r} (view {view!r}): pictures stored inside parquet files are not supported; "
@@ -235,6 +243,29 @@ class Recording:
         """Columns and cameras that samples read."""
         keys = {source.where.column for source in (*self.state, *self.action)}
         return frozenset({*keys, *self.cameras, self.language, "timestamp"})
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """What is wrong with episodes that samples would read."""
+        return self.data.problems(self.columns) + self.no_rotations
+
+    @cached_property
+    def no_rotations(self) -> list[Problem]:
+        """Values that are to become another rotation and are none."""
+        found = []
+        for source in [source for source in (*self.state, *self.action) if source.converted]:
+            assert source.where.rotation is not None
+            column = source.where.column
+            spoilt = {problem.episode for problem in self.data.problems({column})}
+            for i, episode in enumerate(self.data.meta.episodes):
+                if episode.index in spoilt:
+                    continue
+                wrong = no_rotation(self.data.values(source.where, i), source.where.rotation)
+                if wrong is not None:
+                    why = f"column {column!r}, key {source.name!r}: {wrong[1]}"
+                    row = (self.data.columns.file_rows[i] or 0) + wrong[0]
+                    found.append(Problem(str(episode.data), row, episode.index, column, why))
+        return found
 
     def vector(self, part: str, episode: int, frames: NDArray[np.int64]) -> Array:
         """The state or action vector at these frames of an episode in robot units, float32 [n, d]."""

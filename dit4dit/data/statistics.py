@@ -48,9 +48,7 @@ def _cached(data: LeRobot, column: str, without: Collection[int], how: str, read
     path = cache_dir() / "statistics" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
     if path.is_file():
         return {name: np.asarray(values) for name, values in json.loads(path.read_text()).items()}
-    rows = np.concatenate([np.arange(data.rows(i).start, data.rows(i).stop) for i in kept])
-    values = data.columns[column]
-    found = _exact(read(values if len(rows) == len(values) else values[rows]))
+    found = _exact(read(data.columns.gather(column, kept)))
     for name, vector in found.items():
         if not np.isfinite(vector).all():
             at = int(np.flatnonzero(~np.isfinite(vector))[0])

@@ -116,7 +116,7 @@ def choose_episodes(recording: Recording, wanted: Sequence[int]) -> list[int]:
         InputError: there is no episode of that number, or it is damaged.
     """
     data = recording.data
-    spoilt = {problem.episode: problem for problem in data.problems(recording.columns)}
+    spoilt = {problem.episode: problem for problem in recording.problems}
     numbers = [episode.index for episode in data.meta.episodes]
     for number in wanted:
         if number not in numbers:
@@ -176,7 +176,7 @@ def _one(
         asked = points[start : start + batch]
         seen = [observe(recording, episode, frame) for frame in asked]
         words = [data.task(recording.language, episode, frame) for frame in asked]
-        noise = [Noise.from_seed(seed, data.rows(episode).start + frame) for frame in asked]
+        noise = [Noise.from_seed(seed, data.first_row(episode) + frame) for frame in asked]
         for frame, chunk in zip(asked, policy.infer_batch(seen, words, noise=noise), strict=True):
             count = min(every, len(chunk.actions), length - frame)
             truth = recorded[frame : frame + count]

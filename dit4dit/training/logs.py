@@ -151,13 +151,13 @@ def _cut(file: Path, last: int) -> list[dict[str, float]]:
     if not file.is_file():
         return []
     kept, found = [], []
-    for line in file.read_text().splitlines(keepends=True):
+    for line in file.read_text().split("\n"):
         try:
             data = json.loads(line)
         except json.JSONDecodeError:
             continue
         if data["step"] <= last:
-            kept.append(line)
+            kept.append(line + "\n")
             found.append(data)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text("".join(kept))
