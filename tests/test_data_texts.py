@@ -59,6 +59,23 @@ def test_other_encodings_are_named(copy, name: str) -> None:
     refused(root, f"{path}: not UTF-8 (invalid start byte at byte 0); save it as UTF-8")
 
 
+def test_other_files_of_lines_are_cut_at_line_feeds_only(tmp_path: Path) -> None:
+    """Instructions for `serve` and examples for `calibrate`; a log whose last line was not ended."""
+    from dit4dit.commands.calibrate import read_examples
+    from dit4dit.commands.shell import read_lines
+    from dit4dit.training.logs import _cut
+
+    path = tmp_path / "lines"
+    path.write_text("\ufefflift\u2028it\r\n\nput\x85it\n", encoding="utf-8", newline="")
+    assert read_lines(path) == ["lift\u2028it", "put\x85it"]
+    examples = [json.dumps({"images": [], "instruction": f"go{c}on"}, ensure_ascii=False) for c in "\u2028\x85"]
+    path.write_text("\ufeff" + "\r\n".join(examples), encoding="utf-8", newline="")
+    assert [example.instruction for example in read_examples(path)] == ["go\u2028on", "go\x85on"]
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert _cut(path, 2) == [{"step": 1}, {"step": 2}]
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_half_a_character_is_no_task(copy) -> None:
     root = copy("v2.1")
     path = root / "meta/tasks.jsonl"
