@@ -23,7 +23,7 @@ from torch import Tensor
 from dit4dit.data.robots import described
 from dit4dit.errors import CheckpointError, ConfigError, TrainingError
 from dit4dit.model.dit4dit import DiT4DiT, Draws
-from dit4dit.training import caches, checkpoint, evaluate, optim, setup
+from dit4dit.training import caches, checkpoint, evaluate, optim, preflight, setup
 from dit4dit.training.config import TrainConfig, write_config
 from dit4dit.training.feed import Feed, Raw, Share, TrainingData, to_batch
 from dit4dit.training.logs import Log, Meter, bar, log
@@ -44,6 +44,7 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
     Raises:
         ConfigError, CheckpointError: before the first step, where the run cannot start. TrainingError: the loss is NaN.
     """
+    preflight.check_start(config)
     torch.set_float32_matmul_precision("high")
     processes = Processes(config)
     run = Path(config.run.out)
@@ -53,6 +54,9 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
             check_progress(saved, config, data, processes.ranks)
         start = setup.load(config, processes.device)
         if processes.first:
+            most = start.config.model.text.max_length
+            if cut := preflight.cut_prompts(start.tokenizer, data.instructions, most):
+                log.warning("%s", cut)
             run.mkdir(parents=True, exist_ok=True)
             checkpoint.sweep(run)
         prompts, latents = fill_caches(start, data, processes, saved)
