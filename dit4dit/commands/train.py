@@ -244,7 +244,7 @@ def noted(faults: dict[str, Dit4DitError]) -> Iterator[None]:
 def picture_size(config: TrainConfig) -> tuple[int, int]:
     """Height and width of the joined views of the configuration's robot; one view where the robot is the data's own."""
     height, width = config.model.image_size
-    name = config.embodiment
+    name = config.embodiment or ""
     if name in embodiments.EMBODIMENTS:
         return height, width * len(embodiments.EMBODIMENTS[name].views)
     robots = catalogue(None if config.data.robots is None else Path(config.data.robots)).robots
