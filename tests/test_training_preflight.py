@@ -194,6 +194,21 @@ def test_an_incomplete_base_model_folder(
     assert capsys.readouterr().err.splitlines()[-1] == said
 
 
+def test_a_base_model_that_is_typed_is_meant(cosmos_folder: Path, capsys) -> None:
+    """The one in a published file is often its author's folder, and another is taken then."""
+    file = GOLDEN / "libero_tiny" / "config.yaml"
+    assert run(file, "--framework.cosmos25.base_model", "nowhere/at/all", "--dry-run") == 2
+    said = capsys.readouterr().err
+    assert "--framework.cosmos25.base_model nowhere/at/all: expected a Cosmos-Predict2.5 folder" in said
+    for words, chosen in (
+        ((), file.parent / "cosmos"),
+        (("--framework.cosmos25.base_model", cosmos_folder), cosmos_folder),
+    ):
+        assert run(file, *words, "--print") == 0
+        out = capsys.readouterr().out
+        assert json.loads(out[out.index("{") :])["weights"]["backbone"] == str(chosen)
+
+
 def test_a_tensor_of_another_shape_is_found_without_reading_any(
     cosmos_folder: Path, file: Path, tmp_path: Path, capsys
 ) -> None:

@@ -54,9 +54,6 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
             check_progress(saved, config, data, processes.ranks)
         start = setup.load(config, processes.device)
         if processes.first:
-            most = start.config.model.text.max_length
-            if cut := preflight.cut_prompts(start.tokenizer, data.instructions, most):
-                log.warning("%s", cut)
             run.mkdir(parents=True, exist_ok=True)
             checkpoint.sweep(run)
         prompts, latents = fill_caches(start, data, processes, saved)
@@ -105,6 +102,10 @@ def fill_caches(
     wanted = config.run.save_frozen and not frozen.is_dir()
     if prompts is None or processes.agree(bool(prompts.missing(data.instructions))) or processes.agree(wanted):
         text = start.text()
+        if processes.first and (
+            cut := preflight.cut_prompts(start.tokenizer, data.instructions, text.config.max_length)
+        ):
+            log.warning("%s", cut)
         prompts = caches.PromptCache(folder, caches.prompt_key(text, start.tokenizer))
         with bar("prompts", len(prompts.left(data.instructions, rank, ranks)), processes.first) as done:
             caches.fill_prompts(prompts, text, start.tokenizer, data.instructions, rank=rank, ranks=ranks, done=done)
