@@ -111,8 +111,8 @@ def test_statistics_are_exact(tmp_path: Path) -> None:
         assert found["count"] == [len(images)]
         for channel in range(3):
             mean, std = exact(images, channel)
-            assert found["mean"][channel] == [[pytest.approx(mean, rel=1e-15)]]
-            assert found["std"][channel] == [[pytest.approx(std, rel=1e-15)]]
+            assert found["mean"][channel] == [[pytest.approx(mean, rel=1e-15, abs=0)]]
+            assert found["std"][channel] == [[pytest.approx(std, rel=1e-15, abs=0)]]
             assert found["min"][channel] == [[min(int(i[..., channel].min()) for i in images) / 255]]
             assert found["max"][channel] == [[max(int(i[..., channel].max()) for i in images) / 255]]
     states = np.stack([columns["observation.state"] for columns, _, _ in frames]).astype(np.float64)
@@ -246,6 +246,7 @@ def test_a_discarded_episode_leaves_nothing(tmp_path: Path, version: str) -> Non
                 writer.append({"action": 1}, {TOP: np.zeros((64, 64, 3), np.uint8)}, "wrong")
                 writer.discard_episode()
                 assert files(tmp_path / name) == set()
+                assert not list((tmp_path / name / ".recording").iterdir())
             record(writer, 0, 2)
             writer.end_episode()
             if spoilt:
@@ -311,6 +312,28 @@ def test_a_frame_that_was_written_in_part_can_only_be_discarded(tmp_path: Path, 
         record(writer, 2, 3)
         writer.end_episode()
     assert [e.length for e in LeRobot.open(tmp_path / "set").meta.episodes] == [3]
+
+
+def test_an_episode_whose_end_fails_can_only_be_discarded(tmp_path: Path, monkeypatch) -> None:
+    """And leaves no task and no number behind."""
+    from dit4dit.data import writer as module
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Writer(tmp_path / "set", 10) as writer:
+        record(writer, 1, 2)
+        monkeypatch.setattr(module, "table", full)
+        with pytest.raises(OSError, match="No space left"):
+            writer.end_episode()
+        monkeypatch.undo()
+        with pytest.raises(InputError, match=r"was written in part; discard_episode\(\)"):
+            writer.end_episode()
+        writer.discard_episode()
+        record(writer, 2, 3)
+        writer.end_episode()
+    data = LeRobot.open(tmp_path / "set")
+    assert ([e.length for e in data.meta.episodes], dict(data.meta.tasks)) == ([3], {0: "task 2"})
 
 
 KILLED = """
