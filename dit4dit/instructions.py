@@ -227,9 +227,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
-        raise ConfigError(
-            f"{folder}: no tokenizer_config.json; give a backbone folder that has its tokenizer with --backbone"
-        )
+        raise ConfigError(f"{folder}: no tokenizer_config.json; give a backbone folder with its tokenizer")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:

@@ -14,7 +14,8 @@ from training_worker import small_config
 
 from dit4dit.cli import main
 from dit4dit.commands import train as command
-from dit4dit.data import Writer
+from dit4dit.data import Mixture, Writer
+from dit4dit.data.robots import catalogue
 from dit4dit.errors import CheckpointError, ConfigError
 from dit4dit.model.text import byte_tokenizer, tokenize
 from dit4dit.training import memory, preflight, setup
@@ -175,7 +176,7 @@ def test_a_dry_run_in_the_folder_of_a_run(file: Path, tmp_path: Path, capsys) ->
     [
         ("text_encoder", "weights", "text_encoder: no .safetensors files"),
         ("vae", "weights", "vae: no .safetensors files"),
-        ("tokenizer", "tokenizer_config.json", "no tokenizer_config.json; give a backbone folder that has its tokenizer"),
+        ("tokenizer", "tokenizer_config.json", "no tokenizer_config.json; give a backbone folder with its tokenizer"),
         ("vae", "config.json", "vae/config.json: no such file"),
     ],
 )  # fmt: skip
@@ -194,21 +195,6 @@ def test_an_incomplete_base_model_folder(
     if part == "text_encoder":  # one is enough: the code is the start's own
         assert run(file, *words) == 2
         assert capsys.readouterr().err.splitlines()[-1] == said
-
-
-def test_a_base_model_that_is_typed_is_meant(cosmos_folder: Path, capsys) -> None:
-    """The one in a published file is often its author's folder, and another is taken then."""
-    file = GOLDEN / "libero_tiny" / "config.yaml"
-    assert run(file, "--framework.cosmos25.base_model", "nowhere/at/all", "--dry-run") == 2
-    said = capsys.readouterr().err
-    assert "--framework.cosmos25.base_model nowhere/at/all: expected a Cosmos-Predict2.5 folder" in said
-    for words, chosen in (
-        ((), file.parent / "cosmos"),
-        (("--framework.cosmos25.base_model", cosmos_folder), cosmos_folder),
-    ):
-        assert run(file, *words, "--print") == 0
-        out = capsys.readouterr().out
-        assert json.loads(out[out.index("{") :])["weights"]["backbone"] == str(chosen)
 
 
 def test_a_tensor_of_another_shape_is_found_without_reading_any(
@@ -244,6 +230,15 @@ def test_a_hub_id_that_is_not_here_is_a_note(tmp_path: Path, monkeypatch, capsys
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert setup.local_backbone("nobody/nothing-at-all") is None
     assert setup.sized(recipe("libero")).model == recipe("libero").model
+
+
+def test_unequal_views_are_noted_where_no_batch_is_made(file: Path) -> None:
+    """`stats` can merge what training cannot put into one batch."""
+    known = catalogue(file.parent / "robots.yaml")
+    (note,) = Mixture.open(known.mixture("unequal"), GOLDEN, known).notes
+    assert note.startswith("its robots have different numbers of views (libero 2, solo 1)")
+    assert note.endswith("for training make one mixture for each number")
+    assert Mixture.open(known.mixture("franka"), GOLDEN, known).notes == ()
 
 
 def test_a_robot_of_ones_own_has_a_plan_too(file: Path, capsys) -> None:

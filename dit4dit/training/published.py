@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.errors import ConfigError, did_you_mean
-from dit4dit.model.checkpoint import find_backbone, is_hub_id
+from dit4dit.model.checkpoint import find_backbone
 from dit4dit.model.keys import KeyReader, read_yaml
 from dit4dit.model.published import MIXTURES, read_run_keys
 from dit4dit.training.config import (
@@ -38,9 +38,6 @@ ROOTS = (
 )
 
 
-BASE_MODEL = "framework.cosmos25.base_model"
-
-
 def is_published(path: Path) -> bool:
     """Whether a YAML file is in the published layout."""
     data = read_yaml(path)
@@ -60,16 +57,9 @@ def read(path: Path, overrides: Mapping[str, str], backbone: str | None) -> tupl
     for key, text in overrides.items():
         _put(data, key, parse(text))
     keys = KeyReader(data, str(path))
-    named = keys.raw(BASE_MODEL, None)
-    if backbone is None and isinstance(named, str):
-        # what a file says is often its author's folder; what is typed is meant
-        typed = BASE_MODEL in overrides
-        if (Path(named) / "transformer").is_dir() or (typed and is_hub_id(named) and not Path(named).exists()):
-            backbone = named
-        elif typed:
-            raise ConfigError(
-                f"--{BASE_MODEL} {named}: expected a Cosmos-Predict2.5 folder, with transformer/ in it, or its hub id; found none"
-            )
+    named = keys.raw("framework.cosmos25.base_model", None)
+    if backbone is None and isinstance(named, str) and (Path(named) / "transformer").is_dir():
+        backbone = named
     run = path.parent if (path.parent / "cosmos").is_dir() else None
     cosmos = find_backbone(backbone, run, weights=False)
     model, mixture = read_run_keys(keys, cosmos)
