@@ -166,7 +166,8 @@ class HeadConfig:
             )
         if self.add_pos_embed and self.action_horizon > self.max_seq_len:
             raise ConfigError(
-                f"head.action_horizon: at most max_seq_len = {self.max_seq_len}, got {self.action_horizon}"
+                f"head.max_seq_len: expected at least action_horizon = {self.action_horizon}, got {self.max_seq_len}; raise "
+                "--model.head.max_seq_len, or lower --model.head.action_horizon"
             )
 
     @property

@@ -353,9 +353,9 @@ def test_windows_that_do_not_fit_the_model_are_refused() -> None:
         Window.for_model(model)
     published = Window.for_model(model, video_delta_indices=range(17), action_video_freq_ratio=4)
     assert published.offsets == (0, 4, 8, 12, 16)
-    with pytest.raises(ConfigError, match="the model takes 5 frames, the indices give 17"):
+    with pytest.raises(ConfigError, match="the model takes 5 frames, video_delta_indices give 17"):
         Window.for_model(model, video_delta_indices=range(17))
-    with pytest.raises(ConfigError, match="expected 0 and rising numbers"):
+    with pytest.raises(ConfigError, match="expected frames 0 and then rising numbers"):
         window(offsets=(1, 2))
 
 

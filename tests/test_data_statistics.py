@@ -150,6 +150,60 @@ def test_the_stats_command(main, libero_data: Path, tmp_path: Path) -> None:
     assert (code, "give data set folders, or --mixture" in error) == (2, True)
 
 
+def test_a_recipes_model_is_held_against_the_data(main, libero_data: Path, tmp_path: Path) -> None:
+    """In `stats` and `data check` as a training run would say it."""
+    words = "embodiment 'libero': its actions have 7 values, the model takes at most 3 (head.action_dim)"
+    both = ("--robot", "libero_franka", "--recipe")
+    code, _, error = main("stats", libero_data / "v2.1", *both, "tabletop")
+    assert (code, words in error, "--model.head.action_dim 7" in error) == (2, True, True)
+    check = ("data", "check", libero_data / "v2.1", "--no-decode", "--out", tmp_path / "sheet")
+    code, text, _ = main(*check, *both, "tabletop")
+    assert (code, words in text, "4 episodes, 49 frames: 1 error" in text) == (1, True, True)
+    (found,) = json.loads((tmp_path / "sheet" / "check.json").read_text())["datasets"]
+    assert [error["file"] for error in found["errors"]] == [str(libero_data / "v2.1")]
+    assert main("stats", libero_data / "v2.1", *both, "libero")[0] == 0
+    assert main(*check, *both, "libero")[0] == 0
+    for command, needs in (
+        (("stats", libero_data / "v2.1"), "--recipe need --robot"),
+        (check, "--recipe needs --robot"),
+    ):
+        code, _, error = main(*command, "--recipe", "libero")
+        assert (code, needs in error) == (2, True)
+    code, _, error = main(*check, *both, "libro")
+    assert (code, "--recipe libro: unknown; did you mean 'libero'?" in error) == (2, True)
+
+
+def test_one_robot_that_does_not_fit_costs_no_other_set_its_check(main, libero_data: Path, tmp_path: Path) -> None:
+    """Sizes that the policy does not know are an error of that set."""
+    from dit4dit.data import Writer
+
+    wide = json.loads(json.dumps(catalogue().robots["libero_franka"].modality))
+    wide["action"]["gripper"] = {**wide["action"]["gripper"], "start": 5}
+    with Writer(tmp_path / "wide", 10, modality=wide) as writer:
+        images = {f"observation.images.{name}": np.zeros((2, 16, 16, 3), np.uint8) for name in ("image", "wrist_image")}
+        columns = {"observation.state": np.zeros((2, 8), np.float32), "action": np.zeros((2, 7), np.float32)}
+        writer.add(columns, images, "go")
+    sets = (tmp_path / "wide", libero_data / "v2.1")
+    code, text, _ = main("data", "check", *sets, "--robot", "libero_franka", "--no-decode", "--out", tmp_path / "sheet")
+    assert code == 1
+    assert (
+        "action.gripper: robot 'libero_franka' has 1 values there, the data set 2; choose another robot, or correct"
+        in text
+    )
+    assert "4 episodes, 49 frames: ok" in text
+
+
+def test_a_single_episode_is_worth_a_warning(libero_data: Path, write_libero, tmp_path: Path) -> None:
+    """Training, which holds episodes out unless it is told otherwise, would not start."""
+    from dit4dit.data.check import check
+
+    robot = catalogue().robot("libero_franka")
+    alone = check(write_libero(tmp_path / "one", lengths=(9,)), robot=robot, decode=False)
+    assert [w for w in alone["warnings"] if "--data.holdout 0" in w]
+    several = check(libero_data / "v2.1", robot=robot, decode=False)
+    assert not [w for w in several["warnings"] if "--data.holdout 0" in w]
+
+
 def test_the_stats_command_for_a_mixture_of_the_users(main, libero_data: Path, tmp_path: Path) -> None:
     own = tmp_path / "my.yaml"
     own.write_text("mixtures:\n  mine:\n    - {dataset: v2.1, robot: libero_franka, fps: 10}\n")

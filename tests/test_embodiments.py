@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from dit4dit import stats
 from dit4dit.embodiments import EMBODIMENTS, G1, GR1, LIBERO, TABLETOP, embodiment
 from dit4dit.embodiments.libero import axis_angle
 from dit4dit.errors import ConfigError, InputError
-from dit4dit.stats import choose_tag, parse
+from dit4dit.stats import Statistics, choose_tag, parse
 
 RNG = np.random.default_rng(0)
 
@@ -176,13 +177,23 @@ def test_tags() -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="expected 7 action values"):
         LIBERO.action_chain(statistics(8, 9), 32)
-    with pytest.raises(ConfigError, match=r"expected 7 action values \(at most the model's 6\)"):
+    with pytest.raises(
+        ConfigError, match=r"actions have 7 values, the model takes at most 6 .* train with --model.head.action_dim 7"
+    ):
         LIBERO.action_chain(statistics(8, 7), 6)
     for size in (31, 33):
         with pytest.raises(ConfigError, match=f"expected 32 state values for embodiment 'g1', got {size}"):
             G1.state_chain(statistics(size, 36), 64)
-    with pytest.raises(ConfigError, match="its encoded state has 58 values, the model takes 16"):
+    with pytest.raises(
+        ConfigError, match=r"state has 58 values, the model takes at most 16 .* train with --model.head.state_dim 58"
+    ):
         GR1.state_chain(statistics(29, 29), 16)
+    # a robot without a state is one whose state is all padding, however it is encoded
+    for encoding in ("normalized", "sin_cos"):
+        chain = replace(G1, state=(), state_encoding=encoding).state_chain(
+            Statistics("t", statistics(0, 36).action, None), 64
+        )
+        assert chain.forward(np.zeros((1, 0), np.float32)).tolist() == [[0.0] * 64]
     with pytest.raises(ConfigError, match="unknown; did you mean 'libero'"):
         embodiment("libera")
     assert TABLETOP.action_names == ("x", "y", "grip")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, files, requires, version
@@ -51,6 +52,40 @@ def test_the_compiled_module_needs_no_torch(tmp_path):
     loaded = run("import sys; from dit4dit import _C; print(*sys.modules)", tmp_path).split()
     assert "dit4dit._C" in loaded
     assert not set(loaded) & {"torch", "numpy"}
+
+
+def test_importing_the_data_package_brings_nothing_heavy(tmp_path):
+    loaded = run("import sys, dit4dit.data; print(*sys.modules)", tmp_path).split()
+    assert not set(loaded) & {*HEAVY, "pyarrow", "av"}
+
+
+def test_the_data_packages_names():
+    from dit4dit import data
+
+    for name in data.__all__:
+        assert getattr(data, name).__name__ == name
+        assert getattr(data, name).__module__.startswith("dit4dit.data.")
+        assert name in dir(data)
+    with pytest.raises(AttributeError, match="no attribute 'Wrtier'"):
+        data.Wrtier  # noqa: B018
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="needs the source tree")
+def test_what_the_readme_imports_is_there():
+    """Every import of its Python blocks, and the names that it says `dit4dit.data` has."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if re.match(r"(from|import) ", line)]
+    assert len(lines) >= 3
+    for line in lines:
+        # the one file that a robot's computer gets, on its own
+        exec(line.replace("from client import", "from dit4dit.serving.client import"), {})
+    (listed,) = re.findall(r"((?:`\w+`(?:, | and )?)+) \(`dit4dit\.data`\)", readme)
+    from dit4dit import data
+
+    names = re.findall(r"`(\w+)`", listed)
+    assert names == ["Mixture", "Window", "Loader"]
+    assert set(names) <= set(data.__all__)
 
 
 def test_names_that_are_not_there():

@@ -27,13 +27,16 @@ def run(*words: object) -> int:
 def test_every_recipe_has_a_plan_and_says_which_data_it_wants(name: str, tmp_path: Path, capsys) -> None:
     words = ["--recipe", name, "--data.root", tmp_path / "data", "--run.out", tmp_path / "run"]
     # one sample a micro step: the activations of a small batch are counted as those of a large one
-    assert run(*words, "--data.batch_size", 1, "--dry-run") == 0
-    assert "memory of each process" in capsys.readouterr().out
+    assert run(*words, "--data.batch_size", 1, "--dry-run") == 2
+    dry = capsys.readouterr()
+    assert "memory of each process" in dry.out
     assert run(*words) == 2
     said = capsys.readouterr().err
+    assert dry.err == said
     assert said.count("\n") == 1
     assert said.startswith(f"dit4dit train: error: {tmp_path / 'data'}")
     assert "info.json" in said
+    assert "--data.root" in said
 
 
 def slices(keys: tuple[tuple[str, int], ...]) -> dict[str, dict[str, int]]:

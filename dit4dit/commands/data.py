@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from dit4dit.commands.shell import say
-from dit4dit.errors import DataError, InputError
+from dit4dit.errors import ConfigError, DataError, InputError
+
+if TYPE_CHECKING:
+    from dit4dit.config import ModelConfig
 
 Datasets = tyro.conf.Positional[tuple[Path, ...]]
 
@@ -23,6 +26,7 @@ def stats(
     robots: Path | None = None,
     modality: Path | None = None,
     skip_bad: bool = False,
+    recipe: str | None = None,
     out: Path | None = None,
 ) -> int:
     """Exact statistics of data sets, merged as the published code merges them.
@@ -35,9 +39,11 @@ def stats(
         robots: YAML file with robots and mixtures of your own.
         modality: a modality.json for data sets that have none.
         skip_bad: leave damaged episodes out, and say how many.
+        recipe: check that the model of this training recipe takes the data, too.
         out: write this dataset_statistics.json.
     """
     from dit4dit.commands.report import table, write_json
+    from dit4dit.data.fit import check_fit
     from dit4dit.data.mixture import Mixture
     from dit4dit.data.robots import Entry, catalogue
 
@@ -45,8 +51,10 @@ def stats(
     if (mixture is None) == (not dataset):
         raise InputError("stats: give data set folders, or --mixture and --root")
     if mixture is None and robot is None:
-        if out is not None or skip_bad:
-            raise InputError("stats: --out and --skip-bad need --robot (or --mixture): they are about one robot's keys")
+        if out is not None or skip_bad or recipe is not None:
+            raise InputError(
+                "stats: --out, --skip-bad and --recipe need --robot (or --mixture): they are about one robot's keys"
+            )
         return _flat(dataset, modality)
     if mixture is not None:
         if robot is not None or modality is not None:
@@ -58,8 +66,12 @@ def stats(
         assert robot is not None
         named = None if modality is None else str(modality.resolve())
         entries = tuple(Entry(str(path.resolve()), robot, modality=named) for path in dataset)
+    model = None if recipe is None else _model(recipe)
     with _progress() as progress:
         opened = Mixture.open(entries, root, known, skip_bad=skip_bad, progress=progress)
+        if model is not None:
+            for recording in opened.recordings:
+                check_fit(recording.embodiment, model)
         found = opened.statistics
     for note in opened.notes:
         say(f"note: {note}")
@@ -83,6 +95,7 @@ def data_check(
     robots: Path | None = None,
     modality: Path | None = None,
     decode: bool = True,
+    recipe: str | None = None,
     out: Path = Path("data_check"),
 ) -> int:
     """Look for everything in data sets that could spoil training; exit code 1 when there is any.
@@ -95,26 +108,31 @@ def data_check(
         robots: YAML file with robots of your own.
         modality: a modality.json for data sets that have none.
         decode: decode every picture; --no-decode reads sizes, frame times and frame counts of the video files only.
+        recipe: check that the model of this training recipe takes what the robot has, too.
         out: folder for the page and the JSON file.
     """
     from dit4dit.commands import data_sheet
     from dit4dit.commands.report import write_json
-    from dit4dit.data.check import check
+    from dit4dit.data.check import check, whole
     from dit4dit.data.robots import catalogue
 
     if not dataset:
         raise InputError("data check: give at least one data set folder")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
+    if recipe is not None and robot is None:
+        raise InputError("data check: --recipe needs --robot: a model takes a robot's keys")
     chosen = None if robot is None else catalogue(robots).robot(robot)
+    model = None if recipe is None else _model(recipe)
     results: list[dict[str, Any]] = []
     for path in dataset:
         try:
             with _progress() as progress:
-                results.append(check(path, robot=chosen, modality=modality, decode=decode, progress=progress))
-        except DataError as error:
-            whole = {"file": str(path), "row": None, "episode": None, "column": None, "message": str(error)}
-            results.append({"dataset": str(path), "errors": [whole], "warnings": []})
+                results.append(
+                    check(path, robot=chosen, modality=modality, decode=decode, model=model, progress=progress)
+                )
+        except (ConfigError, DataError) as error:
+            results.append({"dataset": str(path), "errors": [whole(path, error)], "warnings": []})
     for result in results:
         count = len(result["errors"])
         size = f"{result['episodes']:,} episodes, {result['frames']:,} frames: " if "version" in result else ""
@@ -193,6 +211,13 @@ def bench_loader(
     if share is not None:
         say("one process: " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in share.items()))
     return 0
+
+
+def _model(recipe: str) -> ModelConfig:
+    """The model of a training recipe."""
+    from dit4dit.training.recipes import recipe as find
+
+    return find(recipe).model
 
 
 _NAMES = ("mean", "std", "min", "max", "q01", "q99")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
-from dit4dit.training import checkpoint, memory, published, setup
+from dit4dit import embodiments
+from dit4dit.data.fit import check_fit
+from dit4dit.data.robots import catalogue
+from dit4dit.errors import CheckpointError, ConfigError, Dit4DitError, did_you_mean
+from dit4dit.training import checkpoint, memory, preflight, published, setup
 from dit4dit.training.config import TrainConfig, read_config, split_words
 from dit4dit.training.feed import TrainingData
 from dit4dit.training.lerobot_data import LeRobotData
@@ -23,7 +27,8 @@ USAGE = f"""usage: dit4dit train (--recipe NAME | --config FILE) [options] [--a.
   --config FILE     a configuration of our own (a run folder's config.yaml), or a published training YAML
   --resume [DIR]    go on from the run's newest checkpoint, or from its checkpoint DIR; later ones are then renamed to
                     abandoned_step_N. "auto": from the newest, or from the beginning where there is none
-  --dry-run         print the memory plan and stop; nothing is loaded
+  --dry-run         look for whatever would stop the run before or in its first step, print the memory plan and stop; no
+                    weights are loaded, nothing is written
   --processes N     of the plan (default: WORLD_SIZE, else 1)
   --print           print the configuration and stop
 
@@ -55,6 +60,13 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 def main(words: Sequence[str], say: Callable[[str], None]) -> int:
     """Run the command; returns its exit code."""
+    try:
+        return _main(words, say)
+    except (CheckpointError, ConfigError) as error:  # other commands have that option at their top
+        raise type(error)(str(error).replace("--backbone", "--weights.backbone")) from error
+
+
+def _main(words: Sequence[str], say: Callable[[str], None]) -> int:
     if not words or "--help" in words or "-h" in words:
         say(USAGE)
         return 0
@@ -67,14 +79,11 @@ def main(words: Sequence[str], say: Callable[[str], None]) -> int:
         say(json.dumps(config.to_dict(), indent=1))
         return 0
     if "dry-run" in own:
-        say(dry_run(config, own.get("processes")))
+        dry_run(config, own.get("processes"), own.get("resume"), say)
         return 0
     if "processes" in own:
         raise ConfigError("--processes: goes with --dry-run; torchrun starts the processes of a run")
-    run = Path(config.run.out)
-    resume = find_resume(own.get("resume"), run)
-    if resume is not None:
-        check_same(read_config(run / "config.yaml"), config, run)
+    run, resume = Path(config.run.out), resumed(config, own.get("resume"))
     try:
         code = train(config, open_data(config), resume=resume)
     except OSError as error:
@@ -88,6 +97,15 @@ def main(words: Sequence[str], say: Callable[[str], None]) -> int:
             f"{config.run.steps} steps done; the policy is {checkpoint.folder_of(run, config.run.steps) / checkpoint.POLICY}"
         )
     return code
+
+
+def resumed(config: TrainConfig, word: str | None) -> Path | None:
+    """The checkpoint that the run goes on from, if any; ConfigError where it is not the same run's."""
+    run = Path(config.run.out)
+    found = find_resume(word, run)
+    if found is not None:
+        check_same(read_config(run / "config.yaml"), config, run)
+    return found
 
 
 def find_resume(word: str | None, run: Path) -> Path | None:
@@ -178,22 +196,59 @@ def _leaves(node: object, prefix: str = "") -> dict[str, object]:
     }
 
 
-def dry_run(config: TrainConfig, processes: str | None) -> str:
-    """The memory plan as text."""
+def dry_run(config: TrainConfig, processes: str | None, resume: str | None, say: Callable[[str], None]) -> None:
+    """Say the memory plan, as far as there is one, and raise the first of what would stop the run; say the others."""
     text = processes or os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"--processes: expected a number of at least 1, got {text!r}")
-    sized = setup.sized(config)
-    return memory.show(memory.plan(sized, picture_size(sized), int(text)), sized, int(text))
+    faults: dict[str, Dit4DitError] = {}
+    sized, data, prompts = config, None, None
+    with noted(faults):
+        resumed(config, resume)
+    with noted(faults):
+        preflight.check_start(config)
+    with noted(faults):
+        sized = setup.sized(config)
+    with noted(faults):
+        data = open_data(config)
+        preflight.check_first_batch(sized, data)
+    with noted(faults):
+        prompts = preflight.check_weights(config)
+        if prompts is None:
+            say(f"note: {config.weights.backbone} is not on this machine; the start will download it")
+    if (
+        data is not None
+        and prompts is not None
+        and (cut := preflight.cut_prompts(prompts[0], data.instructions, prompts[1]))
+    ):
+        say(f"note: {cut}")
+    with noted(faults):
+        size = picture_size(sized) if data is None else data.picture_size
+        say(memory.show(memory.plan(sized, size, int(text)), sized, int(text)))
+    found = list(faults.values())
+    for fault in found[1:]:
+        say(f"also: {fault}")
+    if found:
+        raise found[0]
+
+
+@contextlib.contextmanager
+def noted(faults: dict[str, Dit4DitError]) -> Iterator[None]:
+    """Keep a user's error of the block under its words."""
+    try:
+        yield
+    except Dit4DitError as error:
+        faults.setdefault(str(error), error)
 
 
 def picture_size(config: TrainConfig) -> tuple[int, int]:
     """Height and width of the joined views of the configuration's robot; one view where the robot is the data's own."""
-    from dit4dit import embodiments
-
-    views = 1 if config.embodiment is None else len(embodiments.embodiment(config.embodiment).views)
     height, width = config.model.image_size
-    return height, width * views
+    name = config.embodiment or ""
+    if name in embodiments.EMBODIMENTS:
+        return height, width * len(embodiments.EMBODIMENTS[name].views)
+    robots = catalogue(None if config.data.robots is None else Path(config.data.robots)).robots
+    return height, width * (len(robots[name].video) if name in robots else 1)
 
 
 def open_data(config: TrainConfig) -> TrainingData:
@@ -203,4 +258,5 @@ def open_data(config: TrainConfig) -> TrainingData:
         return LeRobotData.open(config.data, model, config.run.seed, config.embodiment)
     if config.embodiment is None:
         raise ConfigError("data.mixture random: needs an embodiment with known sizes; choose one with --embodiment")
+    check_fit(embodiments.embodiment(config.embodiment), model)
     return RandomData(model, config.embodiment)

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from dit4dit.config import ModelConfig
 from dit4dit.data import gripper
 from dit4dit.data.columns import Problem, Progress
+from dit4dit.data.fit import check_fit
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.modality import depth_map
 from dit4dit.data.robots import Robot
 from dit4dit.data.samples import Recording
 from dit4dit.data.statistics import NAMES, flat_statistics
-from dit4dit.errors import DataError
+from dit4dit.errors import ConfigError, DataError
 
 BATCH = 64
 """Pictures decoded at once."""
@@ -29,6 +31,7 @@ def check(
     robot: Robot | None = None,
     modality: Path | None = None,
     decode: bool = True,
+    model: ModelConfig | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Everything about the data set in `root`, ready for JSON: facts, `errors` (each with file, row and message), `warnings`.
@@ -37,10 +40,11 @@ def check(
         robot: check that the data set holds what this robot needs, too.
         modality: a modality.json to use instead of the data set's own.
         decode: decode every picture; without it only sizes, frame times and frame counts of the video files are read.
+        model: check that it can take the robot's actions, state and images, too.
         progress: told how far it has come.
 
     Raises:
-        DataError: there is no data set, or its meta folder is damaged.
+        DataError: there is no data set, or its meta folder is damaged. ConfigError: the policy knows the robot, with other sizes.
     """
     standard = None if robot is None else robot.modality
     data = LeRobot.open(root, modality=modality, standard=standard, progress=progress)
@@ -49,6 +53,12 @@ def check(
     if robot is not None:
         recording = Recording.of(data, robot)
         errors += recording.no_rotations
+    unfit = []
+    if recording is not None and model is not None:
+        try:
+            check_fit(recording.embodiment, model)
+        except ConfigError as error:
+            unfit.append(whole(root, error))
     if decode:
         errors += _decode(data, {(problem.episode, problem.column) for problem in errors}, progress)
     spoilt = {problem.episode for problem in errors}
@@ -72,12 +82,17 @@ def check(
         },
         "keys": {part: list(data.modality.part(part)) for part in ("state", "action", "video", "annotation")},
         "decoded": decode,
-        "errors": [asdict(problem) for problem in errors]
+        "errors": [*unfit, *(asdict(problem) for problem in errors)]
         + [{"file": data.name, "row": None, "episode": None, **asdict(finding)} for finding in wrong],
         "warnings": [*data.warnings(), *_warnings(data, columns, tasks, recording, good), *odd],
         "columns": columns,
         "tasks": tasks,
     }
+
+
+def whole(root: Path, error: Exception) -> dict[str, Any]:
+    """An entry of `errors` that is about the data set as a whole."""
+    return {"file": str(root), "row": None, "episode": None, "column": None, "message": str(error)}
 
 
 def _decode(data: LeRobot, known: set[tuple[int, str | None]], progress: Progress | None) -> list[Problem]:
@@ -140,6 +155,8 @@ def _warnings(
                 f"{column}: outliers at positions {np.flatnonzero(far).tolist()}: beyond ten times the range of q01..q99"
             )
     out += _unusual_tasks(data, good, tasks)
+    if recording is not None and len(data.meta.episodes) == 1:
+        out.append("one episode: training can hold none out, and needs --data.holdout 0 where it is the only data set")
     if not (data.meta.root / "meta" / "modality.json").is_file():
         out.append(
             f"no meta/modality.json: keys are {'the standard ones of the robot' if recording else 'whole columns'}"

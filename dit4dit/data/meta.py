@@ -81,6 +81,10 @@ def read_meta(root: Path) -> Meta:
     """
     path = root / "meta" / "info.json"
     if not path.is_file():
+        if (root / "data").is_dir() or (root / ".recording").is_dir():
+            raise DataError(
+                f"{root}: no meta/info.json: a recording that was not closed, or a copy in part; record or copy it again"
+            )
         raise DataError(
             f"{root}: no LeRobot data set (no meta/info.json); give the folder that holds meta, data and videos"
         )

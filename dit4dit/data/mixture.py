@@ -14,6 +14,7 @@ from dit4dit import stats
 from dit4dit.data import gripper
 from dit4dit.data.columns import Problem, Progress
 from dit4dit.data.files import visible
+from dit4dit.data.fit import check_views
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.robots import Catalogue, Entry
 from dit4dit.data.samples import Recording, SampleReader, Window
@@ -98,7 +99,14 @@ class Mixture:
             out.append(f"{sum(map(len, self.without))} damaged episodes left out; the first: {self.skipped[0]}")
         for name, recording in zip(self.names, self.recordings, strict=True):
             out += [f"{name}: {warning}" for warning in recording.data.warnings(recording.columns)]
+        if apart := check_views(self.views):
+            out.append(f"{apart}; for training make one mixture for each number")
         return tuple(out)
+
+    @property
+    def views(self) -> dict[str, int]:
+        """Robot -> how many views it has."""
+        return {recording.embodiment.name: len(recording.embodiment.views) for recording in self.recordings}
 
     @cached_property
     def instructions(self) -> tuple[str, ...]:
@@ -144,7 +152,8 @@ class Mixture:
             out.append(tuple(i for i in good if (i in held) == (split == "heldout")))
         if not any(out):
             raise ConfigError(
-                f"no episodes for {split!r} with a held-out fraction of {fraction}; give more data, or another"
+                f"no episodes for {split!r}: a held-out fraction of {fraction} takes two episodes of a set; give more, or "
+                "hold none out (training: --data.holdout 0)"
             )
         return tuple(out)
 
@@ -155,7 +164,13 @@ def matching(entry: Entry, root: Path) -> list[Entry]:
     Raises:
         DataError: a pattern that matches none.
     """
-    if "*" not in entry.dataset or (root / entry.dataset).is_dir():
+    place = root / entry.dataset
+    if "*" not in entry.dataset or place.is_dir():
+        if not place.exists() and not Path(entry.dataset).is_absolute():
+            raise DataError(
+                f"{place}: no such folder, wanted a data set with meta/info.json for robot {entry.robot!r}; put it there, or "
+                "name the folder above it (training: --data.root, stats: --root)"
+            )
         return [entry]
     # only the * is special
     pattern = re.sub(r"[?[]", r"[\g<0>]", entry.dataset)

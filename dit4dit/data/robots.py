@@ -6,6 +6,7 @@ policy uses, once a data set tells how many values each key has; where the polic
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -100,7 +101,7 @@ class Robot:
                     if got != key.dim:
                         raise ConfigError(
                             f"{where}: {part}.{key.name}: robot {self.name!r} has {key.dim} values there, the data set {got}; "
-                            "choose another robot, or mend modality.json"
+                            "choose another robot, or correct the key's start and end in modality.json"
                         )
             for key in known.action:
                 self._check_displacements(key.name, key.kind, absolute, where)
@@ -268,14 +269,18 @@ def catalogue(extra: Path | None = None) -> Catalogue:
     Raises:
         ConfigError: the file is missing or no YAML mapping, has an unknown key, or names something that the package has.
     """
+    return _published() if extra is None else _extend(_published(), extra)
+
+
+@functools.cache
+def _published() -> Catalogue:
     here = Path(__file__).parent
     own, ours = read_yaml(here / "robots.yaml"), read_yaml(here / "mixtures.yaml")
-    known = Catalogue(
+    return Catalogue(
         {name: _robot(name, data, "robots.yaml") for name, data in own["robots"].items()},
         {name: _entries(name, data, "mixtures.yaml") for name, data in ours["mixtures"].items()},
         frozenset(own["unpublished"]),
     )
-    return known if extra is None else _extend(known, extra)
 
 
 def _extend(known: Catalogue, path: Path) -> Catalogue:

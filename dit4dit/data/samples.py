@@ -51,7 +51,10 @@ class Window:
 
     def __post_init__(self) -> None:
         if not self.offsets or self.offsets[0] != 0 or list(self.offsets) != sorted(set(self.offsets)):
-            raise ConfigError(f"window: offsets: expected 0 and rising numbers, got {self.offsets}")
+            raise ConfigError(
+                f"window: expected frames 0 and then rising numbers, got {self.offsets}; set video_delta_indices (training: "
+                "--data.video_delta_indices) so"
+            )
 
     @classmethod
     def for_model(
@@ -64,19 +67,30 @@ class Window:
             ConfigError: the indices give another number of frames than the model has, or K does not split into F - 1 steps.
         """
         head = model.head
+        options = "(training: --data.video_delta_indices and --data.action_video_freq_ratio)"
         if video_delta_indices is None:
             if model.frames > 1 and head.action_horizon % (model.frames - 1):
                 raise ConfigError(
                     f"window: {head.action_horizon} actions do not split into {model.frames - 1} equal steps of the clip; "
-                    "give video_delta_indices and action_video_freq_ratio"
+                    f"give video_delta_indices {options}"
+                )
+            if action_video_freq_ratio != 1:
+                raise ConfigError(
+                    f"window: action_video_freq_ratio {action_video_freq_ratio} thins out video_delta_indices, which are not "
+                    f"given; give both {options}"
                 )
             step = head.action_horizon // max(1, model.frames - 1)
             offsets = tuple(step * i for i in range(model.frames))
         else:
+            if action_video_freq_ratio < 1:
+                raise ConfigError(
+                    f"window: action_video_freq_ratio: expected at least 1, got {action_video_freq_ratio}"
+                )
             offsets = tuple(video_delta_indices[::action_video_freq_ratio])
         if len(offsets) != model.frames:
             raise ConfigError(
-                f"window: the model takes {model.frames} frames, the indices give {len(offsets)}: {offsets}"
+                f"window: the model takes {model.frames} frames, video_delta_indices give {len(offsets)}: {offsets}; give "
+                f"as many {options}, or set the model's frames (training: --model.frames {len(offsets)})"
             )
         return cls(offsets, head.action_horizon, model.image_size, head.action_dim, head.state_dim, mask_padded)
 
@@ -129,7 +143,10 @@ class Samples:
         videos = [sample.video for sample in samples if sample.video is not None]
         sizes = {tuple(video.shape) for video in videos}
         if len(sizes) > 1:
-            raise ConfigError(f"samples of one batch have clips of different sizes: {sorted(sizes)}; train them apart")
+            raise ConfigError(
+                f"samples of one batch have clips of different sizes: {sorted(sizes)}; give robots with other numbers of "
+                "views a mixture of their own each"
+            )
         states = [sample.state for sample in samples if sample.state is not None]
         return cls(
             video=torch.stack(videos),

@@ -1,117 +1,48 @@
-"""Writes LeRobot data sets (v2.0, v2.1, v3.0) from arrays: one episode after another, readable by lerobot and by `LeRobot`.
+"""Writes LeRobot data sets (v2.0, v2.1, v3.0) frame by frame, readable by lerobot and by `LeRobot`.
 
-`info.json` is written last, by `close`: a folder without it is a recording that was cut off, not a data set.
+`info.json` is written last, by `close`: a folder without it is a recording that was cut off, not a data set. The episodes
+that had ended are whole there: v2's where they belong, v3.0's that were not joined yet below `.recording`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from fractions import Fraction
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from dit4dit.data.writer_episode import Episode, Feature, Moments, cameras, check_task, column_moments, frame_features
+from dit4dit.data.writer_video import VideoCodec, VideoFile, join
 from dit4dit.errors import InputError
 from dit4dit.extras import require
+
+__all__ = ["VideoCodec", "VideoFile", "Writer"]
 
 Version = Literal["v2.0", "v2.1", "v3.0"]
 V2_DATA = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 V3_DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 V3_VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-INDEX_FEATURES = {
-    "timestamp": "float32",
-    "frame_index": "int64",
-    "episode_index": "int64",
-    "index": "int64",
-    "task_index": "int64",
-}
-
-
-@dataclass(frozen=True)
-class VideoCodec:
-    """How pictures are compressed. A key frame every `gop` frames is the price of reading any frame quickly."""
-
-    name: str = "libx264"
-    crf: int = 18
-    gop: int = 2
-    pixels: str = "yuv420p"
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def lossless(cls) -> VideoCodec:
-        """Every pixel as it was given."""
-        return cls(name="libx264rgb", crf=0, pixels="rgb24")
-
-
-@contextmanager
-def scheduling_kept() -> Iterator[None]:
-    """The calling thread keeps its scheduling policy, and threads that are started in between get it; others are left alone.
-
-    For the start of SVT-AV1: as root it makes its caller and its own threads real-time (SCHED_FIFO, priority 99), for good.
-    Children would inherit that, and other processes would wait for all of them.
-    """
-    if not hasattr(os, "sched_getscheduler"):  # only Linux has them
-        yield
-        return
-    before, policy, parameter = _threads(), os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        for thread in {0} | (_threads() - before):  # 0 is the calling one
-            with suppress(ProcessLookupError):  # it has ended
-                if (os.sched_getscheduler(thread), os.sched_getparam(thread)) != (policy, parameter):
-                    os.sched_setscheduler(thread, policy, parameter)
-
-
-def _threads() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/task")}
-
-
-class VideoFile:
-    """One mp4 file that frames are appended to."""
-
-    def __init__(self, path: Path, fps: float, size: tuple[int, int], codec: VideoCodec) -> None:
-        av = require("av", "train")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.count = path, 0
-        self.container = av.open(str(path), mode="w")
-        rate = Fraction(fps).limit_denominator(1001)
-        options = {"crf": str(codec.crf), "g": str(codec.gop), **codec.options}
-        self.stream = self.container.add_stream(codec.name, rate=rate, options=options)
-        self.stream.height, self.stream.width = size
-        self.stream.pix_fmt = codec.pixels
-        self.stream.codec_context.time_base = 1 / rate
-
-    def append(self, pictures: NDArray[np.uint8]) -> None:
-        """uint8 [n, H, W, 3]."""
-        av = require("av", "train")
-        for picture in pictures:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame.pts = self.count
-            self._encode(frame)
-            self.count += 1
-
-    def close(self) -> None:
-        self._encode(None)
-        self.container.close()
-
-    def _encode(self, frame: Any) -> None:
-        """None: what the encoder has kept back. The first call starts it."""
-        with scheduling_kept() if self.count == 0 and self.stream.name == "libsvtav1" else nullcontext():
-            packets = self.stream.encode(frame)
-        self.container.mux(packets)
+PARTS, PART_ROWS = ".recording", "rows.parquet"
+"""Folder of episodes that are not where they belong yet, and the name of their rows in it."""
 
 
 class Writer:
-    """A data set being recorded.
+    """A data set being recorded, one frame at a time:
+
+        with Writer(folder, 30) as writer:
+            for episode in ...:
+                for frame in ...:
+                    writer.append({"observation.state": state, "action": action}, {"observation.images.top": image}, "open it")
+                writer.end_episode()
+
+    Images go straight to the encoders, so that a long episode takes no more memory than a short one; its numbers are kept
+    until it ends. An ended episode is whole on disk: until `close`, below `.recording` or where it will stay.
 
     Args:
         root: new folder.
@@ -119,6 +50,9 @@ class Writer:
         version: on-disk layout.
         modality: content of meta/modality.json, where the data set is to have one.
         episodes_per_file: episodes that share a parquet and a video file (v3.0).
+
+    Raises:
+        InputError: the folder has a data set or a recording, or an argument that no data set can have.
     """
 
     def __init__(
@@ -135,18 +69,31 @@ class Writer:
     ) -> None:
         if (root / "meta" / "info.json").exists():
             raise InputError(f"{root}: is a data set already; choose another folder")
+        for name in ("meta", "data", "videos", PARTS):
+            if (root / name).exists():
+                raise InputError(f"{root}: has {name}, of a recording that was not closed; choose another folder")
         if version not in ("v2.0", "v2.1", "v3.0"):
             raise InputError(f"data set version: expected v2.0, v2.1 or v3.0, got {version!r}")
+        if not 0 < fps < float("inf"):
+            raise InputError(f"fps: expected more than 0, got {fps}")
+        for option, value in (("episodes_per_file", episodes_per_file), ("chunks_size", chunks_size)):
+            if value < 1:
+                raise InputError(f"{option}: expected at least 1, got {value}")
         self.root, self.fps, self.version, self.robot = root, fps, version, robot
-        self.modality, self.codec = modality, codec or VideoCodec()
+        self.modality = None if modality is None else json.dumps(modality, indent=1)
+        self.codec = codec or VideoCodec()
         self.episodes_per_file, self.chunks_size = episodes_per_file, chunks_size
-        self.features: dict[str, dict[str, Any]] = {}
+        self.features: dict[str, Feature] = {}
         self.tasks: dict[str, int] = {}
         self.episodes: list[dict[str, Any]] = []
+        self.moments: list[dict[str, Moments]] = []
+        """Statistics of each episode's features, as lerobot keeps them."""
         self.frames = 0
-        self._moments: list[dict[str, dict[str, Any]]] = []
-        self._rows: list[Any] = []
-        self._videos: dict[str, VideoFile] = {}
+        self._open: Episode | None = None
+        self._pending: list[Path] = []
+        """Folders of the episodes that will share the next files (v3.0)."""
+        self._pending_frames = 0
+        self._closed = False
 
     def __enter__(self) -> Writer:
         return self
@@ -157,26 +104,96 @@ class Writer:
         if kind is None:
             self.close()
         else:
-            for video in self._videos.values():
-                video.close()
+            self.discard_episode()
+
+    def append(self, columns: Mapping[str, ArrayLike], images: Mapping[str, NDArray[np.uint8]], task: str) -> None:
+        """One frame of the episode at hand; the first one opens it.
+
+        Args:
+            columns: values, single or flat [d], such as "observation.state" and "action".
+            images: feature, such as "observation.images.top" -> uint8 [H, W, 3], RGB.
+            task: the instruction.
+
+        Raises:
+            InputError: a frame that no data set can hold, or of other features than the ones before. The episode is then as it
+                was before the call.
+        """
+        if self._closed:
+            raise InputError(f"{self.root}: is closed; record further episodes into another folder")
+        if self._open is not None and self._open.broken:
+            raise InputError(f"{self.root}: a frame of this episode was written in part; discard_episode()")
+        arrays = {name: np.asarray(x) for name, x in columns.items()}
+        found = frame_features(arrays, images, self.codec)
+        known = self._open.features if self._open is not None else self.features
+        if known and found != known:
+            name = next(n for n in [*found, *known] if found.get(n) != known.get(n))
+            which = "first frame" if self._open is not None and not self.episodes else "first episode"
+            raise InputError(
+                f"{name}: expected {_told(known.get(name))} as in the {which}, got {_told(found.get(name))}"
+            )
+        check_task(task)
+        if self._open is None:
+            self._open = Episode(self._folder(len(self.episodes)), self.fps, self.codec, found)
+        self._open.append(arrays, images, task)
+
+    def end_episode(self) -> None:
+        """Keep the episode at hand.
+
+        Raises:
+            InputError: it has no frames, or one that was written in part.
+        """
+        episode = self._open
+        if episode is None:
+            raise InputError(f"{self.root}: the episode has no frames; append() some before end_episode()")
+        if episode.broken:
+            raise InputError(f"{self.root}: a frame of this episode was written in part; discard_episode()")
+        episode.broken = True  # unless all that follows is done
+        number, count = len(self.episodes), len(episode)
+        tasks = dict(self.tasks)
+        for words in episode.tasks:
+            tasks.setdefault(words, len(tasks))
+        rows = {
+            **episode.columns(),
+            "timestamp": (np.arange(count) / self.fps).astype(np.float32),
+            "frame_index": np.arange(count),
+            "episode_index": np.full(count, number),
+            "index": self.frames + np.arange(count),
+            "task_index": np.array([tasks[words] for words in episode.tasks]),
+        }
+        moments = {name: column_moments(x) for name, x in rows.items()} | episode.finish()
+        require("pyarrow.parquet", "train").write_table(table(rows), episode.folder / PART_ROWS)
+        place = self._place_v3 if self.version == "v3.0" else self._place_v2
+        line = {"episode_index": number, "tasks": list(dict.fromkeys(episode.tasks)), "length": count}
+        self.episodes.append({**line, **place(episode)})
+        self.moments.append(moments)
+        self.features, self.tasks, self.frames = episode.features, tasks, self.frames + count
+        self._open = None
+
+    def discard_episode(self) -> None:
+        """Leave out the episode at hand, and all of its files; nothing where none is open."""
+        if self._open is not None:
+            self._open.discard()
+            self._open = None
 
     def add(
         self,
         columns: Mapping[str, NDArray[Any]],
-        pictures: Mapping[str, NDArray[np.uint8]],
+        images: Mapping[str, NDArray[np.uint8]],
         task: str | Sequence[str],
     ) -> None:
-        """Append one episode.
+        """A whole episode: `append` for each of its n frames, then `end_episode`.
 
         Args:
-            columns: flat columns [n, d] or [n], such as "observation.state" and "action".
-            pictures: feature, such as "observation.images.top" -> uint8 [n, H, W, 3], RGB.
+            columns: flat columns [n, d] or [n].
+            images: feature -> uint8 [n, H, W, 3], RGB.
             task: the instruction, or one for each of the n frames.
 
         Raises:
-            InputError: no frames, lengths that differ, or another set of features or shapes than in the first episode.
+            InputError: no frames, lengths that differ, another episode is open, or what `append` refuses; nothing of it is kept.
         """
-        lengths = {name: len(values) for name, values in [*columns.items(), *pictures.items()]}
+        if self._open is not None:
+            raise InputError(f"{self.root}: {self._open_words()}")
+        lengths = {name: len(values) for name, values in [*columns.items(), *images.items()]}
         count = next(iter(lengths.values()), 0)
         if count < 1 or set(lengths.values()) != {count}:
             raise InputError(
@@ -185,31 +202,24 @@ class Writer:
         tasks = [task] * count if isinstance(task, str) else list(task)
         if len(tasks) != count:
             raise InputError(f"{self.root}: expected one task, or {count}, got {len(tasks)}")
-        columns = {name: np.asarray(x).reshape(count, -1) for name, x in columns.items()}
-        self._check_features(columns, pictures)
-        for words in tasks:
-            self.tasks.setdefault(words, len(self.tasks))
-        number = len(self.episodes)
-        rows = {
-            **columns,
-            "timestamp": (np.arange(count) / self.fps).astype(np.float32),
-            "frame_index": np.arange(count),
-            "episode_index": np.full(count, number),
-            "index": self.frames + np.arange(count),
-            "task_index": np.array([self.tasks[words] for words in tasks]),
-        }
-        episode = {"episode_index": number, "tasks": list(dict.fromkeys(tasks)), "length": count}
-        place = self._write_v3 if self.version == "v3.0" else self._write_v2
-        self.episodes.append({**episode, **place(number, rows, pictures)})
-        self._moments.append(_moments(rows, pictures))
-        self.frames += count
+        try:
+            for i, words in enumerate(tasks):
+                self.append({n: x[i] for n, x in columns.items()}, {n: x[i] for n, x in images.items()}, words)
+            self.end_episode()
+        except BaseException:
+            self.discard_episode()
+            raise
 
     def close(self) -> None:
         """Write what describes the data set; without it, it is none.
 
         Raises:
-            InputError: no episode was added.
+            InputError: an episode is open, or there is none. Nothing is lost: end or discard it, and close again.
         """
+        if self._closed:
+            return
+        if self._open is not None:
+            raise InputError(f"{self.root}: {self._open_words()}, then close()")
         if not self.episodes:
             raise InputError(f"{self.root}: no episode was added")
         self._finish_files()
@@ -219,73 +229,78 @@ class Writer:
 
         writer_meta.write(self)
         if self.modality is not None:
-            (meta / "modality.json").write_text(json.dumps(self.modality, indent=1) + "\n")
+            (meta / "modality.json").write_text(self.modality + "\n")
+        shutil.rmtree(self.root / PARTS)
         (meta / "info.json").write_text(json.dumps(writer_meta.info(self), indent=4) + "\n")
+        self._closed = True
 
-    @property
-    def moments(self) -> list[dict[str, dict[str, Any]]]:
-        """Statistics of each episode's features, as lerobot keeps them."""
-        return self._moments
+    def _open_words(self) -> str:
+        count = 0 if self._open is None else len(self._open)
+        return (
+            f"episode {len(self.episodes)} is open with {count} frames; keep it with end_episode() or discard_episode()"
+        )
 
-    def _check_features(self, columns: Mapping[str, NDArray[Any]], pictures: Mapping[str, NDArray[np.uint8]]) -> None:
-        found: dict[str, dict[str, Any]] = {}
-        for name, x in pictures.items():
-            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
-                raise InputError(f"{name}: expected uint8 [n, H, W, 3], got {x.dtype} {list(x.shape)}")
-            shape = list(x.shape[1:])
-            found[name] = {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
-        for name, x in columns.items():
-            found[name] = {"dtype": str(x.dtype), "shape": [x.shape[1]], "names": None}
-        for name, dtype in INDEX_FEATURES.items():
-            found[name] = {"dtype": dtype, "shape": [1], "names": None}
-        self.features = self.features or found
-        if found != self.features:
-            wrong = next(n for n in [*found, *self.features] if found.get(n) != self.features.get(n))
-            raise InputError(
-                f"{wrong}: expected {self.features.get(wrong)} as in the first episode, got {found.get(wrong)}"
-            )
+    def _folder(self, number: int) -> Path:
+        """Where an episode is while it is recorded."""
+        return self.root / PARTS / f"episode_{number:06d}"
 
-    def _write_v2(self, number: int, rows: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[str, Any]:
+    def _place_v2(self, episode: Episode) -> dict[str, Any]:
+        number = len(self.episodes)
         where = {"episode_chunk": number // self.chunks_size, "episode_index": number}
-        path = self.root / V2_DATA.format(**where)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        require("pyarrow.parquet", "train").write_table(table(rows), path)
-        for name, frames in pictures.items():
-            target = self.root / V2_VIDEO.format(**where, video_key=name)
-            video = VideoFile(target, self.fps, frames.shape[1:3], self.codec)
-            video.append(frames)
-            video.close()
+        _move(episode.folder / PART_ROWS, self.root / V2_DATA.format(**where))
+        for name in episode.cameras:
+            _move(episode.video(name), self.root / V2_VIDEO.format(**where, video_key=name))
+        episode.folder.rmdir()
         return {}
 
-    def _write_v3(self, number: int, rows: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[str, Any]:
+    def _place_v3(self, episode: Episode) -> dict[str, Any]:
+        """The episode stays where it is until its file is full."""
+        number, start = len(self.episodes), self._pending_frames
         if number % self.episodes_per_file == 0:
             self._finish_files()
-        chunk, file = divmod(number // self.episodes_per_file, self.chunks_size)
-        where = {"chunk_index": chunk, "file_index": file}
+            start = 0
+        where = self._file(number)
         place: dict[str, Any] = {f"data/{key}": value for key, value in where.items()}
-        place |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + len(rows["index"])}
-        self._rows.append((self.root / V3_DATA.format(**where), table(rows)))
-        for name, frames in pictures.items():
-            if name not in self._videos:
-                path = self.root / V3_VIDEO.format(**where, video_key=name)
-                self._videos[name] = VideoFile(path, self.fps, frames.shape[1:3], self.codec)
-            video = self._videos[name]
-            start = video.count
-            video.append(frames)
+        place |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + len(episode)}
+        for name in episode.cameras:
             place |= {f"videos/{name}/{key}": value for key, value in where.items()}
             place[f"videos/{name}/from_timestamp"] = start / self.fps
-            place[f"videos/{name}/to_timestamp"] = video.count / self.fps
+            place[f"videos/{name}/to_timestamp"] = (start + len(episode)) / self.fps
+        self._pending.append(episode.folder)
+        self._pending_frames = start + len(episode)
         return place
 
+    def _file(self, number: int) -> dict[str, int]:
+        """Which file an episode is in (v3.0)."""
+        chunk, file = divmod(number // self.episodes_per_file, self.chunks_size)
+        return {"chunk_index": chunk, "file_index": file}
+
     def _finish_files(self) -> None:
-        for video in self._videos.values():
-            video.close()
-        if self._rows:
-            path = self._rows[0][0]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tables = [rows for _, rows in self._rows]
-            require("pyarrow.parquet", "train").write_table(require("pyarrow", "train").concat_tables(tables), path)
-        self._videos, self._rows = {}, []
+        """Join the episodes that wait for it (v3.0); each file appears whole."""
+        if not self._pending:
+            return
+        parquet, pa = require("pyarrow.parquet", "train"), require("pyarrow", "train")
+        first = len(self.episodes) - len(self._pending)
+        where, partial = self._file(first), self.root / PARTS / "joined.mp4"
+        rows = pa.concat_tables([parquet.read_table(folder / PART_ROWS) for folder in self._pending])
+        data = self.root / V3_DATA.format(**where)
+        data.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(rows, data)
+        for name in cameras(self.features):
+            join([folder / f"{name}.mp4" for folder in self._pending], partial, self.fps)
+            _move(partial, self.root / V3_VIDEO.format(**where, video_key=name))
+        for folder in self._pending:
+            shutil.rmtree(folder)
+        self._pending, self._pending_frames = [], 0
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)
+
+
+def _told(feature: Feature | None) -> str:
+    return "none" if feature is None else f"{feature[0]} {list(feature[1])}"
 
 
 def table(rows: Mapping[str, NDArray[Any]]) -> Any:
@@ -296,15 +311,3 @@ def table(rows: Mapping[str, NDArray[Any]]) -> Any:
         flat = pa.array(np.ascontiguousarray(x).reshape(-1))
         arrays[name] = flat if x.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
     return pa.table(arrays)
-
-
-def _moments(rows: Mapping[str, NDArray[Any]], pictures: Mapping[str, NDArray[np.uint8]]) -> dict[str, dict[str, Any]]:
-    """min, max, mean, std and count of each feature; pictures per channel in 0..1, shaped [3, 1, 1] as lerobot has them."""
-    out = {}
-    for name, x in rows.items():
-        flat = x.reshape(len(x), -1).astype(np.float64)
-        out[name] = {k: getattr(flat, k)(axis=0).tolist() for k in ("min", "max", "mean", "std")} | {"count": [len(x)]}
-    for name, x in pictures.items():
-        channels = {k: getattr(x, k)(axis=(0, 1, 2)) / 255.0 for k in ("min", "max", "mean", "std")}
-        out[name] = {k: v.reshape(3, 1, 1).tolist() for k, v in channels.items()} | {"count": [len(x)]}
-    return out

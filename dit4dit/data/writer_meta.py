@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit4dit.data import writer as layout
+from dit4dit.data.writer_episode import INDEX_FEATURES, cameras
 from dit4dit.extras import require
 
 if TYPE_CHECKING:
@@ -34,14 +35,18 @@ def write(made: Writer) -> None:
 
 def info(made: Writer) -> dict[str, Any]:
     """Content of info.json."""
-    features = dict(made.features)
-    for name, feature in features.items():
-        if feature["dtype"] == "video":
-            height, width, channels = feature["shape"]
+    features: dict[str, dict[str, Any]] = {}
+    for name, (dtype, shape) in made.features.items():
+        features[name] = {"dtype": dtype, "shape": list(shape), "names": None}
+        if dtype == "video":
+            height, width, channels = shape
             facts = {"height": height, "width": width, "channels": channels, "fps": made.fps, "codec": made.codec.name}
             facts |= {"pix_fmt": made.codec.pixels, "is_depth_map": False}
-            features[name] = {**feature, "info": {f"video.{k}": v for k, v in facts.items()} | {"has_audio": False}}
-    videos = [name for name, feature in features.items() if feature["dtype"] == "video"]
+            features[name]["names"] = ["height", "width", "channels"]
+            features[name]["info"] = {f"video.{k}": v for k, v in facts.items()} | {"has_audio": False}
+    for name, dtype in INDEX_FEATURES.items():
+        features[name] = {"dtype": dtype, "shape": [1], "names": None}
+    videos = cameras(made.features)
     fps = int(made.fps) if float(made.fps).is_integer() else made.fps
     count = len(made.episodes)
     data: dict[str, Any] = {
@@ -64,7 +69,11 @@ def info(made: Writer) -> dict[str, Any]:
 
 
 def _lines(path: Path, items: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    # some readers take these for ends of lines too
+    for mark in "\u0085\u2028\u2029":
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _tasks_parquet(made: Writer, path: Path) -> None:
@@ -118,7 +127,8 @@ def _merge(each: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any
         count = get("count")
         weight = (count / count.sum()).reshape(-1, *([1] * (get("mean").ndim - 1)))
         mean = (weight * get("mean")).sum(axis=0)
-        spread = np.sqrt(np.maximum(0.0, (weight * (get("std") ** 2 + get("mean") ** 2)).sum(axis=0) - mean**2))
+        # around the common mean: a difference of large squares would lose a small spread
+        spread = np.sqrt((weight * (get("std") ** 2 + (get("mean") - mean) ** 2)).sum(axis=0))
         merged = {"min": get("min").min(axis=0), "max": get("max").max(axis=0), "mean": mean, "std": spread}
         out[name] = {key: value.tolist() for key, value in merged.items()} | {"count": [int(count.sum())]}
     return out

@@ -189,31 +189,29 @@ class Embodiment:
 
     def state_chain(self, statistics: Statistics, width: int) -> Chain:
         """Raw state [..., state_dim] <-> the model's state [..., width]."""
-        if self.encoded_state_dim > width:
-            raise ConfigError(
-                f"embodiment {self.name!r}: its encoded state has {self.encoded_state_dim} values, the model takes {width}; "
-                "choose another embodiment"
-            )
-        encode: Transform
+        self.check_state_width(width)
+        encode: tuple[Transform, ...]
         if self.state_encoding == "sin_cos":
-            encode = SinCos(tuple(key.dim for key in self.state))
+            encode = (SinCos(tuple(key.dim for key in self.state)),)
         else:
-            if statistics.state is None or statistics.state.size != self.state_dim:
-                got = "none" if statistics.state is None else statistics.state.size
+            got = 0 if statistics.state is None else statistics.state.size
+            if got != self.state_dim:
                 raise ConfigError(
                     f"statistics {statistics.tag!r}: expected {self.state_dim} state values for embodiment "
-                    f"{self.name!r}, got {got}"
+                    f"{self.name!r}, got {got}; choose another embodiment or tag"
                 )
-            encode = Normalize.from_stats(statistics.state, self._modes(self.state))
-        return Chain((encode, Pad(self.encoded_state_dim, width)))
+            stats = statistics.state
+            encode = () if stats is None else (Normalize.from_stats(stats, self._modes(self.state)),)
+        return Chain((*encode, Pad(self.encoded_state_dim, width)))
 
     def action_chain(self, statistics: Statistics, width: int) -> Chain:
         """Robot actions [..., action_dim] <-> the model's actions [..., width]."""
-        if statistics.action.size != self.action_dim or self.action_dim > width:
+        if statistics.action.size != self.action_dim:
             raise ConfigError(
-                f"statistics {statistics.tag!r}: expected {self.action_dim} action values (at most the model's {width}) "
-                f"for embodiment {self.name!r}, got {statistics.action.size}; choose another embodiment or tag"
+                f"statistics {statistics.tag!r}: expected {self.action_dim} action values for embodiment {self.name!r}, got "
+                f"{statistics.action.size}; choose another embodiment or tag"
             )
+        self.check_action_width(width)
         normalize = Normalize.from_stats(statistics.action, self._modes(self.action))
         threshold = () if self.gripper is None else (Threshold(self.gripper.index, self.gripper.threshold),)
         return Chain((normalize, *threshold, Pad(self.action_dim, width)))
@@ -230,6 +228,23 @@ class Embodiment:
         return (
             f"statistics {statistics.tag!r}: {len(at)} of {self.action_dim} action dimensions never moved in the data, and are "
             f"always sent as the one value that they had: {listed}"
+        )
+
+    def check_action_width(self, width: int) -> None:
+        """ConfigError where the actions have more values than a model of this width takes."""
+        if self.action_dim > width:
+            raise ConfigError(self._too_wide("action_dim", "its actions have", self.action_dim, width))
+
+    def check_state_width(self, width: int) -> None:
+        """ConfigError where the encoded state has more values than a model of this width takes."""
+        if self.encoded_state_dim > width:
+            raise ConfigError(self._too_wide("state_dim", "its encoded state has", self.encoded_state_dim, width))
+
+    def _too_wide(self, key: str, what: str, size: int, width: int) -> str:
+        return (
+            f"embodiment {self.name!r}: {what} {size} values, the model takes at most {width} (head.{key}); train with "
+            f"--model.head.{key} {size} (from a checkpoint with --weights.fresh_head true), or for inference choose another "
+            "embodiment"
         )
 
     @staticmethod

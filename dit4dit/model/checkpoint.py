@@ -111,7 +111,7 @@ def is_own_format(folder: Path) -> bool:
 
 
 def _from_hub(name: str) -> Path:
-    local = not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith((".pt", ".pth")) or Path(name).parent.is_dir()
+    local = not is_hub_id(name) or name.endswith((".pt", ".pth")) or Path(name).parent.is_dir()
     if local:
         raise CheckpointError(f"checkpoint {name}: no such file or folder; give a run folder, a .pt file or a hub id")
     return _download(name, None, None, "give a run folder or a .pt file that exists")
@@ -144,9 +144,16 @@ def find_backbone(backbone: str | Path | None, run: Path | None, *, weights: boo
         return Path(chosen).expanduser()
     patterns = None if weights else SMALL_FILES
     hint = "give a Cosmos-Predict2.5 folder with --backbone or DIT4DIT_BACKBONE"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(chosen)):
-        raise CheckpointError(f"backbone {chosen}: no such folder; give a Cosmos-Predict2.5 folder or its hub id")
+    if not is_hub_id(str(chosen)):
+        raise CheckpointError(
+            f"backbone {chosen}: no such folder; give a Cosmos-Predict2.5 folder or its hub id with --backbone"
+        )
     return _download(chosen, HUB_REVISION if chosen == HUB_BACKBONE else None, patterns, hint)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub repository's, organisation/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def _open_published(path: Path, backbone: str | Path | None) -> Checkpoint:

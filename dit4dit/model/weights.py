@@ -172,6 +172,19 @@ class Slice(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def cosmos_sizes(folder: Path, base: ModelConfig) -> ModelConfig:
+    """`base` with the sizes of a Cosmos folder's own parts; reads small files only."""
+    text, vae, dit, sigma_max = read_cosmos(folder)
+    return replace(
+        base,
+        text=replace(text, max_length=base.text.max_length),
+        vae=vae,
+        dit=dit,
+        head=replace(base.head, context_dim=dit.width),
+        sigma_max=sigma_max,
+    )
+
+
 def from_cosmos(
     folder: Path,
     base: ModelConfig,
@@ -194,15 +207,7 @@ def from_cosmos(
     Raises:
         CheckpointError: no folder, no weights in it, or weights that do not fit its configuration.
     """
-    text, vae, dit, sigma_max = read_cosmos(folder)
-    config = replace(
-        base,
-        text=replace(text, max_length=base.text.max_length),
-        vae=vae,
-        dit=dit,
-        head=replace(base.head, context_dim=dit.width),
-        sigma_max=sigma_max,
-    )
+    config = cosmos_sizes(folder, base)
     parts = ("transformer", "vae", "text_encoder") if with_text else ("transformer", "vae")
     model = build(
         config,

@@ -6,9 +6,10 @@ Unknown keys are refused by name; only the reader of published files (`dit4dit.t
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -117,8 +118,21 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name}: expected at least 0, got {getattr(self, name)}")
         if self.learning_rate.base <= 0:
             raise ConfigError(f"optim.learning_rate.base: expected more than 0, got {self.learning_rate.base}")
+        for name in ("backbone_interface", "action_model"):
+            rate = getattr(self.learning_rate, name)
+            if rate < 0:
+                raise ConfigError(f"optim.learning_rate.{name}: expected at least 0, got {rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas: expected two numbers from 0 to below 1, got {self.betas}")
+        if self.eps < 0:
+            raise ConfigError(f"optim.eps: expected at least 0, got {self.eps}")
+        if self.lora.rank < 0:
+            raise ConfigError(f"optim.lora.rank: expected at least 0 (no adapters), got {self.lora.rank}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"optim.ema: expected a decay between 0 and 1, got {self.ema}")
+
+
+POSITIVE = ("steps", "save_every", "keep", "log_every", "eval_samples")
 
 
 @dataclass(frozen=True)
@@ -158,9 +172,11 @@ class RunConfig:
     """Project name for wandb."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"run.{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least in (*((n, 1) for n in POSITIVE), ("eval_every", 0), ("eval_strips", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"run.{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"run.seed: expected 0 to 2^64 - 1, got {self.seed}")
         if self.precision == "float16" and self.strategy != "ddp":
             raise ConfigError(
                 "run.precision: float16 scales its loss, which works with strategy ddp alone; use bfloat16"
@@ -180,6 +196,9 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        for key, value in numbers(self.to_dict()):
+            if not math.isfinite(value):
+                raise ConfigError(f"{key}: expected a finite number, got {value}")
         if self.data.batch_size < 1:
             raise ConfigError(f"data.batch_size: expected at least 1, got {self.data.batch_size}")
         if self.data.sample_every < 1:
@@ -187,7 +206,7 @@ class TrainConfig:
         if self.data.batch_size % self.model.flow.video_every:
             raise ConfigError(
                 f"model.flow.video_every: expected a divisor of data.batch_size = {self.data.batch_size}, "
-                f"got {self.model.flow.video_every}"
+                f"got {self.model.flow.video_every}; set --model.flow.video_every or --data.batch_size"
             )
         if self.data.workers < 0:
             raise ConfigError(f"data.workers: expected at least 0, got {self.data.workers}")
@@ -228,6 +247,15 @@ class TrainConfig:
         except ConfigError as error:
             message = str(error)  # a key begins with the dot that would divide it from a place
             raise ConfigError(f"--{message[1:]}" if message.startswith(".") else message) from None
+
+
+def numbers(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float of a configuration as plain data, with its dotted key."""
+    if isinstance(node, float):
+        yield key, node
+    elif isinstance(node, (dict, list, tuple)):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from numbers(value, f"{key}.{name}" if key else str(name))
 
 
 def _has(hint: Any, part: str, key: str) -> bool:

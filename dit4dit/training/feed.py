@@ -144,7 +144,7 @@ def to_batch(
     if raw.actions.shape[1:] != (head.action_horizon, head.action_dim):
         raise InputError(
             f"samples {list(raw.indices)}: actions: expected shape [{head.action_horizon}, {head.action_dim}], "
-            f"got {list(raw.actions.shape[1:])}; choose the data's own horizon and width"
+            f"got {list(raw.actions.shape[1:])}; set --model.head.action_horizon and --model.head.action_dim to the data's"
         )
     return Batch(
         video=pictures(raw, config, device) if latents is None else None,
@@ -160,7 +160,9 @@ def pictures(raw: Raw, config: ModelConfig, device: torch.device) -> Tensor:
     """The micro batch's clips, float32 [B, F, 3, H, W] in [-1, 1]."""
     if raw.video is None or raw.video.shape[1] != config.frames:
         got = "none" if raw.video is None else list(raw.video.shape[1:])
-        raise InputError(f"samples {list(raw.indices)}: video: expected [{config.frames}, 3, H, W], got {got}")
+        raise InputError(
+            f"samples {list(raw.indices)}: video: expected [{config.frames}, 3, H, W], got {got}; set --model.frames"
+        )
     return raw.video.to(device, non_blocking=True)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dit4dit.config import ModelConfig
+from dit4dit.data.fit import check_fit, check_views
 from dit4dit.data.mixture import Mixture, Split
 from dit4dit.data.robots import catalogue
 from dit4dit.data.sampler import Draws
@@ -49,6 +50,12 @@ class LeRobotData:
             ConfigError: robots of the mixture join their views to pictures of different sizes, or none is the embodiment.
         """
         self.mixture, self.skip_bad = mixture, config.skip_bad
+        if apart := check_views(mixture.views):
+            raise ConfigError(
+                f"--data.mixture {config.mixture}: {apart}; make one mixture for each number, in a file for --data.robots"
+            )
+        for recording in mixture.recordings:
+            check_fit(recording.embodiment, model)
         self.window = Window.for_model(
             model,
             video_delta_indices=config.video_delta_indices,
@@ -74,20 +81,22 @@ class LeRobotData:
                 f"embodiment: the checkpoints would carry {embodiment!r}, the mixture {config.mixture!r} is of "
                 f"{', '.join(map(repr, robots))}; give --embodiment none, with which they carry the data's own"
             )
-        views = {r.embodiment.name: len(r.embodiment.views) for r in mixture.recordings}
-        if len(set(views.values())) > 1:
-            raise ConfigError(f"the mixture's robots have different numbers of views ({views}); train them apart")
         height, width = model.image_size
-        self._size = (height, width * next(iter(views.values())))
+        self._size = (height, width * next(iter(mixture.views.values())))
 
     @classmethod
     def open(cls, config: DataConfig, model: ModelConfig, seed: int, embodiment: str | None = None) -> LeRobotData:
         """Open the mixture that `config` names; DataError and ConfigError as `Mixture.open` has them."""
         known = catalogue(None if config.robots is None else Path(config.robots))
+        if not config.mixture:
+            raise ConfigError(
+                f"--data.mixture: none given; choose one: {', '.join(known.mixtures)}, or one of --data.robots"
+            )
         mixture = Mixture.open(known.mixture(config.mixture), Path(config.root), known, skip_bad=config.skip_bad)
+        data = cls(mixture, model, config, seed, embodiment)
         for note in mixture.notes:
             log.warning("%s: %s", config.mixture, note)
-        return cls(mixture, model, config, seed, embodiment)
+        return data
 
     def _samples(self, recording: Recording, episode: int) -> int:
         return -(-recording.length(episode) // self._every)

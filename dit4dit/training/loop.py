@@ -23,7 +23,7 @@ from torch import Tensor
 from dit4dit.data.robots import described
 from dit4dit.errors import CheckpointError, ConfigError, TrainingError
 from dit4dit.model.dit4dit import DiT4DiT, Draws
-from dit4dit.training import caches, checkpoint, evaluate, optim, setup
+from dit4dit.training import caches, checkpoint, evaluate, optim, preflight, setup
 from dit4dit.training.config import TrainConfig, write_config
 from dit4dit.training.feed import Feed, Raw, Share, TrainingData, to_batch
 from dit4dit.training.logs import Log, Meter, bar, log
@@ -44,6 +44,7 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
     Raises:
         ConfigError, CheckpointError: before the first step, where the run cannot start. TrainingError: the loss is NaN.
     """
+    preflight.check_start(config)
     torch.set_float32_matmul_precision("high")
     processes = Processes(config)
     run = Path(config.run.out)
@@ -101,6 +102,10 @@ def fill_caches(
     wanted = config.run.save_frozen and not frozen.is_dir()
     if prompts is None or processes.agree(bool(prompts.missing(data.instructions))) or processes.agree(wanted):
         text = start.text()
+        if processes.first and (
+            cut := preflight.cut_prompts(start.tokenizer, data.instructions, text.config.max_length)
+        ):
+            log.warning("%s", cut)
         prompts = caches.PromptCache(folder, caches.prompt_key(text, start.tokenizer))
         with bar("prompts", len(prompts.left(data.instructions, rank, ranks)), processes.first) as done:
             caches.fill_prompts(prompts, text, start.tokenizer, data.instructions, rank=rank, ranks=ranks, done=done)

@@ -55,7 +55,28 @@ def sized(config: TrainConfig) -> TrainConfig:
     if config.weights.checkpoint is not None:
         opened = checkpoint.open_checkpoint(config.weights.checkpoint, config.weights.backbone)
         return replace(config, model=_model_of(config, opened.model))
+    if config.weights.backbone is not None and (folder := local_backbone(config.weights.backbone)) is not None:
+        return replace(config, model=weights.cosmos_sizes(folder, config.model))
     return config
+
+
+def local_backbone(backbone: str) -> Path | None:
+    """A Cosmos folder, or a hub id's files where they are on this machine already; None for an id whose files are not.
+
+    Raises:
+        CheckpointError: neither a folder nor an id.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(backbone).expanduser()
+    if folder.exists() or not checkpoint.is_hub_id(backbone):
+        return checkpoint.find_backbone(backbone, None, weights=False)
+    revision = checkpoint.HUB_REVISION if backbone == checkpoint.HUB_BACKBONE else None
+    try:
+        return Path(snapshot_download(backbone, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _model_of(config: TrainConfig, found: ModelConfig) -> ModelConfig:
@@ -126,7 +147,12 @@ def _fresh(config: TrainConfig, device: torch.device) -> Start:
             encoder = TextEncoder(config.model.text)
         return encoder.to(device).eval().requires_grad_(False)
 
-    return Start(config, model, text, tabletop_tokenizer() if world else byte_tokenizer())
+    return Start(config, model, text, fresh_tokenizer(config))
+
+
+def fresh_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run whose weights are all fresh."""
+    return tabletop_tokenizer() if config.embodiment == "tabletop" else byte_tokenizer()
 
 
 def _fresh_head(config: ModelConfig, seed: int) -> ActionHead:
