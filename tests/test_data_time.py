@@ -151,6 +151,12 @@ def test_what_the_writer_writes_is_even(record, version: str, fps: float, monkey
     assert read(root, monkeypatch) == counted(LENGTHS)
 
 
+def test_episodes_of_a_row_or_two_have_no_rate(record, monkeypatch) -> None:
+    root = record(lengths=(1, 2, 9))
+    assert verdict(root) == ([], [])
+    assert read(root, monkeypatch) == counted((1, 2, 9))
+
+
 def test_a_video_that_runs_a_little_slower_than_declared_is_read_by_number(record, monkeypatch) -> None:
     """After 150 frames at 29.55 instead of 30 per second, start x fps is 2.25 frames too late."""
     lengths = (150, 30, 20)
@@ -459,6 +465,31 @@ def test_an_index_that_does_not_fit_the_packets_is_not_used(tmp_path: Path, monk
     assert read_header(path).times.ticks.tolist() == right
     monkeypatch.setattr(frame_times, "_composition_offsets", lambda path, frames: None)
     assert read_header(path).times.ticks.tolist() == right
+
+
+def decoded(path: Path) -> list[int]:
+    import av
+
+    with av.open(str(path)) as container:
+        return sorted(frame.pts for frame in container.decode(video=0))
+
+
+def test_fragments_that_begin_like_an_ordinary_file(tmp_path: Path) -> None:
+    """The first packets come in the order of display, at even times; later ones do not, and the index at the front is silent."""
+    fragments = {"movflags": "frag_keyframe+empty_moov"}
+    path = film(tmp_path / "v.mp4", range(0, 4000, 100), MS30, key_frames=12, container=fragments)
+    assert read_header(path).times.ticks.tolist() == decoded(path)
+
+
+def test_offsets_for_other_frames_than_there_are(tmp_path: Path) -> None:
+    path = film(tmp_path / "v.mp4", range(0, 4000, 100), MS30)
+    data = bytearray(path.read_bytes())
+    at = boxes(data, b"ctts") + 8
+    count = int.from_bytes(data[at : at + 4], "big")
+    data[at : at + 4] = (count + 2).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert frame_times._composition_offsets(path, 40) is None
+    assert read_header(path).times.ticks.tolist() == decoded(path)
 
 
 def test_two_frames_at_one_time_are_an_error(record) -> None:

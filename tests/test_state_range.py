@@ -77,6 +77,9 @@ def test_degrees_for_radians_are_named(caplog) -> None:
         "state 'right_arm[0]': -57.296, in the training data -1.5 to 1.5: 19 times that range outside"
     )
     assert "degrees? As radians it would be where the training data are" in line
+    state[10] = 100.0  # another joint of the same key
+    found.look(state)
+    assert said(caplog) == []
     state[26] = 200.0  # as radians 3.49, half a width outside
     found.look(state)
     assert "degrees?" in said(caplog)[0]
