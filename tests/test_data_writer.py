@@ -77,7 +77,7 @@ def test_what_was_appended_is_what_is_read(tmp_path: Path, version: str) -> None
             np.testing.assert_array_equal(found, np.stack([images[camera] for _, images, _ in frames]))
         for column in ("observation.state", "action", "observation.count"):
             want = np.stack([np.atleast_1d(columns[column]) for columns, _, _ in frames])
-            found = data.columns[column][data.rows(i)].reshape(want.shape)
+            found = data.column(column, i).reshape(want.shape)
             np.testing.assert_array_equal(found, want.astype(found.dtype))
         assert data.task("task_index", i, 0) == f"task {i}"
     info = json.loads((root / "meta" / "info.json").read_text())
@@ -221,7 +221,7 @@ def test_a_refused_frame_leaves_the_episode_as_it_was(tmp_path: Path, name: str)
     data = LeRobot.open(tmp_path / "set")
     assert [e.length for e in data.meta.episodes] == [4]
     assert dict(data.meta.tasks) == {0: "task 0"}
-    assert data.columns["observation.count"].ravel().tolist() == [0, 1, 2, 10]
+    assert data.column("observation.count", 0).ravel().tolist() == [0, 1, 2, 10]
     assert data.pictures(TOP, 0, range(4)).shape == (4, 16, 24, 3)
 
 

@@ -189,10 +189,9 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     ):
         GR1.state_chain(statistics(29, 29), 16)
     # a robot without a state is one whose state is all padding, however it is encoded
+    blind = replace(G1, state=(), action=tuple(replace(key, moves=None) for key in G1.action))
     for encoding in ("normalized", "sin_cos"):
-        chain = replace(G1, state=(), state_encoding=encoding).state_chain(
-            Statistics("t", statistics(0, 36).action, None), 64
-        )
+        chain = replace(blind, state_encoding=encoding).state_chain(Statistics("t", statistics(0, 36).action, None), 64)
         assert chain.forward(np.zeros((1, 0), np.float32)).tolist() == [[0.0] * 64]
     with pytest.raises(ConfigError, match="unknown; did you mean 'libero'"):
         embodiment("libera")

@@ -289,7 +289,7 @@ def test_instructions_that_are_cut_are_counted(file: Path, capsys, caplog) -> No
 
 def test_every_float_is_looked_at(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.flow\.beta_alpha: expected a finite number, got nan"):
+    with pytest.raises(ConfigError, match=r"flow\.beta_alpha: expected a finite number, got nan"):
         replace(config, model=replace(config.model, flow=replace(config.model.flow, beta_alpha=float("nan"))))
-    with pytest.raises(ConfigError, match=r"model\.dit\.rope_scale\.1: expected a finite number"):
+    with pytest.raises(ConfigError, match=r"dit\.rope_scale: expected a finite number"):
         replace(config, model=replace(config.model, dit=replace(config.model.dit, rope_scale=(1.0, float("inf"), 1.0))))

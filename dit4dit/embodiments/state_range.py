@@ -19,6 +19,9 @@ FLOOR, SHARE = 0.1, 0.01
 """The width of a value that never changed in training: 0.1, or 1 % of the value where that is more. Half a radian or metre, or
 5 %, may be another pose, or a sensor; degrees, millimetres and other orders are beyond."""
 
+_TELLING = threading.Lock()
+"""Held while something is told; of all policies, so that a policy can be copied and pickled."""
+
 
 class StateRange:
     """Bounds of one policy's states, and which keys have been told. Safe to call from several threads."""
@@ -34,7 +37,6 @@ class StateRange:
         most = float(np.finfo(np.float32).max)
         self._least = np.clip(self._low - WIDTHS * self._width, -most, most).astype(np.float32)
         self._most = np.clip(self._high + WIDTHS * self._width, -most, most).astype(np.float32)
-        self._lock = threading.Lock()
         self._silent = False
         # what the ends of the range are encoded as, from where a normalised state is followed back: the chain's own inverse clips
         ends = chain.forward(np.stack([self._low, self._high]).astype(np.float32))[:, : robot.state_dim].astype(
@@ -66,7 +68,7 @@ class StateRange:
             self.look(state)
 
     def _tell(self, state: Array, outside: NDArray[np.bool_]) -> None:
-        with self._lock:
+        with _TELLING:
             start = 0
             for key in self._robot.state:
                 place = slice(start, start + key.dim)
