@@ -40,8 +40,10 @@ def film(
     """
     import av
 
+    from dit4dit.data.writer_video import scheduling_kept
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options=dict(container or {})) as target:
+    with scheduling_kept(), av.open(str(path), "w", options=dict(container or {})) as target:
         chosen = {"g": "9", "bf": "2", "preset": "ultrafast"} if options is None else dict(options)
         stream = target.add_stream(codec, rate=30, options=chosen)
         stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"

@@ -44,6 +44,7 @@ def test_episodes_can_be_left_out(libero_data: Path, libero_episode) -> None:
 def test_they_are_cached_by_content(libero_data: Path, write_libero, tmp_path: Path, monkeypatch) -> None:
     from dit4dit.data import statistics
 
+    monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path / "cache"))  # where no other test has left what it computed
     first = flat_statistics(LeRobot.open(libero_data / "v2.1"), "action")
     copy = LeRobot.open(write_libero(tmp_path / "elsewhere", version="v3.0"))
     monkeypatch.setattr(statistics, "_exact", lambda values: pytest.fail("computed again"))

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import make_libero_episode
 from test_training_command import GOLDEN, MINE
 from training_worker import small_config
 
 from dit4dit.cli import main
 from dit4dit.commands import train as command
-from dit4dit.data import Mixture, Writer
+from dit4dit.data import Mixture
 from dit4dit.data.robots import catalogue
 from dit4dit.errors import CheckpointError, ConfigError
 from dit4dit.model.text import byte_tokenizer, tokenize
@@ -98,13 +97,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_dry_run_says_what_a_start_would(name: str, file: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_dry_run_says_what_a_start_would(
+    name: str, file: Path, tmp_path: Path, write_libero, capsys, monkeypatch
+) -> None:
     words, message = FAULTS[name]
     (tmp_path / "afile").touch()
     replaced = [str(word).replace("FILE", str(tmp_path / "afile")) for word in words]
     message = message.replace("FILE", str(tmp_path / "afile"))
     if name == "held out":
-        one_episode(tmp_path, file)
+        one_episode(tmp_path, write_libero)
     if name in ("wandb", "deepspeed"):
         absent(name, monkeypatch)
     said = []
@@ -116,10 +117,9 @@ def test_a_dry_run_says_what_a_start_would(name: str, file: Path, tmp_path: Path
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def one_episode(tmp_path: Path, file: Path) -> None:
+def one_episode(tmp_path: Path, write_libero) -> None:
     """A mixture "one", whose data set has one episode."""
-    with Writer(tmp_path / "single", 10) as writer:
-        writer.add(*make_libero_episode(0, 12), "go")
+    write_libero(tmp_path / "single", lengths=(12,))
     robots = tmp_path / "robots.yaml"
     robots.write_text(robots.read_text() + f"  one: [{{dataset: {tmp_path / 'single'}, robot: libero_franka}}]\n")
 
