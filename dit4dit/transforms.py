@@ -95,7 +95,7 @@ class Normalize:
     values of any size.
 
     Dimensions whose range is empty map to 0 (min_max) or pass through (q99, mean_std), as in the published loader; back
-    they come as the one value that the data had.
+    they come as the one value that the data had (q99: nearly always).
     """
 
     offset: NDArray[np.float64]
@@ -124,9 +124,10 @@ class Normalize:
             offset[chosen], scale[chosen] = ((low + high) / 2)[chosen], ((high - low) / 2)[chosen]
         chosen = mode == "mean_std"
         offset[chosen], scale[chosen] = stats.mean[chosen], stats.std[chosen]
-        empty = scale == 0
+        # a standard deviation of equal values may come out of its rounding as a little more than 0
+        empty = (scale == 0) | ((mode == "mean_std") & (stats.min == stats.max))
         flat = empty & (mode == "min_max")
-        constant = np.where(empty, offset, np.nan)
+        constant = np.where(empty, np.where(stats.min == stats.max, stats.min, offset), np.nan)
         passed = empty & (mode != "min_max")
         offset[passed], scale[passed] = 0.0, 1.0
         scale[flat] = 1.0

@@ -198,7 +198,7 @@ def test_damaged_episodes_do_not_count(theirs) -> None:
 def test_the_bounds(theirs, value: float, inside: bool) -> None:
     def change(column: np.ndarray) -> np.ndarray:
         if column.tolist() == COMMANDS[1].tolist():
-            column[3] = value * (0.999999 if inside else 1)
+            column[3] = value  # in float32 a little more than the bound
         return column
 
     recording = Recording.of(LeRobot.open(theirs(change), standard=MODALITY), catalogue().robot("libero_franka"))
@@ -357,10 +357,16 @@ robots:
         (
             lambda c: 0.08 * c,
             "action.gripper: all 240 values lie below the threshold 0.5 (seen 0 to 0.08), so the policy would always send 0; "
-            "robot 'my_arm' wants 0 and 1 (mode binary: what is above 0.5 becomes 1, all else 0). Divide by the largest value",
+            "robot 'my_arm' wants 0 and 1 (mode binary: what is above 0.5 becomes 1, all else 0). Write value / 0.08, or give "
+            "the key the mode min_max",
         ),
-        (lambda c: 0.6 + 0.4 * c, "lie above the threshold 0.5 (seen 0.6 to 1), so the policy would always send 1"),
-        (lambda c: 0 * c, "so the policy would always send 0; robot 'my_arm' wants 0 and 1"),
+        (
+            lambda c: 0.6 + 0.4 * c,
+            "lie above the threshold 0.5 (seen 0.6 to 1), so the policy would always send 1; robot 'my_arm' wants 0 and 1 (mode "
+            "binary: what is above 0.5 becomes 1, all else 0). Write (value - 0.6) / 0.4, or give the key the mode min_max",
+        ),
+        (lambda c: 0 * c + 0.02, "so the policy would always send 0; robot 'my_arm' wants 0 and 1"),
+        (lambda c: 0 * c + 0.89, "so the policy would always send 1; robot 'my_arm' wants 0 and 1"),
     ],
 )
 def test_binary_keys_of_robots_from_yaml(change: Change, message: str | None, theirs, tmp_path: Path) -> None:
@@ -375,6 +381,51 @@ def test_binary_keys_of_robots_from_yaml(change: Change, message: str | None, th
             assert message in found["errors"][0]["message"]
         (warning,) = [text for text in found["warnings"] if text.startswith("state.gripper")]
         assert warning.endswith("(seen -0.04 to -0.015): the model sees a constant")
+
+
+@pytest.mark.parametrize("value, what", [(0.0, 0), (1.0, 1), (0.009, 0), (0.91, 1)])
+def test_a_gripper_that_is_never_used_is_only_told(value: float, what: int, theirs, tmp_path: Path) -> None:
+    """Of a robot with two arms: what the policy sends is what the data hold."""
+    root = theirs(lambda c: 0 * c + value)
+    (tmp_path / "my.yaml").write_text(MINE.replace("MODE", "binary"))
+    known = catalogue(tmp_path / "my.yaml")
+    found = check(root, robot=known.robot("my_arm"), decode=False)
+    assert found["errors"] == []
+    note = f"action.gripper: mode binary, and all 240 values are about {what}: the policy would always send that"
+    assert note in found["warnings"]
+    notes = Mixture.open([Entry("theirs", "my_arm")], root.parent, known).notes
+    assert f"theirs: {note}" in notes
+    assert len([text for text in notes if "action.gripper" in text]) == 1
+
+
+@pytest.mark.parametrize(
+    "low, high, opens, closes",
+    [
+        (
+            -1,
+            1,
+            "Of robosuite's -1 = open and +1 = close make (1 - value) / 2; where",
+            "+1 = close make (value + 1) / 2; where",
+        ),
+        (
+            0,
+            0.08,
+            "Of an opening from 0 to 0.08 make value / 0.08",
+            "Of an opening from 0 to 0.08 make 1 - value / 0.08",
+        ),
+        (0.6, 1, "Of an opening from 0.6 to 1 make (value - 0.6) / 0.4", "from 0.6 to 1 make 1 - (value - 0.6) / 0.4"),
+        (-100, 100, "Of an opening from -100 to 100 make (value + 100) / 200", "make 1 - (value + 100) / 200"),
+        (-0.05, -0.0, "Of an opening from -0.05 to 0 make (value + 0.05) / 0.05", "make 1 - (value + 0.05) / 0.05"),
+    ],
+)
+def test_the_way_to_convert_helps(low: float, high: float, opens: str, closes: str) -> None:
+    """Made so, values of the whole range lie on both sides of the threshold."""
+    values = np.linspace(low, high, 100)
+    for rule, words in ((LIBERO.gripper, opens), (TABLETOP.gripper, closes)):
+        text = gripper._range("action.grip", "robot", values, rule)
+        assert words in text
+        formula = text.split(" make ")[1].split(";")[0]
+        assert gripper._range("action.grip", "robot", eval(formula, {"value": values}), rule) is None
 
 
 def test_the_packages_test_data_are_as_others_write_them(libero_data: Path) -> None:

@@ -98,11 +98,19 @@ def test_one_tag_means_one_set_of_keys(libero_data: Path, tmp_path: Path, change
     }
     facts |= {"language": "annotation.human.action.task_description", "sin_cos_state": False}
     facts["modality"] = catalogue().robot("libero_franka").modality
-    robots = {"one": facts, "same": facts, "other": facts | yaml.safe_load(change)}
+    says = facts | {"kinds": {"action.x": "relative"}}  # of the other nothing is said
+    robots = {"one": facts, "same": says, "against": facts | {"kinds": {"action.x": "position"}}}
+    robots["other"] = facts | yaml.safe_load(change)
     (tmp_path / "my.yaml").write_text(json.dumps({"robots": robots}))
     known = catalogue(tmp_path / "my.yaml")
     same = [Entry("v2.1", "one"), Entry("v3.0", "same")]
-    assert set(Mixture.open(same, libero_data, known).statistics) == {"arm"}
+    mixed = Mixture.open(same, libero_data, known)
+    assert set(mixed.statistics) == {"arm"}
+    assert [recording.embodiment.action[0].kind for recording in mixed.recordings] == ["relative"] * 2
+    with pytest.raises(
+        ConfigError, match=r"'against': action.x is relative in .* and position in .* tags of their own"
+    ):
+        Mixture.open([*same, Entry("v3.0", "against")], libero_data, known)
     with pytest.raises(
         ConfigError, match="tag 'arm': robots 'one' and 'other' have other keys; give them tags of their"
     ):

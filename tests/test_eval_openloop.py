@@ -138,12 +138,17 @@ def test_the_command(small_libero: Path, libero_data: Path, tmp_path: Path, caps
     rows = data / "data/chunk-000/file-000.parquet"
     table = pq.read_table(rows)
     times = pa.array(np.asarray(table["timestamp"]) + 9 * (np.arange(len(table)) == 5), pa.float32())
-    pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", times), rows)
+    table = table.set_column(table.column_names.index("timestamp"), "timestamp", times)
+    actions = np.stack(table["action"].to_numpy())
+    actions[15, 6] = -1  # of episode 1, which is not looked at below
+    actions = pa.array(list(actions), table.schema.field("action").type)
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", actions), rows)
     words = [data, "--checkpoint", small_libero, "--device", "cpu", "--out", out]
     assert run(*words, "--episodes", 0, 2, "--plots", 1, "--seed", 3) == 0
     said = capsys.readouterr().out
     assert "MAE, robot units" in said
     assert said.count("note: column 'timestamp' is not even at the 10 fps of info.json") == 1
+    assert said.count("note: action.gripper: 2.04 % of 49 values lie outside -0.1..1.1 (seen -1 to 1)") == 1
     assert "2 episodes, 5 chunks, one every 8 frames" in said
     summary = json.loads((out / "openloop.json").read_text())
     lines = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]

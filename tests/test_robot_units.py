@@ -37,13 +37,14 @@ def size_of(robot: Robot, part: str, key: str) -> int:
     return 1 if "gripper" in key else next((size for word, size in WIDE.items() if word in key), 1)
 
 
-def embodiment(name: str) -> Embodiment:
-    """The robot type with sizes as its data have them."""
+def embodiment(name: str, absolute: bool | None = None) -> Embodiment:
+    """The robot type with sizes as its data have them; absolute: what they say of every action."""
     robot = ROBOTS[name]
     if robot.embodiment is not None:
         return EMBODIMENTS[robot.embodiment]
     keys = [("state", key) for key in robot.state] + [("action", key) for key in robot.action]
-    return robot.to_embodiment({f"{part}.{key}": size_of(robot, part, key) for part, key in keys}, 30.0, "here")
+    sizes = {f"{part}.{key}": size_of(robot, part, key) for part, key in keys}
+    return robot.to_embodiment(sizes, 30.0, "here", None if absolute is None else dict.fromkeys(robot.action, absolute))
 
 
 def owners(robot: Embodiment) -> list:
@@ -128,6 +129,16 @@ def test_which_robots_have_such_a_gripper() -> None:
         if "gripper" in key.name and key.normalization not in ("binary", "none")
     }
     assert having == {ARMS_ONLY, "SO101"}
+
+
+@pytest.mark.parametrize("name", [name for name, robot in ROBOTS.items() if robot.embodiment is None])
+def test_what_is_called_a_displacement_is_held_with_zeros(name: str) -> None:
+    """Also where the data's "absolute" is true, which tools write of everything: the last displacement would go on."""
+    robot = embodiment(name, absolute=True)
+    row = np.arange(1, robot.action_dim + 1, dtype=np.float32)
+    delta = np.array(["delta" in key.name for key in owners(robot)])
+    assert robot.hold(row).tolist() == np.where(delta, 0, row).tolist()
+    assert delta.any() == (name in ("oxe_droid", "demo_sim_franka_delta_joints", "custom_robot_config"))
 
 
 @pytest.fixture(scope="module")

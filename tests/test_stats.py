@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,18 @@ def test_nothing_that_is_no_number_is_written(libero_data: Path, tmp_path: Path)
     with pytest.raises(ValueError, match="Out of range float"):
         report.write_json(tmp_path / "statistics.json", {"franka": [float("inf")]}, allow_nan=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_hardly_ever_moved_is_told_as_that() -> None:
+    """Mode q99 knows nothing of the hundredth that did: what is sent is the value of all others."""
+    robot = replace(LIBERO, action=tuple(replace(key, normalization="q99") for key in LIBERO.action[:6]), gripper=None)
+    entry = {name: [value] * 6 for name, value in zip(GOOD, (0, 1, -0.5, 0.5, -0.4, 0.4), strict=True)}
+    entry |= {"q01": [0, -0.4, 0.25, *[-0.4] * 3], "q99": [0, 0.4, 0.25, *[0.4] * 3]}
+    entry["min"][2] = entry["max"][2] = 0.25
+    assert robot.never_moved(parse({"t": {"action": entry}}, "t", "f")) == (
+        "statistics 't': 2 of 6 action dimensions hardly ever, or never, moved in the data, and are always sent as the one value "
+        "that they had: x = 0 (of -0.5 to 0.5), z = 0.25"
+    )
 
 
 def test_a_mixture_says_what_never_moved(write_libero, tmp_path: Path) -> None:

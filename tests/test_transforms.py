@@ -13,7 +13,7 @@ from dit4dit.transforms import Chain, Normalize, Pad, SinCos, Threshold, inverse
 
 def stats(**changes) -> VectorStats:
     base = {
-        "mean": [0.0, 1.0, 2.0, 5.0],
+        "mean": [0.0, 1.0, 3.0, 5.0],
         "std": [1.0, 2.0, 0.0, 1.0],
         "min": [-2.0, 0.0, 3.0, 0.0],
         "max": [2.0, 4.0, 3.0, 1.0],
@@ -58,8 +58,17 @@ def test_normalisation_modes(mode, x, want) -> None:
 @pytest.mark.parametrize("mode", ["min_max", "q99", "mean_std"])
 def test_normalisation_comes_back(mode) -> None:
     normalize = Normalize.from_stats(stats(), [mode] * 4)
-    x = np.array([[0.7, 2.5, 2.0 if mode == "mean_std" else 3.0, 0.4]], np.float32)
+    x = np.array([[0.7, 2.5, 3.0, 0.4]], np.float32)
     assert np.allclose(normalize.inverse(normalize.forward(x)), x, atol=1e-6)
+
+
+def test_equal_values_are_constant_whatever_their_standard_deviation_was_rounded_to() -> None:
+    """0.1 a hundred times has a mean a last bit beside it, and a deviation that is not 0."""
+    s = stats(mean=[0.0, 1.0, 3.0000000000000004, 5.0], std=[1.0, 2.0, 4e-16, 1.0])
+    normalize = Normalize.from_stats(s, ["mean_std"] * 4)
+    y = normalize.forward(np.array([[0.0, 1.0, 3.5, 5.0]], np.float32))
+    assert y.tolist() == [[0.0, 0.0, 3.5, 0.0]], "not thousands of millions of deviations"
+    assert normalize.inverse(y).tolist() == [[0.0, 1.0, 3.0, 5.0]]
 
 
 def test_the_inverse_clips_and_the_published_formula_holds() -> None:

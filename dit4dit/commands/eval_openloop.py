@@ -40,13 +40,19 @@ def run(
     """See `dit4dit eval openloop --help`; returns the exit code."""
     from tqdm import tqdm
 
+    from dit4dit.data import gripper
     from dit4dit.evaluation import identity
 
     _check_numbers(every, batch, plots)
     if (out / RESULT).exists():
         raise InputError(f"--out {out}: has a result already ({RESULT}); give another folder")
     recording, policy = _open(dataset, policy_options, robot, robots, modality)
-    for warning in recording.data.warnings(recording.columns):
+    spoilt = {problem.episode for problem in recording.problems}
+    without = [i for i, episode in enumerate(recording.data.meta.episodes) if episode.index in spoilt]
+    other = [
+        finding.message for finding in gripper.findings(recording, without)
+    ]  # no error: one episode may never close it
+    for warning in [*recording.data.warnings(recording.columns), *other]:
         say(f"note: {warning}")
     chosen = openloop.choose_episodes(recording, episodes)
     step = policy.config.head.action_horizon if every is None else every

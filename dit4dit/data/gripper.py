@@ -21,6 +21,10 @@ Values = list[NDArray[np.float64]]
 """One array [length] per episode."""
 LOW, HIGH = -0.1, 1.1
 """Commands are 0 and 1, or what a filter makes of them."""
+ROUNDED = 1e-6
+"""What float32 adds to a bound."""
+IDLE = (0.01, 0.1)
+"""How far from 0 and from 1 a gripper that is never used may be measured; 0 to 0.08 would be an opening in metres."""
 BINARY_AT = 0.5
 """Mode `binary` is x > 0.5."""
 MOVED = 0.3
@@ -58,9 +62,9 @@ def findings(recording: Recording, without: Collection[int] = ()) -> list[Findin
     out = []
     for source, offset, gripper in _decided(recording):
         commands = _values(recording, source, offset, without)
-        if not sum(map(len, commands)):
+        if not sum(map(len, commands)) or (gripper is None and _idle(np.concatenate(commands))):
             continue
-        name = f"action.{source.name}" + f".{offset}" * (source.size > 1)
+        name = _name("action", source, offset)
         robot = f"robot {recording.robot.name!r}"
         text = _range(name, robot, np.concatenate(commands), gripper)
         if text is None and gripper is not None:
@@ -71,8 +75,18 @@ def findings(recording: Recording, without: Collection[int] = ()) -> list[Findin
 
 
 def notes(recording: Recording, without: Collection[int] = ()) -> list[str]:
-    """Warnings: state keys of mode `binary` that are the same in every frame for the model."""
+    """Warnings: values of mode `binary` that never change. An action that is 0 in every frame, or 1, is sent as that, so it is
+    no error: it is of an arm that these tasks do not use.
+    """
     out = []
+    for source, offset, gripper in _decided(recording):
+        if gripper is None:
+            values = np.concatenate([np.zeros(0), *_values(recording, source, offset, without)])
+            if _idle(values):
+                name, value = _name("action", source, offset), f"{abs(values[0]):.0f}"
+                out.append(
+                    f"{name}: mode binary, and all {len(values)} values are about {value}: the policy would always send that"
+                )
     for source, key in zip(recording.state, recording.embodiment.state, strict=True):
         if key.normalization != "binary" or recording.embodiment.state_encoding != "normalized":
             continue
@@ -80,7 +94,7 @@ def notes(recording: Recording, without: Collection[int] = ()) -> list[str]:
             values = np.concatenate([np.zeros(0), *_values(recording, source, offset, without)])
             if len(values) and len(np.unique(values > BINARY_AT)) == 1:
                 out.append(
-                    f"state.{source.name}: mode binary, and all values lie on one side of {BINARY_AT:g} (seen "
+                    f"{_name('state', source, offset)}: mode binary, and all values lie on one side of {BINARY_AT:g} (seen "
                     f"{values.min():g} to {values.max():g}): the model sees a constant"
                 )
     return out
@@ -98,6 +112,15 @@ def _decided(recording: Recording) -> Iterator[tuple[KeySource, int, Gripper | N
             at += 1
 
 
+def _name(part: str, source: KeySource, offset: int) -> str:
+    return f"{part}.{source.name}" + f".{offset}" * (source.size > 1)
+
+
+def _idle(values: NDArray[np.float64]) -> bool:
+    """Whether all values are about the 0, or all about the 1, that the policy would send for them."""
+    return len(values) > 0 and bool((np.abs(values) <= IDLE[0]).all() or (np.abs(values - 1) <= IDLE[1]).all())
+
+
 def _values(recording: Recording, source: KeySource, offset: int, without: Collection[int]) -> Values:
     kept = (i for i in range(len(recording.data.meta.episodes)) if i not in without)
     return [source.read(recording.data.values(source.where, i))[:, offset].astype(np.float64) for i in kept]
@@ -105,9 +128,9 @@ def _values(recording: Recording, source: KeySource, offset: int, without: Colle
 
 def _range(name: str, robot: str, values: NDArray[np.float64], gripper: Gripper | None) -> str | None:
     """What is wrong with the values themselves, None where nothing is."""
-    low, high, count = values.min(), values.max(), len(values)
+    low, high, count = float(values.min()) + 0.0, float(values.max()) + 0.0, len(values)  # 0.0 makes 0 of -0
     seen = f"seen {low:g} to {high:g}"
-    outside = float(((values < LOW) | (values > HIGH)).mean())
+    outside = float(((values < LOW - ROUNDED) | (values > HIGH + ROUNDED)).mean())
     if outside:
         share = f"{100 * outside:.3g} % of {count} values"
         return (
@@ -137,7 +160,7 @@ def _wanted(gripper: Gripper | None) -> str:
 
 def _convert(low: float, high: float, gripper: Gripper | None) -> str:
     """How such values become the wanted ones."""
-    if low < LOW:
+    if -HIGH <= low < -BINARY_AT and high <= HIGH:
         if gripper is None:
             return "Write (value + 1) / 2 for values of -1 and +1, or give the key the mode min_max"
         up, down = "(value + 1) / 2", "(1 - value) / 2"
@@ -145,10 +168,12 @@ def _convert(low: float, high: float, gripper: Gripper | None) -> str:
         return f"Of robosuite's -1 = open and +1 = close make {robosuite}; where -1 closes, {other}"
     if low == high:
         return "Record episodes in which it changes, too"
+    # values that begin well above 0, or below it, are on both sides of the threshold only where 0 is made of the smallest
+    start = 0.0 if high > 0 and LOW * high <= low < BINARY_AT * high else low
+    scaled = f"value / {high:g}" if start == 0 else f"(value {'-+'[start < 0]} {abs(start):g}) / {high - start:g}"
     if gripper is None:
-        return f"Divide by the largest value ({high:g}), or give the key the mode min_max"
-    scaled = f"value / {high:g}"
-    return f"Of an opening from 0 to {high:g} make {scaled if gripper.open else f'1 - {scaled}'}"
+        return f"Write {scaled}, or give the key the mode min_max"
+    return f"Of an opening from {start:g} to {high:g} make {scaled if gripper.open else f'1 - {scaled}'}"
 
 
 def _direction(

@@ -97,8 +97,9 @@ class Mixture:
                 out.append(never_moved)
         if self.skipped:
             out.append(f"{sum(map(len, self.without))} damaged episodes left out; the first: {self.skipped[0]}")
-        for name, recording in zip(self.names, self.recordings, strict=True):
-            out += [f"{name}: {warning}" for warning in recording.data.warnings(recording.columns)]
+        for name, recording, bad in zip(self.names, self.recordings, self.without, strict=True):
+            odd = [*recording.data.warnings(recording.columns), *gripper.notes(recording, bad)]
+            out += [f"{name}: {warning}" for warning in odd]
         if apart := check_views(self.views):
             out.append(f"{apart}; for training make one mixture for each number")
         return tuple(out)
@@ -202,23 +203,26 @@ def _open(entry: Entry, root: Path, catalogue: Catalogue, backend: Backend, prog
 
 
 def _agreed(recordings: Sequence[Recording]) -> tuple[Recording, ...]:
-    """The recordings, each robot's actions with the kinds that any of its data sets says; ConfigError where two contradict."""
+    """The recordings, the actions of each tag (one robot, for the policy) with the kinds that any of its data sets says;
+    ConfigError where two contradict.
+    """
     said: dict[tuple[str, str], tuple[Kind, str]] = {}
     for recording in recordings:
         robot = recording.embodiment
         for key in robot.action:
             if key.kind is None:
                 continue
-            kind, where = said.setdefault((robot.name, key.name), (key.kind, recording.data.modality.where))
+            kind, where = said.setdefault((robot.tag, key.name), (key.kind, recording.data.modality.where))
             if kind != key.kind:
                 raise ConfigError(
                     f"robot {robot.name!r}: action.{key.name} is {kind} in {where} and {key.kind} in "
-                    f"{recording.data.modality.where}; one policy cannot learn both: give them to two robots, or correct one"
+                    f"{recording.data.modality.where}; one policy cannot learn both: give them to two robots with tags of their "
+                    "own, or correct one"
                 )
     out = []
     for recording in recordings:
         robot = recording.embodiment
-        known = {name: kind for (of, name), (kind, _) in said.items() if of == robot.name}
+        known = {name: kind for (of, name), (kind, _) in said.items() if of == robot.tag}
         if any(key.kind is None and key.name in known for key in robot.action):
             action = tuple(replace(key, kind=known.get(key.name)) for key in robot.action)
             recording = replace(recording, embodiment=replace(robot, action=action))

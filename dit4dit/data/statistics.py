@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dit4dit.data.columns import cache_dir
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.samples import KeySource, Recording
+from dit4dit.embodiments.embodiment import Embodiment
 from dit4dit.errors import ConfigError, DataError
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
@@ -114,7 +115,7 @@ def mixture_statistics(
         first = recordings[members[0]].embodiment
         for i in members[1:]:
             robot = recordings[i].embodiment
-            if (robot.state, robot.action, robot.state_encoding) != (first.state, first.action, first.state_encoding):
+            if _layout(robot) != _layout(first):
                 raise ConfigError(
                     f"tag {tag!r}: robots {first.name!r} and {robot.name!r} have other keys; give them tags of their own"
                 )
@@ -129,6 +130,12 @@ def mixture_statistics(
         kept = [recordings[i].length(e) for i in members for e in range(_count(recordings[i])) if e not in without[i]]
         out[tag] = {**entry, "num_transitions": sum(kept), "num_trajectories": len(kept)}
     return out
+
+
+def _layout(robot: Embodiment) -> tuple[object, ...]:
+    """What robots of one tag have in common."""
+    keys = [[(key.name, key.dim, key.normalization) for key in listed] for listed in (robot.state, robot.action)]
+    return *keys, robot.state_encoding
 
 
 def _count(recording: Recording) -> int:

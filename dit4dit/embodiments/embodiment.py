@@ -217,17 +217,21 @@ class Embodiment:
         return Chain((normalize, *threshold, Pad(self.action_dim, width)))
 
     def never_moved(self, statistics: Statistics) -> str:
-        """Which action dimensions never moved in the data of `statistics`, in words; empty where all did, or their mode (binary,
-        none) does not scale by them.
+        """Which action dimensions never moved in the data of `statistics` (mode q99: hardly ever), in words; empty where all did,
+        or their mode (binary, none) does not scale by them.
         """
-        value = Normalize.from_stats(statistics.action, self._modes(self.action)).constant
+        known, value = statistics.action, Normalize.from_stats(statistics.action, self._modes(self.action)).constant
         at = np.flatnonzero(~np.isnan(value))
         if not len(at):
             return ""
-        listed = ", ".join(f"{self.action_names[i]} = {value[i]:g}" for i in at[:8]) + ", ..." * (len(at) > 8)
+        moved = [f" (of {known.min[i]:g} to {known.max[i]:g})" * bool(known.min[i] < known.max[i]) for i in at[:8]]
+        listed = ", ".join(
+            f"{self.action_names[i]} = {value[i]:g}{more}" for i, more in zip(at[:8], moved, strict=True)
+        )
+        never = "hardly ever, or never," if (known.min < known.max)[at].any() else "never"
         return (
-            f"statistics {statistics.tag!r}: {len(at)} of {self.action_dim} action dimensions never moved in the data, and are "
-            f"always sent as the one value that they had: {listed}"
+            f"statistics {statistics.tag!r}: {len(at)} of {self.action_dim} action dimensions {never} moved in the data, and are "
+            f"always sent as the one value that they had: {listed}" + ", ..." * (len(at) > 8)
         )
 
     def check_action_width(self, width: int) -> None:

@@ -68,6 +68,6 @@ LIBERO = Embodiment(
     notes=(
         "pad and gripper are the two finger joints; roll, pitch, yaw are the axis-angle vector",
         "rate_hz is the simulator's control rate; a data set's own rate is in its meta/info.json",
-        "held after a fast turn it still turns for up to a second: a turn of 0 leaves the goal of the turn before, 0.5 rad ahead",
+        "held in its fastest turn it comes to rest after 1.5 s: a turn of 0 leaves the goal of the turn before, 0.5 rad ahead",
     ),
 )
