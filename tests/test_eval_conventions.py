@@ -220,6 +220,14 @@ def test_libero_data_with_other_conventions_are_found() -> None:
     found = module.gripper_statistics(LIBERO, statistics(None, [*good[:6], (-1.0, 1.0)]))
     assert found.verdict == "contradiction"
     assert "runs from -1 to 1, the model's from 0 to 1" in found.text
+    for robot, others, low, high, never in (
+        (LIBERO, good[:6], 0.0, 0.08, "open"),
+        (LIBERO, good[:6], 0.6, 1.0, "close"),
+        (TABLETOP, good[:2], 0.0, 0.08, "close"),
+    ):
+        found = module.gripper_statistics(robot, statistics(None, [*others, (low, high)]))
+        assert found.verdict == "contradiction"
+        assert f"runs from {low:g} to {high:g}, so the policy would never {never}: model value < 0.5" in found.text
 
 
 def test_pictures_of_one_colour_and_one_camera_twice_are_found() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +134,23 @@ def test_the_largest_statistics_that_load_have_bounds(caplog) -> None:
     assert said(caplog) == []
 
 
+def test_many_threads_tell_it_once(caplog) -> None:
+    """As a server's workers look at the same state."""
+    state, before = np.float32([9, 9, 9]), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(60):
+            found, together = watch(TABLETOP, TABLE), threading.Barrier(8)
+            threads = [threading.Thread(target=lambda: (together.wait(), found.look(state))) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sorted(line.split(":")[0] for line in said(caplog)) == ["state 'grip'", "state 'x'", "state 'y'"]
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_a_look_costs_microseconds() -> None:
     found, state = watch(GR1, [(-1.5, 1.5)] * 29), np.zeros(29, np.float32)
     times = []
@@ -160,9 +179,10 @@ def test_a_policys_requests_are_looked_at(tabletop_policy: Policy, caplog) -> No
     assert line.startswith("state 'x': 12, in the training data -0.20962 to 0.20988: 28 times")
     served = PolicyBackend(tabletop_policy, "tabletop", "abc")
     width = tabletop_policy.config.head.state_dim
-    encoded = tabletop_policy.codec.state.forward(np.float32([[0.1, 12.0, 1.0]]))
-    work = served.check({"examples": [{"image": np.zeros((64, 64, 3), np.uint8), "lang": "go", "state": encoded}] * 2})
-    assert encoded.shape == (1, width)
+    encoded = tabletop_policy.codec.state.forward(np.float32([[0.1, 0.1, 1.0], [0.1, 12.0, 1.0]]))
+    image = np.zeros((64, 64, 3), np.uint8)
+    work = served.check({"examples": [{"image": image, "lang": "go", "state": state[None]} for state in encoded]})
+    assert encoded.shape == (2, width)
     served.run([work], [[_noise(), _noise()]])
     (line,) = said(caplog)
     assert line.startswith("state 'y': 12, in")

@@ -173,13 +173,18 @@ def actions(robot: Embodiment, statistics: Statistics, rows: Row) -> Finding:
 
 
 def gripper_statistics(robot: Embodiment, statistics: Statistics) -> Finding:
-    """The model decides between 0 and 1; data whose gripper runs from -1 to 1 were recorded with another convention."""
+    """The model decides between 0 and 1; data whose gripper runs from -1 to 1, or in metres, have another convention."""
     if robot.gripper is None:
         return Finding("gripper data", "not tested", "this embodiment's model decides no gripper")
     low, high = (float(bound[robot.gripper.index]) for bound in (statistics.action.min, statistics.action.max))
     numbers = {"min": low, "max": high}
     if low < -UNUSUAL or high > 1 + UNUSUAL:
         text = f"the data's gripper action runs from {low:.3g} to {high:.3g}, the model's from 0 to 1: {robot.gripper.meaning}"
+        return Finding("gripper data", "contradiction", text, numbers)
+    if not low < robot.gripper.threshold <= high:
+        never = robot.gripper.word(int(low < robot.gripper.threshold))
+        text = f"the data's gripper action runs from {low:.3g} to {high:.3g}, so the policy would never {never}"
+        text += f": {robot.gripper.meaning}"
         return Finding("gripper data", "contradiction", text, numbers)
     return Finding("gripper data", "ok", f"{low:.3g} to {high:.3g}", numbers)
 
