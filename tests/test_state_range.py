@@ -141,7 +141,12 @@ def test_many_threads_tell_it_once(caplog) -> None:
     try:
         for _ in range(60):
             found, together = watch(TABLETOP, TABLE), threading.Barrier(8)
-            threads = [threading.Thread(target=lambda: (together.wait(), found.look(state))) for _ in range(8)]
+
+            def look(found=found, together=together):
+                together.wait()
+                found.look(state)
+
+            threads = [threading.Thread(target=look) for _ in range(8)]
             for thread in threads:
                 thread.start()
             for thread in threads:
