@@ -144,7 +144,7 @@ def test_an_environment_repeats_itself_to_the_bit_with_cameras_on_and_off(libero
 
 def test_it_does_not_move_when_it_is_held(libero) -> None:
     """1 mm and 0.01 rad in 20 steps, once it has settled for 10: at rest, as LIBERO's episodes begin, and in motions of half its
-    speed. At full speed it settles for 30: a turn of 0 leaves OSC_POSE the orientation that the last turn asked for, up to 0.5 rad
+    speed. At full speed it takes 30: a turn of 0 leaves OSC_POSE the orientation that the last turn asked for, up to 0.5 rad
     ahead, and it still gets there, while the hand moves by a centimetre.
     """
     motions = {
