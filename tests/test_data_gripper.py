@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -33,12 +34,13 @@ def fingers(
     """Opening in metres [n] of LIBERO's gripper under commands 1 = open: it starts `lag` frames late, takes `travel` frames from
     end to end, and stops at an object `held` wide.
     """
-    opening, at = np.empty(len(command)), start
-    for frame in range(len(command)):
-        target = 0.08 if command[max(0, frame - lag)] else held
-        at += float(np.clip(target - at, -0.08 / travel, 0.08 / travel))
-        opening[frame] = at
-    return opening
+    opening, at, most = [], start, 0.08 / travel
+    told = [bool(value) for value in command]
+    for frame in range(len(told)):
+        target = 0.08 if told[max(0, frame - lag)] else held
+        at += max(-most, min(most, target - at))
+        opening.append(at)
+    return np.array(opening)
 
 
 def pick_and_place(rng: np.random.Generator, frames: int = 120) -> np.ndarray:
@@ -211,6 +213,14 @@ def test_the_bounds(theirs, value: float, inside: bool) -> None:
     assert gripper.findings(recording, without={1}) == [], "an episode that is left out does not count"
 
 
+def test_a_value_on_the_threshold_is_on_the_side_that_the_policy_sends_it_to() -> None:
+    """At 0.5 a gripper of the embodiment is 1, a key of mode binary 0."""
+    for values, decided, binary in (([0.0, 0.5], True, False), ([0.5, 1.0], False, True)):
+        for rule, right in ((LIBERO.gripper, decided), (None, binary)):
+            assert (gripper._range("action.grip", "robot", np.array(values), rule) is None) == right
+
+
+@functools.cache
 def commands_and_fingers(kind: str, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Episodes as they come: late fingers, objects of any width, few or short ones, commands that chatter, sensors that hiss."""
     rng = np.random.default_rng(seed)
@@ -265,6 +275,15 @@ def test_fingers_that_run_against_the_command_are(kind: str, fps: float) -> None
         assert found is not None
         assert found[0] > 0.9
         assert found[2] < -0.5
+
+
+def test_a_correlation_alone_is_no_error() -> None:
+    """A gripper that was blocked in one episode, and holds something wide in another; where it moves, it follows."""
+    command = [np.ones(100, bool), np.zeros(100, bool), np.arange(20) < 10]
+    opening = [np.zeros(100), np.full(100, 0.08), np.where(np.arange(20) < 12, 0.08, 0.0)]
+    assert gripper.strongest_correlation(command, opening, 20.0) < -0.8
+    assert gripper.travel(command, opening) == (0.0, 1)
+    assert gripper.runs_against(command, opening, 20.0) is None
 
 
 def test_fingers_that_tell_nothing_are_no_error() -> None:
