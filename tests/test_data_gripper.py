@@ -415,6 +415,13 @@ def test_a_gripper_that_is_never_used_is_only_told(value: float, what: int, thei
     notes = Mixture.open([Entry("theirs", "my_arm")], root.parent, known).notes
     assert f"theirs: {note}" in notes
     assert len([text for text in notes if "action.gripper" in text]) == 1
+    next(root.rglob("episode_000001.parquet")).unlink()  # its rows are zeros in the cache
+    (text,) = [
+        text
+        for text in Mixture.open([Entry("theirs", "my_arm")], root.parent, known, skip_bad=True).notes
+        if "action.gripper" in text
+    ]
+    assert f"all 120 values are about {what}" in text
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,11 @@ def test_actions_are_held_against_what_the_world_clips_at() -> None:
         assert f"the data's largest y is {largest:g}, the simulator clips at 0.21" in found.text
 
 
+def test_an_angle_goes_the_short_way_round() -> None:
+    assert module._way("rad", [3.1, 0.0], [-3.1, 0.01]) == pytest.approx(2 * np.pi - 6.2)
+    assert module._way("m", [3.1], np.float32([-3.1])) == pytest.approx(6.2)
+
+
 def test_libero_data_with_other_conventions_are_found() -> None:
     rows = np.zeros((8, 7), np.float32)
     good = [(-0.9, 0.9)] * 6 + [(0.0, 1.0)]

@@ -260,11 +260,12 @@ def test_mistakes_about_kinds_are_named(tmp_path: Path, more: str, message: str)
 
 
 def test_displacements_are_not_taken_for_targets(tmp_path: Path) -> None:
-    robot = my_arm(tmp_path, "    kinds: {action.joints: position}\n")
-    with pytest.raises(
-        ConfigError, match=r'M: action.joints: "absolute" is false there, and robot .my_arm. takes a target'
-    ):
-        robot.to_embodiment(SIZES, 30.0, "M", {"joints": False})
+    for kind in ("position", "angle"):
+        robot = my_arm(tmp_path, f"    kinds: {{action.joints: {kind}}}\n")
+        with pytest.raises(
+            ConfigError, match=rf'M: action.joints: "absolute" is false .* robot .my_arm. takes a target \({kind}\)'
+        ):
+            robot.to_embodiment(SIZES, 30.0, "M", {"joints": False})
     known = catalogue()
     for name, embodiment in (("tabletop", TABLETOP), ("libero_franka", LIBERO)):
         sizes = {f"{part}.{k.name}": k.dim for part in ("state", "action") for k in getattr(embodiment, part)}
