@@ -121,6 +121,20 @@ def test_rows_out_of_order(copy, name: str) -> None:
     refused(root, message)
 
 
+def test_rows_that_are_counted_from_another_number_than_0(copy) -> None:
+    """Of an episode whose first rows were cut off, perhaps without its video's: told, because images are found by row."""
+    root = copy("v2.1")
+    file = root / "data/chunk-000/episode_000001.parquet"
+    assert pq.read_table(file)["index"].to_pylist()[0] == 12  # `index` counts over the data set
+    column(file, "frame_index", [5 + i for i in range(9)])
+    words = (
+        "1 episodes begin with another frame_index than 0; their first row goes with the video's first frame nevertheless; the "
+        f"first: {file}, row 0: 5"
+    )
+    assert [w for w in accepted(root)["warnings"] if "frame_index" in w] == [words]
+    assert mixture(root).notes == (f"set: {words}",)
+
+
 def test_rows_that_nothing_counts(copy) -> None:
     root = copy("v2.1")
     words = "1 episodes have one value in all rows of frame_index and index: their order is not checked"

@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit4dit.data import writer as writer_module
+from dit4dit.data import writer_meta
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.writer import VideoCodec, VideoFile, Writer
 from dit4dit.errors import DataError, InputError
 
-pytest.importorskip("pyarrow")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
@@ -81,6 +84,12 @@ def test_what_was_appended_is_what_is_read(tmp_path: Path, version: str) -> None
             np.testing.assert_array_equal(found, want.astype(found.dtype))
         assert data.task("task_index", i, 0) == f"task {i}"
     info = json.loads((root / "meta" / "info.json").read_text())
+    schema = pq.read_schema(min((root / "data").rglob("*.parquet")))
+    for name, feature in info["features"].items():
+        if feature["dtype"] != "video":
+            kind, width = pa.from_numpy_dtype(feature["dtype"]), feature["shape"][0]
+            # single values as lerobot writes them: with lists of one it opens no v3.0 set
+            assert schema.field(name).type == (kind if width == 1 else pa.list_(kind, width))
     assert (info["total_frames"], info["total_episodes"], info["total_tasks"]) == (14, 3, 3)
     assert info["features"]["observation.grasped"] == {"dtype": "bool", "shape": [1], "names": None}
     assert not (root / ".recording").exists()
@@ -316,14 +325,13 @@ def test_a_frame_that_was_written_in_part_can_only_be_discarded(tmp_path: Path, 
 
 def test_an_episode_whose_end_fails_can_only_be_discarded(tmp_path: Path, monkeypatch) -> None:
     """And leaves no task and no number behind."""
-    from dit4dit.data import writer as module
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with Writer(tmp_path / "set", 10) as writer:
         record(writer, 1, 2)
-        monkeypatch.setattr(module, "table", full)
+        monkeypatch.setattr(writer_module, "table", full)
         with pytest.raises(OSError, match="No space left"):
             writer.end_episode()
         monkeypatch.undo()
@@ -334,6 +342,51 @@ def test_an_episode_whose_end_fails_can_only_be_discarded(tmp_path: Path, monkey
         writer.end_episode()
     data = LeRobot.open(tmp_path / "set")
     assert ([e.length for e in data.meta.episodes], dict(data.meta.tasks)) == ([3], {0: "task 2"})
+
+
+FULL = {
+    "rows": ("v3.0", pq, "write_table"),
+    "videos": ("v3.0", writer_module, "join"),
+    "meta": ("v2.1", writer_meta, "write"),
+    "info": ("v2.0", Path, "write_text"),
+    "info of v3.0": ("v3.0", Path, "write_text"),
+}
+
+
+@pytest.mark.parametrize("step", FULL)
+def test_a_disk_that_was_full_while_closing(tmp_path: Path, monkeypatch, step: str) -> None:
+    """Closing again is enough, and until then it is no data set."""
+    version, where, name = FULL[step]
+    write = getattr(where, name)
+
+    def full(*given, **options):
+        if where is Path and "info.json" not in given[0].name:
+            return write(*given, **options)
+        if where is Path:
+            write(given[0], "{")
+        raise OSError(28, "No space left on device")
+
+    root = tmp_path / "set"
+    writer = Writer(root, 10, version=version, episodes_per_file=5)
+    kept = []
+    for number, length in ((0, 3), (1, 2)):
+        kept.append(record(writer, number, length))
+        writer.end_episode()
+    monkeypatch.setattr(where, name, full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    monkeypatch.undo()
+    assert not (root / "meta/info.json").exists()
+    with pytest.raises(DataError, match="a recording that was not closed"):
+        LeRobot.open(root)
+    writer.close()
+    assert not (root / ".recording").exists()
+    data = LeRobot.open(root)
+    for i, frames in enumerate(kept):
+        np.testing.assert_array_equal(
+            data.column("observation.count", i).ravel(), [f[0]["observation.count"] for f in frames]
+        )
+        assert data.pictures(WRIST, i, range(len(frames))).shape == (len(frames), 8, 8, 3)
 
 
 KILLED = """

@@ -25,11 +25,11 @@ from dit4dit.cache import cache_root
 from dit4dit.data.files import read_table
 from dit4dit.data.meta import EpisodeMeta, Meta
 from dit4dit.data.modality import is_language, is_numeric, is_picture, width
-from dit4dit.data.tables import Wrong, in_one_piece, language, numbers, owners
+from dit4dit.data.tables import Wrong, in_one_piece, language, not_finite, numbers, owners
 from dit4dit.data.time_check import Unusual, check_videos, merged, uneven_timestamps, wrong_timestamps
 from dit4dit.errors import DataError
 
-FORMAT = 4
+FORMAT = 5
 """Part of the key: another layout of the cache is another number."""
 
 Progress = Callable[[str, int, int], None]
@@ -296,6 +296,7 @@ class _Reading:
         self.unusual: list[Unusual] = []
         self.file_rows: dict[int, int] = {}
         self.strangers: list[str] = []
+        self.late: list[str] = []
         self.unnumbered = 0
 
     def file(self, path: Path, members: list[int]) -> None:
@@ -345,9 +346,9 @@ class _Reading:
             add(values.row, f"column {name!r}: {values.why}")
             return None
         sink.append(i, episode.index, values)
-        wrong = _wrong_values(name, values, self.meta)
+        wrong = not_finite(values)
         if wrong is not None:
-            add(*wrong)
+            add(wrong.row, f"column {name!r}: {wrong.why}")
         elif name == "timestamp" and (why := wrong_timestamps(values[:, 0], self.meta.fps)) is not None:
             add(None, f"episode {episode.index}: {why}")
         elif name == "timestamp":
@@ -366,6 +367,8 @@ class _Reading:
                 why = f"column {name!r}: expected {want} after {want - 1}, got {got}; rows are lost or out of order"
                 place = self.file_rows[i] + row
                 self.problems.append(Problem(str(path), place, self.meta.episodes[i].index, None, why))
+            elif name == "frame_index" and values[0, 0] != 0:
+                self.late.append(f"{path}, row {self.file_rows[i]}: {int(values[0, 0])}")
             return
         if any(values is not None for _, values in counts):
             self.unnumbered += 1
@@ -387,21 +390,13 @@ class _Reading:
                 f"{len(self.strangers)} episodes have rows and are not listed in the meta folder, so nothing reads them; "
                 f"the first: {self.strangers[0]}"
             )
+        if self.late:
+            out.append(
+                f"{len(self.late)} episodes begin with another frame_index than 0; their first row goes with the video's first "
+                f"frame nevertheless; the first: {self.late[0]}"
+            )
         if self.unnumbered:
             out.append(
                 f"{self.unnumbered} episodes have one value in all rows of frame_index and index: their order is not checked"
             )
         return out
-
-
-def _wrong_values(name: str, values: NDArray[Any], meta: Meta) -> tuple[int, str] | None:
-    """First row of an episode's column with a value that cannot be, and why."""
-    if values.dtype.kind == "f":
-        bad = ~np.isfinite(values).all(axis=1)
-        if bad.any():
-            row = int(bad.argmax())
-            return (
-                row,
-                f"column {name!r}: NaN or infinite value at position {int((~np.isfinite(values[row])).argmax())}",
-            )
-    return None
