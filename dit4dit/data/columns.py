@@ -100,7 +100,8 @@ class Columns:
             raise DataError(f"{path}: expected {wanted} bytes of column {name!r}, got {size}; remove {self.folder}")
         if wanted == 0:  # cannot be mapped
             return np.zeros((column.rows, column.width), kind)
-        return np.memmap(path, kind, "r", shape=(column.rows, column.width))
+        # as a plain array: every slice of a memmap costs microseconds, and a sample takes a dozen
+        return np.asarray(np.memmap(path, kind, "r", shape=(column.rows, column.width)))
 
     @property
     def digests(self) -> dict[str, str]:
@@ -167,8 +168,12 @@ def open_columns(meta: Meta, progress: Progress | None = None, instructions: Ite
                 f"{folder}: cannot be written ({error.strerror}); set DIT4DIT_CACHE to another folder"
             ) from None
     index = json.loads((folder / "index.json").read_text())
+    # most columns have the rows of all episodes: one array of their places
+    places = {
+        missing: _places(meta, missing) for missing in {tuple(entry["missing"]) for entry in index["columns"].values()}
+    }
     columns = {
-        name: _column_of(meta, entry["file"], entry["kind"], entry["width"], entry["digest"], entry["missing"])
+        name: Column(entry["file"], entry["kind"], entry["width"], entry["digest"], *places[tuple(entry["missing"])])
         for name, entry in index["columns"].items()
     }
     texts = {name: tuple(of) for name, of in index["texts"].items()}
@@ -178,7 +183,8 @@ def open_columns(meta: Meta, progress: Progress | None = None, instructions: Ite
     return Columns(folder, columns, meta.episodes, problems, tuple(index["warnings"]), unusual, texts, file_rows)
 
 
-def _column_of(meta: Meta, file: str, kind: str, width: int, digest: str, missing: list[int]) -> Column:
+def _places(meta: Meta, missing: Collection[int]) -> tuple[NDArray[np.int64], int]:
+    """First row of each episode in a column that lacks those at the positions `missing` (-1), and the number of rows."""
     absent = set(missing)
     # a length of the meta folder may be anything, until its rows were read
     lengths = np.array(
@@ -188,8 +194,8 @@ def _column_of(meta: Meta, file: str, kind: str, width: int, digest: str, missin
     ends = np.cumsum(lengths[order])
     starts = np.full(len(lengths), -1, dtype=np.int64)
     starts[order] = ends - lengths[order]
-    starts[missing] = -1
-    return Column(file, kind, width, digest, starts, int(ends[-1]))
+    starts[list(missing)] = -1
+    return starts, int(ends[-1])
 
 
 def _key(meta: Meta, spoken: Collection[str]) -> str:
