@@ -95,6 +95,14 @@ def test_what_was_appended_is_what_is_read(tmp_path: Path, version: str) -> None
     assert not (root / ".recording").exists()
 
 
+def test_numbers_in_another_byte_order(tmp_path: Path) -> None:
+    with Writer(tmp_path / "set", 10) as writer:
+        for dtype in (">f4", "<f4"):  # one feature
+            writer.append({"action": np.array([1.5, -2], dtype)}, {}, "go")
+        writer.end_episode()
+    assert LeRobot.open(tmp_path / "set").column("action", 0).tolist() == [[1.5, -2], [1.5, -2]]
+
+
 def exact(images: list[np.ndarray], channel: int) -> tuple[float, float]:
     """Mean and standard deviation in 0..1, in rational numbers."""
     values = [int(x) for image in images for x in image[..., channel].ravel()]

@@ -122,7 +122,7 @@ class Writer:
             raise InputError(f"{self.root}: is closed; record further episodes into another folder")
         if self._open is not None and self._open.broken:
             raise InputError(f"{self.root}: a frame of this episode was written in part; discard_episode()")
-        arrays = {name: np.asarray(x) for name, x in columns.items()}
+        arrays = {name: _native(np.asarray(x)) for name, x in columns.items()}
         found = frame_features(arrays, images, self.codec)
         known = self._open.features if self._open is not None else self.features
         if known and found != known:
@@ -295,6 +295,11 @@ class Writer:
         done, self._pending, self._pending_frames = self._pending, [], 0
         for folder in done:
             shutil.rmtree(folder)
+
+
+def _native(x: NDArray[Any]) -> NDArray[Any]:
+    """In this machine's byte order, the only one that Arrow has: numbers from a network may come in another."""
+    return x.astype(x.dtype.newbyteorder("="), copy=False)
 
 
 def _move(source: Path, target: Path) -> None:
