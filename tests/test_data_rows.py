@@ -57,6 +57,20 @@ def test_rows_that_cannot_be_read_leave_their_neighbours_as_they_are(copy, liber
     np.testing.assert_allclose(kept.statistics["franka"]["action"]["mean"], whole.mean(axis=0), rtol=1e-6)
 
 
+def test_a_value_that_is_missing_within_a_row(copy) -> None:
+    root = copy("v3.0")
+    file = root / "data/chunk-000/file-000.parquet"
+    action = pq.read_table(file)["action"].to_pylist()
+    action[15][6] = None
+    column(file, "action", action, pa.list_(pa.float32(), 7))
+    refused(root, f"{file}, row 15: column 'action': no value")
+    info(root, lambda data: data["features"].update(grasped={"dtype": "bool", "shape": [2], "names": None}))
+    column(file, "action", [[0.0] * 7] * len(action), pa.list_(pa.float32(), 7))
+    column(file, "grasped", [[True, None if i == 3 else False] for i in range(len(action))])
+    problem = LeRobot.open(root).columns.problems[0]
+    assert (problem.row, problem.column, problem.message) == (3, "grasped", "column 'grasped': no value")
+
+
 def test_a_row_without_an_episode_number(copy) -> None:
     root = copy("v2.1")
     file = root / "data/chunk-000/episode_000000.parquet"

@@ -275,6 +275,18 @@ def test_a_discarded_episode_leaves_nothing(tmp_path: Path, version: str) -> Non
     assert sets[0] == sets[1]
 
 
+def test_an_added_episode_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    with Writer(tmp_path / "set", 10) as writer:
+        action = np.zeros((4, 2))
+        action[2, 1] = np.inf
+        with pytest.raises(InputError, match="action: has NaN or infinite values"):
+            writer.add({"action": action}, {}, "go")
+        writer.add({"action": np.ones((3, 2))}, {}, "stop")
+    data = LeRobot.open(tmp_path / "set")
+    assert ([e.length for e in data.meta.episodes], dict(data.meta.tasks)) == ([3], {0: "stop"})
+    assert data.column("action", 0).tolist() == [[1, 1]] * 3
+
+
 def test_an_open_episode_is_not_closed_over(tmp_path: Path) -> None:
     words = r"episode 1 is open with 2 frames; keep it with end_episode\(\) or discard_episode\(\)"
     writer = Writer(tmp_path / "set", 10)
@@ -358,6 +370,7 @@ FULL = {
     "meta": ("v2.1", writer_meta, "write"),
     "info": ("v2.0", Path, "write_text"),
     "info of v3.0": ("v3.0", Path, "write_text"),
+    "info at its place": ("v2.1", Path, "replace"),
 }
 
 
@@ -370,7 +383,7 @@ def test_a_disk_that_was_full_while_closing(tmp_path: Path, monkeypatch, step: s
     def full(*given, **options):
         if where is Path and "info.json" not in given[0].name:
             return write(*given, **options)
-        if where is Path:
+        if name == "write_text":
             write(given[0], "{")
         raise OSError(28, "No space left on device")
 
