@@ -71,6 +71,14 @@ def test_a_value_that_is_missing_within_a_row(copy) -> None:
     assert (problem.row, problem.column, problem.message) == (3, "grasped", "column 'grasped': no value")
 
 
+def test_a_column_that_is_there_twice(copy) -> None:
+    root = copy("v2.1")
+    file = root / "data/chunk-000/episode_000002.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.append_column("action", table["observation.state"]), file)
+    refused(root, f"{file}: column 'action' is there twice; write the file with each column once")
+
+
 def test_a_row_without_an_episode_number(copy) -> None:
     root = copy("v2.1")
     file = root / "data/chunk-000/episode_000000.parquet"

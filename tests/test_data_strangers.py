@@ -202,6 +202,17 @@ def test_a_shape_that_the_rows_do_not_have(copy, tmp_path: Path, shape: list[int
     refused(root, message)
 
 
+def test_images_of_another_size_than_declared(copy) -> None:
+    root = copy("v2.1")
+    for shape in ([3, 24, 32], [24, 32, 3], [10**9, 32, 3], [24, 32 + 2, 3]):
+        info(root, lambda data, shape=shape: data["features"][CAMERAS[1]].update(shape=shape, names=None))
+        if {24, 32} <= {*shape}:
+            accepted(root)
+        else:
+            file = root / f"videos/chunk-000/{CAMERAS[1]}/episode_000000.mp4"
+            refused(root, f"{file}: the video has 24 x 32 pixels, info.json says {shape}")
+
+
 def test_totals_that_differ_are_told(copy) -> None:
     root = copy("v3.0")
     info(root, lambda data: data.update(total_episodes=5, total_frames="many"))
