@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dit4dit.data.check import check
 from dit4dit.data.columns import open_columns
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.loader import Loader
@@ -155,6 +156,25 @@ def test_damage_that_a_robot_does_not_read_does_not_stop_it(spoiled) -> None:
     assert LeRobot.open(root).problems({"action", LIBERO_CAMERAS[0]}) == []
 
 
+def test_a_camera_that_a_robot_does_not_use_is_a_warning_of_its_check(spoiled, tmp_path: Path) -> None:
+    """Opening the data set for that robot takes it; without a robot nobody knows what is used."""
+    root, path = spoiled("truncated mp4")
+    robots = tmp_path / "robots.yaml"
+    robots.write_text(
+        "robots: {arm: {video: [image], state: [state], action: [action], action_steps: 4,"
+        " language: annotation.human.action.task_description}}"
+    )
+    known = catalogue(robots)
+    assert Mixture.open([Entry("set", "arm")], tmp_path, known).notes == ()
+    for decode in (True, False):
+        found = check(root, robot=known.robot("arm"), decode=decode)
+        assert found["errors"] == []
+        (warning,) = [w for w in found["warnings"] if "does not use" in w]
+        words = "1 errors in what arm does not use (observation.images.wrist_image), which training passes over; the first: "
+        assert warning.startswith(f"{words}{path}: ")
+        assert [error["column"] for error in check(root, decode=decode)["errors"]] == [LIBERO_CAMERAS[1]]
+
+
 def test_another_rate_than_the_videos_is_an_error(write_libero, tmp_path: Path) -> None:
     root = write_libero(tmp_path / "set", lengths=(9,))
     set_fps(root / "meta" / "info.json")
@@ -267,7 +287,8 @@ def test_numbers_are_read_once_and_again_when_a_file_changes(write_libero, tmp_p
     assert len(read) == 4 + 8
     again = open_columns(read_meta(root), lambda what, done, of: pytest.fail("read again"))
     assert again.folder == first.folder
-    assert isinstance(again.read("action", 0), np.memmap)
+    found = again.read("action", 0)
+    assert (type(found), type(found.base.base), found.flags.writeable) == (np.ndarray, np.memmap, False)
     edit("action", put(0, [9.0] * 7))(root / "data/chunk-000/episode_000000.parquet")
     changed = open_columns(read_meta(root))
     assert changed.folder != first.folder

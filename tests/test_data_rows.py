@@ -57,6 +57,28 @@ def test_rows_that_cannot_be_read_leave_their_neighbours_as_they_are(copy, liber
     np.testing.assert_allclose(kept.statistics["franka"]["action"]["mean"], whole.mean(axis=0), rtol=1e-6)
 
 
+def test_a_value_that_is_missing_within_a_row(copy) -> None:
+    root = copy("v3.0")
+    file = root / "data/chunk-000/file-000.parquet"
+    action = pq.read_table(file)["action"].to_pylist()
+    action[15][6] = None
+    column(file, "action", action, pa.list_(pa.float32(), 7))
+    refused(root, f"{file}, row 15: column 'action': no value")
+    info(root, lambda data: data["features"].update(grasped={"dtype": "bool", "shape": [2], "names": None}))
+    column(file, "action", [[0.0] * 7] * len(action), pa.list_(pa.float32(), 7))
+    column(file, "grasped", [[True, None if i == 3 else False] for i in range(len(action))])
+    problem = LeRobot.open(root).columns.problems[0]
+    assert (problem.row, problem.column, problem.message) == (3, "grasped", "column 'grasped': no value")
+
+
+def test_a_column_that_is_there_twice(copy) -> None:
+    root = copy("v2.1")
+    file = root / "data/chunk-000/episode_000002.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.append_column("action", table["observation.state"]), file)
+    refused(root, f"{file}: column 'action' is there twice; write the file with each column once")
+
+
 def test_a_row_without_an_episode_number(copy) -> None:
     root = copy("v2.1")
     file = root / "data/chunk-000/episode_000000.parquet"
@@ -119,6 +141,20 @@ def test_rows_out_of_order(copy, name: str) -> None:
     refused(root, message)
     column(file, name, [*before[:4], *(n + 1 for n in before[4:])])
     refused(root, message)
+
+
+def test_rows_that_are_counted_from_another_number_than_0(copy) -> None:
+    """Of an episode whose first rows were cut off, perhaps without its video's: told, because images are found by row."""
+    root = copy("v2.1")
+    file = root / "data/chunk-000/episode_000001.parquet"
+    assert pq.read_table(file)["index"].to_pylist()[0] == 12  # `index` counts over the data set
+    column(file, "frame_index", [5 + i for i in range(9)])
+    words = (
+        "1 episodes begin with another frame_index than 0; their first row goes with the video's first frame nevertheless; the "
+        f"first: {file}, row 0: 5"
+    )
+    assert [w for w in accepted(root)["warnings"] if "frame_index" in w] == [words]
+    assert mixture(root).notes == (f"set: {words}",)
 
 
 def test_rows_that_nothing_counts(copy) -> None:

@@ -41,6 +41,17 @@ def test_every_character_of_a_task_that_the_writer_takes_is_read(tmp_path: Path,
     assert set(accepted(tmp_path / "set")["tasks"]) == set(tasks)
 
 
+def test_marks_that_json_need_not_escape_end_no_line(copy) -> None:
+    """As lerobot writes them."""
+    root = copy("v2.1")
+    marked = "lift\u2028the\u2029green\x85cup"
+    path = root / "meta/tasks.jsonl"
+    items = [{"task_index": 0, "task": marked}, {"task_index": 1, "task": "task 1"}]
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 5
+    assert accepted(root)["tasks"] == {marked: 29, "task 1": 20}
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_let_pass(copy) -> None:
     root = copy("v2.1")
     (root / "meta/modality.json").write_text(json.dumps(ROBOT.modality))

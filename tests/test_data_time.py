@@ -175,7 +175,10 @@ def test_starts_that_drift_from_the_videos_times_are_an_error(record) -> None:
     set_timestamps(root, lambda times: times * 29.55 / 30)
     set_starts(root, [0.0, 150 / 30])
     errors, _ = verdict(root)
-    message = "episodes 0 and 1 share the frames 148 to 149 of the video; correct from_timestamp and length in the meta folder"
+    message = (
+        f"episodes 0 and 1 share the frames 148 to 149 of the video ({root}/meta/episodes/chunk-000/file-000.parquet, row 0 and "
+        "row 1); correct from_timestamp, to_timestamp or length there"
+    )
     assert errors == [f"{root / VIDEO.format(camera)}: {message}" for _ in range(2) for camera in CAMERAS]
 
 
@@ -184,6 +187,18 @@ def test_a_start_that_is_rounded_is_nothing(record, off: float, monkeypatch) -> 
     root = record()
     set_starts(root, [0.0, (12 + off) / 30, 21 / 30])
     assert verdict(root) == ([], [])
+    assert read(root, monkeypatch) == counted(LENGTHS)
+
+
+def test_a_start_before_the_first_frame_is_beside_it(record, monkeypatch) -> None:
+    """It is not taken for 0: the same rounding in the middle of a file is told, too."""
+    root = record()
+    set_starts(root, [-0.3 / 30, 12 / 30, 21 / 30])
+    video = root / VIDEO.format(CAMERAS[0])
+    assert verdict(root) == (
+        [],
+        [f"{BESIDE}, 2 times; the worst: {video}, episode 0: 0.30 frames at -0.0100 s, frame 0"],
+    )
     assert read(root, monkeypatch) == counted(LENGTHS)
 
 
@@ -223,14 +238,15 @@ def test_a_warning_about_one_camera_is_for_those_who_use_it(record) -> None:
     "starts,message,episodes",
     [
         # 0.6 frames off is the neighbour, which is another episode's, or the frame behind which too few are left
-        ([0.0, 11.4 / 30, 21 / 30], "episodes 0 and 1 share the frames 11 to 11 of the video", [0, 1]),
-        ([0.0, 12.6 / 30, 21 / 30], "episodes 1 and 2 share the frames 21 to 21 of the video", [1, 2]),
+        ([0.0, 11.4 / 30, 21 / 30], "episodes 0 and 1 share frame 11 of the video (", [0, 1]),
+        ([0.0, 12.6 / 30, 21 / 30], "episodes 1 and 2 share frame 21 of the video (", [1, 2]),
         ([0.0, 12 / 30, 21.6 / 30], "episode 2 needs frames up to 31, the video has 31", [2]),
         (
             [0.0, 12 / 30, 30.6 / 30],
             "episode 2: no frame at 1.0200 s: the nearest, 30, is 0.0200 s away (0.60 frames, expected at most 0.5)",
             [2],
         ),
+        ([-0.6 / 30, 12 / 30, 21 / 30], "episode 0: no frame at -0.0200 s: the nearest, 0, is 0.0200 s away", [0]),
         ([0.0, 12 / 30, 100.0], "episode 2: no frame at 100.0000 s: the nearest, 30, is 99.0000 s away", [2]),
     ],
 )
@@ -245,9 +261,13 @@ def test_a_start_at_another_frame_is_an_error(record, starts: list, message: str
 
 
 def test_an_episode_within_another_shares_its_frames_though_a_third_lies_between() -> None:
+    from dit4dit.data.meta import EpisodeMeta
     from dit4dit.data.time_check import _shared_frames
 
-    found = _shared_frames([(0, 20, 5), (3, 5, 6), (10, 12, 7), (20, 25, 8)])
+    def span(first: int, end: int, index: int) -> tuple[int, int, EpisodeMeta]:
+        return first, end, EpisodeMeta(index, end - first, Path("data"), {})
+
+    found = _shared_frames([span(0, 20, 5), span(3, 5, 6), span(10, 12, 7), span(20, 25, 8)])
     assert sorted(found) == [5, 6, 7]
     assert "episodes 5 and 7 share the frames 10 to 11 " in found[7]
 

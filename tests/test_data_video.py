@@ -193,5 +193,5 @@ def test_encoding_leaves_the_scheduling_as_it_is(tmp_path: Path) -> None:
     """SVT-AV1 makes its caller real-time where it runs as root. In a child: this process would stay so, and starve the others."""
     done = subprocess.run([sys.executable, "-c", AV1], capture_output=True, text=True, check=True, cwd=tmp_path)
     policies, _, threads = done.stdout.rpartition(" ")
-    assert policies == str([[os.SCHED_OTHER]] * 3)
+    assert policies == str([[os.sched_getscheduler(0)]] * 3)  # a child has its parent's
     assert int(threads) > 1, "the encoder's own threads"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -15,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit4dit.data import writer as writer_module
+from dit4dit.data import writer_meta
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.writer import VideoCodec, VideoFile, Writer
 from dit4dit.errors import DataError, InputError
 
-pytest.importorskip("pyarrow")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
@@ -81,9 +83,23 @@ def test_what_was_appended_is_what_is_read(tmp_path: Path, version: str) -> None
             np.testing.assert_array_equal(found, want.astype(found.dtype))
         assert data.task("task_index", i, 0) == f"task {i}"
     info = json.loads((root / "meta" / "info.json").read_text())
+    schema = pq.read_schema(min((root / "data").rglob("*.parquet")))
+    for name, feature in info["features"].items():
+        if feature["dtype"] != "video":
+            kind, width = pa.from_numpy_dtype(feature["dtype"]), feature["shape"][0]
+            # single values as lerobot writes them: with lists of one it opens no v3.0 set
+            assert schema.field(name).type == (kind if width == 1 else pa.list_(kind, width))
     assert (info["total_frames"], info["total_episodes"], info["total_tasks"]) == (14, 3, 3)
     assert info["features"]["observation.grasped"] == {"dtype": "bool", "shape": [1], "names": None}
     assert not (root / ".recording").exists()
+
+
+def test_numbers_in_another_byte_order(tmp_path: Path) -> None:
+    with Writer(tmp_path / "set", 10) as writer:
+        for dtype in (">f4", "<f4"):  # one feature
+            writer.append({"action": np.array([1.5, -2], dtype)}, {}, "go")
+        writer.end_episode()
+    assert LeRobot.open(tmp_path / "set").column("action", 0).tolist() == [[1.5, -2], [1.5, -2]]
 
 
 def exact(images: list[np.ndarray], channel: int) -> tuple[float, float]:
@@ -258,6 +274,18 @@ def test_a_discarded_episode_leaves_nothing(tmp_path: Path, version: str) -> Non
     assert sets[0] == sets[1]
 
 
+def test_an_added_episode_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    with Writer(tmp_path / "set", 10) as writer:
+        action = np.zeros((4, 2))
+        action[2, 1] = np.inf
+        with pytest.raises(InputError, match="action: has NaN or infinite values"):
+            writer.add({"action": action}, {}, "go")
+        writer.add({"action": np.ones((3, 2))}, {}, "stop")
+    data = LeRobot.open(tmp_path / "set")
+    assert ([e.length for e in data.meta.episodes], dict(data.meta.tasks)) == ([3], {0: "stop"})
+    assert data.column("action", 0).tolist() == [[1, 1]] * 3
+
+
 def test_an_open_episode_is_not_closed_over(tmp_path: Path) -> None:
     words = r"episode 1 is open with 2 frames; keep it with end_episode\(\) or discard_episode\(\)"
     writer = Writer(tmp_path / "set", 10)
@@ -316,14 +344,13 @@ def test_a_frame_that_was_written_in_part_can_only_be_discarded(tmp_path: Path, 
 
 def test_an_episode_whose_end_fails_can_only_be_discarded(tmp_path: Path, monkeypatch) -> None:
     """And leaves no task and no number behind."""
-    from dit4dit.data import writer as module
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with Writer(tmp_path / "set", 10) as writer:
         record(writer, 1, 2)
-        monkeypatch.setattr(module, "table", full)
+        monkeypatch.setattr(writer_module, "table", full)
         with pytest.raises(OSError, match="No space left"):
             writer.end_episode()
         monkeypatch.undo()
@@ -334,6 +361,52 @@ def test_an_episode_whose_end_fails_can_only_be_discarded(tmp_path: Path, monkey
         writer.end_episode()
     data = LeRobot.open(tmp_path / "set")
     assert ([e.length for e in data.meta.episodes], dict(data.meta.tasks)) == ([3], {0: "task 2"})
+
+
+FULL = {
+    "rows": ("v3.0", pq, "write_table"),
+    "videos": ("v3.0", writer_module, "join"),
+    "meta": ("v2.1", writer_meta, "write"),
+    "info": ("v2.0", Path, "write_text"),
+    "info of v3.0": ("v3.0", Path, "write_text"),
+    "info at its place": ("v2.1", Path, "replace"),
+}
+
+
+@pytest.mark.parametrize("step", FULL)
+def test_a_disk_that_was_full_while_closing(tmp_path: Path, monkeypatch, step: str) -> None:
+    """Closing again is enough, and until then it is no data set."""
+    version, where, name = FULL[step]
+    write = getattr(where, name)
+
+    def full(*given, **options):
+        if where is Path and "info.json" not in given[0].name:
+            return write(*given, **options)
+        if name == "write_text":
+            write(given[0], "{")
+        raise OSError(28, "No space left on device")
+
+    root = tmp_path / "set"
+    writer = Writer(root, 10, version=version, episodes_per_file=5)
+    kept = []
+    for number, length in ((0, 3), (1, 2)):
+        kept.append(record(writer, number, length))
+        writer.end_episode()
+    monkeypatch.setattr(where, name, full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    monkeypatch.undo()
+    assert not (root / "meta/info.json").exists()
+    with pytest.raises(DataError, match="a recording that was not closed"):
+        LeRobot.open(root)
+    writer.close()
+    assert not (root / ".recording").exists()
+    data = LeRobot.open(root)
+    for i, frames in enumerate(kept):
+        np.testing.assert_array_equal(
+            data.column("observation.count", i).ravel(), [f[0]["observation.count"] for f in frames]
+        )
+        assert data.pictures(WRIST, i, range(len(frames))).shape == (len(frames), 8, 8, 3)
 
 
 KILLED = """
@@ -359,7 +432,7 @@ def test_a_killed_recording_says_so_and_keeps_ended_episodes(tmp_path: Path, ver
 
     root = tmp_path / "set"
     words = [sys.executable, "-c", KILLED, str(root), version, str(Path(__file__).parent)]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert subprocess.run(words, check=False, cwd=tmp_path).returncode == -signal.SIGKILL
     whole = root / ".recording" if version == "v3.0" else root
     for number in range(2):
         rows = [file for file in whole.rglob("*.parquet") if f"episode_{number:06d}" in str(file)]
@@ -409,10 +482,15 @@ def test_marks_that_other_readers_take_for_line_ends(tmp_path: Path) -> None:
 
 
 MEMORY = """
-import resource, sys
+import sys
 import numpy as np
+import pyarrow.dataset, pyarrow.parquet
 from pathlib import Path
 from dit4dit.data.writer import VideoCodec, Writer
+
+def peak():
+    # not ru_maxrss: that begins with the peak of the process that started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 
 image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
 codec = VideoCodec(crf=40, options={"preset": "ultrafast", "threads": "1"})
@@ -420,35 +498,44 @@ with Writer(Path(sys.argv[1]), 30, version="v3.0", codec=codec) as writer:
     for i in range(500):
         writer.append({"action": np.zeros(7, np.float32)}, {"top": np.roll(image, i, axis=1)}, "go")
         if i == 100:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = peak()
+    appended = peak()
     writer.end_episode()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(appended - before, peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says so")
 def test_memory_is_flat_over_an_episode(tmp_path: Path) -> None:
     """400 frames are 92 MB."""
     words = [sys.executable, "-c", MEMORY, str(tmp_path / "set")]
-    grown = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-    assert grown < 25_000  # KB; pyarrow, loaded at the end, has 20 of them
+    done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path)
+    appended, ended = map(int, done.stdout.split())
+    assert 0 <= appended < 4_000, "KB"
+    assert appended <= ended < 35_000, "KB"  # the statistics and the rows, and what Arrow reserves
 
 
 @pytest.mark.serial
 def test_recording_takes_little_more_than_encoding(tmp_path: Path) -> None:
-    """Median over neighbouring pairs of rounds, as the limit of the work: 1.3 times."""
+    """The limit of the work: 1.3 times. Other programs only ever add time, so the quickest rounds of each are compared, and more
+    rounds are taken before it is called too slow.
+    """
     random = np.random.default_rng(0)
     images = (random.integers(0, 256, (12, 60, 80, 3)).repeat(8, 1).repeat(8, 2) * 0.9).astype(np.uint8)
-    ratios = []
-    for i in range(3):
+    encoding, recording = [], []
+    for i in range(10):
         start = time.perf_counter()
         video = VideoFile(tmp_path / f"{i}.mp4", 30, (480, 640), VideoCodec())
-        for k in range(32):
+        for k in range(24):
             video.append(images[k % 12][None])
         video.close()
         middle = time.perf_counter()
         with Writer(tmp_path / str(i), 30) as writer:
-            for k in range(32):
+            for k in range(24):
                 writer.append({"action": np.zeros(7, np.float32)}, {TOP: images[k % 12]}, "go")
             writer.end_episode()
-        ratios.append((time.perf_counter() - middle) / (middle - start))
-    assert statistics.median(ratios) < 1.3, ratios
+        encoding.append(middle - start)
+        recording.append(time.perf_counter() - middle)
+        if i > 2 and min(recording) < 1.3 * min(encoding):
+            return
+    raise AssertionError((encoding, recording))

@@ -48,11 +48,11 @@ def check(
     """
     standard = None if robot is None else robot.modality
     data = LeRobot.open(root, modality=modality, standard=standard, progress=progress)
-    errors = list(data.columns.problems)
+    found = list(data.columns.problems)
     recording = None
     if robot is not None:
         recording = Recording.of(data, robot)
-        errors += recording.no_rotations
+        found += recording.no_rotations
     unfit = []
     if recording is not None and model is not None:
         try:
@@ -60,14 +60,17 @@ def check(
         except ConfigError as error:
             unfit.append(whole(root, error))
     if decode:
-        errors += _decode(data, {(problem.episode, problem.column) for problem in errors}, progress)
-    spoilt = {problem.episode for problem in errors}
+        found += _decode(data, {(problem.episode, problem.column) for problem in found}, progress)
+    # what no sample reads keeps no robot from training
+    errors = [p for p in found if recording is None or p.column is None or p.column in recording.columns]
+    spoilt = {problem.episode for problem in found}
     good = [i for i, episode in enumerate(data.meta.episodes) if episode.index not in spoilt]
     without = frozenset(range(len(data.meta.episodes))) - frozenset(good)
     columns = _columns(data, without) if good else {}
     tasks = _tasks(data, good)
     wrong = [] if recording is None else gripper.findings(recording, without)
     odd = [] if recording is None else gripper.notes(recording, without)
+    unread = _unread(recording, [problem for problem in found if problem not in errors])
     return {
         "dataset": str(root),
         "version": data.meta.version,
@@ -84,10 +87,21 @@ def check(
         "decoded": decode,
         "errors": [*unfit, *(asdict(problem) for problem in errors)]
         + [{"file": data.name, "row": None, "episode": None, **asdict(finding)} for finding in wrong],
-        "warnings": [*data.warnings(), *_warnings(data, columns, tasks, recording, good), *odd],
+        "warnings": [*data.warnings(), *_warnings(data, columns, tasks, recording, good), *odd, *unread],
         "columns": columns,
         "tasks": tasks,
     }
+
+
+def _unread(recording: Recording | None, problems: list[Problem]) -> list[str]:
+    """What is wrong with columns and cameras that a robot does not use."""
+    if recording is None or not problems:
+        return []
+    columns = ", ".join(sorted({str(problem.column) for problem in problems}))
+    return [
+        f"{len(problems)} errors in what {recording.robot.name} does not use ({columns:.100}), which training passes over; the "
+        f"first: {problems[0]}"
+    ]
 
 
 def whole(root: Path, error: Exception) -> dict[str, Any]:

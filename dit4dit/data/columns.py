@@ -25,11 +25,11 @@ from dit4dit.cache import cache_root
 from dit4dit.data.files import read_table
 from dit4dit.data.meta import EpisodeMeta, Meta
 from dit4dit.data.modality import is_language, is_numeric, is_picture, width
-from dit4dit.data.tables import Wrong, in_one_piece, language, numbers, owners
+from dit4dit.data.tables import Wrong, in_one_piece, language, not_finite, numbers, owners
 from dit4dit.data.time_check import Unusual, check_videos, merged, uneven_timestamps, wrong_timestamps
 from dit4dit.errors import DataError
 
-FORMAT = 4
+FORMAT = 5
 """Part of the key: another layout of the cache is another number."""
 
 Progress = Callable[[str, int, int], None]
@@ -100,7 +100,8 @@ class Columns:
             raise DataError(f"{path}: expected {wanted} bytes of column {name!r}, got {size}; remove {self.folder}")
         if wanted == 0:  # cannot be mapped
             return np.zeros((column.rows, column.width), kind)
-        return np.memmap(path, kind, "r", shape=(column.rows, column.width))
+        # as a plain array: every slice of a memmap costs microseconds, and a sample takes a dozen
+        return np.asarray(np.memmap(path, kind, "r", shape=(column.rows, column.width)))
 
     @property
     def digests(self) -> dict[str, str]:
@@ -167,8 +168,12 @@ def open_columns(meta: Meta, progress: Progress | None = None, instructions: Ite
                 f"{folder}: cannot be written ({error.strerror}); set DIT4DIT_CACHE to another folder"
             ) from None
     index = json.loads((folder / "index.json").read_text())
+    # most columns have the rows of all episodes: one array of their places
+    places = {
+        missing: _places(meta, missing) for missing in {tuple(entry["missing"]) for entry in index["columns"].values()}
+    }
     columns = {
-        name: _column_of(meta, entry["file"], entry["kind"], entry["width"], entry["digest"], entry["missing"])
+        name: Column(entry["file"], entry["kind"], entry["width"], entry["digest"], *places[tuple(entry["missing"])])
         for name, entry in index["columns"].items()
     }
     texts = {name: tuple(of) for name, of in index["texts"].items()}
@@ -178,7 +183,8 @@ def open_columns(meta: Meta, progress: Progress | None = None, instructions: Ite
     return Columns(folder, columns, meta.episodes, problems, tuple(index["warnings"]), unusual, texts, file_rows)
 
 
-def _column_of(meta: Meta, file: str, kind: str, width: int, digest: str, missing: list[int]) -> Column:
+def _places(meta: Meta, missing: Collection[int]) -> tuple[NDArray[np.int64], int]:
+    """First row of each episode in a column that lacks those at the positions `missing` (-1), and the number of rows."""
     absent = set(missing)
     # a length of the meta folder may be anything, until its rows were read
     lengths = np.array(
@@ -188,8 +194,8 @@ def _column_of(meta: Meta, file: str, kind: str, width: int, digest: str, missin
     ends = np.cumsum(lengths[order])
     starts = np.full(len(lengths), -1, dtype=np.int64)
     starts[order] = ends - lengths[order]
-    starts[missing] = -1
-    return Column(file, kind, width, digest, starts, int(ends[-1]))
+    starts[list(missing)] = -1
+    return starts, int(ends[-1])
 
 
 def _key(meta: Meta, spoken: Collection[str]) -> str:
@@ -296,6 +302,7 @@ class _Reading:
         self.unusual: list[Unusual] = []
         self.file_rows: dict[int, int] = {}
         self.strangers: list[str] = []
+        self.late: list[str] = []
         self.unnumbered = 0
 
     def file(self, path: Path, members: list[int]) -> None:
@@ -345,9 +352,9 @@ class _Reading:
             add(values.row, f"column {name!r}: {values.why}")
             return None
         sink.append(i, episode.index, values)
-        wrong = _wrong_values(name, values, self.meta)
+        wrong = not_finite(values)
         if wrong is not None:
-            add(*wrong)
+            add(wrong.row, f"column {name!r}: {wrong.why}")
         elif name == "timestamp" and (why := wrong_timestamps(values[:, 0], self.meta.fps)) is not None:
             add(None, f"episode {episode.index}: {why}")
         elif name == "timestamp":
@@ -366,6 +373,8 @@ class _Reading:
                 why = f"column {name!r}: expected {want} after {want - 1}, got {got}; rows are lost or out of order"
                 place = self.file_rows[i] + row
                 self.problems.append(Problem(str(path), place, self.meta.episodes[i].index, None, why))
+            elif name == "frame_index" and values[0, 0] != 0:
+                self.late.append(f"{path}, row {self.file_rows[i]}: {int(values[0, 0])}")
             return
         if any(values is not None for _, values in counts):
             self.unnumbered += 1
@@ -387,21 +396,13 @@ class _Reading:
                 f"{len(self.strangers)} episodes have rows and are not listed in the meta folder, so nothing reads them; "
                 f"the first: {self.strangers[0]}"
             )
+        if self.late:
+            out.append(
+                f"{len(self.late)} episodes begin with another frame_index than 0; their first row goes with the video's first "
+                f"frame nevertheless; the first: {self.late[0]}"
+            )
         if self.unnumbered:
             out.append(
                 f"{self.unnumbered} episodes have one value in all rows of frame_index and index: their order is not checked"
             )
         return out
-
-
-def _wrong_values(name: str, values: NDArray[Any], meta: Meta) -> tuple[int, str] | None:
-    """First row of an episode's column with a value that cannot be, and why."""
-    if values.dtype.kind == "f":
-        bad = ~np.isfinite(values).all(axis=1)
-        if bad.any():
-            row = int(bad.argmax())
-            return (
-                row,
-                f"column {name!r}: NaN or infinite value at position {int((~np.isfinite(values[row])).argmax())}",
-            )
-    return None

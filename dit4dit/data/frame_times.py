@@ -81,6 +81,10 @@ class FrameTimes:
             )
         return number, gap * fps
 
+    def frames_until(self, end: float, fps: float) -> int:
+        """How many frames begin before `end` (seconds since the first frame of the file) by more than half a frame."""
+        return bisect_left(self.ticks, (end - (LIMIT + 1e-6) / fps) / float(self.tick) + int(self.ticks[0]))
+
 
 @dataclass(frozen=True)
 class VideoHeader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ class VideoPlace:
     path: Path
     start: float
     """Seconds from the start of the file to the first frame."""
+    end: float | None = None
+    """Seconds at which the meta folder has the episode end (v3.0). Nothing is read by it; no other episode may begin before."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class EpisodeMeta:
     """By camera; depth maps are none."""
     tasks: tuple[str, ...] = ()
     """The instructions that the meta folder lists for it; nothing but `data check` looks at them."""
+    where: str = ""
+    """The file, and the line or row, that lists it."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,10 @@ class Meta:
 
 @dataclass(frozen=True)
 class _Listed:
-    """One episode, and what is needed to see whether two of them claim the same."""
+    """One episode, and the rows of the data set that it claims: the first and the one after the last (v3.0)."""
 
-    where: str
-    """The file, and the line or row, that lists it."""
     episode: EpisodeMeta
     rows: tuple[int, int] | None = None
-    """First row and the one after the last, counted over the data set (v3.0)."""
-    ends: Mapping[str, float] = field(default_factory=dict)
-    """Camera -> seconds in its file at which the episode ends (v3.0)."""
 
 
 def read_meta(root: Path) -> Meta:
@@ -77,7 +76,7 @@ def read_meta(root: Path) -> Meta:
 
     Raises:
         DataError: no data set there, a version that is not known, a file that is damaged, named with its line, or two episodes
-            with the same number, rows or frames.
+            with the same number, rows or files. Frames that two share are found in the videos (`time_check`).
     """
     path = root / "meta" / "info.json"
     if not path.is_file():
@@ -106,16 +105,14 @@ def read_meta(root: Path) -> Meta:
     if cameras:
         words(info, "video_path", str(path))
     read = _read_v3 if version == "v3.0" else _read_v2
-    tasks, listed = read(root, info, cameras, fps)
+    tasks, listed = read(root, info, cameras)
     if not listed:
         raise DataError(f"{root}/meta: no episodes; record some, or copy the data set again")
     episodes = tuple(one.episode for one in listed)
     return Meta(root, version, fps, features, tasks, episodes, tuple(_other_totals(path, info, episodes)))
 
 
-def _read_v2(
-    root: Path, info: Mapping[str, Any], cameras: list[str], fps: float
-) -> tuple[dict[int, str], list[_Listed]]:
+def _read_v2(root: Path, info: Mapping[str, Any], cameras: list[str]) -> tuple[dict[int, str], list[_Listed]]:
     path = str(root / "meta" / "info.json")
     size = whole(info, "chunks_size", path, least=1)
     lines = read_json_lines(root / "meta" / "tasks.jsonl")
@@ -129,15 +126,13 @@ def _read_v2(
             for key in cameras
         }
         data = fill(root, info["data_path"], where, f"{path}: data_path")
-        listed.append(_Listed(at, EpisodeMeta(index, length, data, videos, _texts(line.get("tasks")))))
+        listed.append(_Listed(EpisodeMeta(index, length, data, videos, _texts(line.get("tasks")), at)))
     _once(listed)
     _own_files(listed, path)
     return tasks, listed
 
 
-def _read_v3(
-    root: Path, info: Mapping[str, Any], cameras: list[str], fps: float
-) -> tuple[dict[int, str], list[_Listed]]:
+def _read_v3(root: Path, info: Mapping[str, Any], cameras: list[str]) -> tuple[dict[int, str], list[_Listed]]:
     files = visible(root / "meta" / "episodes", "*/*.parquet")
     if not files:
         raise DataError(f"{root}/meta/episodes: no parquet files; copy the data set again")
@@ -152,17 +147,18 @@ def _read_v3(
             for name in names:
                 if line[name] is None:
                     raise DataError(f"{at}: {name} is missing; copy the data set again")
-            listed.append(_v3_episode(root, info, cameras, at, line, path, fps))
+            listed.append(_v3_episode(root, info, cameras, at, line, path))
     _once(listed)
     _own_rows(listed)
-    _own_frames(listed, fps)
+    _own_videos(listed)
     return _v3_tasks(root / "meta" / "tasks.parquet"), sorted(listed, key=lambda one: one.episode.index)
 
 
 def _v3_tasks(path: Path) -> dict[int, str]:
     rows = read_rows(path)
     columns = list(rows[0]) if rows else ["task_index", "task"]
-    text = [name for name in columns if name != "task_index"]
+    # pandas may have kept the numbers of rows too
+    text = ["task"] if "task" in columns else [name for name in columns if name != "task_index"]
     if "task_index" not in columns or len(text) != 1:
         raise DataError(f"{path}: expected the columns task_index and task, got {', '.join(columns)}")
     found = []
@@ -176,27 +172,23 @@ def _v3_tasks(path: Path) -> dict[int, str]:
 
 
 def _v3_episode(
-    root: Path, info: Mapping[str, Any], cameras: list[str], at: str, line: Mapping[str, Any], path: str, fps: float
+    root: Path, info: Mapping[str, Any], cameras: list[str], at: str, line: Mapping[str, Any], path: str
 ) -> _Listed:
     def place(prefix: str) -> dict[str, int | str]:
         return {part: whole(line, f"{prefix}/{part}", at) for part in ("chunk_index", "file_index")}
 
     index, length = whole(line, "episode_index", at), whole(line, "length", at)
-    videos, ends = {}, {}
+    videos = {}
     for key in cameras:
         file = fill(root, info["video_path"], {**place(f"videos/{key}"), "video_key": key}, f"{path}: video_path")
-        start = number(line, f"videos/{key}/from_timestamp", at)
-        if start * fps < -0.5:
-            raise DataError(f"{at}: videos/{key}/from_timestamp: expected 0 or more, got {start}")
-        end = f"videos/{key}/to_timestamp"
-        # what is read counts too, where to_timestamp says less; the video's own rate may differ from fps by 2 %
-        ends[key] = max(start + 0.98 * length / fps, start if line.get(end) is None else number(line, end, at))
-        videos[key] = VideoPlace(file, max(start, 0.0))
+        start, end = f"videos/{key}/from_timestamp", f"videos/{key}/to_timestamp"
+        until = None if line.get(end) is None else number(line, end, at)
+        videos[key] = VideoPlace(file, number(line, start, at), until)
     data = fill(root, info["data_path"], place("data"), f"{path}: data_path")
     rows = None
     if line.get("dataset_from_index") is not None and line.get("dataset_to_index") is not None:
         rows = whole(line, "dataset_from_index", at), whole(line, "dataset_to_index", at)
-    return _Listed(at, EpisodeMeta(index, length, data, videos, _texts(line.get("tasks"))), rows, ends)
+    return _Listed(EpisodeMeta(index, length, data, videos, _texts(line.get("tasks")), at), rows)
 
 
 def _tasks(rows: Iterable[tuple[str, int, str]]) -> dict[int, str]:
@@ -206,7 +198,7 @@ def _tasks(rows: Iterable[tuple[str, int, str]]) -> dict[int, str]:
         first, text = found.setdefault(index, (at, task))
         if text != task:
             raise DataError(
-                f"{at}: task_index {index} is {task!r:.60}, and {text!r:.60} in {_short(first, at)}; give each text its number"
+                f"{at}: task_index {index} is {task!r:.60}, and {text!r:.60} in {beside(first, at)}; give each text its number"
             )
     return {index: text for index, (_, text) in found.items()}
 
@@ -214,64 +206,51 @@ def _tasks(rows: Iterable[tuple[str, int, str]]) -> dict[int, str]:
 def _once(listed: Sequence[_Listed]) -> None:
     """Each episode number once: of two, the rows of only one would be found."""
     seen: dict[int, str] = {}
-    for one in listed:
-        index = one.episode.index
-        if index in seen:
+    for episode in (one.episode for one in listed):
+        first = seen.setdefault(episode.index, episode.where)
+        if first != episode.where:
             raise DataError(
-                f"{one.where}: episode_index {index} is there already, in {_short(seen[index], one.where)}; keep one of them"
+                f"{episode.where}: episode_index {episode.index} is there already, in {beside(first, episode.where)}; keep one "
+                "of them"
             )
-        seen[index] = one.where
 
 
 def _own_files(listed: Sequence[_Listed], path: str) -> None:
     """Before v3.0 each file is of one episode, and holds either its rows or the frames of one camera."""
-    seen: dict[Path, tuple[str, _Listed]] = {}
-    for one in listed:
-        files = {"data": one.episode.data, **{key: place.path for key, place in one.episode.videos.items()}}
+    seen: dict[Path, tuple[str, EpisodeMeta]] = {}
+    for one in (one.episode for one in listed):
+        files = {"data": one.data, **{key: place.path for key, place in one.videos.items()}}
         for what, file in files.items():
             before, first = seen.setdefault(file, (what, one))
             if first is not one or before != what:
                 raise DataError(
-                    f"{path}: {file} would be {before} of episode {first.episode.index} ({first.where}) and {what} of episode "
-                    f"{one.episode.index} ({_short(one.where, first.where)}); data_path needs {{episode_index}}, video_path "
+                    f"{path}: {file} would be {before} of episode {first.index} ({first.where}) and {what} of episode "
+                    f"{one.index} ({beside(one.where, first.where)}); data_path needs {{episode_index}}, video_path "
                     "{video_key} too"
                 )
 
 
 def _own_rows(listed: Sequence[_Listed]) -> None:
     """No row of the data set belongs to two episodes."""
-    spans = sorted(((one.rows, one) for one in listed if one.rows is not None), key=lambda item: item[0])
+    spans = sorted(((one.rows, one.episode) for one in listed if one.rows is not None), key=lambda item: item[0])
     for (first, one), (second, other) in pairwise(spans):
         if second[0] < first[1]:
             raise DataError(
-                f"{other.where}: episode {other.episode.index} has the rows {second[0]} to {second[1]} of the data set, "
-                f"episode {one.episode.index} {first[0]} to {first[1]} ({_short(one.where, other.where)}): both claim row "
+                f"{other.where}: episode {other.index} has the rows {second[0]} to {second[1]} of the data set, "
+                f"episode {one.index} {first[0]} to {first[1]} ({beside(one.where, other.where)}): both claim row "
                 f"{second[0]}; mend dataset_from_index and dataset_to_index"
             )
 
 
-def _own_frames(listed: Sequence[_Listed], fps: float) -> None:
-    """No frame of a video belongs to two episodes; times are rounded, so less than half a frame is none."""
-    by_file: dict[tuple[str, Path], list[_Listed]] = {}
+def _own_videos(listed: Sequence[_Listed]) -> None:
+    """No file is the video of two cameras."""
+    cameras: dict[Path, str] = {}
     for one in listed:
         for key, place in one.episode.videos.items():
-            if one.episode.length > 0:
-                by_file.setdefault((key, place.path), []).append(one)
-    for (key, path), members in by_file.items():
-        for one, other in pairwise(sorted(members, key=lambda one, key=key: one.episode.videos[key].start)):  # type: ignore[misc]
-            end, begin = one.ends[key], other.episode.videos[key].start
-            shared = (end - begin) * fps
-            if shared > 0.5:
+            if cameras.setdefault(place.path, key) != key:
                 raise DataError(
-                    f"{other.where}: episode {other.episode.index} starts at {begin:.4f} s of {path}, where episode "
-                    f"{one.episode.index} ({_short(one.where, other.where)}) lasts until {end:.4f} s: they share {shared:.1f} "
-                    f"frames of {key}; mend from_timestamp, to_timestamp or length"
+                    f"{place.path}: is the video of {cameras[place.path]} and of {key}; name {{video_key}} in video_path"
                 )
-    # one file as the video of two cameras would be read without complaint too
-    cameras: dict[Path, str] = {}
-    for key, path in by_file:
-        if cameras.setdefault(path, key) != key:
-            raise DataError(f"{path}: is the video of {cameras[path]} and of {key}; name {{video_key}} in video_path")
 
 
 def _other_totals(path: Path, info: Mapping[str, Any], episodes: Sequence[EpisodeMeta]) -> list[str]:
@@ -287,7 +266,7 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(text for text in value if isinstance(text, str)) if isinstance(value, list) else ()
 
 
-def _short(first: str, second: str) -> str:
+def beside(first: str, second: str) -> str:
     """`first` without the file, where `second` names the same one."""
     file, comma, place = first.rpartition(", ")
     return place if comma and second.startswith(f"{file}, ") else first

@@ -75,6 +75,15 @@ def language(column: Any, tasks: Collection[int], texts: dict[str, int]) -> Arra
     return found
 
 
+def not_finite(values: Array) -> Wrong | None:
+    """The first of the rows [n, d] with a value that is not finite."""
+    finite = np.isfinite(values).all(axis=1)
+    if finite.all():
+        return None
+    row = int(finite.argmin())
+    return Wrong(row, f"NaN or infinite value at position {int(np.isfinite(values[row]).argmin())}")
+
+
 def owners(column: Any) -> Array:
     """The episode number of each row of a file; DataError where one has none."""
     found = numbers(in_one_piece(column), 1, np.int64)

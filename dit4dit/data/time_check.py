@@ -12,8 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit4dit.data.frame_times import UNUSUAL, VideoHeader, largest_gap, read_header, wrong_rate
-from dit4dit.data.meta import EpisodeMeta, Meta
+from dit4dit.data.meta import EpisodeMeta, Meta, beside
 from dit4dit.errors import DataError
+
+Span = tuple[int, int, EpisodeMeta]
+"""First frame of an episode in its file, and the one after its last."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def _wrong_places(
 ) -> dict[int, str]:
     """Episode number -> why it cannot be read from this video."""
     out: dict[int, str] = {}
-    spans = []
+    spans: list[Span] = []
     for episode in episodes:
         place = episode.videos[key]
         try:
@@ -127,7 +130,8 @@ def _wrong_places(
                 f"episode {episode.index} needs frames up to {end - 1}, the video has {header.frames}; copy it again"
             )
             continue
-        spans.append((first, end, episode.index))
+        claimed = 0 if place.end is None else header.times.frames_until(place.end, meta.fps)
+        spans.append((first, max(end, claimed), episode))
         where = f"{place.path}, episode {episode.index}"
         if gap > UNUSUAL:
             kind = f"from_timestamp is more than {UNUSUAL:g} frames away from the nearest frame of the video, which is taken"
@@ -141,19 +145,21 @@ def _wrong_places(
     return out | _shared_frames(spans)
 
 
-def _shared_frames(spans: list[tuple[int, int, int]]) -> dict[int, str]:
-    """Of (first frame, the one after the last, episode): the episodes that share frames with another. Times that drift away from
-    the video's own are seen here, at the first episode that would begin a frame too early.
+def _shared_frames(spans: list[Span]) -> dict[int, str]:
+    """The episodes that share frames with another. Times that drift away from the video's own are seen here, at the first
+    episode that would begin a frame too early.
     """
     out: dict[int, str] = {}
-    last: tuple[int, int, int] | None = None
+    last: Span | None = None
     for span in sorted(spans, key=lambda span: span[0]):
         if last is not None and span[0] < last[1]:
+            one, other, end = last[2], span[2], min(last[1], span[1]) - 1
+            frames = f"frame {end}" if end == span[0] else f"the frames {span[0]} to {end}"
             message = (
-                f"episodes {last[2]} and {span[2]} share the frames {span[0]} to {min(last[1], span[1]) - 1} of the video; "
-                "correct from_timestamp and length in the meta folder"
+                f"episodes {one.index} and {other.index} share {frames} of the video ({one.where} and "
+                f"{beside(other.where, one.where)}); correct from_timestamp, to_timestamp or length there"
             )
-            out.setdefault(last[2], message)
-            out[span[2]] = message
+            out.setdefault(one.index, message)
+            out[other.index] = message
         last = span if last is None or span[1] > last[1] else last
     return out

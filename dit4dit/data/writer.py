@@ -122,7 +122,7 @@ class Writer:
             raise InputError(f"{self.root}: is closed; record further episodes into another folder")
         if self._open is not None and self._open.broken:
             raise InputError(f"{self.root}: a frame of this episode was written in part; discard_episode()")
-        arrays = {name: np.asarray(x) for name, x in columns.items()}
+        arrays = {name: _native(np.asarray(x)) for name, x in columns.items()}
         found = frame_features(arrays, images, self.codec)
         known = self._open.features if self._open is not None else self.features
         if known and found != known:
@@ -214,7 +214,7 @@ class Writer:
         """Write what describes the data set; without it, it is none.
 
         Raises:
-            InputError: an episode is open, or there is none. Nothing is lost: end or discard it, and close again.
+            InputError: an episode is open, or there is none. Nothing is lost, as by a full disk: close again.
         """
         if self._closed:
             return
@@ -230,9 +230,11 @@ class Writer:
         writer_meta.write(self)
         if self.modality is not None:
             (meta / "modality.json").write_text(self.modality + "\n")
-        shutil.rmtree(self.root / PARTS)
-        (meta / "info.json").write_text(json.dumps(writer_meta.info(self), indent=4) + "\n")
+        partial = self.root / PARTS / "info.json"
+        partial.write_text(json.dumps(writer_meta.info(self), indent=4) + "\n")
+        _move(partial, meta / "info.json")
         self._closed = True
+        shutil.rmtree(self.root / PARTS)
 
     def _open_words(self) -> str:
         count = 0 if self._open is None else len(self._open)
@@ -247,9 +249,10 @@ class Writer:
     def _place_v2(self, episode: Episode) -> dict[str, Any]:
         number = len(self.episodes)
         where = {"episode_chunk": number // self.chunks_size, "episode_index": number}
-        _move(episode.folder / PART_ROWS, self.root / V2_DATA.format(**where))
         for name in episode.cameras:
             _move(episode.video(name), self.root / V2_VIDEO.format(**where, video_key=name))
+        # last: lerobot reads every file of rows that is there, of an episode that was given up on the way too
+        _move(episode.folder / PART_ROWS, self.root / V2_DATA.format(**where))
         episode.folder.rmdir()
         return {}
 
@@ -283,15 +286,20 @@ class Writer:
         first = len(self.episodes) - len(self._pending)
         where, partial = self._file(first), self.root / PARTS / "joined.mp4"
         rows = pa.concat_tables([parquet.read_table(folder / PART_ROWS) for folder in self._pending])
-        data = self.root / V3_DATA.format(**where)
-        data.parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(rows, data)
+        parquet.write_table(rows, partial)
+        _move(partial, self.root / V3_DATA.format(**where))
         for name in cameras(self.features):
             join([folder / f"{name}.mp4" for folder in self._pending], partial, self.fps)
             _move(partial, self.root / V3_VIDEO.format(**where, video_key=name))
-        for folder in self._pending:
+        # forgotten before they are removed: a second try, after Ctrl-C, finds all of them or needs none
+        done, self._pending, self._pending_frames = self._pending, [], 0
+        for folder in done:
             shutil.rmtree(folder)
-        self._pending, self._pending_frames = [], 0
+
+
+def _native(x: NDArray[Any]) -> NDArray[Any]:
+    """In this machine's byte order, the only one that Arrow has: numbers from a network may come in another."""
+    return x.astype(x.dtype.newbyteorder("="), copy=False)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -304,10 +312,10 @@ def _told(feature: Feature | None) -> str:
 
 
 def table(rows: Mapping[str, NDArray[Any]]) -> Any:
-    """An Arrow table: columns [n] as they are, [n, d] as lists of d."""
+    """An Arrow table: columns [n, d] as lists; [n] and [n, 1] as single values: lerobot opens no v3.0 set with lists of one."""
     pa = require("pyarrow", "train")
     arrays = {}
     for name, x in rows.items():
         flat = pa.array(np.ascontiguousarray(x).reshape(-1))
-        arrays[name] = flat if x.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
+        arrays[name] = flat if x.size == len(x) else pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
     return pa.table(arrays)
