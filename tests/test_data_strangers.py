@@ -213,6 +213,23 @@ def test_images_of_another_size_than_declared(copy) -> None:
             refused(root, f"{file}: the video has 24 x 32 pixels, info.json says {shape}")
 
 
+def test_a_camera_that_is_not_used_hides_no_other_error(copy) -> None:
+    """It spoils every episode of the set, and yet the gripper of all of them is looked at."""
+    root = copy("v2.1")
+    feature = {"dtype": "video", "shape": [24, 32, 3], "names": ["height", "width", "channels"]}
+    info(root, lambda data: data["features"].update({"observation.images.extra": feature}))
+    warnings = accepted(root)["warnings"]
+    assert any(w.startswith("4 errors in what libero_franka does not use (observation.images.extra)") for w in warnings)
+    for file in (root / "data").rglob("*.parquet"):
+        action = [[*row[:6], 1 - 2 * row[6]] for row in pq.read_table(file)["action"].to_pylist()]
+        column(file, "action", action, pa.list_(pa.float32(), 7))
+    with pytest.raises(DataError) as caught:
+        mixture(root)
+    (error,) = check(root, robot=ROBOT, decode=False)["errors"]
+    assert error["message"] in str(caught.value)
+    assert "robosuite" in error["message"]
+
+
 def test_totals_that_differ_are_told(copy) -> None:
     root = copy("v3.0")
     info(root, lambda data: data.update(total_episodes=5, total_frames="many"))

@@ -37,7 +37,7 @@ def check(
     """Everything about the data set in `root`, ready for JSON: facts, `errors` (each with file, row and message), `warnings`.
 
     Args:
-        robot: check that the data set holds what this robot needs, too.
+        robot: check that the data set holds what this robot needs, too; what is wrong with the rest is a warning.
         modality: a modality.json to use instead of the data set's own.
         decode: decode every picture; without it only sizes, frame times and frame counts of the video files are read.
         model: check that it can take the robot's actions, state and images, too.
@@ -62,15 +62,15 @@ def check(
     if decode:
         found += _decode(data, {(problem.episode, problem.column) for problem in found}, progress)
     # what no sample reads keeps no robot from training
-    errors = [p for p in found if recording is None or p.column is None or p.column in recording.columns]
-    spoilt = {problem.episode for problem in found}
-    good = [i for i, episode in enumerate(data.meta.episodes) if episode.index not in spoilt]
-    without = frozenset(range(len(data.meta.episodes))) - frozenset(good)
+    passed_over = [p for p in found if recording is not None and p.column and p.column not in recording.columns]
+    errors = [p for p in found if recording is None or not p.column or p.column in recording.columns]
+    without = _positions(data, found)
+    good = [i for i in range(len(data.meta.episodes)) if i not in without]
     columns = _columns(data, without) if good else {}
     tasks = _tasks(data, good)
-    wrong = [] if recording is None else gripper.findings(recording, without)
-    odd = [] if recording is None else gripper.notes(recording, without)
-    unread = _unread(recording, [problem for problem in found if problem not in errors])
+    wrong = [] if recording is None else gripper.findings(recording, _positions(data, errors))
+    odd = [] if recording is None else gripper.notes(recording, _positions(data, errors))
+    unread = _unread(recording, passed_over)
     return {
         "dataset": str(root),
         "version": data.meta.version,
@@ -91,6 +91,12 @@ def check(
         "columns": columns,
         "tasks": tasks,
     }
+
+
+def _positions(data: LeRobot, problems: list[Problem]) -> frozenset[int]:
+    """Of the episodes that have one of these problems."""
+    spoilt = {problem.episode for problem in problems}
+    return frozenset(i for i, episode in enumerate(data.meta.episodes) if episode.index in spoilt)
 
 
 def _unread(recording: Recording | None, problems: list[Problem]) -> list[str]:
