@@ -200,6 +200,15 @@ def test_real_savers_write_what_is_read(tmp_path: Path, state) -> None:
         shutil.rmtree(tmp_path / "vae", ignore_errors=True)
         model.save_pretrained(tmp_path / "vae", **options)
         check_vae(tmp_path / "vae", state)
+    dit = diffusers.CosmosTransformer3DModel.from_config(
+        json.loads((cosmos / "transformer" / "config.json").read_text())
+    )
+    own = {n.removeprefix(ck.TRANSFORMER): t for n, t in state.items() if n.startswith(ck.TRANSFORMER)}
+    dit.load_state_dict(own)
+    dit.save_pretrained(tmp_path / "transformer", max_shard_size="300KB")
+    found = ck.cosmos_tensors(tmp_path, ("transformer",))
+    assert len(found) == len(own)
+    assert all(torch.equal(found[ck.TRANSFORMER + name], value) for name, value in own.items())
     config = transformers.AutoConfig.from_pretrained(cosmos / "text_encoder")
     text = transformers.Qwen2_5_VLForConditionalGeneration(config)
     own = {n.removeprefix(ck.TEXT): t for n, t in state.items() if n.startswith(ck.TEXT)}
