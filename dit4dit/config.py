@@ -56,6 +56,20 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "text", ("rope_theta", "rms_norm_eps"))
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"text.num_heads: expected a divisor of hidden_size = {self.hidden_size}, got {self.num_heads}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"text.num_kv_heads: expected a divisor of num_heads = {self.num_heads}, got {self.num_kv_heads}"
+            )
+        half = self.hidden_size // self.num_heads // 2
+        if sum(self.mrope_section) != half:
+            raise ConfigError(
+                f"text.mrope_section: expected sizes that add up to {half}, half of hidden_size / num_heads, got "
+                f"{self.mrope_section}"
+            )
 
     @property
     def embed_width(self) -> int:
@@ -125,6 +139,11 @@ class VideoDitConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "dit", ("mlp_ratio", "rope_scale"))
+        if self.head_dim % 2 or self.head_dim < 12:
+            raise ConfigError(
+                "dit.head_dim: expected an even number of at least 12 (rotary angles of frame, row and column), got "
+                f"{self.head_dim}"
+            )
 
     @property
     def width(self) -> int:
@@ -157,6 +176,10 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "head")
+        if self.width % 2:
+            raise ConfigError(
+                f"head.head_dim: expected num_heads x head_dim to be even, got {self.num_heads} x {self.head_dim}"
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"head.dropout: expected a share from 0 to below 1, got {self.dropout}")
         if self.num_inference_timesteps > self.num_timestep_buckets:

@@ -323,9 +323,36 @@ def test_an_interrupted_conversion_leaves_nothing(
         raise OSError("disk full")
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"own: not written \(disk full\); nothing of it stays; free space"):
         own_format.to_own(golden_dir / "libero_tiny", tmp_path / "own")
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    own_format.to_own(golden_dir / "libero_tiny", tmp_path / "own")
+
+    def full(_state, file):
+        file.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 64")
+
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(
+        CheckpointError, match=r"back: not written \(checkpoints/steps_10_pytorch_model.pt: \[enforce fail"
+    ):
+        own_format.to_published(tmp_path / "own", tmp_path / "back")
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_conversion_names_what_it_could_not_copy(libero_run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(libero_run / "cosmos" / "tokenizer")
+    with pytest.raises(CheckpointError, match=r"own: not written \(.*cosmos/tokenizer: No such file or directory\)"):
+        own_format.to_own(libero_run, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_conversion_from_a_place_that_cannot_be_written(libero_run: Path, tmp_path: Path) -> None:
+    """What is made from it can be: a folder whose rights went along could not even be removed."""
+    (libero_run / "cosmos" / "tokenizer").chmod(0o555)
+    own_format.to_own(libero_run, tmp_path / "own")
+    assert (tmp_path / "own" / "tokenizer").stat().st_mode == (tmp_path / "own").stat().st_mode
 
 
 def test_own_format_without_frozen_parts_takes_them_from_the_backbone(

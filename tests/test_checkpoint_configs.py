@@ -33,6 +33,7 @@ def edit(run: Path, old: str, new: str) -> None:
     "old, new, wanted",
     [
         ("num_inference_timesteps: 4", "num_inference_timesteps: 1001", "timesteps: at most num_timestep_buckets = 1000"),
+        ("noise_s: 0.999", "noise_s: true", "framework.action_model.noise_s: expected a finite number, got True"),
         ("noise_s: 0.999", "noise_s: .nan", "framework.action_model.noise_s: expected a finite number, got nan"),
         ("noise_s: 0.999", "noise_s: .inf", "framework.action_model.noise_s: expected a finite number, got inf"),
         ("noise_beta_alpha: 1.5", "noise_beta_alpha: 1.0e+400", "noise_beta_alpha: expected a finite number, got inf"),
@@ -84,6 +85,8 @@ def test_an_unset_variable_that_nobody_reads_does_not_matter(libero_run: Path) -
         ("transformer/config.json", "mlp_ratio", float("nan"), "mlp_ratio: expected a finite number, got nan"),
         ("transformer/config.json", "max_size", [128, 8, 8], "image_size: at most 64 x 64 pixels, got 224 x 224"),
         ("transformer/config.json", "max_size", [1, 240, 240], "frames: at most 1 latent frames"),
+        ("transformer/config.json", "attention_head_dim", 11, "dit.head_dim: expected an even number of at least 12"),
+        ("transformer/config.json", "attention_head_dim", 10, "dit.head_dim: expected an even number of at least 12"),
         ("scheduler/scheduler_config.json", "sigma_max", 10**400, "sigma_max: expected a finite number"),
         ("text_encoder/config.json", "text_config", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
           "num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 259, "rms_norm_eps": float("inf")},
@@ -94,6 +97,45 @@ def test_json_of_a_cosmos_folder_is_finite(libero_run: Path, file: str, key: str
     path = libero_run / "cosmos" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     assert wanted in refusal(libero_run)
+
+
+@pytest.mark.parametrize(
+    "key, value, wanted",
+    [
+        ("num_attention_heads", 3, "text.num_heads: expected a divisor of hidden_size = 32, got 3"),
+        ("num_key_value_heads", 3, "text.num_kv_heads: expected a divisor of num_heads = 2, got 3"),
+        ("rope_scaling", {"mrope_section": [16, 24, 24]}, "text.mrope_section: expected sizes that add up to 8, half of"),
+        ("rope_scaling", None, "text.mrope_section: expected sizes that add up to 8"),
+    ],
+)  # fmt: skip
+def test_sizes_of_a_text_encoder_that_cannot_be(libero_run: Path, key: str, value, wanted: str) -> None:
+    """Else it is built, and the first prompt fails."""
+    path = libero_run / "cosmos" / "text_encoder" / "config.json"
+    data = json.loads(path.read_text())
+    data["text_config"][key] = value
+    path.write_text(json.dumps(data))
+    assert refusal(libero_run).startswith(f"{path}: {wanted}")
+
+
+def test_a_head_of_odd_width(libero_run: Path) -> None:
+    edit(libero_run, "num_attention_heads: 4", "num_attention_heads: 5")
+    edit(libero_run, "attention_head_dim: 16", "attention_head_dim: 13")
+    edit(libero_run, "input_embedding_dim: 64", "input_embedding_dim: 65")
+    assert "head.head_dim: expected num_heads x head_dim to be even, got 5 x 13" in refusal(libero_run)
+
+
+def test_the_largest_images_are_those_of_diffusers(libero_run: Path) -> None:
+    """max_size counts latents: diffusers' rotary embedding has max_size / patch_size positions."""
+    cosmos = pytest.importorskip("diffusers.models.transformers.transformer_cosmos")
+    model = ck.open_checkpoint(libero_run).model
+    rope = cosmos.CosmosRotaryPosEmbed(model.dit.head_dim, max_size=model.dit.max_size)
+    most = tuple(model.pixels_per_token * tokens for tokens in rope.max_size[1:])
+    assert most == (1920, 1920)
+    rows, columns = model.latent_size(*most)
+    assert (rows, columns) == model.dit.max_size[1:]
+    for height, width in ((most[0] + 16, 16), (16, most[1] + 16)):
+        with pytest.raises(ConfigError, match=f"at most 1920 x 1920 pixels, got {height} x {width}"):
+            model.latent_size(height, width)
 
 
 def test_the_own_format_is_held_to_the_same(golden_dir: Path, tmp_path: Path) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_samples import GOLDEN, flip, pt
 from safetensors.torch import load_file, save_file
 
-from dit4dit import Policy
 from dit4dit.cli import main
 from dit4dit.errors import CheckpointError
 from dit4dit.model import checkpoint as ck
@@ -20,10 +19,6 @@ from dit4dit.model import checksums, own_format
 from dit4dit.model.text import byte_tokenizer
 from dit4dit.model.weights import random_model
 from dit4dit.presets import preset
-from dit4dit.training import checkpoint, setup
-from dit4dit.training.checkpoint import Inference, Progress
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def run(*words: object) -> int:
@@ -45,21 +40,21 @@ def own(native: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(native, tmp_path / "own"))
 
 
-def flip(file: Path) -> None:
-    """Change one bit, and leave size and time as they were."""
-    facts, content = file.stat(), bytearray(file.read_bytes())
-    content[-1] ^= 1
-    with file.open("r+b") as stream:
-        stream.write(content)
-    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-
-
 def test_every_file_is_listed_with_its_hash(native: Path) -> None:
     entries = json.loads((native / "checksums.json").read_text())
     files = {f.relative_to(native).as_posix(): f.read_bytes() for f in native.rglob("*") if f.is_file()}
     del files["checksums.json"]
     assert {"config.json", "statistics.json", "model.safetensors", "text_encoder/model.safetensors"} <= set(files)
     assert entries == {n: {"size": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in files.items()}
+
+
+def test_names_that_begin_with_a_dot_are_not_listed(own: Path) -> None:
+    """What a file browser or the hub's client leaves there, and may change."""
+    listed = checksums.entries(own)
+    (own / "vae" / ".DS_Store").touch()
+    (own / ".cache" / "huggingface").mkdir(parents=True)
+    (own / ".cache" / "huggingface" / "model.safetensors.metadata").touch()
+    assert checksums.entries(own) == listed
 
 
 def test_verify_by_the_command(own: Path, capsys) -> None:
@@ -74,6 +69,10 @@ def test_verify_by_the_command(own: Path, capsys) -> None:
         assert "with SHA-256 " in said
         assert "; copy it again" in said
         flip(own / name)
+    (own / "tokenizer").rename(own / "aside")  # it is no frozen part, which may be left out
+    assert run("inspect", own, "--verify") == 2
+    assert "missing, though checksums.json lists it" in capsys.readouterr().err
+    (own / "aside").rename(own / "tokenizer")
     (own / "tokenizer" / "tokenizer.json").unlink()
     assert run("inspect", own, "--verify") == 2
     assert f"{own}/tokenizer/tokenizer.json: missing, though checksums.json lists it" in capsys.readouterr().err
@@ -138,10 +137,6 @@ def test_upload_and_download_keep_them_valid(
 # -- inspect approves only what build takes --------------------------------------------------------------------------
 
 
-def pt(folder: Path) -> Path:
-    return folder / "checkpoints" / "steps_10_pytorch_model.pt"
-
-
 def without(part: str):
     def spoil(state: dict) -> dict:
         return {name: t for name, t in state.items() if not name.startswith(part)}
@@ -152,11 +147,15 @@ def without(part: str):
 SPOILED = {
     "text encoder": (without(ck.TEXT + "model.language_model.layers.1."), "text encoder: 12 of 26 tensors missing"),
     "head": (without("action_model.action_decoder.layer2.bias"), "action head: 1 of "),
-    "decoder": (without(ck.VAE + "decoder.conv_out."), "clip VAE: 2 of 194 tensors missing"),
+    "decoder": (without(ck.VAE + "decoder.conv_out."), "a policy does without this part, training does not"),
     "shape": (lambda s: s | {"action_model.position_embedding.weight": torch.zeros(3)}, "got [3]"),
     "kind": (
         lambda s: {n: t.long() if n.endswith("patch_embed.proj.weight") else t for n, t in s.items()},
         "expected floats",
+    ),
+    "sparse": (
+        lambda s: {n: t.to_sparse() if n.endswith("proj_out_2.weight") else t for n, t in s.items()},
+        "expected a dense tensor, got torch.sparse_coo; save its .to_dense()",
     ),
     "extra": (
         lambda s: s | {"action_model.more": torch.zeros(1)},
@@ -181,7 +180,8 @@ def test_inspect_of_a_text_encoder_that_the_base_lacks(cosmos_folder: Path, tmp_
     lean = tmp_path / "lean"
     arguments = {"embodiment": "libero", "statistics": statistics, "tokenizer": byte_tokenizer()}
     own_format.save_model(lean, model, **arguments, with_frozen=False)
-    assert run("inspect", lean, "--backbone", cosmos_folder) == 0
+    assert run("inspect", lean, "--backbone", cosmos_folder, "--verify") == 0
+    assert "files are what checksums.json says" in capsys.readouterr().out
     broken = Path(shutil.copytree(cosmos_folder, tmp_path / "cosmos"))
     file = broken / "text_encoder" / "model.safetensors"
     state = load_file(file)
@@ -197,94 +197,3 @@ def test_inspect_of_statistics_that_do_not_fit(libero_run: Path, capsys) -> None
     file.write_text(json.dumps(data))
     assert run("inspect", libero_run) == 1
     assert "cannot be loaded: " in capsys.readouterr().out
-
-
-# -- frozen parts that the checkpoints of a run share ----------------------------------------------------------------
-
-
-@pytest.fixture
-def shared_run(tmp_path: Path) -> Path:
-    """A run with two checkpoints whose frozen parts are links to one copy."""
-    model = random_model(preset("tiny").model, 0)
-    text, model.text = model.text, None
-    assert text is not None
-    path = tmp_path / "run"
-    setup.save_frozen(path / "frozen", model, text)
-    statistics = json.loads((GOLDEN / "libero_tiny" / "dataset_statistics.json").read_text())
-    weights = {n: t for n, t in own_format.named_tensors(model).items() if not n.startswith(tuple(ck.FROZEN.values()))}
-    inference = Inference(model.config, "libero", weights, statistics, byte_tokenizer(), path / "frozen")
-    for step in (1, 2):
-        checkpoint.write(
-            path, Progress(step, 0, 1, "", ""), inference, {"weights.x": torch.ones(1)}, {"0.x": torch.ones(1)}
-        )
-    return path
-
-
-def test_linked_parts_are_hashed_once(shared_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = checkpoint.folder_of(shared_run, 1) / "policy"
-    part = policy / "text_encoder" / "model.safetensors"
-    assert part.samefile(shared_run / "frozen" / "text_encoder" / "model.safetensors")
-    digest = hashlib.sha256(part.read_bytes()).hexdigest()
-    manifest = json.loads((policy.parent / "manifest.json").read_text())
-    assert manifest["policy/text_encoder/model.safetensors"]["sha256"] == digest
-    assert json.loads((policy / "checksums.json").read_text())["text_encoder/model.safetensors"]["sha256"] == digest
-    # another process, which goes on with the run: what is linked is not read again
-    checksums._known.clear()
-    read: list[str] = []
-    once = checksums._read
-    monkeypatch.setattr(checksums, "_read", lambda file: read.append(file.name) or once(file))
-    linked = checksums.carried(shared_run / "frozen")
-    assert checksums.entries(policy, linked)["text_encoder/model.safetensors"]["sha256"] == digest
-    assert read.count("model.safetensors") == 1, "the trained weights alone"
-
-
-def test_a_later_checkpoint_does_not_read_the_linked_parts(shared_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = checkpoint.folder_of(shared_run, 2)
-    opened = ck.open_checkpoint(saved / "policy")
-    weights = {n: t for n, t in opened.tensors.items() if not n.startswith(tuple(ck.FROZEN.values()))}
-    inference = Inference(opened.model, "libero", weights, opened.statistics, byte_tokenizer(), shared_run / "frozen")
-    checksums._known.clear()
-    once, read = checksums._read, []
-    monkeypatch.setattr(checksums, "_read", lambda file: read.append(file) or once(file))
-    last = checkpoint.write(shared_run, Progress(3, 0, 1, "", ""), inference, {"weights.x": torch.ones(1)}, {})
-    assert [file for file in read if file.parent.name in ck.FROZEN] == []
-    assert len(read) == len(set(read)), "each other file once, for both lists"
-    names = [f"policy/{part}/model.safetensors" for part in ck.FROZEN]
-    before, after = (json.loads((folder / "manifest.json").read_text()) for folder in (saved, last))
-    assert [after[name] for name in names] == [before[name] for name in names]
-    assert checkpoint.read(last).progress.step == 3
-
-
-def test_a_damaged_shared_part_says_how_to_go_on(shared_run: Path, cosmos_folder: Path, capsys) -> None:
-    folders = [checkpoint.folder_of(shared_run, step) for step in (1, 2)]
-    policy = folders[1] / "policy"
-    assert run("inspect", policy, "--verify") == 0
-    flip(shared_run / "frozen" / "text_encoder" / "model.safetensors")
-    part = policy / "text_encoder"
-    assert run("inspect", policy, "--verify") == 2
-    said = capsys.readouterr().err
-    assert f"{part / 'model.safetensors'}: damaged" in said
-    assert "all 3 checkpoints and folders of the run that link to this file share the damage" in said
-    assert f"remove {part} and load with --backbone FOLDER" in said
-    for folder in folders:
-        with pytest.raises(
-            CheckpointError, match=r"share the damage: remove .* its folder frozen too, and --resume writes it"
-        ):
-            checkpoint.read(folder)
-    # a file that cannot even be opened says the same
-    os.truncate(shared_run / "frozen" / "text_encoder" / "model.safetensors", 100)
-    with pytest.raises(CheckpointError, match=r"share the damage: remove .* and load with --backbone FOLDER"):
-        ck.open_checkpoint(policy)
-    # and the way back works
-    shutil.rmtree(part)
-    assert run("inspect", policy, "--verify", "--backbone", cosmos_folder) == 0
-    loaded = Policy.from_pretrained(policy, backbone=cosmos_folder, device="cpu")
-    base = load_file(cosmos_folder / "text_encoder" / "model.safetensors")
-    assert loaded.model.text is not None
-    assert torch.equal(loaded.model.text.language_model.norm.weight, base["model.norm.weight"])
-    checkpoint.read(folders[1])
-    # a part that nobody shares is copied again
-    flip(folders[0] / "policy" / "model.safetensors")
-    shutil.rmtree(folders[0] / "policy" / "text_encoder")
-    with pytest.raises(CheckpointError, match="the checkpoint is damaged, resume an older one"):
-        checkpoint.read(folders[0])

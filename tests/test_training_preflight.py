@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkpoint_samples import flip
 from test_training_command import GOLDEN, MINE
 from training_worker import small_config
 
@@ -66,6 +67,8 @@ FAULTS = {
                     "set --model.flow.video_every or --data.batch_size"),
     "frames": (("--data.video_delta_indices", "0,1,2"), "the model takes 5 frames, video_delta_indices give 3: (0, 1, 2); give "
                "as many (training: --data.video_delta_indices"),
+    "no future": (("--model.frames", 1), "model.frames: 1 leaves no future frame for the video loss; set --model.frames to 1 + a "
+                  "multiple of 4, or --model.flow.training action"),
     "indices": (("--data.video_delta_indices", "0,2,1,3,4"), "--data.video_delta_indices"),
     "ratio": (("--data.action_video_freq_ratio", 2), "ratio 2 thins out video_delta_indices, which are not given"),
     "ratio 0": (("--data.action_video_freq_ratio", 0, "--data.video_delta_indices", "0,1,2,3,4"), "expected at least 1, got"),
@@ -169,6 +172,33 @@ def test_a_dry_run_in_the_folder_of_a_run(file: Path, tmp_path: Path, capsys) ->
     (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
     assert run(file, "--dry-run") == 2
     assert "has checkpoints already; go on with --resume" in capsys.readouterr().err
+
+
+def test_a_dry_run_looks_at_what_it_would_go_on_from(file: Path, tmp_path: Path, capsys) -> None:
+    words = ("--run.steps", 1, "--run.save_every", 1, "--run.save_frozen", "false")
+    assert run(file, *words) == 0
+    before = sorted(tmp_path.rglob("*"))
+    assert run(file, *words, "--resume", "--dry-run") == 0
+    # two processes would do the same with half of the batch, one would not
+    half = ("--data.batch_size", 1)
+    assert run(file, *words, *half, "--resume", "--dry-run") == 0
+    capsys.readouterr()
+    batch = "global batch (data.batch_size x optim.accumulate x processes): the run has 2, this one"
+    for options, processes, message in (
+        (half, ("--processes", 1), f"{batch} 1; make them equal"),
+        (("--data.batch_size", 4), (), f"{batch} 4; make them equal"),
+        (("--data.sample_every", 2), (), "the data's fingerprint (files, statistics, split, window): the run has"),
+    ):
+        said = []
+        for more in (("--dry-run", *processes), ()):
+            assert run(file, *words, *options, "--resume", *more) == 2
+            said.append(capsys.readouterr().err.splitlines()[-1])
+        assert message in said[0]
+        assert said[0] == said[1]
+    flip(tmp_path / "run" / "checkpoints" / "step_00000001" / "policy" / "model.safetensors")
+    assert run(file, *words, "--resume", "--dry-run") == 2
+    assert "policy/model.safetensors: damaged: " in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

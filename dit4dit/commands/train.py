@@ -17,7 +17,7 @@ from dit4dit.training import checkpoint, memory, preflight, published, setup
 from dit4dit.training.config import TrainConfig, read_config, split_words
 from dit4dit.training.feed import TrainingData
 from dit4dit.training.lerobot_data import LeRobotData
-from dit4dit.training.loop import PREEMPTED, train
+from dit4dit.training.loop import PREEMPTED, check_progress, train
 from dit4dit.training.random_data import RandomData
 from dit4dit.training.recipes import RECIPES, recipe
 
@@ -28,7 +28,7 @@ USAGE = f"""usage: dit4dit train (--recipe NAME | --config FILE) [options] [--a.
   --resume [DIR]    go on from the run's newest checkpoint, or from its checkpoint DIR; later ones are then renamed to
                     abandoned_step_N. "auto": from the newest, or from the beginning where there is none
   --dry-run         look for whatever would stop the run before or in its first step, print the memory plan and stop; no
-                    weights are loaded, nothing is written
+                    weights are loaded, nothing is written. With --resume its checkpoint is read whole, as at a start
   --processes N     of the plan (default: WORLD_SIZE, else 1)
   --print           print the configuration and stop
 
@@ -198,20 +198,28 @@ def _leaves(node: object, prefix: str = "") -> dict[str, object]:
 
 def dry_run(config: TrainConfig, processes: str | None, resume: str | None, say: Callable[[str], None]) -> None:
     """Say the memory plan, as far as there is one, and raise the first of what would stop the run; say the others."""
-    text = processes or os.environ.get("WORLD_SIZE", "1")
+    given = processes or os.environ.get("WORLD_SIZE")
+    text = given or "1"
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"--processes: expected a number of at least 1, got {text!r}")
     faults: dict[str, Dit4DitError] = {}
     sized, data, prompts = config, None, None
+    saved = None
     with noted(faults):
-        resumed(config, resume)
+        if (folder := resumed(config, resume)) is not None:
+            saved = checkpoint.read(folder)
     with noted(faults):
         preflight.check_start(config)
     with noted(faults):
         sized = setup.sized(config)
     with noted(faults):
         data = open_data(config)
-        preflight.check_first_batch(sized, data)
+    with noted(faults):
+        if saved is not None and data is not None:
+            check_progress(saved, config, data, int(text) if given else preflight.ranks_of(saved, config))
+    with noted(faults):
+        if data is not None:
+            preflight.check_first_batch(sized, data)
     with noted(faults):
         prompts = preflight.check_weights(config)
         if prompts is None:

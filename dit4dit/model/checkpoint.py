@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 HUB_BACKBONE = "nvidia/Cosmos-Predict2.5-2B"
 HUB_REVISION = "diffusers/base/post-trained"
+ENDINGS = (".pt", ".pth", ".bin", SUFFIX)
+ONE_FILE = "save them again as safetensors, or all in one .pt file: torch.save(state_dict, FILE)"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*/*.json", "*/*.jinja", "*/*.txt"]
 
 EXTRACTOR = "backbone_interface.extractor."
@@ -111,7 +113,7 @@ def is_own_format(folder: Path) -> bool:
 
 
 def _from_hub(name: str) -> Path:
-    local = not is_hub_id(name) or name.endswith((".pt", ".pth")) or Path(name).parent.is_dir()
+    local = not is_hub_id(name) or name.lower().endswith(ENDINGS) or Path(name).parent.is_dir()
     if local:
         raise CheckpointError(f"checkpoint {name}: no such file or folder; give a run folder, a .pt file or a hub id")
     return _download(name, None, None, "give a run folder or a .pt file that exists")
@@ -184,10 +186,11 @@ def _open_published(path: Path, backbone: str | Path | None) -> Checkpoint:
 
 def _published_tensors(file: Path) -> Mapping[str, Tensor]:
     """The weights of a published run: a .pt file, a safetensors file, or a folder with several of them."""
+    if file.is_file() and SHARD.search(file.name):
+        rest = f"give the folder {file.parent}" if _is_safetensors(file) else ONE_FILE
+        raise CheckpointError(f"{file}: one of several files of weights; {rest}")
     if file.is_file() and not _is_safetensors(file):
         return load_pt(file)
-    if file.is_file() and SHARD.search(file.name):
-        raise CheckpointError(f"{file}: one of several files of weights; give the folder {file.parent}")
     found = safetensor_files(file, "") if file.is_dir() else safetensor_file(file)
     plain = state_dict.plain_names(found, file)
     if all(new == old for new, old in plain.items()):
@@ -222,6 +225,9 @@ def published_files(path: Path) -> tuple[Path, Path]:
     if not found:
         if shards := state_dict.zero_folder(run / "checkpoints") or state_dict.zero_folder(run):
             raise state_dict.zero_error(shards)
+        pieces = [f for folder in (run / "final_model", run) for f in visible(folder, ".bin") if SHARD.search(f.name)]
+        if pieces:
+            raise CheckpointError(f"{pieces[0]}: one of several files of weights; {ONE_FILE}")
         ours = [f for f in visible(run / "checkpoints") if (f / "policy" / "config.json").is_file()]
         hint = f"; it is a run of dit4dit train, give {ours[-1] / 'policy'}" if ours else ""
         raise CheckpointError(
@@ -233,7 +239,7 @@ def published_files(path: Path) -> tuple[Path, Path]:
     return run, found[0]
 
 
-FINAL = re.compile(r"pytorch_model\.(pt|pth|safetensors)|model\.safetensors", re.IGNORECASE)
+FINAL = re.compile(r"pytorch_model\.(pt|pth|bin|safetensors)|model\.safetensors", re.IGNORECASE)
 STEP = re.compile(r"steps_(\d+)_(pytorch_)?model\.(pt|pth|safetensors)", re.IGNORECASE)
 
 
@@ -266,12 +272,15 @@ def text_name(name: str) -> str:
     """The published name of a tensor; of the text encoder's those that transformers writes to disk are others.
 
     The module has `model.language_model.*` and `model.visual.*`, so the published .pt does. `save_pretrained` writes the names
-    of its older layout, `model.*` and `visual.*`; Qwen2_5_VLModel alone, without its lm_head, has no `model.` in front.
+    of its older layout, `model.*` and `visual.*`; Qwen2_5_VLModel alone, without its lm_head, may have no `model.` in front, and
+    its language model alone has neither.
     """
     if not name.startswith(TEXT):
         return name
     rest = name.removeprefix(TEXT)
-    if rest.startswith(("visual.", "language_model.")):
+    if rest.startswith(("embed_tokens.", "layers.", "norm.")):
+        rest = f"model.language_model.{rest}"
+    elif rest.startswith(("visual.", "language_model.")):
         rest = f"model.{rest}"
     elif rest.startswith("model.") and not rest.startswith(("model.language_model.", "model.visual.")):
         rest = f"model.language_model.{rest.removeprefix('model.')}"

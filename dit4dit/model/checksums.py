@@ -99,18 +99,27 @@ def read(file: Path) -> Entries:
     return data
 
 
-def verify(file: Path, rest: str = "copy it again", progress: Progress = _silent) -> int:
+def verify(
+    file: Path,
+    rest: str = "copy it again",
+    progress: Progress = _silent,
+    *,
+    shared: str | None = None,
+    reread: bool = True,
+) -> int:
     """Read every file that the checksum file `file` lists, and return how many there are.
 
     A frozen part whose whole folder was removed is left out: it comes from the backbone then.
 
     Args:
         rest: what to do about a damaged file. progress: called with each file's name and size.
+        shared: what to do about a damaged frozen part that checkpoints share, where that is not to load a policy.
+        reread: False takes the hash of a file that this process has read and that has not changed since.
 
     Raises:
         CheckpointError: names the file that is missing, or is not what was written.
     """
-    count = 0
+    count, digest_of = 0, _read if reread else sha256
     for name, entry in read(file).items():
         path = inside(file, name)
         if path.parent.name in SHARED and not path.parent.exists():
@@ -120,11 +129,11 @@ def verify(file: Path, rest: str = "copy it again", progress: Progress = _silent
             raise CheckpointError(f"{path}: missing, though {file.name} lists it; {rest}")
         size = path.stat().st_size
         progress(name, size)
-        if size != entry["size"] or (digest := _read(path)) != entry["sha256"]:
+        if size != entry["size"] or (digest := digest_of(path)) != entry["sha256"]:
             got = f"{size} bytes" if size != entry["size"] else f"SHA-256 {digest[:12]}…"
             raise CheckpointError(
                 f"{path}: damaged: expected {entry['size']} bytes with SHA-256 {entry['sha256'][:12]}…, got {got}"
-                f"{shared_by_links(path) or f'; {rest}'}"
+                f"{shared_by_links(path, shared) or f'; {rest}'}"
             )
         count += 1
     return count

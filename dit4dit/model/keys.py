@@ -187,8 +187,9 @@ def read_json(path: Path, hint: str = "the folder is incomplete") -> dict[str, A
     NaN and Infinity, which are no JSON, are read as Python writes them: diffusers saves schedulers with -Infinity in keys that
     nobody reads here. Who reads a number says whether it must be finite.
     """
+    text = read_text(path, hint)
     try:
-        data = json.loads(read_text(path, hint))
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:  # beside bad syntax: too long a number, too deep a nesting
         raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(data, dict):

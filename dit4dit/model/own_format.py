@@ -39,7 +39,6 @@ from dit4dit.model.checkpoint import (
 )
 from dit4dit.model.folders import visible
 from dit4dit.model.keys import read_json
-from dit4dit.model.tensor_files import SUFFIX
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 SHARD_SIZE = "2GB"
 DOTTED = shutil.ignore_patterns(".*")
 """Files that no reader looks at, as macOS and git leave them, are not copied."""
+PT_NAME = re.compile(r"(checkpoints/|final_model/)?[\w.-]+\.pt")
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 COSMOS_PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 Progress = Callable[[str, int], None]
@@ -61,12 +61,17 @@ def _silent(name: str, size: int) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, rest: str = "nothing of it stays; free space, or choose another folder") -> Iterator[Path]:
     """A temporary folder beside `target` that becomes it, whole, when the block ends without an error.
 
+    Args:
+        rest: what to do where it cannot be written.
+
     Raises:
-        CheckpointError: `target` exists already; nothing is ever overwritten.
+        CheckpointError: `target` exists already (nothing is ever overwritten), or the disk is full or fails.
     """
+    from safetensors import SafetensorError
+
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already; choose another folder or remove it first")
     try:
@@ -80,15 +85,21 @@ def new_folder(target: Path) -> Iterator[Path]:
         os.umask(umask)
         for file in partial.rglob("*"):
             _sync(file)
-            if file.is_file():
-                # safetensors and mkdtemp make theirs for the owner alone; a checkpoint is shared like any other file
-                file.chmod(0o666 & ~umask)
+            # safetensors and mkdtemp make theirs for the owner alone; a checkpoint is shared like any other file. A folder that
+            # was copied from a read-only place would stay read-only
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
         _sync(partial)
         if target.is_dir():
             target.rmdir()
         partial.chmod(0o777 & ~umask)
         partial.rename(target)
         _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        reason = str(getattr(error, "strerror", None) or error)
+        name = getattr(error, "filename", None)
+        if name is not None and partial not in Path(name).parents:  # what was to be copied
+            reason = f"{name}: {reason}"
+        raise CheckpointError(f"{target}: not written ({reason}); {rest}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -224,9 +235,10 @@ def to_own(source: Path, target: Path, backbone: Path | None = None, progress: P
 
 
 def _pt_name(weights: Path, run: Path) -> str:
-    """Where in a published run the .pt file stands whose weights were read from `weights`, which may be safetensors."""
-    if weights.is_file() and not weights.name.lower().endswith(SUFFIX):
-        return weights.relative_to(run).as_posix()
+    """Where in a published run the .pt file stands whose weights were read from `weights`, which may be of another kind."""
+    name = weights.relative_to(run).as_posix()
+    if weights.is_file() and PT_NAME.fullmatch(name):
+        return name
     step = STEP.fullmatch(weights.name)
     return f"checkpoints/steps_{step[1]}_pytorch_model.pt" if step else "final_model/pytorch_model.pt"
 
@@ -259,7 +271,7 @@ def to_published(source: Path, target: Path, backbone: Path | None = None, progr
             shutil.copyfile(kept / "config.yaml", partial / "config.yaml")
             shutil.copytree(kept / "cosmos", partial / "cosmos", ignore=DOTTED)
             name = str(read_json(kept / "source.json").get("file"))
-            if not re.fullmatch(r"(checkpoints/|final_model/)?[\w.-]+\.pt", name):
+            if not PT_NAME.fullmatch(name):
                 raise CheckpointError(f"{kept / 'source.json'}: expected a .pt file inside the run, got {name!r}")
         else:
             (partial / "config.yaml").write_text(export.run_yaml(checkpoint.model, checkpoint.embodiment))
@@ -269,7 +281,10 @@ def to_published(source: Path, target: Path, backbone: Path | None = None, progr
         shutil.copyfile(checkpoint.path / "statistics.json", partial / "dataset_statistics.json")
         file = partial / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({n: checkpoint.tensors[n] for n in checkpoint.tensors}, file)
+        try:
+            torch.save({n: checkpoint.tensors[n] for n in checkpoint.tensors}, file)
+        except RuntimeError as error:  # which is all that a full disk is to it
+            raise OSError(f"{name}: {str(error).splitlines()[0]}") from error
         progress(file.name, file.stat().st_size)
 
 

@@ -101,9 +101,14 @@ def _unwrap(data: Any, file: Path, known: tuple[str, ...]) -> dict[str, Tensor]:
     if not found:
         if data and all(isinstance(value, torch.Tensor) for value in data.values()):
             return dict(data)  # tensors of some other model: whoever asked says so
+        first = next(
+            (name for group in groups.values() for name, x in group.items() if isinstance(x, torch.Tensor)), None
+        )
+        keys = ", ".join(map(str, data)) or "none"
         raise CheckpointError(
             f"{file}: expected a flat state dict of tensors under the published names, or one below state_dict, model or "
-            f"module, got {type(data).__name__} with the keys {', '.join(map(str, data)) or 'none'!s:.120}"
+            f"module, got {type(data).__name__} with the keys {keys:.120}"
+            + ("" if first is None else f", whose first tensor is {first!r:.100}")
         )
     key, tensors = next(iter(found.items()))
     if key and key not in WRAPPERS:

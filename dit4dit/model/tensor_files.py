@@ -149,15 +149,18 @@ def tensor_names(file: Path) -> list[str]:
         raise CheckpointError(f"{file}: missing or not readable ({error}){rest}") from None
 
 
-def shared_by_links(file: Path) -> str:
-    """What to do where a frozen part is damaged that several checkpoints of a run share; empty where it is nobody else's."""
+def shared_by_links(file: Path, rest: str | None = None) -> str:
+    """What to do where a frozen part is damaged that several checkpoints of a run share; empty where it is nobody else's.
+
+    rest: what to do about it, where that is not to load a policy.
+    """
     if file.parent.name not in SHARED or not file.is_file() or file.stat().st_nlink < 2:
         return ""
-    return (
-        f"; all {file.stat().st_nlink} checkpoints and folders of the run that link to this file share the damage: remove "
-        f"{file.parent} and load with --backbone FOLDER (Cosmos-Predict2.5); for a run that goes on remove its folder frozen "
-        "too, and --resume writes it again"
+    rest = rest or (
+        f"remove {file.parent} and load with --backbone FOLDER (Cosmos-Predict2.5); for a run that goes on remove its folder "
+        "frozen too, and --resume writes it again"
     )
+    return f"; all {file.stat().st_nlink} checkpoints and folders of the run that link to this file share the damage: {rest}"
 
 
 def safetensor_file(file: Path, prefix: str = "") -> SafetensorFiles:

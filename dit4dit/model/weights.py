@@ -109,7 +109,8 @@ def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> lis
         try:
             match(part, tensors, where)
         except CheckpointError as error:
-            found.append(str(error))
+            policy = "; a policy does without this part, training does not" if part.name == "clip VAE" else ""
+            found.append(f"{error}{policy}")
     return found
 
 
@@ -141,6 +142,11 @@ def match(part: Part, tensors: Mapping[str, Tensor], where: str) -> Mapping[str,
             )
         if not value.is_floating_point():
             raise CheckpointError(f"{where}: {part.name}: {part.prefix}…{name}: expected floats, got {value.dtype}")
+        if value.layout != torch.strided:
+            raise CheckpointError(
+                f"{where}: {part.name}: {part.prefix}…{name}: expected a dense tensor, got {value.layout}; save its "
+                ".to_dense()"
+            )
     return found
 
 

@@ -35,6 +35,8 @@ from dit4dit.model.folders import visible
 from dit4dit.model.keys import read_json
 from dit4dit.model.tensor_files import safetensor_files
 
+SHARED_PARTS = "frozen"
+"""Folder of a run with the frozen parts that its checkpoints link to."""
 MANIFEST, PROGRESS, RNG, STATE, POLICY = "manifest.json", "progress.json", "rng.safetensors", "state", "policy"
 
 
@@ -82,31 +84,24 @@ def write(
     Raises:
         CheckpointError: it could not be written; nothing of it stays, older ones are untouched.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = folder_of(run, progress.step)
     if target.exists():
         discard(target)
-    try:
-        with own_format.new_folder(target) as partial:
-            # the frozen parts that are linked are hashed once a run, when they are written
-            linked = {} if inference.frozen is None else checksums.carried(inference.frozen)
-            _write_policy(partial / POLICY, inference)
-            checksums.write(partial / POLICY, linked)
-            own_format.write_shards(partial / STATE, state)
-            save_file(dict(rng), partial / RNG)
-            own_format.write_json(partial / PROGRESS, asdict(progress))
-            own_format.write_json(partial / MANIFEST, checksums.entries(partial, linked))
-    except (OSError, SafetensorError) as error:
-        newest = latest(run)
-        rest = (
-            f"the newest one is {newest}; free space and go on with --resume"
-            if newest
-            else "there is none yet; free space"
-        )
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{target}: not written ({reason}); {rest}") from None
+    newest = latest(run)
+    rest = (
+        f"the newest one is {newest}; free space and go on with --resume" if newest else "there is none yet; free space"
+    )
+    with own_format.new_folder(target, rest) as partial:
+        # the frozen parts that are linked are hashed once a run, when they are written
+        linked = {} if inference.frozen is None else checksums.carried(inference.frozen)
+        _write_policy(partial / POLICY, inference)
+        checksums.write(partial / POLICY, linked)
+        own_format.write_shards(partial / STATE, state)
+        save_file(dict(rng), partial / RNG)
+        own_format.write_json(partial / PROGRESS, asdict(progress))
+        own_format.write_json(partial / MANIFEST, checksums.entries(partial, linked))
     return target
 
 
@@ -128,7 +123,26 @@ def verify(folder: Path) -> None:
         raise CheckpointError(
             f"{folder / MANIFEST}: no such file; not a whole training checkpoint, give another folder checkpoints/step_N"
         )
-    checksums.verify(folder / MANIFEST, "the checkpoint is damaged, resume an older one with --resume FOLDER")
+    frozen = folder.absolute().parents[1] / SHARED_PARTS
+    checksums.verify(
+        folder / MANIFEST,
+        "the checkpoint is damaged, resume an older one with --resume FOLDER",
+        shared=f"remove that file's folder and {frozen}, and --resume writes it again",
+    )
+
+
+def verify_frozen(run: Path) -> None:
+    """CheckpointError unless the frozen parts that the next checkpoints will link to, if any, are what was written."""
+    frozen = run / SHARED_PARTS
+    if not frozen.is_dir():
+        return
+    rest = f"remove {frozen}, and --resume writes it again"
+    for part in FROZEN:
+        if not (frozen / part).is_dir():
+            raise CheckpointError(f"{frozen / part}: missing; {rest}")
+    if (frozen / checksums.FILE).is_file():
+        # what the checkpoint that was just verified links to is not read again
+        checksums.verify(frozen / checksums.FILE, rest, shared=rest, reread=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +165,7 @@ def read(folder: Path) -> Saved:
     from safetensors.torch import load_file
 
     verify(folder)
+    verify_frozen(folder.absolute().parents[1])
     progress = build(Progress, read_json(folder / PROGRESS), str(folder / PROGRESS))
     state = safetensor_files(folder / STATE, "")
     live = {n.removeprefix("weights."): state[n] for n in state if n.startswith("weights.")}
@@ -186,7 +201,7 @@ def latest(run: Path) -> Path | None:
 
 def sweep(run: Path) -> None:
     """Remove what a process that died while writing or removing left behind."""
-    for rest in (run / "checkpoints").glob(".*"):
+    for rest in [*(run / "checkpoints").glob(".*"), *run.glob(f".{SHARED_PARTS}.*")]:
         shutil.rmtree(rest)
 
 

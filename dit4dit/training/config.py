@@ -208,6 +208,11 @@ class TrainConfig:
                 f"model.flow.video_every: expected a divisor of data.batch_size = {self.data.batch_size}, "
                 f"got {self.model.flow.video_every}; set --model.flow.video_every or --data.batch_size"
             )
+        if self.model.latent_frames == 1 and self.model.flow.training != "action":
+            raise ConfigError(
+                f"model.frames: {self.model.frames} leaves no future frame for the video loss; set --model.frames to 1 + a "
+                f"multiple of {self.model.vae.temporal_factor}, or --model.flow.training action"
+            )
         if self.data.workers < 0:
             raise ConfigError(f"data.workers: expected at least 0, got {self.data.workers}")
         if not 0 <= self.data.holdout < 1:

@@ -9,6 +9,7 @@ losses that it would have had, and several processes train what one would with t
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import time
 from collections.abc import Generator, Iterator
@@ -56,6 +57,9 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
         if processes.first:
             run.mkdir(parents=True, exist_ok=True)
             checkpoint.sweep(run)
+            if saved is None and (run / checkpoint.SHARED_PARTS).is_dir():
+                # of a start that came to no checkpoint, perhaps from other weights
+                shutil.rmtree(run / checkpoint.SHARED_PARTS)
         prompts, latents = fill_caches(start, data, processes, saved)
         processes.wait()
         trainer = Trainer(start, data, processes, prompts, latents)
@@ -95,7 +99,7 @@ def fill_caches(
     """Both caches, complete on disk. The text encoder lives only in here, and only where an embedding is missing."""
     config, rank, ranks = start.config, processes.rank, processes.ranks
     folder = Path(config.data.cache or Path(config.run.out) / "cache")
-    frozen = Path(config.run.out) / "frozen"
+    frozen = Path(config.run.out) / checkpoint.SHARED_PARTS
     prompts = None
     if saved is not None:
         prompts = caches.PromptCache(folder, saved.progress.prompts)
@@ -303,7 +307,7 @@ class Trainer:
             weights=weights,
             statistics=self.data.statistics,
             tokenizer=self.start.tokenizer,
-            frozen=Path(self.config.run.out) / "frozen" if self.config.run.save_frozen else None,
+            frozen=Path(self.config.run.out) / checkpoint.SHARED_PARTS if self.config.run.save_frozen else None,
         )
 
     def _embodiment(self) -> str | dict[str, Any] | None:

@@ -16,6 +16,7 @@ from dit4dit.errors import CheckpointError
 from dit4dit.extras import require
 from dit4dit.model.text import tokenize
 from dit4dit.training import setup
+from dit4dit.training.checkpoint import Saved
 from dit4dit.training.config import TrainConfig
 from dit4dit.training.feed import Feed, Share, TrainingData, pictures
 
@@ -59,6 +60,12 @@ def check_first_batch(config: TrainConfig, data: TrainingData) -> None:
     share = Share(0, 1, config.data.batch_size, config.optim.accumulate)
     batch = next(iter(Feed(data, share, 0, 1, workers=0, video=True, pin=False)))
     pictures(batch, config.model, torch.device("cpu"))
+
+
+def ranks_of(saved: Saved, config: TrainConfig) -> int:
+    """The number of processes with which the run goes on as it was; 1 where there is none."""
+    ranks, rest = divmod(saved.progress.global_batch, config.data.batch_size * config.optim.accumulate)
+    return 1 if rest else ranks
 
 
 def check_weights(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, int] | None:
