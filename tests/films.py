@@ -58,6 +58,12 @@ def film(
     return path
 
 
+def boxes(data: bytearray, kind: bytes) -> int:
+    """Where the content of the only box of this kind begins."""
+    assert data.count(kind) == 1
+    return data.index(kind) + 4
+
+
 class VideoDecoder:
     """As much of torchcodec.decoders.VideoDecoder as its documentation promises and the package uses, over PyAV."""
 
