@@ -246,3 +246,17 @@ def copy(libero_data: Path, tmp_path: Path):
         return Path(shutil.copytree(libero_data / version, tmp_path / "set"))
 
     return of
+
+
+@pytest.fixture
+def main(capsys):
+    """The command line in this process: main("data", "check", folder) -> exit code, stdout, stderr."""
+    from dit4dit import cli
+
+    def call(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(word) for word in words])
+        shown = capsys.readouterr()
+        return int(stopped.value.code or 0), shown.out, shown.err
+
+    return call

@@ -344,16 +344,3 @@ def test_the_packages_test_data_are_as_others_write_them(libero_data: Path) -> N
             [recording.vector("action", i, np.arange(recording.length(i)))[:, 6] for i in range(3)]
         )
         assert set(commands.tolist()) == {0.0, 1.0}
-
-
-@pytest.fixture
-def main(capsys):
-    from dit4dit import cli
-
-    def call(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(word) for word in words])
-        shown = capsys.readouterr()
-        return int(stopped.value.code or 0), shown.out, shown.err
-
-    return call

@@ -131,19 +131,6 @@ def test_the_file_has_the_published_layout(golden_dir: Path, libero_data: Path) 
     assert LIBERO.action_chain(parsed, 8).forward(np.zeros((2, 7), np.float32)).shape == (2, 8)
 
 
-@pytest.fixture
-def main(capsys):
-    from dit4dit import cli
-
-    def call(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(word) for word in words])
-        shown = capsys.readouterr()
-        return int(stopped.value.code or 0), shown.out, shown.err
-
-    return call
-
-
 def test_the_stats_command(main, libero_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "dataset_statistics.json"
     code, text, _ = main("stats", libero_data / "v2.1", libero_data / "v3.0", "--robot", "libero_franka", "--out", out)
