@@ -12,6 +12,7 @@ import torch
 from checkpoint_samples import GOLDEN, flip, pt
 from safetensors.torch import load_file, save_file
 
+import dit4dit
 from dit4dit.cli import main
 from dit4dit.errors import CheckpointError
 from dit4dit.model import checkpoint as ck
@@ -46,6 +47,11 @@ def test_every_file_is_listed_with_its_hash(native: Path) -> None:
     del files["checksums.json"]
     assert {"config.json", "statistics.json", "model.safetensors", "text_encoder/model.safetensors"} <= set(files)
     assert entries == {n: {"size": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in files.items()}
+
+
+def test_the_shipped_policy_is_what_its_list_says() -> None:
+    shipped = Path(dit4dit.__file__).parent / "envs" / "tabletop_policy"
+    assert checksums.verify(shipped / "checksums.json") == len(checksums.entries(shipped)) == 10
 
 
 def test_names_that_begin_with_a_dot_are_not_listed(own: Path) -> None:
