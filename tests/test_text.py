@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dit4dit.envs import tabletop_tokenizer
+from dit4dit.errors import CheckpointError
 from dit4dit.model.text import SYSTEM_PROMPT, TextEncoder, byte_tokenizer, qwen_text_arguments, standardize, tokenize
 from dit4dit.model.weights import language_weights
 from dit4dit.presets import preset
@@ -53,6 +54,15 @@ def test_chat_template_padding_and_truncation() -> None:
     # Qwen's own template can ask for an answer; a prompt does not
     tokenizer.chat_template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     assert torch.equal(tokenize(tokenizer, ["go", "öffne die Schublade"], 192), tokens)
+
+
+def test_a_tokenizer_of_another_model_is_named() -> None:
+    tokens = torch.full((1, 4), CONFIG.vocab_size - 1)
+    assert TextEncoder(CONFIG).eval()(tokens).shape == (1, 4, CONFIG.embed_width)
+    with pytest.raises(
+        CheckpointError, match=rf"gives token {CONFIG.vocab_size}, and the embedding has {CONFIG.vocab_size} rows; take"
+    ):
+        TextEncoder(CONFIG)(torch.full((1, 4), CONFIG.vocab_size))
 
 
 def test_buffers_survive_building_on_meta() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit4dit.config import TextConfig
+from dit4dit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -53,7 +54,16 @@ class TextEncoder(nn.Module):
         return torch.cat([standardize(h) for h in self.hidden_states(tokens)], dim=-1)
 
     def hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Token ids [B, L] -> the states after each layer [B, L, hidden_size], the last one after the final norm."""
+        """Token ids [B, L] -> the states after each layer [B, L, hidden_size], the last one after the final norm.
+
+        Raises:
+            CheckpointError: a token has no row in the embedding; on a GPU the kernel that looks it up would spoil the process.
+        """
+        if not tokens.is_meta and (largest := int(tokens.max())) >= self.config.vocab_size:
+            raise CheckpointError(
+                f"text encoder: the tokenizer gives token {largest}, and the embedding has {self.config.vocab_size} rows; take "
+                "tokenizer and text encoder from the same folder (--backbone)"
+            )
         out = self.language_model(input_ids=tokens, output_hidden_states=True, use_cache=False)
         states: tuple[Tensor, ...] = out.hidden_states[1:]
         return states
