@@ -50,11 +50,7 @@ class TextEncoder(nn.Module):
         return {**self.__dict__, "_modules": {name: _unhooked(module, {}) for name, module in self._modules.items()}}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, L] -> prompt embeddings [B, L, embed_width] in the weights' dtype."""
-        return torch.cat([standardize(h) for h in self.hidden_states(tokens)], dim=-1)
-
-    def hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Token ids [B, L] -> the states after each layer [B, L, hidden_size], the last one after the final norm.
+        """Token ids [B, L] -> prompt embeddings [B, L, embed_width] in the weights' dtype.
 
         Raises:
             CheckpointError: a token has no row in the embedding; on a GPU the kernel that looks it up would spoil the process.
@@ -64,6 +60,10 @@ class TextEncoder(nn.Module):
                 f"text encoder: the tokenizer gives token {largest}, and the embedding has {self.config.vocab_size} rows; take "
                 "tokenizer and text encoder from the same folder (--backbone)"
             )
+        return torch.cat([standardize(h) for h in self.hidden_states(tokens)], dim=-1)
+
+    def hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Token ids [B, L] -> the states after each layer [B, L, hidden_size], the last one after the final norm."""
         out = self.language_model(input_ids=tokens, output_hidden_states=True, use_cache=False)
         states: tuple[Tensor, ...] = out.hidden_states[1:]
         return states
