@@ -75,7 +75,7 @@ def measure(
 
 
 def make(root: Path, seed: int = 0) -> Path:
-    """A data set with LIBERO's keys: smooth moving pictures, which compress as a camera's do, and random numbers, but for a
+    """A data set with LIBERO's keys: smooth moving images, which compress as a camera's do, and random numbers, but for a
     gripper that closes in the second half of an episode (LIBERO's 1 = open) with both fingers.
     """
     rng = np.random.default_rng(seed)

@@ -61,7 +61,7 @@ def inspect(
         checkpoint: run folder, .pt file, folder in the own format, or hub id.
         backbone: Cosmos-Predict2.5 folder or hub id.
         embodiment: report the conventions for this robot.
-        verify: read every file, and hold it against checksums.json of the own format first.
+        verify: first read every file and compare it with the folder's checksums.json.
         json: also write everything to this file.
     """
     from tqdm import tqdm

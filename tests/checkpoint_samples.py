@@ -30,6 +30,10 @@ def pt(run: Path) -> Path:
     return run / "checkpoints" / "steps_10_pytorch_model.pt"
 
 
+def same_tensors(a, b) -> bool:
+    return set(a) == set(b) and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
 def libero_state() -> dict[str, torch.Tensor]:
     """The state dict of the golden LIBERO run."""
     return torch.load(pt(GOLDEN / "libero_tiny"), weights_only=True)

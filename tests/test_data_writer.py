@@ -15,6 +15,8 @@ import pytest
 from recordings import TOP, VERSIONS, WRIST, episode, files, record
 
 from dit4dit.data.lerobot import LeRobot
+from dit4dit.data.mixture import Mixture
+from dit4dit.data.robots import Entry, catalogue
 from dit4dit.data.writer import VideoCodec, VideoFile, Writer
 from dit4dit.errors import InputError
 
@@ -56,6 +58,15 @@ def test_what_was_appended_is_what_is_read(tmp_path: Path, version: str) -> None
     assert (info["total_frames"], info["total_episodes"], info["total_tasks"]) == (14, 3, 3)
     assert info["features"]["observation.grasped"] == {"dtype": "bool", "shape": [1], "names": None}
     assert not (root / ".recording").exists()
+
+
+def test_folders_may_be_texts(tmp_path: Path, write_libero) -> None:
+    with Writer(str(tmp_path / "set"), 10) as writer:
+        record(writer, 0, 2)
+        writer.end_episode()
+    assert LeRobot.open(str(tmp_path / "set")).meta.frames == 2
+    write_libero(tmp_path / "libero")
+    assert Mixture.open([Entry("libero", "libero_franka")], str(tmp_path), catalogue()).names == ("libero",)
 
 
 def test_numbers_in_another_byte_order(tmp_path: Path) -> None:

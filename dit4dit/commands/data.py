@@ -107,7 +107,7 @@ def data_check(
         robot: check that they hold what this robot type needs, too.
         robots: YAML file with robots of your own.
         modality: a modality.json for data sets that have none.
-        decode: decode every picture; --no-decode reads sizes, frame times and frame counts of the video files only.
+        decode: decode every image; --no-decode reads sizes, frame times and frame counts of the video files only.
         recipe: check that the model of this training recipe takes what the robot has, too.
         out: folder for the page and the JSON file.
     """

@@ -39,7 +39,7 @@ def check(
     Args:
         robot: check that the data set holds what this robot needs, too; what is wrong with the rest is a warning.
         modality: a modality.json to use instead of the data set's own.
-        decode: decode every picture; without it only sizes, frame times and frame counts of the video files are read.
+        decode: decode every image; without it only sizes, frame times and frame counts of the video files are read.
         model: check that it can take the robot's actions, state and images, too.
         progress: told how far it has come.
 

@@ -32,9 +32,9 @@ class LeRobot:
     @classmethod
     def open(
         cls,
-        root: Path,
+        root: str | Path,
         *,
-        modality: Path | None = None,
+        modality: str | Path | None = None,
         standard: Mapping[str, Any] | None = None,
         backend: Backend = "pyav",
         progress: Progress | None = None,
@@ -50,8 +50,8 @@ class LeRobot:
         Raises:
             DataError: no data set, or a meta folder that is damaged. Damaged episodes are listed in `columns.problems`.
         """
-        meta = read_meta(root)
-        found = _modality(meta, modality, standard)
+        meta = read_meta(Path(root))
+        found = _modality(meta, None if modality is None else Path(modality), standard)
         return cls(meta, found, open_columns(meta, progress, found.annotation.values()), backend)
 
     @property

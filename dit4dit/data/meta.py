@@ -238,7 +238,7 @@ def _own_rows(listed: Sequence[_Listed]) -> None:
             raise DataError(
                 f"{other.where}: episode {other.index} has the rows {second[0]} to {second[1]} of the data set, "
                 f"episode {one.index} {first[0]} to {first[1]} ({beside(one.where, other.where)}): both claim row "
-                f"{second[0]}; mend dataset_from_index and dataset_to_index"
+                f"{second[0]}; correct dataset_from_index and dataset_to_index"
             )
 
 

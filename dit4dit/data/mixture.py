@@ -46,7 +46,7 @@ class Mixture:
     def open(
         cls,
         entries: Sequence[Entry],
-        root: Path,
+        root: str | Path,
         catalogue: Catalogue,
         *,
         skip_bad: bool = False,
@@ -60,6 +60,7 @@ class Mixture:
                 that the entry does not declare, or a gripper whose values are not the robot's (`gripper.refuse`).
             ConfigError: an unknown robot, one that does not fit, or data sets that contradict each other about its actions.
         """
+        root = Path(root)
         entries = [one for entry in entries for one in matching(entry, root)]
         recordings, skipped, without = [], [], []
         for entry in entries:
@@ -197,7 +198,7 @@ def _open(entry: Entry, root: Path, catalogue: Catalogue, backend: Backend, prog
     )
     if entry.fps is not None and abs(data.fps - entry.fps) > 1e-6 * entry.fps:
         raise DataError(
-            f"{data.meta.info}: fps: the mixture declares {entry.fps:g}, the data set has {data.fps:g}; mend whichever is wrong"
+            f"{data.meta.info}: fps: the mixture declares {entry.fps:g}, the data set has {data.fps:g}; correct whichever is wrong"
         )
     return Recording.of(data, robot)
 

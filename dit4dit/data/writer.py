@@ -57,7 +57,7 @@ class Writer:
 
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         fps: float,
         *,
         version: Version = "v2.1",
@@ -67,6 +67,7 @@ class Writer:
         episodes_per_file: int = 100,
         chunks_size: int = 1000,
     ) -> None:
+        root = Path(root)
         if (root / "meta" / "info.json").exists():
             raise InputError(f"{root}: is a data set already; choose another folder")
         for name in ("meta", "data", "videos", PARTS):

@@ -1,4 +1,4 @@
-"""States that can hardly be the robot's, such as degrees where radians were trained, are told once a key; none is changed."""
+"""States that can hardly be the robot's, such as degrees where radians were trained, get one warning a key; none is changed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dit4dit.transforms import Chain
 
 log = logging.getLogger(__name__)
 WIDTHS = 5.0
-"""A value this many widths of the training data's range outside of it is told."""
+"""A value this many widths of the training data's range outside of it gets a warning."""
 FLOOR, SHARE = 0.1, 0.01
 """The width of a value that never changed in training: 0.1, or 1 % of the value where that is more. Half a radian or metre, or
 5 %, may be another pose, or a sensor; degrees, millimetres and other orders are beyond."""
 
 _TELLING = threading.Lock()
-"""Held while something is told; of all policies, so that a policy can be copied and pickled."""
+"""Held while a warning is made; of all policies, so that a policy can be copied and pickled."""
 
 
 class StateRange:
@@ -60,7 +60,7 @@ class StateRange:
             self._tell(state, outside)
 
     def look_encoded(self, states: Array) -> None:
-        """Encoded and padded states [..., width]. Every sine and cosine is possible, so of those nothing is told."""
+        """Encoded and padded states [..., width]. Every sine and cosine is possible, so they get no warning."""
         if self._silent or self._robot.state_encoding == "sin_cos":
             return
         raw = self._low + (states[..., : len(self._low)] - self._start) * self._slope
