@@ -198,7 +198,7 @@ def _open(entry: Entry, root: Path, catalogue: Catalogue, backend: Backend, prog
     )
     if entry.fps is not None and abs(data.fps - entry.fps) > 1e-6 * entry.fps:
         raise DataError(
-            f"{data.meta.info}: fps: the mixture declares {entry.fps:g}, the data set has {data.fps:g}; correct whichever is wrong"
+            f"{data.meta.info}: fps: the mixture declares {entry.fps:g}, the data set has {data.fps:g}; correct the wrong one"
         )
     return Recording.of(data, robot)
 
