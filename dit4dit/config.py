@@ -357,6 +357,29 @@ class ModelConfig:
         return build_within(cls, data, where)
 
 
+LATER = "later"
+"""Mark of a field that came after hashes were stored: `field(default=..., metadata={LATER: True})`; see `hashed_text`."""
+_NAMES = {"text": "TextConfig", "vae": "VaeConfig", "dit": "VideoDitConfig", "head": "HeadConfig", "flow": "FlowConfig"}
+
+
+def hashed_text(name: str, config: Any) -> str:
+    """A configuration as the text that hashes are made of: name(field=value, ...), every field by its name, in their order.
+
+    Keys of caches and prompt packs, fingerprints of runs and hashes of checkpoints are made of it, so what is stored is found as
+    long as it stays the same. It equals the dataclass's repr, of which the first ones were made, with the class names written
+    out: a class can be moved and renamed, and no hash needs an old value beside a new one. A field that is added later must not
+    change the text of configurations that do not use it: marked `LATER`, it is left out where it has its default.
+    """
+    said = []
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        if field_.metadata.get(LATER) and value == field_.default:
+            continue
+        inner = _NAMES.get(field_.name)
+        said.append(f"{field_.name}={repr(value) if inner is None else hashed_text(inner, value)}")
+    return f"{name}({', '.join(said)})"
+
+
 def build_within(cls: type[Config], data: Any, where: str) -> Config:
     """`build`, whose errors all name `where`: those of values that contradict each other too."""
     try:

@@ -1,9 +1,8 @@
-"""What stored files, caches and records are recognised by, and the numbers that follow from seeds: computed from the code as it is,
-for `golden/identity.json` (written once, by `golden/make_identity.py`) and for the test that compares.
+"""What stored files, caches and records are recognised by, and the first numbers of each random stream, as the code computes them
+now: for `golden/identity.json`, which `golden/make_identity.py` wrote once, and for the test that compares.
 
-Texts, integers and hashes of texts, integers or stored weights are the same on every machine. Numbers that went through a matrix
-product, a logarithm or PyTorch's normal draws are not, so they are given as numbers; what is hashed of their bits is apart, in
-`bits`, and holds for one kind of processor and one version of PyTorch.
+Texts, integers, and hashes of texts or of stored weights are the same on every machine. What went through a matrix product, a
+logarithm or PyTorch's normal draws is not, so it is given as numbers; hashes of their bits hold for one `machine` alone.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
 
 
 def data_facts(folder: Path, statistics: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Of the small recording, and of random data. statistics: taken instead of the computed ones, whose last bits are a processor's.
+    """Of the small recording, and of random data.
 
-    folder: for a file with a mixture.
+    folder: for a file with a mixture. statistics: taken instead of the computed ones, whose last bits are a processor's.
     """
     model = preset("tiny").model
     file = folder / "robots.yaml"
@@ -92,7 +91,7 @@ def stream_facts() -> dict[str, Any]:
     drawn = randomness.draws(preset("tiny").model, size, 42, "training", [5])
     held_out = randomness.draws(preset("tiny").model, size, 42, "evaluation", [5])
     purposes = ("training", "evaluation", "order", "sample", "dropout 0", "dropout 1")
-    noise = Noise.from_seed(7, 2).draw({name: (4,) for name in STREAMS})
+    noise = Noise.from_seed(7, 2).draw(dict.fromkeys(STREAMS, (4,)))
     worlds = [layout(seed) for seed in (0, TEST_SEEDS_FROM, TEST_SEEDS_FROM + 1)]
     demonstration = demonstrate(3)
     return {
@@ -112,7 +111,7 @@ def stream_facts() -> dict[str, Any]:
             "normal": normal((4,), 2**40 + 7, 2**33 + 2, 1).tolist(),
             "training": {name: value.flatten()[:4].tolist() for name, value in vars(drawn).items()},
             "evaluation": {name: value.flatten()[:4].tolist() for name, value in vars(held_out).items()},
-            "worlds": [asdict(scene) for scene, _, _ in worlds],
+            "worlds": json.loads(json.dumps([asdict(scene) for scene, _, _ in worlds])),
             "demonstration": [demonstration.actions[0].tolist(), demonstration.actions[-1].tolist()],
         },
     }
@@ -127,7 +126,9 @@ def small_libero(folder: Path) -> Path:
 
 
 def run_config(out: Path, **changes: Any) -> RunConfig:
-    facts = dict(out=str(out), precision="float32", device="cpu", gradient_checkpointing=False, log_every=1, trackers=())
+    facts = dict(
+        out=str(out), precision="float32", device="cpu", gradient_checkpointing=False, log_every=1, trackers=()
+    )
     return RunConfig(**{**facts, "save_every": 1000, "eval_strips": 0, **changes})
 
 
@@ -149,7 +150,14 @@ def training_facts(folder: Path) -> dict[str, Any]:
 def run_facts(run: Path) -> dict[str, Any]:
     """What a run's folder says: its newest checkpoint's progress, its caches, its log without times, a hash of its weights."""
     step = max((run / "checkpoints").glob("step_*"))
-    kept = ("train/action_loss", "train/video_loss", "train/grad_norm", "eval/action_loss", "eval/video_loss", "eval/action_mae")
+    kept = (
+        "train/action_loss",
+        "train/video_loss",
+        "train/grad_norm",
+        "eval/action_loss",
+        "eval/video_loss",
+        "eval/action_mae",
+    )
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     weights = load_file(step / "policy" / "model.safetensors")
     return {
@@ -235,6 +243,10 @@ def least_run(out: Path, steps: int) -> TrainConfig:
 def machine() -> str:
     """What decides the last bits."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(": ")[2] for line in lines if line.startswith(("vendor_id", "cpu family", "model\t", "model name"))]
+    names = [
+        line.partition(": ")[2]
+        for line in lines
+        if line.startswith(("vendor_id", "cpu family", "model\t", "model name"))
+    ]
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{', '.join(dict.fromkeys(names))}, {capability}, torch {torch.__version__}, numpy {np.__version__}"

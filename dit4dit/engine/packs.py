@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit4dit.config import hashed_text
 from dit4dit.errors import CheckpointError, InputError
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.video_dit import VideoDiT
@@ -90,7 +91,7 @@ def packs_key(model: DiT4DiT) -> str:
     sides: list[nn.Module] = [transformer.crossattn_proj]
     for block in blocks:
         sides += [block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k]
-    return f"{model.config.text} {weights_key(sides)}"
+    return f"{hashed_text('TextConfig', model.config.text)} {weights_key(sides)}"
 
 
 def weights_key(modules: Iterable[nn.Module]) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dit4dit.config import hashed_text
 from dit4dit.engine.packs import content_hash
 from dit4dit.model.checkpoint import TEXT, open_checkpoint
 from dit4dit.policy import Policy
@@ -21,10 +22,10 @@ def checkpoint_hash(path: str | Path, backbone: str | Path | None = None) -> str
     The same for a checkpoint in the published layout and the own format, wherever it lies.
     """
     checkpoint = open_checkpoint(path, backbone)
-    facts = f"{checkpoint.model} {json.dumps(checkpoint.statistics, sort_keys=True)} {checkpoint.embodiment}"
+    model, statistics = hashed_text("ModelConfig", checkpoint.model), json.dumps(checkpoint.statistics, sort_keys=True)
     items = ((name, checkpoint.tensors[name]) for name in sorted(checkpoint.tensors))
     thinned = ((n, t.reshape(-1)[:: -(-t.numel() // SAMPLES) or 1] if n.startswith(TEXT) else t) for n, t in items)
-    digest = hashlib.blake2b(facts.encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{model} {statistics} {checkpoint.embodiment}".encode(), digest_size=16)
     digest.update(content_hash(thinned).encode())
     return digest.hexdigest()
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dit4dit.config import hashed_text
 from dit4dit.engine.packs import text_fingerprint, weights_key
 from dit4dit.errors import CheckpointError
 from dit4dit.model.dit4dit import DiT4DiT
@@ -31,7 +32,7 @@ ENCODED_TOGETHER = 4
 
 
 def digest(*parts: object) -> str:
-    """32 hex digits of the parts' words."""
+    """32 hex digits of the parts' words: numbers, texts, lists and maps of them; of a configuration its `hashed_text`."""
     return hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 
@@ -104,7 +105,7 @@ def prompt_key(text: TextEncoder, tokenizer: PreTrainedTokenizerBase) -> str:
     """What makes a prompt embedding: the encoder's weights and dtype, the length, the tokenizer's words."""
     dtype = next(text.parameters()).dtype
     words = digest(*sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)
-    return digest(text_fingerprint(text.language_model), text.config, dtype, words)
+    return digest(text_fingerprint(text.language_model), hashed_text("TextConfig", text.config), dtype, words)
 
 
 @torch.no_grad()
@@ -169,7 +170,8 @@ def latent_key(model: DiT4DiT, data: TrainingData) -> str:
     """What makes a clip's latents: the data, the VAE's weights, the number of frames."""
     assert model.video_vae is not None
     modules: list[nn.Module] = [model.video_vae.wan]
-    return digest(data.clip_fingerprint, weights_key(modules), model.config.vae, model.config.frames)
+    vae = hashed_text("VaeConfig", model.config.vae)
+    return digest(data.clip_fingerprint, weights_key(modules), vae, model.config.frames)
 
 
 @torch.no_grad()

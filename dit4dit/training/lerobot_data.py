@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.config import ModelConfig
+from dit4dit.config import ModelConfig, hashed_text
 from dit4dit.data.fit import check_fit, check_views
 from dit4dit.data.mixture import Mixture, Split
 from dit4dit.data.robots import catalogue
@@ -110,7 +110,8 @@ class LeRobotData:
     @property
     def fingerprint(self) -> str:
         """Of the order of samples and of the samples themselves."""
-        return digest(self._train.fingerprint, self.clip_fingerprint, self.window, sorted(self.statistics.items()))
+        window, statistics = hashed_text("Window", self.window), sorted(self.statistics.items())
+        return digest(self._train.fingerprint, self.clip_fingerprint, window, statistics)
 
     @cached_property
     def clip_fingerprint(self) -> str:
@@ -122,7 +123,9 @@ class LeRobotData:
             episodes = [episode for i, episode in enumerate(recording.data.meta.episodes) if i not in bad]
             files = sorted({e.videos[camera].path for e in episodes for camera in recording.cameras})
             with ThreadPoolExecutor(8) as pool:  # a shared file system answers slowly, but many at once
-                facts += zip([file.relative_to(root) for file in files], pool.map(video_digest, files), strict=True)
+                for file, found in zip(files, pool.map(video_digest, files), strict=True):
+                    # a pair's repr, as the first runs have it, on any system
+                    facts.append(f"(PosixPath({file.relative_to(root).as_posix()!r}), {found!r})")
             facts += [(e.length, *(e.videos[camera].start for camera in recording.cameras)) for e in episodes]
         return digest(*facts)
 

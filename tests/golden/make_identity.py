@@ -16,6 +16,7 @@ from pathlib import Path
 
 import identity_facts as facts
 import torch
+
 from dit4dit.training.loop import train
 
 HERE = Path(__file__).parent
@@ -48,7 +49,9 @@ def main() -> None:
     found["machine"] = {"machine": facts.machine()}
     # a line for each fact
     sections = [
-        f"{json.dumps(section)}: {{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in facts_.items()) + "\n}"
+        f"{json.dumps(section)}: {{\n"
+        + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in facts_.items())
+        + "\n}"
         for section, facts_ in found.items()
     ]
     (HERE / "identity.json").write_text("{\n" + ",\n".join(sections) + "\n}\n")
