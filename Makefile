@@ -39,7 +39,7 @@ demo: .venv/.installed
 demo-train: .venv/.installed
 	@$(BIN)/dit4dit demo-train --out demo-train/seed-$(SEED) --seed $(SEED) $(ARGS)
 
-# By what a test costs (markers in pyproject.toml). Every test is in one of the two, or marked long; tests/test_marks.py sees to it.
+# By what a test costs (markers in pyproject.toml). Every test is in one of the two, or marked long; tests/house/test_marks.py sees to it.
 QUICK := not (kernels or slow or sim or long or gpu)
 REST := (kernels or slow or sim or gpu) and not long
 
@@ -74,7 +74,7 @@ format: .venv/.installed
 # From another folder, where the source tree is not taken for the package.
 cubins: .venv/.installed
 	@rm -rf build/cubins && mkdir -p build
-	@cd build && ../$(BIN)/python -m dit4dit.cubins --out cubins
+	@cd build && ../$(BIN)/python -m dit4dit.aot_build --out cubins
 
 wheel: .venv/.torch
 	@echo "-- wheel (CUDA=$(CUDA))"
@@ -88,7 +88,7 @@ BUNDLED := diffusers==0.42.1 lazy-importer importlib-metadata tyro==1.0.17 docst
 
 gpu-bundle: .venv/.installed
 	@rm -rf build/cubins-90 dist/gpu-bundle && mkdir -p build
-	@cd build && ../$(BIN)/python -m dit4dit.cubins --capability 90 --out cubins-90
+	@cd build && ../$(BIN)/python -m dit4dit.aot_build --capability 90 --out cubins-90
 	@test -x build/gpu-python/bin/python || $(GPU_PYTHON) -m venv build/gpu-python
 	@build/gpu-python/bin/python -m pip wheel -qq --no-deps --wheel-dir dist/gpu-bundle . \
 		--config-settings=cmake.define.DIT4DIT_CUDA=90a --config-settings=cmake.define.DIT4DIT_CUBINS=$(abspath build/cubins-90)

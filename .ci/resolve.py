@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.modules["triton"] = None  # type: ignore[assignment]  # importing it fails
 
-from dit4dit.cubins import loader, manifest, released  # noqa: E402
+from dit4dit.aot_build import released  # noqa: E402
+from dit4dit.ops.aot import loader, manifest  # noqa: E402
 
 for tool in ("cc", "gcc", "clang", "nvcc", "ptxas"):
     assert shutil.which(tool) is None, f"{tool} is on PATH"

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit4dit import ops
+from dit4dit.checkpoints.export import transformer_arguments
 from dit4dit.config import ModelConfig
 from dit4dit.engine import Engine, Plan, PromptPack, RequestShape, StepInputs
 from dit4dit.model.dit4dit import DiT4DiT
-from dit4dit.model.export import transformer_arguments
 from dit4dit.model.text import byte_tokenizer, standardize, tokenize
 from dit4dit.noise import STREAMS, Noise
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from dit4dit.commands.demo_report import ROWS, plot_success
 from dit4dit.commands.report import strict, write_json
+from dit4dit.demo.report import ROWS, plot_success
 
 GOAL = {"success": 0.8, "minutes": 20.0}
 

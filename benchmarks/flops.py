@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dit4dit.checkpoints.export import transformer_arguments
 from dit4dit.config import ModelConfig, TextConfig
-from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.engine import Engine, PromptPack, stack
 from dit4dit.engine.packs import make_pack
 from dit4dit.model.dit4dit import DiT4DiT
-from dit4dit.model.export import transformer_arguments
 from dit4dit.model.text import qwen_config, qwen_text_arguments
 from dit4dit.model.vae import build_wan
 from dit4dit.presets import Preset
+from dit4dit.robots import EMBODIMENTS
 
 STAGES = ("text_encoder", "text_projection", "vae", "backbone", "action_head")
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import dit4dit
-from dit4dit import _C
 
 VERSIONS = ("triton", "numpy", "transformers", "diffusers")
 """Packages whose versions stand beside a number."""
@@ -35,6 +34,8 @@ def machine() -> dict[str, Any]:
 
     "commit" is what DIT4DIT_COMMIT says: an installed package does not know it.
     """
+    from dit4dit import _C
+
     gpu = torch.cuda.is_available()
     driver = _nvidia_smi(("driver_version",)) if gpu else None
     return {

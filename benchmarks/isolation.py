@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit4dit.benchmarks import op_bench
+from dit4dit.benchmarks import op_report
 from dit4dit.benchmarks.harness import machine
 from dit4dit.benchmarks.recording import Recording
 from tqdm import tqdm
@@ -30,8 +30,8 @@ def command(names: Sequence[str], words: Sequence[str], path: Path | None, secon
     recording = Recording(path, seconds)
     with recording as record:
         run(names, words, record)
-    sys.stdout.write(op_bench.show(recording.result) + "\n")
-    return 1 if op_bench.bad(recording.result) else 0
+    sys.stdout.write(op_report.show(recording.result) + "\n")
+    return 1 if op_report.bad(recording.result) else 0
 
 
 def run(names: Sequence[str], words: Sequence[str], record: Recording) -> None:

@@ -19,9 +19,9 @@ import torch
 from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
-from dit4dit.cubins.compiler import compiled, resources
-from dit4dit.cubins.specialization import Specialization
-from dit4dit.ops.launch import Launch
+from dit4dit.aot_build.compiler import compiled, resources
+from dit4dit.ops.aot.launch_record import Launch
+from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY
 
 # compute capability -> bytes of shared memory that one thread block can have
@@ -58,9 +58,7 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         text = _empty(1, HEADS, 512, DIM)
         yield f"{tokens} to text", "cross_attention", (_empty(batch, tokens, WIDTH), text, text, norm, HEADS, 1e-5)
         yield f"{tokens}", "linear_gelu", (h, _empty(4 * WIDTH, WIDTH), None, "none")
-        yield f"{tokens} attention", "linear_gated", (h, _empty(WIDTH, WIDTH), None, x, table)
         wide = _empty(*shape, 4 * WIDTH)
-        yield f"{tokens} feed-forward", "linear_gated", (wide, _empty(WIDTH, 4 * WIDTH), None, x, table)
         yield f"{tokens} qkv", "linear_fp8", _fp8(h, 3 * WIDTH)
         yield f"{tokens} attention", "linear_fp8", _fp8(h, WIDTH)
         yield f"{tokens} feed-forward in", "linear_fp8", _fp8(h, 4 * WIDTH, "gelu")
@@ -74,11 +72,7 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         features = _empty(batch, HEAD_HEADS, 588, HEAD_DIM)
         cross = (_empty(batch, tokens, width), features, features, None, HEAD_HEADS, 0.0)
         yield f"{tokens} to features", "cross_attention", cross
-        bias = _empty(width)
         yield f"{tokens}", "linear_gelu", (h, _empty(4 * width, width), _empty(4 * width), "tanh")
-        yield f"{tokens} attention", "linear_gated", (h, _empty(width, width), bias, x, None)
-        wide = _empty(batch, 1, tokens, 4 * width)
-        yield f"{tokens} feed-forward", "linear_gated", (wide, _empty(width, 4 * width), bias, x, None)
     for channels, side in ((96, 224), (192, 112), (384, 28)):
         x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
         yield f"gr1 {channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)

@@ -19,11 +19,11 @@ from dit4dit.benchmarks.recording import Recording
 from numpy.typing import NDArray
 
 from dit4dit.config import ModelConfig
+from dit4dit.data.catalogue import Catalogue, Entry
 from dit4dit.data.columns import Progress
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.loader import Loader
 from dit4dit.data.mixture import Mixture
-from dit4dit.data.robots import Catalogue, Entry
 from dit4dit.data.samples import Samples, Window
 from dit4dit.data.writer import Writer
 

@@ -23,6 +23,8 @@ import torch
 from dit4dit.benchmarks.failures import GPU_LOST, NO_TIME, GpuLost, Rows, failure, leave, settle
 from dit4dit.benchmarks.harness import assert_no_worse, machine, quantiles, time_cpu, time_gpu
 from dit4dit.benchmarks.kernels import calls
+from dit4dit.benchmarks.op_report import bad, show
+from dit4dit.benchmarks.ops import bench_action_ode
 from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,11 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dit4dit import ops
-from dit4dit.commands.report import table
 from dit4dit.errors import BackendError
+from dit4dit.model.precision import full_precision
 from dit4dit.ops import onednn
 from dit4dit.ops.linear_fp8 import FP8
-from dit4dit.precision import full_precision
 
 Contender = Callable[..., Any]
 Case = tuple[str, str, tuple[Any, ...]]  # op, name, arguments without data
@@ -277,13 +278,19 @@ def run(
     result |= {"machine": machine(), "rows": []}
     todo: list[Case] = []
     for op in dict.fromkeys(names):
-        todo += _heads(gr1_only) if op == "action_ode" else cases([op], batch=batch, gr1_only=gr1_only)
+        if op == "action_ode":  # its arguments are a head and not only tensors
+            todo += [(op, f"{tokens}", (tokens,)) for tokens in ([17] if gr1_only else bench_action_ode.TOKENS)]
+        else:
+            todo += cases([op], batch=batch, gr1_only=gr1_only)
     with tqdm(total=len(todo), unit="case", disable=None) as bar:
         for case in record.each(todo, "ops", name=lambda case: f"{case[0]} {case[1]}"):
             bar.set_description(f"{case[0]} {case[1]}")
             try:
                 if case[0] == "action_ode":
-                    _head(case, device, dtype, samples, batch, record)
+                    kind, few = torch.bfloat16 if dtype == torch.float16 else dtype, min(batch, 4)
+                    bench_action_ode.case(
+                        *case[2], device=device, dtype=kind, samples=samples, batch=few, record=record
+                    )
                 else:
                     measure(case, fill(case[2], device, dtype, generator), samples, compiling, record)
             except Exception as error:
@@ -293,54 +300,6 @@ def run(
             # compiled code of other shapes is of no more use, and torch keeps eight a function
             torch.compiler.reset()
             bar.update()
-
-
-def _heads(gr1_only: bool) -> list[Case]:
-    """The whole action head, whose arguments are a head and not only tensors."""
-    from dit4dit.benchmarks.ops import bench_action_ode  # it shows its results with this file
-
-    return [("action_ode", f"{tokens}", (tokens,)) for tokens in ([17] if gr1_only else bench_action_ode.TOKENS)]
-
-
-def _head(case: Case, device: str, dtype: torch.dtype, samples: int, batch: int, record: Recording) -> None:
-    from dit4dit.benchmarks.ops import bench_action_ode
-
-    kind = torch.bfloat16 if dtype == torch.float16 else dtype
-    given: dict[str, Any] = {"device": device, "dtype": kind, "samples": samples, "batch": min(batch, 4)}
-    bench_action_ode.case(*case[2], **given, record=record)
-
-
-def show(result: dict[str, Any]) -> str:
-    """The table that the command prints, and what was left out, each reason once."""
-    here = result["machine"]
-    timed = [row for row in result["rows"] if "ms" in row]
-    rows = [
-        [
-            row["op"],
-            row["case"],
-            row["implementation"],
-            f"{row['ms']['p50']:.4f}",
-            f"{row['gb_per_s']:,.1f}",
-            f"{row['gflop_per_s']:,.0f}" if row["flops"] else "",
-            f"{row['ratio']:.2f}" if row["ratio"] else "",
-        ]
-        for row in timed
-    ]
-    where = f"{here['gpu'] or here['cpu']}, torch {here['torch']}, {here['torch_threads']} threads, {result['dtype']}"
-    header = ["op", "case", "by", "p50 ms", "GB/s", "GFLOP/s", "eager / it"]
-    reasons: dict[str, list[str]] = {}
-    for row in result["rows"]:
-        if "left_out" in row:
-            place = f"{row['op']} {row['case']}" if row.get("disagrees") or row.get("failed") else row["op"]
-            reasons.setdefault(f"{row['implementation']}: {row['left_out']}", []).append(place)
-    lines = [f"{reason} ({', '.join(dict.fromkeys(places))})" for reason, places in reasons.items()]
-    return "\n".join([where, table(header, rows, right=range(3, 7)), *(["", "left out", *lines] if lines else [])])
-
-
-def bad(result: dict[str, Any]) -> list[str]:
-    """ "op case implementation" of everything that was not timed because it was wrong or failed."""
-    rows = [row for row in result["rows"] if row.get("disagrees") or row.get("failed")]
-    return [f"{row['op']} {row['case']} {row['implementation']}" for row in rows]
 
 
 def command(names: Sequence[str], path: Path | None, seconds: float | None, **options: Any) -> int:

@@ -28,18 +28,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit4dit import ops
-from dit4dit.codec import Codec
+from dit4dit.checkpoints.weights import random_model
 from dit4dit.commands.report import table
 from dit4dit.config import ModelConfig
-from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.engine import Calibration, Engine, StepInputs, calibrate, stack
 from dit4dit.engine.engine import STEPS
 from dit4dit.envs import tabletop_vae_dir
 from dit4dit.envs.tabletop import TabletopEnv
 from dit4dit.errors import Dit4DitError
-from dit4dit.model.weights import random_model
-from dit4dit.policy import Policy
+from dit4dit.policy.policy import Policy
 from dit4dit.presets import Preset
+from dit4dit.robots import EMBODIMENTS
+from dit4dit.robots.processor import Codec
 
 INSTRUCTION = "pick up the red block and place it in the bowl"
 

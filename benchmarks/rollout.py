@@ -19,7 +19,7 @@ from dit4dit.benchmarks.recording import Recording
 
 from dit4dit.evaluation import identity, tabletop
 from dit4dit.evaluation.rollout import Options, evaluate
-from dit4dit.policy import Policy
+from dit4dit.policy.policy import Policy
 
 ENOUGH = 0.75
 """Of the rate of one worker times min(workers, cores), which is what is promised."""

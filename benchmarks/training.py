@@ -24,10 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from dit4dit.checkpoints.weights import random_model
 from dit4dit.config import HeadConfig, ModelConfig, TextConfig, VaeConfig, VideoDitConfig
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.model.text import byte_tokenizer, standardize, tokenize
-from dit4dit.model.weights import random_model
 from dit4dit.training import caches, optim
 from dit4dit.training.config import OptimConfig
 from dit4dit.training.feed import Share, collate, to_batch

@@ -9,9 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit4dit.guidance import Guidance
-    from dit4dit.policy import Policy
-    from dit4dit.types import ActionChunk, Noise, Observation
+    from dit4dit.policy.policy import Policy
+    from dit4dit.types import ActionChunk, Guidance, Noise, Observation
 
 __version__ = "0.1.0"
 
@@ -19,10 +18,10 @@ __all__ = ["ActionChunk", "Guidance", "Noise", "Observation", "Policy", "__versi
 
 _HOME = {
     "ActionChunk": "dit4dit.types",
-    "Guidance": "dit4dit.guidance",
+    "Guidance": "dit4dit.types",
     "Noise": "dit4dit.types",
     "Observation": "dit4dit.types",
-    "Policy": "dit4dit.policy",
+    "Policy": "dit4dit.policy.policy",
 }
 
 

@@ -118,7 +118,7 @@ def predict(
         plot: write a picture of the chunk to this file.
     """
     from dit4dit.commands import predict as module
-    from dit4dit.policy import Policy
+    from dit4dit.policy.policy import Policy
 
     module.check_plot(plot)
     options: dict[str, Any] = {"embodiment": embodiment, "quantization": quantization, "calibration": calibration}
@@ -158,9 +158,9 @@ def parity(
         seed: of a recorded folder's inputs and noise.
         json: also write the table to this file.
     """
-    from dit4dit.commands import parity as module
-    from dit4dit.commands import parity_record
-    from dit4dit.device import pick_device
+    from dit4dit.evaluation import parity as module
+    from dit4dit.evaluation import parity_record
+    from dit4dit.policy.device import pick_device
 
     place = pick_device(device)
     if record is not None and (
@@ -214,9 +214,9 @@ def convert(
     """
     from tqdm import tqdm
 
-    from dit4dit.model import own_format
-    from dit4dit.model.checkpoint import is_own_format
-    from dit4dit.model.keys import read_json
+    from dit4dit.checkpoints import native
+    from dit4dit.checkpoints.checkpoint import is_own_format
+    from dit4dit.files.keys import read_json
 
     to_own = not is_own_format(source)
     with tqdm(unit="B", unit_scale=True, desc="writing", disable=None) as bar:
@@ -226,9 +226,9 @@ def convert(
             bar.update(size)
 
         if to_own:
-            own_format.to_own(source, target, backbone, progress)
+            native.to_own(source, target, backbone, progress)
         else:
-            own_format.to_published(source, target, backbone, progress)
+            native.to_published(source, target, backbone, progress)
     say(f"wrote {target} ({'own format' if to_own else 'published layout'})")
     if not to_own and isinstance(robot := read_json(source / "config.json").get("embodiment"), dict):
         say(f"note: the published layout has no place for a robot of one's own: {robot['robot']['name']} is not in it")
@@ -243,9 +243,9 @@ def push(folder: tyro.conf.Positional[Path], repository: tyro.conf.Positional[st
         repository: organisation/name; made when it is not there, private unless --public.
         public: make a new repository public.
     """
-    from dit4dit.model import own_format
+    from dit4dit.checkpoints import native
 
-    say(own_format.push_to_hub(folder, repository, private=not public))
+    say(native.push_to_hub(folder, repository, private=not public))
     return 0
 
 
@@ -269,7 +269,7 @@ def pack(
     """
     from tqdm import tqdm
 
-    from dit4dit.policy import Policy
+    from dit4dit.policy.policy import Policy
 
     lines = read_lines(instructions)
     check_folder("--out", out)
@@ -314,7 +314,7 @@ def calibrate(
         json: write the errors to this file.
     """
     from dit4dit.commands import calibrate as module
-    from dit4dit.policy import Policy
+    from dit4dit.policy.policy import Policy
 
     found = module.choose_examples(examples, list(image), state, instruction)
     policy = Policy.from_pretrained(checkpoint, backbone, device=device, dtype=dtype_of(dtype), embodiment=embodiment)
@@ -371,7 +371,7 @@ def demo_train(
         episodes: of each evaluation, on layouts that are never demonstrated.
         processes: of one thread each.
     """
-    from dit4dit.commands import demo_train as module
+    from dit4dit.demo import train as module
 
     check_folder("--out", out)
     settings = module.Settings(seed, demonstrations, steps, episodes, processes)

@@ -1,7 +1,7 @@
 """What a model is, as frozen data: one fact, one field; everything that follows from others is a property.
 
 `ModelConfig.from_dict` refuses unknown keys with "did you mean"; only the reader of published run folders
-(`dit4dit.model.published`) ignores keys it does not know, because those files carry many that nothing reads.
+(`dit4dit.checkpoints.published`) ignores keys it does not know, because those files carry many that nothing reads.
 """
 
 from __future__ import annotations

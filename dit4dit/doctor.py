@@ -143,8 +143,8 @@ def _kernels() -> Finding:
     """Whether the GPU kernels need a compiler on this machine."""
     import torch
 
-    from dit4dit.cubins import loader, manifest
     from dit4dit.ops import launch
+    from dit4dit.ops.aot import loader, manifest
 
     if torch.cuda.is_available():
         detail = loader.explain(launch.architecture(torch.device("cuda", torch.cuda.current_device())))
@@ -163,8 +163,8 @@ def _self_test() -> Finding:
     import torch
 
     try:
+        from dit4dit.checkpoints.weights import random_model
         from dit4dit.engine import Engine
-        from dit4dit.model.weights import random_model
         from dit4dit.presets import preset
 
         config = preset("tiny").model
@@ -185,6 +185,7 @@ def _self_test() -> Finding:
 def _ops() -> list[dict[str, Any]]:
     import torch
 
+    import dit4dit.engine  # noqa: F401  makes the example of `action_ode`
     from dit4dit import ops
 
     found = []

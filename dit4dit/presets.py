@@ -88,9 +88,9 @@ def tiny() -> Preset:
 
 def tabletop() -> Preset:
     """The built-in tabletop world: 64 x 64 pictures through its own small VAE, K = 8, A = 3, S = 32."""
+    from dit4dit.checkpoints.published import read_vae_config
     from dit4dit.envs import tabletop_vae_dir
-    from dit4dit.model.keys import KeyReader, read_json
-    from dit4dit.model.published import read_vae_config
+    from dit4dit.files.keys import KeyReader, read_json
 
     vae_file = tabletop_vae_dir() / "config.json"
     text = TextConfig(

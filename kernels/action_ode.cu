@@ -121,7 +121,6 @@ void set_tensors(ode::Launch& l, const Arguments& given) {
     l.prefix = given.optional<float>("prefix", "float32", {l.batch, l.width}, device);
     l.previous = given.optional<float>("previous", "float32", actions, device);
     l.guidance = given.optional<float>("guidance", "float32", {l.horizon}, device);
-    l.units = given.optional<float>("units", "float32", {5, l.actions}, device);
     l.out = given.address<float>("out", "float32", actions, device);
     l.workspace = given.address<std::uint8_t>("workspace", "uint8", {-1}, device);
     l.counters = given.address<int>("counters", "int32", {std::int64_t{l.counter_count} + 1, ode::kCounterStride}, device);

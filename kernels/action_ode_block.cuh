@@ -121,7 +121,7 @@ DEVICE std::uint32_t unpack_e4m3(std::uint32_t low, std::uint32_t high) {
 }
 
 // The weights of this block's products, one slot after the other in the schedule's order, fetched as far ahead as there are
-// slots. Fetching waits for no counter: weights never change. dit4dit/action_ode/weights.py says how a slot lies.
+// slots. Fetching waits for no counter: weights never change. dit4dit/engine/action_ode/weights.py says how a slot lies.
 class Weights {
 public:
     struct Fragments {

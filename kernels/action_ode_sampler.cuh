@@ -23,21 +23,12 @@ DEVICE bool start(const Block& block, const Tile& tile, int index) {
     return true;
 }
 
-// Strength of the guidance at time t, as ops/euler_step.py has it.
+// Strength of the guidance at time t, as model/flow.py has it.
 DEVICE float guidance_strength(float t, float most) {
     const float tau = 1 - t;
     if (t <= 0 || tau <= 0) return most;
     const float g = (t * t + tau * tau) / (t * tau);
     return g < most ? g : most;
-}
-
-// A NaN stays one.
-DEVICE float to_units(const Launch& launch, int a, float y) {
-    const float *low = launch.units + a, *high = low + launch.actions, *threshold = high + launch.actions;
-    const float *scale = threshold + launch.actions, *offset = scale + launch.actions;
-    y = y < *low ? *low : y > *high ? *high : y;
-    if (*threshold == *threshold && y == y) y = y >= *threshold ? 1.0f : 0.0f;
-    return *scale == 0 && y == y ? *offset : y * *scale + *offset;
 }
 
 // One action of the token at `place` of its sample, which is not the state's. Past the last action: NOISY's padding.
@@ -55,7 +46,7 @@ DEVICE void euler(const Block& block, const Product& w, int token, int place, in
             v = v - pull * (launch.previous[at] - (x - t * v));
         }
         x = x - 1.0f / static_cast<float>(launch.steps) * v;
-        if (w.step == launch.steps - 1) launch.out[at] = launch.units == nullptr ? x : to_units(launch, a, x);
+        if (w.step == launch.steps - 1) launch.out[at] = x;
     }
     set_action(block, token, a, x);
 }

@@ -1,4 +1,4 @@
-// The records of the schedule and what a launch is given. dit4dit/action_ode/schedule.py is the definition: the same names in
+// The records of the schedule and what a launch is given. dit4dit/engine/action_ode/schedule.py is the definition: the same names in
 // the same order, which a test compares.
 #pragma once
 
@@ -59,7 +59,6 @@ struct Launch {
     const float* prefix;           // [batch, width] or null
     const float* previous;         // [batch, horizon, actions] or null: no guidance
     const float* guidance;         // [horizon] or null
-    const float* units;            // [5, actions] or null: low, high, threshold, scale, offset
     float* out;                    // [batch, horizon, actions]
     // workspace
     std::uint8_t* workspace;

@@ -47,7 +47,7 @@ def linear_fp8(
     i, j = block(tl.cdiv(columns, COLUMNS), tl.cdiv(rows, ROWS), GROUP)
     row = i * ROWS + tl.arange(0, ROWS)
     column = j * COLUMNS + tl.arange(0, COLUMNS)
-    result = product(x, weight, row, column, rows, columns, 0, INNER, INNER, ROWS, COLUMNS, DEPTH, inverse)
+    result = product(x, weight, row, column, rows, columns, INNER, ROWS, COLUMNS, DEPTH, inverse)
     if COLUMNS >= 64:
         left, right = halves(result)
         first = j * COLUMNS + tl.arange(0, COLUMNS // 2)

@@ -23,9 +23,7 @@ def product(
     column,  # [COLUMNS] indices
     rows,
     columns,
-    begin,  # first inner index
     INNER: tl.constexpr,
-    SPAN: tl.constexpr,  # inner indices to sum, from begin; beyond INNER nothing is read
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -33,12 +31,12 @@ def product(
 ):
     """float32 [ROWS, COLUMNS]."""
     # rows and columns past the end read the last one again, which costs less than masks; nobody stores them
-    x_at = x + tl.minimum(row, rows - 1)[:, None] * INNER + (begin + tl.arange(0, DEPTH))[None, :]
-    weight_at = weight + tl.minimum(column, columns - 1)[:, None] * INNER + (begin + tl.arange(0, DEPTH))[None, :]
+    x_at = x + tl.minimum(row, rows - 1)[:, None] * INNER + tl.arange(0, DEPTH)[None, :]
+    weight_at = weight + tl.minimum(column, columns - 1)[:, None] * INNER + tl.arange(0, DEPTH)[None, :]
     result = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, SPAN, DEPTH):
-        if INNER % SPAN != 0 or SPAN % DEPTH != 0:
-            inside = (begin + start + tl.arange(0, DEPTH) < INNER)[None, :]
+    for start in range(0, INNER, DEPTH):
+        if INNER % DEPTH != 0:
+            inside = (start + tl.arange(0, DEPTH) < INNER)[None, :]
             x_tile = tl.load(x_at + start, mask=inside, other=0.0)
             weight_tile = tl.load(weight_at + start, mask=inside, other=0.0)
         else:

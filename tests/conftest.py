@@ -158,7 +158,7 @@ def cosmos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete Cosmos-Predict2.5 folder: the fixture's, whose text encoder transformers saved, and two parts of its .pt."""
     from safetensors.torch import save_file
 
-    from dit4dit.model import checkpoint as ck
+    from dit4dit.checkpoints import checkpoint as ck
 
     source = GOLDEN / "libero_tiny"
     target = tmp_path_factory.mktemp("cosmos") / "Cosmos-Predict2.5-2B"

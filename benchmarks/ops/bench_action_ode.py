@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dit4dit.benchmarks import failures, op_bench
+from dit4dit.benchmarks import failures, op_report
 from dit4dit.benchmarks.harness import machine, quantiles, time_cpu, time_gpu
 from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
 from dit4dit import ops
-from dit4dit.action_ode import Device, head_shape, plan
-from dit4dit.action_ode.program import OneLaunchHead, device_of
-from dit4dit.action_ode.weights import FP8, row_scale
 from dit4dit.config import HeadConfig
+from dit4dit.engine.action_ode import Device, head_shape, plan
+from dit4dit.engine.action_ode.program import OneLaunchHead, device_of
+from dit4dit.engine.action_ode.weights import FP8, row_scale
 from dit4dit.engine.fold import Head, HeadBlock, Matrix, fold_head
 from dit4dit.errors import OutputError
 from dit4dit.model.action_head import ActionHead
@@ -234,9 +234,9 @@ def main() -> int:
         sys.stderr.write(f"{lost.args[0]}\n")
         failures.leave(failures.GPU_LOST)
     rows = recording.result["rows"]
-    print(op_bench.show(recording.result))
+    print(op_report.show(recording.result))
     print(*sorted({f"{row['case']} tokens: {row['stages']} stages" for row in rows if "stages" in row}), sep="\n")
-    return 1 if op_bench.bad(recording.result) else 0
+    return 1 if op_report.bad(recording.result) else 0
 
 
 if __name__ == "__main__":

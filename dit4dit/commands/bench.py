@@ -81,7 +81,7 @@ def latency(
     from dit4dit.benchmarks import latency as module
     from dit4dit.benchmarks import latency_report
     from dit4dit.benchmarks.recording import Recording
-    from dit4dit.device import pick_device
+    from dit4dit.policy.device import pick_device
     from dit4dit.presets import preset as find
 
     at_least(0 if engine_chunks > 0 else 1, chunks=chunks)
@@ -130,7 +130,7 @@ def profile(
     """
     from dit4dit.benchmarks import profiling as module
     from dit4dit.benchmarks.recording import Recording
-    from dit4dit.device import pick_device
+    from dit4dit.policy.device import pick_device
     from dit4dit.presets import preset as find
 
     check_seed(seed)
@@ -178,7 +178,7 @@ def ops(
     """
     from dit4dit import ops as all_ops
     from dit4dit.benchmarks import isolation, op_bench
-    from dit4dit.device import pick_device
+    from dit4dit.policy.device import pick_device
 
     at_least(1, batch=batch, samples=samples)
     check_seed(seed)
@@ -228,7 +228,7 @@ def options(
 
     from dit4dit.benchmarks import options as module
     from dit4dit.benchmarks.recording import Recording
-    from dit4dit.device import pick_device
+    from dit4dit.policy.device import pick_device
     from dit4dit.presets import preset as find
 
     if not preset and not checkpoint:
@@ -279,8 +279,8 @@ def tune(
 
     from dit4dit.benchmarks import tune as module
     from dit4dit.benchmarks.recording import Recording
-    from dit4dit.device import pick_device
     from dit4dit.ops import launch
+    from dit4dit.policy.device import pick_device
 
     at_least(1, batch=min(batch, default=0), samples=samples)
     check_seed(seed)
@@ -352,7 +352,7 @@ def rollout(
     from dit4dit.benchmarks.recording import Recording
     from dit4dit.commands.report import table
     from dit4dit.envs import tabletop_policy_dir
-    from dit4dit.policy import Policy
+    from dit4dit.policy.policy import Policy
 
     at_least(1, workers=min(workers, default=0), batch=batch, episodes=episodes, rounds=rounds)
     checkpoint = checkpoint or tabletop_policy_dir()

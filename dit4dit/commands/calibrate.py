@@ -12,7 +12,7 @@ from dit4dit.commands.predict import observe
 from dit4dit.commands.report import table
 from dit4dit.engine import Calibration, Engine, errors
 from dit4dit.errors import InputError
-from dit4dit.policy import Policy
+from dit4dit.policy.policy import Policy
 from dit4dit.types import Noise, Observation
 
 

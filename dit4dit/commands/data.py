@@ -43,9 +43,9 @@ def stats(
         out: write this dataset_statistics.json.
     """
     from dit4dit.commands.report import table, write_json
+    from dit4dit.data.catalogue import Entry, catalogue
     from dit4dit.data.fit import check_fit
     from dit4dit.data.mixture import Mixture
-    from dit4dit.data.robots import Entry, catalogue
 
     known = catalogue(robots)
     if (mixture is None) == (not dataset):
@@ -111,10 +111,10 @@ def data_check(
         recipe: check that the model of this training recipe takes what the robot has, too.
         out: folder for the page and the JSON file.
     """
-    from dit4dit.commands import data_sheet
     from dit4dit.commands.report import write_json
+    from dit4dit.data import sheet
+    from dit4dit.data.catalogue import catalogue
     from dit4dit.data.check import check, whole
-    from dit4dit.data.robots import catalogue
 
     if not dataset:
         raise InputError("data check: give at least one data set folder")
@@ -143,14 +143,14 @@ def data_check(
             alike.setdefault((wrong["file"], wrong["row"], wrong["message"]), []).append(wrong)
         for first, *more in list(alike.values())[:20]:
             others = f" and {len(more)} more" if more else ""
-            words = f"{data_sheet.describe(first)} (episode {first['episode']}{others})"
+            words = f"{sheet.describe(first)} (episode {first['episode']}{others})"
             say(f"  error: {words if first['episode'] is not None else first['message']}")
         if len(alike) > 20:
             say(f"  and {len(alike) - 20} more in {out / 'check.json'}")
         for warning in result["warnings"]:
             say(f"  warning: {warning}")
     write_json(out / "check.json", {"datasets": results})
-    say(f"wrote {data_sheet.write(out, results)} and {out / 'check.json'}")
+    say(f"wrote {sheet.write(out, results)} and {out / 'check.json'}")
     return 1 if any(result["errors"] for result in results) else 0
 
 
@@ -183,7 +183,7 @@ def bench_loader(
     from dit4dit.benchmarks import loader as module  # type: ignore[import-not-found, unused-ignore]
     from dit4dit.benchmarks.recording import Recording
     from dit4dit.commands.report import table
-    from dit4dit.data.robots import catalogue
+    from dit4dit.data.catalogue import catalogue
     from dit4dit.presets import preset as find
 
     if batches < 1 or batch_size < 1 or min(workers, default=-1) < 0:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dit4dit.commands.demo_train import machine, play, rate
 from dit4dit.commands.report import quantiles_ms, table, write_json
+from dit4dit.demo.train import machine, play, rate
 from dit4dit.envs import tabletop_policy_dir
-from dit4dit.model.keys import read_json
+from dit4dit.files.keys import read_json
 
 
 def demo(

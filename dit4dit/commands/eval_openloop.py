@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.commands.data_sheet import page
 from dit4dit.commands.eval_run import PolicyOptions
 from dit4dit.commands.report import table, write_json
 from dit4dit.commands.shell import check_folder, say
+from dit4dit.data.sheet import page
 from dit4dit.errors import InputError
 from dit4dit.evaluation import openloop
-from dit4dit.evaluation.action_error import ActionError
+from dit4dit.robots.action_error import ActionError
 
 RESULT, LINES = "openloop.json", "episodes.jsonl"
 COLUMNS = 4
@@ -104,11 +104,11 @@ def _open(
     dataset: Path, options: PolicyOptions, robot: str | None, robots: Path | None, modality: Path | None
 ) -> tuple[Any, Any]:
     """The data set as the policy's robot sees it, and the policy; the data set first, because it is quickly looked at."""
-    from dit4dit.codec import choose_embodiment
+    from dit4dit.checkpoints.checkpoint import open_checkpoint
+    from dit4dit.checkpoints.robot import choose_embodiment
+    from dit4dit.data.catalogue import catalogue
     from dit4dit.data.lerobot import LeRobot
-    from dit4dit.data.robots import catalogue
     from dit4dit.data.samples import Recording
-    from dit4dit.model.checkpoint import open_checkpoint
 
     known, checkpoint = catalogue(robots), open_checkpoint(options.checkpoint, options.backbone)
     own = robot is not None and known.robot(robot).embodiment is None

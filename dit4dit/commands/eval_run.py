@@ -43,7 +43,7 @@ class PolicyOptions:
 
     def load(self, embodiment: Any = None) -> Any:
         """The policy; `embodiment`: a robot of the user's own, which has no name here."""
-        from dit4dit.policy import Policy
+        from dit4dit.policy.policy import Policy
 
         return Policy.from_pretrained(
             self.checkpoint,
@@ -99,7 +99,7 @@ class RunOptions:
 
     def options(self, execute: int | None = None) -> Any:
         """`rollout.Options`; execute: the benchmark's own number."""
-        from dit4dit.evaluation.execution import Ensemble, Execution, Latency, RealTime
+        from dit4dit.control.execution import Ensemble, Execution, Latency, RealTime
         from dit4dit.evaluation.rollout import Options
 
         ensemble = None if self.ensemble is None else Ensemble(self.ensemble_alpha, self.ensemble)

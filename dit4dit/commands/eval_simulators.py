@@ -140,10 +140,10 @@ def examine(
     plan: Plan, policy: Any, policy_options: eval_run.PolicyOptions, out: Path, simulator: SimulatorOptions
 ) -> bool:
     """Print the findings; whether there is a contradiction. ConfigError where one is to stop the run."""
-    from dit4dit import stats
+    from dit4dit.checkpoints.checkpoint import open_checkpoint
     from dit4dit.evaluation import conventions
     from dit4dit.evaluation.rollout import check_robot
-    from dit4dit.model.checkpoint import open_checkpoint
+    from dit4dit.robots import statistics as stats
 
     check_robot(policy, plan)
     raw = open_checkpoint(policy_options.checkpoint, policy_options.backbone).statistics

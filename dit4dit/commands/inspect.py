@@ -8,14 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit4dit import stats
-from dit4dit.codec import Codec, robot_of
-from dit4dit.commands.report import table
-from dit4dit.embodiments import EMBODIMENTS, Embodiment
-from dit4dit.errors import ConfigError
-from dit4dit.instructions import load_tokenizer
-from dit4dit.model import checksums, weights
-from dit4dit.model.checkpoint import (
+from dit4dit.checkpoints import checksums, weights
+from dit4dit.checkpoints.checkpoint import (
     HEAD,
     TEXT,
     TRANSFORMER,
@@ -25,6 +19,11 @@ from dit4dit.model.checkpoint import (
     local_folder,
     open_checkpoint,
 )
+from dit4dit.checkpoints.robot import for_checkpoint, robot_of
+from dit4dit.commands.report import table
+from dit4dit.errors import ConfigError
+from dit4dit.policy.prompts import load_tokenizer
+from dit4dit.robots import EMBODIMENTS, Embodiment, statistics
 
 PARTS = {"text encoder": TEXT, "VAE": VAE, "backbone": TRANSFORMER, "action head": HEAD}
 
@@ -59,7 +58,7 @@ def inspect(
         **verified,
     }
     try:
-        robot = Codec.for_checkpoint(checkpoint, embodiment).embodiment
+        robot = for_checkpoint(checkpoint, embodiment).embodiment
         result["statistics"] = _tags(checkpoint, robot)
     except ConfigError as error:
         if embodiment is not None:
@@ -105,7 +104,7 @@ def _tags(checkpoint: Checkpoint, robot: Embodiment | None = None) -> dict[str, 
     modes = [] if robot is None else [key.normalization for key in robot.action for _ in range(key.dim)]
     out = {}
     for tag in checkpoint.statistics:
-        parsed = stats.parse(checkpoint.statistics, tag, f"statistics of {checkpoint.path}")
+        parsed = statistics.parse(checkpoint.statistics, tag, f"statistics of {checkpoint.path}")
         out[tag] = {
             "action": _ranges(parsed.action, modes),
             "state": None if parsed.state is None else _ranges(parsed.state),
@@ -113,7 +112,7 @@ def _tags(checkpoint: Checkpoint, robot: Embodiment | None = None) -> dict[str, 
     return out
 
 
-def _ranges(vector: stats.VectorStats, modes: Sequence[str] = ()) -> list[dict[str, Any]]:
+def _ranges(vector: statistics.VectorStats, modes: Sequence[str] = ()) -> list[dict[str, Any]]:
     scaled = [mode not in ("binary", "none") for mode in modes] if len(modes) == vector.size else vector.mask
     return [
         {

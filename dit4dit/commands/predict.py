@@ -8,7 +8,7 @@ from typing import Any
 
 from dit4dit.commands.report import read_json_object, read_picture, table, write_json
 from dit4dit.errors import InputError
-from dit4dit.policy import Policy
+from dit4dit.policy.policy import Policy
 from dit4dit.types import ActionChunk, Observation
 
 

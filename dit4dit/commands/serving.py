@@ -13,7 +13,7 @@ from dit4dit.errors import InputError
 from dit4dit.extras import require
 
 if TYPE_CHECKING:
-    from dit4dit.policy import Policy
+    from dit4dit.policy.policy import Policy
 
 Pictures = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -118,7 +118,7 @@ def serve(
 
 def _load(checkpoint: str, backbone: str | None, **options: Any) -> Any:
     from dit4dit.evaluation.identity import checkpoint_hash
-    from dit4dit.policy import Policy
+    from dit4dit.policy.policy import Policy
     from dit4dit.serving.backend import PolicyBackend
 
     policy = Policy.from_pretrained(checkpoint, backbone, **options)
@@ -131,7 +131,7 @@ def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str,
     """
     from tqdm import tqdm
 
-    from dit4dit import garbage
+    from dit4dit.policy import garbage
 
     for line in tqdm(words, desc="instructions", disable=None if words else True):
         policy.prepare(line).result()

@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dit4dit import embodiments
+from dit4dit import robots as embodiments
+from dit4dit.data.catalogue import catalogue
 from dit4dit.data.fit import check_fit
-from dit4dit.data.robots import catalogue
 from dit4dit.errors import CheckpointError, ConfigError, Dit4DitError, did_you_mean
 from dit4dit.training import checkpoint, memory, preflight, published, setup
 from dit4dit.training.config import TrainConfig, read_config, split_words

@@ -16,10 +16,10 @@ from dit4dit.data.columns import Problem, Progress
 from dit4dit.data.fit import check_fit
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.modality import depth_map
-from dit4dit.data.robots import Robot
 from dit4dit.data.samples import Recording
 from dit4dit.data.statistics import NAMES, flat_statistics
 from dit4dit.errors import ConfigError, DataError
+from dit4dit.robots.descriptions import Robot
 
 BATCH = 64
 """Pictures decoded at once."""

@@ -21,13 +21,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.cache import cache_root
 from dit4dit.data.files import read_table
 from dit4dit.data.meta import EpisodeMeta, Meta
 from dit4dit.data.modality import is_language, is_numeric, is_picture, width
 from dit4dit.data.tables import Wrong, in_one_piece, language, not_finite, numbers, owners
 from dit4dit.data.time_check import Unusual, check_videos, merged, uneven_timestamps, wrong_timestamps
 from dit4dit.errors import DataError
+from dit4dit.files.cache import cache_root
 
 FORMAT = 5
 """Part of the key: another layout of the cache is another number."""

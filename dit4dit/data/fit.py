@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dit4dit.config import ModelConfig
-from dit4dit.embodiments.embodiment import Embodiment
 from dit4dit.errors import ConfigError
+from dit4dit.robots.embodiment import Embodiment
 
 
 def check_fit(robot: Embodiment, model: ModelConfig) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit4dit.data.samples import KeySource, Recording
-from dit4dit.embodiments.embodiment import Gripper
 from dit4dit.errors import DataError
+from dit4dit.robots.embodiment import Gripper
 
 Values = list[NDArray[np.float64]]
 """One array [length] per episode."""

@@ -10,18 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from dit4dit import stats
 from dit4dit.data import gripper
+from dit4dit.data.catalogue import Catalogue, Entry
 from dit4dit.data.columns import Problem, Progress
 from dit4dit.data.files import visible
 from dit4dit.data.fit import check_views
 from dit4dit.data.lerobot import LeRobot
-from dit4dit.data.robots import Catalogue, Entry
 from dit4dit.data.samples import Recording, SampleReader, Window
 from dit4dit.data.statistics import mixture_statistics
 from dit4dit.data.video import Backend
-from dit4dit.embodiments.embodiment import Kind
 from dit4dit.errors import ConfigError, DataError
+from dit4dit.robots import statistics as stats
+from dit4dit.robots.embodiment import Kind
 
 Split = Literal["train", "heldout"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dit4dit.data.files import read_json
-from dit4dit.data.rotations import source_size
 from dit4dit.errors import DataError, did_you_mean
+from dit4dit.robots.rotations import source_size
 
 IMAGES = "observation.images."
 T = TypeVar("T")

@@ -22,16 +22,16 @@ from dit4dit.config import ModelConfig
 from dit4dit.data.columns import Problem
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.modality import Slice, depth_map
-from dit4dit.data.robots import Robot
-from dit4dit.data.rotations import TARGETS, convert, no_rotation, zero_is_no_turn
-from dit4dit.embodiments.embodiment import Embodiment
 from dit4dit.errors import ConfigError, DataError
 from dit4dit.ops.preprocess import preprocess
-from dit4dit.transforms import Chain
+from dit4dit.robots.descriptions import Robot
+from dit4dit.robots.embodiment import Embodiment
+from dit4dit.robots.rotations import TARGETS, convert, no_rotation, zero_is_no_turn
+from dit4dit.robots.transforms import Chain
 from dit4dit.types import Batch
 
 if TYPE_CHECKING:
-    from dit4dit.stats import Statistics
+    from dit4dit.robots.statistics import Statistics
 
 Array = NDArray[np.float32]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from dit4dit.data.columns import cache_dir
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.samples import KeySource, Recording
-from dit4dit.embodiments.embodiment import Embodiment
 from dit4dit.errors import ConfigError, DataError
+from dit4dit.robots.embodiment import Embodiment
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
 FORMAT = 2

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from dit4dit import ops
-from dit4dit.action_ode.epilogue import Guidance
-from dit4dit.action_ode.program import HeadChoice, OneLaunchHead, choose_head
+from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead, choose_head
 from dit4dit.engine.calibration import Calibration
-from dit4dit.engine.fold import BackboneBlock, Head, HeadBlock, fold_backbone, fold_encoder, fold_head, pack_matrices
+from dit4dit.engine.fold import BackboneBlock, Head, fold_backbone, fold_encoder, fold_head, pack_matrices
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.packs import PromptPack, make_pack, stack
 from dit4dit.engine.slots import Slots
 from dit4dit.errors import BackendError, ConfigError
 from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.model.flow import GuidanceTensors
 from dit4dit.model.video_dit import rotary_table
+from dit4dit.ops.action_ode import loop
 
 Posterior = Literal["sample", "mean"]
 STEPS = (1, 2, 4, 8)
@@ -200,7 +201,7 @@ class Engine:
         posterior: Tensor,
         latent: Tensor,
         action: Tensor,
-        guidance: Guidance | None = None,
+        guidance: GuidanceTensors | None = None,
     ) -> Tensor:
         """Normalised actions, float32 [B, K, A_model].
 
@@ -260,7 +261,7 @@ class Engine:
 
     @torch.no_grad()
     def actions(
-        self, features: Tensor, state: Tensor | None, noise: Tensor, guidance: Guidance | None = None
+        self, features: Tensor, state: Tensor | None, noise: Tensor, guidance: GuidanceTensors | None = None
     ) -> Tensor:
         """Features [B, S, D] and noise [B, K, A] -> normalised actions, float32 [B, K, A].
 
@@ -270,38 +271,21 @@ class Engine:
         head, model = self.head, self.model.head
         assert model is not None
         dtype = head.decode_out.weight.dtype
-        count = len([block for block in head.blocks if block.cross])
         context = head.context(features.to(dtype))
+        encoder = model.state_encoder
+        prefix = None if encoder is None or state is None else encoder(state.to(dtype))[:, 0]
         if self.one_launch is not None:
-            return self._one_launch(self.one_launch, noise, context, state, guidance)
-        context = context.unflatten(-1, (2 * count, model.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        prefix = self._state_token(state, dtype)
-        x = noise.float()
-        for step in range(self.steps):
-            velocity = self._velocity(x.to(dtype), step, context, prefix)
-            if guidance is None:
-                x = ops.euler_step(x, velocity.float(), 1.0 / self.steps)
-                continue
-            pull: dict[str, Any] = dict(previous=guidance.previous, weights=guidance.weights)
-            pull |= dict(t=1 - step / self.steps, max_guidance=guidance.max_guidance)
-            x = ops.euler_step(x, velocity.float(), 1.0 / self.steps, **pull)
-        return x
-
-    def _state_token(self, state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Encoded state [B, 1, state_dim] -> its token [B, 1, W], where there is one."""
-        encoder = self.model.head.state_encoder if self.model.head is not None else None
-        return None if encoder is None or state is None else encoder(state.to(dtype))
+            return self._one_launch(self.one_launch, noise, context, prefix, guidance)
+        return loop(head, noise, context, prefix, guidance)
 
     def _one_launch(
         self,
         head: OneLaunchHead,
         noise: Tensor,
         context: Tensor,
-        state: Tensor | None,
-        guidance: Guidance | None,
+        prefix: Tensor | None,
+        guidance: GuidanceTensors | None,
     ) -> Tensor:
-        token = self._state_token(state, context.dtype)
-        prefix = None if token is None else token[:, 0]
         if guidance is not None and guidance.weights.dim() == 2:
             if len(guidance.weights) > 1:
                 raise BackendError(
@@ -313,32 +297,3 @@ class Engine:
         if not head.capturing:  # whoever replays a graph reads the flag with the actions
             head.check()
         return actions
-
-    def _velocity(self, actions: Tensor, step: int, context: Tensor, prefix: Tensor | None) -> Tensor:
-        """Noisy actions [B, K, A] at Euler step `step` -> velocity [B, K, A]; context [2 * cross blocks, B, H, S, d]."""
-        head, dtype = self.head, actions.dtype
-        tokens = head.encode_out(torch.nn.functional.silu(head.encode(actions) + head.time_bias[step]))
-        if head.position is not None:
-            tokens = tokens + head.position
-        x = (tokens if prefix is None else torch.cat([prefix, tokens], dim=1))[:, None].float()
-        branch: Tensor | None = None
-        cross = 0
-        for block in head.blocks:
-            norm = block.norms[step]
-            x, h = ops.adaln(x, branch, None, norm.shift, norm.scale, 1e-5, dtype)
-            projected = block.project(h[:, 0])
-            branch = self._attend(block, projected, context[2 * cross : 2 * cross + 2])[:, None]
-            cross += block.cross
-            x, h = ops.adaln(x, branch, None, None, None, 1e-5, dtype)
-            hidden = ops.linear_gelu(h, block.mlp_in.weight, block.mlp_in.bias, "tanh")
-            branch = block.mlp_out(hidden)
-        norm = head.out_norms[step]
-        _, h = ops.adaln(x, branch, None, norm.shift, norm.scale, 1e-6, dtype)
-        out = h[:, 0, -actions.shape[1] :]
-        return head.decode_out(torch.relu(head.decode_in(out)))
-
-    def _attend(self, block: HeadBlock, projected: Tensor, context: Tensor) -> Tensor:
-        heads = self.config.head.num_heads
-        if block.cross:
-            return block.out(ops.cross_attention(projected, context[0], context[1], None, heads, 1e-5))
-        return block.out(ops.self_attention(projected, None, None, None, heads, 1e-5))

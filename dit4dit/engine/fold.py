@@ -118,6 +118,7 @@ class Head:
     """The action head, folded for a fixed number of Euler steps.
 
     Attributes:
+        heads: of each attention.
         encode: noisy actions [.., A] -> first token layer, W wide (two published matrices as one).
         time_bias: what the time adds there, one row per step [N, W].
         encode_out: the token layer after the swish.
@@ -129,6 +130,7 @@ class Head:
         decode_out: hidden layer -> actions.
     """
 
+    heads: int
     encode: Matrix
     time_bias: Tensor
     encode_out: Matrix
@@ -204,6 +206,7 @@ def fold_head(head: ActionHead, steps: int) -> Head:
     if head.position_embedding is not None:
         position = head.position_embedding.weight[: config.action_horizon].detach()
     return Head(
+        heads=config.num_heads,
         encode=Matrix((of_action @ first.weight.double()).to(dtype)),
         time_bias=time_bias.to(dtype),
         encode_out=Matrix.of(encoder.layer3),

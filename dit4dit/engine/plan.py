@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit4dit import ops
-from dit4dit.action_ode import epilogue
 from dit4dit.engine.capture import capture
 from dit4dit.engine.engine import Engine
 from dit4dit.engine.packs import PromptPack
 from dit4dit.engine.staging import Fields, Staging
-from dit4dit.guidance import Guidance
+from dit4dit.model.flow import GuidanceTensors, guidance_arrays
 from dit4dit.noise import STREAMS, Noise
 from dit4dit.ops import device_tables
+from dit4dit.types import Guidance
 
 _WARM_UPS = 3  # before recording: kernels compiled, library handles and workspaces made
 
@@ -125,7 +125,7 @@ class Plan:
         frame = ops.preprocess(views, self.shape.size, self.shape.resize, self._pack.keys.dtype)
         features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"])
         most = self.shape.max_guidance
-        guidance = None if most is None else epilogue.Guidance(given["previous"], given["weights"], most)
+        guidance = None if most is None else GuidanceTensors(given["previous"], given["weights"], most)
         normalized = self.engine.actions(features, given.get("state"), noise["action"], guidance)
         self.outputs.device["normalized"].copy_(normalized)
         if self._table is not None:
@@ -159,9 +159,8 @@ class Plan:
         if state is not None:
             self.inputs.host["state"][:] = state
         for i, one in enumerate(guidance):
-            self.inputs.host["previous"][i], self.inputs.host["weights"][i] = one.arrays(
-                self.engine.config.head.action_horizon
-            )
+            arrays = guidance_arrays(one, self.engine.config.head.action_horizon)
+            self.inputs.host["previous"][i], self.inputs.host["weights"][i] = arrays
         drawn = self._stage_noise(noise)
         if self._stream is None or self._done is None:
             self._launch(packs, drawn)

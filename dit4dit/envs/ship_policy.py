@@ -8,10 +8,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from dit4dit.checkpoints import checksums, native
+from dit4dit.checkpoints.checkpoint import VAE, open_checkpoint
 from dit4dit.errors import CheckpointError
-from dit4dit.model import checksums, own_format
-from dit4dit.model.checkpoint import VAE, open_checkpoint
-from dit4dit.model.keys import read_json
+from dit4dit.files.keys import read_json
 
 LIMIT = 5_000_000
 COMMAND = "make demo-train"
@@ -29,19 +29,19 @@ def ship(source: Path, target: Path) -> None:
     checkpoint = open_checkpoint(result["policy"], None)
     kept = tuple(VAE + part for part in ("encoder.", "quant_conv."))
     names = [n for n in checkpoint.tensors if not n.startswith(VAE) or n.startswith(kept)]
-    with own_format.new_folder(target) as partial:
-        own_format.write_folder(
+    with native.new_folder(target) as partial:
+        native.write_folder(
             partial,
             model=checkpoint.model,
             embodiment=checkpoint.embodiment,
             tensors={name: checkpoint.tensors[name].half() for name in names},
         )
-        own_format.write_json(partial / "statistics.json", checkpoint.statistics)
+        native.write_json(partial / "statistics.json", checkpoint.statistics)
         shutil.copytree(Path(result["policy"]) / "tokenizer", partial / "tokenizer")
         facts = {
             key: result[key] for key in ("seed", "success", "demonstrations", "recipe", "execute", "seconds", "machine")
         }
-        own_format.write_json(
+        native.write_json(
             partial / "metrics.json",
             {
                 "command": f"{COMMAND} SEED={result['seed']}",

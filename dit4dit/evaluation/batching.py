@@ -22,11 +22,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dit4dit.embodiments import Embodiment
 from dit4dit.engine import MAX_BATCH
 from dit4dit.errors import ConfigError, OutputError
-from dit4dit.guidance import Guidance
-from dit4dit.types import ActionChunk, Noise, Observation
+from dit4dit.robots import Embodiment
+from dit4dit.types import ActionChunk, Guidance, Noise, Observation
 
 log = logging.getLogger("dit4dit.evaluation")
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dit4dit.embodiments import GR1
 from dit4dit.errors import ConfigError, did_you_mean
 from dit4dit.evaluation.plan import Episode, Plan, derived_seed
 from dit4dit.evaluation.workers import Launch
+from dit4dit.robots import GR1
 
 _CLOSE = ("CupToDrawer", "PotatoToMicrowave", "MilkToMicrowave", "BottleToCabinet", "WineToCabinet", "CanToDrawer")
 _NOVEL = {

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dit4dit.checkpoints.checkpoint import TEXT, open_checkpoint
 from dit4dit.config import hashed_text
 from dit4dit.engine.packs import content_hash
-from dit4dit.model.checkpoint import TEXT, open_checkpoint
-from dit4dit.policy import Policy
+from dit4dit.policy.policy import Policy
 
 SAMPLES = 4096
 """Values of each of the text encoder's tensors that are hashed, evenly spread: it is frozen, and its 16 GB are slow to read."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dit4dit.embodiments import LIBERO
 from dit4dit.errors import ConfigError, did_you_mean
 from dit4dit.evaluation.plan import Episode, Plan, derived_seed
 from dit4dit.evaluation.sim_worker import Libero
 from dit4dit.evaluation.workers import Launch
+from dit4dit.robots import LIBERO
 
 TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
 PUBLISHED = ("libero_spatial", "libero_object", "libero_goal", "libero_10")

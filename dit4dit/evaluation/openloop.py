@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.data.robots import Catalogue, Robot, own_robot
+from dit4dit.data.catalogue import Catalogue
 from dit4dit.data.samples import Recording
-from dit4dit.embodiments.embodiment import Array, Embodiment
 from dit4dit.errors import ConfigError, InputError
-from dit4dit.evaluation.action_error import ActionError
+from dit4dit.robots.action_error import ActionError
+from dit4dit.robots.descriptions import Robot, own_robot
+from dit4dit.robots.embodiment import Array, Embodiment
 from dit4dit.types import Noise, Observation
 
 if TYPE_CHECKING:
-    from dit4dit.policy import Policy
+    from dit4dit.policy.policy import Policy
 
 
 @dataclass(frozen=True, eq=False)

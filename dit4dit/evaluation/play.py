@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dit4dit.control.execution import Execution, Executor
 from dit4dit.errors import ConfigError, OutputError, SimulatorError
 from dit4dit.evaluation.batching import BatchedPolicy, Predictor
-from dit4dit.evaluation.execution import Execution, Executor
 from dit4dit.evaluation.plan import Episode
 from dit4dit.evaluation.runs import Record
 from dit4dit.evaluation.video import Video

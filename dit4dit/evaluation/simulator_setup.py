@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from dit4dit.embodiments import GR1, LIBERO, Embodiment
 from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation.gr1 import TASKS, environment_id
 from dit4dit.evaluation.simulators import LIBRARIES, Graphics, Say, Simulator, install, make_environment, run
 from dit4dit.evaluation.workers import Worker
+from dit4dit.robots import GR1, LIBERO, Embodiment
 
 TORCH = "torch==2.13.0"
 """LIBERO reads its initial states with it; a GPU is of no use to it."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dit4dit.cache import cache_root
 from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation.workers import Launch
+from dit4dit.files.cache import cache_root
 
 Name = Literal["libero", "gr1"]
 Graphics = Literal["egl", "osmesa"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dit4dit.embodiments import TABLETOP
 from dit4dit.envs.tabletop import PICTURES, TEST_SEEDS_FROM
 from dit4dit.errors import ConfigError
 from dit4dit.evaluation.plan import Episode, Plan
 from dit4dit.evaluation.workers import Launch
+from dit4dit.robots import TABLETOP
 
 
 def plan(

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit4dit.action_ode.epilogue import Guidance
 from dit4dit.config import HeadConfig
 from dit4dit.model import flow
-from dit4dit.ops.euler_step import guided
 
 
 def sinusoid(t: Tensor, width: int, *, cos_first: bool, denominator: float) -> Tensor:
@@ -242,7 +240,7 @@ class ActionHead(nn.Module):
         context: Tensor,
         state: Tensor | None,
         steps: int | None = None,
-        guidance: Guidance | None = None,
+        guidance: flow.GuidanceTensors | None = None,
     ) -> Tensor:
         """Noise [B, K, A] -> normalised actions [B, K, A] in `steps` Euler steps (default: the configuration's).
 
@@ -254,7 +252,9 @@ class ActionHead(nn.Module):
             return flow.integrate(velocity, noise, count)
 
         def pulled(x: Tensor, t: float) -> Tensor:
-            v = guided(x.float(), velocity(x, t).float(), t, guidance.previous, guidance.weights, guidance.max_guidance)
+            v = flow.guided(
+                x.float(), velocity(x, t).float(), t, guidance.previous, guidance.weights, guidance.max_guidance
+            )
             return v.to(x.dtype)
 
         return flow.integrate(pulled, noise, count)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dit4dit.action_ode.epilogue import Guidance
 from dit4dit.config import ModelConfig
 from dit4dit.model import flow
 from dit4dit.model.action_head import ActionHead
@@ -139,7 +138,7 @@ class DiT4DiT(nn.Module):
         latent: Tensor,
         action: Tensor,
         steps: int | None = None,
-        guidance: Guidance | None = None,
+        guidance: flow.GuidanceTensors | None = None,
     ) -> Tensor:
         """Normalised actions, float32 [B, K, A_model], from the head's dtype up (paper, algorithm 1).
 

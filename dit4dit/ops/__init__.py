@@ -12,9 +12,8 @@ from dit4dit.ops.qk_norm_rope import qk_norm_rope
 from dit4dit.ops.self_attention import self_attention
 from dit4dit.ops.cross_attention import cross_attention
 from dit4dit.ops.linear_gelu import linear_gelu
-from dit4dit.ops.linear_gated import linear_gated
 from dit4dit.ops.linear_fp8 import linear_fp8
-from dit4dit.ops.euler_step import euler_step, prefix_weights
+from dit4dit.ops.euler_step import euler_step
 from dit4dit.ops.action_ode import action_ode
 from dit4dit.ops.unnormalize import unnormalize
 # isort: on
@@ -28,11 +27,9 @@ __all__ = [
     "explain",
     "implementations",
     "linear_fp8",
-    "linear_gated",
     "linear_gelu",
     "names",
     "philox_normal",
-    "prefix_weights",
     "preprocess",
     "qk_norm_rope",
     "rms_norm_silu",

@@ -1,87 +1,174 @@
-"""The whole ODE of the action head, noise to actions: every block of every Euler step in one launch.
+"""The whole ODE of the action head, noise to actions: op by op (`loop`), or every block of every Euler step in one launch.
 
-The CUDA kernel (kernels/action_ode.cu) runs a schedule of `dit4dit.action_ode`; on a CPU it runs by emulation
-(tests/cuda_emulation). It is chosen by itself only where measured.py names it, which is nowhere yet: on an H200 it is right, and
-takes 4.5 ms where a graph of this file's reference takes 3.6, and the engine's loop of library and Triton kernels 2.4
-(benchmarks/results/nvidia-h200.json).
+`loop` is the head of an engine; by the ops' references it is this op's reference. The CUDA kernel (kernels/action_ode.cu) runs a
+schedule of `dit4dit.engine.action_ode`; on a CPU it runs by emulation (tests/cuda_emulation). It is chosen by itself only where
+measured.py names it, which is nowhere yet: on an H200 it is right, and takes 4.5 ms where a graph of PyTorch's kernels takes 3.6,
+and `loop` with library and Triton kernels 2.4 (benchmarks/results/nvidia-h200.json).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit4dit.config import HeadConfig
 from dit4dit.errors import InputError
+from dit4dit.model.flow import GuidanceTensors
+from dit4dit.ops.adaln import adaln
 from dit4dit.ops.arguments import Shapes, floating
-from dit4dit.ops.dispatch import Implementation, Op
-from dit4dit.ops.euler_step import reference as euler_step
+from dit4dit.ops.cross_attention import cross_attention
+from dit4dit.ops.dispatch import Implementation, Op, use_backend
+from dit4dit.ops.euler_step import euler_step
+from dit4dit.ops.linear_gelu import linear_gelu
+from dit4dit.ops.self_attention import self_attention
 
-if TYPE_CHECKING:
-    from dit4dit.action_ode.epilogue import Guidance, Units
-    from dit4dit.action_ode.program import OneLaunchHead
-    from dit4dit.engine.fold import HeadBlock, Modulation
 
-_Args = tuple["OneLaunchHead", Tensor, Tensor, "Tensor | None", "Guidance | None", "Units | None"]
+class Linear(Protocol):
+    """A linear map: weight [N, K], bias [N] or None; x [..., K] -> [..., N]."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Modulation(Protocol):
+    """shift and scale of a norm, float32 [1, W]."""
+
+    @property
+    def shift(self) -> Tensor: ...
+    @property
+    def scale(self) -> Tensor: ...
+
+
+class Block(Protocol):
+    """One block: `norms` has a `Modulation` for each Euler step, `project` is q where it is `cross`, else q | k | v."""
+
+    @property
+    def norms(self) -> Sequence[Modulation]: ...
+    @property
+    def cross(self) -> bool: ...
+    @property
+    def project(self) -> Linear: ...
+    @property
+    def out(self) -> Linear: ...
+    @property
+    def mlp_in(self) -> Linear: ...
+    @property
+    def mlp_out(self) -> Linear: ...
+
+
+class FoldedHead(Protocol):
+    """The action head folded for its Euler steps; `engine.fold.Head` is one, and says what each part is."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def encode(self) -> Linear: ...
+    @property
+    def time_bias(self) -> Tensor: ...
+    @property
+    def encode_out(self) -> Linear: ...
+    @property
+    def position(self) -> Tensor | None: ...
+    @property
+    def blocks(self) -> Sequence[Block]: ...
+    @property
+    def out_norms(self) -> Sequence[Modulation]: ...
+    @property
+    def decode_in(self) -> Linear: ...
+    @property
+    def decode_out(self) -> Linear: ...
+
+
+class OneLaunch(Protocol):
+    """A folded head with what one launch of it needs; `refuse` and `launch` are the op's "cuda"."""
+
+    @property
+    def folded(self) -> FoldedHead: ...
+    @property
+    def config(self) -> HeadConfig: ...
+    def refuse(self, noise: Tensor, context: Tensor, prefix: Tensor | None) -> str | None: ...
+    def launch(
+        self, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None
+    ) -> Tensor: ...
+
+
+_Args = tuple[OneLaunch, Tensor, Tensor, Tensor | None, GuidanceTensors | None]
 
 
 def reference(
-    head: OneLaunchHead,
-    noise: Tensor,
-    context: Tensor,
-    prefix: Tensor | None,
-    guidance: Guidance | None,
-    units: Units | None,
+    head: OneLaunch, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None
 ) -> Tensor:
     """The definition: see `action_ode` for the arguments and the result."""
-    x = noise.float()
-    for step in range(head.steps):
-        velocity = _velocity(head, x.to(context.dtype), step, context, prefix).float()
+    with use_backend("torch"):
+        return loop(head.folded, noise, context, prefix, guidance)
+
+
+def loop(
+    head: FoldedHead, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None
+) -> Tensor:
+    """The same, each op by the implementation that is chosen for it: what runs in an engine without the kernel.
+
+    Arguments as `action_ode` has them, but for the head; weights of the guidance [K] or [B, K].
+    """
+    x, dtype, steps = noise.float(), context.dtype, len(head.out_norms)
+    crossing = sum(block.cross for block in head.blocks)
+    context = context.unflatten(-1, (2 * crossing, head.heads, -1)).permute(2, 0, 3, 1, 4)
+    for step in range(steps):
+        v = velocity(head, x.to(dtype), step, context, prefix).float()
         if guidance is None:
-            x = euler_step(x, velocity, 1 / head.steps, None, None, None, None)
+            x = euler_step(x, v, 1.0 / steps)
         else:
-            t, given = 1 - step / head.steps, guidance
-            x = euler_step(x, velocity, 1 / head.steps, t, given.previous, given.weights, given.max_guidance)
-    return x if units is None else units(x)
+            previous, weights, most = guidance.previous, guidance.weights, guidance.max_guidance
+            t = 1 - step / steps
+            x = euler_step(x, v, 1.0 / steps, t=t, previous=previous, weights=weights, max_guidance=most)
+    return x
 
 
-def _velocity(head: OneLaunchHead, actions: Tensor, step: int, context: Tensor, prefix: Tensor | None) -> Tensor:
-    folded, dtype = head.folded, context.dtype
-    tokens = folded.encode_out(F.silu(folded.encode(actions) + folded.time_bias[step]))
-    if folded.position is not None:
-        tokens = tokens + folded.position
-    x = (tokens if prefix is None else torch.cat([prefix[:, None].to(dtype), tokens], dim=1)).float()
-    contexts = iter(context.chunk(sum(block.cross for block in folded.blocks), dim=-1))
-    for block in folded.blocks:
-        h = _norm(x, block.norms[step], 1e-5).to(dtype)
-        x = x + _attend(block, h, next(contexts) if block.cross else None, head.heads).float()
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-5).to(dtype)
-        x = x + block.mlp_out(F.gelu(block.mlp_in(h), approximate="tanh")).float()
-    h = _norm(x, folded.out_norms[step], 1e-6).to(dtype)[:, -actions.shape[1] :]
-    return folded.decode_out(torch.relu(folded.decode_in(h)))
+def velocity(head: FoldedHead, actions: Tensor, step: int, context: Tensor, prefix: Tensor | None) -> Tensor:
+    """Noisy actions [B, K, A] at Euler step `step` -> velocity [B, K, A], all in the head's dtype.
+
+    context: k and v of each cross-attending block [2 * blocks, B, heads, S, d]. prefix: state token [B, W] or None.
+    """
+    dtype = actions.dtype
+    tokens = head.encode_out(F.silu(head.encode(actions) + head.time_bias[step]))
+    if head.position is not None:
+        tokens = tokens + head.position
+    # the residual stream is float32 whatever the weights are
+    x = (tokens if prefix is None else torch.cat([prefix[:, None].to(dtype), tokens], dim=1))[:, None].float()
+    branch: Tensor | None = None
+    cross = 0
+    for block in head.blocks:
+        norm = block.norms[step]
+        x, h = adaln(x, branch, None, norm.shift, norm.scale, 1e-5, dtype)
+        branch = _attend(block, block.project(h[:, 0]), context[2 * cross : 2 * cross + 2], head.heads)[:, None]
+        cross += block.cross
+        x, h = adaln(x, branch, None, None, None, 1e-5, dtype)
+        branch = block.mlp_out(linear_gelu(h, block.mlp_in.weight, block.mlp_in.bias, "tanh"))
+    norm = head.out_norms[step]
+    _, h = adaln(x, branch, None, norm.shift, norm.scale, 1e-6, dtype)
+    return head.decode_out(torch.relu(head.decode_in(h[:, 0, -actions.shape[1] :])))
 
 
-def _norm(x: Tensor, table: Modulation, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + table.scale) + table.shift
-
-
-def _attend(block: HeadBlock, h: Tensor, context: Tensor | None, heads: int) -> Tensor:
-    projected = block.project(h)
-    q, k, v = projected.chunk(3, dim=-1) if context is None else (projected, *context.chunk(2, dim=-1))
-    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-    return block.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+def _attend(block: Block, projected: Tensor, context: Tensor, heads: int) -> Tensor:
+    if block.cross:
+        return block.out(cross_attention(projected, context[0], context[1], None, heads, 1e-5))
+    return block.out(self_attention(projected, None, None, None, heads, 1e-5))
 
 
 def action_ode(
-    head: OneLaunchHead,
+    head: OneLaunch,
     noise: Tensor,
     context: Tensor,
     prefix: Tensor | None = None,
     *,
-    guidance: Guidance | None = None,
-    units: Units | None = None,
+    guidance: GuidanceTensors | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Noise -> actions, float32 [B, K, A], a new tensor.
@@ -91,7 +178,7 @@ def action_ode(
         noise: standard normal, float32 [B, K, A].
         context: the features' k | v of every block that attends to them, one product: [B, S, 2 * blocks * W].
         prefix: the state token [B, W], or None for a request without state.
-        guidance: keep to a chunk that is being carried out. units: back to robot units at the end.
+        guidance: keep to a chunk that is being carried out; weights [K].
         backend: "torch", or "cuda" (bfloat16 on a GPU; read `head.check()` with the actions); None chooses.
 
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -106,26 +193,17 @@ def action_ode(
     if guidance is not None:
         shapes.of("guidance.previous", guidance.previous, "B K A").of("guidance.weights", guidance.weights, "K")
         given |= {"guidance.previous": guidance.previous, "guidance.weights": guidance.weights}
-    if units is not None:
-        shapes.of("units", units.scale, "A")
-        given["units"] = units.scale
     floating("action_ode", **given)
-    result: Tensor = _op(head, noise, context, prefix, guidance, units, backend=backend)
+    result: Tensor = _op(head, noise, context, prefix, guidance, backend=backend)
     return result
 
 
-def _refuse(head: OneLaunchHead, noise: Tensor, context: Tensor, prefix: Tensor | None, *_: object) -> str | None:
+def _refuse(head: OneLaunch, noise: Tensor, context: Tensor, prefix: Tensor | None, *_: object) -> str | None:
     return head.refuse(noise, context, prefix)
 
 
-def _run(head: OneLaunchHead, *args: object) -> Tensor:
+def _run(head: OneLaunch, *args: object) -> Tensor:
     return head.launch(*args)  # type: ignore[arg-type]
-
-
-def _example(device: torch.device) -> _Args:
-    from dit4dit.action_ode.program import example
-
-    return example(device)
 
 
 _op = Op(
@@ -134,5 +212,5 @@ _op = Op(
         Implementation("cuda", _refuse, _run, device="cuda", measured_only=True),
         Implementation("torch", lambda *_: None, reference),
     ],
-    _example,
+    None,  # `OneLaunchHead` of the engine, which registers one of its own
 )

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from dit4dit.cubins import loader
 from dit4dit.errors import BackendError, did_you_mean
 from dit4dit.ops import launch, measured, tiles
+from dit4dit.ops.aot import loader
 
 log = logging.getLogger("dit4dit.ops")
 
@@ -56,6 +56,8 @@ _trace: ContextVar[dict[str, set[str]] | None] = ContextVar("dit4dit_trace", def
 
 NOWHERE = torch.device("meta")
 
+Example = Callable[[torch.device], tuple[Any, ...]]
+
 _ops: dict[str, Op] = {}
 _said: set[tuple[str, str, str]] = set()  # (op, implementation, reason) that has been warned about
 
@@ -63,10 +65,10 @@ _said: set[tuple[str, str, str]] = set()  # (op, implementation, reason) that ha
 class Op:
     """A named list of implementations, best first. Calling it runs one of them.
 
-    `example(device)` makes small arguments of the usual kind, for `explain`.
+    `example(device)` makes small arguments of the usual kind, for `explain`; None until a room above sets it (`set_example`).
     """
 
-    def __init__(self, name: str, implementations: list[Implementation], example: Callable[[torch.device], tuple]):
+    def __init__(self, name: str, implementations: list[Implementation], example: Example | None):
         self.name = name
         self.implementations = {i.name: i for i in implementations}
         self.example = example
@@ -151,6 +153,11 @@ def names() -> list[str]:
     return list(_ops)
 
 
+def set_example(op: str, example: Example) -> None:
+    """The example of an op whose arguments only a room above can make."""
+    _ops[op].example = example
+
+
 def implementations(op: str) -> list[str]:
     """Names of the implementations of `op`, best first. BackendError: no such op."""
     if op not in _ops:
@@ -212,6 +219,9 @@ def explain(op: str | None = None, device: str | torch.device = "cpu") -> list[E
 def _explain(op: Op, device: torch.device) -> Explanation:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         reason = f"torch sees {torch.cuda.device_count()} CUDA devices, so not {device}"
+        return Explanation(op.name, None, dict.fromkeys(op.implementations, reason))
+    if op.example is None:
+        reason = "cannot be told before dit4dit.engine is imported, which makes an example of the op's arguments"
         return Explanation(op.name, None, dict.fromkeys(op.implementations, reason))
     args = op.example(device)
     wish = op.wish()

@@ -1,51 +1,25 @@
-"""The door to the Triton kernels: what they take, and one launch as data, so that it can also be compiled without a GPU."""
+"""The door to the Triton kernels: what they take, and running them, compiled ahead of time or by Triton."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit4dit.cubins import loader
+from dit4dit.ops.aot import loader
+from dit4dit.ops.aot.launch_record import Launch, Launches
 
 log = logging.getLogger("dit4dit.ops")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel with its arguments. Tensors may be on the meta device where it is only compiled.
-
-    `arguments` are passed at run time (None: absent), `constants` and the tile's block sizes are compiled in.
-    """
-
-    kernel: str  # "adaln" or "file.function", in dit4dit/kernels
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Tensor | int | float | None]
-    constants: Mapping[str, Any]
-    tile: Mapping[str, int]  # block sizes in capitals, num_warps, num_stages
-
-    def __call__(self) -> None:
-        """Launch it through Triton."""
-        function(self.kernel)[self.grid](**self.arguments, **self.constants, **self.tile)
-
-
-@functools.cache
-def function(kernel: str) -> Any:
-    """Triton's function behind `Launch.kernel`."""
-    file, _, name = kernel.partition(".")
-    return getattr(importlib.import_module(f"dit4dit.kernels.{file}"), name or file)
 
 
 @functools.cache
@@ -57,9 +31,6 @@ def interpreting() -> bool:
     """Whether Triton's kernels run on the CPU, by its interpreter. Decided when they are imported, so set it before."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
-
-Launches = Callable[[Any, str], tuple[list[Launch], Any]]
-"""An op's arguments and an architecture -> the kernels to run, and what they will have written."""
 
 _recording: ContextVar[list[tuple[Launches, tuple[Any, ...]]] | None] = ContextVar("dit4dit_recording", default=None)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dit4dit.errors import InputError
 from dit4dit.ops import launch, tiles
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes, floating
 from dit4dit.ops.dispatch import Implementation, Op
-from dit4dit.ops.launch import Launch
 
 _Args = tuple[Tensor, float, Tensor, Tensor, Tensor | None, str, torch.dtype]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from dit4dit.errors import InputError
 from dit4dit.ops import launch, onednn, tiles
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes, floating
 from dit4dit.ops.dispatch import Implementation, Op
-from dit4dit.ops.launch import Launch
 
 _Args = tuple[Tensor, Tensor, Tensor | None, str]
 
@@ -36,20 +36,15 @@ def linear_gelu(
     """
     if approximate not in APPROXIMATE:
         raise InputError(f"linear_gelu: approximate: expected 'none' or 'tanh', got {approximate!r}")
-    check("linear_gelu", x, weight, bias)
-    result: Tensor = _op(x, weight, bias, approximate, backend=backend)
-    return result
-
-
-def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """InputError unless these can be multiplied and added."""
     if x.ndim < 1 or x.numel() == 0:
-        raise InputError(f"{op}: x: expected [..., K] with elements, got {list(x.shape)}")
-    Shapes(op, K=x.shape[-1]).of("weight", weight, "N K").of("bias", bias, "N")
-    floating(op, x=x, weight=weight, bias=bias)
+        raise InputError(f"linear_gelu: x: expected [..., K] with elements, got {list(x.shape)}")
+    Shapes("linear_gelu", K=x.shape[-1]).of("weight", weight, "N K").of("bias", bias, "N")
+    floating("linear_gelu", x=x, weight=weight, bias=bias)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
-            raise InputError(f"{op}: {name}: expected {x.dtype} as x, got {tensor.dtype}")
+            raise InputError(f"linear_gelu: {name}: expected {x.dtype} as x, got {tensor.dtype}")
+    result: Tensor = _op(x, weight, bias, approximate, backend=backend)
+    return result
 
 
 def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:

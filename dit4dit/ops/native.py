@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dit4dit import _C
 from dit4dit.errors import DeviceError
 
+if TYPE_CHECKING:
+    from dit4dit import _C
+
 View = tuple[int, tuple[int, ...], tuple[int, ...], str, str]
+
+
+@functools.cache
+def compiled() -> ModuleType:
+    """`dit4dit._C`, loaded at the first call: a source tree that was never built imports everything and runs the references.
+
+    ImportError: this copy of dit4dit has none; it says what to do.
+    """
+    from dit4dit import _C
+
+    return _C
 
 
 def view(tensor: Tensor) -> View:
@@ -30,12 +45,13 @@ def stream(device: torch.device) -> int:
 @functools.cache
 def driver() -> _C.Driver:
     """The CUDA driver of this machine. RuntimeError: there is none."""
-    return _C.Driver()
+    found: _C.Driver = compiled().Driver()
+    return found
 
 
 def no_cuda_kernels(device: torch.device) -> str | None:
     """Why this build has no compiled kernel for the GPU `device`, or None."""
-    built = tuple(_C.cuda_architectures)
+    built = tuple(compiled().cuda_architectures)
     if not built:
         return "this build of dit4dit has no CUDA kernels (reinstall where nvcc is, or use a wheel that has them)"
     capability = torch.cuda.get_device_capability(device)
@@ -47,7 +63,7 @@ def _old_driver(name: str) -> str | None:
 
     Within a major version of CUDA every driver runs the runtime and machine code of the others; PTX wants its own or later.
     """
-    major, minor = map(int, str(_C.build_info()["cuda"]).split(".")[:2])
+    major, minor = map(int, str(compiled().build_info()["cuda"]).split(".")[:2])
     have = divmod(driver().version, 1000)
     if have >= (major, 10 * minor if name.startswith("compute_") else 0):
         return None

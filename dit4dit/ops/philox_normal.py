@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dit4dit.errors import InputError
 from dit4dit.ops import launch, tiles
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes
 from dit4dit.ops.dispatch import Implementation, Op
-from dit4dit.ops.launch import Launch
 
 _WORD = 0xFFFFFFFF
 _Args = tuple[Tensor, int, tuple[int, ...]]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit4dit import _C
 from dit4dit.errors import InputError, did_you_mean
 from dit4dit.ops import native
 from dit4dit.ops.device_tables import DeviceTable
@@ -246,14 +245,16 @@ def _run_torch(views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype
 
 def _run_cpp(views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     out = _result(views, size, dtype, out)
-    _C.preprocess([native.view(v) for v in views], _widths(views, size), native.view(out), resize)
+    native.compiled().preprocess([native.view(v) for v in views], _widths(views, size), native.view(out), resize)
     return out
 
 
 def _run_cuda(views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     out = _result(views, size, dtype, out)
     stream = native.stream(out.device)
-    _C.preprocess_cuda([native.view(v) for v in views], _widths(views, size), native.view(out), resize, stream)
+    native.compiled().preprocess_cuda(
+        [native.view(v) for v in views], _widths(views, size), native.view(out), resize, stream
+    )
     return out
 
 

@@ -5,28 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit4dit.errors import InputError
+from dit4dit.model import vae
 from dit4dit.ops import launch, tiles
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes, floating
 from dit4dit.ops.dispatch import Implementation, Op
-from dit4dit.ops.launch import Launch
 
 _Args = tuple[Tensor, Tensor, bool]
-_SMALLEST = 1e-12  # of a norm that is divided by
 
 
 def reference(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
     """The definition: see `rms_norm_silu` for the arguments and the result."""
-    # spelled out: torch's own normalize over channels is several times slower on a CPU; wide: the square of 256 is more than
-    # float16 holds
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = x.to(wide).square().sum(dim=1, keepdim=True).sqrt().clamp_min(_SMALLEST)
-    y = x.to(wide) / norm
-    y = y * (x.shape[1] ** 0.5 * gamma.to(wide))
-    return (F.silu(y, inplace=not y.requires_grad) if silu else y).to(x.dtype)
+    return vae.rms_norm_silu(x, gamma, silu)
 
 
 def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool, *, backend: str | None = None) -> Tensor:
@@ -53,7 +46,7 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     rows = x.numel() // channels
     tile = tiles.lookup("rms_norm_silu", architecture, channels=channels)
     out = torch.empty_like(x)
-    arguments: dict[str, Any] = dict(x=x, gamma=gamma, out=out, rows=rows, smallest=_SMALLEST)
+    arguments: dict[str, Any] = dict(x=x, gamma=gamma, out=out, rows=rows, smallest=vae.SMALLEST_NORM)
     constants = dict(CHANNELS=channels, COLUMNS=launch.power_of_2(channels), SILU=silu)
     return [Launch("rms_norm_silu", (launch.blocks(rows, tile["ROWS"]),), arguments, constants, tile)], out
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit4dit import _C
 from dit4dit.ops import attention_libraries as libraries
 from dit4dit.ops import launch, native, tiles
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import Implementation, Op
-from dit4dit.ops.launch import Launch
 from dit4dit.ops.qk_norm_rope import best, check, example
 from dit4dit.ops.qk_norm_rope import launches as prologue
 from dit4dit.ops.qk_norm_rope import reference as split_norm_rope
@@ -137,7 +136,7 @@ def _run_cuda(
     queries = queries_a_block(length, batch * heads, multiprocessors)
     q, k, angles = (None if x is None else native.view(x) for x in (norm_q, norm_k, rotary))
     stream = native.stream(qkv.device)
-    _C.self_attention_cuda(native.view(qkv), q, k, angles, native.view(out), heads, eps, queries, stream)
+    native.compiled().self_attention_cuda(native.view(qkv), q, k, angles, native.view(out), heads, eps, queries, stream)
     return out
 
 

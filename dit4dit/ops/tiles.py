@@ -105,7 +105,7 @@ def _check_column(where: str, op: str, architecture: str, rows: Any) -> None:
                 raise ConfigError(f"{here}: {name}: expected {_WANTED.get(name, 'a power of two')}, got {value!r:.20}")
 
 
-_WANTED = {"SPLIT": "1 or more", "num_stages": "1 or more", "SPAN": "0 or more"}
+_WANTED = {"num_stages": "1 or more", "SPAN": "0 or more"}
 
 
 def _fits(name: str, value: Any) -> bool:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dit4dit.errors import InputError
 from dit4dit.ops import launch, tiles
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes
 from dit4dit.ops.dispatch import Implementation, Op
-from dit4dit.ops.launch import Launch
 
 _Args = tuple[Tensor, Tensor]
 
@@ -28,7 +28,7 @@ def reference(actions: Tensor, table: Tensor) -> Tensor:
 def unnormalize(actions: Tensor, table: Tensor, *, backend: str | None = None) -> Tensor:
     """Normalised actions float32 [B, K, A_model] -> robot units float32 [B, K, A].
 
-    table: float64 [5, A], rows threshold, low, high, scale, offset (`dit4dit.transforms.inverse_table`). Where the
+    table: float64 [5, A], rows threshold, low, high, scale, offset (`dit4dit.robots.transforms.inverse_table`). Where the
         threshold is a number the value first becomes 0 (below it) or 1; NaN means no threshold. Then
         clip(value, low, high) * scale + offset in float64. A is at most A_model, the rest of which is padding.
     backend: "triton" or "torch"; None chooses.

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 import dit4dit
-from dit4dit import examples as published_examples
 from dit4dit.errors import InputError, did_you_mean
 from dit4dit.noise import Noise
-from dit4dit.policy import Policy
+from dit4dit.policy import published_api as published_examples
+from dit4dit.policy.policy import Policy
 from dit4dit.types import Observation
 
 MAX_EXAMPLES = 64

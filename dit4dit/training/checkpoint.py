@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit4dit.checkpoints import checksums, native
+from dit4dit.checkpoints.checkpoint import FROZEN
+from dit4dit.checkpoints.tensor_files import safetensor_files
 from dit4dit.config import ModelConfig, build
 from dit4dit.errors import CheckpointError
-from dit4dit.model import checksums, own_format
-from dit4dit.model.checkpoint import FROZEN
-from dit4dit.model.folders import visible
-from dit4dit.model.keys import read_json
-from dit4dit.model.tensor_files import safetensor_files
+from dit4dit.files.folders import visible
+from dit4dit.files.keys import read_json
 
 SHARED_PARTS = "frozen"
 """Folder of a run with the frozen parts that its checkpoints link to."""
@@ -93,22 +93,22 @@ def write(
     rest = (
         f"the newest one is {newest}; free space and go on with --resume" if newest else "there is none yet; free space"
     )
-    with own_format.new_folder(target, rest) as partial:
+    with native.new_folder(target, rest) as partial:
         # the frozen parts that are linked are hashed once a run, when they are written
         linked = {} if inference.frozen is None else checksums.carried(inference.frozen)
         _write_policy(partial / POLICY, inference)
         checksums.write(partial / POLICY, linked)
-        own_format.write_shards(partial / STATE, state)
+        native.write_shards(partial / STATE, state)
         save_file(dict(rng), partial / RNG)
-        own_format.write_json(partial / PROGRESS, asdict(progress))
-        own_format.write_json(partial / MANIFEST, checksums.entries(partial, linked))
+        native.write_json(partial / PROGRESS, asdict(progress))
+        native.write_json(partial / MANIFEST, checksums.entries(partial, linked))
     return target
 
 
 def _write_policy(folder: Path, inference: Inference) -> None:
     folder.mkdir()
-    own_format.write_folder(folder, model=inference.model, embodiment=inference.embodiment, tensors=inference.weights)
-    own_format.write_json(folder / "statistics.json", inference.statistics)
+    native.write_folder(folder, model=inference.model, embodiment=inference.embodiment, tensors=inference.weights)
+    native.write_json(folder / "statistics.json", inference.statistics)
     inference.tokenizer.save_pretrained(folder / "tokenizer")
     for part in FROZEN:
         if inference.frozen is not None:

@@ -316,7 +316,7 @@ def split_words(words: Sequence[str]) -> dict[str, str]:
 
 def read_config(path: Path) -> TrainConfig:
     """A configuration of our own in YAML, such as a run folder's config.yaml."""
-    from dit4dit.model.keys import read_yaml
+    from dit4dit.files.keys import read_yaml
 
     return TrainConfig.from_dict(read_yaml(path), str(path))
 

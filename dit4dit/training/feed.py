@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dit4dit.config import ModelConfig
 from dit4dit.data.loader import MOST_ATTEMPTS
 from dit4dit.errors import DataError, Dit4DitError, InputError
-from dit4dit.evaluation.action_error import ActionUnits
+from dit4dit.robots.action_error import ActionUnits
 from dit4dit.training.caches import LatentCache, PromptCache
 from dit4dit.types import Batch, ClipLatents
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from dit4dit.config import ModelConfig, hashed_text
+from dit4dit.data.catalogue import catalogue
 from dit4dit.data.fit import check_fit, check_views
 from dit4dit.data.mixture import Mixture, Split
-from dit4dit.data.robots import catalogue
 from dit4dit.data.sampler import Draws
 from dit4dit.data.samples import Recording, Sample, Window
 from dit4dit.errors import ConfigError
-from dit4dit.evaluation.action_error import ActionUnits
+from dit4dit.robots.action_error import ActionUnits
 from dit4dit.training.caches import digest
 from dit4dit.training.config import DataConfig
 from dit4dit.training.logs import log

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit4dit.data.robots import described
 from dit4dit.errors import CheckpointError, ConfigError, TrainingError
 from dit4dit.model.dit4dit import DiT4DiT, Draws
+from dit4dit.robots.descriptions import described
 from dit4dit.training import caches, checkpoint, evaluate, optim, preflight, setup
 from dit4dit.training.config import TrainConfig, write_config
 from dit4dit.training.feed import Feed, Raw, Share, TrainingData, to_batch

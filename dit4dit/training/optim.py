@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from dit4dit.checkpoints.checkpoint import EXTRACTOR, FROZEN, HEAD, TRANSFORMER
 from dit4dit.config import FlowConfig
 from dit4dit.errors import ConfigError, did_you_mean
-from dit4dit.model.checkpoint import EXTRACTOR, FROZEN, HEAD, TRANSFORMER
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.training.config import LoraConfig, OptimConfig
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dit4dit.checkpoints.checkpoint import backbone_name, find_backbone
+from dit4dit.checkpoints.published import MIXTURES, read_run_keys
 from dit4dit.errors import ConfigError, did_you_mean
-from dit4dit.model.checkpoint import backbone_name, find_backbone
-from dit4dit.model.keys import KeyReader, read_yaml
-from dit4dit.model.published import MIXTURES, read_run_keys
+from dit4dit.files.keys import KeyReader, read_yaml
 from dit4dit.training.config import (
     DataConfig,
     LearningRates,

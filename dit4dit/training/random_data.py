@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit4dit import embodiments, stats
+from dit4dit import robots as embodiments
 from dit4dit.config import ModelConfig
-from dit4dit.evaluation.action_error import ActionUnits
+from dit4dit.robots import statistics as stats
+from dit4dit.robots.action_error import ActionUnits
 from dit4dit.training.caches import digest
 from dit4dit.training.randomness import key
 

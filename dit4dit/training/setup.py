@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit4dit.checkpoints import checkpoint, checksums, native, weights
+from dit4dit.checkpoints.checkpoint import FROZEN, TEXT
 from dit4dit.config import ModelConfig
 from dit4dit.envs import tabletop_tokenizer, tabletop_vae_dir
-from dit4dit.instructions import load_tokenizer
-from dit4dit.model import checkpoint, checksums, own_format, weights
 from dit4dit.model.action_head import ActionHead
-from dit4dit.model.checkpoint import FROZEN, TEXT
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.text import TextEncoder, byte_tokenizer
+from dit4dit.policy.prompts import load_tokenizer
 from dit4dit.training.config import TrainConfig
 from dit4dit.training.fresh import rescale
 
@@ -177,9 +177,9 @@ def save_frozen(folder: Path, model: DiT4DiT, text: TextEncoder) -> None:
     if folder.is_dir():
         return
     model.text = text
-    tensors = own_format.named_tensors(model)
+    tensors = native.named_tensors(model)
     model.text = None
-    with own_format.new_folder(folder) as partial:
+    with native.new_folder(folder) as partial:
         for part, prefix in FROZEN.items():
-            own_format.write_shards(partial / part, {n: t for n, t in tensors.items() if n.startswith(prefix)})
+            native.write_shards(partial / part, {n: t for n, t in tensors.items() if n.startswith(prefix)})
         checksums.write(partial)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit4dit.action_ode import Schedule
-from dit4dit.action_ode.epilogue import Guidance, Units
-from dit4dit.action_ode.schedule import COUNTER_STRIDE, Space
-from dit4dit.action_ode.weights import PackedHead
+from dit4dit.engine.action_ode import Schedule
+from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, Space
+from dit4dit.engine.action_ode.weights import PackedHead
+from dit4dit.model.flow import GuidanceTensors
 
 ROOT = Path(__file__).parents[2]
 # name -> what stands for the chip: sm_80, sm_100 and sm_120, sm_90a
@@ -90,8 +90,7 @@ class Emulator:
         context: Tensor,
         prefix: Tensor | None = None,
         *,
-        guidance: Guidance | None = None,
-        units: Units | None = None,
+        guidance: GuidanceTensors | None = None,
         seed: int = 0,
         limit_ns: int = 10**15,
         counters: Tensor | None = None,
@@ -116,7 +115,6 @@ class Emulator:
             "prefix": None if prefix is None else prefix.float().contiguous(),
             "previous": None if guidance is None else guidance.previous,
             "guidance": None if guidance is None else guidance.weights,
-            "units": None if units is None else units.table(),
             "out": out,
             "workspace": workspace,
             "counters": counters,

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dit4dit import ops
-from dit4dit.action_ode import Device, Schedule, head_shape
-from dit4dit.action_ode.epilogue import Guidance
-from dit4dit.action_ode.twin import Twin
-from dit4dit.action_ode.weights import pack
 from dit4dit.config import HeadConfig
+from dit4dit.engine.action_ode import Device, Schedule, head_shape
+from dit4dit.engine.action_ode.twin import Twin
+from dit4dit.engine.action_ode.weights import pack
 from dit4dit.engine.fold import fold_head
 from dit4dit.model.action_head import ActionHead
+from dit4dit.model.flow import GuidanceTensors
 
 SMALL = Device(workers=7, shared_memory=99 << 10, capability=80)
 A100 = Device(108, 163 << 10, 80)
@@ -66,7 +66,7 @@ class Case:
         self.folded = fold_head(self.head, steps)
 
     @torch.no_grad()
-    def want(self, guidance: Guidance | None = None) -> Tensor:
+    def want(self, guidance: GuidanceTensors | None = None) -> Tensor:
         x, every = self.noise, self.config.num_timestep_buckets
         for i in range(self.steps):
             t = 1 - i / self.steps

@@ -22,19 +22,17 @@ from head_case import A100, DEVICES, H200, SIZES, Case, tiny
 from torch import Tensor
 
 from dit4dit import ops
-from dit4dit.action_ode import Device, Schedule, plan
-from dit4dit.action_ode.epilogue import Guidance, Units
-from dit4dit.action_ode.plan import COPY_SLOTS, FIXED_SHARED, MOST_BULK_SLOTS
-from dit4dit.action_ode.program import OneLaunchHead
-from dit4dit.action_ode.schedule import COUNTER_STRIDE, NONE, OPERANDS, RECORD, THREADS, Epilogue, Opcode, Space
-from dit4dit.action_ode.validate import validate
-from dit4dit.action_ode.weights import pack
 from dit4dit.config import HeadConfig
+from dit4dit.engine.action_ode import Device, Schedule, plan
+from dit4dit.engine.action_ode.plan import COPY_SLOTS, FIXED_SHARED, MOST_BULK_SLOTS
+from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, NONE, OPERANDS, RECORD, THREADS, Epilogue, Opcode, Space
+from dit4dit.engine.action_ode.validate import validate
+from dit4dit.engine.action_ode.weights import pack
 from dit4dit.engine.fold import fold_head
 from dit4dit.errors import BackendError, InputError, OutputError
+from dit4dit.model.flow import GuidanceTensors, prefix_weights
 from dit4dit.ops.action_ode import reference
-from dit4dit.ops.euler_step import prefix_weights
-from dit4dit.transforms import Chain, Pad, Threshold
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -66,23 +64,18 @@ def test_the_reference_is_the_head(size: str) -> None:
         assert case.error(ops.action_ode(head, *case.given()), case.want()) < 1e-5
 
 
-def test_guidance_and_units_in_the_reference() -> None:
+def test_guidance_in_the_reference() -> None:
     case = Case(tiny(), batch=2)
     head = OneLaunchHead(case.folded, case.config, case.steps)
-    guidance, units = extras(case)
+    guidance = guidance_of(case)
     with torch.no_grad():
         got = ops.action_ode(head, *case.given(), guidance=guidance)
-        assert case.error(got, case.want(guidance)) < 1e-5
-        assert torch.equal(ops.action_ode(head, *case.given(), guidance=guidance, units=units), units(got))
+    assert case.error(got, case.want(guidance)) < 1e-5
 
 
-def extras(case: Case) -> tuple[Guidance, Units]:
-    k, a = case.config.action_horizon, case.config.action_dim
-    guidance = Guidance(torch.randn_like(case.noise), prefix_weights("exp", 2, k - 2, k), 5.0)
-    units = Units.of(Chain((Threshold(0, 0.1), Pad(a, a))), a)
-    edge = replace(units, scale=units.scale.clone(), offset=torch.linspace(-1, 1, a), low=torch.full((a,), -0.5))
-    edge.scale[-1] = 0
-    return guidance, edge
+def guidance_of(case: Case) -> GuidanceTensors:
+    k = case.config.action_horizon
+    return GuidanceTensors(torch.randn_like(case.noise), prefix_weights("exp", 2, k - 2, k), 5.0)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -170,7 +163,7 @@ def test_the_kernel_is_its_twin(chip: tuple[Emulator, Device], size: str, fp8: b
         truth = case.want() if not fp8 else case.twin(schedule).run()
         noise, context, prefix = case.given()
         half = None if prefix is None else prefix.bfloat16()
-        plain = reference(in_bf16(case), noise, context.bfloat16(), half, None, None)
+        plain = reference(in_bf16(case), noise, context.bfloat16(), half, None)
     allowed = 2 * case.error(plain, case.want())
     assert case.error(result.actions, truth) < allowed
 
@@ -208,18 +201,16 @@ def test_the_widest_norms(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_guidance_and_units_in_the_kernel(chip: tuple[Emulator, Device]) -> None:
+def test_guidance_in_the_kernel(chip: tuple[Emulator, Device]) -> None:
     run, device = chip
     case = Case(tiny(), batch=2, steps=4)
-    guidance, units = extras(case)
+    guidance = guidance_of(case)
     schedule = plan(case.shape, device)
     packed = pack(case.folded, schedule)
     guided = run(schedule, packed, *case.given(), guidance=guidance).actions
     want = case.twin(schedule, torch.bfloat16, guidance=guidance).run()
     assert case.error(guided, want) < 2**-6
     assert case.error(run(schedule, packed, *case.given()).actions, want) > 2**-5
-    both = run(schedule, packed, *case.given(), guidance=guidance, units=units).actions
-    torch.testing.assert_close(both, units(guided))
 
 
 @needs_compiler

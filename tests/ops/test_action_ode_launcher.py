@@ -11,9 +11,9 @@ import torch
 from head_case import Case, tiny
 
 from dit4dit import _C
-from dit4dit.action_ode import Device, Schedule, plan, program
-from dit4dit.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
-from dit4dit.action_ode.schedule import COUNTER_STRIDE, NONE, Space
+from dit4dit.engine.action_ode import Device, Schedule, plan, program
+from dit4dit.engine.action_ode.program import OneLaunchHead, _Ready, buffers, numbers
+from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, NONE, Space
 from dit4dit.errors import OutputError
 
 DEVICE = Device(13, 99 << 10, 80)

@@ -11,8 +11,8 @@ import torch
 from emulator import Emulator, needs_compiler
 from head_case import DEVICES, SIZES, Case, tiny
 
-from dit4dit.action_ode import plan
-from dit4dit.action_ode.weights import pack
+from dit4dit.engine.action_ode import plan
+from dit4dit.engine.action_ode.weights import pack
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 MUTANTS = {

@@ -62,10 +62,10 @@ def test_a_block_of_the_backbone(op):
     y = op("self_attention", qkv, self_.norm_q.weight, self_.norm_k.weight, rotary, heads, 1e-5)
     x, h = op("adaln", x, frames(self_.to_out[0](y)), gate1, shift2, scale2, 1e-6, torch.float32)
     y = op("cross_attention", cross.to_q(h.flatten(1, 2)), k.contiguous(), v, cross.norm_q.weight, heads, 1e-5)
-    x = op("linear_gated", frames(y), cross.to_out[0].weight, None, x, gate2)
-    x, h = op("adaln", x, None, None, shift3, scale3, 1e-6, torch.float32)
+    x, h = op("adaln", x, frames(cross.to_out[0](y)), gate2, shift3, scale3, 1e-6, torch.float32)
     y = op("linear_gelu", h, feed[0].proj.weight, None, "none")
-    close(op("linear_gated", y, feed[2].weight, None, x, gate3), expected)
+    x, _ = op("adaln", x, feed[2](y), gate3, None, None, 1e-6, torch.float32)
+    close(x, expected)
 
 
 @pytest.mark.parametrize("cross", [True, False])
@@ -93,8 +93,7 @@ def test_a_block_of_the_action_head(op, cross):
             h[:, 0], torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
         )
         y = op("self_attention", qkv, None, None, None, heads, 0.0)
-    out = attention.to_out[0]
-    x = op("linear_gated", y[:, None], out.weight, out.bias, x, None)
-    x, h = op("adaln", x, None, None, None, None, 1e-5, torch.float32)
+    x, h = op("adaln", x, attention.to_out[0](y)[:, None], None, None, None, 1e-5, torch.float32)
     y = op("linear_gelu", h, feed[0].proj.weight, feed[0].proj.bias, "tanh")
-    close(op("linear_gated", y, feed[2].weight, feed[2].bias, x, None)[:, 0], expected)
+    x, _ = op("adaln", x, feed[2](y), None, None, None, 1e-5, torch.float32)
+    close(x[:, 0], expected)

@@ -9,8 +9,9 @@ import torch
 from dit4dit.benchmarks.harness import assert_no_worse
 
 from dit4dit.errors import InputError
-from dit4dit.ops import euler_step, prefix_weights
-from dit4dit.ops.euler_step import guidance, reference
+from dit4dit.model.flow import guidance_strength, prefix_weights
+from dit4dit.ops import euler_step
+from dit4dit.ops.euler_step import reference
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, V, PREVIOUS = (torch.randn(3, 16, 7, generator=GENERATOR) for _ in range(3))
@@ -38,7 +39,7 @@ def test_guidance_as_published(t):
     v = V - g * weights[:, None] * (PREVIOUS - (X - t * V))
     got = euler_step(X, V, 0.25, t=t, previous=PREVIOUS, weights=weights, max_guidance=most)
     torch.testing.assert_close(got, X - 0.25 * v, rtol=1e-6, atol=1e-6)
-    assert guidance(t, most) == pytest.approx(g)
+    assert guidance_strength(t, most) == pytest.approx(g)
 
 
 @pytest.mark.parametrize("t", [1.0, 0.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,27 @@ def test_the_reference_comes_first():
         source = (ROOT / "dit4dit" / "ops" / f"{op}.py").read_text()
         first = next(line for line in source.splitlines() if line.startswith("def "))
         assert first.startswith("def reference("), op
+
+
+def imported_ops(path: Path) -> set[str]:
+    """Names below dit4dit.ops that a file imports or reads from it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "dit4dit.ops":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dit4dit.ops."):
+            found.add(node.module.split(".")[2])
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ops":
+            found.add(node.attr)
+    return found
+
+
+def test_every_op_is_called_by_the_engine_or_the_model():
+    """By one of their files, or by an op that is, as self_attention begins with qk_norm_rope."""
+    files = [path for room in ("engine", "model") for path in (ROOT / "dit4dit" / room).rglob("*.py")]
+    called: set[str] = set()
+    while files:
+        new = imported_ops(files.pop()) & set(ops.names()) - called
+        called |= new
+        files += [ROOT / "dit4dit" / "ops" / f"{op}.py" for op in new]
+    assert called == set(ops.names())

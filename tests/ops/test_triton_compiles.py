@@ -18,9 +18,9 @@ import pytest
 import torch
 from dit4dit.benchmarks import kernels
 
-from dit4dit.cubins.compiler import compiled, resources
-from dit4dit.cubins.specialization import Specialization
+from dit4dit.aot_build.compiler import compiled, resources
 from dit4dit.ops import launch, tiles
+from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY, launches
 
 pytest.importorskip("triton")
@@ -111,7 +111,7 @@ def test_fp8_quantised_inside_the_product_compiles(capability, rows):
 
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-PRODUCTS = ("self_attention", "cross_attention", "linear_gelu", "linear_gated", "linear_fp8")
+PRODUCTS = ("self_attention", "cross_attention", "linear_gelu", "linear_fp8")
 SHARED = {"attention", "common", "products"}  # functions that kernels call
 
 

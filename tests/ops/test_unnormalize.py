@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dit4dit.embodiments import EMBODIMENTS
 from dit4dit.errors import ConfigError, InputError
 from dit4dit.ops import unnormalize
-from dit4dit.stats import Statistics, VectorStats
-from dit4dit.transforms import Chain, Normalize, Pad, SinCos, Threshold, inverse_table
+from dit4dit.robots import EMBODIMENTS
+from dit4dit.robots.statistics import Statistics, VectorStats
+from dit4dit.robots.transforms import Chain, Normalize, Pad, SinCos, Threshold, inverse_table
 
 EDGES = np.array([-2.0, -1.0, -0.3, 0.0, 0.4999999, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0, 1.7])
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dit4dit.embodiments import GR1, LIBERO
+from dit4dit.robots import GR1, LIBERO
 from dit4dit.types import ActionChunk, Observation
 
 

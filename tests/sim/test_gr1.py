@@ -11,12 +11,12 @@ from checkpoints import checkpoint
 from scripted import Push
 
 from dit4dit import cli
-from dit4dit.embodiments import GR1
+from dit4dit.control.execution import Execution
 from dit4dit.evaluation import gr1 as benchmark
-from dit4dit.evaluation.execution import Execution
 from dit4dit.evaluation.rollout import Options, evaluate
 from dit4dit.evaluation.simulators import graphics_of
 from dit4dit.evaluation.workers import Worker
+from dit4dit.robots import GR1
 
 pytestmark = pytest.mark.sim
 STANDIN = "gr1_standin:dit4dit/PushCube-v0"

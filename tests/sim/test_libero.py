@@ -12,14 +12,14 @@ import pytest
 from checkpoints import LIBERO_ACTION
 from scripted import PickAndPlace
 
-from dit4dit.embodiments import LIBERO
+from dit4dit.control.execution import Execution
 from dit4dit.errors import SimulatorError
 from dit4dit.evaluation import libero as benchmark
 from dit4dit.evaluation.conventions import policy_picture
-from dit4dit.evaluation.execution import Execution
 from dit4dit.evaluation.rollout import Options, evaluate
 from dit4dit.evaluation.simulators import graphics_of
 from dit4dit.evaluation.workers import Worker
+from dit4dit.robots import LIBERO
 
 pytestmark = pytest.mark.sim
 HERE = Path(__file__).parent

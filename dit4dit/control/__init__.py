@@ -1,0 +1,1 @@
+"""From chunks of actions to one command per control step."""

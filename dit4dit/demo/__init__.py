@@ -1,0 +1,1 @@
+"""The demo: demonstrations of the built-in world, a training on them, and its report."""

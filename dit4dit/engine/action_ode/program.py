@@ -1,0 +1,271 @@
+"""A head made ready for the kernel: schedules and weights on the GPU, launches, and the error flag that comes with them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dit4dit.config import HeadConfig
+from dit4dit.engine.action_ode.plan import FIXED_SHARED, head_shape, plan
+from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, NONE, WEIGHT_UNIT, Device, Schedule
+from dit4dit.engine.action_ode.validate import ScheduleError, validate
+from dit4dit.engine.action_ode.weights import as_bytes, pack_constants, pack_matrices
+from dit4dit.errors import BackendError, ConfigError, OutputError
+from dit4dit.model.flow import GuidanceTensors
+from dit4dit.ops import measured, native
+from dit4dit.ops.action_ode import FoldedHead
+from dit4dit.ops.dispatch import set_example
+
+log = logging.getLogger("dit4dit.engine.action_ode")
+
+HeadChoice = Literal["auto", "library", "one_launch"]
+CHOICES = ("auto", "library", "one_launch")
+
+LONGEST_WAIT_NS = 2_000_000_000
+"""A wait inside the kernel that takes longer ends the launch with an error; a launch takes about a thousandth of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """One kind of request: a validated schedule, and its tensors on the GPU, under the launcher's names."""
+
+    schedule: Schedule
+    tensors: dict[str, Tensor]
+
+    @property
+    def status(self) -> Tensor:
+        """int32 [4], zero while all is well; kernels/action_ode_tiles.cuh names its fields."""
+        return self.tensors["status"]
+
+
+class OneLaunchHead:
+    """A folded head for a fixed number of steps. One launch at a time: launches of one kind share a workspace.
+
+    The first request of a kind (batch, feature tokens, state token or none) plans, validates and packs for it; kinds that cut
+    the matrices in the same way share one copy of the weights.
+    """
+
+    def __init__(self, folded: FoldedHead, config: HeadConfig, steps: int, *, fp8: bool = False) -> None:
+        """fp8: the blocks' weights in e4m3 with a scale for each row; changes the result."""
+        self.folded, self.config, self.steps, self.fp8 = folded, config, steps, fp8
+        self._ready: dict[tuple[int, int, bool], _Ready] = {}
+        self._weights: dict[tuple[object, ...], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What belongs to a device is made anew."""
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_ready": {}, "_weights": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    backend = "cuda"
+    """Which implementation of the op the engine asks for."""
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, in which nothing can be read."""
+        return self.folded.decode_out.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def refuse(self, noise: Tensor, context: Tensor, prefix: Tensor | None) -> str | None:
+        """Why the kernel cannot run this request, or None, after which it is ready to be launched."""
+        reason = self._unsuitable(noise.device, context.dtype)
+        if reason is not None:
+            return reason
+        given = {"noise": noise, "context": context, "prefix": prefix}
+        for name, tensor in given.items():
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+                return f"{name} needs a gradient"
+        try:
+            self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
+        except (ConfigError, BackendError) as error:
+            return str(error)
+        return None
+
+    def refuse_any(self) -> str | None:
+        """Why the kernel could not run a single sample where the weights are, or None. Prepares nothing."""
+        weight = self.folded.decode_out.weight
+        reason = self._unsuitable(weight.device, weight.dtype)
+        if reason is not None:
+            return reason
+        try:
+            schedule = self._plan(weight.device, 1, 1, self.config.state_dim is not None)
+            expect_residency(schedule, weight.device)
+        except (ConfigError, BackendError) as error:
+            return str(error)
+        return None
+
+    def _unsuitable(self, device: torch.device, context: torch.dtype) -> str | None:
+        dtype = self.folded.decode_out.weight.dtype
+        if device.type != "cuda":
+            return f"it is on {device}: load with device='cuda', or take head='library'"
+        if context != torch.bfloat16 or dtype != torch.bfloat16:
+            return f"context is {context} and the head {dtype}, not bfloat16 (head_dtype=torch.bfloat16)"
+        return native.no_cuda_kernels(device)
+
+    def _plan(self, device: torch.device, batch: int, context: int, prefix: bool) -> Schedule:
+        shape = head_shape(self.config, batch=batch, context=context, prefix=prefix, steps=self.steps, fp8=self.fp8)
+        return plan(shape, device_of(device))
+
+    def prepare(self, device: torch.device, batch: int, context: int, prefix: bool) -> _Ready:
+        """Plan, validate and pack for one kind of request, once. It allocates: call it before a CUDA graph is captured.
+
+        ConfigError: no tiles for this shape. BackendError: the device cannot hold all blocks at once, or the schedule is not
+        sound, which is a bug of the planner.
+        """
+        key = (batch, context, prefix)
+        with self._lock:
+            if key not in self._ready:
+                schedule = self._plan(device, *key)
+                try:
+                    validate(schedule)
+                except ScheduleError as error:
+                    raise BackendError(
+                        f"action_ode: the schedule must not run: {error}; use head='library' and report this configuration"
+                    ) from error
+                expect_residency(schedule, device)
+                self._ready[key] = self._place(schedule, device)
+            return self._ready[key]
+
+    def _place(self, schedule: Schedule, device: torch.device) -> _Ready:
+        cut = tuple(schedule.matrices.values())
+        if cut not in self._weights:
+            self._weights[cut] = as_bytes(pack_matrices(self.folded, schedule.matrices))
+        tables = ("tiles", "first_tile", "segments", "first_segment")
+        tensors = {name: torch.from_numpy(getattr(schedule, name)).to(device) for name in tables}
+        tensors["weights"] = self._weights[cut]
+        tensors["constants"] = pack_constants(self.folded, schedule)
+        tensors["workspace"] = torch.empty(schedule.workspace_bytes, dtype=torch.uint8, device=device)
+        tensors["counters"] = torch.zeros(schedule.counters + 1, COUNTER_STRIDE, dtype=torch.int32, device=device)
+        tensors["status"] = torch.zeros(4, dtype=torch.int32, device=device)
+        return _Ready(schedule, tensors)
+
+    def launch(self, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None) -> Tensor:
+        """`ops.action_ode` on a GPU, whose arguments these are. Returns at once; `check` tells how it went."""
+
+        ready = self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
+        out = torch.empty(noise.shape, dtype=torch.float32, device=noise.device)  # dense, whatever the noise is
+        given = {"noise": noise.float().contiguous(), "context": context.contiguous(), "out": out}
+        if prefix is not None:
+            given["prefix"] = prefix.float().contiguous()
+        if guidance is not None:
+            given["previous"] = guidance.previous.float().contiguous()
+            given["guidance"] = guidance.weights.float().contiguous()
+        views = {name: native.view(tensor) for name, tensor in (ready.tensors | given).items()}
+        most = 0.0 if guidance is None else guidance.max_guidance
+        stream = native.stream(noise.device)
+        launcher_numbers = numbers(ready.schedule)
+        native.compiled().action_ode_cuda(
+            views, launcher_numbers, buffers(ready.schedule), most, LONGEST_WAIT_NS, stream
+        )
+        return out
+
+    def check(self) -> None:
+        """Wait for all launches and read their error flags; a launch that failed left NaN as its actions.
+
+        OutputError: one ended because a wait in it took too long. DeviceError: the GPU is lost to this process.
+        """
+        with self._lock:
+            all_ready = list(self._ready.values())
+        for ready in all_ready:
+            try:
+                worker, tile, counter, had = ready.status.tolist()
+            except torch.AcceleratorError as error:
+                native.check_device(ready.status.device, error)
+                raise
+            if worker:
+                ready.status.zero_()
+                seconds = LONGEST_WAIT_NS / 1e9
+                what = f"{seconds:g} s in tile {tile} for counter {counter}, which stood at {had}"
+                if tile == NONE:
+                    what = f"{seconds / 4:g} s for barrier {counter} of its weights"
+                raise OutputError(
+                    f"action_ode: block {worker - 1} waited more than {what}; is something else keeping the GPU? "
+                    "use head='library'"
+                )
+
+
+def numbers(schedule: Schedule) -> dict[str, int]:
+    """The sizes of a schedule under the launcher's names (`Launch` in kernels/action_ode_tiles.cuh)."""
+    shape = schedule.shape
+    names = ("rows", "width", "head_dim", "heads", "horizon", "actions", "padded_actions", "steps", "batch")
+    own = ("padded_tokens", "part", "slots", "staging")
+    return {
+        **{name: getattr(shape, name) for name in names},
+        **{name: getattr(schedule, name) for name in own},
+        "counter_count": schedule.counters,
+        "workers": schedule.device.workers,
+        "context_tokens": shape.context,
+        "context_columns": 2 * shape.contexts * shape.width,
+        "times": schedule.constants["times"][0],
+    }
+
+
+def buffers(schedule: Schedule) -> list[tuple[int, int, int]]:
+    """(offset in bytes, planes, columns) of every buffer."""
+    return [(buffer.offset, buffer.planes, buffer.columns) for buffer in schedule.buffers]
+
+
+def device_of(device: torch.device) -> Device:
+    """What the planner needs to know of a GPU. Under MPS the multiprocessors are those of this process's share."""
+    facts = native.compiled().action_ode_facts(device.index or 0, 0)
+    return Device(facts["multiprocessors"], facts["shared_memory"], facts["capability"])
+
+
+def expect_residency(schedule: Schedule, device: torch.device) -> None:
+    """BackendError unless all blocks of the launch can run at the same time, which their waiting for each other needs."""
+    shared = FIXED_SHARED + schedule.slots * 2 * WEIGHT_UNIT + schedule.staging
+    facts = native.compiled().action_ode_facts(device.index or 0, shared)
+    room = facts["blocks_per_multiprocessor"] * facts["multiprocessors"]
+    if room < schedule.device.workers:
+        raise BackendError(
+            f"action_ode: {device}: expected room for {schedule.device.workers} blocks at once, got {room} "
+            f"({shared} bytes of shared memory each); use head='library'"
+        )
+
+
+def choose_head(
+    choice: HeadChoice, folded: FoldedHead, config: HeadConfig, steps: int, fp8: bool = False
+) -> OneLaunchHead | None:
+    """What the engine's option `head` asks for; None is the engine's own loop over library calls.
+
+    ConfigError: no such choice, or a head without tiles. BackendError: "one_launch" where the kernel cannot run.
+    """
+    if choice not in CHOICES:
+        raise ConfigError(f"engine head: expected one of {', '.join(CHOICES)}, got {choice!r}")
+    weight = folded.decode_out.weight
+    # float32, the default of a head, is a wish for exactness that the kernel does not meet: nothing to warn of
+    takes = weight.dtype == torch.bfloat16 and measured.choice("action_ode", weight.device) == "cuda"
+    if choice == "library" or (choice == "auto" and not takes):
+        return None
+    head = OneLaunchHead(folded, config, steps, fp8=fp8)
+    reason = head.refuse_any()
+    if reason is not None and choice == "one_launch":
+        raise BackendError(f"engine head: 'one_launch' refused: {reason}")
+    if reason is not None:
+        log.warning("engine head: running 'library' because 'one_launch' refused: %s", reason)
+        return None
+    return head
+
+
+def example(device: torch.device) -> tuple[OneLaunchHead, Tensor, Tensor, Tensor | None, None]:
+    """Small arguments of the usual kind, for `ops.explain`."""
+    from dit4dit.engine.fold import fold_head
+    from dit4dit.model.action_head import ActionHead
+
+    config = HeadConfig(num_layers=2, num_heads=1, hidden_size=64, output_dim=64, action_dim=8, context_dim=64)
+    with torch.random.fork_rng(devices=[]):
+        folded = fold_head(ActionHead(config).to(device, torch.bfloat16), 1)
+    noise = torch.zeros(1, config.action_horizon, config.action_dim, device=device)
+    context = torch.zeros(1, 16, 2 * config.width, device=device, dtype=torch.bfloat16)
+    prefix = torch.zeros(1, config.width, device=device, dtype=torch.bfloat16)
+    return OneLaunchHead(folded, config, 1), noise, context, prefix, None
+
+
+set_example("action_ode", example)

@@ -1,0 +1,1 @@
+"""Files: written atomically, read with errors that name the key, and the folder of caches."""

@@ -1,0 +1,241 @@
+"""Typed, dotted access to files that others wrote: each getter says where, wanted and got, and remembers what was read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+from dit4dit.files.folders import fault
+
+NEEDED = object()
+"""Default of a key that a file must have."""
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """A ConfigError of what is made here names the file `where` that the values came from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
+
+
+class Unset:
+    """A value that could not be resolved, `${oc.env:...}` of a variable that is not set: no matter where nobody reads it."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        self.text, self.reason = text, reason
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def find_unset(value: Any, key: str) -> tuple[str, Unset] | None:
+    """The first such value in `value`, which stands under `key`, with its own key."""
+    if isinstance(value, Unset):
+        return key, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        if found := find_unset(item, f"{key}.{name}" if key else str(name)):
+            return found
+    return None
+
+
+def refuse_unset(value: Any, key: str, where: str) -> None:
+    """ConfigError where `value`, which stands under `key`, holds an `Unset`."""
+    if found := find_unset(value, key):
+        name, unset = found
+        raise ConfigError(
+            f"{where}: {name}: {unset.text!r:.80} has no value ({unset.reason:.120}); set it, or write the value"
+        )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, not a flag, that a float can hold and that is neither NaN nor infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+class KeyReader:
+    """A nested mapping. Every getter takes a dotted key; without a default the key must be there."""
+
+    def __init__(self, data: dict[str, Any], where: str) -> None:
+        self.data, self.where = data, where
+        self.read_keys: set[str] = set()
+        """Dotted keys that somebody asked for."""
+
+    def raw(self, key: str, default: Any = NEEDED) -> Any:
+        """The value as it is."""
+        self.read_keys.add(key)
+        node: Any = self.data
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                if default is NEEDED:
+                    raise ConfigError(f"{self.where}: missing key {key!r}; add it, or copy the file again")
+                return default
+            node = node[part]
+            if isinstance(node, Unset):
+                break
+        refuse_unset(node, key, self.where)
+        return node
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there with a value."""
+        return self.raw(key, None) is not None
+
+    def integer(self, key: str, default: Any = NEEDED, *, least: int = 1) -> int:
+        value = self.raw(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._wrong(key, f"an integer of at least {least}", value)
+        return value
+
+    def number(self, key: str, default: Any = NEEDED) -> float:
+        value = self.raw(key, default)
+        if not is_finite(value):
+            raise self._wrong(key, "a finite number", value)
+        return float(value)
+
+    def text(self, key: str, default: Any = NEEDED) -> str:
+        value = self.raw(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, "a word", value)
+        return value
+
+    def flag(self, key: str, default: Any = NEEDED) -> bool:
+        value = self.raw(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false", value)
+        return value
+
+    def numbers(self, key: str, default: Any = NEEDED, *, count: int | None = None) -> tuple[float, ...]:
+        """A list of numbers, of `count` where that is fixed."""
+        value = self.raw(key, default)
+        good = isinstance(value, (list, tuple)) and bool(value)
+        good = good and all(is_finite(x) for x in value)
+        if not good or count not in (None, len(value)):
+            wanted = f"a list of {count if count is not None else ''} finite numbers".replace("  ", " ")
+            raise self._wrong(key, wanted, value)
+        return tuple(value)
+
+    def integers(self, key: str, default: Any = NEEDED, *, count: int | None = None) -> tuple[int, ...]:
+        """A list of integers (true and false count as none), of `count` where that is fixed."""
+        values = self.numbers(key, default, count=count)
+        if any(not isinstance(x, int) for x in values):
+            raise self._wrong(key, "a list of integers", list(values))
+        return tuple(int(x) for x in values)
+
+    def flags(self, key: str, default: Any = NEEDED) -> tuple[bool, ...]:
+        value = self.raw(key, default)
+        if not isinstance(value, (list, tuple)) or any(not isinstance(x, bool) for x in value):
+            raise self._wrong(key, "a list of true and false", value)
+        return tuple(value)
+
+    def one_of(self, key: str, known: list[str], default: Any = NEEDED) -> str:
+        """One of the known words."""
+        value = self.raw(key, default)
+        if not isinstance(value, str) or value not in known:
+            hint = did_you_mean(value, known) if isinstance(value, str) else ""
+            raise ConfigError(f"{self.where}: {key}: expected {' or '.join(known)}, got {value!r}{hint}")
+        return value
+
+    def only(self, key: str, value: Any) -> None:
+        """Refuse a key that is there with another value than the one that is known."""
+        got = self.raw(key, value)
+        if got != value:
+            raise ConfigError(f"{self.where}: {key}: only {value!r} is known, got {got!r}")
+
+    def unread(self) -> tuple[str, ...]:
+        """Dotted keys of all leaves that nobody asked for, in file order."""
+        return tuple(
+            key for key in _leaves(self.data) if not any(key == r or key.startswith(r + ".") for r in self.read_keys)
+        )
+
+    def _wrong(self, key: str, wanted: str, got: Any) -> ConfigError:
+        return ConfigError(f"{self.where}: {key}: expected {wanted}, got {got!r:.80}")
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict) or not node:
+        return [prefix]
+    return [leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def read_text(path: Path, hint: str) -> str:
+    """A text file; CheckpointError with `hint` when it is missing, and with the reason when it is not readable."""
+    if reason := fault(path):
+        raise CheckpointError(f"{path}: {reason}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as text ({error}); copy the file again") from None
+
+
+def read_json(path: Path, hint: str = "the folder is incomplete") -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing, unreadable or something else.
+
+    NaN and Infinity, which are no JSON, are read as Python writes them: diffusers saves schedulers with -Infinity in keys that
+    nobody reads here. Who reads a number says whether it must be finite.
+    """
+    text = read_text(path, hint)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # beside bad syntax: too long a number, too deep a nesting
+        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def read_yaml(path: Path, *, keep_unset: bool = False) -> dict[str, Any]:
+    """A YAML mapping from a file, OmegaConf interpolations resolved; CheckpointError when it is missing or not one.
+
+    With `keep_unset`, an interpolation that cannot be resolved stays in it as `Unset`, for a `KeyReader` to refuse where the
+    key is read; otherwise it is an error.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    text = read_text(path, "a published run folder has one beside checkpoints/")
+    try:
+        data = _resolved(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise CheckpointError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a mapping, got {type(data).__name__}")
+    data = {str(key): value for key, value in data.items()}
+    if not keep_unset:
+        refuse_unset(data, "", str(path))
+    return data
+
+
+def _resolved(node: Any) -> Any:
+    """An OmegaConf node as plain data, each interpolation by itself."""
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def value(key: Any) -> Any:
+        try:
+            return "???" if OmegaConf.is_missing(node, key) else _resolved(node[key])
+        except OmegaConfBaseException as error:
+            if not OmegaConf.is_interpolation(node, key):
+                raise
+            text = OmegaConf.to_container(node, resolve=False)[key]
+            return Unset(str(text), str(error).splitlines()[0])
+
+    if isinstance(node, DictConfig):
+        return {key: value(key) for key in node}
+    if isinstance(node, ListConfig):
+        return [value(i) for i in range(len(node))]
+    return node

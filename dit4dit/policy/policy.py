@@ -1,0 +1,398 @@
+"""The one door: an observation and an instruction in, a chunk of actions in robot units out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit4dit.checkpoints.checkpoint import open_checkpoint
+from dit4dit.checkpoints.robot import for_checkpoint
+from dit4dit.checkpoints.weights import build
+from dit4dit.config import ModelConfig
+from dit4dit.engine import (
+    MAX_BATCH,
+    Calibration,
+    Engine,
+    PackFolder,
+    RequestShape,
+    StepInputs,
+    calibrate,
+    host_memory,
+)
+from dit4dit.engine.fp8 import check_options
+from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
+from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.policy import garbage
+from dit4dit.policy import published_api as published_examples
+from dit4dit.policy.device import pick_device
+from dit4dit.policy.prompts import Embedder, Texts, load_tokenizer, plain
+from dit4dit.policy.requests import Request, checked_size, groups, guidances_of, noises_of
+from dit4dit.policy.runner import EngineRunner, ModelRunner, Size, step_inputs
+from dit4dit.robots.embodiment import Array, Embodiment, Resize
+from dit4dit.robots.processor import Codec
+from dit4dit.types import ActionChunk, Guidance, Noise, Observation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ENGINES = ("auto", "off")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Policy:
+    """A loaded model with its robot's conventions. Make one with `from_pretrained`.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        codec: embodiment, statistics tag, and the chains between robot units and model values.
+    """
+
+    def __init__(
+        self,
+        model: DiT4DiT,
+        codec: Codec,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt_embeds: Mapping[str, Any] | None = None,
+        engine: Engine | None = None,
+        packs: PackFolder | None = None,
+    ) -> None:
+        """tokenizer, prompt_embeds: how instructions are embedded; engine: None runs the plain model."""
+        self.model = model
+        self.codec = codec
+        self.engine = engine
+        self._runner = ModelRunner(model, codec) if engine is None else EngineRunner(engine, codec)
+        self._unjoined = published_examples.Unjoined(len(codec.embodiment.views), model.config.image_size)
+        self._texts = Texts(model, Embedder(model, tokenizer, prompt_embeds), engine, packs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        backbone: str | Path | None = None,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | None = None,
+        head_dtype: torch.dtype = torch.float32,
+        embodiment: str | Embodiment | None = None,
+        engine: Literal["auto", "off"] = "auto",
+        steps: int | None = None,
+        posterior: Literal["sample", "mean"] = "sample",
+        quantization: Literal["fp8"] | None = None,
+        calibration: str | Path | Calibration | None = None,
+        head: Literal["auto", "library", "one_launch"] = "auto",
+        prompt_embeds: Mapping[str, Any] | None = None,
+        packs: str | Path | None = None,
+        text_encoder: bool = True,
+    ) -> Policy:
+        """Load a checkpoint for inference.
+
+        Args:
+            path: published run folder, one of its .pt files, a folder in the own format, or a hub repository id.
+            backbone: Cosmos-Predict2.5 folder or hub id (only its small files are needed for a published checkpoint);
+                without it DIT4DIT_BACKBONE, then a `cosmos` folder inside the run, then the released model on the hub.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            dtype: of text encoder, VAE and backbone; bfloat16 on a GPU and float32 on a CPU when None.
+            head_dtype: of the action head; the published code runs it in float32.
+            embodiment: an `Embodiment`, its name, or the statistics tag to use; what the checkpoint implies when None.
+            engine: "auto", the latency path (`dit4dit.engine`); "off", the plain model.
+            steps: Euler steps (1, 2, 4, 8) instead of the checkpoint's number. Changes the result; engine only.
+            posterior: "mean" takes the frame's mean latent instead of a sample. Changes the result; engine only.
+            quantization: "fp8" multiplies the backbone's matrices in 8-bit floats, with `calibration`; the model is then
+                left without its own (`Policy.model` cannot be run). Changes the result; engine only.
+            calibration: file of `dit4dit calibrate`, or what `calibrate` returned, for this checkpoint in this dtype.
+            head: how the engine runs the action head (`Engine`); "one_launch" needs a GPU and head_dtype=torch.bfloat16.
+            prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
+                these instructions can be used.
+            packs: folder where prompt packs are kept between runs (`dit4dit pack`); engine only.
+            text_encoder: False loads none; every instruction's pack must be in `packs`.
+
+        Raises:
+            Dit4DitError: bad checkpoint, configuration or device; the message says what to do.
+        """
+        if engine not in ENGINES:
+            raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
+        given = (steps, packs, quantization, calibration, None if head == "auto" else head)
+        if engine == "off" and (posterior != "sample" or any(option is not None for option in given)):
+            raise ConfigError(
+                "steps, posterior, packs, quantization, calibration and head are options of the engine: leave them out, or use "
+                "engine='auto'"
+            )
+        check_options(quantization, calibration)
+        if packs is not None and prompt_embeds is not None:
+            raise ConfigError(
+                "packs and prompt_embeds: give one of them; packs on disk must come from the text encoder"
+            )
+        if not text_encoder and packs is None and prompt_embeds is None:
+            raise ConfigError(
+                "text_encoder=False: give packs (dit4dit pack) or prompt_embeds, or no instruction can be used"
+            )
+        for name, kind in (("dtype", dtype), ("head_dtype", head_dtype)):
+            if kind is not None and kind not in DTYPES:
+                raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r}")
+        place = pick_device(device)
+        if isinstance(calibration, (str, Path)):
+            calibration = Calibration.load(calibration)
+        checkpoint = open_checkpoint(path, backbone)
+        codec = for_checkpoint(checkpoint, embodiment)
+        model = build(
+            checkpoint.model,
+            checkpoint.tensors,
+            str(checkpoint.path),
+            device=place,
+            dtype=dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32),
+            head_dtype=head_dtype,
+            with_text=text_encoder and prompt_embeds is None,
+        )
+        tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None
+        options: dict[str, Any] = dict(steps=steps, posterior=posterior, quantization=quantization, head=head)
+        fast = Engine(model, **options, calibration=calibration, release=True) if engine == "auto" else None
+        folder = None if packs is None else PackFolder.of(Path(packs), model)
+        return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)
+
+    @property
+    def packs(self) -> PackFolder | None:
+        """Where prompt packs are kept between runs."""
+        return self._texts.folder
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return self.codec.embodiment
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.backbone.transformer.proj_out.weight.device
+
+    def infer(
+        self,
+        observation: Observation,
+        instruction: str,
+        *,
+        noise: Noise | None = None,
+        seed: int | None = None,
+        guidance: Guidance | None = None,
+    ) -> ActionChunk:
+        """The next K actions.
+
+        Args:
+            observation: named pictures and state, as the embodiment lists them.
+            instruction: what to do, in words.
+            noise: the request's randomness. seed: shorthand for `Noise.from_seed(seed)`. With neither, a fresh seed is
+                taken from the operating system and returned in the chunk.
+            guidance: real-time chunking: keep to what is left of the chunk before (`Guidance`).
+
+        Raises:
+            InputError: the observation, instruction, noise or guidance does not fit; nothing has been computed.
+        """
+        if noise is not None and seed is not None:
+            raise InputError("noise and seed: give one of them, got both")
+        if noise is None:
+            noise = Noise.fresh() if seed is None else Noise.from_seed(seed)
+        return self.infer_batch([observation], [instruction], noise=[noise], guidance=[guidance])[0]
+
+    def infer_batch(
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        *,
+        noise: Sequence[Noise] | None = None,
+        guidance: Sequence[Guidance | None] | None = None,
+    ) -> list[ActionChunk]:
+        """Several requests in one pass; each one's noise and guidance are its own, whatever else is in the batch.
+
+        Requests with guidance and those without, or with another bound of it, go in passes of their own.
+        """
+        requests = self._requests(observations, instructions, noise, guidance)
+        results = self._sample(requests, self.config.image_size, self.embodiment.resize, units=True)
+        names, rate = self.embodiment.action_names, self.embodiment.rate_hz
+        return [
+            ActionChunk(actions=actions, names=names, rate_hz=rate, normalized=normalized, noise=one)
+            for (normalized, actions), one in zip(results, (request.noise for request in requests), strict=True)
+            if actions is not None
+        ]
+
+    def calibrate(
+        self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
+    ) -> Calibration:
+        """The largest activations of these examples, for `quantization="fp8"`; give some that are like what will come.
+
+        Raises:
+            ConfigError: this policy has no engine, or a quantised one. InputError: as in `infer_batch`.
+        """
+        if self.engine is None:
+            raise ConfigError("calibrate: it is the engine that is calibrated; load the policy with engine='auto'")
+        with plain(self.device):
+            return calibrate(self.engine, self.step_inputs(observations, instructions, noise=noise))
+
+    def step_inputs(
+        self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
+    ) -> Iterator[StepInputs]:
+        """What the engine is asked for these observations, one at a time: for measuring it."""
+        for request in self._requests(observations, instructions, noise):
+            packs = [self._texts.get(request.instruction)]
+            yield step_inputs(self.model, [request], packs, self.config.image_size, self.embodiment.resize)
+
+    def _requests(
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        noise: Sequence[Noise] | None,
+        guidance: Sequence[Guidance | None] | None = None,
+    ) -> list[Request]:
+        """One request per observation; InputError where something does not fit."""
+        if isinstance(instructions, str):
+            raise InputError("instructions: expected a list of strings, one per observation, got one string")
+        if not observations or len(observations) != len(instructions):
+            raise InputError(
+                f"batch: {len(observations)} observations and {len(instructions)} instructions; expected as many"
+            )
+        for observation in observations:
+            if not isinstance(observation, Observation):
+                raise InputError(f"observation: expected an Observation, got {type(observation).__name__}")
+        noises, head = noises_of(noise, len(observations)), self.config.head
+        kept = guidances_of(guidance, len(observations), head.action_horizon, head.action_dim)
+        return [
+            Request(self.embodiment.ordered_views(o.images), self._state(o), words, one, left)
+            for o, words, one, left in zip(observations, instructions, noises, kept, strict=True)
+        ]
+
+    def predict_action(
+        self,
+        examples: list[dict[str, Any]] | dict[str, Any],
+        noise: Noise | Sequence[Noise] | None = None,
+        **ignored: Any,
+    ) -> dict[str, NDArray[np.float32]]:
+        """The published call, with the published result.
+
+        Args:
+            examples: dicts with `image` (a uint8 [H, W, 3] array of joined views, used as it is, sides divisible by 16;
+                of a list, the first: the others are a training sample's future frames), `lang` (str), and `state`
+                ([1, state_dim], encoded and padded; without it the model goes without its state token).
+            noise: one per example; fresh when None.
+            ignored: other arguments of the published call (do_sample, use_ddim, num_ddim_steps), which it ignores too.
+
+        Returns:
+            {"normalized_actions": float32 [B, K, A_model]}
+        """
+        found = published_examples.check(examples)
+        noises = noises_of([noise] if isinstance(noise, Noise) else noise, len(found))
+        pictures = published_examples.pictures(found, self.config.pixels_per_token)
+        self._unjoined.look(found)
+        width = self.config.head.state_dim
+        encoded = None if width is None else published_examples.encoded_states(found, width)
+        if encoded is not None and self.codec.state_range is not None:
+            self.codec.state_range.look_encoded(encoded)
+        requests = [
+            Request([pictures[i]], None if encoded is None else encoded[i], words, noises[i])
+            for i, words in enumerate(published_examples.instructions(found))
+        ]
+        results = self._sample(requests, None, "bilinear", units=False)
+        actions = np.stack([normalized for normalized, _ in results])
+        self.codec.robot_units(actions)  # refuses here what the caller makes of them with the same statistics
+        return {"normalized_actions": actions}
+
+    def embed_prompts(self, instructions: Sequence[str]) -> dict[str, Tensor]:
+        """instruction -> prompt embedding [L, text_in] on the CPU, for `from_pretrained(prompt_embeds=...)`."""
+        if not self._texts.embedder.can_encode:
+            raise ConfigError("embed_prompts: this policy was loaded without its text encoder")
+        with plain(self.device):
+            return {instruction: self._texts.embedder(instruction)[0].cpu() for instruction in instructions}
+
+    def _sample(self, requests: Sequence[Request], size: Size, resize: Resize, *, units: bool) -> list[_Result]:
+        """Each request's normalised actions [K, A_model], and with `units` its actions in robot units [K, A]."""
+        results: list[_Result | None] = [None] * len(requests)
+        with plain(self.device):
+            texts = [self._texts.get(request.instruction) for request in requests]
+            for group in groups(requests, texts):
+                found = self._runner.run([requests[i] for i in group], [texts[i] for i in group], size, resize, units)
+                for i, normalized, actions in zip(group, *found, strict=True):
+                    results[i] = normalized, actions
+        done = [result for result in results if result is not None]
+        if not all(np.isfinite(normalized).all() for normalized, _ in done):
+            raise OutputError(
+                "actions: the model wrote NaN or infinite values; nothing was returned. Check the checkpoint's weights and, "
+                "where they were given, the prompt embeddings"
+            )
+        for _, actions in done:
+            if actions is not None:
+                self.codec.check(actions)
+        return done
+
+    def warm_up(
+        self,
+        pictures: Mapping[str, tuple[int, int]] | None = None,
+        *,
+        batch: int = 1,
+        joined: tuple[int, int] | None = None,
+        max_guidance: float | None = None,
+        freeze_gc: bool = False,
+    ) -> None:
+        """Do now what the first chunk would otherwise do; call it before a control loop starts.
+
+        On a CPU it also lets the process keep the memory of one chunk for the next (`engine.host_memory`).
+
+        Args:
+            pictures: view -> height and width of the robot's own pictures; the model's size where not given.
+            batch: requests in one pass (`infer_batch`).
+            joined: height and width of joined pictures: warm `predict_action` up instead.
+            max_guidance: warm up requests with `Guidance` of this bound instead of those without.
+            freeze_gc: afterwards collect garbage once and freeze what is alive, so that no full collection of Python's
+                interrupts a chunk. It holds for the whole process (`dit4dit.policy.garbage.freeze`): give it in the last warm-up,
+                when everything else that stays has been loaded too.
+
+        Raises:
+            InputError: a view, size or batch that this policy cannot have. BackendError: as `engine.Plan`.
+        """
+        names, given = self.embodiment.views, dict(pictures or {})
+        for name in given:
+            if name not in names:
+                raise InputError(f"pictures: no view {name!r}{did_you_mean(name, names)}; views: {', '.join(names)}")
+        sizes = [checked_size(f"pictures[{name!r}]", given.get(name, self.config.image_size)) for name in names]
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
+            raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {batch!r}")
+        size: Size = self.config.image_size
+        resize, units = self.embodiment.resize, True
+        if joined is not None:
+            if given:
+                raise InputError("pictures and joined: give one of them")
+            sizes, size, resize, units = [checked_size("joined", joined)], None, "bilinear", False
+        if self.device.type == "cpu":
+            host_memory.hold()
+        if isinstance(self._runner, EngineRunner):
+            with plain(self.device):
+                for length in self._texts.embedder.lengths:
+                    with_state = self.codec.state is not None
+                    shape = RequestShape(batch, tuple(sizes), size, resize, with_state, length, max_guidance)
+                    self._runner.warm_up(shape, units)
+        if freeze_gc:
+            garbage.freeze()
+
+    def prepare(self, instruction: str) -> Future[None]:
+        """Encode an instruction in the background, so that the chunk that first uses it does not wait.
+
+        The future's `result()` returns when it is ready, or raises what went wrong.
+        """
+        return self._texts.prepare(instruction)
+
+    def _state(self, observation: Observation) -> Array | None:
+        """Encoded state [1, state_dim]; None for a model without a state token, which looks at no state."""
+        if self.codec.state is None:
+            return None
+        raw = self.embodiment.state_vector(observation.state)
+        if self.codec.state_range is not None:
+            self.codec.state_range.look(raw)
+        return self.codec.state.forward(raw[None])
+
+
+_Result = tuple[Array, Array | None]

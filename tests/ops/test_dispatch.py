@@ -1,0 +1,314 @@
+"""Which implementation runs: automatic choice, wishes, the one warning, explain and trace."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dit4dit.engine  # noqa: F401  makes the example of `action_ode`
+from dit4dit import ops
+from dit4dit.errors import BackendError
+from dit4dit.ops import dispatch, measured, native
+from dit4dit.ops.dispatch import Implementation, Op, explain, names, trace, use_backend
+from dit4dit.ops.measured import Choice
+from dit4dit.ops.native import unsupported
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """An op with a CPU implementation that takes only float32, one for CUDA, and a reference."""
+    monkeypatch.setattr(dispatch, "_ops", dict(dispatch._ops))
+    monkeypatch.setattr(dispatch, "_said", set())
+    return Op(
+        "double",
+        [
+            Implementation("cuda", lambda x: None if x.is_cuda else f"x is on {x.device}", lambda x: x * 2, "cuda"),
+            Implementation(
+                "cpp", lambda x: None if x.dtype == torch.float32 else f"x is {x.dtype}", lambda x: x + x, "cpu"
+            ),
+            Implementation("torch", lambda x: None, lambda x: 2 * x),
+        ],
+        example=lambda device: (torch.zeros(2, device=device),),
+    )
+
+
+FLOAT, INT = torch.ones(2), torch.ones(2, dtype=torch.int32)
+
+
+def test_takes_the_first_that_does_not_refuse(op):
+    with trace() as ran:
+        assert op(FLOAT).tolist() == [2, 2]
+    assert ran == {"double": {"cpp"}}
+
+
+def test_steps_down_and_says_why_once(op, caplog):
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"), trace() as ran:
+        op(INT)
+        op(INT)
+    assert ran == {"double": {"torch"}}
+    assert [record.getMessage() for record in caplog.records] == [
+        "double: running 'torch' because 'cpp' refused: x is torch.int32"
+    ]
+
+
+def test_says_nothing_where_nothing_better_exists_for_the_device(op, caplog):
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"):
+        op(FLOAT)  # 'cuda' refuses, but is not meant for the CPU
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("how", ["argument", "all", "one"])
+def test_a_wish_is_met_or_raises(op, how):
+    def run(x, wish):
+        if how == "argument":
+            return op(x, backend=wish)
+        with use_backend(wish) if how == "all" else use_backend(double=wish):
+            return op(x)
+
+    with trace() as ran:
+        run(FLOAT, "torch")
+    assert ran == {"double": {"torch"}}
+    with pytest.raises(BackendError, match="double: 'cuda' refused: x is on cpu"):
+        run(FLOAT, "cuda")
+    with pytest.raises(BackendError, match=r"double: 'cpp' refused: x is torch\.int32"):
+        run(INT, "cpp")
+
+
+def test_the_inner_wish_goes_before_the_outer_and_the_argument_before_both(op):
+    def ran(**kwargs):
+        with trace() as seen:
+            op(FLOAT, **kwargs)
+        return seen["double"]
+
+    with use_backend("torch"):
+        assert ran() == {"torch"}
+        with use_backend(double="cpp"):
+            assert ran() == {"cpp"}
+            assert ran(backend="torch") == {"torch"}
+            with use_backend("torch"):
+                assert ran() == {"torch"}
+            with use_backend(preprocess="torch"):
+                assert ran() == {"cpp"}
+        assert ran() == {"torch"}
+    assert ran() == {"cpp"}
+
+
+def test_a_wish_ends_with_its_context_also_after_an_error(op):
+    with pytest.raises(BackendError, match="double: 'cuda' refused: x is on cpu"), use_backend("cuda"):
+        op(FLOAT)
+    assert op(FLOAT).tolist() == [2, 2]
+
+
+def test_unknown_names_are_refused_at_once(op):
+    with (
+        pytest.raises(BackendError, match=r"implementation called 'troch'; did you mean 'torch'"),
+        use_backend("troch"),
+    ):
+        pytest.fail("entered")
+    with pytest.raises(BackendError, match=r"no op is called 'preproces'; did you mean 'preprocess'"):
+        use_backend(preproces="torch").__enter__()
+    with pytest.raises(BackendError, match=r"double: no implementation is called 'cp'; did you mean 'cpp'"):
+        use_backend(double="cp").__enter__()
+    with pytest.raises(
+        BackendError, match=r"double: no implementation is called 'triton'.*there are: cuda, cpp, torch"
+    ):
+        op(FLOAT, backend="triton")
+    with pytest.raises(BackendError, match="no op is called 'nothing'"):
+        explain("nothing")
+
+
+def test_nothing_left_is_an_error_with_every_reason(op, monkeypatch):
+    del op.implementations["torch"]
+    with pytest.raises(
+        BackendError, match=r"every implementation refused: 'cuda': x is on cpu; 'cpp': x is torch\.int32"
+    ):
+        op(INT)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """An op whose first implementation runs by itself only where it was measured."""
+    monkeypatch.setattr(dispatch, "_ops", dict(dispatch._ops))
+    monkeypatch.setattr(dispatch, "_said", set())
+    return Op(
+        "triple",
+        [
+            Implementation("kernel", lambda x: None, lambda x: 3 * x, "cpu", measured_only=True),
+            Implementation("torch", lambda x: None, lambda x: x + x + x),
+            Implementation("library", lambda x: "x is odd" if x.numel() % 2 else None, lambda x: x * 3, "cpu"),
+        ],
+        example=lambda device: (torch.zeros(2, device=device),),
+    )
+
+
+def test_what_was_not_measured_runs_only_on_a_wish(fast, caplog):
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"), trace() as ran:
+        fast(FLOAT)
+    assert ran == {"triple": {"torch"}}
+    assert not caplog.records, "nothing better is known, so nobody stepped down"
+    (found,) = explain("triple")
+    assert found.chosen == "torch"
+    assert found.refused["kernel"].startswith("no committed measurement chooses it on cpu")
+    with use_backend(triple="kernel"), trace() as ran:
+        fast(FLOAT)
+    assert ran == {"triple": {"kernel"}}
+
+
+@pytest.mark.parametrize("name", ["kernel", "library"])
+def test_what_was_measured_goes_first(fast, name, monkeypatch, caplog):
+    monkeypatch.setattr(
+        measured, "CHOICES", {"triple": {"cpu": Choice(name, "a result"), "sm_90": Choice("torch", "")}}
+    )
+    assert explain("triple")[0].chosen == name
+    with use_backend(triple="torch"):
+        assert explain("triple")[0].chosen == "torch"
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"), trace() as ran:
+        fast(torch.ones(3))
+    steps_down = name == "library"
+    assert ran == {"triple": {"torch" if steps_down else name}}
+    said = ["triple: running 'torch' because 'library' refused: x is odd"] if steps_down else []
+    assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_what_was_measured_and_refuses_is_warned_about(fast, monkeypatch, caplog):
+    monkeypatch.setattr(measured, "CHOICES", {"triple": {"cpu": Choice("kernel", "a result")}})
+    fast.implementations["kernel"] = replace(fast.implementations["kernel"], refuse=lambda x: "x is odd")
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"):
+        fast(FLOAT)
+    assert [record.getMessage() for record in caplog.records] == [
+        "triple: running 'torch' because 'kernel' refused: x is odd"
+    ]
+
+
+def test_the_device_is_that_of_the_first_tensor_also_inside_lists():
+    cpu, meta = torch.zeros(1), torch.zeros(1, device="meta")
+    for args, device in (
+        ((1, cpu, meta), "cpu"),
+        ((1, meta, cpu), "meta"),
+        (([cpu], "a word"), "cpu"),
+        (([1, (2, [cpu])],), "cpu"),
+        (([], cpu), "cpu"),
+        ((1, [2]), "meta"),
+    ):
+        assert dispatch._device(args) == torch.device(device), args
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def green(file):
+    """Whether gpu_suite.sh wrote this file, its GPU tests passed and its single ops agreed with their references."""
+    parts = json.loads(file.read_text()).get("suite", {}).get("parts", {})
+    return all(parts.get(name, {}).get("exit_code") == 0 for name in ("gpu_tests", "ops"))
+
+
+def unsound(choices, results=RESULTS):
+    """Rows that name no op, no implementation of it, no chip, or no committed result, on a chip a green one."""
+    for op, rows in choices.items():
+        for place, row in rows.items():
+            known = op in names() and row.implementation in ops.implementations(op)
+            there = known and re.fullmatch(r"cpu|sm_\d+", place) and row.result and (results / row.result).is_file()
+            if not there or (place != "cpu" and not green(results / row.result)):
+                yield op, place
+
+
+def test_the_measured_choices_are_sound(tmp_path):
+    assert not list(unsound(measured.CHOICES))
+    result = "a-chip.json"
+
+    def write(**codes):
+        parts = {name: {"exit_code": code} for name, code in codes.items()}
+        (tmp_path / result).write_text(json.dumps({"suite": {"parts": parts}}))
+
+    good = {"self_attention": {"sm_90": Choice("cuda", result), "cpu": Choice("torch", result)}}
+    for codes in ({"gpu_tests": 1, "ops": 0}, {"gpu_tests": 0, "ops": 1}, {"gpu_tests": 0}):
+        write(**codes)
+        assert list(unsound(good, tmp_path)) == [("self_attention", "sm_90")]
+    write(gpu_tests=0, ops=0)
+    assert not list(unsound(good, tmp_path))
+    for op, place, row in (
+        ("attention", "sm_90", Choice("cuda", result)),
+        ("self_attention", "90", Choice("cuda", result)),
+        ("self_attention", "sm_90", Choice("cudas", result)),
+        ("self_attention", "sm_90", Choice("cuda", "none.json")),
+        ("self_attention", "sm_90", Choice("cuda", "")),
+    ):
+        assert list(unsound({op: {place: row}}, tmp_path)) == [(op, place)]
+
+
+def test_explain(op):
+    (found,) = explain("double")
+    assert (found.op, found.chosen, found.refused) == ("double", "cpp", {"cuda": "x is on cpu"})
+    with use_backend(double="torch"):
+        assert explain("double")[0].chosen == "torch"
+    with use_backend("cuda"):
+        (found,) = explain("double")
+    assert (found.chosen, found.refused) == (None, {"cuda": "x is on cpu"})
+    assert [e.op for e in explain()] == names()
+
+
+def test_explain_where_nobody_has_made_an_example(op, monkeypatch):
+    monkeypatch.setattr(op, "example", None)
+    (found,) = explain("double")
+    assert (found.chosen, set(found.refused)) == (None, {"cuda", "cpp", "torch"})
+    assert "before dit4dit.engine is imported" in found.refused["torch"]
+
+
+def test_explain_for_a_device_that_is_not_there():
+    (found,) = explain("preprocess", device=f"cuda:{torch.cuda.device_count()}")
+    assert found.chosen is None
+    assert "torch sees" in found.refused["cuda"]
+
+
+def test_every_real_op_runs_on_a_cpu_and_by_its_reference():
+    for found in explain(device="cpu"):
+        assert found.chosen is not None
+    with use_backend("torch"):
+        assert {found.chosen for found in explain(device="cpu")} == {"torch"}
+
+
+def test_the_automatic_choice_for_preprocess_on_a_cpu_is_compiled():
+    with trace() as ran:
+        ops.preprocess([torch.zeros(1, 4, 4, 3, dtype=torch.uint8)], (2, 2), "bilinear", torch.float32)
+    assert ran == {"preprocess": {"cpp"}}
+
+
+def test_names_are_the_public_ops():
+    assert len(names()) > 5
+    assert set(names()) <= set(ops.__all__)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        (("sm_90a",), (9, 0), True),
+        (("sm_90a",), (10, 0), False),
+        (("sm_80",), (8, 6), True),
+        (("sm_89",), (8, 6), False),
+        (("sm_80", "compute_80"), (11, 0), True),
+        (("compute_120",), (10, 0), False),
+        (("sm_100",), (10, 3), True),
+    ],
+)
+def test_which_gpus_a_build_serves(built, capability, runs):
+    assert (unsupported(built, capability) is None) == runs
+
+
+def test_a_build_without_cuda_says_so(monkeypatch):
+    monkeypatch.setattr(native, "compiled", lambda: SimpleNamespace(cuda_architectures=()))
+    reason = native.no_cuda_kernels(torch.device("cuda"))
+    assert reason is not None
+    assert "this build of dit4dit has no CUDA kernels" in reason
+    build = SimpleNamespace(cuda_architectures=("sm_80", "compute_80"))
+    monkeypatch.setattr(native, "compiled", lambda: build)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert (
+        native.no_cuda_kernels(torch.device("cuda")) == "no kernel for sm_75 in this build, which has sm_80, compute_80"
+    )
