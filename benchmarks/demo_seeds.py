@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from dit4dit.commands.report import strict, write_json
 from dit4dit.demo.report import ROWS, plot_success
+from dit4dit.files.json_files import strict, write_json
 
 GOAL = {"success": 0.8, "minutes": 20.0}
 

@@ -1,6 +1,6 @@
 """Results of gpu_suite.py: what a record is worth, several calls as one, and the XML of all tests in one file.
 
-Standard library only: it must run where nothing is installed yet.
+Standard library only: it must run where nothing is installed yet. So it writes its files itself, not with dit4dit.files.atomic.
 """
 
 from __future__ import annotations

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import dit4dit
+from dit4dit import tables
 
 VERSIONS = ("triton", "numpy", "transformers", "diffusers")
 """Packages whose versions stand beside a number."""
@@ -39,12 +38,8 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     driver = _nvidia_smi(("driver_version",)) if gpu else None
     return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **tables.machine(),
         "torch_threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         **{name: _version(name) for name in VERSIONS},
         "dit4dit": dit4dit.__version__,
         "commit": os.environ.get("DIT4DIT_COMMIT") or None,
@@ -131,15 +126,6 @@ def _gpu_id() -> list[str]:
         return []
     uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
     return [] if uuid is None else [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"]
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def time_cpu(fn: Callable[[], object], samples: int = 200, warmup: int = 20) -> list[float]:

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import tyro
 from dit4dit.benchmarks.harness import machine
 
-from dit4dit.commands.report import strict, write_json
 from dit4dit.evaluation.runs import Run
 from dit4dit.evaluation.summary import summarise
+from dit4dit.files.json_files import strict, write_json
 
 GOAL = 0.75
 """Of the episodes at every latency at which the robot stands still until the chunk is there."""

@@ -35,7 +35,6 @@ from dit4dit.benchmarks.sampling import Sampler, Samples, rounded, slowest, summ
 from torch import Tensor
 
 from dit4dit.checkpoints.weights import random_model
-from dit4dit.commands.report import table
 from dit4dit.engine import Engine, calibrate, errors
 from dit4dit.engine.action_ode.program import HeadChoice
 from dit4dit.errors import OutputError
@@ -43,6 +42,7 @@ from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.ops import onednn
 from dit4dit.presets import Preset
 from dit4dit.robots import EMBODIMENTS
+from dit4dit.tables import table
 
 STAGES = ("text", "vae", "backbone", "action_head")
 SETUP = ("machine", "model", "inputs", "exact engine", "engine", "plan", "first chunk", "check", "warm-up")

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.commands.report import read_json_object
-from dit4dit.commands.shell import check_folder
 from dit4dit.errors import InputError
+from dit4dit.files.atomic import check_folder
+from dit4dit.files.keys import read_json
 
 COLOURS = {"engine": "#2a7f62", "baseline": "#b0623c"}
 SPACED = "#3b6ea5"
@@ -228,4 +228,8 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[2]), read_json_object(Path(sys.argv[1]))))
+    print(
+        write(
+            Path(sys.argv[2]), read_json(Path(sys.argv[1]), "give a result of dit4dit bench latency", error=InputError)
+        )
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit4dit.commands.report import table
+from dit4dit.tables import table
 
 
 def show(result: dict[str, Any]) -> str:

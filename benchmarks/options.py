@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from dit4dit import ops
 from dit4dit.checkpoints.weights import random_model
-from dit4dit.commands.report import table
 from dit4dit.config import ModelConfig
 from dit4dit.engine import Calibration, Engine, StepInputs, calibrate, stack
 from dit4dit.engine.engine import STEPS
@@ -40,6 +39,7 @@ from dit4dit.policy.policy import Policy
 from dit4dit.presets import Preset
 from dit4dit.robots import EMBODIMENTS
 from dit4dit.robots.processor import Codec
+from dit4dit.tables import table
 
 INSTRUCTION = "pick up the red block and place it in the bowl"
 

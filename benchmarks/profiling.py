@@ -20,12 +20,12 @@ from dit4dit.benchmarks.recording import Recording
 from torch.profiler import ProfilerActivity, profile
 
 from dit4dit.checkpoints.weights import random_model
-from dit4dit.commands.report import table
 from dit4dit.engine import Engine, StepInputs, calibrate
 from dit4dit.engine.action_ode.program import HeadChoice
 from dit4dit.noise import Noise
 from dit4dit.presets import Preset
 from dit4dit.robots import EMBODIMENTS
+from dit4dit.tables import table
 
 WARM_UP, STEPS, REPLAYS = 3, 5, 20
 NAME, SHOWN = 300, 72

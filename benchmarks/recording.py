@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-from dit4dit.commands.report import strict, write_json
 from dit4dit.errors import InputError
+from dit4dit.files.json_files import strict, write_json
 
 T = TypeVar("T")
 TERMINATED = 128 + signal.SIGTERM

@@ -211,7 +211,7 @@ def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 
 def show(result: dict[str, Any]) -> str:
     """A table, and what the published step spends on text."""
-    from dit4dit.commands.report import table
+    from dit4dit.tables import table
 
     rows = [
         [name, f"{result['gflop_per_sample'][name]:.2f}", f"{value:.2f}", f"{result['ratio'].get(name, 1.0):.2f}"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +23,10 @@ from dit4dit.benchmarks.recording import Recording
 from tqdm import tqdm
 
 from dit4dit import ops
-from dit4dit.commands.report import table as text_table
 from dit4dit.errors import BackendError, InputError, did_you_mean
+from dit4dit.files.atomic import write_text
 from dit4dit.ops import launch, tiles
+from dit4dit.tables import table as text_table
 
 Measure = Callable[[Case], float | str]
 """Seconds of a call with the tile that is being tried, or why that tile is no good."""
@@ -248,9 +248,7 @@ def write(table: dict[str, tiles.Columns], note: str, path: Path) -> None:
             lines = ",\n".join("        " + json.dumps(row) for row in rows)
             tail = tail.replace(f'      "{name}": null', f'      "{name}": [\n{lines}\n      ]', 1)
         text = f'{head}    "{op}": {{{tail}'
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text + "\n")
-    aside.replace(path)
+    write_text(path, text + "\n")
 
 
 def show(search: Search) -> str:

@@ -19,7 +19,6 @@ from dit4dit.commands.shell import (
     Device,
     Dtype,
     Head,
-    check_folder,
     dtype_of,
     finish,
     head_dtype_of,
@@ -28,6 +27,7 @@ from dit4dit.commands.shell import (
     say,
 )
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
+from dit4dit.files.atomic import check_folder
 
 Quantization = Literal["fp8"] | None
 Images = tyro.conf.UseAppendAction[tuple[Path, ...]]

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dit4dit.commands.report import table
 from dit4dit.errors import ConfigError
+from dit4dit.tables import table
 
 PACKAGES = {
     "torch": "2.10",

@@ -5,6 +5,9 @@ The command line turns any of these into one line and a non-zero exit code; ever
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 
 class Dit4DitError(Exception):
     """Base of all errors that a user can mend."""
@@ -68,3 +71,18 @@ def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def require(module: str, extra: str) -> Any:
+    """The imported `module` of an optional dependency; MissingExtra, which says how to install it, where it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != top:
+            raise  # the module is there and broken: its own traceback says more
+        from importlib import metadata
+
+        # dit4dit-cu12 is the same package: an extra of the other's name would bring the other
+        name = metadata.packages_distributions().get("dit4dit", ["dit4dit"])[0]
+        raise MissingExtra(f"{top} is not installed; pip install '{name}[{extra}]'") from None

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +35,7 @@ from dit4dit.checkpoints.checkpoint import (
 )
 from dit4dit.config import ModelConfig
 from dit4dit.errors import CheckpointError
+from dit4dit.files.atomic import whole_folder
 from dit4dit.files.folders import visible
 from dit4dit.files.keys import read_json
 
@@ -70,46 +69,10 @@ def new_folder(target: Path, rest: str = "nothing of it stays; free space, or ch
     Raises:
         CheckpointError: `target` exists already (nothing is ever overwritten), or the disk is full or fails.
     """
-    from safetensors import SafetensorError
-
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already; choose another folder or remove it first")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written here ({error.strerror}); choose another folder") from None
-    try:
+    with whole_folder(target, CheckpointError, rest, durable=True) as partial:
         yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        for file in partial.rglob("*"):
-            _sync(file)
-            # safetensors and mkdtemp make theirs for the owner alone; a checkpoint is shared like any other file. A folder that
-            # was copied from a read-only place would stay read-only
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
-        _sync(partial)
-        if target.is_dir():
-            target.rmdir()
-        partial.chmod(0o777 & ~umask)
-        partial.rename(target)
-        _sync(target.parent)
-    except (OSError, SafetensorError) as error:
-        reason = str(getattr(error, "strerror", None) or error)
-        name = getattr(error, "filename", None)
-        if name is not None and partial not in Path(name).parents:  # what was to be copied
-            reason = f"{name}: {reason}"
-        raise CheckpointError(f"{target}: not written ({reason}); {rest}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], progress: Progress = _silent) -> None:

@@ -23,8 +23,8 @@ def flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
     """
     from dit4dit.benchmarks import flops as module  # type: ignore[import-not-found, unused-ignore]
     from dit4dit.benchmarks.recording import Recording
-    from dit4dit.commands.report import table
     from dit4dit.presets import preset as find
+    from dit4dit.tables import table
 
     schedules, counts = module.schedules(find(preset)), dict[str, dict[str, float]]()
     with Recording(json) as record:
@@ -350,9 +350,9 @@ def rollout(
 
     from dit4dit.benchmarks import rollout as module  # type: ignore[import-not-found, unused-ignore]
     from dit4dit.benchmarks.recording import Recording
-    from dit4dit.commands.report import table
     from dit4dit.envs import tabletop_policy_dir
     from dit4dit.policy.policy import Policy
+    from dit4dit.tables import table
 
     at_least(1, workers=min(workers, default=0), batch=batch, episodes=episodes, rounds=rounds)
     checkpoint = checkpoint or tabletop_policy_dir()

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.commands.predict import observe
-from dit4dit.commands.report import table
 from dit4dit.engine import Calibration, Engine, errors
 from dit4dit.errors import InputError
 from dit4dit.policy.policy import Policy
+from dit4dit.tables import table
 from dit4dit.types import Noise, Observation
 
 

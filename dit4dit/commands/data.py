@@ -42,10 +42,11 @@ def stats(
         recipe: check that the model of this training recipe takes the data, too.
         out: write this dataset_statistics.json.
     """
-    from dit4dit.commands.report import table, write_json
     from dit4dit.data.catalogue import Entry, catalogue
     from dit4dit.data.fit import check_fit
     from dit4dit.data.mixture import Mixture
+    from dit4dit.files.json_files import write_json
+    from dit4dit.tables import table
 
     known = catalogue(robots)
     if (mixture is None) == (not dataset):
@@ -111,10 +112,10 @@ def data_check(
         recipe: check that the model of this training recipe takes what the robot has, too.
         out: folder for the page and the JSON file.
     """
-    from dit4dit.commands.report import write_json
     from dit4dit.data import sheet
     from dit4dit.data.catalogue import catalogue
     from dit4dit.data.check import check, whole
+    from dit4dit.files.json_files import write_json
 
     if not dataset:
         raise InputError("data check: give at least one data set folder")
@@ -182,9 +183,9 @@ def bench_loader(
     """
     from dit4dit.benchmarks import loader as module  # type: ignore[import-not-found, unused-ignore]
     from dit4dit.benchmarks.recording import Recording
-    from dit4dit.commands.report import table
     from dit4dit.data.catalogue import catalogue
     from dit4dit.presets import preset as find
+    from dit4dit.tables import table
 
     if batches < 1 or batch_size < 1 or min(workers, default=-1) < 0:
         raise InputError("bench loader: expected --batches >= 1, --batch-size >= 1 and --workers >= 0")
@@ -228,9 +229,9 @@ def _rows(names: tuple[str, ...], entry: dict[str, Any]) -> list[list[str]]:
 
 
 def _flat(datasets: tuple[Path, ...], modality: Path | None) -> int:
-    from dit4dit.commands.report import table
     from dit4dit.data.lerobot import LeRobot
     from dit4dit.data.statistics import flat_statistics
+    from dit4dit.tables import table
 
     for path in datasets:
         with _progress() as progress:

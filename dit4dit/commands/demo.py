@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dit4dit.commands.report import quantiles_ms, table, write_json
-from dit4dit.demo.train import machine, play, rate
+from dit4dit.demo.train import machine_facts, play, rate
 from dit4dit.envs import tabletop_policy_dir
+from dit4dit.files.json_files import write_json
 from dit4dit.files.keys import read_json
+from dit4dit.tables import quantiles_ms, table
 
 
 def demo(
@@ -43,7 +44,7 @@ def demo(
         "chunk_ms": quantiles_ms(seconds),
         "checkpoint": str(policy),
         "trained": read_json(policy / "metrics.json") if checkpoint is None else None,
-        "machine": {**machine(1), "device": device},
+        "machine": {**machine_facts(1), "device": device},
     }
     write_json(out / "demo.json", result)
     return result

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from dit4dit.commands.eval_run import PolicyOptions
-from dit4dit.commands.report import table, write_json
-from dit4dit.commands.shell import check_folder, say
+from dit4dit.commands.shell import say
 from dit4dit.data.sheet import page
 from dit4dit.errors import InputError
 from dit4dit.evaluation import openloop
+from dit4dit.files.atomic import check_folder
+from dit4dit.files.json_files import write_json
 from dit4dit.robots.action_error import ActionError
+from dit4dit.tables import table
 
 RESULT, LINES = "openloop.json", "episodes.jsonl"
 COLUMNS = 4

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dit4dit.commands.report import table
-from dit4dit.commands.shell import INTERRUPTED, Device, Dtype, check_folder, dtype_of, say
+from dit4dit.commands.shell import INTERRUPTED, Device, Dtype, dtype_of, say
 from dit4dit.errors import ConfigError, InputError
 from dit4dit.evaluation.plan import Plan
+from dit4dit.files.atomic import check_folder
+from dit4dit.tables import table
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dit4dit.commands import eval_run
-from dit4dit.commands.report import table
 from dit4dit.commands.shell import say
 from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation import gr1 as gr1_benchmark
 from dit4dit.evaluation import libero as libero_benchmark
 from dit4dit.evaluation.plan import Plan
+from dit4dit.tables import table
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import tyro
 from dit4dit.commands import eval_run
 from dit4dit.commands.eval_setup import setup
 from dit4dit.commands.eval_simulators import gr1, libero
-from dit4dit.commands.shell import check_folder, finish, say
+from dit4dit.commands.shell import finish, say
 from dit4dit.errors import InputError
+from dit4dit.files.atomic import check_folder
 
 # their fields are options of the command itself: --checkpoint, --out
 Policy = Annotated[eval_run.PolicyOptions, tyro.conf.arg(name="")]
@@ -152,8 +153,8 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None
         runs: folders of one or several runs.
         out: folder for report.html and report.json; the first run's when not given.
     """
-    from dit4dit.commands.report import table
     from dit4dit.evaluation import report as module
+    from dit4dit.tables import table
 
     if not runs:
         raise InputError("report: give the folder of at least one run")

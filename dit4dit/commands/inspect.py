@@ -20,10 +20,10 @@ from dit4dit.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from dit4dit.checkpoints.robot import for_checkpoint, robot_of
-from dit4dit.commands.report import table
 from dit4dit.errors import ConfigError
 from dit4dit.policy.prompts import load_tokenizer
 from dit4dit.robots import EMBODIMENTS, Embodiment, statistics
+from dit4dit.tables import table
 
 PARTS = {"text encoder": TEXT, "VAE": VAE, "backbone": TRANSFORMER, "action head": HEAD}
 

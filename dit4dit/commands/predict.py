@@ -6,9 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dit4dit.commands.report import read_json_object, read_picture, table, write_json
+import numpy as np
+from numpy.typing import NDArray
+
 from dit4dit.errors import InputError
+from dit4dit.files.json_files import write_json
+from dit4dit.files.keys import read_json
 from dit4dit.policy.policy import Policy
+from dit4dit.tables import table
 from dit4dit.types import ActionChunk, Observation
 
 
@@ -41,7 +46,24 @@ def observe(policy: Policy, images: list[Path], state: Path | dict[str, Any] | N
             f"{policy.embodiment.name!r}, got {len(images)}"
         )
     pictures = {view: read_picture(path) for view, path in zip(views, images, strict=True)}
-    return Observation(images=pictures, state=read_json_object(state) if isinstance(state, Path) else state or {})
+    if isinstance(state, Path):
+        state = read_json(state, "give a JSON file, state key -> values", error=InputError, again="correct it")
+    return Observation(images=pictures, state=state or {})
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """An 8-bit RGB picture, uint8 [H, W, 3]. Other modes are refused: nothing is guessed about alpha or 16 bits."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            if picture.mode != "RGB":
+                raise InputError(f"{path}: expected an 8-bit RGB picture, got mode {picture.mode}; convert it first")
+            return np.asarray(picture)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such picture") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable picture ({error})") from None
 
 
 def show(result: dict[str, Any]) -> str:

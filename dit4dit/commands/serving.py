@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from dit4dit.commands.shell import Device, Dtype, dtype_of, read_lines, say
-from dit4dit.errors import InputError
-from dit4dit.extras import require
+from dit4dit.errors import InputError, require
 
 if TYPE_CHECKING:
     from dit4dit.policy.policy import Policy
@@ -76,7 +75,7 @@ def serve(
 
     for module in ("msgpack", "websockets"):
         require(module, "serve")
-    from dit4dit.commands.report import write_json
+    from dit4dit.files.json_files import write_json
     from dit4dit.serving.server import Server
     from dit4dit.serving.settings import Settings, find_key
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -61,16 +60,6 @@ def progress(what: str, count: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def check_folder(option: str, folder: Path) -> None:
-    """Make the folder; InputError where it cannot be made or written, before anything long begins."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{option} {folder}: cannot be written ({error.strerror}); give another folder") from None
-
-
 def read_lines(file: Path) -> list[str]:
     """Instructions of a text file, one a line, each once; InputError where there are none."""
     if not file.is_file():
@@ -87,7 +76,7 @@ def read_lines(file: Path) -> list[str]:
 
 def finish(text: str, data: Any, json_file: Path | None) -> None:
     """Write `data` as JSON where a file is asked for, then print."""
-    from dit4dit.commands.report import write_json
+    from dit4dit.files.json_files import write_json
 
     if json_file is not None:
         write_json(json_file, data)

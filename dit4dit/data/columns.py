@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -27,10 +25,14 @@ from dit4dit.data.modality import is_language, is_numeric, is_picture, width
 from dit4dit.data.tables import Wrong, in_one_piece, language, not_finite, numbers, owners
 from dit4dit.data.time_check import Unusual, check_videos, merged, uneven_timestamps, wrong_timestamps
 from dit4dit.errors import DataError
+from dit4dit.files.atomic import whole_folder
 from dit4dit.files.cache import cache_root
 
 FORMAT = 5
 """Part of the key: another layout of the cache is another number."""
+
+ELSEWHERE = "set DIT4DIT_CACHE to another folder"
+"""What to do where the cache cannot be written."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being read, how many files are done, and how many there are."""
@@ -153,20 +155,11 @@ def open_columns(meta: Meta, progress: Progress | None = None, instructions: Ite
     folder = cache_dir() / _key(meta, spoken)
     if not (folder / "index.json").is_file():
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            try:
-                _build(meta, spoken, aside, progress)
-                aside.rename(folder)
-            except OSError:
-                if not (folder / "index.json").is_file():  # or else another process was quicker
-                    raise
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: cannot be written ({error.strerror}); set DIT4DIT_CACHE to another folder"
-            ) from None
+            with whole_folder(folder, DataError, ELSEWHERE) as partial_folder:
+                _build(meta, spoken, partial_folder, progress)
+        except DataError:
+            if not (folder / "index.json").is_file():  # or else another process was quicker
+                raise
     index = json.loads((folder / "index.json").read_text())
     # most columns have the rows of all episodes: one array of their places
     places = {

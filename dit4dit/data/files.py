@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit4dit.errors import DataError
-from dit4dit.extras import require
+from dit4dit.errors import DataError, require
 
 LARGEST = 2**63 - 1
 """Of a whole number: what a parquet file's int64 holds."""

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import DataError
-from dit4dit.extras import require
+from dit4dit.errors import DataError, require
 
 LIMIT = 0.5
 """In frames: nothing this near to `from_timestamp` is an error. Above half a frame another frame would be nearer."""

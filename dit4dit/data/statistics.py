@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.data.columns import cache_dir
+from dit4dit.data.columns import ELSEWHERE, cache_dir
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.samples import KeySource, Recording
 from dit4dit.errors import ConfigError, DataError
+from dit4dit.files.atomic import whole_file
 from dit4dit.robots.embodiment import Embodiment
 
 NAMES = ("mean", "std", "min", "max", "q01", "q99")
@@ -57,10 +57,9 @@ def _cached(data: LeRobot, column: str, without: Collection[int], how: str, read
                 f"{data.name}: column {column!r}: {name} of position {at} is {vector[at]:g}; a value is NaN or infinite, or a "
                 "rotation has none: `dit4dit data check` names file and row"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({name: list(map(float, vector)) for name, vector in found.items()}, allow_nan=False))
-    partial.replace(path)
+    text = json.dumps({name: list(map(float, vector)) for name, vector in found.items()}, allow_nan=False)
+    with whole_file(path, DataError, ELSEWHERE) as partial:
+        partial.write_text(text)
     return found
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import DataError
-from dit4dit.extras import require
+from dit4dit.errors import DataError, require
 
 Array = NDArray[Any]
 

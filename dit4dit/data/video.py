@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit4dit.data.frame_times import FrameTimes, frame_times, open_container, read_header, video_stream
-from dit4dit.errors import ConfigError, DataError
-from dit4dit.extras import require
+from dit4dit.errors import ConfigError, DataError, require
 
 Backend = Literal["pyav", "torchcodec"]
 Frames = NDArray[np.uint8]

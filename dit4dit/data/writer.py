@@ -18,8 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dit4dit.data.writer_episode import Episode, Feature, Moments, cameras, check_task, column_moments, frame_features
 from dit4dit.data.writer_video import VideoCodec, VideoFile, join
-from dit4dit.errors import InputError
-from dit4dit.extras import require
+from dit4dit.errors import InputError, require
 
 __all__ = ["VideoCodec", "VideoFile", "Writer"]
 

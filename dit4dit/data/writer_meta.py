@@ -11,7 +11,7 @@ import numpy as np
 
 from dit4dit.data import writer as layout
 from dit4dit.data.writer_episode import INDEX_FEATURES, cameras
-from dit4dit.extras import require
+from dit4dit.errors import require
 
 if TYPE_CHECKING:
     from dit4dit.data.writer import Writer

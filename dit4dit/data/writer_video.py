@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import InputError
-from dit4dit.extras import require
+from dit4dit.errors import InputError, require
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dit4dit.commands.report import write_json
 from dit4dit.errors import InputError, TrainingError
 from dit4dit.evaluation.plan import Plan
 from dit4dit.evaluation.statistics import Rate
+from dit4dit.files.json_files import write_json
+from dit4dit.tables import machine, table
 from dit4dit.training.config import TrainConfig
 from dit4dit.training.recipes import recipe
 
@@ -122,7 +123,7 @@ def demo_train(out: Path, settings: Settings, *, bar: Callable[[str, int], Any])
         "processor_seconds": clock.cpu,
         "total_seconds": sum(clock.wall.values()),
         "policy": str(policy),
-        "machine": machine(settings.processes),
+        "machine": machine_facts(settings.processes),
     }
     write_json(out / "demo-train.json", result)
     report.write(out, result, log_lines(out / "run"))
@@ -263,20 +264,15 @@ def commit() -> str | None:
         return None
 
 
-def machine(processes: int) -> dict[str, Any]:
-    """What the numbers stand with."""
-    import platform
-
-    import torch
-
-    from dit4dit.envs.train_vae import cpu_name
-
+def machine_facts(processes: int) -> dict[str, Any]:
+    """The machine, as demo.json and demo-train.json name it."""
+    here = machine()
     return {
-        "processor": cpu_name(),
-        "cores": os.cpu_count(),
+        "processor": here["cpu"],
+        "cores": here["cores"],
         "processes": processes,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "python": here["python"],
+        "torch": here["torch"],
         "load_average": os.getloadavg(),
     }
 
@@ -288,7 +284,6 @@ def log_lines(run: Path) -> list[dict[str, float]]:
 
 def show(result: dict[str, Any], out: Path) -> str:
     """What the command prints."""
-    from dit4dit.commands.report import table
     from dit4dit.demo.report import ROWS
 
     rows = [[ROWS[name], one["words"]] for name, one in result["success"].items()]

@@ -6,9 +6,6 @@ the weights that it was made with.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +13,9 @@ from typing import Any
 
 from dit4dit.engine.fold import MATRICES
 from dit4dit.engine.packs import weights_key
-from dit4dit.errors import CheckpointError, ConfigError, InputError
-from dit4dit.files.keys import is_finite
+from dit4dit.errors import CheckpointError, ConfigError
+from dit4dit.files.json_files import write_json
+from dit4dit.files.keys import is_finite, read_json
 from dit4dit.model.dit4dit import DiT4DiT
 
 VERSION = 1
@@ -47,35 +45,16 @@ class Calibration:
         return Calibration(self.weights, self.samples + other.samples, largest)
 
     def save(self, path: str | Path) -> None:
-        """Write the file, aside and then renamed, so that no reader sees half of it; InputError when it cannot be."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
-            partial.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+        """Write the file, whole or not at all; InputError when it cannot be written."""
+        write_json(Path(path), {"version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """A file that `save` wrote; CheckpointError when it is missing or another one."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error.strerror}); make it with dit4dit calibrate --out {path}"
-            ) from None
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path}: not a calibration ({error}); make it again with dit4dit calibrate"
-            ) from None
+        again = "make it again with dit4dit calibrate"
+        data = read_json(Path(path), f"make it with dit4dit calibrate --out {path}", again=again)
         if not _sound(data):
-            raise CheckpointError(
-                f"{path}: not a calibration of version {VERSION}; make it again with dit4dit calibrate"
-            )
+            raise CheckpointError(f"{path}: not a calibration of version {VERSION}; {again}")
         return cls(data["weights"], data["samples"], data["amax"])
 
     def check(self, model: DiT4DiT) -> None:
@@ -91,14 +70,12 @@ class Calibration:
             raise CheckpointError(f"calibration: nothing for {missing[0]}; make it again with dit4dit calibrate")
 
 
-def _sound(data: Any) -> bool:
+def _sound(data: Mapping[str, Any]) -> bool:
     """Whether a file's content is what `Calibration.save` writes."""
-    if not isinstance(data, dict) or data.get("version") != VERSION:
-        return False
     weights, samples, amax = data.get("weights"), data.get("samples"), data.get("amax")
     if not isinstance(weights, str) or not isinstance(samples, int) or not isinstance(amax, dict):
         return False
-    return all(is_finite(value) and value >= 0 for value in amax.values())
+    return data.get("version") == VERSION and all(is_finite(value) and value >= 0 for value in amax.values())
 
 
 def at(block: int, matrix: str) -> str:

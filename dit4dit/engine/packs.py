@@ -8,9 +8,7 @@ makes a pack of another one again, a policy that has none takes what is there.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from dit4dit.config import hashed_text
 from dit4dit.errors import CheckpointError, InputError
+from dit4dit.files.atomic import whole_file
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.video_dit import VideoDiT
 
@@ -186,22 +185,12 @@ class PackFolder:
         return with_event(keys.to(self._device), values.to(self._device))
 
     def store(self, instruction: str, pack: PromptPack) -> None:
-        """Write the pack, aside and then renamed, so that no reader sees half of it; InputError when it cannot be."""
-        from safetensors import SafetensorError
+        """Write the pack, whole or not at all; InputError when it cannot be written."""
         from safetensors.torch import save_file
 
-        path = self.path(instruction)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # a name of this very call
         tensors = {"keys": pack.keys.cpu(), "values": pack.values.cpu()}
         metadata = {"instruction": instruction, "weights": self._key, "text_encoder": self._text or ""}
         metadata["content"] = content_hash(tensors.items())
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        hint = f"give another folder for the pack of {instruction!r:.60}"
+        with whole_file(self.path(instruction), InputError, hint) as partial:
             save_file(tensors, partial, metadata=metadata)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise InputError(
-                f"{self.folder}: the pack of {instruction!r:.60} cannot be written ({error}); give another folder"
-            ) from None

@@ -11,8 +11,6 @@ much), and a carried block may take on another colour; a longer second run is th
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +30,8 @@ from tqdm import tqdm
 from dit4dit.envs import tabletop
 from dit4dit.envs.tabletop import TEST_SEEDS_FROM, Goal, Scene, ScriptedExpert, TabletopEnv
 from dit4dit.errors import ConfigError
+from dit4dit.files.atomic import whole_file, write_text
+from dit4dit.tables import machine
 
 ARCHITECTURE: dict[str, Any] = {
     "base_dim": 8,
@@ -228,7 +228,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     steps = fit(config)
     minutes = (time.monotonic() - began) / 60
     metrics = {**measure(config.out), **provenance(config, steps, minutes)}
-    _write(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
@@ -252,7 +252,7 @@ def provenance(config: TrainConfig, steps: int, minutes: float) -> dict[str, Any
         "seed": config.seed,
         "steps": steps,
         "minutes": round(minutes, 1),
-        "machine": f"{cpu_name()}, {config.threads} thread(s), torch {torch.__version__.split('+')[0]}",
+        "machine": f"{machine()['cpu']}, {config.threads} thread(s), torch {torch.__version__.split('+')[0]}",
         "start": before,
     }
 
@@ -333,13 +333,14 @@ def latent_scale(weights: dict[str, torch.Tensor], clips: Clips) -> dict[str, li
 
 
 def store(out: Path, weights: dict[str, torch.Tensor], scale: dict[str, list[float]]) -> None:
-    """Write config.json and model.safetensors (float16, diffusers' names), each aside first and then renamed."""
+    """Write config.json and model.safetensors (float16, diffusers' names), each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "AutoencoderKLWan", **ARCHITECTURE, **scale}
-    _write(out / "config.json", json.dumps(config, indent=2) + "\n")
-    aside = out / f".model.{os.getpid()}.safetensors"
-    aside.write_bytes(serialise({name: value.to(torch.float16).contiguous() for name, value in weights.items()}))
-    os.replace(aside, out / "model.safetensors")
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    with whole_file(out / "model.safetensors") as partial_file:
+        partial_file.write_bytes(
+            serialise({name: value.to(torch.float16).contiguous() for name, value in weights.items()})
+        )
 
 
 def load(folder: Path) -> AutoencoderKLWan:
@@ -382,19 +383,6 @@ def measure(folder: Path, batches: int = 8, seed: int = 0) -> dict[str, Any]:
             "pictures": int(mean.numel()),
         }
     return metrics
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux tells it, otherwise what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

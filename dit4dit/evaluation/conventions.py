@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.commands.report import write_json
 from dit4dit.evaluation.plan import Episode, Plan
 from dit4dit.evaluation.workers import Worker
+from dit4dit.files.json_files import write_json
 from dit4dit.robots import Embodiment
 from dit4dit.robots.statistics import Statistics, VectorStats
 from dit4dit.types import Noise, Observation

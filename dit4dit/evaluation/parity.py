@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from dit4dit import ops
 from dit4dit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dit4dit.checkpoints.weights import build
-from dit4dit.commands.report import read_json_object, table
 from dit4dit.commands.shell import Head, head_dtype_of
 from dit4dit.engine import Engine, stack
 from dit4dit.errors import CheckpointError
+from dit4dit.files.keys import read_json
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.model.flow import high_sigma
 from dit4dit.model.text import tokenize
 from dit4dit.policy.prompts import load_tokenizer
+from dit4dit.tables import table
 from dit4dit.types import Batch
 
 # forward and gradient limits; float32 is the promise, the others bound a run whose dtype rounds by itself
@@ -92,7 +93,7 @@ def check(
         raise CheckpointError(
             f"{folder}: no golden.safetensors and golden.json; make them with parity DIR --record CHECKPOINT"
         )
-    facts = read_json_object(folder / "golden.json")
+    facts = read_json(folder / "golden.json", again="make it again with parity DIR --record CHECKPOINT")
     prompts = facts.get("prompts")
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise CheckpointError(

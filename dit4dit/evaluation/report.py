@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.commands.report import write_json
 from dit4dit.errors import InputError
 from dit4dit.evaluation import published
 from dit4dit.evaluation.report_page import page
 from dit4dit.evaluation.runs import Run, other_worlds
 from dit4dit.evaluation.statistics import compare
 from dit4dit.evaluation.summary import Summary, summarise
+from dit4dit.files.json_files import write_json
 
 
 def write(folders: Sequence[Path], out: Path) -> dict[str, Any]:

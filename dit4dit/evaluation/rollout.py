@@ -13,8 +13,6 @@ times. Where no environment could be made for the first episodes, two or as many
 from __future__ import annotations
 
 import math
-import os
-import platform
 import threading
 import time
 from collections import Counter
@@ -32,6 +30,7 @@ from dit4dit.evaluation.plan import Episode, Plan
 from dit4dit.evaluation.play import Options, Play
 from dit4dit.evaluation.runs import Book, Record
 from dit4dit.evaluation.workers import Worker
+from dit4dit.tables import machine
 
 END_SECONDS = 10.0
 _one_at_a_time = threading.Lock()
@@ -96,11 +95,9 @@ def check_robot(policy: Predictor, plan: Plan) -> None:
 
 def configuration(plan: Plan, options: Options, about_policy: Mapping[str, Any]) -> dict[str, Any]:
     """run.json, but for its format's number."""
-    import torch
-
     from dit4dit import __version__
 
-    launch = plan.launch
+    launch, here = plan.launch, machine()
     return {
         "benchmark": plan.name,
         "plan": dict(plan.about),
@@ -119,11 +116,11 @@ def configuration(plan: Plan, options: Options, about_policy: Mapping[str, Any])
         },
         "versions": {
             "dit4dit": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            "python": here["python"],
+            "torch": here["torch"],
             "numpy": np.__version__,
         },
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"processor": here["cpu"], "cores": here["cores"]},
     }
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dit4dit.commands.report import write_json
 from dit4dit.errors import ConfigError, DataError, InputError
 from dit4dit.evaluation.plan import Key
+from dit4dit.files.json_files import write_json
 
 FORMAT = 1
 LOCK_SECONDS = 5.0

@@ -1,1 +1,1 @@
-"""Files: written atomically, read with errors that name the key, and the folder of caches."""
+"""Files on disk: written whole or not at all, JSON and YAML read and checked, and where the caches are."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+from dit4dit.errors import CheckpointError, ConfigError, Dit4DitError, did_you_mean
 from dit4dit.files.folders import fault
 
 NEEDED = object()
@@ -169,31 +169,40 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
     return [leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
-def read_text(path: Path, hint: str) -> str:
-    """A text file; CheckpointError with `hint` when it is missing, and with the reason when it is not readable."""
+def read_text(
+    path: Path, hint: str, *, error: type[Dit4DitError] = CheckpointError, again: str = "copy the file again"
+) -> str:
+    """A text file; `error` with `hint` when it is missing, and with the reason and `again` when it is not readable."""
     if reason := fault(path):
-        raise CheckpointError(f"{path}: {reason}")
+        raise error(f"{path}: {reason}")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as text ({error}); copy the file again") from None
+        raise error(f"{path}: no such file; {hint}") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem)
+        raise error(f"{path}: cannot be read as text ({reason}); {again}") from None
 
 
-def read_json(path: Path, hint: str = "the folder is incomplete") -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing, unreadable or something else.
+def read_json(
+    path: Path,
+    hint: str = "the folder is incomplete",
+    *,
+    error: type[Dit4DitError] = CheckpointError,
+    again: str = "copy the file again",
+) -> dict[str, Any]:
+    """A JSON object from a file; `error` when it is missing, unreadable or something else, as `read_text` does.
 
     NaN and Infinity, which are no JSON, are read as Python writes them: diffusers saves schedulers with -Infinity in keys that
     nobody reads here. Who reads a number says whether it must be finite.
     """
-    text = read_text(path, hint)
+    text = read_text(path, hint, error=error, again=again)
     try:
         data = json.loads(text)
-    except (ValueError, RecursionError) as error:  # beside bad syntax: too long a number, too deep a nesting
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    except (ValueError, RecursionError) as problem:  # beside bad syntax: too long a number, too deep a nesting
+        raise error(f"{path}: not valid JSON ({problem}); {again}") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
+        raise error(f"{path}: expected a JSON object, got {type(data).__name__}; {again}")
     return data
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.files.keys import read_json
 
 TABLE = Path(__file__).with_name("tiles.json")
 VARIABLE = "DIT4DIT_TILES"
@@ -59,17 +60,11 @@ def forget() -> None:
 def read_own(path: Path) -> dict[str, Columns]:
     """A machine's own table, checked. ConfigError: it cannot be read, or says something that no kernel takes."""
     where = f"{path} (own tiles)"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{where}: cannot be read ({error.strerror}); make it with dit4dit tune, or unset {VARIABLE}"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{where}: not valid JSON ({error}); make it again with dit4dit tune") from None
-    tables = data.get("tiles") if isinstance(data, dict) else None
+    again = "make it again with dit4dit tune"
+    data = read_json(path, f"make it with dit4dit tune, or unset {VARIABLE}", error=ConfigError, again=again)
+    tables = data.get("tiles")
     if not isinstance(tables, dict):
-        raise ConfigError(f"{where}: expected an object with 'tiles'; make it again with dit4dit tune")
+        raise ConfigError(f"{where}: expected an object with 'tiles'; {again}")
     for op, columns in tables.items():
         if op not in committed():
             known = list(committed())

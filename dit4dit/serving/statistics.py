@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from typing import Any
 
-from dit4dit.commands.report import quantiles_ms
+from dit4dit.tables import quantiles_ms
 
 KEPT = 100_000
 """Latest requests of which times are kept."""

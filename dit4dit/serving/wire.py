@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.errors import InputError
-from dit4dit.extras import require
+from dit4dit.errors import InputError, require
 
 MAX_OBJECTS = 20_000
 """Values in one message, arrays not counted by their elements; the published requests have about 20 an example."""

@@ -5,9 +5,7 @@ Both stand on disk under hashes of what made them, are written by all ranks, eac
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from dit4dit.config import hashed_text
 from dit4dit.engine.packs import text_fingerprint, weights_key
 from dit4dit.errors import CheckpointError
+from dit4dit.files.atomic import whole_file
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.text import TextEncoder, tokenize
 
@@ -38,21 +37,10 @@ def digest(*parts: object) -> str:
 
 def write_aside(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that appears whole or not at all; CheckpointError where it cannot be written."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, CheckpointError, "free space, or choose another folder with --data.cache") as partial:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"{path}: not written ({reason}); free space, or choose another folder with --data.cache"
-        ) from None
 
 
 class PromptCache:

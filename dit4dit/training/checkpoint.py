@@ -32,6 +32,7 @@ from dit4dit.checkpoints.checkpoint import FROZEN
 from dit4dit.checkpoints.tensor_files import safetensor_files
 from dit4dit.config import ModelConfig, build
 from dit4dit.errors import CheckpointError
+from dit4dit.files.atomic import temp_name
 from dit4dit.files.folders import visible
 from dit4dit.files.keys import read_json
 
@@ -228,7 +229,7 @@ def rotate(run: Path, keep: int) -> None:
 
 def discard(folder: Path) -> None:
     """Remove a checkpoint so that no half of it is ever under its name."""
-    hidden = folder.with_name(f".removed.{folder.name}")
+    hidden = temp_name(folder)
     folder.rename(hidden)
     shutil.rmtree(hidden)
 

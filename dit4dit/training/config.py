@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from dit4dit.config import ModelConfig, build_within
 from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.files.atomic import whole_file
 
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -325,9 +325,8 @@ def write_config(path: Path, config: TrainConfig) -> None:
     """The inverse of `read_config`; the file appears whole, because other ranks may be reading it."""
     import yaml
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(yaml.safe_dump(_plain(config.to_dict()), sort_keys=False))
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(yaml.safe_dump(_plain(config.to_dict()), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

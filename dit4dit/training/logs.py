@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dit4dit.extras import require
+from dit4dit.errors import require
+from dit4dit.files.atomic import whole_file
 from dit4dit.training.config import RunConfig
 
 log = logging.getLogger("dit4dit.training")
@@ -26,6 +26,9 @@ class Meter:
     """Samples per second and the share of time spent waiting for data, since the last reading."""
 
     def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
         self._start, self._samples, self._waited = time.perf_counter(), 0, 0.0
 
     def add(self, samples: int, waited: float) -> None:
@@ -36,7 +39,7 @@ class Meter:
         """{"samples_per_s", "data_wait"}; starts anew."""
         seconds = time.perf_counter() - self._start
         out = {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
-        self.__init__()  # type: ignore[misc]
+        self._restart()
         return out
 
 
@@ -159,9 +162,8 @@ def _cut(file: Path, last: int) -> list[dict[str, float]]:
         if data["step"] <= last:
             kept.append(line + "\n")
             found.append(data)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text("".join(kept))
-    partial.replace(file)
+    with whole_file(file) as partial:
+        partial.write_text("".join(kept))
     return found
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dit4dit.commands.report import table
 from dit4dit.model.dit4dit import DiT4DiT, Draws
+from dit4dit.tables import table
 from dit4dit.training import optim, zero
 from dit4dit.training.config import TrainConfig
 from dit4dit.training.loop import loss_step, prepare

@@ -148,7 +148,7 @@ def add_lora(model: DiT4DiT, config: LoraConfig, seed: int) -> None:
     Raises:
         ConfigError: a target that ends no linear layer's name.
     """
-    from dit4dit.extras import require
+    from dit4dit.errors import require
 
     peft = require("peft", "train")
     ends = dict.fromkeys(config.targets, False)

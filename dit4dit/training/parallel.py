@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dit4dit.extras import require
+from dit4dit.errors import require
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.training.config import TrainConfig
 

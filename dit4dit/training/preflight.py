@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dit4dit.errors import CheckpointError
-from dit4dit.extras import require
+from dit4dit.errors import CheckpointError, require
 from dit4dit.model.text import tokenize
 from dit4dit.training import setup
 from dit4dit.training.checkpoint import Saved

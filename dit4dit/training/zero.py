@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit4dit.extras import require
+from dit4dit.errors import require
 from dit4dit.training import optim
 from dit4dit.training.config import TrainConfig
 from dit4dit.training.moves import Moves, blank_moments, check_tensors

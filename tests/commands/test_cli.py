@@ -16,7 +16,7 @@ from waiting import WAIT
 
 from dit4dit import Noise, Policy
 from dit4dit.cli import COMMANDS, main
-from dit4dit.commands.report import table
+from dit4dit.tables import table
 
 STATE = {key: 0.1 * i for i, key in enumerate(("x", "y", "z", "roll", "pitch", "yaw", "pad", "gripper"))}
 
@@ -120,7 +120,7 @@ def test_json_goes_through_links_and_devices(golden_dir: Path, tmp_path: Path, c
     assert json.loads(received[0])["embodiment"] == "libero"
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     capsys.readouterr()
-    for bad, message in ((tmp_path, "is a folder"), (target / "below.json", "cannot be written")):
+    for bad, message in ((tmp_path, "is a folder"), (target / "below.json", "not written")):
         assert run(*words, bad) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1

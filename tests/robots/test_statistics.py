@@ -15,12 +15,12 @@ import pytest
 from dit4dit.checkpoints import native
 from dit4dit.checkpoints.checkpoint import open_checkpoint
 from dit4dit.checkpoints.robot import for_checkpoint
-from dit4dit.commands import report
 from dit4dit.data import statistics
 from dit4dit.data.catalogue import Entry, catalogue
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.mixture import Mixture
 from dit4dit.errors import CheckpointError, ConfigError, DataError
+from dit4dit.files import json_files
 from dit4dit.robots import EMBODIMENTS, LIBERO
 from dit4dit.robots.statistics import parse, read_statistics
 
@@ -160,7 +160,7 @@ def test_nothing_that_is_no_number_is_written(libero_data: Path, tmp_path: Path)
     with pytest.raises(ValueError, match="Out of range float"):
         native.write_json(tmp_path / "statistics.json", {"franka": {"action": {"mean": [float("nan")]}}})
     with pytest.raises(ValueError, match="Out of range float"):
-        report.write_json(tmp_path / "statistics.json", {"franka": [float("inf")]}, allow_nan=False)
+        json_files.write_json(tmp_path / "statistics.json", {"franka": [float("inf")]}, allow_nan=False)
     assert list(tmp_path.iterdir()) == []
 
 

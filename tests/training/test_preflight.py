@@ -129,16 +129,16 @@ def one_episode(tmp_path: Path, write_libero) -> None:
 
 def absent(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its import fails, as where it is not installed."""
-    from dit4dit import extras
+    from dit4dit import errors
 
-    find = extras.importlib.import_module
+    find = errors.importlib.import_module
 
     def import_module(name: str, *rest):
         if name.partition(".")[0] == package:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         return find(name, *rest)
 
-    monkeypatch.setattr(extras.importlib, "import_module", import_module)
+    monkeypatch.setattr(errors.importlib, "import_module", import_module)
 
 
 def test_a_dry_run_that_finds_nothing_writes_nothing(file: Path, tmp_path: Path, capsys) -> None:

@@ -148,7 +148,6 @@ class OneLaunchHead:
 
     def launch(self, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None) -> Tensor:
         """`ops.action_ode` on a GPU, whose arguments these are. Returns at once; `check` tells how it went."""
-
         ready = self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         out = torch.empty(noise.shape, dtype=torch.float32, device=noise.device)  # dense, whatever the noise is
         given = {"noise": noise.float().contiguous(), "context": context.contiguous(), "out": out}

@@ -1,0 +1,137 @@
+"""Files and folders that appear whole or not at all: written beside their place under a hidden name, then renamed.
+
+A reader never sees half of one, whoever writes it a second time at once, and whatever was there before stays until then. A
+process that is killed leaves only a hidden name behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dit4dit.errors import Dit4DitError, InputError
+
+
+def temp_name(path: Path) -> Path:
+    """A new hidden name beside `path`, which no other process, thread or machine comes to."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+@contextlib.contextmanager
+def whole_file(
+    path: Path, error: type[Dit4DitError] = InputError, hint: str = "free space, or choose another folder"
+) -> Iterator[Path]:
+    """A temporary name to write a file under, which becomes `path` when the block ends without an error.
+
+    A link at `path` gives way to the file, and its target is untouched. For a file that a user named see `write_text`.
+
+    Args:
+        hint: what to do where it cannot be written.
+
+    Raises:
+        error: the disk is full or fails, or the folder cannot be written. Nothing of it stays, and what was there before does.
+    """
+    partial = temp_name(path)
+    with _explained(path, partial, error, hint):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, error: type[Dit4DitError], hint: str, *, durable: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes it when the block ends without an error.
+
+    Args:
+        hint: what to do where it cannot be written.
+        durable: sync all of it before it is there, and share it as the umask says; it is the owner's alone otherwise.
+
+    Raises:
+        error: the disk is full or fails, the place cannot be written, or `target` is there by now and is not an empty folder.
+    """
+    partial = temp_name(target)
+    with _explained(target, partial, error, hint):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(mode=0o700)
+            yield partial
+            if durable:
+                _share(partial)
+            partial.rename(target)
+            if durable:
+                _sync(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file that a user named. A regular one appears whole; anything else that is there (a device, a pipe) is written
+    through, and a link keeps pointing at its target.
+
+    Raises:
+        InputError: it is a folder, or cannot be written.
+    """
+    target, hint = path.resolve(), "choose another file"
+    if target.is_dir():
+        raise InputError(f"{path}: is a folder; give a file to write")
+    if target.exists() and not target.is_file():
+        with _explained(path, path, InputError, hint):
+            target.write_text(text, encoding="utf-8")
+        return
+    with whole_file(target, hint=hint) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Make the folder; InputError where it cannot be made or written, before anything long begins."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} {folder}: cannot be written ({error.strerror}); give another folder") from None
+
+
+@contextlib.contextmanager
+def _explained(path: Path, partial: Path, error: type[Dit4DitError], hint: str) -> Iterator[None]:
+    """`error` with the path instead of what a failing disk raises."""
+    try:
+        yield
+    except Exception as problem:
+        # by its name: whoever writes JSON does not load safetensors
+        if not isinstance(problem, OSError) and type(problem).__name__ != "SafetensorError":
+            raise
+        reason = str(getattr(problem, "strerror", None) or problem)
+        name = getattr(problem, "filename", None)
+        if name is not None and Path(name) not in (path, path.parent, partial) and partial not in Path(name).parents:
+            reason = f"{name}: {reason}"  # another file, which was to be copied
+        raise error(f"{path}: not written ({reason}); {hint}") from problem
+
+
+def _share(folder: Path) -> None:
+    """Sync everything in it, and give it the permissions of new files: safetensors makes its own for the owner alone, and a
+    folder that was copied from a read-only place would stay read-only.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [*folder.rglob("*"), folder]:
+        _sync(file)
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
