@@ -93,8 +93,8 @@ class Published:
         with torch.device("meta"):
             self.transformer = CosmosTransformer3DModel(**arguments).eval()
         self.transformer.load_state_dict(model.backbone.transformer.state_dict(), assign=True)
-        text, like = self.config.text, model.backbone.transformer.proj_out.weight
-        self.output_matrix = torch.zeros(text.vocab_size, text.hidden_size, dtype=like.dtype, device=like.device)
+        text = self.config.text
+        self.output_matrix = torch.zeros(text.vocab_size, text.hidden_size, dtype=model.dtype, device=model.device)
         self.seen: list[Tensor] = []
         layer = self.transformer.transformer_blocks[self.config.extract_layer]
         layer.register_forward_hook(lambda *call: self.seen.append(call[2]))
@@ -102,7 +102,7 @@ class Published:
     @torch.no_grad()
     def sample(self, inputs: Inputs, clock: Clock) -> Tensor:
         """Normalised actions, float32 [1, K, A_model]."""
-        model, dtype = self.model, self.model.backbone.transformer.dtype
+        model, dtype = self.model, self.model.dtype
         embeds = inputs.embeds
         with clock.stage("text"):
             if inputs.tokens is not None:
@@ -120,7 +120,7 @@ class Published:
             features = self.seen[0]
         with clock.stage("action_head"):
             assert model.head is not None
-            head_dtype = model.head.action_decoder.layer2.weight.dtype
+            head_dtype = model.head.dtype
             state = None if inputs.state is None else inputs.state.to(head_dtype)
             return model.head.sample(inputs.action.to(head_dtype), features.to(head_dtype), state).float()
 
@@ -184,7 +184,7 @@ class Planned:
         """One step in five stages with the kernels of the plan, called one by one: no graph. Copies to and from the GPU count."""
         plan, shape, stages = self.plan, self.plan.shape, self._functions()
         given, results = plan.inputs.device, plan.outputs.device
-        dtype = self.engine.model.backbone.transformer.dtype
+        dtype = self.engine.model.dtype
 
         def preprocess() -> None:
             plan.inputs.upload()

@@ -290,7 +290,7 @@ class Run:
             matrix_gflops=max(rates),
             memory_gb_per_s=memory,
             dtype=self.dtype,
-            head_dtype=model.head.action_decoder.layer2.weight.dtype,
+            head_dtype=model.head.dtype,
             text=text,
         )
 

@@ -160,7 +160,7 @@ def run(engine: Engine, inputs: Sequence[Inputs]) -> list[tuple[Tensor, Tensor]]
     """Features and normalised actions of each request, on the CPU."""
     engine.warm_up()
     pack = engine.pack(inputs[0].embeds)
-    dtype = engine.model.backbone.transformer.dtype
+    dtype = engine.model.dtype
     found = []
     for one in inputs:
         features = engine.features(one.frame.to(dtype), stack([pack]), one.posterior, one.latent)
@@ -171,7 +171,7 @@ def run(engine: Engine, inputs: Sequence[Inputs]) -> list[tuple[Tensor, Tensor]]
 
 def calibrated(engine: Engine, inputs: Sequence[Inputs]) -> Calibration:
     """What fp8 is to know of these requests."""
-    pack, dtype = engine.pack(inputs[0].embeds), engine.model.backbone.transformer.dtype
+    pack, dtype = engine.pack(inputs[0].embeds), engine.model.dtype
     return calibrate(
         engine,
         [StepInputs(i.frame.to(dtype), [pack], i.state, i.posterior, i.latent, i.action) for i in inputs],

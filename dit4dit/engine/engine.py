@@ -101,7 +101,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.model.backbone.transformer.proj_out.weight.device
+        return self.model.device
 
     def _start(self) -> None:
         """What belongs to a process, and what all plans of this engine share, as they never run side by side."""
@@ -131,9 +131,9 @@ class Engine:
         """Where plans find the packs of `batch` requests: one slot for single requests, MAX_BATCH for all others."""
         key = (1 if batch == 1 else MAX_BATCH, text_length)
         if key not in self._slots:
-            dit, transformer = self.config.dit, self.model.backbone.transformer
+            dit = self.config.dit
             shape = (key[0], len(self.blocks), dit.num_heads, text_length, dit.head_dim)
-            self._slots[key] = Slots(shape, transformer.dtype, self.device)
+            self._slots[key] = Slots(shape, self.model.dtype, self.device)
         return self._slots[key]
 
     def warm_up(self) -> None:
@@ -171,7 +171,7 @@ class Engine:
             folded = {"features": self.backbone(latents, stack([self.pack(embeds)]))}
         assert model.head is not None
         noise = normal(1, head.action_horizon, head.action_dim)
-        dtype = model.head.action_decoder.layer2.weight.dtype
+        dtype = model.head.dtype
         plain = {"features": features}
         plain["actions"] = model.head.sample(noise.to(dtype), features.to(dtype), None, self.steps).float()
         with ops.use_backend("torch"):
@@ -181,7 +181,7 @@ class Engine:
     def check_folding(self) -> None:
         """BackendError when the folded model is not the plain one: a bug, found before the robot moves."""
         errors = self.folding_error()
-        low = min(self.model.backbone.transformer.dtype.itemsize, self.head.decode_out.weight.dtype.itemsize) < 4
+        low = min(self.model.dtype.itemsize, self.head.decode_out.weight.dtype.itemsize) < 4
         limit = FOLDING_LIMIT_16_BIT if low else FOLDING_LIMIT
         log.info("folded model against the plain one: %s", ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
         # NaN is the weights' own: it is reported with the chunk it spoils

@@ -161,8 +161,7 @@ def fold_encoder(backbone: VideoBackbone) -> FrameEncoder:
 def fold_backbone(backbone: VideoBackbone) -> tuple[BackboneBlock, ...]:
     """The blocks up to the extract layer, with their AdaLN tables for the feature pass's constant times."""
     transformer, config = backbone.transformer, backbone.config
-    weight = transformer.proj_out.weight
-    times = torch.full((1, config.latent_frames), config.sigma, device=weight.device)
+    times = torch.full((1, config.latent_frames), config.sigma, device=transformer.device)
     times[0, 0] = config.conditional_frame_timestep
     embedded_t, temb = (y[0, :, 0] for y in transformer.embed_times(times))
 

@@ -148,9 +148,9 @@ class PackFolder:
     @classmethod
     def of(cls, folder: Path, model: DiT4DiT) -> PackFolder:
         """The folder for the packs of `model`."""
-        config, weight = model.config, model.backbone.transformer.proj_out.weight
+        config = model.config
         shape = (config.extract_layer + 1, config.dit.num_heads, config.text.max_length, config.dit.head_dim)
-        return cls(folder, packs_key(model), shape, weight.dtype, weight.device, text_fingerprint(model.text))
+        return cls(folder, packs_key(model), shape, model.dtype, model.device, text_fingerprint(model.text))
 
     def path(self, instruction: str) -> Path:
         """Where the instruction's pack is or will be."""

@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from dit4dit.engine import MAX_BATCH
 from dit4dit.errors import ConfigError, OutputError
+from dit4dit.policy.requests import Kind, Request
 from dit4dit.robots import Embodiment
 from dit4dit.types import ActionChunk, Guidance, Noise, Observation
 
@@ -36,14 +37,16 @@ class Predictor(Protocol):
     @property
     def embodiment(self) -> Embodiment: ...
 
-    def infer_batch(
+    def request(
         self,
-        observations: Sequence[Observation],
-        instructions: Sequence[str],
+        observation: Observation,
+        instruction: str,
         *,
-        noise: Sequence[Noise] | None = None,
-        guidance: Sequence[Guidance | None] | None = None,
-    ) -> list[ActionChunk]: ...
+        noise: Noise | None = None,
+        guidance: Guidance | None = None,
+    ) -> Request: ...
+
+    def run(self, requests: Sequence[Request]) -> list[ActionChunk]: ...
 
     def warm_up(
         self,
@@ -68,18 +71,9 @@ class Answer:
 class Question:
     """One request, and where its answer goes."""
 
-    observation: Observation
-    instruction: str
-    noise: Noise
-    guidance: Guidance | None = None
+    request: Request
     player: int = field(default_factory=threading.get_ident)
     answer: Future[Answer] = field(default_factory=Future)
-
-    @property
-    def kind(self) -> tuple[dict[str, tuple[int, int]], float | None]:
-        """Height and width of each view, and the guidance's bound, if any; the requests of one pass have the same."""
-        sizes = {name: (p.shape[0], p.shape[1]) for name, p in self.observation.images.items()}
-        return sizes, None if self.guidance is None else self.guidance.max_guidance
 
 
 class BatchedPolicy:
@@ -101,12 +95,12 @@ class BatchedPolicy:
         self._away: dict[int, float] = {}  # player -> when its last question was answered
         self._usual_away = 0.0
         self._usual_pass = 0.0
-        self._warm: list[tuple[dict[str, tuple[int, int]], float | None]] = []
+        self._warm: set[Kind] = set()
         self._closed: BaseException | None = None
 
     def ask(self, observation: Observation, instruction: str, noise: Noise, guidance: Guidance | None = None) -> Answer:
         """The chunk; waits for it. Raises what the policy raised, or what `close` was given."""
-        question = Question(observation, instruction, noise, guidance)
+        question = Question(self._policy.request(observation, instruction, noise=noise, guidance=guidance))
         with self._changed:
             if self._closed is not None:
                 raise self._closed
@@ -141,7 +135,8 @@ class BatchedPolicy:
                 if until():
                     return
                 self._wait_for_more(until)
-                chosen = [q for q in self._waiting if q.kind == self._waiting[0].kind][: self._batch]
+                kinds = [question.request.kind for question in self._waiting]
+                chosen = [q for q, kind in zip(self._waiting, kinds, strict=True) if kind == kinds[0]][: self._batch]
                 self._waiting = [q for q in self._waiting if q not in chosen]
             if chosen:
                 self._run(chosen)
@@ -162,7 +157,7 @@ class BatchedPolicy:
     def _run(self, questions: list[Question]) -> None:
         """One pass; where the policy refuses its own result, each request alone, so that one player's NaN is not another's."""
         try:
-            self._check_rows(questions[0])
+            self._check_rows(questions[0].request)
             answers = self._pass(questions)
         except OutputError as error:
             if len(questions) == 1:
@@ -182,30 +177,22 @@ class BatchedPolicy:
 
     def _pass(self, questions: list[Question]) -> list[Answer]:
         start = time.monotonic()
-        chunks = self._infer(questions)
+        requests = [question.request for question in questions]
+        chunks = self._policy.run(requests + requests[:1] * (self._batch - len(requests)))
         seconds = time.monotonic() - start
         self._usual_pass = _recent(self._usual_pass, seconds)
         self.passes += 1
         self.rows += len(questions)
-        return [Answer(chunk, seconds) for chunk in chunks]
+        return [Answer(chunk, seconds) for chunk in chunks[: len(questions)]]
 
-    def _infer(self, questions: list[Question]) -> list[ActionChunk]:
-        padded = questions + questions[:1] * (self._batch - len(questions))
-        chunks = self._policy.infer_batch(
-            [q.observation for q in padded],
-            [q.instruction for q in padded],
-            noise=[q.noise for q in padded],
-            guidance=[q.guidance for q in padded],
-        )
-        return chunks[: len(questions)]
-
-    def _check_rows(self, question: Question) -> None:
+    def _check_rows(self, request: Request) -> None:
         """Before the first pass of this kind: warm up, and see whether each row gives the same bits."""
-        sizes, most = question.kind
-        if question.kind in self._warm:
+        if request.kind in self._warm:
             return
-        self._policy.warm_up(sizes, batch=self._batch, max_guidance=most)
-        rows: list[Any] = [chunk.normalized for chunk in self._infer([question] * self._batch)]
+        shape, _ = request.kind
+        sizes = dict(zip(self._policy.embodiment.views, shape.views, strict=True))
+        self._policy.warm_up(sizes, batch=self._batch, max_guidance=shape.max_guidance)
+        rows = [chunk.normalized for chunk in self._policy.run([request] * self._batch)]
         same = all(np.array_equal(rows[0], row) for row in rows)
         if not same:
             log.warning(
@@ -215,7 +202,7 @@ class BatchedPolicy:
                 max(float(np.abs(rows[0] - row).max()) for row in rows),
             )
         self.independent = same and self.independent is not False
-        self._warm.append(question.kind)
+        self._warm.add(request.kind)
 
 
 def _recent(mean: float, value: float) -> float:

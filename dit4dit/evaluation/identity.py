@@ -34,15 +34,14 @@ def describe(policy: Policy, path: str | Path, backbone: str | Path | None = Non
     """What run.json says of the policy; `path` and `backbone` as they were given to `from_pretrained`."""
     engine = policy.engine
     assert policy.model.head is not None
-    head = next(policy.model.head.parameters())
     return {
         "checkpoint": checkpoint_hash(path, backbone),
         "path": str(path),
         "embodiment": policy.embodiment.name,
         "statistics": policy.codec.tag,
         "device": policy.device.type,
-        "dtype": str(policy.model.backbone.transformer.proj_out.weight.dtype).removeprefix("torch."),
-        "head_dtype": str(head.dtype).removeprefix("torch."),
+        "dtype": str(policy.model.dtype).removeprefix("torch."),
+        "head_dtype": str(policy.model.head.dtype).removeprefix("torch."),
         "engine": None
         if engine is None
         else {"steps": engine.steps, "posterior": engine.posterior, "quantization": engine.quantization},

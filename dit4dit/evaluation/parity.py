@@ -200,7 +200,7 @@ def execute(model: DiT4DiT, opened: Checkpoint, golden: dict[str, Tensor], promp
         embeds = model.embed(tokens.to(device))
         keep("infer.prompt_embeds", embeds)
     with run.stage() as keep, torch.no_grad():
-        video = prepare_video(golden["in.images"], model.backbone.transformer.dtype)
+        video = prepare_video(golden["in.images"], model.dtype)
         condition = model.backbone.condition(video[:, 0], golden["infer.posterior_noise"])
         keep("infer.condition_latent", condition)
     with run.stage() as keep, torch.no_grad():
@@ -228,7 +228,7 @@ def execute_engine(engine: Engine, opened: Checkpoint, golden: dict[str, Tensor]
         packs = [engine.pack(embeds[i : i + 1]) for i in range(len(prompts))]
         keep("infer.prompt_embeds", embeds)
     with run.stage() as keep:
-        frame = prepare_video(golden["in.images"][:, :1], model.backbone.transformer.dtype)[:, 0]
+        frame = prepare_video(golden["in.images"][:, :1], model.dtype)[:, 0]
         condition = engine.condition(frame, golden["infer.posterior_noise"])
         keep("infer.condition_latent", condition)
     with run.stage() as keep:

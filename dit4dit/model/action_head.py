@@ -213,6 +213,10 @@ class ActionHead(nn.Module):
         self.action_decoder = TwoLayer(config.output_dim, config.hidden_size, config.action_dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.width) if config.add_pos_embed else None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.action_decoder.layer2.weight.dtype
+
     def velocity(self, x: Tensor, t: Tensor, context: Tensor, state: Tensor | None) -> Tensor:
         """Velocity v = noise - data at the noisy actions x (paper, section 3.2).
 

@@ -105,6 +105,15 @@ class DiT4DiT(nn.Module):
             if frozen is not None:
                 frozen.requires_grad_(False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone; the head has its own."""
+        return self.backbone.transformer.dtype
+
     def train(self, mode: bool = True) -> DiT4DiT:
         """Training mode for what is trained; the frozen parts always stay in evaluation mode."""
         super().train(mode)
@@ -151,7 +160,7 @@ class DiT4DiT(nn.Module):
             guidance: keep to the left-over of the chunk before; weights [K] or [B, K].
         """
         head = self._head()
-        dtype = head.action_decoder.layer2.weight.dtype
+        dtype = head.dtype
         features = self.features(frame, context, posterior, latent).to(dtype)
         state = None if state is None else state.to(dtype)
         return head.sample(action.to(dtype), features, state, steps, guidance).float()
@@ -176,7 +185,7 @@ class DiT4DiT(nn.Module):
         head = self._head()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.flow.action_grad_to_backbone):
             features = self.backbone.features(condition, draws.latent, context)
-        features = features.to(head.action_decoder.layer2.weight.dtype)
+        features = features.to(head.dtype)
         return head.loss(batch.actions, batch.action_mask, features, batch.state, draws.action_time, draws.action_noise)
 
     def _condition(self, batch: Batch, noise: Tensor) -> Tensor:

@@ -235,6 +235,10 @@ class VideoDiT(nn.Module):
         return [cast(Block, block) for block in self.transformer_blocks]
 
     @property
+    def device(self) -> torch.device:
+        return self.proj_out.weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
 

@@ -99,9 +99,6 @@ class OneLaunch(Protocol):
     ) -> Tensor: ...
 
 
-_Args = tuple[OneLaunch, Tensor, Tensor, Tensor | None, GuidanceTensors | None]
-
-
 def reference(
     head: OneLaunch, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None
 ) -> Tensor:
@@ -198,19 +195,17 @@ def action_ode(
     return result
 
 
-def _refuse(head: OneLaunch, noise: Tensor, context: Tensor, prefix: Tensor | None, *_: object) -> str | None:
-    return head.refuse(noise, context, prefix)
-
-
-def _run(head: OneLaunch, *args: object) -> Tensor:
-    return head.launch(*args)  # type: ignore[arg-type]
-
-
 _op = Op(
     "action_ode",
     [
-        Implementation("cuda", _refuse, _run, device="cuda", measured_only=True),
+        Implementation(
+            "cuda",
+            lambda head, *args: head.refuse(*args[:3]),
+            lambda head, *args: head.launch(*args),
+            device="cuda",
+            measured_only=True,
+        ),
         Implementation("torch", lambda *_: None, reference),
     ],
-    None,  # `OneLaunchHead` of the engine, which registers one of its own
+    None,  # made by engine.action_ode.program
 )

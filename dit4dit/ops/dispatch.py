@@ -221,7 +221,7 @@ def _explain(op: Op, device: torch.device) -> Explanation:
         reason = f"torch sees {torch.cuda.device_count()} CUDA devices, so not {device}"
         return Explanation(op.name, None, dict.fromkeys(op.implementations, reason))
     if op.example is None:
-        reason = "cannot be told before dit4dit.engine is imported, which makes an example of the op's arguments"
+        reason = "unknown: import dit4dit.engine first, which makes an example of the op's arguments"
         return Explanation(op.name, None, dict.fromkeys(op.implementations, reason))
     args = op.example(device)
     wish = op.wish()

@@ -30,12 +30,11 @@ from dit4dit.engine.fp8 import check_options
 from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.policy import garbage
-from dit4dit.policy import published_api as published_examples
 from dit4dit.policy.device import pick_device
 from dit4dit.policy.prompts import Embedder, Texts, load_tokenizer, plain
-from dit4dit.policy.requests import Request, checked_size, groups, guidances_of, noises_of
-from dit4dit.policy.runner import EngineRunner, ModelRunner, Size, step_inputs
-from dit4dit.robots.embodiment import Array, Embodiment, Resize
+from dit4dit.policy.requests import Door, Request, Size, checked_size, groups
+from dit4dit.policy.runner import EngineRunner, ModelRunner, step_inputs
+from dit4dit.robots.embodiment import Embodiment
 from dit4dit.robots.processor import Codec
 from dit4dit.types import ActionChunk, Guidance, Noise, Observation
 
@@ -69,8 +68,9 @@ class Policy:
         self.codec = codec
         self.engine = engine
         self._runner = ModelRunner(model, codec) if engine is None else EngineRunner(engine, codec)
-        self._unjoined = published_examples.Unjoined(len(codec.embodiment.views), model.config.image_size)
-        self._texts = Texts(model, Embedder(model, tokenizer, prompt_embeds), engine, packs)
+        embedder = Embedder(model, tokenizer, prompt_embeds)
+        self._texts = Texts(model, embedder, engine, packs)
+        self._door = Door(codec, model.config, embedder)
 
     @classmethod
     def from_pretrained(
@@ -152,8 +152,17 @@ class Policy:
             with_text=text_encoder and prompt_embeds is None,
         )
         tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None
-        options: dict[str, Any] = dict(steps=steps, posterior=posterior, quantization=quantization, head=head)
-        fast = Engine(model, **options, calibration=calibration, release=True) if engine == "auto" else None
+        fast = None
+        if engine == "auto":
+            fast = Engine(
+                model,
+                steps=steps,
+                posterior=posterior,
+                quantization=quantization,
+                calibration=calibration,
+                release=True,
+                head=head,
+            )
         folder = None if packs is None else PackFolder.of(Path(packs), model)
         return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)
 
@@ -172,7 +181,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return self.model.backbone.transformer.proj_out.weight.device
+        return self.model.device
 
     def infer(
         self,
@@ -197,9 +206,9 @@ class Policy:
         """
         if noise is not None and seed is not None:
             raise InputError("noise and seed: give one of them, got both")
-        if noise is None:
-            noise = Noise.fresh() if seed is None else Noise.from_seed(seed)
-        return self.infer_batch([observation], [instruction], noise=[noise], guidance=[guidance])[0]
+        if seed is not None:
+            noise = Noise.from_seed(seed)
+        return self.run([self.request(observation, instruction, noise=noise, guidance=guidance)])[0]
 
     def infer_batch(
         self,
@@ -213,14 +222,39 @@ class Policy:
 
         Requests with guidance and those without, or with another bound of it, go in passes of their own.
         """
-        requests = self._requests(observations, instructions, noise, guidance)
-        results = self._sample(requests, self.config.image_size, self.embodiment.resize, units=True)
+        return self.run(self._door.requests(observations, instructions, noise, guidance))
+
+    def request(
+        self,
+        observation: Observation,
+        instruction: str,
+        *,
+        noise: Noise | None = None,
+        guidance: Guidance | None = None,
+    ) -> Request:
+        """What `run` takes, checked here and nowhere else; arguments and errors as of `infer`."""
+        return self._door.request(observation, instruction, noise, guidance)
+
+    def run(self, requests: Sequence[Request]) -> list[ActionChunk]:
+        """The chunk of each request, in as few passes as their kinds allow (`Request.kind`)."""
+        with plain(self.device):
+            texts = [self._texts.get(request.instruction) for request in requests]
+            passes = [
+                (group, self._runner.run([requests[i] for i in group], [texts[i] for i in group]))
+                for group in groups(requests)
+            ]
+        if not all(np.isfinite(normalized).all() for _, (normalized, _) in passes):
+            raise OutputError(
+                "actions: the model wrote NaN or infinite values; nothing was returned. Check the checkpoint's weights and, "
+                "where they were given, the prompt embeddings"
+            )
+        chunks: dict[int, ActionChunk] = {}
         names, rate = self.embodiment.action_names, self.embodiment.rate_hz
-        return [
-            ActionChunk(actions=actions, names=names, rate_hz=rate, normalized=normalized, noise=one)
-            for (normalized, actions), one in zip(results, (request.noise for request in requests), strict=True)
-            if actions is not None
-        ]
+        for group, (normalized, actions) in passes:
+            self.codec.check(actions)
+            for row, i in enumerate(group):
+                chunks[i] = ActionChunk(actions[row], names, rate, normalized[row], requests[i].noise)
+        return [chunks[i] for i in range(len(requests))]
 
     def calibrate(
         self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
@@ -239,33 +273,9 @@ class Policy:
         self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
     ) -> Iterator[StepInputs]:
         """What the engine is asked for these observations, one at a time: for measuring it."""
-        for request in self._requests(observations, instructions, noise):
+        for request in self._door.requests(observations, instructions, noise, None):
             packs = [self._texts.get(request.instruction)]
-            yield step_inputs(self.model, [request], packs, self.config.image_size, self.embodiment.resize)
-
-    def _requests(
-        self,
-        observations: Sequence[Observation],
-        instructions: Sequence[str],
-        noise: Sequence[Noise] | None,
-        guidance: Sequence[Guidance | None] | None = None,
-    ) -> list[Request]:
-        """One request per observation; InputError where something does not fit."""
-        if isinstance(instructions, str):
-            raise InputError("instructions: expected a list of strings, one per observation, got one string")
-        if not observations or len(observations) != len(instructions):
-            raise InputError(
-                f"batch: {len(observations)} observations and {len(instructions)} instructions; expected as many"
-            )
-        for observation in observations:
-            if not isinstance(observation, Observation):
-                raise InputError(f"observation: expected an Observation, got {type(observation).__name__}")
-        noises, head = noises_of(noise, len(observations)), self.config.head
-        kept = guidances_of(guidance, len(observations), head.action_horizon, head.action_dim)
-        return [
-            Request(self.embodiment.ordered_views(o.images), self._state(o), words, one, left)
-            for o, words, one, left in zip(observations, instructions, noises, kept, strict=True)
-        ]
+            yield step_inputs(self.model, [request], packs)
 
     def predict_action(
         self,
@@ -285,49 +295,23 @@ class Policy:
         Returns:
             {"normalized_actions": float32 [B, K, A_model]}
         """
-        found = published_examples.check(examples)
-        noises = noises_of([noise] if isinstance(noise, Noise) else noise, len(found))
-        pictures = published_examples.pictures(found, self.config.pixels_per_token)
-        self._unjoined.look(found)
-        width = self.config.head.state_dim
-        encoded = None if width is None else published_examples.encoded_states(found, width)
-        if encoded is not None and self.codec.state_range is not None:
-            self.codec.state_range.look_encoded(encoded)
-        requests = [
-            Request([pictures[i]], None if encoded is None else encoded[i], words, noises[i])
-            for i, words in enumerate(published_examples.instructions(found))
-        ]
-        results = self._sample(requests, None, "bilinear", units=False)
-        actions = np.stack([normalized for normalized, _ in results])
-        self.codec.robot_units(actions)  # refuses here what the caller makes of them with the same statistics
-        return {"normalized_actions": actions}
+        chunks = self.run(self.published_requests(examples, noise))
+        return {"normalized_actions": np.stack([chunk.normalized for chunk in chunks])}
+
+    def published_requests(
+        self, examples: list[dict[str, Any]] | dict[str, Any], noise: Noise | Sequence[Noise] | None = None
+    ) -> list[Request]:
+        """What `run` takes, checked here and nowhere else; arguments and errors as of `predict_action`."""
+        return self._door.examples(examples, noise)
 
     def embed_prompts(self, instructions: Sequence[str]) -> dict[str, Tensor]:
         """instruction -> prompt embedding [L, text_in] on the CPU, for `from_pretrained(prompt_embeds=...)`."""
         if not self._texts.embedder.can_encode:
             raise ConfigError("embed_prompts: this policy was loaded without its text encoder")
+        for instruction in instructions:
+            self._texts.embedder.length(instruction)
         with plain(self.device):
             return {instruction: self._texts.embedder(instruction)[0].cpu() for instruction in instructions}
-
-    def _sample(self, requests: Sequence[Request], size: Size, resize: Resize, *, units: bool) -> list[_Result]:
-        """Each request's normalised actions [K, A_model], and with `units` its actions in robot units [K, A]."""
-        results: list[_Result | None] = [None] * len(requests)
-        with plain(self.device):
-            texts = [self._texts.get(request.instruction) for request in requests]
-            for group in groups(requests, texts):
-                found = self._runner.run([requests[i] for i in group], [texts[i] for i in group], size, resize, units)
-                for i, normalized, actions in zip(group, *found, strict=True):
-                    results[i] = normalized, actions
-        done = [result for result in results if result is not None]
-        if not all(np.isfinite(normalized).all() for normalized, _ in done):
-            raise OutputError(
-                "actions: the model wrote NaN or infinite values; nothing was returned. Check the checkpoint's weights and, "
-                "where they were given, the prompt embeddings"
-            )
-        for _, actions in done:
-            if actions is not None:
-                self.codec.check(actions)
-        return done
 
     def warm_up(
         self,
@@ -374,7 +358,7 @@ class Policy:
                 for length in self._texts.embedder.lengths:
                     with_state = self.codec.state is not None
                     shape = RequestShape(batch, tuple(sizes), size, resize, with_state, length, max_guidance)
-                    self._runner.warm_up(shape, units)
+                    self._runner.warm_up((shape, units))
         if freeze_gc:
             garbage.freeze()
 
@@ -384,15 +368,3 @@ class Policy:
         The future's `result()` returns when it is ready, or raises what went wrong.
         """
         return self._texts.prepare(instruction)
-
-    def _state(self, observation: Observation) -> Array | None:
-        """Encoded state [1, state_dim]; None for a model without a state token, which looks at no state."""
-        if self.codec.state is None:
-            return None
-        raw = self.embodiment.state_vector(observation.state)
-        if self.codec.state_range is not None:
-            self.codec.state_range.look(raw)
-        return self.codec.state.forward(raw[None])
-
-
-_Result = tuple[Array, Array | None]

@@ -57,33 +57,42 @@ class Embedder:
             return {self._model.config.text.max_length}
         return {int(torch.as_tensor(embeds).shape[0]) for embeds in self._given.values()}
 
-    def __call__(self, instruction: str) -> Tensor:
+    def length(self, instruction: Any) -> int:
+        """Text tokens of an instruction, which is checked here and nowhere else.
+
+        InputError: it is no text, or there are embeddings and none of it.
+        """
         if not isinstance(instruction, str) or not instruction.strip():
             raise InputError(f"instruction: expected words, got {instruction!r:.60}")
-        if any("\ud800" <= letter <= "\udfff" for letter in instruction):
-            raise InputError(f"instruction: {instruction!r:.60} is not valid Unicode; pass it as UTF-8")
-        return self._encode(instruction) if self.can_encode else self._look_up(instruction)
+        try:
+            instruction.encode()
+        except UnicodeEncodeError:  # surrogates
+            raise InputError(f"instruction: {instruction!r:.60} is not valid Unicode; pass it as UTF-8") from None
+        if self.can_encode or not self._given:
+            return self._model.config.text.max_length
+        return len(self._look_up(instruction))
 
-    def _encode(self, instruction: str) -> Tensor:
-        if self._tokenizer is None:
-            raise ConfigError("this policy was loaded without its text encoder: it cannot embed instructions")
-        device = self._model.backbone.transformer.proj_out.weight.device
+    def __call__(self, instruction: str) -> Tensor:
+        """Of an instruction that `length` has taken."""
+        if self._tokenizer is None or self._model.text is None:
+            return self._look_up(instruction)[None].to(self._model.device)
         tokens = tokenize(self._tokenizer, [instruction], self._model.config.text.max_length)
-        return self._model.embed(tokens.to(device))
+        return self._model.embed(tokens.to(self._model.device))
 
     def _look_up(self, instruction: str) -> Tensor:
+        """The given embedding [L, text_in]."""
         if instruction not in self._given:
             known = list(self._given)
             raise InputError(
-                f"instruction {instruction!r}: this policy was loaded without a text encoder and has embeddings for "
-                f"{len(known)} others{did_you_mean(instruction, known)}; embed it with Policy.embed_prompts, or make its "
+                f"instruction {instruction!r:.60}: this policy was loaded without a text encoder and has embeddings for "
+                f"{len(known)} others{did_you_mean(instruction[:200], known)}; embed it with Policy.embed_prompts, or make its "
                 "pack with dit4dit pack"
             )
         embeds = torch.as_tensor(self._given[instruction])
         width = self._model.config.dit.text_in
         if embeds.dim() != 2 or embeds.shape[1] != width:
             raise InputError(f"prompt_embeds {instruction!r}: expected shape [L, {width}], got {list(embeds.shape)}")
-        return embeds[None].to(self._model.backbone.transformer.proj_out.weight.device)
+        return embeds
 
 
 class Recent(Generic[Key, Value]):
@@ -151,7 +160,7 @@ class Texts:
             if self.engine is None
             else Recent(self._make_pack, PACK_BUDGET, lambda pack: pack.bytes)
         )
-        device = self._device
+        device = self.model.device
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
 
@@ -162,10 +171,6 @@ class Texts:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.backbone.transformer.proj_out.weight.device
 
     def __contains__(self, instruction: str) -> bool:
         return instruction in self._kept
@@ -179,7 +184,8 @@ class Texts:
         return self._background.submit(self._prepare, instruction)
 
     def _prepare(self, instruction: str) -> None:
-        with plain(self._device):
+        self.embedder.length(instruction)
+        with plain(self.model.device):
             if self._side_stream is None:
                 self.get(instruction)
                 return

@@ -32,9 +32,9 @@ def check(examples: Any) -> list[Example]:
     return list(found)
 
 
-def pictures(examples: Sequence[Example], unit: int) -> NDArray[np.uint8]:
-    """uint8 [B, H, W, 3]: each example's first picture, as it is. In a list the others are future frames of a training
-    sample, which a policy does not see; views come joined already.
+def pictures(examples: Sequence[Example], unit: int) -> list[NDArray[np.uint8]]:
+    """Each example's first picture as it is, uint8 [H, W, 3], all of one size. In a list the others are future frames of a
+    training sample, which a policy does not see; views come joined already.
 
     Raises:
         InputError: a picture is missing or of another kind, sizes differ, or sides are not divisible by `unit`.
@@ -54,7 +54,7 @@ def pictures(examples: Sequence[Example], unit: int) -> NDArray[np.uint8]:
         raise InputError(
             f"examples[0].image: expected sides divisible by {unit}, got {height} x {width}; resize it, or use infer()"
         )
-    return np.stack(found)
+    return found
 
 
 def encoded_states(examples: Sequence[Example], width: int) -> NDArray[np.float32] | None:

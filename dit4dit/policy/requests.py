@@ -1,35 +1,73 @@
-"""Requests as a policy runs them: checked, and sorted into passes of one shape."""
+"""Requests as a policy runs them: checked once, where they come in, and sorted into passes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dit4dit.engine import MAX_BATCH, PromptPack
+from dit4dit.config import ModelConfig
+from dit4dit.engine import MAX_BATCH, RequestShape
 from dit4dit.errors import InputError
-from dit4dit.noise import Noise
-from dit4dit.types import Guidance
+from dit4dit.policy import published_api as published
+from dit4dit.policy.prompts import Embedder
+from dit4dit.robots.embodiment import Array, Resize
+from dit4dit.robots.processor import Codec
+from dit4dit.types import Guidance, Noise, Observation
+
+Size = tuple[int, int] | None
+"""Height and width that each view is brought to; None leaves the pictures as they are."""
+Kind = tuple[RequestShape, bool]
+"""What the requests of one pass have in common: its shape but for their number, and `Request.units`."""
+One = TypeVar("One")
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One request, checked: pictures uint8 [H, W, 3] per view, encoded state [1, state_dim] or None."""
+    """One request, checked: the `Door` makes them, and nothing behind it looks again.
+
+    Attributes:
+        pictures: uint8 [H, W, 3] per view.
+        state: encoded state [1, state_dim] or None.
+        text_length: tokens of the instruction.
+        size, resize: what each view is brought to, and the filter that brings it there.
+        units: whether the device computes the actions in robot units too; if not, NumPy does behind it.
+    """
 
     pictures: list[NDArray[np.uint8]]
     state: NDArray[np.float32] | None
     instruction: str
+    text_length: int
     noise: Noise
+    size: Size
+    resize: Resize
+    units: bool
     guidance: Guidance | None = None
 
-    @property
-    def max_guidance(self) -> float | None:
-        """Bound of the guidance, which a pass has in common; None without guidance."""
-        return None if self.guidance is None else self.guidance.max_guidance
+    @cached_property
+    def kind(self) -> Kind:
+        """Requests of one kind may share a pass, and no others; the shape is that of a pass of this request alone."""
+        views = tuple((int(picture.shape[0]), int(picture.shape[1])) for picture in self.pictures)
+        with_state, most = self.state is not None, None if self.guidance is None else self.guidance.max_guidance
+        return RequestShape(1, views, self.size, self.resize, with_state, self.text_length, most), self.units
+
+
+def groups(requests: Sequence[Request]) -> list[list[int]]:
+    """Indices of the requests of each pass: of one kind, at most MAX_BATCH."""
+    alike: dict[Kind, list[int]] = {}
+    for i, request in enumerate(requests):
+        alike.setdefault(request.kind, []).append(i)
+    return [group[i : i + MAX_BATCH] for group in alike.values() for i in range(0, len(group), MAX_BATCH)]
+
+
+def states(requests: Sequence[Request]) -> NDArray[np.float32] | None:
+    """Encoded states of one pass [B, 1, state_dim]; None where its requests have none."""
+    found = [request.state for request in requests if request.state is not None]
+    return np.stack(found) if found else None
 
 
 def checked_size(name: str, size: Any) -> tuple[int, int]:
@@ -40,47 +78,93 @@ def checked_size(name: str, size: Any) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1])
 
 
-def groups(requests: Sequence[Request], texts: Sequence[PromptPack | Tensor]) -> list[list[int]]:
-    """Indices of requests that can go in one pass: same sizes and bound of guidance, at most MAX_BATCH of them.
+class Door:
+    """What comes from outside -> requests; each is checked here and nowhere else."""
 
-    texts: each request's pack or projected text [1, L, text_dim].
-    """
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for i, (request, text) in enumerate(zip(requests, texts, strict=True)):
-        length = text.length if isinstance(text, PromptPack) else text.shape[1]
-        kind = (length, request.max_guidance, *(picture.shape for picture in request.pictures))
-        alike.setdefault(kind, []).append(i)
-    return [group[i : i + MAX_BATCH] for group in alike.values() for i in range(0, len(group), MAX_BATCH)]
+    def __init__(self, codec: Codec, config: ModelConfig, embedder: Embedder) -> None:
+        self._codec, self._config, self._embedder = codec, config, embedder
+        self._unjoined = published.Unjoined(len(codec.embodiment.views), config.image_size)
+
+    def request(
+        self, observation: Observation, instruction: str, noise: Noise | None, guidance: Guidance | None
+    ) -> Request:
+        """InputError where something does not fit; noise None is a fresh one."""
+        _expect("observation: expected an Observation", observation, Observation)
+        robot, head = self._codec.embodiment, self._config.head
+        if guidance is not None:
+            _expect("guidance: expected a Guidance or None", guidance, Guidance)
+            guidance.check(head.action_horizon, head.action_dim)
+        seen, state = robot.ordered_views(observation.images), self._state(observation)
+        length, noise = self._embedder.length(instruction), _noise(noise)
+        size, resize = self._config.image_size, robot.resize
+        return Request(seen, state, instruction, length, noise, size, resize, units=True, guidance=guidance)
+
+    def requests(
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        noise: Sequence[Noise] | None,
+        guidance: Sequence[Guidance | None] | None,
+    ) -> list[Request]:
+        """One per observation."""
+        if isinstance(instructions, str):
+            raise InputError("instructions: expected a list of strings, one per observation, got one string")
+        count = len(observations)
+        if not count or count != len(instructions):
+            raise InputError(f"batch: {count} observations and {len(instructions)} instructions; expected as many")
+        noises = _one_each("noise", "Noise", noise, count)
+        kept = _one_each("guidance", "Guidance or None", guidance, count)
+        return [self.request(*given) for given in zip(observations, instructions, noises, kept, strict=True)]
+
+    def examples(
+        self, examples: Sequence[published.Example] | published.Example, noise: Noise | Sequence[Noise] | None
+    ) -> list[Request]:
+        """One per example of the published call."""
+        found = published.check(examples)
+        noises = _one_each("noise", "Noise", [noise] if isinstance(noise, Noise) else noise, len(found))
+        pictures = published.pictures(found, self._config.pixels_per_token)
+        self._unjoined.look(found)
+        width, state_range = self._config.head.state_dim, self._codec.state_range
+        encoded = None if width is None else published.encoded_states(found, width)
+        if encoded is not None and state_range is not None:
+            state_range.look_encoded(encoded)
+        requests = []
+        for i, words in enumerate(published.instructions(found)):
+            state, length = None if encoded is None else encoded[i], self._embedder.length(words)
+            requests.append(
+                Request([pictures[i]], state, words, length, _noise(noises[i]), None, "bilinear", units=False)
+            )
+        return requests
+
+    def _state(self, observation: Observation) -> Array | None:
+        """Encoded state [1, state_dim]; None for a model without a state token, which looks at no state."""
+        if self._codec.state is None:
+            return None
+        raw = self._codec.embodiment.state_vector(observation.state)
+        if self._codec.state_range is not None:
+            self._codec.state_range.look(raw)
+        return self._codec.state.forward(raw[None])
 
 
-def states(requests: Sequence[Request]) -> NDArray[np.float32] | None:
-    """Encoded states of one pass [B, 1, state_dim]; None where its requests have none."""
-    found = [request.state for request in requests if request.state is not None]
-    return np.stack(found) if found else None
-
-
-def noises_of(noise: Sequence[Noise] | None, count: int) -> list[Noise]:
-    """One noise per request, fresh where none is given."""
+def _noise(noise: Noise | None) -> Noise:
+    """A fresh one for None."""
     if noise is None:
-        return [Noise.fresh() for _ in range(count)]
-    if not isinstance(noise, (list, tuple)) or any(not isinstance(one, Noise) for one in noise):
-        raise InputError(f"noise: expected a list of Noise, one per request, got {type(noise).__name__}")
-    if len(noise) != count:
-        raise InputError(f"noise: expected one per request ({count}), got {len(noise)}")
-    return list(noise)
+        return Noise.fresh()
+    _expect("noise: expected a Noise", noise, Noise)
+    return noise
 
 
-def guidances_of(
-    guidance: Sequence[Guidance | None] | None, count: int, length: int, width: int
-) -> list[Guidance | None]:
-    """One guidance or None per request, checked for chunks [length, width]."""
-    if guidance is None:
+def _expect(wanted: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise InputError(f"{wanted}, got {type(value).__name__}")
+
+
+def _one_each(name: str, kind: str, values: Sequence[One] | None, count: int) -> Sequence[One | None]:
+    """The values, one per request: InputError where there are more or fewer, or they are no list. None where there are none."""
+    if values is None:
         return [None] * count
-    if not isinstance(guidance, (list, tuple)) or any(not isinstance(one, Guidance | None) for one in guidance):
-        raise InputError(f"guidance: expected a list of Guidance or None, one per request, got {guidance!r:.60}")
-    if len(guidance) != count:
-        raise InputError(f"guidance: expected one per request ({count}), got {len(guidance)}")
-    for one in guidance:
-        if one is not None:
-            one.check(length, width)
-    return list(guidance)
+    if not isinstance(values, (list, tuple)):
+        raise InputError(f"{name}: expected a list of {kind}, one per request, got {type(values).__name__}")
+    if len(values) != count:
+        raise InputError(f"{name}: expected one per request ({count}), got {len(values)}")
+    return values

@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
 
 from dit4dit.errors import DeviceError, Dit4DitError
-from dit4dit.noise import Noise
-from dit4dit.serving.backend import Backend, Work
+from dit4dit.policy.requests import Request
+from dit4dit.serving.backend import Backend
+from dit4dit.types import ActionChunk
 
 log = logging.getLogger("dit4dit.serving")
 
@@ -29,9 +30,9 @@ class BusyError(Dit4DitError, RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """`data` of the answer; how long its request waited, how long its pass took [s], and how many requests shared it."""
+    """The chunks that a message asked for; how long it waited, how long its pass took [s], and how many messages shared it."""
 
-    data: dict[str, Any]
+    chunks: list[ActionChunk]
     queue_s: float
     infer_s: float
     batch: int
@@ -39,8 +40,7 @@ class Answer:
 
 @dataclass(eq=False)
 class _Waiting:
-    work: Work
-    noises: Sequence[Noise]
+    requests: Sequence[Request]  # of one message
     answer: asyncio.Future[Answer]
     since: float = field(default_factory=time.perf_counter)
 
@@ -74,7 +74,7 @@ class Batcher:
         """Requests that wait."""
         return len(self._queue)
 
-    async def submit(self, work: Work, noises: Sequence[Noise]) -> Answer:
+    async def submit(self, requests: Sequence[Request]) -> Answer:
         """The answer, when a pass has given it.
 
         Raises:
@@ -84,7 +84,7 @@ class Batcher:
             raise BusyError("the server is stopping; connect to another, or again later")
         if len(self._queue) >= self._limit:
             raise BusyError(f"{self._limit} requests wait already; try again later, or start the server with more")
-        waiting = _Waiting(work, noises, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(requests, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._arrived.set()
         return await waiting.answer
@@ -147,9 +147,10 @@ class Batcher:
             waiting = self._queue.popleft()
             if waiting.answer.done():  # its client is gone
                 continue
-            if not batch or (waiting.work.key == batch[0].work.key and waiting.work.count <= room):
+            count, kind = len(waiting.requests), waiting.requests[0].kind
+            if not batch or (kind == batch[0].requests[0].kind and count <= room):
                 batch.append(waiting)
-                room -= waiting.work.count
+                room -= count
             else:
                 later.append(waiting)
         self._queue = later
@@ -159,7 +160,7 @@ class Batcher:
         """In the inference thread: an answer or what went wrong, for each request. One that fails fails alone."""
         started = time.perf_counter()
         try:
-            found = self._backend.run([w.work for w in batch], [w.noises for w in batch])
+            found = iter(self._backend.run([request for waiting in batch for request in waiting.requests]))
         except DeviceError:
             raise
         except Exception as error:
@@ -168,7 +169,10 @@ class Batcher:
                 return [error]
             return [answer for waiting in batch for answer in self._compute([waiting])]
         took = time.perf_counter() - started
-        return [Answer(data, started - w.since, took, len(batch)) for w, data in zip(batch, found, strict=True)]
+        return [
+            Answer(list(islice(found, len(waiting.requests))), started - waiting.since, took, len(batch))
+            for waiting in batch
+        ]
 
 
 def _fail(batch: Sequence[_Waiting], error: Exception) -> None:

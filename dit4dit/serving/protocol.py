@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dit4dit.errors import InputError, did_you_mean
+from dit4dit.types import ActionChunk
 
 INFER = ("infer", "predict_action")
 TYPES = (*INFER, "ping", "reset")
@@ -54,6 +57,14 @@ def seed_of(message: Mapping[str, Any]) -> tuple[int | None, int]:
         if (name, value) != ("seed", None) and (type(value) is not int or not 0 <= value < 2**64):
             raise InputError(f"{name}: expected an integer in 0..2^64-1, got {value!r:.40}")
     return seed, chunk
+
+
+def data(chunks: Sequence[ActionChunk]) -> dict[str, Any]:
+    """What an inference answer holds: the published actions [B, K, A_model], and those in robot units [B, K, A]."""
+    return {
+        "normalized_actions": np.stack([chunk.normalized for chunk in chunks]),
+        "actions": np.stack([chunk.actions for chunk in chunks]),
+    }
 
 
 def ok(kind: str, identity: str | int, **more: Any) -> dict[str, Any]:

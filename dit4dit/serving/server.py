@@ -16,6 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from websockets.asyncio.server import Server as WebSocketServer
@@ -273,14 +274,15 @@ class Server:
     async def _infer(
         self, connection: ServerConnection, session: Session, request: protocol.Request, started: float
     ) -> bytes:
-        work = self._backend.check(request.message)
-        noise = _noise(session)
-        answer = await self._while_connected(connection, self._batcher.submit(work, session.noises(work.count)))
-        session.chunk += work.count  # a request that failed has used none
+        found = self._backend.check(request.message)
+        noise, noises = _noise(session), session.noises(len(found))
+        asked = [replace(one, noise=own) for one, own in zip(found, noises, strict=True)]
+        answer = await self._while_connected(connection, self._batcher.submit(asked))
+        session.chunk += len(asked)  # a request that failed has used none
         total = time.perf_counter() - started
         self.statistics.add(answer.batch, queue=answer.queue_s, infer=answer.infer_s, total=total)
         timing = {"queue_ms": answer.queue_s * 1e3, "infer_ms": answer.infer_s * 1e3, "total_ms": total * 1e3}
-        more = {"data": answer.data, "server_timing": timing, "batch": answer.batch, "noise": noise}
+        more = {"data": protocol.data(answer.chunks), "server_timing": timing, "batch": answer.batch, "noise": noise}
         return wire.pack(protocol.ok("inference_result", request.identity, **more))
 
     async def _while_connected(self, connection: ServerConnection, coming: Any) -> Answer:

@@ -83,9 +83,9 @@ class TakesLong(StandIn):
 
     now = 0.0
 
-    def infer_batch(self, *args: Any, **named: Any) -> Any:
+    def run(self, requests: Any) -> Any:
         self.now += 2 * WAIT
-        return super().infer_batch(*args, **named)
+        return super().run(requests)
 
 
 def test_passes_are_full_where_waiting_pays_and_not_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_rows_that_depend_on_their_place_are_told(caplog: pytest.LogCaptureFixtu
 
 def test_what_is_wrong_with_a_request_ends_the_serving() -> None:
     class Refuses(StandIn):
-        def infer_batch(self, *args: Any, **named: Any) -> Any:
+        def run(self, requests: Any) -> Any:
             raise InputError("image 'top': missing")
 
     server = BatchedPolicy(Refuses(), 2)

@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path: Path) -> No
 
 def test_a_mistake_ends_the_run_and_its_workers(tmp_path: Path) -> None:
     class Refuses(StandIn):
-        def infer_batch(self, *args: Any, **named: Any) -> Any:
+        def run(self, requests: Any) -> Any:
             raise InputError("image 'top': missing")
 
     with pytest.raises(InputError, match="top"):

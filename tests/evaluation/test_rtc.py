@@ -117,9 +117,9 @@ def test_a_run_is_the_same_with_any_number_of_workers_and_says_what_it_did(tmp_p
 class Apart(StandIn):
     """Refuses a pass in which some are guided and others not."""
 
-    def infer_batch(self, *args: Any, **named: Any) -> Any:
-        assert len({g is None for g in named["guidance"]}) == 1
-        return super().infer_batch(*args, **named)
+    def run(self, requests: Any) -> Any:
+        assert len({r.guidance is None for r in requests}) == 1
+        return super().run(requests)
 
 
 def test_guided_requests_are_passes_of_their_own_and_full_ones(tmp_path: Path) -> None:

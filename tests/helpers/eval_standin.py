@@ -6,11 +6,12 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dit4dit import ActionChunk
+from dit4dit.engine import RequestShape
 from dit4dit.errors import OutputError
 from dit4dit.evaluation.plan import Episode, Plan
 from dit4dit.evaluation.rollout import Options, evaluate
@@ -21,6 +22,16 @@ from dit4dit.types import Noise
 K = 4
 ABOUT = {"checkpoint": "0" * 32, "path": "stand-in"}
 LAUNCH = Launch(variables={"PYTHONPATH": str(Path(__file__).parent)})
+
+
+class Asked(NamedTuple):
+    """What it makes of a question."""
+
+    observation: Any
+    instruction: str
+    noise: Noise
+    guidance: Any
+    kind: Any
 
 
 class StandIn:
@@ -35,20 +46,21 @@ class StandIn:
         self.noises: list[tuple[int | None, int]] = []
         self.thread: int | None = None
 
-    def infer_batch(
-        self, observations: Any, instructions: Any, *, noise: Any = None, guidance: Any = None
-    ) -> list[ActionChunk]:
+    def request(self, observation: Any, instruction: str, *, noise: Any = None, guidance: Any = None) -> Any:
+        views = tuple(picture.shape[:2] for picture in observation.images.values())
+        shape = RequestShape(1, views, None, "bilinear", True, 1, getattr(guidance, "max_guidance", None))
+        return Asked(observation, instruction, noise, guidance, (shape, True))
+
+    def run(self, requests: Any) -> list[ActionChunk]:
         assert self.thread in (None, threading.get_ident()), "a policy is not shared between threads"
         self.thread = threading.get_ident()
-        self.sizes.append(len(observations))
-        self.guidances += guidance or []
-        self.noises += [(n.seed, n.chunk) for n in noise]
+        self.sizes.append(len(requests))
+        self.guidances += [r.guidance for r in requests]
+        self.noises += [(r.noise.seed, r.noise.chunk) for r in requests]
         time.sleep(self.seconds)
-        if any(n.seed in self.broken for n in noise):
+        if any(r.noise.seed in self.broken for r in requests):
             raise OutputError("actions: the model wrote NaN")
-        return [
-            self.chunk(o, w, n, i) for i, (o, w, n) in enumerate(zip(observations, instructions, noise, strict=True))
-        ]
+        return [self.chunk(r.observation, r.instruction, r.noise, i) for i, r in enumerate(requests)]
 
     def chunk(self, observation: Any, words: str, noise: Noise, row: int) -> ActionChunk:
         state = np.concatenate([observation.state[key] for key in ("x", "y", "grip")])

@@ -15,10 +15,11 @@ from waiting import WAIT
 from websockets.sync.client import connect
 
 from dit4dit.errors import InputError
+from dit4dit.policy.requests import Request
 from dit4dit.serving import wire
-from dit4dit.serving.backend import Work
 from dit4dit.serving.server import Server
 from dit4dit.serving.settings import Settings
+from dit4dit.types import ActionChunk, Noise
 
 
 class StandIn:
@@ -37,18 +38,19 @@ class StandIn:
     def check(self, message):
         if not isinstance(message.get("value"), (int, float)):
             raise InputError(f"value: expected a number, got {message.get('value')!r:.40}")
-        return Work([{"value": message["value"]}], message.get("count", 1), ("value", message.get("key")))
+        words, key = message["value"], message.get("key")  # requests of different keys are of different kinds
+        return [Request([], None, words, key, Noise.fresh(), None, "bilinear", False)] * message.get("count", 1)
 
-    def run(self, works, noises):
-        values = [work.inputs[0]["value"] for work in works]
+    def run(self, requests):
+        values = [request.instruction for request in requests]
         self.passes.append(values)
-        self.noises += [(noise.seed, noise.chunk) for several in noises for noise in several]
+        self.noises += [(request.noise.seed, request.noise.chunk) for request in requests]
         self.entered.release()
         assert self.gate.wait(WAIT)
         if self.fail is not None:
             self.fail(values)
-        actions = [np.full((1, 1, 1), value, np.float32) for value in values]
-        return [{"normalized_actions": action, "actions": action} for action in actions]
+        actions = [np.full((1, 1), value, np.float32) for value in values]
+        return [ActionChunk(a, ("x",), 10.0, a, r.noise) for a, r in zip(actions, requests, strict=True)]
 
     def wait_for_pass(self) -> None:
         assert self.entered.acquire(timeout=WAIT)

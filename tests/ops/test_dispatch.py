@@ -258,7 +258,7 @@ def test_explain_where_nobody_has_made_an_example(op, monkeypatch):
     monkeypatch.setattr(op, "example", None)
     (found,) = explain("double")
     assert (found.chosen, set(found.refused)) == (None, {"cuda", "cpp", "torch"})
-    assert "before dit4dit.engine is imported" in found.refused["torch"]
+    assert "import dit4dit.engine first" in found.refused["torch"]
 
 
 def test_explain_for_a_device_that_is_not_there():

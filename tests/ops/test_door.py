@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from dit4dit import _C
+from dit4dit import _C, Noise
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine
 from dit4dit.errors import CudaError, DeviceError
 from dit4dit.ops import native, preprocess
+from dit4dit.policy.requests import Request
 from dit4dit.policy.runner import EngineRunner
 from dit4dit.presets import preset
 
@@ -91,11 +92,7 @@ def test_a_chunk_on_a_failed_device(monkeypatch, lost):
     runner = EngineRunner(Engine(random_model(preset("tiny").model, 0, with_text=False)), codec=None)  # type: ignore[arg-type]
     monkeypatch.setattr(runner._plans, "get", lambda key: type("Broken", (), {"run": staticmethod(fail)}))
     monkeypatch.setattr(torch.cuda, "synchronize", fail if lost else lambda device: None)
-    request = type(
-        "Request",
-        (),
-        {"pictures": [picture()[0]], "state": None, "noise": None, "max_guidance": None, "guidance": None},
-    )
+    request = Request([picture()[0]], None, "go", 9, Noise.from_seed(0), None, "cv2_area", False)
     pack = type("Pack", (), {"length": 9})
     with pytest.raises(DeviceError if lost else torch.AcceleratorError, match="unspecified launch failure"):
-        runner.run([request], [pack], None, "cv2_area", False)  # type: ignore[list-item]
+        runner.run([request], [pack])  # type: ignore[list-item]

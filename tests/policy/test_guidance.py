@@ -43,9 +43,9 @@ def by_the_formulas(policy: Policy, observation: Observation, noise: Noise, give
     rows = len(given.previous)
     end = min(rows if given.horizon is None else given.horizon, rows)
     with plain(policy.device):
-        request = policy._requests([observation], ["go"], [noise])[0]
+        request = policy.request(observation, "go", noise=noise)
         context = policy._texts.get("go")
-        inputs = step_inputs(model, [request], (), policy.config.image_size, policy.embodiment.resize)
+        inputs = step_inputs(model, [request], ())
         features = model.features(inputs.frame, context, inputs.posterior, inputs.latent)
         x = inputs.action[0].double().numpy()
         for step in range(steps):

@@ -221,7 +221,7 @@ def test_containers_of_other_types(libero_policy: Policy, observation: Observati
 def test_other_objects_in_place_of_ours(libero_policy: Policy, observation: Observation) -> None:
     with pytest.raises(InputError, match="expected an Observation, got dict"):
         libero_policy.infer({"images": {}}, "go")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="expected a list of Noise"):
+    with pytest.raises(InputError, match="expected a Noise, got ndarray"):
         libero_policy.infer(observation, "go", noise=np.zeros(3))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected a list of Noise"):
         libero_policy.infer_batch([observation], ["go"], noise=Noise.from_seed(0))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from dit4dit.robots.descriptions import Robot, described, restored
 from dit4dit.robots.embodiment import Embodiment
 from dit4dit.robots.statistics import Statistics, VectorStats, parse
 from dit4dit.robots.transforms import inverse_table
-from dit4dit.serving.backend import PolicyBackend, Work
+from dit4dit.serving.backend import PolicyBackend
 from dit4dit.types import Noise
 
 ROBOTS = catalogue().robots
@@ -254,15 +254,14 @@ def test_what_float32_cannot_hold_never_reaches_a_robot(too_large: Policy, make_
 
 
 def test_nor_through_the_server(too_large: Policy, make_observation) -> None:
-    backend, noise = PolicyBackend(too_large, "here", "hash"), [[Noise.from_seed(0)]]
+    backend = PolicyBackend(too_large, "here", "hash")
     seen = make_observation(0, side=32)
     raw = backend.check(
         {"observation": {"images": dict(seen.images), "state": dict(seen.state)}, "instruction": "open"}
     )
-    for work in (raw, backend.check({"examples": [EXAMPLE]})):
-        assert isinstance(work, Work)
+    for requests in (raw, backend.check({"examples": [EXAMPLE]})):
         with pytest.raises(OutputError, match=SAYS):
-            backend.run([work], noise)
+            backend.run(requests)
 
 
 def test_the_error_names_the_dimensions(libero_policy: Policy) -> None:

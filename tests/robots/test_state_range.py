@@ -186,9 +186,9 @@ def test_a_policys_requests_are_looked_at(tabletop_policy: Policy, caplog) -> No
     width = tabletop_policy.config.head.state_dim
     encoded = tabletop_policy.codec.state.forward(np.float32([[0.1, 0.1, 1.0], [0.1, 12.0, 1.0]]))
     image = np.zeros((64, 64, 3), np.uint8)
-    work = served.check({"examples": [{"image": image, "lang": "go", "state": state[None]} for state in encoded]})
+    requests = served.check({"examples": [{"image": image, "lang": "go", "state": state[None]} for state in encoded]})
     assert encoded.shape == (2, width)
-    served.run([work], [[_noise(), _noise()]])
+    served.run(requests)
     (line,) = said(caplog)
     assert line.startswith("state 'y': 12, in")
 
@@ -269,6 +269,6 @@ def test_the_first_of_two_unjoined_images_is_used_and_that_is_told_once(small_li
 
 def test_the_servers_door_and_later_examples_are_looked_at(small_libero: Path, caplog) -> None:
     served = PolicyBackend(Policy.from_pretrained(small_libero, device="cpu"), "libero", "abc")
-    work = served.check({"examples": [example(of(32, 32)), example([of(32, 32)] * 2)]})
-    served.run([work], [[_noise(), _noise()]])
+    requests = served.check({"examples": [example(of(32, 32)), example([of(32, 32)] * 2)]})
+    served.run(requests)
     assert [line.split(":")[0] for line in said(caplog)] == ["examples[1].image"]

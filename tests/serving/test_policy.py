@@ -128,15 +128,24 @@ def test_what_does_not_fit_the_policy(served, make_observation, monkeypatch: pyt
         assert ask(connection, {"examples": [EXAMPLE]})["ok"]
 
 
-def test_a_bad_request_in_a_pass_fails_alone(served) -> None:
+def test_a_bad_request_in_a_pass_fails_alone(served, libero_policy: Policy, monkeypatch) -> None:
     """Found only when the pass has begun: an instruction without its pack."""
+
+    def get(instruction: str):
+        if instruction == "bad":
+            raise InputError("no pack of it")
+        return have(instruction)
+
+    have = libero_policy._texts.get
+    monkeypatch.setattr(libero_policy._texts, "get", get)
     backend = served.backend
-    good, bad = backend.check({"examples": [EXAMPLE]}), backend.check({"examples": [{**EXAMPLE, "lang": "\ud800"}]})
-    assert good.key == bad.key
-    noise = [Noise.from_seed(0)]
-    with pytest.raises(InputError, match="not valid Unicode"):
-        backend.run([good, bad], [noise, noise])
-    assert backend.run([good], [noise])[0]["actions"].shape == (1, 8, 7)
+    good, bad = backend.check({"examples": [EXAMPLE]}), backend.check({"examples": [{**EXAMPLE, "lang": "bad"}]})
+    assert good[0].kind == bad[0].kind
+    with pytest.raises(InputError, match="no pack of it"):
+        backend.run([*good, *bad])
+    assert backend.run(good)[0].actions.shape == (8, 7)
+    with pytest.raises(InputError, match="not valid Unicode"):  # this one does not come so far
+        backend.check({"examples": [{**EXAMPLE, "lang": "\ud800"}]})
     assert module.MAX_EXAMPLES == 64
 
 

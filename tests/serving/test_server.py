@@ -33,6 +33,7 @@ from websockets.sync.client import connect
 from dit4dit.errors import DeviceError
 from dit4dit.serving import server as module
 from dit4dit.serving import wire
+from dit4dit.types import ActionChunk
 
 
 def test_the_published_wire() -> None:
@@ -277,9 +278,10 @@ def test_the_queue_is_bounded_and_who_leaves_leaves_it() -> None:
 
 def test_who_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     class Large(StandIn):
-        def run(self, works, noises):
+        def run(self, requests):
             self.entered.release()
-            return [{"normalized_actions": np.zeros(20_000_000, np.uint8)} for _ in works]
+            large = np.zeros(20_000_000, np.uint8)
+            return [ActionChunk(large[:1], ("x",), 10.0, large, request.noise) for request in requests]
 
     monkeypatch.setattr(module, "SEND_TIMEOUT_S", 0.5)
     with running(Large()) as server, raw_socket(server, UPGRADE + b"\r\n") as slow:

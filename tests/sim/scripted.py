@@ -1,15 +1,18 @@
 """Policies that know what to do because they are told where things are; they act through commands alone, like any other.
 
-They look like a `Policy` to the evaluation: an embodiment, whose `observe` lets through what the script needs, and `infer_batch`.
+They look like a `Policy` to the evaluation: an embodiment, whose `observe` lets through what the script needs, `request`
+and `run`.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 
+from dit4dit.engine import RequestShape
 from dit4dit.robots import GR1, LIBERO
 from dit4dit.types import ActionChunk, Observation
 
@@ -28,8 +31,14 @@ class Scripted:
         done.set_result(None)
         return done
 
-    def infer_batch(self, observations, instructions, *, noise=None, guidance=None):
-        asked = zip(observations, noise, strict=True)
+    def request(self, observation, instruction, *, noise=None, guidance=None):
+        views = tuple(observation.images[name].shape[:2] for name in self.embodiment.views)
+        return SimpleNamespace(
+            observation=observation, noise=noise, kind=(RequestShape(1, views, None, "bilinear", True, 1), True)
+        )
+
+    def run(self, requests):
+        asked = [(r.observation, r.noise) for r in requests]
         return [self.chunk(np.asarray(self.act(o, n.seed, n.chunk), np.float32), n) for o, n in asked]
 
     def chunk(self, rows, noise):

@@ -49,9 +49,12 @@ class Listening:
         self.warm_up, self.prepare = policy.warm_up, policy.prepare
         self.asked, self.answered = [], []
 
-    def infer_batch(self, observations, instructions, *, noise=None, guidance=None):
-        chunks = self._policy.infer_batch(observations, instructions, noise=noise, guidance=guidance)
-        self.asked += observations
+    def request(self, observation, instruction, *, noise=None, guidance=None):
+        self.asked.append(observation)
+        return self._policy.request(observation, instruction, noise=noise, guidance=guidance)
+
+    def run(self, requests):
+        chunks = self._policy.run(requests)
         self.answered += chunks
         return chunks
 
