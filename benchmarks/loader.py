@@ -1,4 +1,4 @@
-"""Throughput of the data loader: samples per second for several numbers of workers, and where one process spends its time.
+"""Throughput of training's loader: samples per second for several numbers of workers, and where one process spends its time.
 
 Before anything is timed, the batches of every number of workers must be the same to the bit.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ import torch
 from dit4dit.benchmarks.harness import machine
 from dit4dit.benchmarks.recording import Recording
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dit4dit.config import ModelConfig
 from dit4dit.data.catalogue import Catalogue, Entry
 from dit4dit.data.columns import Progress
 from dit4dit.data.lerobot import LeRobot
-from dit4dit.data.loader import Loader
 from dit4dit.data.mixture import Mixture
-from dit4dit.data.samples import Samples, Window
 from dit4dit.data.writer import Writer
+from dit4dit.training.config import DataConfig
+from dit4dit.training.feed import Feed, Share
+from dit4dit.training.lerobot_data import LeRobotData
+from dit4dit.training.samples import Raw
 
 MADE = {"episodes": 8, "frames": 120, "height": 256, "width": 256, "fps": 10}
 """The data set that is made when none is given: LIBERO's keys, two views, h264 with a key frame every second frame."""
@@ -59,18 +63,18 @@ def measure(
         named = None if modality is None else str(modality.resolve())
         entries = [Entry(str(path), robot, modality=named) for path in datasets]
         mixture = Mixture.open(entries, Path(), known, progress=progress)
-        window = Window.for_model(model)
-        options: dict[str, Any] = {"batch_size": batch_size, "seed": 0}
+        data = LeRobotData(mixture, model, DataConfig(holdout=0.0), seed=0)
+        window = data.window
         result["data"] = MADE if made else [str(path) for path in datasets]
         sizes = {"frames": len(window.offsets), "horizon": window.horizon, "image_size": window.image_size}
         result["window"] = sizes
         record.during("comparison")
-        _agree(mixture, window, workers, options)
+        _agree(data, workers, batch_size)
         for count in record.each([*workers, None], "workers", name=lambda n: "shares" if n is None else f"{n} workers"):
             if count is None:
-                result["share_of_time"] = _shares(mixture, window, batches, options)
+                result["share_of_time"] = _shares(data, batch_size, batches)
                 continue
-            seconds = _time(Loader(mixture, window, workers=count, **options), batches)
+            seconds = _time(data, batch_size, batches, count)
             runs.append({"workers": count, "seconds": seconds, "samples_per_second": batches * batch_size / seconds})
 
 
@@ -94,26 +98,31 @@ def make(root: Path, seed: int = 0) -> Path:
     return root
 
 
-def _agree(mixture: Mixture, window: Window, workers: Sequence[int], options: dict[str, Any]) -> None:
-    first: list[Samples] = []
-    for count in workers:
-        iterator = iter(Loader(mixture, window, workers=count, **options))
-        got = [next(iterator) for _ in range(2)]
-        first = first or got
+def feed(data: LeRobotData, batch_size: int, batches: int, workers: int) -> Generator[Raw, None, None]:
+    """So many batches of a run, from its first step on, as the only process of a training on a CPU loads them."""
+    return iter(Feed(data, Share(0, 1, batch_size, 1), 0, batches, workers=workers, video=True, pin=False))
+
+
+def _agree(data: LeRobotData, workers: Sequence[int], batch_size: int) -> None:
+    first, *others = (list(feed(data, batch_size, 2, count)) for count in workers)
+    for count, got in zip(workers[1:], others, strict=True):
         for a, b in zip(first, got, strict=True):
-            if a.sources != b.sources or not (torch.equal(a.video, b.video) and torch.equal(a.actions, b.actions)):
+            # pictures, state, actions and their mask; positions, indices and instructions
+            pairs = [(value, getattr(b, name)) for name, value in vars(a).items()]
+            if not all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs):
                 raise AssertionError(f"{count} workers give other batches than {workers[0]}: not timed")
 
 
-def _time(loader: Loader, batches: int) -> float:
-    """Seconds for `batches` batches, after as many as workers had ready when the clock started."""
-    iterator = iter(loader)
-    for _ in range(1 + 2 * loader.workers):
-        next(iterator)
-    start = time.perf_counter()
-    for _ in range(batches):
-        next(iterator)
-    return time.perf_counter() - start
+def _time(data: LeRobotData, batch_size: int, batches: int, workers: int) -> float:
+    """Seconds for `batches` batches, after as many as workers had ready when the clock started, and with more to load."""
+    ahead = 2 * workers
+    with closing(feed(data, batch_size, 1 + ahead + batches + ahead, workers)) as loaded:
+        for _ in range(1 + ahead):
+            next(loaded)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(loaded)
+        return time.perf_counter() - start
 
 
 class _Clocked(LeRobot):
@@ -128,20 +137,19 @@ class _Clocked(LeRobot):
         return found
 
 
-def _shares(mixture: Mixture, window: Window, batches: int, options: dict[str, Any]) -> dict[str, float]:
+def _shares(data: LeRobotData, batch_size: int, batches: int) -> dict[str, float]:
     """Shares of one process's time: decoding, and the rest (resizing, numbers, stacking)."""
-    loader = Loader(mixture, window, workers=0, **options)
-    clocked = [
-        _Clocked(r.data.meta, r.data.modality, r.data.columns, r.data.videos.backend) for r in mixture.recordings
-    ]
-    for reader, clock in zip(loader.dataset.readers, clocked, strict=True):
-        reader.recording = replace(reader.recording, data=clock)
-    iterator = iter(loader)
-    next(iterator)
+    clocked = []
+    for reader in data.readers:
+        own = reader.recording.data
+        clocked.append(_Clocked(own.meta, own.modality, own.columns, own.videos.backend))
+        reader.recording = replace(reader.recording, data=clocked[-1])
+    loaded = feed(data, batch_size, 1 + batches, 0)
+    next(loaded)
     before = sum(clock.seconds for clock in clocked)
     start = time.perf_counter()
-    for _ in range(batches):
-        next(iterator)
+    for _ in loaded:
+        pass
     total = time.perf_counter() - start
     decoding = (sum(clock.seconds for clock in clocked) - before) / total
     return {"decoding": decoding, "the rest": 1 - decoding}

@@ -30,9 +30,10 @@ from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.model.text import byte_tokenizer, standardize, tokenize
 from dit4dit.training import caches, optim
 from dit4dit.training.config import OptimConfig
-from dit4dit.training.feed import Share, collate, to_batch
+from dit4dit.training.feed import Share, to_batch
 from dit4dit.training.random_data import RandomData
 from dit4dit.training.randomness import draws
+from dit4dit.training.samples import collate
 from dit4dit.types import Batch
 
 AGREE = 1e-4

@@ -167,7 +167,7 @@ def bench_loader(
     seconds: float | None = None,
     json: Path | None = None,
 ) -> int:
-    """Samples per second of the data loader, and how much of the time goes into decoding.
+    """Samples per second of training's loader, and how much of the time goes into decoding.
 
     Args:
         dataset: LeRobot data set folders; without any, a small one of random pictures is made for the run.

@@ -15,11 +15,11 @@ from dit4dit.data.fit import check_fit
 from dit4dit.errors import CheckpointError, ConfigError, Dit4DitError, did_you_mean
 from dit4dit.training import checkpoint, memory, preflight, published, setup
 from dit4dit.training.config import TrainConfig, read_config, split_words
-from dit4dit.training.feed import TrainingData
 from dit4dit.training.lerobot_data import LeRobotData
 from dit4dit.training.loop import PREEMPTED, check_progress, train
 from dit4dit.training.random_data import RandomData
 from dit4dit.training.recipes import RECIPES, recipe
+from dit4dit.training.samples import TrainingData
 
 USAGE = f"""usage: dit4dit train (--recipe NAME | --config FILE) [options] [--a.b.c value ...]
 

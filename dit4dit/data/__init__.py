@@ -1,5 +1,5 @@
-"""Training data: LeRobot data sets in, batches out. Reading order: robots, modality, meta, columns, video, lerobot, samples,
-statistics, mixture, sampler, loader; writer makes data sets, check looks for damage.
+"""Training data: LeRobot data sets in, samples out. Reading order: robots, modality, meta, columns, video, lerobot, samples,
+statistics, mixture, sampler; writer makes data sets, check looks for damage.
 
 Importing this package imports nothing heavy; the names below load on first use.
 """
@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dit4dit.data.lerobot import LeRobot
-    from dit4dit.data.loader import Loader
     from dit4dit.data.mixture import Mixture
     from dit4dit.data.samples import Window
     from dit4dit.data.writer import VideoCodec, Writer
 
-__all__ = ["LeRobot", "Loader", "Mixture", "VideoCodec", "Window", "Writer"]
+__all__ = ["LeRobot", "Mixture", "VideoCodec", "Window", "Writer"]
 
 _HOME = {
     "LeRobot": "dit4dit.data.lerobot",
-    "Loader": "dit4dit.data.loader",
     "Mixture": "dit4dit.data.mixture",
     "VideoCodec": "dit4dit.data.writer",
     "Window": "dit4dit.data.samples",

@@ -1,16 +1,15 @@
 """Which sample comes next: a function of the seed and of how many came before, alone.
 
 Sample number n of epoch e is drawn with the counter-based generator that the policy's noise uses (key = seed, counter = (n, e)):
-first the data set by weight, then a frame uniformly within it. A batch of rank r takes its share of the numbers, so that neither
-the number of workers nor what was computed before matters, and a run goes on with the very next sample after `load_state_dict`.
+first the data set by weight, then a frame uniformly within it. So neither the number of workers nor what was computed before
+matters.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +37,6 @@ class Draws:
         lengths: for each data set, frames of each of those episodes.
         weights: of the data sets; those without episodes in this split are never drawn.
         seed: 0 .. 2^64 - 1.
-        epoch_size: samples of an epoch; the frames of the split when None.
     """
 
     def __init__(
@@ -47,7 +45,6 @@ class Draws:
         lengths: Sequence[Sequence[int]],
         weights: Sequence[float],
         seed: int,
-        epoch_size: int | None = None,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed: expected an integer in 0..2^64-1, got {seed!r}")
@@ -60,9 +57,7 @@ class Draws:
         self.edges = np.cumsum(usable / usable.sum())
         self.edges[int(np.flatnonzero(usable)[-1]) :] = 1.0
         self.seed = seed
-        self.epoch_size = sum(frames) if epoch_size is None else epoch_size
-        if self.epoch_size < 1:
-            raise ConfigError(f"epoch_size: expected at least 1, got {epoch_size}")
+        self.epoch_size = sum(frames)
 
     def draw(self, number: int, attempt: int = 0) -> Draw:
         """Sample `number` of the whole run; `attempt` counts the replacements of one that could not be read."""
@@ -89,54 +84,3 @@ def _unit(words: NDArray[np.uint64]) -> float:
     """Two 32-bit words -> a number in [0, 1) of 53 random bits."""
     high, low = int(words[0]) >> 5, int(words[1]) >> 6
     return float((high << 26) + low) * 2.0**-53
-
-
-class Sampler:
-    """Batches of sample numbers for one rank, without end, from `position` on.
-
-    Args:
-        batch_size: samples of a batch on one rank. A step of all ranks takes `world_size` times as many consecutive numbers,
-            rank r the r-th stretch of them, so that the global batch is the same however it is cut.
-    """
-
-    def __init__(self, draws: Draws, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(
-                f"sampler: expected batch_size >= 1 and 0 <= rank < world_size, got {batch_size}, {rank} and {world_size}"
-            )
-        self.draws, self.batch_size, self.rank, self.world_size = draws, batch_size, rank, world_size
-        self.position = 0
-        """Samples that all ranks together have taken."""
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Endless; does not move `position`, which belongs to whoever takes the batches."""
-        position = self.position
-        while True:
-            first = position + self.rank * self.batch_size
-            yield list(range(first, first + self.batch_size))
-            position += self.global_batch
-
-    @property
-    def global_batch(self) -> int:
-        """Samples of one step of all ranks."""
-        return self.batch_size * self.world_size
-
-    @property
-    def epoch(self) -> int:
-        return self.position // self.draws.epoch_size
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on; the same on all ranks."""
-        return {"position": self.position, "fingerprint": self.draws.fingerprint}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the last batch that was taken, with any batch size and number of ranks.
-
-        Raises:
-            ConfigError: the position belongs to another seed, split or data.
-        """
-        if state.get("fingerprint") != self.draws.fingerprint:
-            raise ConfigError(
-                "sampler: the saved position belongs to other data, weights, split or seed; resume with the same, or start anew"
-            )
-        self.position = int(state["position"])

@@ -28,7 +28,6 @@ from dit4dit.robots.descriptions import Robot
 from dit4dit.robots.embodiment import Embodiment
 from dit4dit.robots.rotations import TARGETS, convert, no_rotation, zero_is_no_turn
 from dit4dit.robots.transforms import Chain
-from dit4dit.types import Batch
 
 if TYPE_CHECKING:
     from dit4dit.robots.statistics import Statistics
@@ -95,16 +94,6 @@ class Window:
         return cls(offsets, head.action_horizon, model.image_size, head.action_dim, head.state_dim, mask_padded)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a sample comes from."""
-
-    dataset: str
-    episode: int
-    """The data set's own number."""
-    frame: int
-
-
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One training sample.
@@ -123,57 +112,6 @@ class Sample:
     actions: Tensor
     action_mask: Tensor
     state: Tensor | None
-    source: Source
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Samples stacked along a first axis B; `batch` makes of them what the model takes."""
-
-    video: Tensor
-    lang: tuple[str, ...]
-    actions: Tensor
-    action_mask: Tensor
-    state: Tensor | None
-    sources: tuple[Source, ...]
-
-    @classmethod
-    def collate(cls, samples: Sequence[Sample]) -> Samples:
-        """ConfigError where pictures differ in size (robots with other numbers of views need batches of their own)."""
-        videos = [sample.video for sample in samples if sample.video is not None]
-        sizes = {tuple(video.shape) for video in videos}
-        if len(sizes) > 1:
-            raise ConfigError(
-                f"samples of one batch have clips of different sizes: {sorted(sizes)}; give robots with other numbers of "
-                "views a mixture of their own each"
-            )
-        states = [sample.state for sample in samples if sample.state is not None]
-        return cls(
-            video=torch.stack(videos),
-            lang=tuple(sample.lang for sample in samples),
-            actions=torch.stack([sample.actions for sample in samples]),
-            action_mask=torch.stack([sample.action_mask for sample in samples]),
-            state=torch.stack(states) if states else None,
-            sources=tuple(sample.source for sample in samples),
-        )
-
-    def pin_memory(self) -> Samples:
-        """The same in page-locked memory; torch's loader calls it."""
-        state = None if self.state is None else self.state.pin_memory()
-        tensors = (self.actions.pin_memory(), self.action_mask.pin_memory(), state)
-        return Samples(self.video.pin_memory(), self.lang, *tensors, self.sources)
-
-    def batch(self, prompt_embeds: Tensor) -> Batch:
-        """The model's batch, on the device of `prompt_embeds` [B, L, text_in] (one for each of `lang`)."""
-        device = prompt_embeds.device
-        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-        return Batch(
-            video=move(self.video),
-            prompt_embeds=prompt_embeds,
-            actions=move(self.actions),
-            action_mask=move(self.action_mask),
-            state=None if self.state is None else move(self.state),
-        )
 
 
 @dataclass(frozen=True)
@@ -329,7 +267,6 @@ class SampleReader:
             actions=torch.from_numpy(self.action.forward(actions)),
             action_mask=torch.from_numpy(mask),
             state=state,
-            source=Source(recording.data.name, recording.data.meta.episodes[episode].index, frame),
         )
 
     def _clip(self, episode: int, frame: int, length: int) -> Tensor:

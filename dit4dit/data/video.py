@@ -6,6 +6,7 @@ multiplying with the frame rate; a frame that comes out with another time than a
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def _ticks(times: FrameTimes, numbers: Sequence[int]) -> list[int]:
 
 
 class VideoReader:
-    """Decoders of the files used last, opened when needed. Pickling leaves them behind."""
+    """Decoders of the files used last, opened when needed, by each process its own: neither pickling nor a fork hands them on."""
 
     def __init__(self, backend: Backend = "pyav", keep: int = 16) -> None:
         if backend not in ("pyav", "torchcodec"):
@@ -127,12 +128,15 @@ class VideoReader:
         self.backend: Backend = backend
         self.keep = keep
         self._open: OrderedDict[Path, Decoder] = OrderedDict()
+        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def decoder(self, path: Path) -> Decoder:
         """The decoder of `path`; DataError when it is missing or no video."""
+        if os.getpid() != self._process:  # after a fork parent and child would move one and the same position in a file
+            self._open, self._process = OrderedDict(), os.getpid()
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
@@ -143,12 +147,3 @@ class VideoReader:
             if isinstance(oldest, PyAvDecoder):
                 oldest.close()
         return made
-
-    def close(self) -> None:
-        """Close all open files; they are opened again when needed. Do so before a fork: a child that inherits an open decoder
-        hangs when it frees it, because the decoder's threads stayed in the parent.
-        """
-        for decoder in self._open.values():
-            if isinstance(decoder, PyAvDecoder):
-                decoder.close()
-        self._open.clear()

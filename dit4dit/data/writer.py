@@ -11,22 +11,19 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dit4dit.data import writer_meta
+from dit4dit.data.layout import V2_DATA, V2_VIDEO, V3_DATA, V3_VIDEO, Version
 from dit4dit.data.writer_episode import Episode, Feature, Moments, cameras, check_task, column_moments, frame_features
 from dit4dit.data.writer_video import VideoCodec, VideoFile, join
 from dit4dit.errors import InputError, require
 
 __all__ = ["VideoCodec", "VideoFile", "Writer"]
 
-Version = Literal["v2.0", "v2.1", "v3.0"]
-V2_DATA = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
-V3_DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-V3_VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 PARTS, PART_ROWS = ".recording", "rows.parquet"
 """Folder of episodes that are not where they belong yet, and the name of their rows in it."""
 
@@ -225,8 +222,6 @@ class Writer:
         self._finish_files()
         meta = self.root / "meta"
         meta.mkdir(parents=True, exist_ok=True)
-        from dit4dit.data import writer_meta
-
         writer_meta.write(self)
         if self.modality is not None:
             (meta / "modality.json").write_text(self.modality + "\n")

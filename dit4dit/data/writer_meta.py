@@ -5,19 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from dit4dit.data import writer as layout
-from dit4dit.data.writer_episode import INDEX_FEATURES, cameras
+from dit4dit.data.layout import V2_DATA, V2_VIDEO, V3_DATA, V3_VIDEO, Version
+from dit4dit.data.writer_episode import INDEX_FEATURES, Feature, Moments, cameras
+from dit4dit.data.writer_video import VideoCodec
 from dit4dit.errors import require
 
-if TYPE_CHECKING:
-    from dit4dit.data.writer import Writer
+
+class Recorded(Protocol):
+    """What `Writer` knows of the data set that it made; see there."""
+
+    root: Path
+    fps: float
+    version: Version
+    robot: str | None
+    codec: VideoCodec
+    chunks_size: int
+    features: dict[str, Feature]
+    tasks: dict[str, int]
+    episodes: list[dict[str, Any]]
+    moments: list[dict[str, Moments]]
+    frames: int
 
 
-def write(made: Writer) -> None:
+def write(made: Recorded) -> None:
     """Everything but info.json and modality.json."""
     meta = made.root / "meta"
     if made.version == "v3.0":
@@ -33,7 +47,7 @@ def write(made: Writer) -> None:
         (meta / "stats.json").write_text(json.dumps(_merge(made.moments), indent=4) + "\n")
 
 
-def info(made: Writer) -> dict[str, Any]:
+def info(made: Recorded) -> dict[str, Any]:
     """Content of info.json."""
     features: dict[str, dict[str, Any]] = {}
     for name, (dtype, shape) in made.features.items():
@@ -61,10 +75,10 @@ def info(made: Writer) -> dict[str, Any]:
     }
     if made.version == "v3.0":
         data |= {"data_files_size_in_mb": 100, "video_files_size_in_mb": 200}
-        data |= {"data_path": layout.V3_DATA, "video_path": layout.V3_VIDEO if videos else None}
+        data |= {"data_path": V3_DATA, "video_path": V3_VIDEO if videos else None}
     else:
         data |= {"total_videos": count * len(videos), "total_chunks": (count - 1) // made.chunks_size + 1}
-        data |= {"data_path": layout.V2_DATA, "video_path": layout.V2_VIDEO if videos else None}
+        data |= {"data_path": V2_DATA, "video_path": V2_VIDEO if videos else None}
     return {**data, "features": features}
 
 
@@ -76,7 +90,7 @@ def _lines(path: Path, items: Sequence[dict[str, Any]]) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _tasks_parquet(made: Writer, path: Path) -> None:
+def _tasks_parquet(made: Recorded, path: Path) -> None:
     """One row a task. lerobot reads the file with pandas and takes the words from its index, so the file names one."""
     pa = require("pyarrow", "train")
     table = pa.table({"task_index": list(made.tasks.values()), "__index_level_0__": list(made.tasks)})
@@ -105,7 +119,7 @@ def _tasks_parquet(made: Writer, path: Path) -> None:
     require("pyarrow.parquet", "train").write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), path)
 
 
-def _episodes_parquet(made: Writer, path: Path) -> None:
+def _episodes_parquet(made: Recorded, path: Path) -> None:
     pa = require("pyarrow", "train")
     rows: dict[str, list[Any]] = {key: [episode[key] for episode in made.episodes] for key in made.episodes[0]}
     for feature, stats in made.moments[0].items():

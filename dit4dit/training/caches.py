@@ -19,11 +19,10 @@ from dit4dit.errors import CheckpointError
 from dit4dit.files.atomic import whole_file
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.text import TextEncoder, tokenize
+from dit4dit.training.samples import TrainingData, collate, pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from dit4dit.training.feed import TrainingData
 
 CHUNK = 64
 """Clips per file of the latent cache, encoded four at a time, so that a clip's latents do not depend on who asks for it."""
@@ -173,8 +172,6 @@ def fill_latents(
     done: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Encode the clips of every `ranks`-th missing chunk from `rank` on; `done` is told of clips."""
-    from dit4dit.training.feed import collate, pictures
-
     assert model.video_vae is not None
     device = next(model.parameters()).device
     if device.type == "cpu":

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit4dit.data.loader import MOST_ATTEMPTS
+from dit4dit.data.samples import Sample
 from dit4dit.errors import DataError
 from dit4dit.model import flow
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.robots.action_error import ActionError, ActionUnits
 from dit4dit.training.caches import PromptCache
-from dit4dit.training.feed import Raw, Sample, TrainingData, collate, to_batch
+from dit4dit.training.feed import to_batch
 from dit4dit.training.parallel import Processes, Root
 from dit4dit.training.randomness import draws
+from dit4dit.training.samples import MOST_ATTEMPTS, Raw, TrainingData, collate
 from dit4dit.types import Batch
 
 FUTURE_STEPS = 8

@@ -39,7 +39,7 @@ def video_digest(file: Path) -> str:
 
 
 class LeRobotData:
-    """See `dit4dit.training.feed.TrainingData`."""
+    """See `dit4dit.training.samples.TrainingData`."""
 
     def __init__(
         self, mixture: Mixture, model: ModelConfig, config: DataConfig, seed: int, embodiment: str | None = None

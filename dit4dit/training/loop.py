@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,17 +24,17 @@ from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.robots.descriptions import described
 from dit4dit.training import caches, checkpoint, evaluate, optim, preflight, setup
 from dit4dit.training.config import TrainConfig, write_config
-from dit4dit.training.feed import Feed, Raw, Share, TrainingData, to_batch
+from dit4dit.training.feed import Feed, Share, to_batch
 from dit4dit.training.logs import Log, Meter, bar, log
-from dit4dit.training.moves import make_moves
 from dit4dit.training.parallel import Processes, Root
 from dit4dit.training.randomness import Keys, draws, dropout_keys, key_dropouts
+from dit4dit.training.samples import Raw, TrainingData
+from dit4dit.training.stop import Stop, stop_signal
+from dit4dit.training.strategies import make_moves
 from dit4dit.types import Batch
 
 FINISHED, PREEMPTED = 0, 75
 """Exit codes; 75 (EX_TEMPFAIL): SIGTERM or Ctrl-C came; what there was to save is saved, start again with --resume."""
-PATIENCE_S = 5.0
-"""A second Ctrl-C that comes later than this ends the process at once; torchrun hands the first one on, so it comes twice."""
 
 
 def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None) -> int:
@@ -353,41 +351,3 @@ def loss_step(model: DiT4DiT, batch: Batch, drawn: Draws) -> dict[str, Tensor]:
     losses = model.loss(batch, drawn)
     named = {"action": losses.action, "video": losses.video}
     return {name: value for name, value in named.items() if value is not None}
-
-
-class StopBeforeSteps(BaseException):
-    """A signal came while there was nothing to save."""
-
-
-class Stop:
-    """Whether somebody asked this process to end.
-
-    Attributes:
-        stepping: whether steps are taken; before that a signal ends the run where it is, since caches go on by themselves.
-    """
-
-    requested = stepping = False
-    _first = 0.0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.requested:
-            self.requested, self._first = True, now
-            if not self.stepping:
-                raise StopBeforeSteps
-        elif number == signal.SIGINT and now - self._first > PATIENCE_S:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Stop]:
-    """SIGTERM and Ctrl-C set a flag, or leave the block where no step has been taken, instead of ending the process."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    except StopBeforeSteps:
-        log.warning("stopped by a signal before the first step; start again, caches go on where they are")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -101,7 +101,9 @@ def activation_bytes(root: Root, step: Callable[[], Tensor]) -> int:
     return saved.bytes + max(within)
 
 
-def _remember(largest: dict[str, Any], block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _remember(
+    largest: dict[str, tuple[nn.Module, tuple[Any, ...]]], block: nn.Module, inputs: tuple[Any, ...], output: Tensor
+) -> None:
     """One block of each kind, with its inputs, is enough: all of a kind are alike."""
     if torch.is_grad_enabled():
         largest[f"{type(block).__module__} {getattr(block, 'cross', '')}"] = (block, inputs)

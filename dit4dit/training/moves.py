@@ -112,15 +112,6 @@ def blank_moments(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def make_moves(root: Root, config: TrainConfig, processes: Processes) -> Moves:
-    """What the strategy wants."""
-    if config.run.strategy in ("zero2", "zero3"):
-        from dit4dit.training.zero import ZeroMoves
-
-        return ZeroMoves(root, config, processes)
-    return Moves(root, config, processes)
-
-
 def check_tensors(shapes: Mapping[str, list[int]], values: Mapping[str, Tensor], where: str) -> None:
     """ConfigError unless `values` has the names and shapes of `shapes`."""
     extra = next((name for name in values if name not in shapes), None)

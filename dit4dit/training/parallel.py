@@ -6,7 +6,7 @@ accelerate has no FSDP on a CPU, and says nothing when it is asked for one; `ful
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -166,9 +166,3 @@ def assign(target: Tensor, value: Tensor) -> None:
         target.copy_(distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None))
     else:
         target.copy_(value)
-
-
-def bytes_here(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes that this rank holds of tensors that may be sharded."""
-    pieces = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
-    return sum(p.numel() * p.element_size() for p in pieces)

@@ -17,7 +17,8 @@ from dit4dit.model.text import tokenize
 from dit4dit.training import setup
 from dit4dit.training.checkpoint import Saved
 from dit4dit.training.config import TrainConfig
-from dit4dit.training.feed import Feed, Share, TrainingData, pictures
+from dit4dit.training.feed import Feed, Share
+from dit4dit.training.samples import TrainingData, pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

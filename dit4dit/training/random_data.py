@@ -8,27 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dit4dit import robots as embodiments
 from dit4dit.config import ModelConfig
+from dit4dit.data.samples import Sample
 from dit4dit.robots import statistics as stats
 from dit4dit.robots.action_error import ActionUnits
 from dit4dit.training.caches import digest
 from dit4dit.training.randomness import key
 
 HELD_OUT = 4
-
-
-@dataclass(frozen=True, eq=False)
-class RandomSample:
-    """See `dit4dit.training.feed.Sample`."""
-
-    video: Tensor | None
-    lang: str
-    actions: Tensor
-    action_mask: Tensor
-    state: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ class RandomData:
     def robot(self, index: int) -> int:
         return 0
 
-    def sample(self, index: int, *, video: bool = True) -> RandomSample:
+    def sample(self, index: int, *, video: bool = True) -> Sample:
         random = np.random.default_rng(key(self.seed, "sample", index))
         head, size = self.model.head, self.picture_size
         actions = random.standard_normal((head.action_horizon, head.action_dim), dtype=np.float32)
@@ -92,7 +81,7 @@ class RandomData:
         mask[:, : head.action_dim - index % 2] = True
         state = None if head.state_dim is None else random.standard_normal((1, head.state_dim), dtype=np.float32)
         clip = random.random((self.model.frames, 3, *size), dtype=np.float32) * 2 - 1 if video else None
-        return RandomSample(
+        return Sample(
             video=None if clip is None else torch.from_numpy(clip),
             lang=self.instructions[index % len(self.instructions)],
             actions=torch.from_numpy(actions),

@@ -15,7 +15,6 @@ from dit4dit.data.catalogue import Entry, catalogue
 from dit4dit.data.check import check
 from dit4dit.data.columns import open_columns
 from dit4dit.data.lerobot import LeRobot
-from dit4dit.data.loader import Loader
 from dit4dit.data.meta import read_meta
 from dit4dit.data.mixture import Mixture
 from dit4dit.data.samples import Window
@@ -249,35 +248,6 @@ def test_a_missing_v3_file_spoils_its_own_episodes_only(write_libero, tmp_path: 
     (root / "data/chunk-000/file-001.parquet").unlink()
     made = mixture(root, skip_bad=True)
     assert {problem.episode for problem in made.skipped} == {3}
-
-
-def test_damage_found_while_training_is_an_error_or_a_counted_skip(write_libero, tmp_path: Path) -> None:
-    """A video whose header is fine and whose pictures are not, as a failing disk makes them."""
-    root = write_libero(tmp_path / "set", lengths=(20, 20))
-    path = root / f"videos/chunk-000/{LIBERO_CAMERAS[0]}/episode_000001.mp4"
-    data = bytearray(path.read_bytes())
-    rng = np.random.default_rng(0)
-    half = len(data) // 2
-    data[half - 8000 : half + 8000] = rng.integers(0, 256, 16000, dtype=np.uint8).tobytes()
-    path.write_bytes(data)
-    made = mixture(root)
-    for workers in (0, 2):
-        with pytest.raises(DataError) as caught:
-            for _, _batch in zip(range(20), Loader(made, WINDOW, batch_size=4, workers=workers), strict=False):
-                pass
-        assert str(caught.value).startswith(f"{path}: frame ")
-        assert "\n" not in str(caught.value)
-
-    def run(workers: int) -> tuple[list, list]:
-        loader = Loader(made, WINDOW, batch_size=4, workers=workers, skip_bad=True)
-        sources = [batch.sources for _, batch in zip(range(10), loader, strict=False)]
-        return sources, loader.skipped
-
-    sources, skipped = run(0)
-    assert (sources, skipped) == run(2)
-    assert len(skipped) > 3
-    assert all(str(path) in skip.reason for skip in skipped)
-    assert [len(batch) for batch in sources] == [4] * 10
 
 
 def test_numbers_are_read_once_and_again_when_a_file_changes(write_libero, tmp_path: Path) -> None:

@@ -7,26 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dit4dit.data.catalogue import Entry, catalogue
-from dit4dit.data.loader import Loader
 from dit4dit.data.mixture import Mixture
-from dit4dit.data.sampler import Draws, Sampler
-from dit4dit.data.samples import Window
+from dit4dit.data.sampler import Draws
 from dit4dit.errors import ConfigError
-from dit4dit.presets import preset
-
-WINDOW = Window.for_model(preset("tiny").model)
 
 
-def draws(seed: int = 0, weights=(1.0, 3.0), lengths=((10, 30), (5,)), **options) -> Draws:
+def draws(seed: int = 0, weights=(1.0, 3.0), lengths=((10, 30), (5,))) -> Draws:
     episodes = [range(100, 100 + len(each)) for each in lengths]
-    return Draws(episodes, lengths, weights, seed, **options)
-
-
-def take(sampler: Sampler, count: int) -> list[list[int]]:
-    return [batch for _, batch in zip(range(count), sampler, strict=False)]
+    return Draws(episodes, lengths, weights, seed)
 
 
 def test_weights_are_of_data_sets_and_frames_are_uniform_within() -> None:
@@ -66,52 +56,6 @@ def test_data_sets_without_frames_are_never_drawn(monkeypatch: pytest.MonkeyPatc
         draws(lengths=((), ()))
     with pytest.raises(ConfigError, match="seed: expected an integer"):
         draws(seed=-1)
-    with pytest.raises(ConfigError, match="epoch_size: expected at least 1, got 0"):
-        draws(epoch_size=0)
-
-
-@pytest.mark.parametrize("world_size,batch_size", [(1, 12), (2, 6), (3, 4), (4, 3)])
-def test_the_global_batch_is_the_same_however_it_is_cut(world_size: int, batch_size: int) -> None:
-    ranks = [take(Sampler(draws(), batch_size=batch_size, rank=r, world_size=world_size), 5) for r in range(world_size)]
-    joined = [[number for rank in ranks for number in rank[step]] for step in range(5)]
-    assert joined == [list(range(12 * step, 12 * step + 12)) for step in range(5)]
-
-
-def test_a_run_goes_on_with_the_next_sample_with_another_number_of_ranks() -> None:
-    first = Sampler(draws(), batch_size=6, rank=0, world_size=2)
-    first.position = 5 * first.global_batch
-    state = first.state_dict()
-    again = [Sampler(draws(), batch_size=4, rank=r, world_size=3) for r in range(3)]
-    for sampler in again:
-        sampler.load_state_dict(state)
-    assert [number for sampler in again for number in take(sampler, 1)[0]] == list(range(60, 72))
-    assert again[0].epoch == 60 // 45
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1},
-        {"weights": (1.0, 2.0)},
-        {"lengths": ((10, 30), (6,))},
-        {"epoch_size": 9},
-        {"lengths": ((30, 10), (5,))},
-    ],
-)
-def test_a_position_of_other_data_is_refused(change: dict) -> None:
-    state = Sampler(draws(), batch_size=2).state_dict()
-    with pytest.raises(ConfigError, match="belongs to other data"):
-        Sampler(draws(**change), batch_size=2).load_state_dict(state)
-
-
-def test_bad_sizes_are_refused() -> None:
-    for options in (
-        {"batch_size": 0},
-        {"batch_size": 1, "rank": 2, "world_size": 2},
-        {"batch_size": 1, "world_size": 0},
-    ):
-        with pytest.raises(ConfigError, match="sampler: expected"):
-            Sampler(draws(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -120,64 +64,21 @@ def mixture(libero_data: Path) -> Mixture:
     return Mixture.open(entries, libero_data, catalogue())
 
 
-def first_batches(loader: Loader, count: int) -> list:
-    batches = [batch for _, batch in zip(range(count), loader, strict=False)]
-    assert len(batches) == count
-    return batches
-
-
-def assert_same(one: list, other: list) -> None:
-    assert [batch.sources for batch in one] == [batch.sources for batch in other]
-    for a, b in zip(one, other, strict=True):
-        assert a.lang == b.lang
-        for name in ("video", "state", "actions", "action_mask"):
-            assert torch.equal(getattr(a, name), getattr(b, name))
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_batches_do_not_depend_on_the_number_of_workers(mixture: Mixture, workers: int) -> None:
-    plain = first_batches(Loader(mixture, WINDOW, batch_size=3, seed=5), 6)
-    assert_same(plain, first_batches(Loader(mixture, WINDOW, batch_size=3, seed=5, workers=workers), 6))
-
-
-@pytest.mark.parametrize("workers,resumed", [(0, 2), (2, 0), (2, 2)])
-def test_a_loader_resumes_with_the_very_next_batch(mixture: Mixture, workers: int, resumed: int) -> None:
-    """Batches that workers had ready and nobody took do not count."""
-    whole = first_batches(Loader(mixture, WINDOW, batch_size=3, seed=5), 8)
-    loader = Loader(mixture, WINDOW, batch_size=3, seed=5, workers=workers)
-    iterator = iter(loader)
-    for _ in range(3):
-        next(iterator)
-    state = loader.state_dict()
-    del iterator
-    again = Loader(mixture, WINDOW, batch_size=3, seed=5, workers=resumed)
-    again.load_state_dict(state)
-    assert_same(whole[3:], first_batches(again, 5))
-
-
-def test_two_ranks_share_the_batch_of_one(mixture: Mixture) -> None:
-    one = first_batches(Loader(mixture, WINDOW, batch_size=4), 3)
-    halves = [first_batches(Loader(mixture, WINDOW, batch_size=2, rank=r, world_size=2), 3) for r in range(2)]
-    for whole, first, second in zip(one, *halves, strict=True):
-        assert whole.sources == first.sources + second.sources
-
-
 def test_held_out_episodes_are_never_trained_on(mixture: Mixture) -> None:
     train, held = mixture.episodes("train", 0.25, seed=3), mixture.episodes("heldout", 0.25, seed=3)
     for one, other in zip(train, held, strict=True):
         assert len(other) == 1
         assert sorted(one + other) == [0, 1, 2, 3]
-    sources = {
-        split: {(s.dataset, s.episode) for batch in first_batches(loader, 40) for s in batch.sources}
-        for split, loader in (
-            (split, Loader(mixture, WINDOW, batch_size=2, split=split, heldout=0.25, seed=3))
-            for split in ("train", "heldout")
-        )
-    }
-    assert not sources["train"] & sources["heldout"]
-    assert len(sources["train"]) == 6
-    assert len(sources["heldout"]) == 2
+    drawn = []
+    for episodes in (train, held):
+        lengths = [
+            [recording.length(i) for i in chosen]
+            for recording, chosen in zip(mixture.recordings, episodes, strict=True)
+        ]
+        made = Draws(episodes, lengths, mixture.weights, 3)
+        drawn.append({(d.dataset, d.episode) for d in map(made.draw, range(80))})
+    assert not drawn[0] & drawn[1]
+    assert [len(each) for each in drawn] == [6, 2]
     assert mixture.episodes("train", 0.0, seed=3) == ((0, 1, 2, 3),) * 2
     assert [len(each) for each in mixture.episodes("heldout", 0.01, seed=3)] == [1, 1], "at least one"
     assert [len(each) for each in mixture.episodes("train", 0.99, seed=3)] == [1, 1], "never all"
@@ -209,31 +110,3 @@ def test_the_split_is_a_matter_of_seed_name_and_number(mixture: Mixture, libero_
             assert fewer.episodes("heldout", 0.25, seed) == ((held - 1,),)
             kept += 1
     assert kept > 6
-
-
-def test_clips_of_different_sizes_in_a_batch_are_refused(mixture: Mixture) -> None:
-    from dataclasses import replace
-
-    from dit4dit.data.samples import Samples
-
-    one, other = (mixture.readers(replace(WINDOW, image_size=size))[0].read(0, 0) for size in ((32, 32), (16, 16)))
-    with pytest.raises(ConfigError, match="clips of different sizes"):
-        Samples.collate([one, other])
-
-
-def test_workers_get_no_copy_of_the_numbers(tmp_path: Path, libero_episode) -> None:
-    """Pickled for a spawned worker, a data set of 4 MB is a few kilobytes, and reads the same."""
-    import pickle
-
-    from dit4dit.data.writer import Writer
-
-    columns, pictures = libero_episode(0, 2000, height=16, width=16)
-    columns["observation.environment"] = np.zeros((2000, 500), np.float32)
-    with Writer(tmp_path / "set", 10) as writer:
-        writer.add(columns, pictures, "go")
-    made = Mixture.open([Entry("set", "libero_franka")], tmp_path, catalogue())
-    loader = Loader(made, WINDOW, batch_size=2)
-    first_batches(loader, 1)  # files are open, columns are mapped
-    data = pickle.dumps(loader.dataset)
-    assert len(data) < 50_000
-    assert torch.equal(pickle.loads(data).read(3)[0].video, loader.dataset.read(3)[0].video)

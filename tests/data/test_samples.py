@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from dit4dit.data.catalogue import Entry, catalogue
 from dit4dit.data.check import check
 from dit4dit.data.mixture import Mixture
-from dit4dit.data.samples import SampleReader, Samples, Window
+from dit4dit.data.samples import SampleReader, Window
 from dit4dit.data.writer import VideoCodec, Writer
 from dit4dit.errors import ConfigError, DataError
 from dit4dit.presets import preset
@@ -111,22 +111,6 @@ def test_past_the_end_relative_actions_are_zero_before_normalisation(tmp_path: P
     np.testing.assert_allclose(sample.actions[3:, :2].numpy(), np.tile(zero, (5, 1)), rtol=1e-5)
     assert (sample.actions[:, 2] == 1).all()  # the grip command is absolute: it stays closed
     assert (back[:3, 0] > 0).all()
-
-
-def test_a_sample_is_a_batch_for_the_models_loss(libero_data: Path) -> None:
-    from dit4dit.model.dit4dit import DiT4DiT, Draws
-
-    config = preset("tiny").model
-    torch.manual_seed(0)
-    model = DiT4DiT(config, with_text=False, with_video_vae=True)
-    made = reader(libero_data / "v3.0", "libero_franka", Window.for_model(config))
-    samples = Samples.collate([made.read(0, 1), made.read(2, 16)])
-    batch = samples.batch(torch.zeros(2, 7, config.dit.text_in))
-    assert batch.video.shape == (2, 5, 3, 32, 64)
-    assert float(batch.video.min()) >= -1
-    assert float(batch.video.max()) <= 1
-    draws = Draws.random(config, batch, torch.Generator().manual_seed(0))
-    assert torch.isfinite(model.loss(batch, draws).total)
 
 
 def test_gr1_keys_come_from_modality_slices_in_the_robots_order(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -167,9 +168,24 @@ def test_decoding_starts_no_threads(tmp_path: Path) -> None:
         reader.decoder(path).frames(range(20))
     assert len(list(Path("/proc/self/task").iterdir())) == before
     assert len(reader._open) == 3
-    reader.close()
-    assert not reader._open
-    assert shown(reader.decoder(path).frames([7])[0]) == 7
+
+
+def test_a_forked_process_opens_its_own_files(tmp_path: Path) -> None:
+    """A worker of a run that has read samples itself, as an evaluation does."""
+    reader, path = VideoReader(), write(tmp_path / "v.mp4", count=10)
+    inherited = reader.decoder(path)
+
+    def child() -> None:
+        own = reader.decoder(path)
+        assert own is not inherited
+        assert own is reader.decoder(path)
+        assert shown(own.frames([7])[0]) == 7
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert reader.decoder(path) is inherited
 
 
 AV1 = """

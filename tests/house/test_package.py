@@ -84,7 +84,7 @@ def test_what_the_readme_imports_is_there():
     from dit4dit import data
 
     names = re.findall(r"`(\w+)`", listed)
-    assert names == ["Mixture", "Window", "Loader"]
+    assert names == ["Mixture", "Window"]
     assert set(names) <= set(data.__all__)
 
 

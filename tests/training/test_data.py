@@ -57,7 +57,6 @@ def test_an_index_is_a_frame(data: LeRobotData) -> None:
     assert data.picture_size == (32, 64)
     for index, (episode, frame) in {0: (0, 0), lengths[0]: (1, 0), data.clips - 1: (2, lengths[2] - 1)}.items():
         got, want = data.sample(index), reader.read(episode, frame)
-        assert got.source == want.source
         assert torch.equal(got.video, want.video)
         assert torch.equal(got.actions, want.actions)
     blind = data.sample(5, video=False)

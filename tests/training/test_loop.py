@@ -84,18 +84,18 @@ import torch
 from torch.distributed.tensor import DTensor
 from training_worker import small_config
 from dit4dit.training import loop, optim, setup
-from dit4dit.training.parallel import Processes, bytes_here
+from dit4dit.training.parallel import Processes
 from dit4dit.training.random_data import HELD_OUT, RandomData
 
 config = small_config("unused").override({"run.strategy": "fsdp2", "optim.ema": "0.9"})
 processes = Processes(config)
 start = setup.load(config, processes.device)
-whole = bytes_here(optim.named_parameters(start.model))
+whole = sum(p.nbytes for p in optim.named_parameters(start.model).values())
 trainer = loop.Trainer(start, RandomData(config.model, "libero"), processes, None, None)
 parameters = trainer.moves.parameters
 assert all(isinstance(p, DTensor) for p in parameters.values()), [n for n, p in parameters.items() if not isinstance(p, DTensor)]
 assert all(isinstance(v, DTensor) for v in trainer.moves.average.values.values())
-here = bytes_here(parameters)
+here = sum(p.to_local().nbytes for p in parameters.values())
 odd = sum(p.numel() // p.shape[0] * 4 for p in parameters.values() if p.shape[0] % 2)
 # the first rank holds the larger half where a first dimension is odd
 assert here == (whole + (1 if processes.rank == 0 else -1) * odd) // 2, (here, whole, odd)

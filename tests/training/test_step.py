@@ -26,12 +26,13 @@ from dit4dit.model.dit4dit import Draws
 from dit4dit.presets import preset
 from dit4dit.training import caches, setup
 from dit4dit.training.config import DataConfig, TrainConfig, WeightsConfig
-from dit4dit.training.feed import Feed, Share, collate, to_batch
+from dit4dit.training.feed import Feed, Share, to_batch
 from dit4dit.training.lerobot_data import LeRobotData
 from dit4dit.training.loop import loss_step, prepare
 from dit4dit.training.parallel import Root
 from dit4dit.training.random_data import RandomData
 from dit4dit.training.randomness import KeyedDropout, Keys, draws, dropout_keys, key_dropouts, uniform_bits
+from dit4dit.training.samples import collate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")

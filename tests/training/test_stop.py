@@ -13,7 +13,7 @@ import training_runs as runs
 from training_worker import small_config
 
 from dit4dit.errors import ConfigError, DataError
-from dit4dit.training import checkpoint, evaluate, loop
+from dit4dit.training import checkpoint, evaluate, loop, stop
 from dit4dit.training.config import read_config
 from dit4dit.training.loop import PREEMPTED, train
 from dit4dit.training.random_data import HELD_OUT, RandomData
@@ -37,18 +37,18 @@ def test_a_signal_that_data_loaders_get_too_saves(number: int, tmp_path: Path) -
 
 def test_before_the_first_step_a_signal_leaves_at_once(caplog: pytest.LogCaptureFixture) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with loop.stop_signal() as stop:
+    with stop.stop_signal() as stopped:
         os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(6000):  # another thread may get it, and this one hears of it a little later
             time.sleep(0.01)
         pytest.fail("went on")
-    assert stop.requested
+    assert stopped.requested
     assert "before the first step; start again" in caplog.text
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_more_signals_do_not_spoil_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "PATIENCE_S", 600.0)  # the second signal is no late one, however busy the machine is
+    monkeypatch.setattr(stop, "PATIENCE_S", 600.0)  # the second signal is no late one, however busy the machine is
     said = []
 
     def warning(*words: object) -> None:
@@ -56,10 +56,10 @@ def test_more_signals_do_not_spoil_the_way_out(monkeypatch: pytest.MonkeyPatch) 
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(loop.log, "warning", warning)
-    with loop.stop_signal() as stop:
+    with stop.stop_signal() as stopped:
         signal.raise_signal(signal.SIGTERM)
         pytest.fail("went on")
-    assert stop.requested
+    assert stopped.requested
     assert len(said) == 1, "the second signal came while the first one's message was written"
 
 
@@ -72,13 +72,13 @@ def test_a_run_that_is_stopped_before_its_first_step_says_so(tmp_path: Path, mon
 
 def test_ctrl_c_again_and_late_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with loop.stop_signal() as stop:
-        stop.stepping = True
+    monkeypatch.setattr(stop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with stop.stop_signal() as stopped:
+        stopped.stepping = True
         for _ in range(2):  # torchrun hands it on, so it comes twice
             signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        now[0] += 1.01 * loop.PATIENCE_S
+        assert stopped.requested
+        now[0] += 1.01 * stop.PATIENCE_S
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
