@@ -94,15 +94,15 @@ class Wanted:
 def measure(
     preset: Preset,
     name: str,
+    wanted: Wanted,
     *,
     device: torch.device,
     dtype: torch.dtype,
     record: Recording | None = None,
-    **options: Any,
 ) -> dict[str, Any]:
-    """Time what `options` ask for (`Wanted`); the result is ready for JSON, and in the record's file after each block.
+    """Time what is wanted; the result is ready for JSON, and in the record's file after each block.
 
-    With `quantization` the exact engine is held to the published schedule and the quantised one, which is timed, to the
+    With `wanted.quantization` the exact engine is held to the published schedule and the quantised one, which is timed, to the
     exact one: "error" in the result. Without the published schedule, a head in one launch is held to the engine with the
     library's. "agreement" in the result says how far they are from each other, also where that ends the run.
 
@@ -110,7 +110,6 @@ def measure(
         RuntimeError: these do not agree, or actions are not finite; no times are given.
         OutputError: a launch of the one-launch head failed while it was timed; no times are given.
     """
-    wanted = Wanted(**options)
     run = Run(preset, wanted, device, dtype, Recording(None) if record is None else record)
     run.result |= {
         "preset": name,

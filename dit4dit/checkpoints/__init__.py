@@ -1,1 +1,1 @@
-"""Opening and writing checkpoints of any layout: published run folders, Cosmos folders, the native format, the hub."""
+"""Opening, writing and checking a checkpoint in any layout."""

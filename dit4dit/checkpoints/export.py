@@ -18,7 +18,6 @@ def run_yaml(model: ModelConfig, embodiment: object) -> str:
     from omegaconf import OmegaConf
 
     head, flow = model.head, model.flow
-    types = {sizes: name for name, sizes in ACTION_MODEL_TYPES.items()}
     mixture = next((mix for mix, name in MIXTURES.items() if name == embodiment), None)
     data = {
         "framework": {
@@ -36,35 +35,7 @@ def run_yaml(model: ModelConfig, embodiment: object) -> str:
                 "conditional_frame_timestep": model.conditional_frame_timestep,
                 "max_sequence_length": model.text.max_length,
             },
-            "action_model": {
-                "action_model_type": types.get((head.num_heads, head.head_dim), "DiT-B"),
-                "hidden_size": head.hidden_size,
-                "add_pos_embed": head.add_pos_embed,
-                "max_seq_len": head.max_seq_len,
-                "action_dim": head.action_dim,
-                "state_dim": head.state_dim,
-                "future_action_window_size": head.action_horizon - 1,
-                "action_horizon": head.action_horizon,
-                "past_action_window_size": 0,
-                "noise_beta_alpha": flow.beta_alpha,
-                "noise_beta_beta": flow.beta_beta,
-                "noise_s": flow.time_scale,
-                "num_timestep_buckets": head.num_timestep_buckets,
-                "num_inference_timesteps": head.num_inference_timesteps,
-                "diffusion_model_cfg": {
-                    "input_embedding_dim": head.width,
-                    "num_attention_heads": head.num_heads,
-                    "attention_head_dim": head.head_dim,
-                    "cross_attention_dim": head.context_dim,
-                    "dropout": head.dropout,
-                    "final_dropout": head.final_dropout,
-                    "interleave_self_attention": head.interleave_self_attention,
-                    "norm_type": "ada_norm",
-                    "num_layers": head.num_layers,
-                    "output_dim": head.output_dim,
-                    "positional_embeddings": None,
-                },
-            },
+            "action_model": _action_model(model),
         },
         "datasets": {
             "vla_data": {
@@ -82,6 +53,40 @@ def run_yaml(model: ModelConfig, embodiment: object) -> str:
         },
     }
     return OmegaConf.to_yaml(OmegaConf.create(data))
+
+
+def _action_model(model: ModelConfig) -> dict[str, Any]:
+    head, flow = model.head, model.flow
+    types = {sizes: name for name, sizes in ACTION_MODEL_TYPES.items()}
+    return {
+        "action_model_type": types.get((head.num_heads, head.head_dim), "DiT-B"),
+        "hidden_size": head.hidden_size,
+        "add_pos_embed": head.add_pos_embed,
+        "max_seq_len": head.max_seq_len,
+        "action_dim": head.action_dim,
+        "state_dim": head.state_dim,
+        "future_action_window_size": head.action_horizon - 1,
+        "action_horizon": head.action_horizon,
+        "past_action_window_size": 0,
+        "noise_beta_alpha": flow.beta_alpha,
+        "noise_beta_beta": flow.beta_beta,
+        "noise_s": flow.time_scale,
+        "num_timestep_buckets": head.num_timestep_buckets,
+        "num_inference_timesteps": head.num_inference_timesteps,
+        "diffusion_model_cfg": {
+            "input_embedding_dim": head.width,
+            "num_attention_heads": head.num_heads,
+            "attention_head_dim": head.head_dim,
+            "cross_attention_dim": head.context_dim,
+            "dropout": head.dropout,
+            "final_dropout": head.final_dropout,
+            "interleave_self_attention": head.interleave_self_attention,
+            "norm_type": "ada_norm",
+            "num_layers": head.num_layers,
+            "output_dim": head.output_dim,
+            "positional_embeddings": None,
+        },
+    }
 
 
 def cosmos_configs(model: ModelConfig) -> dict[str, dict[str, Any]]:

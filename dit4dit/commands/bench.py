@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -92,12 +93,12 @@ def latency(
     place, chosen = pick_device(device), find(preset)
     if report is not None:
         latency_report.check(report)
-    options: dict[str, Any] = {"chunks": chunks, "baseline": baseline, "text": text, "seed": seed}
-    options |= {"quantization": quantization, "engine_chunks": engine_chunks, "at_hz": at_hz, "seconds": seconds}
-    options |= {"roofline": roofline}
-    options |= {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
+    kind = head_dtype_of(head_dtype, head)
+    wanted = module.Wanted(
+        chunks, baseline, text, seed, head, kind, quantization, engine_chunks, at_hz, seconds, roofline
+    )
     with Recording(json, seconds) as record:
-        module.measure(chosen, preset, device=place, dtype=dtype_on(place, dtype), record=record, **options)
+        module.measure(chosen, preset, wanted, device=place, dtype=dtype_on(place, dtype), record=record)
     say(module.show(record.result))
     if report is not None:
         say(f"wrote {latency_report.write(report, record.result)}")
@@ -135,12 +136,9 @@ def profile(
 
     check_seed(seed)
     place, chosen = pick_device(device), find(preset)
-    kind = dtype_on(place, dtype)
-    options: dict[str, Any] = {"head": head, "head_dtype": head_dtype_of(head_dtype, head)}
+    measure = partial(module.measure, head=head, head_dtype=head_dtype_of(head_dtype, head), quantization=quantization)
     with Recording(json, seconds) as record:
-        module.measure(
-            chosen, preset, device=place, dtype=kind, seed=seed, record=record, quantization=quantization, **options
-        )
+        measure(chosen, preset, device=place, dtype=dtype_on(place, dtype), seed=seed, record=record)
     say(module.show(record.result))
     return 0
 
@@ -186,16 +184,15 @@ def ops(
         all_ops.implementations(op)  # BackendError: no such op
     place = pick_device(device)
     gpu = place.type == "cuda"
-    options: dict[str, Any] = {"samples": samples, "batch": batch, "seed": seed}
+    names = ops or all_ops.names()
     if isolate:
-        words = [*("--device", str(place), "--dtype", dtype, "--sizes", sizes), *([] if compile else ["--no-compile"])]
-        words += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-        return int(isolation.command(ops or all_ops.names(), words, json, seconds))
-    options["samples"] = samples or (200 if gpu else 10)
-    options["dtype"] = dtype_on(place, dtype)
-    options["gr1_only"] = sizes == "gr1" or (sizes == "auto" and not gpu)
-    options |= {"device": str(place), "compiling": compile}
-    return int(op_bench.command(ops or all_ops.names(), json, seconds, **options))
+        words = ["--device", str(place), "--dtype", dtype, "--sizes", sizes, "--batch", str(batch), "--seed", str(seed)]
+        words += [] if compile else ["--no-compile"]
+        words += [] if samples is None else ["--samples", str(samples)]
+        return int(isolation.command(names, words, json, seconds))
+    measure = partial(op_bench.command, device=str(place), dtype=dtype_on(place, dtype), batch=batch, seed=seed)
+    gr1_only, samples = sizes == "gr1" or (sizes == "auto" and not gpu), samples or (200 if gpu else 10)
+    return int(measure(names, json, seconds, samples=samples, gr1_only=gr1_only, compiling=compile))
 
 
 def options(
@@ -224,8 +221,6 @@ def options(
         seconds: end after about this long; options that were not reached are named in the result.
         json: also write every number to this file, as they come.
     """
-    from functools import partial
-
     from dit4dit.benchmarks import options as module
     from dit4dit.benchmarks.recording import Recording
     from dit4dit.policy.device import pick_device
@@ -236,10 +231,10 @@ def options(
     at_least(1, seeds=seeds)
     check_seed(seed)
     place = pick_device(device)
-    given: dict[str, Any] = {"device": place, "dtype": dtype_on(place, dtype)}
-    found = [(name, find(name)) for name in preset]
-    subjects = {f"preset {name}": partial(module.of_preset, name, one, seed=seed, **given) for name, one in found}
-    subjects |= {f"checkpoint {path}": partial(module.of_checkpoint, path, backbone, **given) for path in checkpoint}
+    of_preset = partial(module.of_preset, seed=seed, device=place, dtype=dtype_on(place, dtype))
+    of_checkpoint = partial(module.of_checkpoint, device=place, dtype=dtype_on(place, dtype))
+    subjects = {f"preset {name}": partial(of_preset, name, find(name)) for name in preset}
+    subjects |= {f"checkpoint {path}": partial(of_checkpoint, path, backbone) for path in checkpoint}
     with Recording(json, seconds) as record:
         module.measure(subjects, module.OPTIONS, seeds=seeds, seed=seed, record=record)
     results = record.result["subjects"]
@@ -273,8 +268,6 @@ def tune(
         json: every timing goes here; OUT with the ending .timings.json when not given.
         whole: write the package's table with the new columns instead, to replace dit4dit/ops/tiles.json.
     """
-    from functools import partial
-
     import torch
 
     from dit4dit.benchmarks import tune as module
@@ -358,8 +351,8 @@ def rollout(
     checkpoint = checkpoint or tabletop_policy_dir()
     with tqdm(unit="episode", desc="rollout", disable=None) as bar, Recording(json, seconds) as record:
         policy = Policy.from_pretrained(checkpoint, device=device)
-        sizes: dict[str, Any] = {"workers": workers, "batch": batch, "episodes": episodes, "rounds": rounds}
-        module.measure(policy, checkpoint, **sizes, record=record, on_episode=bar.update)
+        measure = partial(module.measure, record=record, on_episode=bar.update)
+        measure(policy, checkpoint, workers=workers, batch=batch, episodes=episodes, rounds=rounds)
     result = record.result
     header = ["workers", "episodes/s", "times one", "of min(workers, cores)"]
     say(table(header, module.rows(result), right=range(4)))

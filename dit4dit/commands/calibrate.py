@@ -13,7 +13,7 @@ from dit4dit.engine import Calibration, Engine, errors
 from dit4dit.errors import InputError
 from dit4dit.policy.policy import Policy
 from dit4dit.tables import table
-from dit4dit.types import Noise, Observation
+from dit4dit.types import Noise
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,14 @@ def _example(where: str, line: str, folder: Path) -> Example:
 
 def calibrate(policy: Policy, examples: Sequence[Example], seed: int) -> tuple[Calibration, dict[str, Any]]:
     """The calibration on these examples, with noise (seed, number of the example), and the errors of fp8 on them."""
-    observations: list[Observation] = [observe(policy, e.images, e.state) for e in examples]
-    given: dict[str, Any] = dict(
-        observations=observations,
-        instructions=[example.instruction for example in examples],
-        noise=[Noise.from_seed(seed, i) for i in range(len(examples))],
-    )
-    calibration = policy.calibrate(**given)
+    observations = [observe(policy, e.images, e.state) for e in examples]
+    instructions = [example.instruction for example in examples]
+    noise = [Noise.from_seed(seed, i) for i in range(len(examples))]
+    calibration = policy.calibrate(observations, instructions, noise=noise)
     exact = policy.engine
     assert exact is not None
     quantised = Engine(policy.model, steps=exact.steps, quantization="fp8", calibration=calibration)
-    return calibration, errors(exact, quantised, policy.step_inputs(**given))
+    return calibration, errors(exact, quantised, policy.step_inputs(observations, instructions, noise=noise))
 
 
 def show(calibration: Calibration, found: dict[str, Any]) -> str:

@@ -1,63 +1,70 @@
-"""`dit4dit demo`: the policy that ships with the package drives the built-in world in closed loop.
-
-It was trained by `dit4dit demo-train`; `metrics.json` beside it says with what, and what it was worth there.
-"""
+"""`dit4dit demo` and `dit4dit demo-train`: the built-in world, its policy, and how it is made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from dit4dit.demo.train import machine_facts, play, rate
-from dit4dit.envs import tabletop_policy_dir
-from dit4dit.files.json_files import write_json
-from dit4dit.files.keys import read_json
-from dit4dit.tables import quantiles_ms, table
+from dit4dit.commands.shell import Device, progress, say
+from dit4dit.files.atomic import check_folder
 
 
 def demo(
-    out: Path,
-    *,
-    episodes: int,
-    seed: int,
-    device: str,
-    bar: Callable[[str, int], Any],
+    out: Path = Path("demo"),
+    episodes: int = 50,
+    seed: int = 1_000_000,
+    device: Device = "auto",
     checkpoint: Path | None = None,
-) -> dict[str, Any]:
-    """Episodes on layouts from `seed` on, one at a time, as a robot would have it; writes demo.json and report.html into `out`.
+) -> int:
+    """The policy that ships with the package drives the built-in tabletop world: success rate, latencies, a page with videos.
 
     Args:
-        out: new folder, or one with the same run, which then goes on.
-        bar: as in `demo_train`.
-        checkpoint: another policy for this world than the package's.
+        out: folder for the results; a run that is there already goes on.
+        episodes: how many layouts.
+        seed: of the first layout and its noise, the next ones follow; from 1000000 on no layout was trained on.
+        device: auto, cpu, cuda or cuda:N.
+        checkpoint: another policy for this world.
     """
-    from dit4dit.evaluation import report
+    from dit4dit.demo import play
+    from dit4dit.tables import table
 
-    policy = tabletop_policy_dir() if checkpoint is None else checkpoint
-    records = play(policy, out / "run", episodes, bar=bar, videos="all", batch=1, seed=seed, device=device)
-    report.write([out / "run"], out)
-    seconds = [ms / 1e3 for record in records for ms in record["took"]["chunk_ms"]]
-    result = {
-        "success": rate(records),
-        "seed": seed,
-        "chunk_ms": quantiles_ms(seconds),
-        "checkpoint": str(policy),
-        "trained": read_json(policy / "metrics.json") if checkpoint is None else None,
-        "machine": {**machine_facts(1), "device": device},
-    }
-    write_json(out / "demo.json", result)
-    return result
-
-
-def show(result: dict[str, Any], out: Path) -> str:
-    """What the command prints."""
+    check_folder("--out", out)
+    result = play.demo(out, episodes=episodes, seed=seed, device=device, bar=progress, checkpoint=checkpoint)
     ms = result["chunk_ms"]
     rows = [["success [95 % interval]", result["success"]["words"]]]
     rows += [[f"one chunk, {name}", f"{ms[name]:.1f} ms"] for name in ("p50", "p95", "p99", "max")]
-    return "\n".join(
-        [
-            table(["layouts never trained on", f"{ms['samples']} chunks on {result['machine']['device']}"], rows),
-            f"wrote {out / 'report.html'} (videos), {out / 'report.json'}, {out / 'demo.json'}",
-        ]
-    )
+    say(table(["layouts never trained on", f"{ms['samples']} chunks on {result['machine']['device']}"], rows))
+    say(f"wrote {out / 'report.html'} (videos), {out / 'report.json'}, {out / 'demo.json'}")
+    return 0
+
+
+def demo_train(
+    out: Path = Path("demo-train"),
+    seed: int = 0,
+    demonstrations: int = 5400,
+    steps: int | None = None,
+    episodes: int = 100,
+    processes: int = 2,
+) -> int:
+    """Train a policy for the built-in world from nothing but its VAE, and measure it before and after.
+
+    Args:
+        out: new folder for data, run, episodes and report.
+        seed: of the weights, the order of samples, and which layouts are demonstrated.
+        demonstrations: episodes that the scripted expert records.
+        steps: of training; the recipe's where not given.
+        episodes: of each evaluation, on layouts that are never demonstrated.
+        processes: of one thread each.
+    """
+    from dit4dit.demo import train as module
+    from dit4dit.demo.report import ROWS
+    from dit4dit.tables import table
+
+    check_folder("--out", out)
+    settings = module.Settings(seed, demonstrations, steps, episodes, processes)
+    result = module.demo_train(out, settings, bar=progress)
+    rows = [[ROWS[name], one["words"]] for name, one in result["success"].items()]
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
+    say(table(["test layouts", "success [95 % interval]"], rows))
+    say(f"{result['total_seconds'] / 60:.1f} minutes: {times}")
+    say(f"wrote {out / 'report.html'}, {out / 'demo-train.json'}; the policy is {result['policy']}")
+    return 0

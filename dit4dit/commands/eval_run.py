@@ -6,29 +6,25 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dit4dit.commands.shell import INTERRUPTED, Device, Dtype, dtype_of, say
+import tyro
+
+from dit4dit.commands.loading import Loading
+from dit4dit.commands.shell import INTERRUPTED, say
 from dit4dit.errors import ConfigError, InputError
 from dit4dit.evaluation.plan import Plan
 from dit4dit.files.atomic import check_folder
 from dit4dit.tables import table
 
+if TYPE_CHECKING:
+    from dit4dit.policy.policy import Policy
+
 
 @dataclass(frozen=True)
-class PolicyOptions:
+class PolicyOptions(Loading):
     """The policy."""
 
-    checkpoint: str
-    """Run folder, .pt file, folder in the own format, or hub id."""
-    backbone: str | None = None
-    """Cosmos-Predict2.5 folder or hub id."""
-    embodiment: str | None = None
-    """Robot name or statistics tag; what the checkpoint implies when not given."""
-    device: Device = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    dtype: Dtype = "auto"
-    """auto is bfloat16 on a GPU and float32 on a CPU."""
     engine: Literal["auto", "off"] = "auto"
     """off runs the plain model."""
     steps: int | None = None
@@ -42,22 +38,15 @@ class PolicyOptions:
     packs: Path | None = None
     """Folder of prompt packs (dit4dit pack)."""
 
-    def load(self, embodiment: Any = None) -> Any:
-        """The policy; `embodiment`: a robot of the user's own, which has no name here."""
-        from dit4dit.policy.policy import Policy
-
-        return Policy.from_pretrained(
-            self.checkpoint,
-            self.backbone,
-            device=self.device,
-            dtype=dtype_of(self.dtype),
-            embodiment=embodiment or self.embodiment,
+    def load(self, **options: Any) -> Policy:
+        return super().load(
             engine=self.engine,
             steps=self.steps,
             posterior=self.posterior,
             quantization=self.quantization,
             calibration=self.calibration,
             packs=self.packs,
+            **options,
         )
 
 
@@ -138,6 +127,11 @@ class RunOptions:
             raise InputError(f"--latency: expected milliseconds or 'measured', got {self.latency!r}") from None
 
 
+# their fields are options of the command itself: --checkpoint, --out
+PolicyArgument = Annotated[PolicyOptions, tyro.conf.arg(name="")]
+RunArgument = Annotated[RunOptions, tyro.conf.arg(name="")]
+
+
 def run(
     plan: Plan,
     policy_options: PolicyOptions,
@@ -193,18 +187,25 @@ def run(
             bar.close()
             say(f"stopped; finished episodes are in {run_options.out}: go on with --resume")
             return INTERRUPTED
-    summary = summarise(Run.open(run_options.out).records)
+    records = Run.open(run_options.out).records
+    summary = summarise(records)
     say(table(["suite", "task", "success [95 % interval]", "errors"], rows(summary), right=(3,)))
     if second is not None:
-        other = summarise(Run.open(run_options.out).records, second)
+        other = summarise(records, second)
         say(table(["suite", "task", f"{second} [95 % interval]", "errors"], rows(other), right=(3,)))
     say(f"wrote {run_options.out}; dit4dit eval report {run_options.out} makes a page of it")
     if summary.all_errors:
-        messages = Counter(record["error"]["message"] for record in Run.open(run_options.out).errors)
-        (most, count), *others = messages.most_common()
-        say(
-            f"{summary.all_errors} episodes ended in an error, which says nothing about the policy: --resume tries them again. "
-            f"{count} of them: {most}" + f"; and {len(others)} other messages" * bool(others) + "\n"
-            f"tracebacks are in {run_options.out / 'episodes.jsonl'}, what simulators printed in {run_options.out / 'logs'}"
-        )
+        _say_errors(run_options.out)
     return 1 if summary.all_errors else 0
+
+
+def _say_errors(out: Path) -> None:
+    from dit4dit.evaluation.runs import Run
+
+    errors = Run.open(out).errors
+    (most, count), *others = Counter(record["error"]["message"] for record in errors).most_common()
+    say(
+        f"{len(errors)} episodes ended in an error, which says nothing about the policy: --resume tries them again. "
+        f"{count} of them: {most}" + f"; and {len(others)} other messages" * bool(others) + "\n"
+        f"tracebacks are in {out / 'episodes.jsonl'}, what simulators printed in {out / 'logs'}"
+    )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dit4dit.commands import eval_run
+from dit4dit.commands.eval_run import PolicyArgument, RunArgument
 from dit4dit.commands.shell import say
 from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation import gr1 as gr1_benchmark
@@ -38,14 +39,12 @@ class SimulatorOptions:
         return Simulator.at(name, self.path).launch(graphics_of(self.graphics))
 
 
-Policy = Annotated[eval_run.PolicyOptions, tyro.conf.arg(name="")]
-Run = Annotated[eval_run.RunOptions, tyro.conf.arg(name="")]
 Simulator = Annotated[SimulatorOptions, tyro.conf.arg(name="")]
 
 
 def libero(
-    policy: Policy,
-    run: Run,
+    policy: PolicyArgument,
+    run: RunArgument,
     simulator: Simulator,
     suite: tuple[str, ...] = libero_benchmark.PUBLISHED,
     tasks: tuple[int, ...] | None = None,
@@ -84,8 +83,8 @@ def libero(
 
 
 def gr1(
-    policy: Policy,
-    run: Run,
+    policy: PolicyArgument,
+    run: RunArgument,
     simulator: Simulator,
     tasks: tuple[str, ...] = gr1_benchmark.TASKS,
     trials: int = gr1_benchmark.EPISODES,

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from dit4dit.commands import eval_run
+from dit4dit.commands.eval_openloop import openloop
+from dit4dit.commands.eval_run import PolicyArgument, RunArgument
 from dit4dit.commands.eval_setup import setup
 from dit4dit.commands.eval_simulators import gr1, libero
 from dit4dit.commands.shell import finish, say
 from dit4dit.errors import InputError
 from dit4dit.files.atomic import check_folder
 
-# their fields are options of the command itself: --checkpoint, --out
-Policy = Annotated[eval_run.PolicyOptions, tyro.conf.arg(name="")]
-Run = Annotated[eval_run.RunOptions, tyro.conf.arg(name="")]
-
 
 def tabletop(
-    policy: Policy,
-    run: Run,
+    policy: PolicyArgument,
+    run: RunArgument,
     episodes: int = 50,
     seed: int = 1_000_000,
     picture: int = 64,
@@ -44,51 +41,6 @@ def tabletop(
 
     plan = world.plan(episodes, seed, picture=picture, max_steps=max_steps, paraphrase=paraphrase)
     return eval_run.run(plan, policy, run)
-
-
-def openloop(
-    dataset: tyro.conf.Positional[Path],
-    policy: Policy,
-    out: Path,
-    robot: str | None = None,
-    robots: Path | None = None,
-    modality: Path | None = None,
-    episodes: tuple[int, ...] = (),
-    every: int | None = None,
-    seed: int = 0,
-    batch: int = 4,
-    plots: int = 20,
-) -> int:
-    """Predicted against recorded actions of a LeRobot data set, per dimension: no robot, no simulator.
-
-    Args:
-        dataset: LeRobot data set folder.
-        policy: the policy.
-        out: folder for openloop.json, episodes.jsonl, plots and index.html.
-        robot: robot type of the data set; the one of the checkpoint's embodiment when not given.
-        robots: YAML file with robots of your own.
-        modality: a modality.json for a data set that has none.
-        episodes: numbers of the episodes; all when not given.
-        every: frames from one chunk to the next, of which so many rows are compared; the chunk's length when not given.
-        seed: of the noise.
-        batch: chunks in one pass.
-        plots: how many episodes are drawn, the first ones.
-    """
-    from dit4dit.commands import eval_openloop
-
-    return eval_openloop.run(
-        dataset,
-        policy,
-        out,
-        robot=robot,
-        robots=robots,
-        modality=modality,
-        episodes=episodes,
-        every=every,
-        seed=seed,
-        batch=batch,
-        plots=plots,
-    )
 
 
 def merge(out: tyro.conf.Positional[Path], shards: tyro.conf.Positional[tuple[Path, ...]]) -> int:
@@ -122,10 +74,9 @@ def compare(
     from dataclasses import asdict
 
     from dit4dit.evaluation import statistics
-    from dit4dit.evaluation.runs import Run as RunFolder
-    from dit4dit.evaluation.runs import other_worlds
+    from dit4dit.evaluation.runs import Run, other_worlds
 
-    a, b = RunFolder.open(first), RunFolder.open(second)
+    a, b = Run.open(first), Run.open(second)
     found = statistics.compare(a.outcomes, b.outcomes, confidence)
     if found is None:
         raise InputError(f"{first} and {second}: have no finished episode in common")

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Dtype, dtype_of, read_lines, say
+from dit4dit.commands.loading import PolicyToLoad
+from dit4dit.commands.shell import read_lines, say
 from dit4dit.errors import InputError, require
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from dit4dit.policy.policy import Policy
+    from dit4dit.serving.server import Server
 
 Pictures = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 def serve(
-    checkpoint: str,
+    policy: PolicyToLoad,
     host: str = "127.0.0.1",
     port: int = 10093,
-    backbone: str | None = None,
-    embodiment: str | None = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     steps: int | None = None,
     quantization: Literal["fp8"] | None = None,
     calibration: Path | None = None,
@@ -46,13 +46,9 @@ def serve(
     """Serve a checkpoint to robots and simulators (the published WebSocket dialect, with actions in robot units beside it).
 
     Args:
-        checkpoint: run folder, .pt file, folder in the own format, or hub id.
+        policy: the policy.
         host: address to listen at; any that others can reach needs a key.
         port: 0 takes a free one.
-        backbone: Cosmos-Predict2.5 folder or hub id.
-        embodiment: robot name or statistics tag; what the checkpoint implies when not given.
-        device: auto, cpu, cuda or cuda:N.
-        dtype: auto is bfloat16 on a GPU and float32 on a CPU.
         steps: Euler steps (1, 2, 4, 8) instead of the checkpoint's number; changes the result.
         quantization: fp8 multiplies the backbone's matrices in 8-bit floats; changes the result.
         calibration: file of dit4dit calibrate, for and only for fp8.
@@ -71,11 +67,10 @@ def serve(
         insecure: serve any address without a key.
         json: write the statistics to this file at the end.
     """
-    import asyncio
-
     for module in ("msgpack", "websockets"):
         require(module, "serve")
-    from dit4dit.files.json_files import write_json
+    from dit4dit.evaluation.identity import checkpoint_hash
+    from dit4dit.serving.backend import PolicyBackend
     from dit4dit.serving.server import Server
     from dit4dit.serving.settings import Settings, find_key
 
@@ -97,31 +92,30 @@ def serve(
         raise InputError("--picture says what --warm-up prepares for; give both")
     words = [] if instructions is None else read_lines(instructions)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    bound = settings.listen()
-    where = "{}:{}".format(*bound.getsockname()[:2])
-    with bound:
-        options: dict[str, Any] = {"steps": steps, "quantization": quantization, "calibration": calibration}
-        options.update(packs=packs, text_encoder=packs is None, embodiment=embodiment, device=device)
-        backend = _load(checkpoint, backbone, dtype=dtype_of(dtype), **options)
-        _prepare(backend.policy, words, max_batch if warm_up else 0, pictures)
-        server = Server(backend, settings)
-        name = backend.metadata["embodiment"]
-        try:
-            asyncio.run(server.run(bound, lambda: say(f"serving {name} at ws://{where}"), signals=True))
-        finally:
-            logging.getLogger("dit4dit.serving").info("%s", server.statistics.line())
-            if json is not None:
-                write_json(json, server.statistics.summary())
+    with settings.listen() as bound:
+        loaded = policy.load(
+            steps=steps, quantization=quantization, calibration=calibration, packs=packs, text_encoder=packs is None
+        )
+        hashed = checkpoint_hash(policy.checkpoint, policy.backbone)
+        server = Server(PolicyBackend(loaded, Path(policy.checkpoint).name, hashed), settings)
+        _prepare(loaded, words, max_batch if warm_up else 0, pictures)
+        _run(server, loaded.embodiment.name, bound, json)
     return 0
 
 
-def _load(checkpoint: str, backbone: str | None, **options: Any) -> Any:
-    from dit4dit.evaluation.identity import checkpoint_hash
-    from dit4dit.policy.policy import Policy
-    from dit4dit.serving.backend import PolicyBackend
+def _run(server: Server, name: str, bound: socket, json: Path | None) -> None:
+    """Serve until the end, then leave the statistics."""
+    import asyncio
 
-    policy = Policy.from_pretrained(checkpoint, backbone, **options)
-    return PolicyBackend(policy, Path(checkpoint).name, checkpoint_hash(checkpoint, backbone))
+    from dit4dit.files.json_files import write_json
+
+    where = "{}:{}".format(*bound.getsockname()[:2])
+    try:
+        asyncio.run(server.run(bound, lambda: say(f"serving {name} at ws://{where}"), signals=True))
+    finally:
+        logging.getLogger("dit4dit.serving").info("%s", server.statistics.line())
+        if json is not None:
+            write_json(json, server.statistics.summary())
 
 
 def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str, tuple[int, int]]) -> None:

@@ -1,4 +1,4 @@
-"""`dit4dit data check` as one HTML page: facts, what is wrong, sample frames and joint curves of each data set."""
+"""What `data.check` found as one HTML page: facts, what is wrong, sample frames and joint curves of each data set."""
 
 from __future__ import annotations
 

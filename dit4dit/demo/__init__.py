@@ -1,1 +1,1 @@
-"""The demo: demonstrations of the built-in world, a training on them, and its report."""
+"""The demonstration in the built-in world: data from a scripted expert, a policy trained on them, and what it is worth."""

@@ -1,4 +1,4 @@
-"""What `dit4dit demo-train` shows: success before and after, loss curves, futures; `evaluation.report` has the episodes."""
+"""The page of a demo training: success before and after, loss curves, futures; `evaluation.report` has the episodes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(out: Path, result: Mapping[str, Any], log: Sequence[Mapping[str, float
 
 
 def plot_success(path: Path, rates: Mapping[str, Mapping[str, Any]]) -> None:
-    """One bar for each rate (as `demo_train.rate` makes them) with its 95 % interval."""
+    """One bar for each rate (as `demo.play.rate` makes them) with its 95 % interval."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""`dit4dit demo-train`: a policy for the built-in world from nothing but its VAE, and what it is worth.
+"""What `dit4dit demo-train` does: a policy for the built-in world from nothing but its VAE, and what it is worth.
 
     demonstrations -> success with random weights -> training -> success after, and when told other words -> report
 
@@ -19,16 +19,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dit4dit.demo.play import EXECUTE, machine_facts, play, rate
 from dit4dit.errors import InputError, TrainingError
-from dit4dit.evaluation.plan import Plan
-from dit4dit.evaluation.statistics import Rate
 from dit4dit.files.json_files import write_json
-from dit4dit.tables import machine, table
 from dit4dit.training.config import TrainConfig
 from dit4dit.training.recipes import recipe
 
-EXECUTE = 4
-"""Rows of each chunk that are executed, of 8: a policy that looks again sooner comes back from its errors sooner."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -85,8 +81,8 @@ def demo_train(out: Path, settings: Settings, *, bar: Callable[[str, int], Any])
     Raises:
         InputError: there is something in `out` already. TrainingError: the training processes failed.
     """
-    from dit4dit.demo import report
     from dit4dit.demo.demonstrations import record
+    from dit4dit.demo.report import write as write_report
     from dit4dit.evaluation import report as evaluation_report
 
     if out.is_dir() and any(out.iterdir()):
@@ -126,7 +122,7 @@ def demo_train(out: Path, settings: Settings, *, bar: Callable[[str, int], Any])
         "machine": machine_facts(settings.processes),
     }
     write_json(out / "demo-train.json", result)
-    report.write(out, result, log_lines(out / "run"))
+    write_report(out, result, log_lines(out / "run"))
     evaluation_report.write(runs, out / "evaluation")
     return result
 
@@ -176,67 +172,6 @@ def run_training(config: TrainConfig, processes: int, out: Path) -> None:
         raise TrainingError(f"training ended with exit code {done.returncode}; its messages are above")
 
 
-def plan(episodes: int, *, seed: int | None = None, other_words: bool = False) -> Plan:
-    """Test layouts; with `other_words` the instruction names another goal than is judged."""
-    from dit4dit.envs.tabletop import TEST_SEEDS_FROM
-    from dit4dit.evaluation import tabletop
-
-    made = tabletop.plan(episodes, TEST_SEEDS_FROM if seed is None else seed)
-    if not other_words:
-        return made
-    worlds = [replace(one, environment="dit4dit.demo.other_words:OtherWords") for one in made.episodes]
-    return replace(made, episodes=tuple(worlds), about={**made.about, "other_words": True})
-
-
-def play(
-    checkpoint: Path,
-    folder: Path,
-    episodes: int,
-    *,
-    bar: Callable[[str, int], Any],
-    other_words: bool = False,
-    videos: Any = "none",
-    batch: int = 8,
-    seed: int | None = None,
-    device: str = "cpu",
-) -> list[dict[str, Any]]:
-    """Closed-loop episodes of a checkpoint, their records in order."""
-    from dit4dit.control.execution import Execution
-    from dit4dit.evaluation import identity
-    from dit4dit.evaluation.rollout import Options, evaluate
-    from dit4dit.policy.policy import Policy
-
-    policy = Policy.from_pretrained(checkpoint, device=device)
-    options = Options(Execution(execute=EXECUTE), batch=batch, workers=batch, videos=videos)
-    assert policy.config.head is not None
-    with bar(folder.name, episodes) as done:
-        return evaluate(
-            policy,
-            plan(episodes, seed=seed, other_words=other_words),
-            options,
-            folder,
-            horizon=policy.config.head.action_horizon,
-            about_policy=identity.describe(policy, checkpoint),
-            on_episode=lambda record: done(1),
-        )
-
-
-def rate(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Successes of episodes with Wilson's 95 % interval; an episode that ended in an error is none of either."""
-    from dit4dit.evaluation.summary import summarise
-
-    summary = summarise(records)
-    overall: Rate = summary.overall
-    return {
-        "successes": overall.successes,
-        "episodes": overall.episodes,
-        "rate": overall.value,
-        "interval_95": [overall.low, overall.high],
-        "errors": summary.all_errors,
-        "words": overall.percent(),
-    }
-
-
 def facts(config: TrainConfig) -> dict[str, Any]:
     """What a reader of the result wants to know of the recipe."""
     model, optim = config.model, config.optim
@@ -264,34 +199,6 @@ def commit() -> str | None:
         return None
 
 
-def machine_facts(processes: int) -> dict[str, Any]:
-    """The machine, as demo.json and demo-train.json name it."""
-    here = machine()
-    return {
-        "processor": here["cpu"],
-        "cores": here["cores"],
-        "processes": processes,
-        "python": here["python"],
-        "torch": here["torch"],
-        "load_average": os.getloadavg(),
-    }
-
-
 def log_lines(run: Path) -> list[dict[str, float]]:
     """The run's log.jsonl."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n") if line]
-
-
-def show(result: dict[str, Any], out: Path) -> str:
-    """What the command prints."""
-    from dit4dit.demo.report import ROWS
-
-    rows = [[ROWS[name], one["words"]] for name, one in result["success"].items()]
-    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
-    return "\n".join(
-        [
-            table(["test layouts", "success [95 % interval]"], rows),
-            f"{result['total_seconds'] / 60:.1f} minutes: {times}",
-            f"wrote {out / 'report.html'}, {out / 'demo-train.json'}; the policy is {result['policy']}",
-        ]
-    )

@@ -1,4 +1,4 @@
-"""`dit4dit parity`: does this package, on this machine, return what the published code returned?
+"""Does this package, on this machine, return what the published code returned?
 
 A golden folder holds a checkpoint (or names one), one batch, every random draw, and the results of each stage. Errors are
 max|got - want| / max|want| per tensor; each stage goes on from this package's own result of the stage before it.
@@ -7,11 +7,10 @@ max|got - want| / max|want| per tensor; each stage goes on from this package's o
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from dit4dit import ops
 from dit4dit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dit4dit.checkpoints.weights import build
-from dit4dit.commands.shell import Head, head_dtype_of
 from dit4dit.engine import Engine, stack
 from dit4dit.errors import CheckpointError
 from dit4dit.files.keys import read_json
@@ -81,9 +79,10 @@ def check(
     backbone: Path | None = None,
     checkpoint: Path | None = None,
     engine: bool = False,
-    head: Head = "auto",
+    head: Literal["auto", "library", "one_launch"] = "auto",
+    head_dtype: torch.dtype = torch.float32,
 ) -> list[Stage]:
-    """Run a golden folder and compare; the stages in order. `head`: of the engine (`Engine`).
+    """Run a golden folder and compare; the stages in order. `head`: of the engine (`Engine`), as is `head_dtype`.
 
     Raises:
         CheckpointError: no golden files in the folder, or a checkpoint that does not load.
@@ -102,7 +101,7 @@ def check(
     opened = open_checkpoint(checkpoint or _checkpoint_of(folder, facts), backbone)
     golden = load_golden(golden_file, device)
     check_inputs(golden, opened, len(prompts), str(golden_file))
-    model = golden_model(opened, device, dtype, head_dtype_of("auto", head))
+    model = golden_model(opened, device, dtype, head_dtype)
     with wish(backend):
         through = Engine(model, head=head) if engine else None
         run = (
@@ -358,7 +357,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def show(stages: list[Stage]) -> str:
-    """The table that the command prints."""
+    """The stages as a table."""
     rows = [[s.name, f"{s.error:.2e}", f"{s.limit:.0e}", "ok" if s.ok else "BREACH", s.implementations] for s in stages]
     return table(["stage", "max rel. error", "limit", "verdict", "ran"], rows, right=(1, 2))
 
@@ -375,5 +374,4 @@ def as_json(stages: list[Stage], *, device: torch.device, dtype: torch.dtype) ->
         }
         for s in stages
     ]
-    data = {"device": str(device), "dtype": str(dtype), "ok": all(s.ok for s in stages), "stages": rows}
-    return dict(json.loads(json.dumps(data)))
+    return {"device": str(device), "dtype": str(dtype), "ok": all(s.ok for s in stages), "stages": rows}

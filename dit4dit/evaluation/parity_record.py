@@ -1,4 +1,4 @@
-"""`dit4dit parity NEW --record CHECKPOINT`: a golden folder of what this package computes, to hold other machines against."""
+"""A golden folder of what this package computes, to compare other machines with (`dit4dit parity NEW --record CHECKPOINT`)."""
 
 from __future__ import annotations
 

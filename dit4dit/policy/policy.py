@@ -117,23 +117,10 @@ class Policy:
         Raises:
             Dit4DitError: bad checkpoint, configuration or device; the message says what to do.
         """
-        if engine not in ENGINES:
-            raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
         given = (steps, packs, quantization, calibration, None if head == "auto" else head)
-        if engine == "off" and (posterior != "sample" or any(option is not None for option in given)):
-            raise ConfigError(
-                "steps, posterior, packs, quantization, calibration and head are options of the engine: leave them out, or use "
-                "engine='auto'"
-            )
+        _check_engine(engine, posterior != "sample" or any(option is not None for option in given))
         check_options(quantization, calibration)
-        if packs is not None and prompt_embeds is not None:
-            raise ConfigError(
-                "packs and prompt_embeds: give one of them; packs on disk must come from the text encoder"
-            )
-        if not text_encoder and packs is None and prompt_embeds is None:
-            raise ConfigError(
-                "text_encoder=False: give packs (dit4dit pack) or prompt_embeds, or no instruction can be used"
-            )
+        _check_prompts(packs, prompt_embeds, text_encoder)
         for name, kind in (("dtype", dtype), ("head_dtype", head_dtype)):
             if kind is not None and kind not in DTYPES:
                 raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r}")
@@ -368,3 +355,22 @@ class Policy:
         The future's `result()` returns when it is ready, or raises what went wrong.
         """
         return self._texts.prepare(instruction)
+
+
+def _check_engine(engine: str, with_options: bool) -> None:
+    if engine not in ENGINES:
+        raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
+    if engine == "off" and with_options:
+        raise ConfigError(
+            "steps, posterior, packs, quantization, calibration and head are options of the engine: leave them out, or use "
+            "engine='auto'"
+        )
+
+
+def _check_prompts(packs: object, prompt_embeds: object, text_encoder: bool) -> None:
+    if packs is not None and prompt_embeds is not None:
+        raise ConfigError("packs and prompt_embeds: give one of them; packs on disk must come from the text encoder")
+    if not text_encoder and packs is None and prompt_embeds is None:
+        raise ConfigError(
+            "text_encoder=False: give packs (dit4dit pack) or prompt_embeds, or no instruction can be used"
+        )

@@ -39,7 +39,7 @@ class PolicyBackend:
     def __init__(self, policy: Policy, checkpoint: str, fingerprint: str) -> None:
         """checkpoint, fingerprint: its name, and a hash of what is in it, for clients' records."""
         self.policy, self.run = policy, policy.run
-        self.metadata = describe(policy) | {"checkpoint": checkpoint, "checkpoint_hash": fingerprint}
+        self.metadata: Mapping[str, Any] = describe(policy) | {"checkpoint": checkpoint, "checkpoint_hash": fingerprint}
 
     def check(self, message: Mapping[str, Any]) -> list[Request]:
         """The policy's own door, and bounds of what strangers may ask for."""

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit4dit import robots as embodiments
 from dit4dit.config import ModelConfig
 from dit4dit.data.samples import Sample
+from dit4dit.robots import embodiment
 from dit4dit.robots import statistics as stats
 from dit4dit.robots.action_error import ActionUnits
 from dit4dit.training.caches import digest
@@ -41,11 +41,11 @@ class RandomData:
     @property
     def picture_size(self) -> tuple[int, int]:
         height, width = self.model.image_size
-        return height, width * len(embodiments.embodiment(self.embodiment).views)
+        return height, width * len(embodiment(self.embodiment).views)
 
     @property
     def statistics(self) -> Mapping[str, Any]:
-        robot = embodiments.embodiment(self.embodiment)
+        robot = embodiment(self.embodiment)
 
         def vector(size: int) -> dict[str, list[float]]:
             low, high = {"min": -1.0, "q01": -1.0, "mean": 0.0}, {"std": 1.0, "max": 1.0, "q99": 1.0}
@@ -65,7 +65,7 @@ class RandomData:
 
     @property
     def robots(self) -> Sequence[ActionUnits]:
-        robot = embodiments.embodiment(self.embodiment)
+        robot = embodiment(self.embodiment)
         statistics = stats.parse(self.statistics, robot.tag, "random data")
         return (ActionUnits(robot, robot.action_chain(statistics, self.model.head.action_dim)),)
 

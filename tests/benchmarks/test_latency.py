@@ -29,6 +29,11 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
 
 
+def measure(record: Recording | None = None, **wanted: object) -> dict:
+    options = latency.Wanted(**wanted)
+    return latency.measure(preset("tiny"), "tiny", options, device=CPU, dtype=torch.float32, record=record)
+
+
 def test_command_writes_numbers_and_pictures(tmp_path: Path, capsys) -> None:
     out, report = tmp_path / "l.json", tmp_path / "report"
     words = ["--preset", "tiny", "--device", "cpu", "--baseline", "--chunks", "3", "--json", str(out)]
@@ -75,7 +80,7 @@ def test_command_writes_numbers_and_pictures(tmp_path: Path, capsys) -> None:
 
 def test_the_engine_alone_gives_its_percentiles() -> None:
     options = dict(chunks=1, baseline=False, text=False, seed=0, engine_chunks=5, roofline=False)
-    result = latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
+    result = measure(**options)
     assert result["roofline"] is None
     alone = result["engine_alone_ms"]
     assert len(alone) == 5
@@ -84,9 +89,7 @@ def test_the_engine_alone_gives_its_percentiles() -> None:
 
 
 def test_without_baseline(tmp_path: Path) -> None:
-    result = latency.measure(
-        preset("tiny"), "tiny", device=CPU, dtype=torch.float32, chunks=1, baseline=False, text=True, seed=0
-    )
+    result = measure(chunks=1, baseline=False, text=True, seed=0)
     assert result["ratio"] is None
     assert "baseline" not in result
     assert {p["who"] for p in result["roofline"]["points"]} == {"engine"}
@@ -106,8 +109,7 @@ def test_the_head_is_counted_in_its_own_dtype() -> None:
 
 
 def against_baseline(record: Recording) -> None:
-    options = dict(chunks=1, baseline=True, text=False, seed=0, record=record)
-    latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
+    measure(record, chunks=1, baseline=True, text=False, seed=0)
 
 
 def test_a_mismatch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +167,7 @@ def one_launch_head(choice, folded, config, steps, fp8=False):
 
 def measure_one_launch(**changes):
     options = dict(chunks=1, baseline=False, text=False, seed=0, head="one_launch", roofline=False) | changes
-    return latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
+    return measure(**options)
 
 
 def test_one_launch_is_held_to_the_library_where_there_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +237,7 @@ def test_fp8_that_is_far_off_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(agreement, "QUANTISED", 1e-3)
     options = dict(chunks=1, baseline=False, text=False, seed=0, quantization="fp8")
     with pytest.raises(RuntimeError, match=r"quantised and exact features differ by .* not timed"):
-        latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
+        measure(**options)
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -406,7 +408,7 @@ def test_a_report_that_cannot_be_drawn_is_refused_at_once(
 
 def test_without_turns_there_are_the_percentiles_alone(tmp_path: Path) -> None:
     options = dict(chunks=0, baseline=True, text=False, seed=0, engine_chunks=3)
-    result = latency.measure(preset("tiny"), "tiny", device=CPU, dtype=torch.float32, **options)
+    result = measure(**options)
     assert result["engine"]["samples"] == 3
     assert (result["ratio"], result["stages"], result["samples_ms"]) == (None, {}, {})
     assert result["agreement"]["actions"] < 1e-4

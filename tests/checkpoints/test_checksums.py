@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import dit4dit
 from dit4dit.checkpoints import checkpoint as ck
 from dit4dit.checkpoints import checksums
-from dit4dit.checkpoints import native as own_format
+from dit4dit.checkpoints import native as native_format
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.cli import main
 from dit4dit.errors import CheckpointError
@@ -32,7 +32,7 @@ def run(*words: object) -> int:
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("native") / "libero"
-    own_format.to_own(GOLDEN / "libero_tiny", folder)
+    native_format.to_own(GOLDEN / "libero_tiny", folder)
     return folder
 
 
@@ -187,7 +187,7 @@ def test_inspect_of_a_text_encoder_that_the_base_lacks(cosmos_folder: Path, tmp_
     statistics = json.loads((GOLDEN / "libero_tiny" / "dataset_statistics.json").read_text())
     lean = tmp_path / "lean"
     arguments = {"embodiment": "libero", "statistics": statistics, "tokenizer": byte_tokenizer()}
-    own_format.save_model(lean, model, **arguments, with_frozen=False)
+    native_format.save_model(lean, model, **arguments, with_frozen=False)
     assert run("inspect", lean, "--backbone", cosmos_folder, "--verify") == 0
     assert "files are what checksums.json says" in capsys.readouterr().out
     broken = Path(shutil.copytree(cosmos_folder, tmp_path / "cosmos"))

@@ -296,7 +296,7 @@ def test_unknown_words(capsys) -> None:
     assert "did you mean 'libero'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["bench", "--help"], ["predict", "--help"], []])
+@pytest.mark.parametrize("words", [["--help"], ["bench", "--help"], ["predict", "--help"], [], ["train", "--help"]])
 def test_help(words: list[str], capsys) -> None:
     assert run(*words) == 0
     assert "usage: dit4dit" in capsys.readouterr().out

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from dit4dit.benchmarks import demo_seeds
+from example_scripts import load
 
 from dit4dit import Policy
 from dit4dit.cli import main
 from dit4dit.commands.shell import progress
-from dit4dit.demo.train import Settings, configure, demo_train, play, rate
+from dit4dit.demo.play import play, rate
+from dit4dit.demo.train import Settings, configure, demo_train
 from dit4dit.envs import tabletop_policy_dir
-from dit4dit.envs.ship_policy import ship
 from dit4dit.errors import CheckpointError, InputError
 from dit4dit.evaluation.statistics import wilson
 from dit4dit.robots import TABLETOP
@@ -128,7 +129,7 @@ def test_several_runs_are_one_result(made: Path, tmp_path: Path) -> None:
 def test_what_no_commit_made_is_not_shipped(tmp_path: Path) -> None:
     (tmp_path / "demo-train.json").write_text(json.dumps({"seed": 0, "commit": None, "policy": "nowhere"}))
     with pytest.raises(CheckpointError, match="names no commit; run make demo-train in a clone"):
-        ship(tmp_path, tmp_path / "shipped")
+        load("ship_policy").ship(tmp_path, tmp_path / "shipped")
     assert not (tmp_path / "shipped").exists()
 
 

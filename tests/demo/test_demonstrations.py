@@ -11,6 +11,7 @@ import torch
 
 from dit4dit.demo.demonstrations import GOALS_EACH, NOISE, demonstrate, record
 from dit4dit.demo.other_words import OtherWords, other_goal
+from dit4dit.demo.play import plan
 from dit4dit.envs import tabletop_tokenizer
 from dit4dit.envs.tabletop import (
     BLOCK_COLOURS,
@@ -24,6 +25,7 @@ from dit4dit.envs.tabletop import (
     layout,
 )
 from dit4dit.errors import ConfigError, InputError
+from dit4dit.evaluation import sim_worker
 from dit4dit.model.text import tokenize
 from dit4dit.presets import preset
 from dit4dit.robots import TABLETOP
@@ -149,3 +151,9 @@ def test_other_words_name_another_goal_of_the_same_table() -> None:
         assert told.block in {body.colour for body in scene.blocks}
         assert world._env.goal == goal, "what is judged stays"
     assert world.facts["rate_hz"] == TABLETOP.rate_hz
+
+
+def test_the_control_is_played_in_that_world() -> None:
+    (episode,) = plan(1, other_words=True).episodes
+    assert type(sim_worker.make(episode.environment, dict(episode.options))) is OtherWords
+    assert plan(1).episodes[0].environment == "tabletop"

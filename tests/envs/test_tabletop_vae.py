@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from example_scripts import load, path
 from safetensors.torch import load_file
 
-from dit4dit.envs import tabletop, tabletop_vae_dir, train_vae
+from dit4dit.envs import tabletop, tabletop_vae_dir
 from dit4dit.errors import ConfigError
 
+train_vae = load("train_vae")
 UNSEEN = tabletop.TEST_SEEDS_FROM + 500_000  # not the ones that metrics.json was measured on either
 
 
@@ -168,6 +172,14 @@ def test_provenance_names_the_way(tmp_path):
     first = train_vae.provenance(train_vae.TrainConfig(start, seed=4), steps=7, minutes=1.0)
     (start / "metrics.json").write_text(json.dumps(first))
     second = train_vae.provenance(train_vae.TrainConfig(tmp_path, lr=0.001, start=start), steps=3, minutes=1.0)
-    assert first["command"].endswith("--seed 4 --steps 7")
+    assert first["command"] == "python examples/tabletop/train_vae.py --out DIR --seed 4 --steps 7"
     assert second["command"].endswith("--seed 0 --steps 3 --lr 0.001 --start START")
     assert second["start"] == first
+
+
+@pytest.mark.parametrize("name", ["train_vae", "ship_policy"])
+def test_the_scripts_run_beside_an_installed_package(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, path(name), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout[:6]) == (0, "usage:"), done.stderr

@@ -30,9 +30,7 @@ ORDER = (
 """From the ground up. Rooms of one row do not import each other."""
 CLI = {"cli", "commands", "doctor", "__main__"}
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
-VIOLATIONS: set[str] = {
-    "evaluation.parity -> commands.shell",
-}
+VIOLATIONS: set[str] = set()
 """Imports against the order that are still there, as "from -> to"; the list only shrinks."""
 CIRCLES: set[frozenset[str]] = set()
 """Files of one room that still import each other."""

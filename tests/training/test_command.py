@@ -20,12 +20,12 @@ from training_worker import small_config
 
 from dit4dit import Observation, Policy
 from dit4dit.cli import main
-from dit4dit.commands.train import find_resume
 from dit4dit.data.catalogue import catalogue
 from dit4dit.errors import ConfigError
 from dit4dit.training import checkpoint, lerobot_data
 from dit4dit.training.config import DataConfig, read_config, write_config
 from dit4dit.training.lerobot_data import LeRobotData
+from dit4dit.training.resume import find_resume
 
 pytest.importorskip("pyarrow")
 

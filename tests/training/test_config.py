@@ -66,6 +66,7 @@ def test_words_change_copies() -> None:
         (("--recipe", "libero", "--processes", "2"), "--processes: goes with --dry-run"),
         (("--recipe", "tabletop", "--run.out", "nowhere", "--resume"), "nowhere has no checkpoint"),
         (("--recipe", "libero", "--run.strategy", "fsdp2", "--run.precision", "float16"), "float16 scales its loss"),
+        (("--recipe", "libero", "--dry-rn"), "--dry-rn: unknown option 'dry-rn'; did you mean 'dry-run'?"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(words: tuple[str, ...], message: str, capsys) -> None:

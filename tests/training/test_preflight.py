@@ -13,12 +13,11 @@ from own_robot import GOLDEN, MINE
 from training_worker import small_config
 
 from dit4dit.cli import main
-from dit4dit.commands import train as command
 from dit4dit.data import Mixture
 from dit4dit.data.catalogue import catalogue
 from dit4dit.errors import CheckpointError, ConfigError
 from dit4dit.model.text import byte_tokenizer, tokenize
-from dit4dit.training import memory, preflight, setup
+from dit4dit.training import memory, preflight, setup, start
 from dit4dit.training.config import DataConfig, WeightsConfig, read_config, write_config
 from dit4dit.training.recipes import recipe
 
@@ -274,7 +273,7 @@ def test_unequal_views_are_noted_where_no_batch_is_made(file: Path) -> None:
 def test_a_robot_of_ones_own_has_a_plan_too(file: Path, capsys) -> None:
     words = ("--data.mixture", "mine", "--embodiment", "my_arm", "--dry-run")
     assert run(file, *words) == 0
-    assert command.picture_size(read_config(file).override({"embodiment": "my_arm"})) == (32, 64)
+    assert start.picture_size(read_config(file).override({"embodiment": "my_arm"})) == (32, 64)
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dit4dit.cli import main
-from dit4dit.commands.train import open_data
 from dit4dit.data.writer import VideoCodec, Writer
 from dit4dit.robots.g1 import ACTION, BODY
 from dit4dit.training.recipes import RECIPES, recipe
+from dit4dit.training.start import open_data
 
 
 def run(*words: object) -> int:

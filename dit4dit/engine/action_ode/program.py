@@ -15,7 +15,9 @@ from dit4dit.engine.action_ode.plan import FIXED_SHARED, head_shape, plan
 from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, NONE, WEIGHT_UNIT, Device, Schedule
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
 from dit4dit.engine.action_ode.weights import as_bytes, pack_constants, pack_matrices
+from dit4dit.engine.fold import fold_head
 from dit4dit.errors import BackendError, ConfigError, OutputError
+from dit4dit.model.action_head import ActionHead
 from dit4dit.model.flow import GuidanceTensors
 from dit4dit.ops import measured, native
 from dit4dit.ops.action_ode import FoldedHead
@@ -50,6 +52,9 @@ class OneLaunchHead:
     the matrices in the same way share one copy of the weights.
     """
 
+    backend = "cuda"
+    """Which implementation of the op the engine asks for."""
+
     def __init__(self, folded: FoldedHead, config: HeadConfig, steps: int, *, fp8: bool = False) -> None:
         """fp8: the blocks' weights in e4m3 with a scale for each row; changes the result."""
         self.folded, self.config, self.steps, self.fp8 = folded, config, steps, fp8
@@ -64,9 +69,6 @@ class OneLaunchHead:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
-
-    backend = "cuda"
-    """Which implementation of the op the engine asks for."""
 
     @property
     def capturing(self) -> bool:
@@ -255,9 +257,6 @@ def choose_head(
 
 def example(device: torch.device) -> tuple[OneLaunchHead, Tensor, Tensor, Tensor | None, None]:
     """Small arguments of the usual kind, for `ops.explain`."""
-    from dit4dit.engine.fold import fold_head
-    from dit4dit.model.action_head import ActionHead
-
     config = HeadConfig(num_layers=2, num_heads=1, hidden_size=64, output_dim=64, action_dim=8, context_dim=64)
     with torch.random.fork_rng(devices=[]):
         folded = fold_head(ActionHead(config).to(device, torch.bfloat16), 1)

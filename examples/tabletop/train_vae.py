@@ -1,4 +1,4 @@
-"""Train the small video autoencoder of the tabletop world: `python -m dit4dit.envs.train_vae --out DIR --seed 0`.
+"""Train the small video autoencoder of the tabletop world: `python examples/tabletop/train_vae.py --out DIR --seed 0`.
 
 The architecture is diffusers' AutoencoderKLWan (causal in time, 8 x smaller in space, 4 x in time, 16 channels) with few
 channels, so that a model trained on the tabletop walks through the same code as one on the published autoencoder. Pictures
@@ -234,7 +234,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def provenance(config: TrainConfig, steps: int, minutes: float) -> dict[str, Any]:
     """How the weights came to be: the command that repeats it, and the same of the weights it started from."""
-    words = [f"python -m dit4dit.envs.train_vae --out DIR --seed {config.seed} --steps {steps}"]
+    words = [f"python examples/tabletop/train_vae.py --out DIR --seed {config.seed} --steps {steps}"]
     for name in ("lr", "kl", "edges", "ema", "motion"):
         if getattr(config, name) != getattr(TrainConfig, name):
             words.append(f"--{name} {getattr(config, name)}")

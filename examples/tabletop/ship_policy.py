@@ -1,4 +1,6 @@
-"""Make the package's own policy of what `dit4dit demo-train` left: `python -m dit4dit.envs.ship_policy demo-train/seed-0 FOLDER`.
+"""Make the package's own policy of what `dit4dit demo-train` left.
+
+    python examples/tabletop/ship_policy.py demo-train/seed-0 FOLDER
 
 Weights in half precision, of the VAE only the encoder, which is all that a policy runs: 5 MB are what a source tree can carry.
 """

@@ -1,0 +1,40 @@
+"""Which policy a command loads: the options that predict, pack, calibrate, serve and eval have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from dit4dit.commands.shell import Device, Dtype, dtype_of
+
+if TYPE_CHECKING:
+    from dit4dit.policy.policy import Policy
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The policy."""
+
+    checkpoint: str
+    """Run folder, .pt file, folder in the own format, or hub id."""
+    backbone: str | None = None
+    """Cosmos-Predict2.5 folder or hub id."""
+    embodiment: str | None = None
+    """Robot name or statistics tag; what the checkpoint implies when not given."""
+    device: Device = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Dtype = "auto"
+    """auto is bfloat16 on a GPU and float32 on a CPU; packs and calibrations are for the one that they were made with."""
+
+    def load(self, **options: Any) -> Policy:
+        """The policy, with these options of `Policy.from_pretrained` beside."""
+        from dit4dit.policy.policy import Policy
+
+        place = {"device": self.device, "dtype": dtype_of(self.dtype), "embodiment": self.embodiment}
+        return Policy.from_pretrained(self.checkpoint, self.backbone, **place | options)
+
+
+# its fields are options of the command itself: --checkpoint, --device
+PolicyToLoad = Annotated[Loading, tyro.conf.arg(name="")]
