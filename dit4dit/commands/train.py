@@ -77,8 +77,7 @@ def _run(flags: Flags, words: Sequence[str]) -> int:
         return 0
     at_least(1, processes=flags.processes)
     if flags.dry_run:
-        world = os.environ.get("WORLD_SIZE", "")
-        dry_run(config, flags.processes or (int(world) if world.isdecimal() else None), flags.resume, say)
+        dry_run(config, flags.processes or _world_size(), flags.resume, say)
         return 0
     if flags.processes is not None:
         raise ConfigError("--processes: goes with --dry-run; torchrun starts the processes of a run")
@@ -95,6 +94,14 @@ def _run(flags: Flags, words: Sequence[str]) -> int:
         policy = checkpoint.folder_of(run, config.run.steps) / checkpoint.POLICY
         say(f"{config.run.steps} steps done; the policy is {policy}")
     return code
+
+
+def _world_size() -> int | None:
+    """As torchrun says it; None outside of it."""
+    world = os.environ.get("WORLD_SIZE")
+    if world is not None and not world.isdecimal():
+        raise ConfigError(f"WORLD_SIZE: expected a whole number, as torchrun sets it, got {world!r:.60}; unset it")
+    return None if world is None else int(world)
 
 
 def configure(flags: Flags, words: Sequence[str]) -> TrainConfig:

@@ -43,7 +43,7 @@ def demo(
         checkpoint: another policy for this world than the package's.
     """
     policy = tabletop_policy_dir() if checkpoint is None else checkpoint
-    records = play(policy, out / "run", episodes, bar=bar, videos="all", batch=1, seed=seed, device=device)
+    records = play(policy, out / "run", episodes, bar=bar, videos="all", batch=1, seed=seed, device=device, resume=True)
     report.write([out / "run"], out)
     seconds = [ms / 1e3 for record in records for ms in record["took"]["chunk_ms"]]
     result = {
@@ -78,8 +78,9 @@ def play(
     batch: int = 8,
     seed: int | None = None,
     device: str = "cpu",
+    resume: bool = False,
 ) -> list[dict[str, Any]]:
-    """Closed-loop episodes of a checkpoint, their records in order."""
+    """Closed-loop episodes of a checkpoint, their records in order; with `resume` those of a run in `folder` are kept."""
     policy = Policy.from_pretrained(checkpoint, device=device)
     options = Options(Execution(execute=EXECUTE), batch=batch, workers=batch, videos=videos)
     assert policy.config.head is not None
@@ -91,6 +92,7 @@ def play(
             folder,
             horizon=policy.config.head.action_horizon,
             about_policy=identity.describe(policy, checkpoint),
+            resume=resume,
             on_episode=lambda record: done(1),
         )
 

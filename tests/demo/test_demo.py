@@ -72,7 +72,11 @@ def test_the_control_is_told_something_else(made: Path) -> None:
 @pytest.mark.slow
 def test_demo_plays_a_checkpoint_of_ones_own(made: Path, tmp_path: Path, capsys) -> None:
     checkpoint = json.loads((made / "demo-train.json").read_text())["policy"]
-    assert run("demo", "--out", str(tmp_path), "--episodes", "2", "--device", "cpu", "--checkpoint", checkpoint) == 0
+    words = ("demo", "--out", str(tmp_path), "--episodes", "2", "--device", "cpu", "--checkpoint", checkpoint)
+    assert run(*words) == 0
+    played = (tmp_path / "run" / "episodes.jsonl").read_bytes()
+    assert run(*words) == 0, "a run that is there goes on"
+    assert (tmp_path / "run" / "episodes.jsonl").read_bytes() == played
     assert "of 2" in capsys.readouterr().out
     data = json.loads((tmp_path / "demo.json").read_text())
     assert data["success"]["episodes"] == 2

@@ -173,6 +173,12 @@ def test_a_dry_run_in_the_folder_of_a_run(file: Path, tmp_path: Path, capsys) ->
     assert "has checkpoints already; go on with --resume" in capsys.readouterr().err
 
 
+def test_a_dry_run_refuses_a_number_of_processes_that_is_none(file: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "eight")
+    assert run(file, "--dry-run") == 2
+    assert "WORLD_SIZE: expected a whole number" in capsys.readouterr().err
+
+
 def test_a_dry_run_looks_at_what_it_would_go_on_from(file: Path, tmp_path: Path, capsys) -> None:
     words = ("--run.steps", 1, "--run.save_every", 1, "--run.save_frozen", "false")
     assert run(file, *words) == 0
