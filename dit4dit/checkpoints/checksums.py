@@ -14,7 +14,7 @@ from dit4dit.errors import CheckpointError
 from dit4dit.files.folders import inside
 from dit4dit.files.keys import read_json
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dit4dit.checkpoints")
 
 FILE = "checksums.json"
 Entries = dict[str, dict[str, Any]]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dit4dit.checkpoints")
 
 SUFFIX = ".safetensors"
 INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$", re.IGNORECASE)

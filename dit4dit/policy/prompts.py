@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dit4dit.engine import Engine
     from dit4dit.model.dit4dit import DiT4DiT
 
-log = logging.getLogger("dit4dit.policy.prompts")
+log = logging.getLogger("dit4dit.policy")
 
 PACK_BUDGET = 2 * 2**30
 """Bytes of prompt packs kept: 27 instructions of the released models in bfloat16."""

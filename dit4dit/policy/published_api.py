@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dit4dit.errors import InputError
 from dit4dit.robots.embodiment import check_picture
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dit4dit.policy")
 Example = Mapping[str, Any]
 ASPECT = 0.05
 """How far the first image's aspect may be from the joined one's before it looks like a single view, as a share of it."""

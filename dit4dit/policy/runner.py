@@ -22,7 +22,7 @@ from dit4dit.robots.embodiment import Array
 from dit4dit.robots.processor import Codec
 from dit4dit.robots.transforms import inverse_table
 
-log = logging.getLogger("dit4dit.policy.runner")
+log = logging.getLogger("dit4dit.policy")
 
 PLANS = 32
 """Request shapes whose buffers (and on a GPU graphs) are kept."""

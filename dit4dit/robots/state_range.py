@@ -12,7 +12,7 @@ from dit4dit.robots.embodiment import Array, Embodiment
 from dit4dit.robots.statistics import Statistics
 from dit4dit.robots.transforms import Chain
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dit4dit.robots")
 WIDTHS = 5.0
 """A value this many widths of the training data's range outside of it gets a warning."""
 FLOOR, SHARE = 0.1, 0.01

@@ -86,13 +86,36 @@ for call in (native.compiled, lambda: ops.preprocess([image], (4, 4), "cv2_area"
         assert line.endswith("start elsewhere, or pip install -e .")
 
 
+def imports_compiled(node: ast.AST) -> bool:
+    """Whether `_C` is imported when the module is: in a `try` or a class too, but not in a function or for a type checker."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        return False
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return any(map(imports_compiled, node.orelse))
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "dit4dit._C" or (node.module == "dit4dit" and "_C" in {name.name for name in node.names})
+    if isinstance(node, ast.Import):
+        return "dit4dit._C" in {name.name for name in node.names}
+    return any(map(imports_compiled, ast.iter_child_nodes(node)))
+
+
 def test_no_module_imports_the_compiled_module_when_it_is_imported():
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 100
-    for path in files:
-        # neither inside functions nor under `if TYPE_CHECKING`
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.module == "dit4dit":
-                assert "_C" not in {name.name for name in node.names}, path
-            if isinstance(node, ast.Import):
-                assert "dit4dit._C" not in {name.name for name in node.names}, path
+    assert not [path for path in files if imports_compiled(ast.parse(path.read_text()))]
+
+
+@pytest.mark.parametrize(
+    "code,wrong",
+    [
+        ("from dit4dit import _C", True),
+        ("from dit4dit._C import VERSION", True),
+        ("try:\n    from dit4dit import _C\nexcept ImportError:\n    _C = None", True),
+        ("class A:\n    import dit4dit._C", True),
+        ("if TYPE_CHECKING:\n    from dit4dit import _C\nelse:\n    from dit4dit import _C", True),
+        ("if TYPE_CHECKING:\n    from dit4dit import _C", False),
+        ("class A:\n    def f(self):\n        from dit4dit import _C", False),
+    ],
+)
+def test_that_it_would_be_seen(code, wrong):
+    assert imports_compiled(ast.parse(code)) == wrong
