@@ -10,8 +10,9 @@ from typing import Any
 
 from dit4dit.config import build
 from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.files.keys import read_plain_yaml
 from dit4dit.robots import EMBODIMENTS
-from dit4dit.robots.descriptions import Robot, published_robots, read_yaml, robot_of_entry
+from dit4dit.robots.descriptions import Robot, published_robots, robot_of_entry
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ def catalogue(extra: Path | None = None) -> Catalogue:
 @functools.cache
 def _published() -> Catalogue:
     robots, unpublished = published_robots()
-    mixtures = read_yaml(Path(__file__).with_name("mixtures.yaml"))["mixtures"]
+    mixtures = read_plain_yaml(Path(__file__).with_name("mixtures.yaml"))["mixtures"]
     return Catalogue(
         robots, {name: _entries(name, data, "mixtures.yaml") for name, data in mixtures.items()}, unpublished
     )
 
 
 def _extend(known: Catalogue, path: Path) -> Catalogue:
-    data = read_yaml(path)
+    data = read_plain_yaml(path)
     for key in data:
         if key not in ("robots", "mixtures"):
             raise ConfigError(f"{path}: unknown key {key!r}{did_you_mean(str(key), ['robots', 'mixtures'])}")

@@ -20,6 +20,7 @@ from typing import IO, Any
 from dit4dit.errors import ConfigError, DataError, InputError
 from dit4dit.evaluation.plan import Key
 from dit4dit.files.json_files import write_json
+from dit4dit.files.keys import read_json
 
 FORMAT = 1
 LOCK_SECONDS = 5.0
@@ -225,14 +226,12 @@ def _locked(file: IO[bytes]) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
-    try:
-        config: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    except FileNotFoundError:
+    file = folder / "run.json"
+    if not file.exists():
         return None
-    except ValueError as error:
-        raise DataError(f"{folder / 'run.json'}: not valid JSON ({error})") from None
+    config = read_json(file, error=DataError, again="choose another folder")
     if config.get("format") != FORMAT:
-        raise DataError(f"{folder / 'run.json'}: expected format {FORMAT}, got {config.get('format')!r}")
+        raise DataError(f"{file}: expected format {FORMAT}, got {config.get('format')!r}")
     return config
 
 

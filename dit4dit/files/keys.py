@@ -229,6 +229,20 @@ def read_yaml(path: Path, *, keep_unset: bool = False) -> dict[str, Any]:
     return data
 
 
+def read_plain_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a user's file, in which `${...}` is text; ConfigError when it is missing or not one."""
+    import yaml
+
+    text = read_text(path, "give another file", error=ConfigError, again="save it as UTF-8")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping, got {type(data).__name__}")
+    return data
+
+
 def _resolved(node: Any) -> Any:
     """An OmegaConf node as plain data, each interpolation by itself."""
     from omegaconf import DictConfig, ListConfig, OmegaConf

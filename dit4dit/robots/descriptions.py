@@ -14,6 +14,7 @@ from typing import Any
 
 from dit4dit.config import build
 from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.files.keys import read_plain_yaml
 from dit4dit.robots import EMBODIMENTS
 from dit4dit.robots.embodiment import KINDS, Array, Embodiment, Key, Kind, field_of, join_action, split_action
 from dit4dit.robots.rotations import TARGETS, zero_is_no_turn
@@ -220,24 +221,9 @@ class _Record:
 
 def published_robots() -> tuple[dict[str, Robot], frozenset[str]]:
     """The robots of robots.yaml by name, and the names of those that were never published."""
-    data = read_yaml(Path(__file__).with_name("robots.yaml"))
+    data = read_plain_yaml(Path(__file__).with_name("robots.yaml"))
     robots = {name: robot_of_entry(name, entry, "robots.yaml") for name, entry in data["robots"].items()}
     return robots, frozenset(data["unpublished"])
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; ConfigError when the file is missing or something else."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping, got {type(data).__name__}")
-    return data
 
 
 def robot_of_entry(name: str, data: Any, where: str) -> Robot:

@@ -81,6 +81,13 @@ def test_a_damaged_line_is_named(folder: Path) -> None:
             Run.open(folder)
 
 
+@pytest.mark.parametrize("text,message", [("{", "not valid JSON"), ("[]", "expected a JSON object, got list")])
+def test_a_damaged_run_json_is_named(folder: Path, text: str, message: str) -> None:
+    (folder / "run.json").write_text(text)
+    with pytest.raises(DataError, match=rf"run.json: {message}"):
+        Run.open(folder)
+
+
 @contextmanager
 def room_for(size: int) -> Iterator[None]:
     """Files of this process cannot grow beyond `size` bytes, as if the disk were full then."""

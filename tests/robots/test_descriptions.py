@@ -152,6 +152,18 @@ def test_mistakes_in_a_users_file_are_named(tmp_path: Path, old: str, new: str, 
     assert message in str(caught.value)
 
 
+def test_a_file_that_is_no_text_or_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    with pytest.raises(ConfigError, match=r"my.yaml: no such file; give another file"):
+        catalogue(path)
+    path.write_bytes(b"robots: \xff")
+    with pytest.raises(ConfigError, match=r"my.yaml: cannot be read as text"):
+        catalogue(path)
+    path.write_text("- a")
+    with pytest.raises(ConfigError, match=r"my.yaml: expected a mapping, got list"):
+        catalogue(path)
+
+
 def test_unknown_names_suggest(known) -> None:
     with pytest.raises(ConfigError, match="did you mean 'libero_all'"):
         known.mixture("libero_al")

@@ -79,7 +79,7 @@ FAULTS = {
     "no mixture": (("--data.mixture", ""), "--data.mixture: none given; choose one: "),
     "no data": (("--data.root", "nowhere"), "nowhere/lerobot_v3: no such folder, wanted a data set with meta/info.json for "
                 "robot 'libero_franka'; put it there, or name the folder above it (training: --data.root"),
-    "no robots": (("--data.robots", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
+    "no robots": (("--data.robots", "nowhere.yaml"), "nowhere.yaml: no such file"),
     "random too wide": (("--data.mixture", "random", "--embodiment", "g1"), "--model.head.action_dim 36"),
     "checkpoint": (("--weights.checkpoint", "nowhere"), "checkpoint nowhere: no such file or folder"),
     "backbone": (("--weights.backbone", "nowhere"), "backbone nowhere: no such folder; give a Cosmos-Predict2.5 folder or its "
