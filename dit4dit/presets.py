@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dit4dit.config import FlowConfig, HeadConfig, ModelConfig, TextConfig, VaeConfig, VideoDitConfig
 from dit4dit.errors import ConfigError, did_you_mean
@@ -155,8 +155,3 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r}: unknown{did_you_mean(name, list(PRESETS))}; known: {', '.join(PRESETS)}")
     return PRESETS[name]()
-
-
-def without_state(base: Preset) -> Preset:
-    """The same model with no state token."""
-    return replace(base, model=replace(base.model, head=replace(base.model.head, state_dim=None)))

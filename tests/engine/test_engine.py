@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stateless import without_state
 
 from dit4dit import Noise, Policy, ops
 from dit4dit.checkpoints.weights import random_model
@@ -30,7 +31,7 @@ from dit4dit.errors import BackendError, CheckpointError, ConfigError, InputErro
 from dit4dit.evaluation import parity
 from dit4dit.model import flow
 from dit4dit.ops import measured, onednn
-from dit4dit.presets import preset, without_state
+from dit4dit.presets import preset
 
 CPU = torch.device("cpu")
 TINY = preset("tiny").model
@@ -73,14 +74,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("state", [True, False])
 def test_the_engine_is_the_model(batch: int, state: bool) -> None:
-    config = TINY if state else without_state(preset("tiny")).model
+    config = TINY if state else without_state(TINY)
     assert relative(*both(config, batch)) < 1e-5
 
 
 @pytest.mark.parametrize("state", [True, False])
 def test_the_one_launch_head_is_given_what_the_loop_is(state: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reference stands for the kernel, which takes the same arguments."""
-    config = TINY if state else without_state(preset("tiny")).model
+    config = TINY if state else without_state(TINY)
     monkeypatch.setattr(OneLaunchHead, "backend", "torch")
     model = random_model(config, 1, with_text=False)
     engine, given = Engine(model), inputs(config, 2)

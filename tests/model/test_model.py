@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stateless import without_state
 
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.config import ModelConfig
 from dit4dit.errors import ConfigError
 from dit4dit.model.dit4dit import DiT4DiT, Draws
-from dit4dit.presets import PRESETS, preset, without_state
+from dit4dit.presets import PRESETS, preset
 from dit4dit.types import Batch
 
 TINY = preset("tiny").model
@@ -87,7 +88,7 @@ def test_video_loss_without_its_vae_is_a_clear_error() -> None:
 
 
 def test_no_state_token() -> None:
-    config = without_state(preset("tiny")).model
+    config = without_state(TINY)
     model, batch, draws = step(config)
     assert config.head.tokens == config.head.action_horizon
     assert model.head.state_encoder is None

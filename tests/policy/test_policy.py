@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stateless import without_state
 
 from dit4dit import ActionChunk, Noise, Observation, Policy
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.errors import BackendError, ConfigError, InputError, OutputError
 from dit4dit.policy.device import pick_device
-from dit4dit.presets import preset, without_state
+from dit4dit.presets import preset
 from dit4dit.robots import LIBERO
 from dit4dit.robots.processor import Codec
 
@@ -143,14 +144,13 @@ def test_text_is_encoded_once_per_instruction(libero_policy: Policy, observation
 
 
 def test_a_model_without_state_looks_at_no_state() -> None:
-    base = without_state(preset("tiny"))
-    model = random_model(base.model, 0)
+    model = random_model(without_state(preset("tiny").model), 0)
     statistics = json.loads((Path(__file__).parents[1] / "golden/libero_tiny/dataset_statistics.json").read_text())
     from dit4dit.robots.statistics import parse
 
     parsed = parse(statistics, "franka", "test")
-    codec = Codec(LIBERO, "franka", None, LIBERO.action_chain(parsed, base.model.head.action_dim))
-    policy = Policy(model, codec, prompt_embeds={"go": torch.zeros(4, base.model.dit.text_in)})
+    codec = Codec(LIBERO, "franka", None, LIBERO.action_chain(parsed, model.config.head.action_dim))
+    policy = Policy(model, codec, prompt_embeds={"go": torch.zeros(4, model.config.dit.text_in)})
     pictures = {v: np.zeros((32, 32, 3), np.uint8) for v in LIBERO.views}
     assert policy.infer(Observation(images=pictures), "go", seed=0).actions.shape == (8, 7)
     assert policy.predict_action({"image": np.zeros((32, 64, 3), np.uint8), "lang": "go"})[
