@@ -28,6 +28,7 @@ from dit4dit.checkpoints.weights import random_model
 from dit4dit.config import HeadConfig, ModelConfig, TextConfig, VaeConfig, VideoDitConfig
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.model.text import byte_tokenizer, standardize, tokenize
+from dit4dit.tables import table
 from dit4dit.training import caches, optim
 from dit4dit.training.config import OptimConfig
 from dit4dit.training.feed import Share, to_batch
@@ -212,8 +213,6 @@ def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 
 def show(result: dict[str, Any]) -> str:
     """A table, and what the published step spends on text."""
-    from dit4dit.tables import table
-
     rows = [
         [name, f"{result['gflop_per_sample'][name]:.2f}", f"{value:.2f}", f"{result['ratio'].get(name, 1.0):.2f}"]
         for name, value in result["samples_per_s"].items()

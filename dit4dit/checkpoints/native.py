@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit4dit import __version__
 from dit4dit.checkpoints import checksums
 from dit4dit.checkpoints.checkpoint import (
     FORMAT_VERSION,
@@ -114,12 +115,10 @@ def write_folder(
     progress: Progress = _silent,
 ) -> None:
     """config.json and all weights into an existing folder; tensors under the published names."""
-    import dit4dit
-
     config = {
         "format": "dit4dit",
         "format_version": FORMAT_VERSION,
-        "dit4dit_version": dit4dit.__version__,
+        "dit4dit_version": __version__,
         "embodiment": embodiment,
         "model": model.to_dict(),
     }

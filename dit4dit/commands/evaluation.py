@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import tyro
@@ -71,8 +72,6 @@ def compare(
         confidence: of the interval.
         json: also write the numbers to this file.
     """
-    from dataclasses import asdict
-
     from dit4dit.evaluation import statistics
     from dit4dit.evaluation.runs import Run, other_worlds
 

@@ -19,10 +19,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dit4dit.checkpoints.native import save_model
+from dit4dit.demo.demonstrations import record
 from dit4dit.demo.play import EXECUTE, machine_facts, play, rate
+from dit4dit.demo.report import write as write_report
+from dit4dit.envs import tabletop_tokenizer
 from dit4dit.errors import InputError, TrainingError
+from dit4dit.evaluation import report as evaluation_report
 from dit4dit.files.json_files import write_json
+from dit4dit.training import setup
 from dit4dit.training.config import TrainConfig
+from dit4dit.training.lerobot_data import LeRobotData
 from dit4dit.training.recipes import recipe
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -81,10 +90,6 @@ def demo_train(out: Path, settings: Settings, *, bar: Callable[[str, int], Any])
     Raises:
         InputError: there is something in `out` already. TrainingError: the training processes failed.
     """
-    from dit4dit.demo.demonstrations import record
-    from dit4dit.demo.report import write as write_report
-    from dit4dit.evaluation import report as evaluation_report
-
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"--out {out}: has a run already, or part of one; give another folder, or remove it")
     clock, config, source = Clock(), configure(out, settings), commit()
@@ -143,13 +148,6 @@ def configure(out: Path, settings: Settings) -> TrainConfig:
 
 def random_policy(folder: Path, config: TrainConfig) -> None:
     """The policy that training starts from, as a checkpoint: the world's own VAE, everything else fresh from the seed."""
-    import torch
-
-    from dit4dit.checkpoints.native import save_model
-    from dit4dit.envs import tabletop_tokenizer
-    from dit4dit.training import setup
-    from dit4dit.training.lerobot_data import LeRobotData
-
     start = setup.load(config, torch.device("cpu"))
     start.model.text = start.text()
     statistics = LeRobotData.open(config.data, config.model, config.run.seed).statistics

@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dit4dit import __version__
 from dit4dit.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dit4dit.checkpoints.native import new_folder, write_json
 from dit4dit.checkpoints.robot import robot_of
 from dit4dit.evaluation.parity import execute, expected_stages, golden_model
 from dit4dit.model.dit4dit import Draws
@@ -23,10 +26,6 @@ def record(folder: Path, checkpoint: Path, *, backbone: Path | None, seed: int, 
     """
     import diffusers
     import transformers
-    from safetensors.torch import save_file
-
-    import dit4dit
-    from dit4dit.checkpoints.native import new_folder, write_json
 
     opened = open_checkpoint(checkpoint, backbone)
     model = golden_model(opened, device, torch.float32)
@@ -39,7 +38,7 @@ def record(folder: Path, checkpoint: Path, *, backbone: Path | None, seed: int, 
         "sigma": opened.model.sigma,
         # relative, so that folder and checkpoint can move together
         "checkpoint": os.path.relpath(opened.path.resolve(), folder.resolve()),
-        "dit4dit": dit4dit.__version__,
+        "dit4dit": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,

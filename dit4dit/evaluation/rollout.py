@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from dit4dit import __version__
 from dit4dit.errors import ConfigError, OutputError, SimulatorError, WorkerLost
 from dit4dit.evaluation.batching import BatchedPolicy, Predictor
 from dit4dit.evaluation.plan import Episode, Plan
@@ -95,8 +96,6 @@ def check_robot(policy: Predictor, plan: Plan) -> None:
 
 def configuration(plan: Plan, options: Options, about_policy: Mapping[str, Any]) -> dict[str, Any]:
     """run.json, but for its format's number."""
-    from dit4dit import __version__
-
     launch, here = plan.launch, machine()
     return {
         "benchmark": plan.name,

@@ -208,9 +208,8 @@ class Texts:
             if self.folder is not None:
                 try:
                     self.folder.store(instruction, pack)
-                except (
-                    InputError
-                ) as error:  # the robot goes on: the pack is there, only the next start will not find it
+                except InputError as error:
+                    # the robot goes on: the pack is there, only the next start will not find it
                     log.warning("%s", error)
         return pack
 

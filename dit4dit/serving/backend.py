@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
+
 import dit4dit
 from dit4dit.errors import InputError, did_you_mean
 from dit4dit.policy.policy import Policy
@@ -85,8 +87,6 @@ class PolicyBackend:
 
 def describe(policy: Policy) -> dict[str, Any]:
     """What a robot must know of a policy to use it without its checkpoint; plain values only."""
-    import torch
-
     robot, config, codec = policy.embodiment, policy.config, policy.codec
     height, width = config.image_size
     horizon = config.head.action_horizon

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dit4dit.config import ModelConfig, build_within
 from dit4dit.errors import ConfigError, did_you_mean
 from dit4dit.files.atomic import whole_file
+from dit4dit.files.keys import read_yaml
 
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -316,8 +317,6 @@ def split_words(words: Sequence[str]) -> dict[str, str]:
 
 def read_config(path: Path) -> TrainConfig:
     """A configuration of our own in YAML, such as a run folder's config.yaml."""
-    from dit4dit.files.keys import read_yaml
-
     return TrainConfig.from_dict(read_yaml(path), str(path))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dit4dit.checkpoints.checkpoint import EXTRACTOR, FROZEN, HEAD, TRANSFORMER
 from dit4dit.config import FlowConfig
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, require
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.training.config import LoraConfig, OptimConfig
 
@@ -148,8 +148,6 @@ def add_lora(model: DiT4DiT, config: LoraConfig, seed: int) -> None:
     Raises:
         ConfigError: a target that ends no linear layer's name.
     """
-    from dit4dit.errors import require
-
     peft = require("peft", "train")
     ends = dict.fromkeys(config.targets, False)
     with torch.random.fork_rng(devices=[]):

@@ -6,6 +6,7 @@ accelerate has no FSDP on a CPU, and says nothing when it is asked for one; `ful
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -111,11 +112,8 @@ class Processes:
 
     def ensure_group(self) -> None:
         """A process group of one where there is none: what shards needs one."""
-        import tempfile
-
         if dist.is_initialized():
             return
-
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         with tempfile.TemporaryDirectory() as folder:
             dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
