@@ -163,9 +163,7 @@ def install(simulator: Simulator, say: Say, *, first: str | None = None, lock: P
     (simulator.folder / STAMP).write_text(json.dumps(made_from))
 
 
-def run(
-    words: Sequence[str], what: str, *, folder: Path | None = None, variables: Mapping[str, str] | None = None
-) -> str:
+def run(words: Sequence[str], what: str, *, folder: Path | None = None) -> str:
     """Run a program to its end -> what it printed.
 
     Raises:
@@ -173,15 +171,7 @@ def run(
     """
     if shutil.which(words[0]) is None:
         raise ConfigError(f"{what}: {words[0]} is not installed")
-    done = subprocess.run(
-        words,
-        cwd=folder,
-        env={**os.environ, **(variables or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-6:]
         raise SimulatorError(f"{what}: failed with exit code {done.returncode}: {' | '.join(last)}", done.stderr)

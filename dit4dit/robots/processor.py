@@ -27,15 +27,9 @@ class Codec:
     action: Chain
     state_range: StateRange | None = None
 
-    def robot_units(self, normalized: Array) -> Array:
-        """The model's actions [..., K, A_model] -> robot units [..., K, A]; OutputError as `check`."""
-        actions = self.action.inverse(normalized)
-        self.check(actions)
-        return actions
-
     def check(self, actions: Array) -> None:
-        """Refuse actions in robot units [..., A] that no robot can carry out; all that `robot_units` or the engine writes is
-        looked at before it leaves the policy.
+        """Refuse actions in robot units [..., A] that no robot can carry out; all of them are looked at before they leave the
+        policy.
 
         Raises:
             OutputError: a value is NaN or infinite; it names the dimensions.

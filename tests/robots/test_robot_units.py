@@ -196,7 +196,7 @@ def test_conversion_keeps_it(arms_only_run: Path, tmp_path: Path) -> None:
     want = units_by_hand(y, statistics(robot, "published").action)
     for folder in (arms_only_run, tmp_path / "own", tmp_path / "back"):
         codec = for_checkpoint(open_checkpoint(folder), robot)
-        np.testing.assert_allclose(codec.robot_units(y), want, atol=1e-6)
+        np.testing.assert_allclose(codec.action.inverse(y), want, atol=1e-6)
 
 
 def test_a_robot_that_went_with_its_checkpoint_has_its_modes(arms_only_run: Path, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_robot_that_went_with_its_checkpoint_has_its_modes(arms_only_run: Path
     assert restored(config["embodiment"], "here").action == embodiment(ARMS_ONLY).action
     codec = for_checkpoint(open_checkpoint(own), None)
     y = np.full((1, 32), 0.5, np.float32)
-    np.testing.assert_allclose(codec.robot_units(y)[0, 14:], [0.04875, 0.04875], atol=1e-7)
+    np.testing.assert_allclose(codec.action.inverse(y)[0, 14:], [0.04875, 0.04875], atol=1e-7)
     shown = inspect(own, backbone=None, embodiment=None)["statistics"]["new_embodiment"]["action"]
     assert [row["scaled"] for row in shown] == [True] * 16
     alone = inspect(

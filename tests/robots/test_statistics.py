@@ -127,7 +127,7 @@ def test_what_never_moved_is_that_constant_and_one_warning(libero_run: Path, cap
         "sent as the one value that they had: y = 0, yaw = 0.25"
     ), "the gripper's mode is none: statistics do not scale it"
     y = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    out = codec.robot_units(y)
+    out = codec.action.inverse(y)
     assert out[:, 1].tolist() == [0.0] * 3
     assert out[:, 5].tolist() == [0.25] * 3
     assert (out[:, 6] == (y[:, 6] >= 0.5)).all()
