@@ -1,1 +1,1 @@
-"""Opening, writing and checking a checkpoint in any layout."""
+"""Opening, writing and checking a checkpoint in any layout, and which robot it is for."""

@@ -1,1 +1,1 @@
-"""One module per command of the command line; each is plain functions that return data, with a thin printing end."""
+"""One module per command of the command line: it parses, calls the library and prints."""

@@ -1,5 +1,5 @@
-"""Training data: LeRobot data sets in, samples out. Reading order: robots, modality, meta, columns, video, lerobot, samples,
-statistics, mixture, sampler; writer makes data sets, check looks for damage.
+"""Training data: LeRobot data sets in, samples out. Reading order: catalogue, modality, meta, columns, video, lerobot,
+samples, statistics, mixture, sampler; writer makes data sets, check looks for damage.
 
 Importing this package imports nothing heavy; the names below load on first use.
 """

@@ -1,1 +1,1 @@
-"""Success rates that can be believed: one rollout loop for every environment, honest intervals, a report. Imports no torch."""
+"""Success rates that can be believed: one rollout loop for every environment, honest intervals, a report."""

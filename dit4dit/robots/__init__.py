@@ -1,4 +1,7 @@
-"""The robots that the package knows by name; a robot of your own is another `Embodiment` given to `Policy`."""
+"""The robots that the package knows by name, one file each, and what they are made of: `embodiment`, `transforms`, `statistics`.
+
+A robot of your own is another `Embodiment` given to `Policy`.
+"""
 
 from __future__ import annotations
 
