@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from dit4dit.errors import require
 from dit4dit.files.atomic import whole_file
+from dit4dit.files.json_files import write_json
+from dit4dit.files.keys import read_json
 from dit4dit.training.config import RunConfig
 
 log = logging.getLogger("dit4dit.training")
@@ -71,8 +73,12 @@ class Log:
         if "wandb" in config.trackers:
             identity = folder / "wandb.json"
             wandb = require("wandb", "wandb")
-            known = json.loads(identity.read_text())["id"] if identity.is_file() else wandb.util.generate_id()
-            identity.write_text(json.dumps({"id": known}))
+            known = (
+                read_json(identity, again="remove it, and the run is a new one there")["id"]
+                if identity.is_file()
+                else wandb.util.generate_id()
+            )
+            write_json(identity, {"id": known})
             self._wandb = wandb.init(
                 project=config.project,
                 name=folder.name,
