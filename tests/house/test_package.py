@@ -141,7 +141,8 @@ def installed() -> set[str]:
 )
 def test_what_is_installed():
     names = installed()
-    assert "dit4dit/py.typed" in names
+    written = [file for file in (ROOT / "dit4dit").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert not [name for name in (str(file.relative_to(ROOT)) for file in written) if name not in names]
     assert {"dit4dit/robots/robots.yaml", "dit4dit/data/mixtures.yaml"} <= names
     assert "dit4dit/benchmarks/harness.py" in names
     assert "dit4dit/benchmarks/ops/bench_preprocess.py" in names
