@@ -58,9 +58,7 @@ class Flags:
 def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     # a --resume without a value means the newest checkpoint
-    given = [f"{a}=" if a == "--resume" and b.startswith("--") else a for a, b in pairwise([*words, "--"])] or [
-        "--help"
-    ]
+    given = [f"{a}=" if a == "--resume" and b.startswith("-") else a for a, b in pairwise([*words, "--"])] or ["--help"]
     flags, rest = tyro.cli(
         Flags, args=given, prog="dit4dit train", return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
     )
@@ -76,8 +74,9 @@ def _run(flags: Flags, words: Sequence[str]) -> int:
         say(json.dumps(config.to_dict(), indent=1))
         return 0
     at_least(1, processes=flags.processes)
+    world = _world_size()
     if flags.dry_run:
-        dry_run(config, flags.processes or _world_size(), flags.resume, say)
+        dry_run(config, flags.processes or world, flags.resume, say)
         return 0
     if flags.processes is not None:
         raise ConfigError("--processes: goes with --dry-run; torchrun starts the processes of a run")
@@ -99,15 +98,18 @@ def _run(flags: Flags, words: Sequence[str]) -> int:
 def _world_size() -> int | None:
     """As torchrun says it; None outside of it."""
     world = os.environ.get("WORLD_SIZE")
-    if world is not None and not world.isdecimal():
-        raise ConfigError(f"WORLD_SIZE: expected a whole number, as torchrun sets it, got {world!r:.60}; unset it")
+    if world is not None and (not world.isdecimal() or int(world) < 1):
+        raise ConfigError(
+            f"WORLD_SIZE: expected a number of at least 1, as torchrun sets it, got {world!r:.60}; unset it"
+        )
     return None if world is None else int(world)
 
 
 def configure(flags: Flags, words: Sequence[str]) -> TrainConfig:
     """The configuration of the flags, changed by `words`; keys of a published file that nothing reads are told once."""
     if (flags.recipe is None) == (flags.config is None):
-        raise ConfigError(f"give one of --recipe ({', '.join(RECIPES)}) and --config FILE")
+        stray = f", not {words[0]!r:.60}" if words and not words[0].startswith("-") else ""
+        raise ConfigError(f"give one of --recipe ({', '.join(RECIPES)}) and --config FILE{stray}")
     theirs = published.ROOTS if flags.config is not None and published.is_published(flags.config) else ()
     _check_roots(words, theirs)
     options = split_words(words)

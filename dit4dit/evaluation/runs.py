@@ -157,8 +157,8 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) 
     """ConfigError naming the first key in which a run that goes on is another run than it was."""
     for key, (old, new) in differences(before, json.loads(json.dumps(now))).items():
         raise ConfigError(
-            f"--resume: {folder} was started with {key} = {old!r}, now it is {new!r}; keep it, or start a new run in another "
-            "folder"
+            f"{folder}: the run there was started with {key} = {old!r}, now it is {new!r}; keep it, or start a new run in "
+            "another folder"
         )
 
 

@@ -63,6 +63,7 @@ def test_words_change_copies() -> None:
         (("--recipe", "libero", "--run.steps", "many"), "error: --run.steps: expected int, got 'many'"),
         (("--recipe", "libero", "--run.precision", "float8"), "expected one of float32, bfloat16, float16, got 'float8'"),
         (("--recipe", "libero", "steps"), "'steps': expected --a.b.c value"),
+        (("libero",), "and --config FILE, not 'libero'"),
         (("--recipe", "libero", "--processes", "2"), "--processes: goes with --dry-run"),
         (("--recipe", "tabletop", "--run.out", "nowhere", "--resume"), "nowhere has no checkpoint"),
         (("--recipe", "libero", "--run.strategy", "fsdp2", "--run.precision", "float16"), "float16 scales its loss"),

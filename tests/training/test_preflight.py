@@ -173,10 +173,12 @@ def test_a_dry_run_in_the_folder_of_a_run(file: Path, tmp_path: Path, capsys) ->
     assert "has checkpoints already; go on with --resume" in capsys.readouterr().err
 
 
-def test_a_dry_run_refuses_a_number_of_processes_that_is_none(file: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "eight")
-    assert run(file, "--dry-run") == 2
-    assert "WORLD_SIZE: expected a whole number" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+@pytest.mark.parametrize("world", ["eight", "0", ""])
+def test_a_number_of_processes_that_is_none_is_refused(file: Path, monkeypatch, capsys, world, words) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert run(file, *words) == 2
+    assert f"WORLD_SIZE: expected a number of at least 1, as torchrun sets it, got '{world}'" in capsys.readouterr().err
 
 
 def test_a_dry_run_looks_at_what_it_would_go_on_from(file: Path, tmp_path: Path, capsys) -> None:
