@@ -112,7 +112,7 @@ class Door:
         count = len(observations)
         if not count or count != len(instructions):
             raise InputError(f"batch: {count} observations and {len(instructions)} instructions; expected as many")
-        noises = _one_each("noise", "Noise", noise, count)
+        noises = _noises(noise, count)
         kept = _one_each("guidance", "Guidance or None", guidance, count)
         return [self.request(*given) for given in zip(observations, instructions, noises, kept, strict=True)]
 
@@ -121,7 +121,7 @@ class Door:
     ) -> list[Request]:
         """One per example of the published call."""
         found = published.check(examples)
-        noises = _one_each("noise", "Noise", [noise] if isinstance(noise, Noise) else noise, len(found))
+        noises = _noises([noise] if isinstance(noise, Noise) else noise, len(found))
         pictures = published.pictures(found, self._config.pixels_per_token)
         self._unjoined.look(found)
         width, state_range = self._config.head.state_dim, self._codec.state_range
@@ -131,9 +131,7 @@ class Door:
         requests = []
         for i, words in enumerate(published.instructions(found)):
             state, length = None if encoded is None else encoded[i], self._embedder.length(words)
-            requests.append(
-                Request([pictures[i]], state, words, length, _noise(noises[i]), None, "bilinear", units=False)
-            )
+            requests.append(Request([pictures[i]], state, words, length, noises[i], None, "bilinear", units=False))
         return requests
 
     def _state(self, observation: Observation) -> Array | None:
@@ -152,6 +150,18 @@ def _noise(noise: Noise | None) -> Noise:
         return Noise.fresh()
     _expect("noise: expected a Noise", noise, Noise)
     return noise
+
+
+def _noises(noise: Sequence[Noise] | None, count: int) -> list[Noise]:
+    """One per request; fresh ones where there is no list, and never in the place of one that is missing in a list."""
+    if noise is None:
+        return [Noise.fresh() for _ in range(count)]
+    given = _one_each("noise", "Noise", noise, count)
+    found = [one for one in given if isinstance(one, Noise)]
+    if len(found) != count:
+        kinds = ", ".join(sorted({type(one).__name__ for one in given if not isinstance(one, Noise)}))
+        raise InputError(f"noise: expected a list of Noise, one per request, got one with {kinds}")
+    return found
 
 
 def _expect(wanted: str, value: object, kind: type) -> None:

@@ -185,7 +185,8 @@ def test_permissions(tmp_path: Path, umask: int) -> None:
         with whole_folder(tmp_path / "own", CheckpointError, HINT) as partial:
             build(partial)
     finally:
-        os.umask(before)
+        after = os.umask(before)
+    assert after == umask
     assert mode(tmp_path / "file") == 0o666 & ~umask
     shared = tmp_path / "shared"
     assert [mode(p) for p in (shared, shared / "below", shared / "private")] == [0o777 & ~umask] * 2 + [0o666 & ~umask]

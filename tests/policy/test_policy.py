@@ -225,6 +225,17 @@ def test_other_objects_in_place_of_ours(libero_policy: Policy, observation: Obse
         libero_policy.infer(observation, "go", noise=np.zeros(3))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected a list of Noise"):
         libero_policy.infer_batch([observation], ["go"], noise=Noise.from_seed(0))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="instructions: expected a list of strings"):
+        libero_policy.infer_batch([observation] * 2, "go")
+    with pytest.raises(InputError, match="expected a Guidance or None, got str"):
+        libero_policy.infer(observation, "go", guidance="linear")  # type: ignore[arg-type]
+    # a noise that is missing in a list is no fresh one, with which nothing could be repeated
+    for missing, kind in ((None, "NoneType"), (0, "int")):
+        noise: list = [Noise.from_seed(0), missing]
+        with pytest.raises(InputError, match=f"noise: expected a list of Noise, one per request, got one with {kind}"):
+            libero_policy.infer_batch([observation] * 2, ["go"] * 2, noise=noise)
+        with pytest.raises(InputError, match=f"noise: expected a list of Noise, one per request, got one with {kind}"):
+            libero_policy.predict_action([{"image": np.zeros((32, 64, 3), np.uint8), "lang": "go"}] * 2, noise=noise)
     for kind in ("float32", torch.int8, torch.float64):
         with pytest.raises(ConfigError, match="dtype: expected"):
             Policy.from_pretrained("anywhere", dtype=kind)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from dit4dit.training.config import DataConfig
 from dit4dit.training.feed import Feed, Share, to_batch
 from dit4dit.training.lerobot_data import LeRobotData
 from dit4dit.training.loop import check_progress
-from dit4dit.training.samples import Raw, collate
+from dit4dit.training.samples import Raw, collate, pictures
 
 pytest.importorskip("pyarrow")
 TINY = preset("tiny").model
@@ -123,6 +123,15 @@ def test_bad_sizes_are_refused(tmp_path: Path) -> None:
     for size in ("0", "-1"):
         with pytest.raises(ConfigError, match=f"data.batch_size: expected at least 1, got {size}"):
             small_config(tmp_path).override({"data.batch_size": size})
+
+
+@pytest.mark.parametrize(("clip", "got"), [(torch.zeros(1, 4, 3, 16, 16), r"\[4, 3, 16, 16\]"), (None, "none")])
+def test_clips_of_another_length_than_the_models_are_refused(clip, got: str) -> None:
+    raw = Raw((0,), (7,), ("go",), clip, torch.zeros(1, 2, 3), torch.ones(1, 2, 3, dtype=torch.bool), None)
+    with pytest.raises(
+        InputError, match=rf"samples \[7\]: video: expected \[5, 3, H, W\], got {got}; set --model.frames"
+    ):
+        pictures(raw, preset("tiny").model, torch.device("cpu"))
 
 
 def test_clips_of_different_sizes_in_a_batch_are_refused(data: LeRobotData) -> None:
