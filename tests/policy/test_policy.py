@@ -101,6 +101,7 @@ def test_a_request_does_not_depend_on_its_batch(libero_policy: Policy, make_obse
     requests = [make_observation(i) for i in range(3)]
     words, noise = ["open", "close it", "push"], [Noise.from_seed(9, i) for i in range(3)]
     batch = libero_policy.infer_batch(requests, words, noise=noise)
+    assert all(chunk.noise is own for chunk, own in zip(batch, noise, strict=True))
     for i in range(3):
         alone = libero_policy.infer(requests[i], words[i], noise=noise[i])
         assert np.allclose(batch[i].normalized, alone.normalized, atol=2e-5)
