@@ -32,7 +32,7 @@ from dit4dit.engine.action_ode.weights import pack
 from dit4dit.engine.fold import fold_head
 from dit4dit.errors import BackendError, InputError, OutputError
 from dit4dit.model.flow import GuidanceTensors, prefix_weights
-from dit4dit.ops.action_ode import reference
+from dit4dit.ops.action_ode import loop, reference
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -62,6 +62,24 @@ def test_the_reference_is_the_head(size: str) -> None:
     head = OneLaunchHead(case.folded, case.config, case.steps)
     with torch.no_grad():
         assert case.error(ops.action_ode(head, *case.given()), case.want()) < 1e-5
+
+
+def test_the_norms_of_a_small_stream_are_the_heads() -> None:
+    """Where the variance is about 1e-6, as small as what is added to it, another epsilon is another velocity."""
+    case = Case(tiny())
+    head = case.head
+    assert head.state_encoder is not None
+    assert head.position_embedding is not None
+    last = [head.action_encoder.layer3, head.state_encoder.layer2, head.position_embedding]
+    for block in head.model.blocks:
+        last += [block.attn1.out, block.ff.linears[1]]
+    with torch.no_grad():
+        for layer in last:
+            for parameter in layer.parameters():
+                parameter.mul_(1e-3)
+        case.folded = fold_head(head, case.steps)
+        got = loop(case.folded, *case.given(), None)
+    assert case.error(got, case.want()) < 1e-5
 
 
 def test_guidance_in_the_reference() -> None:

@@ -134,6 +134,8 @@ def test_users_add_robots_and_mixtures_without_python(tmp_path: Path) -> None:
         ("action.joints: min_max", "action.joints: minmax", f"expected one of {', '.join(MODES)}, got 'minmax'"),
         ("fps: 30", "rate: 30", "mixtures.mine[0]: unknown key 'rate'"),
         ("weight: 0.5", "weight: -1", "weight: expected more than 0"),
+        ("weight: 0.5", "weight: 0", "weight: expected more than 0, got 0"),
+        ("my_arm:", "libero:", "robots: 'libero' is an embodiment of the package"),
         ("my_arm:", "oxe_rt1:", "'oxe_rt1' is the package's own"),
         ("language: annotation", "language: words", "expected 'annotation.<key>'"),
         ("    action_steps: 12\n", "", "missing key 'action_steps'"),
