@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1] / "helpers"
+TESTS = Path(__file__).parents[1]
 FAKE = """
 import pytest
 import torch
@@ -61,7 +61,7 @@ def outcomes(folder: Path, bad: int, how: str, *options: str) -> tuple[dict[str,
         "--junitxml=out.xml",
         *options,
     ]
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(TESTS), str(TESTS / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTHONPATH": path}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     found: dict[str, list[str]] = {}

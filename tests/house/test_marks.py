@@ -42,7 +42,7 @@ ABSENT = "accelerate av matplotlib msgpack peft pyarrow scipy torchcodec websock
 
 def run_without(packages: str, *command: str) -> str:
     """What a command of this environment writes, in a process where `packages` cannot be imported."""
-    path = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([f"{TESTS}/helpers", *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         command,
         cwd=TESTS,
