@@ -35,7 +35,8 @@ def test_each_stage_has_its_kernels(tmp_path: Path, capsys) -> None:
     assert data["total_us"] == pytest.approx(sum(s["kernels"] for s in data["stage_us"].values()))
     assert data["launches"] == pytest.approx(sum(s["launches"] for s in data["stage_us"].values()))
     assert data["share_of_replay"] == pytest.approx(data["total_us"] / data["replay_us"]["step"])
-    assert "aten::convolution" in capsys.readouterr().out
+    largest = max((k for kernels in data["stages"].values() for k in kernels), key=lambda k: k["us"])
+    assert largest["kernel"] in capsys.readouterr().out, "which kernels are printed depends on their times"
 
 
 def test_without_a_profiler_stages_have_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
