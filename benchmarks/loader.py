@@ -107,7 +107,7 @@ def _agree(data: LeRobotData, workers: Sequence[int], batch_size: int) -> None:
     first, *others = (list(feed(data, batch_size, 2, count)) for count in workers)
     for count, got in zip(workers[1:], others, strict=True):
         for a, b in zip(first, got, strict=True):
-            # pictures, state, actions and their mask; positions, indices and instructions
+            # images, state, actions and their mask; positions, indices and instructions
             pairs = [(value, getattr(b, name)) for name, value in vars(a).items()]
             if not all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs):
                 raise AssertionError(f"{count} workers give other batches than {workers[0]}: not timed")

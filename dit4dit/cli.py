@@ -58,7 +58,7 @@ def inspect(
     """Sizes, shapes, statistics and conventions of a checkpoint; exit code 1 where it cannot be loaded.
 
     Args:
-        checkpoint: run folder, .pt file, folder in the own format, or hub id.
+        checkpoint: run folder, .pt file, folder in the native format, or hub id.
         backbone: Cosmos-Predict2.5 folder or hub id.
         embodiment: report the conventions for this robot.
         verify: first read every file and compare it with the folder's checksums.json.
@@ -125,10 +125,10 @@ def convert(
     target: tyro.conf.Positional[Path],
     backbone: Path | None = None,
 ) -> int:
-    """Published run folder -> own format, or back, whichever the source is; bit-exact, nothing is overwritten.
+    """Published run folder -> native format, or back, whichever the source is; bit-exact, nothing is overwritten.
 
     Args:
-        source: published run folder (or one of its .pt files), or a folder in the own format.
+        source: published run folder (or one of its .pt files), or a folder in the native format.
         target: new folder.
         backbone: Cosmos-Predict2.5 folder (its small files go along).
     """
@@ -149,17 +149,17 @@ def convert(
             native.to_own(source, target, backbone, progress)
         else:
             native.to_published(source, target, backbone, progress)
-    say(f"wrote {target} ({'own format' if to_own else 'published layout'})")
+    say(f"wrote {target} ({'native format' if to_own else 'published layout'})")
     if not to_own and isinstance(robot := read_json(source / "config.json").get("embodiment"), dict):
         say(f"note: the published layout has no place for a robot of one's own: {robot['robot']['name']} is not in it")
     return 0
 
 
 def push(folder: tyro.conf.Positional[Path], repository: tyro.conf.Positional[str], public: bool = False) -> int:
-    """Upload a folder in the own format to the Hugging Face hub; `--checkpoint REPOSITORY` pulls it back anywhere.
+    """Upload a folder in the native format to the Hugging Face hub; `--checkpoint REPOSITORY` pulls it back anywhere.
 
     Args:
-        folder: folder in the own format (`dit4dit convert` makes one).
+        folder: folder in the native format (`dit4dit convert` makes one).
         repository: organisation/name; made when it is not there, private unless --public.
         public: make a new repository public.
     """

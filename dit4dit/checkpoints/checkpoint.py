@@ -1,4 +1,4 @@
-"""Where weights and configurations come from: published run folders, Cosmos folders, the package's own format, the hub.
+"""Where weights and configurations come from: published run folders, Cosmos folders, the native format, the hub.
 
 Opening a checkpoint reads small files and maps the large ones; tensors are read when a part is built from them. All
 formats give their tensors under the published names, so that one table says where each part finds its own.
@@ -84,7 +84,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, backbone: str | Path | None = None) -> Checkpoint:
-    """Open a published run folder (or one of its .pt files), a folder in the own format, or a hub repository id.
+    """Open a published run folder (or one of its .pt files), a folder in the native format, or a hub repository id.
 
     Args:
         path: run folder, .pt file, own-format folder, or "organisation/name" on the hub.
@@ -105,7 +105,7 @@ def local_folder(path: str | Path) -> Path:
 
 
 def is_own_format(folder: Path) -> bool:
-    """Whether `folder` holds the package's own format; a stray config.json in a published run does not make it so."""
+    """Whether `folder` holds the native format; a stray config.json in a published run does not make it so."""
     config = folder / "config.json"
     if not config.is_file():
         return False
@@ -213,14 +213,14 @@ def published_files(path: Path) -> tuple[Path, Path]:
             if (run / "config.yaml").is_file():
                 return run, path
         if (path.parent / "config.json").is_file():
-            raise CheckpointError(f"{path}: one file of a folder in the own format; give the folder {path.parent}")
+            raise CheckpointError(f"{path}: one file of a folder in the native format; give the folder {path.parent}")
         raise CheckpointError(f"{path}: no config.yaml beside it or one folder up; keep the run folder whole")
     run = path.parent if path.name in ("checkpoints", "final_model") else path
     if not (run / "config.yaml").is_file():
         if shards := state_dict.zero_folder(path):
             raise state_dict.zero_error(shards)
         hint = f"; give {run / 'policy'}" if (run / "policy" / "config.json").is_file() else "; give a run folder"
-        raise CheckpointError(f"{run}: neither config.yaml (published run) nor config.json (own format){hint}")
+        raise CheckpointError(f"{run}: neither config.yaml (published run) nor config.json (native format){hint}")
     found = _final([path]) if path.name == "final_model" else _steps(run) or _final([run / "final_model", run])
     if not found:
         if shards := state_dict.zero_folder(run / "checkpoints") or state_dict.zero_folder(run):

@@ -122,7 +122,9 @@ def transformer_arguments(model: ModelConfig) -> dict[str, Any]:
     """The keyword arguments (and JSON keys) that diffusers' `CosmosTransformer3DModel` takes for `model.dit`."""
     dit = model.dit
     if dit.learned_positions:
-        raise ConfigError("dit.learned_positions: the published layout has none; such a model stays in the own format")
+        raise ConfigError(
+            "dit.learned_positions: the published layout has none; such a model stays in the native format"
+        )
     return {
         "in_channels": dit.latent_channels + 1,
         "out_channels": dit.latent_channels,

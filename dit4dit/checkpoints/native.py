@@ -140,7 +140,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     with_frozen: bool = True,
 ) -> None:
-    """Write a model as a folder in the own format, all or nothing.
+    """Write a model as a folder in the native format, all or nothing.
 
     Args:
         folder: must not exist yet.
@@ -172,10 +172,10 @@ def named_tensors(model: DiT4DiT) -> dict[str, Tensor]:
 
 
 def to_own(source: Path, target: Path, backbone: Path | None = None, progress: Progress = _silent) -> None:
-    """A published run folder -> a folder in the own format, bit-exact, all or nothing."""
+    """A published run folder -> a folder in the native format, bit-exact, all or nothing."""
     checkpoint = open_checkpoint(source, backbone)
     if checkpoint.layout != "published":
-        raise CheckpointError(f"{source}: is in the own format already; wanted a published run folder")
+        raise CheckpointError(f"{source}: is in the native format already; wanted a published run folder")
     run, _ = published_files(checkpoint.path)
     cosmos = find_backbone(backbone, run, weights=False)
     with new_folder(target) as partial:
@@ -215,7 +215,7 @@ def _copy_small_files(cosmos: Path, target: Path) -> None:
 
 
 def to_published(source: Path, target: Path, backbone: Path | None = None, progress: Progress = _silent) -> None:
-    """A folder in the own format -> a published run folder, bit-exact, all or nothing.
+    """A folder in the native format -> a published run folder, bit-exact, all or nothing.
 
     A folder that was never published gets a config.yaml and Cosmos JSON files written from its own configuration; the
     small Cosmos files go to `cosmos/` inside the run.
@@ -226,7 +226,7 @@ def to_published(source: Path, target: Path, backbone: Path | None = None, progr
 
     checkpoint = open_checkpoint(source, backbone)
     if checkpoint.layout != "dit4dit":
-        raise CheckpointError(f"{source}: is a published run folder already; wanted a folder in the own format")
+        raise CheckpointError(f"{source}: is a published run folder already; wanted a folder in the native format")
     kept = checkpoint.path / "published"
     with new_folder(target) as partial:
         if kept.is_dir():
@@ -251,18 +251,18 @@ def to_published(source: Path, target: Path, backbone: Path | None = None, progr
 
 
 def push_to_hub(folder: Path, repository: str, *, private: bool = True) -> str:
-    """Upload a folder in the own format; returns its address. Pull it back with `Policy.from_pretrained(repository)`.
+    """Upload a folder in the native format; returns its address. Pull it back with `Policy.from_pretrained(repository)`.
 
     Weight files of an earlier upload that this folder does not have are removed there, so that no tensor is in two files.
 
     Raises:
-        CheckpointError: not in the own format, not what its checksums.json says, or the hub refuses.
+        CheckpointError: not in the native format, not what its checksums.json says, or the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not is_own_format(folder):
-        raise CheckpointError(f"{folder}: not a folder in the own format (no config.json); convert it first")
+        raise CheckpointError(f"{folder}: not a folder in the native format (no config.json); convert it first")
     if (folder / checksums.FILE).is_file():
         checksums.verify(
             folder / checksums.FILE, "convert it again, or, where you changed it on purpose, remove checksums.json"

@@ -43,7 +43,7 @@ def for_checkpoint(checkpoint: Checkpoint, wanted: str | Embodiment | None) -> C
 
 
 def choose_embodiment(checkpoint: Checkpoint, wanted: str | Embodiment | None) -> tuple[Embodiment, str | None]:
-    """The embodiment, and the statistics label that the choice stands for (None: whichever is the only one)."""
+    """The embodiment, and the label of its statistics (None: whichever is the only one)."""
     if isinstance(wanted, Embodiment):
         return wanted, wanted.tag
     if wanted in EMBODIMENTS:

@@ -212,7 +212,7 @@ def options(
 
     Args:
         preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop; may be given several times.
-        checkpoint: run folder, .pt file, folder in the own format, or hub id; may be given several times.
+        checkpoint: run folder, .pt file, folder in the native format, or hub id; may be given several times.
         backbone: Cosmos-Predict2.5 folder or hub id, for the checkpoints.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.

@@ -18,7 +18,7 @@ class Loading:
     """The policy."""
 
     checkpoint: str
-    """Run folder, .pt file, folder in the own format, or hub id."""
+    """Run folder, .pt file, folder in the native format, or hub id."""
     backbone: str | None = None
     """Cosmos-Predict2.5 folder or hub id."""
     embodiment: str | None = None

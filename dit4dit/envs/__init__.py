@@ -18,7 +18,7 @@ def tabletop_vae_dir() -> Path:
 
 
 def tabletop_policy_dir() -> Path:
-    """The folder of the policy that ships with the package: a checkpoint in the own format, and metrics.json."""
+    """The folder of the policy that ships with the package: a checkpoint in the native format, and metrics.json."""
     return Path(__file__).parent / "tabletop_policy"
 
 

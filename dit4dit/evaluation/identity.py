@@ -19,7 +19,7 @@ SAMPLES = 4096
 def checkpoint_hash(path: str | Path, backbone: str | Path | None = None) -> str:
     """32 hex digits of all tensors (of the text encoder's, samples), the model's configuration, and the statistics.
 
-    The same for a checkpoint in the published layout and the own format, wherever it lies.
+    The same for a checkpoint in the published layout and the native format, wherever it lies.
     """
     checkpoint = open_checkpoint(path, backbone)
     model, statistics = hashed_text("ModelConfig", checkpoint.model), json.dumps(checkpoint.statistics, sort_keys=True)

@@ -95,7 +95,7 @@ class Policy:
         """Load a checkpoint for inference.
 
         Args:
-            path: published run folder, one of its .pt files, a folder in the own format, or a hub repository id.
+            path: published run folder, one of its .pt files, a folder in the native format, or a hub repository id.
             backbone: Cosmos-Predict2.5 folder or hub id (only its small files are needed for a published checkpoint);
                 without it DIT4DIT_BACKBONE, then a `cosmos` folder inside the run, then the released model on the hub.
             device: "auto", "cpu", "cuda" or "cuda:N".

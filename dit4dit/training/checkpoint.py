@@ -2,7 +2,7 @@
 
 checkpoints/step_00005000/
     manifest.json            size and SHA-256 of every other file
-    policy/                  a folder in the package's own format, which `Policy.from_pretrained` takes as it is
+    policy/                  a folder in the native format, which `Policy.from_pretrained` takes as it is
     state/                   optimiser, and live weights where the policy's are averaged or merged; whole tensors, so that
                              another number of processes can read them
     progress.json            step, position, scaler

@@ -173,7 +173,7 @@ def _text_encoder(config: ModelConfig, tensors: Any, where: str, device: torch.d
 
 
 def save_frozen(folder: Path, model: DiT4DiT, text: TextEncoder) -> None:
-    """text_encoder/ and vae/ as the own format has them, once per run; checkpoints link to these files."""
+    """text_encoder/ and vae/ as the native format has them, once per run; checkpoints link to these files."""
     if folder.is_dir():
         return
     model.text = text

@@ -147,7 +147,7 @@ def test_convert_there_and_back(golden_dir: Path, tmp_path: Path, capsys) -> Non
     assert run("convert", golden_dir / "gr1_tiny", own) == 0
     assert run("convert", own, back) == 0
     shown = capsys.readouterr().out
-    assert "own format" in shown
+    assert "native format" in shown
     assert "published layout" in shown
     file = "checkpoints/steps_10_pytorch_model.pt"
     a, b = (torch.load(folder / file) for folder in (golden_dir / "gr1_tiny", back))

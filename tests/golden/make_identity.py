@@ -1,9 +1,9 @@
 """Writes `identity.json` and `before_the_house/`: what the code said, and two folders that it wrote, before its files were moved.
 
-    PYTHONPATH=tests OMP_NUM_THREADS=1 python tests/golden/make_identity.py
+    PYTHONPATH=tests/helpers OMP_NUM_THREADS=1 python tests/golden/make_identity.py
 
-Run once, on 2484c7c, the last commit before that. Never run it on later code: what people have on their disks was written by the
-old one, and `tests/house/test_identity.py` holds the new one to it.
+Run once, on 2484c7c, the last commit before that; paths of that machine were then replaced in the two folders. Never run it on
+later code: what people have on their disks was written by the old one, and `tests/house/test_identity.py` compares with it.
 """
 
 import contextlib

@@ -200,7 +200,7 @@ def test_conversion_keeps_it(arms_only_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_robot_that_went_with_its_checkpoint_has_its_modes(arms_only_run: Path, tmp_path: Path) -> None:
-    """Our own format says which robot type of a user's it was trained for; its modes come with it."""
+    """The native format says which robot type of a user's it was trained for; its modes come with it."""
     own = tmp_path / "own"
     native.to_own(arms_only_run, own)
     config = json.loads((own / "config.json").read_text())
