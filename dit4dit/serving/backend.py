@@ -48,18 +48,13 @@ class PolicyBackend:
         raw = "observation" in message
         if raw and "examples" in message:
             raise InputError("examples and observation: send one of them")
-        requests = [self._raw(message)] if raw else self._published(message.get("examples"))
-        for request in requests:
-            if len(request.instruction) > MAX_WORDS:
-                raise InputError(
-                    f"instruction: expected at most {MAX_WORDS} letters, got {len(request.instruction)}: "
-                    f"{request.instruction!r:.60}"
-                )
-        return requests
+        return [self._raw(message)] if raw else self._published(message.get("examples"))
 
     def _published(self, examples: Any) -> list[Request]:
         if isinstance(examples, (list, tuple)) and len(examples) > MAX_EXAMPLES:
             raise InputError(f"examples: at most {MAX_EXAMPLES} a request, got {len(examples)}")
+        for example in examples if isinstance(examples, (list, tuple)) else [examples]:
+            _bound("lang", example.get("lang") if isinstance(example, Mapping) else None)
         requests = self.policy.published_requests(examples)
         height, width = requests[0].pictures[0].shape[:2]
         own = self.policy.config.image_size
@@ -80,9 +75,16 @@ class PolicyBackend:
             if name not in known:
                 hint = did_you_mean(name, known) if isinstance(name, str) else ""
                 raise InputError(f"observation {name!r:.40}: unknown key{hint}; known: {', '.join(known)}")
+        _bound("instruction", message.get("instruction"))
         # the door says what it wants instead of None
         observation = Observation(given.get("images"), given.get("state", {}))  # type: ignore[arg-type]
         return self.policy.request(observation, message.get("instruction"))  # type: ignore[arg-type]
+
+
+def _bound(name: str, words: object) -> None:
+    """InputError for more letters than a stranger may ask the policy to look at; whether they are words the door says."""
+    if isinstance(words, str) and len(words) > MAX_WORDS:
+        raise InputError(f"{name}: expected at most {MAX_WORDS} letters, got {len(words)}: {words!r:.60}")
 
 
 def describe(policy: Policy) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +113,7 @@ def test_what_does_not_fit_the_policy(served, make_observation, monkeypatch: pyt
         ({"examples": [EXAMPLE] * 65}, "at most 64"),
         ({"examples": [EXAMPLE, 5]}, r"examples[1]"),
         ({"examples": [{**EXAMPLE, "lang": ""}]}, "expected words"),
+        ({"examples": [EXAMPLE, {**EXAMPLE, "lang": "x" * 5000}]}, "lang: expected at most 4096 letters, got 5000"),
         ({"examples": [{**EXAMPLE, "image": np.zeros((32, 64, 3), np.float32)}]}, "expected uint8"),
         ({"examples": [{**EXAMPLE, "image": np.zeros((1024, 1024, 3), np.uint8)}]}, "too large for a joined picture"),
         ({"examples": [{**EXAMPLE, "state": np.zeros((1, 3))}]}, "expected shape [1, 16]"),
@@ -126,6 +128,20 @@ def test_what_does_not_fit_the_policy(served, make_observation, monkeypatch: pyt
         surrogates = wire.pack({"examples": [EXAMPLE]}).replace(b"\xa2go", b"\xa2\xed\xa0")
         assert ask(connection, surrogates)["ok"] is False
         assert ask(connection, {"examples": [EXAMPLE]})["ok"]
+
+
+def test_the_policy_never_looks_at_more_letters_than_a_stranger_may_send(make_observation) -> None:
+    """It would look for the nearest of the instructions that it knows."""
+    policy = SimpleNamespace(
+        **{name: lambda *_: pytest.fail("reached") for name in ("request", "published_requests", "run")}
+    )
+    backend = PolicyBackend.__new__(PolicyBackend)
+    backend.policy = policy
+    good = make_observation(0, side=48)
+    raw = {"observation": {"images": good.images, "state": good.state}, "instruction": "x" * 5000}
+    for message in (raw, {"examples": [EXAMPLE, {**EXAMPLE, "lang": "x" * 5000}]}):
+        with pytest.raises(InputError, match="at most 4096 letters, got 5000"):
+            backend.check(message)
 
 
 def test_a_bad_request_in_a_pass_fails_alone(served, libero_policy: Policy, monkeypatch) -> None:
