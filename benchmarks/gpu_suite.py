@@ -139,7 +139,7 @@ def later_parts(settings: Settings) -> list[Part]:
     first, *others = settings.presets
     tune = run.on_device("tune", "--batch", "1", "--samples", "15", "--seconds", "{seconds}")
     sanitize = ("bash", str(ROOT / "benchmarks" / "sanitize.sh"))
-    sanitized = {"LIMIT": "28", "TESTS": " ".join(f"tests/ops/test_{op}.py" for op in SANITIZED)}
+    sanitized = {"LIMIT": "60", "TESTS": " ".join(f"tests/ops/test_{op}.py" for op in SANITIZED)}
     # 100 000 launches, as everywhere else, take many minutes
     launches = {"DIT4DIT_LAUNCHES": "2000"}
     alone = run.tests("gpu and alone", 1)
@@ -160,7 +160,7 @@ def later_parts(settings: Settings) -> list[Part]:
             15,
             40,
         ),
-        Part("sanitizer", sanitize, 30, 90, gpu=True, environment=sanitized),
+        Part("sanitizer", sanitize, 30, 190, gpu=True, environment=sanitized),
     ]
 
 

@@ -40,6 +40,7 @@ def test_every_tool_runs_and_the_worst_code_is_the_scripts(tmp_path):
         ["1", "--tool", tool] for tool in ("memcheck", "racecheck", "synccheck")
     ]
     assert all("-m gpu" in line and line.endswith("tests/ops") and "--error-exitcode 9" in line for line in calls)
+    assert ["--num-cuda-barriers" in line for line in calls] == [False, False, True]
     assert code == 9
     assert "FAILED (9): racecheck" in text
     assert "FAILED (1): synccheck" in text
