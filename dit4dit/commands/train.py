@@ -45,7 +45,8 @@ class Flags:
     """A configuration of our own (a run folder's config.yaml), or a published training YAML."""
     resume: Annotated[str | None, tyro.conf.arg(metavar="[DIR]")] = None
     """Go on from the run's newest checkpoint, or from its checkpoint DIR; later ones are then renamed to abandoned_step_N.
-    "auto": from the newest, or from the beginning where there is none."""
+    "auto": from the newest, or from the beginning where there is none. With another --run.steps the learning rates are those of
+    the new total from the next step on."""
     dry_run: bool = False
     """Look for whatever would stop the run before or in its first step, print the memory plan and stop; no weights are loaded,
     nothing is written. With --resume its checkpoint is read whole, as at a start."""
@@ -80,7 +81,7 @@ def _run(flags: Flags, words: Sequence[str]) -> int:
         return 0
     if flags.processes is not None:
         raise ConfigError("--processes: goes with --dry-run; torchrun starts the processes of a run")
-    run, resume = Path(config.run.out), resumed(config, flags.resume)
+    run, resume = Path(config.run.out), resumed(config, flags.resume, say if _first() else None)
     try:
         code = train(config, open_data(config), resume=resume)
     except OSError as error:
@@ -89,10 +90,15 @@ def _run(flags: Flags, words: Sequence[str]) -> int:
         newest = checkpoint.latest(run)
         rest = "there is no checkpoint yet" if newest is None else f"go on from {newest} with --resume"
         raise CheckpointError(f"{error.filename or run}: {error.strerror}; mend that, {rest}") from error
-    if code != PREEMPTED and int(os.environ.get("RANK", "0")) == 0:
+    if code != PREEMPTED and _first():
         policy = checkpoint.folder_of(run, config.run.steps) / checkpoint.POLICY
         say(f"{config.run.steps} steps done; the policy is {policy}")
     return code
+
+
+def _first() -> bool:
+    """Whether this process speaks for all of the run's."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _world_size() -> int | None:
