@@ -53,6 +53,19 @@ def summarise(checkpoint: Checkpoint, embodiment: str | None) -> dict[str, Any]:
     return {**result, "embodiment": robot.name, "shapes": shapes, "conventions": conventions(checkpoint, robot)}
 
 
+def checkpoint_name(path: str | Path) -> str:
+    """What records call a checkpoint: "RUN/step_N" of a run of ours, "RUN/steps_N_pytorch_model.pt" of a published one, the name
+    of any other folder or file, a hub id as it is. Another run may have the same name; its `checkpoint_hash` differs.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        return str(path)
+    place = place.resolve()
+    if place.name == "policy" and place.parents[1].name == "checkpoints":
+        place = place.parent
+    return f"{place.parents[1].name}/{place.name}" if place.parent.name == "checkpoints" else place.name
+
+
 def verify_files(path: str | Path, progress: checksums.Progress) -> int | None:
     """How many files are what checksums.json of a folder says; None where it has none, as the published layout."""
     folder = local_folder(path)

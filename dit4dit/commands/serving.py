@@ -69,6 +69,7 @@ def serve(
     """
     for module in ("msgpack", "websockets"):
         require(module, "serve")
+    from dit4dit.checkpoints.summary import checkpoint_name
     from dit4dit.evaluation.identity import checkpoint_hash
     from dit4dit.serving.backend import PolicyBackend
     from dit4dit.serving.server import Server
@@ -97,7 +98,7 @@ def serve(
             steps=steps, quantization=quantization, calibration=calibration, packs=packs, text_encoder=packs is None
         )
         hashed = checkpoint_hash(policy.checkpoint, policy.backbone)
-        server = Server(PolicyBackend(loaded, Path(policy.checkpoint).name, hashed), settings)
+        server = Server(PolicyBackend(loaded, checkpoint_name(policy.checkpoint), hashed), settings)
         _prepare(loaded, words, max_batch if warm_up else 0, pictures)
         _run(server, loaded.embodiment.name, bound, json)
     return 0

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from dit4dit.commands.shell import at_least, say
-from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+from dit4dit.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from dit4dit.training import checkpoint, published
 from dit4dit.training.config import TrainConfig, read_config, split_words
 from dit4dit.training.loop import PREEMPTED, train
@@ -31,8 +32,8 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 class Flags:
     """Train from a recipe or a file; every key of the configuration is an option too, as in --a.b.c value:
     --run.steps 1000, --optim.learning_rate.action_model 1e-4, --data.batch_size 8, --model.flow.training action,
-    --optim.freeze "backbone_interface.extractor.transformer". With a published file its own words work too:
-    --trainer.max_train_steps 1000.
+    --optim.freeze "backbone_interface.extractor.transformer"; a flag needs no value. With a published file the options of the
+    published launch scripts work too, as in --trainer.max_train_steps 1000; those that nothing reads are listed.
 
     Several processes: torchrun --standalone --nproc-per-node 8 --no-python dit4dit train ...; several nodes: training/slurm.sh.
 
@@ -45,14 +46,15 @@ class Flags:
     """A configuration of our own (a run folder's config.yaml), or a published training YAML."""
     resume: Annotated[str | None, tyro.conf.arg(metavar="[DIR]")] = None
     """Go on from the run's newest checkpoint, or from its checkpoint DIR; later ones are then renamed to abandoned_step_N.
-    "auto": from the newest, or from the beginning where there is none."""
+    "auto": from the newest, or from the beginning where there is none. With another --run.steps the learning rates are those of
+    the new total from the next step on."""
     dry_run: bool = False
     """Look for whatever would stop the run before or in its first step, print the memory plan and stop; no weights are loaded,
     nothing is written. With --resume its checkpoint is read whole, as at a start."""
     processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Of the plan; WORLD_SIZE, else 1, when not given."""
     print: bool = False
-    """Print the configuration and stop."""
+    """Print the configuration as JSON and stop."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -64,8 +66,13 @@ def main(words: Sequence[str]) -> int:
     )
     try:
         return _run(flags, rest)
-    except (CheckpointError, ConfigError) as error:  # other commands have that option at their top
-        raise type(error)(str(error).replace("--backbone", "--weights.backbone")) from error
+    except (CheckpointError, ConfigError, DataError) as error:
+        raise type(error)(options_here(str(error))) from error
+
+
+def options_here(message: str) -> str:
+    """A message with the options of other commands as they are called here."""
+    return message.replace("--backbone", "--weights.backbone").replace("(--robots)", "(--data.robots)")
 
 
 def _run(flags: Flags, words: Sequence[str]) -> int:
@@ -76,11 +83,11 @@ def _run(flags: Flags, words: Sequence[str]) -> int:
     at_least(1, processes=flags.processes)
     world = _world_size()
     if flags.dry_run:
-        dry_run(config, flags.processes or world, flags.resume, say)
+        dry_run(config, flags.processes or world, flags.resume, lambda text: say(options_here(text)))
         return 0
     if flags.processes is not None:
         raise ConfigError("--processes: goes with --dry-run; torchrun starts the processes of a run")
-    run, resume = Path(config.run.out), resumed(config, flags.resume)
+    run, resume = Path(config.run.out), resumed(config, flags.resume, say if _first() else None)
     try:
         code = train(config, open_data(config), resume=resume)
     except OSError as error:
@@ -89,10 +96,15 @@ def _run(flags: Flags, words: Sequence[str]) -> int:
         newest = checkpoint.latest(run)
         rest = "there is no checkpoint yet" if newest is None else f"go on from {newest} with --resume"
         raise CheckpointError(f"{error.filename or run}: {error.strerror}; mend that, {rest}") from error
-    if code != PREEMPTED and int(os.environ.get("RANK", "0")) == 0:
+    if code != PREEMPTED and _first():
         policy = checkpoint.folder_of(run, config.run.steps) / checkpoint.POLICY
         say(f"{config.run.steps} steps done; the policy is {policy}")
     return code
+
+
+def _first() -> bool:
+    """Whether this process speaks for all of the run's."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _world_size() -> int | None:
@@ -106,9 +118,13 @@ def _world_size() -> int | None:
 
 
 def configure(flags: Flags, words: Sequence[str]) -> TrainConfig:
-    """The configuration of the flags, changed by `words`; keys of a published file that nothing reads are told once."""
+    """The configuration of the flags, changed by `words`; what nothing reads of a published file and its options is told once.
+
+    Nothing but the result goes to standard output, so that --print leaves one JSON document there.
+    """
     if (flags.recipe is None) == (flags.config is None):
         stray = f", not {words[0]!r:.60}" if words and not words[0].startswith("-") else ""
+        stray = ", not --config_yaml" if any(word.startswith("--config_yaml") for word in words) else stray
         raise ConfigError(f"give one of --recipe ({', '.join(RECIPES)}) and --config FILE{stray}")
     theirs = published.ROOTS if flags.config is not None and published.is_published(flags.config) else ()
     _check_roots(words, theirs)
@@ -120,9 +136,10 @@ def configure(flags: Flags, words: Sequence[str]) -> TrainConfig:
     ours = {key: text for key, text in options.items() if key.split(".")[0] not in theirs}
     changed = {key: text for key, text in options.items() if key not in ours}
     config, ignored = published.read(flags.config, changed, ours.get("weights.backbone"))
-    if ignored:
-        say(f"{flags.config}: {len(ignored)} keys that nothing reads: {', '.join(ignored)}")
-    return config.override(ours)
+    config = config.override(ours)
+    if ignored and _first():
+        sys.stderr.write(f"{flags.config}: unread, so without effect: {', '.join(ignored)}\n")
+    return config
 
 
 def _check_roots(words: Sequence[str], theirs: Sequence[str]) -> None:
@@ -133,4 +150,8 @@ def _check_roots(words: Sequence[str], theirs: Sequence[str]) -> None:
         key = word[2:].partition("=")[0]
         root = key.split(".")[0]
         if word.startswith("--") and root not in keys:
-            raise ConfigError(f"--{key}: unknown option {root!r}{did_you_mean(root, known)}; dit4dit train --help")
+            if root in published.ROOTS:
+                rest = "; it goes with a published file, --config FILE"
+            else:
+                rest = f"{did_you_mean(root, known)}; dit4dit train --help"
+            raise ConfigError(f"--{key}: unknown option {root!r}{rest}")

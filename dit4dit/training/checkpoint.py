@@ -186,13 +186,18 @@ def all_steps(run: Path) -> dict[int, Path]:
     found = {}
     for folder in sorted((run / "checkpoints").glob("step_*")):
         if is_step(folder):
-            found[int(folder.name.removeprefix("step_"))] = folder
+            found[step_of(folder)] = folder
     return found
 
 
 def is_step(folder: Path) -> bool:
     """Whether it has a checkpoint's name: not one that was set aside, or is half removed."""
     return re.fullmatch(r"step_\d+", folder.name) is not None
+
+
+def step_of(folder: Path) -> int:
+    """How many steps a checkpoint's run had done, of a folder that `is_step`."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def latest(run: Path) -> Path | None:

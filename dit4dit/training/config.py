@@ -237,8 +237,11 @@ class TrainConfig:
         """The inverse of `to_dict`; ConfigError names an unknown or mistyped key."""
         return build_within(cls, dict(data), where)
 
-    def override(self, words: Mapping[str, str]) -> TrainConfig:
-        """A copy with dotted keys replaced, "optim.clip" -> "0.5"; ConfigError for a key that there is not."""
+    def override(self, words: Mapping[str, str | None]) -> TrainConfig:
+        """A copy with dotted keys replaced, "optim.clip" -> "0.5"; ConfigError for a key that there is not.
+
+        A flag is set by its key alone ("run.compile" -> None); any other key needs a value.
+        """
         data = self.to_dict()
         for key, text in words.items():
             node, hint = data, typing.cast(Any, type(self))
@@ -247,7 +250,10 @@ class TrainConfig:
                 hint = typing.get_type_hints(hint)[part] if _has(hint, part, key) else None
                 node = node[part]
             _has(hint, last, key)
-            node[last] = parse(text, typing.get_type_hints(hint)[last])
+            kind = typing.get_type_hints(hint)[last]
+            if text is None and kind is not bool:
+                raise ConfigError(f"--{key}: expected a value after it")
+            node[last] = True if text is None else parse(text, kind)
         try:
             return self.from_dict(data, "")
         except ConfigError as error:
@@ -298,20 +304,19 @@ def parse(text: str, hint: Any = None) -> Any:
     return text
 
 
-def split_words(words: Sequence[str]) -> dict[str, str]:
-    """["--a.b", "1", "--c=2"] -> {"a.b": "1", "c": "2"}; ConfigError where a key has no value or a value no key."""
-    out: dict[str, str] = {}
+def split_words(words: Sequence[str]) -> dict[str, str | None]:
+    """["--a.b", "1", "--c=2", "--d"] -> {"a.b": "1", "c": "2", "d": None}; ConfigError where a value has no key."""
+    out: dict[str, str | None] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
             raise ConfigError(f"{word!r}: expected --a.b.c value")
         key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest or (rest[0].startswith("--")):
-                raise ConfigError(f"--{key}: expected a value after it")
-            value = rest.pop(0)
-        out[key] = value
+        if equals:
+            out[key] = value
+        else:
+            out[key] = rest.pop(0) if rest and not rest[0].startswith("--") else None
     return out
 
 

@@ -77,7 +77,7 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
 
 
 def check_progress(saved: checkpoint.Saved, config: TrainConfig, data: TrainingData, ranks: int) -> None:
-    """ConfigError where a run that goes on would not draw the samples that it would have drawn."""
+    """ConfigError where a run that goes on would not draw the samples that it would have drawn, or is longer than it shall be."""
     progress, share = saved.progress, Share(0, ranks, config.data.batch_size, config.optim.accumulate)
     for name, here, there in (
         ("run.seed", config.run.seed, progress.seed),
@@ -89,6 +89,11 @@ def check_progress(saved: checkpoint.Saved, config: TrainConfig, data: TrainingD
                 f"--resume {saved.folder}: {name}: the run has {there}, this one {here}; make them equal, or begin a new run "
                 "from its policy with --weights.checkpoint"
             )
+    if config.run.steps < progress.step:
+        raise ConfigError(
+            f"--resume {saved.folder}: {progress.step} steps are done, run.steps is {config.run.steps}; give --run.steps "
+            f"{progress.step} or more, or go on from an older checkpoint with --resume DIR"
+        )
 
 
 def fill_caches(

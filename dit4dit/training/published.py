@@ -1,4 +1,7 @@
-"""The published training YAML as a `TrainConfig`. Keys that nothing reads are listed, and refused on the command line.
+"""The published training YAML as a `TrainConfig`, changed by options in its own words. What nothing reads is listed.
+
+An option that nothing reads is ignored where the file has its key, or the published launch scripts have the option, so that
+their command lines work as they are; any other is refused.
 
 Of doubled keys the one that the published code reads wins: trainer.optimizer.weight_decay, trainer.num_warmup_steps,
 trainer.gradient_clipping, trainer.repeated_diffusion_steps.
@@ -10,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dit4dit.checkpoints.checkpoint import backbone_name, find_backbone
+from dit4dit.checkpoints.checkpoint import HUB_BACKBONE, backbone_name, find_backbone
 from dit4dit.checkpoints.published import MIXTURES, read_run_keys
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.checkpoints.tensor_files import say_once
+from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
 from dit4dit.files.keys import KeyReader, read_yaml
 from dit4dit.training.config import (
     DataConfig,
@@ -25,6 +29,7 @@ from dit4dit.training.config import (
 )
 
 BASE = "framework.cosmos25.base_model"
+STARTED_FROM = "trainer.pretrained_checkpoint"
 ROOTS = (
     "run_id",
     "run_root_dir",
@@ -36,7 +41,29 @@ ROOTS = (
     "framework",
     "datasets",
     "trainer",
+    "config_yaml",
 )
+OF_SCRIPTS = ("config_yaml", "framework.name", "trainer.framework.cosmos25.conditional_frame_timestep", "wandb_entity")
+"""Options of the published launch scripts that nothing reads, whether the file has their keys or not."""
+INSTEAD = {
+    "config_yaml": "config",
+    "framework.action_model.repeated_diffusion_steps": "trainer.repeated_diffusion_steps",
+    "trainer.framework.cosmos25.conditional_frame_timestep": "framework.cosmos25.conditional_frame_timestep",
+    "trainer.is_resume": "resume",
+    "trainer.max_grad_norm": "trainer.gradient_clipping",
+    "trainer.warmup_ratio": "trainer.num_warmup_steps",
+    "trainer.weight_decay": "trainer.optimizer.weight_decay",
+}
+"""Option that nothing reads -> the one that does what a user of it wants."""
+WORDS = (
+    "run_id",
+    "run_root_dir",
+    "wandb_project",
+    "datasets.vla_data.data_root_dir",
+    "datasets.vla_data.data_mix",
+    BASE,
+)
+"""Keys whose values are words even where they look like numbers: a run may be called 20260401."""
 
 
 def is_published(path: Path) -> bool:
@@ -45,44 +72,70 @@ def is_published(path: Path) -> bool:
     return "framework" in data and "model" not in data
 
 
-def read(path: Path, overrides: Mapping[str, str], backbone: str | None) -> tuple[TrainConfig, tuple[str, ...]]:
-    """A published file with dotted overrides in its own words -> (configuration, keys that nothing reads).
+def read(path: Path, overrides: Mapping[str, str | None], backbone: str | None) -> tuple[TrainConfig, tuple[str, ...]]:
+    """A published file with dotted overrides in its own words -> (configuration, what nothing reads).
 
     Args:
+        overrides: dotted key -> its value; None, where the command line gives none, is true, as in the published code.
         backbone: Cosmos folder or hub id for the sizes and first weights. When None, a base_model among the overrides, else
             the file's own where it exists here.
 
+    Returns:
+        The configuration, and what nothing reads: overrides first, as options ("--wandb_entity"), then keys of the file.
+
     Raises:
-        ConfigError: a key is missing or mistyped, or an override names a key that nothing reads.
+        ConfigError: a key is missing or mistyped, or nothing reads an override that neither the file nor the published launch
+            scripts have. CheckpointError: no Cosmos folder.
     """
     data = read_yaml(path, keep_unset=True)
+    held = KeyReader(read_yaml(path, keep_unset=True), str(path)).unread()
     for key, text in overrides.items():
-        _put(data, key, parse(text))
+        _put(data, key, True if text is None else text if key in WORDS else parse(text))
     keys = KeyReader(data, str(path))
     if backbone is not None and BASE in overrides:
         raise ConfigError(f"--weights.backbone and --{BASE} say the same; give one of them")
-    named = keys.raw(BASE, None) if backbone is None else None
-    if isinstance(named, str) and (BASE in overrides or (Path(named).expanduser() / "transformer").is_dir()):
-        backbone = named
-    run = path.parent if (path.parent / "cosmos").is_dir() else None
-    # its name, and not the folder of what is read of it here: of a hub id that has the small files alone
-    chosen = backbone_name(backbone, run)
-    cosmos = find_backbone(chosen, None, weights=False)
-    model, mixture = read_run_keys(keys, cosmos)
-    config = TrainConfig(
-        model=model,
-        embodiment=MIXTURES.get(mixture or ""),
-        weights=WeightsConfig(backbone=chosen),
-        data=_data(keys, mixture),
-        optim=_optim(keys),
-        run=_run(keys),
-    )
+    chosen, cosmos = _cosmos(keys, overrides, backbone, path)
+    try:
+        model, mixture = read_run_keys(keys, cosmos)
+        config = TrainConfig(
+            model=model,
+            embodiment=MIXTURES.get(mixture or ""),
+            weights=_weights(keys, chosen),
+            data=_data(keys, mixture),
+            optim=_optim(keys),
+            run=_run(keys),
+        )
+    except ConfigError as error:  # what the command line says wrong is not looked for in the file
+        key = str(error).removeprefix(f"{path}: ").partition(":")[0]
+        raise ConfigError(f"--{str(error).removeprefix(f'{path}: ')}") if key in overrides else error from None
     unread = keys.unread()
-    for key in overrides:
-        if key in unread or any(dead.startswith(key + ".") for dead in unread):
-            live = sorted(keys.read_keys)
-            raise ConfigError(f"--{key}: nothing reads this key{did_you_mean(key, live)}")
-    return config, unread
+    options = [key for key in overrides if key in unread]
+    for key in options:
+        if key not in held and key not in OF_SCRIPTS:
+            raise ConfigError(f"--{key}: nothing reads this key{_instead(key, keys)}")
+    told = [f"--{key}" + (f" (here: --{INSTEAD[key]})" if key in INSTEAD else "") for key in options]
+    return config, (*told, *(key for key in unread if key not in options))
+
+
+def _instead(key: str, keys: KeyReader) -> str:
+    """The key or option that was meant."""
+    return f"; use --{INSTEAD[key]}" if key in INSTEAD else did_you_mean(key, sorted({*keys.read_keys, *OF_SCRIPTS}))
+
+
+def _cosmos(keys: KeyReader, overrides: Mapping[str, str | None], backbone: str | None, path: Path) -> tuple[str, Path]:
+    """The Cosmos folder or hub id that is meant, and the folder of what is read of it here: of an id its small files alone."""
+    named = keys.raw(BASE, None) if backbone is None else None
+    there = isinstance(named, str) and (BASE in overrides or (Path(named).expanduser() / "transformer").is_dir())
+    run = path.parent if (path.parent / "cosmos").is_dir() else None
+    chosen = backbone_name(str(named) if there else backbone, run)
+    missing = "" if there or not named else f"{path}: {BASE}: no Cosmos-Predict2.5 folder at {str(named)!r:.200}"
+    try:
+        cosmos = find_backbone(chosen, None, weights=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{missing}; {error}") if missing else error from None
+    if missing and named != chosen == HUB_BACKBONE:
+        say_once(f"{missing}; {chosen} is used")
+    return chosen, cosmos
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:
@@ -94,6 +147,15 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"--{key}: {part!r} is a value, not a group of keys")
         node = child
     node[last] = value
+
+
+def _weights(keys: KeyReader, backbone: str) -> WeightsConfig:
+    if given := keys.raw(STARTED_FROM, None):
+        raise ConfigError(
+            f"{keys.where}: {STARTED_FROM}: expected none, got {given!r:.200}; give the checkpoint with "
+            f"--weights.checkpoint, and --{STARTED_FROM} null"
+        )
+    return WeightsConfig(backbone=backbone)
 
 
 def _data(keys: KeyReader, mixture: str | None) -> DataConfig:
@@ -116,6 +178,8 @@ def _optim(keys: KeyReader) -> OptimConfig:
     base = keys.number(name("learning_rate.base"), rates.base)
     betas = keys.numbers(name("optimizer.betas"), default.betas, count=2)
     frozen = keys.raw(name("freeze_modules"), "") or ""
+    if frozen is True:  # the option without a value, as a launch script has it whose list is empty
+        frozen = ""
     if not isinstance(frozen, str):
         raise ConfigError(
             f"{keys.where}: {name('freeze_modules')}: expected module paths with commas between, got {frozen!r}"

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from dit4dit.errors import ConfigError
 from dit4dit.training import checkpoint
-from dit4dit.training.config import TrainConfig, read_config
+from dit4dit.training.config import LearningRates, TrainConfig, read_config
+from dit4dit.training.optim import schedule
 
 SAME = (
     *("model", "embodiment", "weights", "optim"),
-    *("run.seed", "run.steps", "run.precision", "data.mixture", "data.holdout"),
+    *("run.seed", "run.precision", "data.mixture", "data.holdout"),
 )
-"""What a run that goes on must keep; how many processes share the work, and what is written, may change."""
+"""What a run that goes on must keep; how many processes share the work, how long it is, and what is written, may change."""
 MAY_DIFFER = ("optim.accumulate",)
 
 
-def resumed(config: TrainConfig, word: str | None) -> Path | None:
-    """The checkpoint that the run goes on from, if any; ConfigError where it is not the same run's."""
+def resumed(config: TrainConfig, word: str | None, say: Callable[[str], object] | None) -> Path | None:
+    """The checkpoint that the run goes on from, if any. Says the rates of its next step where its number of steps changes.
+
+    Raises:
+        ConfigError: it is not the same run's.
+    """
     run = Path(config.run.out)
     found = find_resume(word, run)
     if found is not None:
-        check_same(read_config(run / "config.yaml"), config, run)
+        before, done = read_config(run / "config.yaml"), checkpoint.step_of(found)
+        check_same(before, config, run)
+        if say is not None and before.run.steps != config.run.steps and done < config.run.steps:
+            say(changed_rates(before, config, done))
     return found
+
+
+def changed_rates(before: TrainConfig, now: TrainConfig, done: int) -> str:
+    """A line with each group's learning rate of the step after `done`, as it was to be and as it is."""
+    old, new = (schedule(done, config.run.steps, config.optim) for config in (before, now))
+    tops = {field.name: getattr(now.optim.learning_rate, field.name) for field in fields(LearningRates)}
+    rates = ", ".join(f"{name} {top * old:.4g} -> {top * new:.4g}" for name, top in tops.items())
+    return f"{now.run.steps} steps instead of {before.run.steps}; learning rates of step {done + 1}: {rates}"
 
 
 def find_resume(word: str | None, run: Path) -> Path | None:

@@ -41,7 +41,7 @@ def dry_run(config: TrainConfig, processes: int | None, resume: str | None, say:
     sized, data, prompts = config, None, None
     saved = None
     with noted(faults):
-        if (folder := resumed(config, resume)) is not None:
+        if (folder := resumed(config, resume, say)) is not None:
             saved = checkpoint.read(folder)
     with noted(faults):
         preflight.check_start(config)
