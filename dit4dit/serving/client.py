@@ -1,36 +1,57 @@
 """Client of a DiT4DiT policy server. One self-contained file: copy it to the robot.
 
-It needs Python 3.8 or later, numpy, msgpack >= 1.0 and websockets >= 13.1, and no checkpoint: pictures and state go out as the
+It needs Python 3.8 or later, numpy, msgpack >= 1.0 and websockets >= 13.1, and no checkpoint: images and state go out as the
 robot has them, actions come back in its units.
 
     with Client("127.0.0.1", api_key=key, wait_s=60) as policy:
         policy.metadata["views"], policy.metadata["state_keys"]     # what an observation must hold
         policy.reset(seed=7)                                        # chunk n of a session is a function of (seed, n)
-        chunk = policy.infer({"images": {"primary_image": picture, ...}, "state": {"x": [0.1], ...}}, "open the drawer")
+        chunk = policy.infer({"images": {"primary_image": image, ...}, "state": {"x": [0.1], ...}}, "open the drawer")
         chunk.actions                                               # float32 [K, A], robot units
 
 `predict_action` speaks the published dialect, to the published server too. What a server or a connection does wrong is a
-`ServingError`.
+`ServingError`, whatever it is and whatever library noticed it; what the caller passes wrong is a `TypeError` or `ValueError`, and
+nothing is sent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
+import math
+import re
 import socket
-import struct
-import sys
+import ssl
 import threading
 import time
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Callable, Iterator, Mapping, NamedTuple
 
 import msgpack
 import numpy as np
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
-from websockets.sync.client import ClientConnection, connect
+
+try:
+    from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidStatus
+    from websockets.sync.client import ClientConnection, connect
+    from websockets.uri import parse_uri
+except ImportError as error:  # what a robot's distribution ships is often older
+    raise ImportError(f"{error}; the client needs pip install 'websockets>=13.1'") from None
 
 PORT = 10093
 MAX_BACKOFF_S = 5.0
+LAST_ATTEMPT_S = 0.25
+"""The last attempt of a wait gets this long, however little of the wait is left."""
+CLOSE_S = 2.0
+MAX_OBJECTS = 20_000
+"""Values in one message, arrays not counted by their elements; an answer has about 20."""
+MAX_DEPTH = 32
+MAX_TEXT = 8000
+
+_PASSING_STATUS = (502, 503, 504)  # full, stopping, or a proxy whose server is not up yet
+_OUR_CODES = (1002, 1007, 1009)  # what websockets closes with when frames are wrong, no UTF-8, or too large
+# websockets logs tracebacks of strangers' bytes; what they mean is in the error that the caller gets
+_quiet = logging.getLogger("dit4dit.serving.client.websockets")
+_quiet.setLevel(logging.CRITICAL)
 
 
 class ServingError(Exception):
@@ -50,11 +71,15 @@ class RequestTimeout(ServingError, TimeoutError):
 
 
 class ServerError(ServingError, RuntimeError):
-    """The server refused the request; the message is its own, and the connection goes on."""
+    """The server refused the request; the message is its own. The connection goes on, except after the traceback that the
+    published server sends before it hangs up.
+    """
 
 
 class ProtocolError(ServingError, RuntimeError):
-    """What came is not an answer to what was asked, or the server does not know this kind of request."""
+    """What came is not an answer to what was asked, and the connection is closed; or the server does not know this kind of
+    request, and nothing was sent.
+    """
 
 
 class Chunk(NamedTuple):
@@ -85,8 +110,18 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(frame: bytes) -> Any:
-    """The message of one frame; its arrays are read-only."""
-    return msgpack.unpackb(frame, object_hook=_restored)
+    """The message of one frame; its arrays are read-only.
+
+    Raises:
+        ValueError: not msgpack, cut short, too many or too deeply nested values, or an array that contradicts itself.
+    """
+    _check_structure(frame)
+    try:
+        return msgpack.unpackb(frame, object_hook=_restored)
+    except (
+        Exception
+    ) as error:  # bad UTF-8, a map's key that is neither text nor bytes, numbers that their dtype cannot hold
+        raise ValueError(f"not readable msgpack: {_said(error)}") from None
 
 
 def _marked(value: Any) -> Any:
@@ -99,24 +134,96 @@ def _marked(value: Any) -> Any:
     return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
 
 
+# msgpack's first byte -> bytes of the value (https://github.com/msgpack/msgpack/blob/master/spec.md)
+_FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8}
+_FIXED.update((first, 1 << first % 4) for first in range(0xCC, 0xD4))
+# -> bytes of the length that follows, and how many values each unit of it announces; 0: it counts bytes
+_COUNTED = {0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0), 0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0)}
+_COUNTED.update({0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)})
+_DTYPE = re.compile(r"[<>|=]?(?:[biufSU][0-9]{1,7}|[mM]8\[[0-9]{0,4}[A-Za-z]{1,2}\])")
+
+
+def _check_structure(frame: bytes) -> None:
+    """Walk over the headers without making anything of them, as the server does: ten bytes can claim a list of four billion."""
+    position, found, coming = 0, 0, [1]  # coming: values still to come in each open list or map
+    while coming:
+        if coming[-1] == 0:
+            coming.pop()
+            continue
+        coming[-1] -= 1
+        if position >= len(frame):
+            raise ValueError("the message is cut short")
+        first, position, inside = frame[position], position + 1, 0
+        if 0x80 <= first < 0x90:
+            inside = 2 * (first & 0x0F)
+        elif 0x90 <= first < 0xA0:
+            inside = first & 0x0F
+        elif 0xA0 <= first < 0xC0:
+            position += first & 0x1F
+        elif first in _FIXED:
+            position += _FIXED[first]
+        elif first in _COUNTED:
+            width, each = _COUNTED[first]
+            length = int.from_bytes(frame[position : position + width], "big")
+            position, inside = position + width + (0 if each else length), each * length
+        elif 0xC0 <= first < 0xE0:
+            raise ValueError(f"msgpack type 0x{first:02x} is not part of the protocol")
+        found += 1
+        if found + inside > MAX_OBJECTS or len(coming) > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_OBJECTS} values, or nested more than {MAX_DEPTH} deep")
+        if inside:
+            coming.append(inside)
+    if position != len(frame):
+        raise ValueError("the message is cut short, or there are bytes after its end")
+
+
 def _restored(found: dict[Any, Any]) -> Any:
-    if b"__ndarray__" in found:
-        dtype = _plain_dtype(found[b"dtype"])
-        return np.ndarray(tuple(found[b"shape"]), dtype, buffer=found[b"data"])
+    if b"__ndarray__" not in found and b"__npgeneric__" not in found:
+        return found
+    text, data, shape = found.get(b"dtype"), found.get(b"data"), found.get(b"shape")
+    # only these forms: np.dtype reads whole structures from text, and pointers
+    dtype = np.dtype(text) if isinstance(text, str) and _DTYPE.fullmatch(text) else None
+    if dtype is None or dtype.itemsize == 0:
+        raise ValueError(f"expected a dtype like '|u1' or '<f4', got {_short(text)}")
     if b"__npgeneric__" in found:
-        return np.array(found[b"data"], _plain_dtype(found[b"dtype"]))[()]
-    return found
+        # text would come as such; made to a long text dtype here, a few bytes could fill the memory
+        if dtype.kind not in "biuf" or not isinstance(data, (bool, int, float)):
+            raise ValueError(f"expected a number as {dtype}, got {_short(data)}")
+        if dtype.kind in "iu" and not np.iinfo(dtype).min <= data <= np.iinfo(dtype).max:  # older NumPy lets it wrap
+            raise ValueError(f"{data} is no {dtype}")
+        return np.array(data, dtype)[()]
+    sizes: list[Any] = shape if isinstance(shape, list) and len(shape) <= 32 else [None]
+    if not isinstance(data, bytes) or not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
+        raise ValueError("expected an array's data as bytes and its shape as a list of sizes")
+    if math.prod(sizes) * dtype.itemsize != len(data):
+        raise ValueError(f"{len(data)} bytes are not a {dtype} array of shape {str(sizes)[:60]}")
+    return np.ndarray(tuple(sizes), dtype, buffer=data)
 
 
-def _plain_dtype(text: str) -> np.dtype:
-    dtype = np.dtype(text)
-    if dtype.kind not in "biufSUmM":
-        raise ValueError(f"an array of dtype {dtype} is not part of the protocol")
-    return dtype
+def _is(value: Any, text: str) -> bool:
+    """Whether a stranger's value is this text; compared with an array, == is no answer."""
+    return isinstance(value, str) and value == text
+
+
+def _short(value: Any) -> str:
+    """What a stranger sent, in bounded work: text is cut before it is printed, arrays are dtype and shape, the rest its type."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    return repr(value[:80]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _said(error: object, most: int = 300) -> str:
+    """An error's or a server's text, of bounded length and printable; of a traceback, the end says most."""
+    text = str(error) or type(error).__name__
+    cut = text if len(text) <= most else "... " + text[-most:]
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in cut).strip()
 
 
 class Client:
     """A connection to a policy server. Requests of several threads wait for each other; make a client each to share passes.
+    `close` may be called from any thread, and ends what the others wait for.
 
     Attributes:
         metadata: what the server said on connecting; this project's tells views, state_keys, action_names, rate_hz,
@@ -142,16 +249,25 @@ class Client:
         Args:
             host: address, or a whole ws:// or wss:// address (then `port` is not used).
             api_key: the server's key, where it has one.
-            timeout_s: of one request. connect_timeout_s: of one attempt to connect.
-            wait_s: how long to go on trying while there is no server yet, or it is full; 0 tries once.
+            timeout_s: of one request.
+            connect_timeout_s: of one attempt to connect, from the name's lookup to the server's greeting.
+            wait_s: how long to try again while there is no server yet, it is full or stopping, its port resets, or a proxy says
+                so (502, 503, 504); 0 tries once. A wrong key or certificate, a bad address and what is no policy server fail at
+                once. It lasts at most wait_s + connect_timeout_s.
             backoff_s: pause after the first attempt; it doubles up to 5 s.
             max_frame_bytes: largest answer that is taken.
 
         Raises:
             ConnectError: not reachable, or not let in.
+            ValueError: a time that is none, or a key that no server can have.
         """
-        if timeout_s <= 0 or connect_timeout_s <= 0 or wait_s < 0 or backoff_s <= 0:
-            raise ValueError("timeout_s, connect_timeout_s and backoff_s must be more than 0, wait_s 0 or more")
+        most = threading.TIMEOUT_MAX / 2
+        if not all(0 < given <= most for given in (timeout_s, connect_timeout_s, backoff_s)) or not 0 <= wait_s <= most:
+            raise ValueError(
+                "timeout_s, connect_timeout_s and backoff_s must be more than 0, wait_s 0 or more, and none endless"
+            )
+        if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            raise ValueError("api_key: expected ASCII letters without spaces; a key read from a file needs .strip()")
         name = f"[{host}]" if ":" in host and "://" not in host and not host.startswith("[") else host
         self.address = host if "://" in host else f"ws://{name}:{port}"
         self.timeout_s, self.connect_timeout_s = timeout_s, connect_timeout_s
@@ -162,7 +278,8 @@ class Client:
         self._connection: ClientConnection | None = None
         self._session: tuple[int, int] | None = None  # seed and next chunk, once reset
         self._count = 0
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()  # close() was called since the last connect()
         self.connect()
 
     def __enter__(self) -> Client:
@@ -177,53 +294,57 @@ class Client:
     @property
     def knows_observations(self) -> bool:
         """Whether the server is this project's, and takes raw observations and reset."""
-        return self.metadata.get("server") == "dit4dit"
+        return _is(self.metadata.get("server"), "dit4dit")
 
     def connect(self) -> None:
-        """Connect again after a loss; a session that was reset goes on at its next chunk. Nothing happens while connected."""
+        """Connect again after a loss; a session that was reset goes on at its next chunk. Nothing happens while connected.
+
+        Raises:
+            ConnectError: not reachable, or not let in, or `close` was called meanwhile.
+        """
         with self._lock:
             if self._connection is not None:
                 return
-            end, pause = time.monotonic() + self.wait_s, self.backoff_s
+            self._closed.clear()
+            end, pause, limit = time.monotonic() + self.wait_s, self.backoff_s, self.connect_timeout_s
             while True:
                 try:
-                    self._connection, self.metadata = self._attempt()
+                    self._attempt(limit)
                     break
                 except _NotYet as error:
                     left = end - time.monotonic()
                     if left <= 0:
                         raise ConnectError(str(error)) from None
-                time.sleep(min(pause, left))
+                if self._closed.wait(min(pause, left)):
+                    break
                 pause = min(2 * pause, MAX_BACKOFF_S)
-            if self._session is not None and self.knows_observations:
-                self.reset(*self._session)
+                limit = min(self.connect_timeout_s, max(end - time.monotonic(), LAST_ATTEMPT_S))
+            if self._closed.is_set():
+                self._drop()
+                raise ConnectError(f"{self.address}: close() was called while connecting")
 
     def infer(self, observation: Any, instruction: str) -> Chunk:
         """The next actions.
 
         Args:
             observation: a mapping with `images` (view -> uint8 [H, W, 3], RGB, upright) and `state` (key -> numbers in robot
-                units), or an object with these attributes; names as in `metadata`.
+                units), or an object with these attributes; names as in `metadata`. NumPy arrays, not a GPU's tensors.
             instruction: what to do, in words.
 
         Raises:
+            TypeError: the observation holds what cannot be sent.
             ServerError: the observation does not fit, or the server cannot take it now; the message says why.
             ProtocolError, ConnectionLost, RequestTimeout.
         """
         self._need_own("infer")
         get = observation.get if isinstance(observation, Mapping) else lambda key: getattr(observation, key, None)
-        raw: dict[str, Any] = {"images": dict(get("images") or {}), "state": dict(get("state") or {})}
-        reply = self._ask("infer", "inference_result", observation=raw, instruction=instruction)
-        data, noise = reply["data"], reply["noise"]
-        return Chunk(
-            actions=data["actions"][0],
-            names=tuple(self.metadata["action_names"]),
-            rate_hz=self.metadata["rate_hz"],
-            normalized=data["normalized_actions"][0],
-            seed=noise["seed"],
-            chunk=noise["chunk"],
-            timing=self.timing,
-        )
+        raw: dict[str, Any] = {}
+        for part in ("images", "state"):
+            found = get(part)
+            if not isinstance(found, Mapping) and found is not None:
+                raise TypeError(f"observation[{part!r}]: expected a mapping of names, got a {type(found).__name__}")
+            raw[part] = dict(found or {})
+        return self._ask("infer", "inference_result", self._chunk, observation=raw, instruction=instruction)
 
     def predict_action(self, examples: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
         """The published call.
@@ -234,15 +355,25 @@ class Client:
 
         Returns:
             {"normalized_actions": float32 [B, K, A_model]}, from this project's server also "actions" [B, K, A] in robot units.
+
+        Raises:
+            As `infer` does.
         """
         given = [examples] if isinstance(examples, Mapping) else list(examples)
-        reply = self._ask("predict_action", "inference_result", examples=given)
-        return dict(reply["data"])
+
+        def read(reply: dict[str, Any]) -> dict[str, Any]:
+            data = reply.get("data")
+            names = ["normalized_actions", *(["actions"] if self.knows_observations else [])]
+            arrays = {name: self._actions(reply, name, len(given)) for name in names}
+            if self.knows_observations:
+                self._advance(reply, len(given))
+            return {**data, **arrays} if isinstance(data, dict) else arrays
+
+        return self._ask("predict_action", "inference_result", read, examples=given)
 
     def ping(self) -> float:
         """Ask whether the server answers; returns the round trip in seconds. It does not wait for others' chunks."""
-        self._ask("ping", "ping")
-        return self.timing["total"] / 1e3
+        return self._ask("ping", "ping", lambda _: self.timing["total"] / 1e3)
 
     def reset(self, seed: int | None = None, chunk: int = 0) -> int:
         """Begin a session (an episode): its chunk n has the noise (seed, n), from `chunk` on. None asks for a fresh seed.
@@ -251,16 +382,27 @@ class Client:
             The seed.
         """
         self._need_own("reset")
-        reply = self._ask("reset", "reset", seed=seed, chunk=chunk)
-        self._session = (reply["noise"]["seed"], reply["noise"]["chunk"])
-        return self._session[0]
+
+        def read(reply: dict[str, Any]) -> int:
+            self._session = self._noise(reply)
+            return self._session[0]
+
+        return self._ask("reset", "reset", read, seed=seed, chunk=chunk)
 
     def close(self) -> None:
-        """End the connection; does nothing where there is none."""
-        with self._lock:
-            connection, self._connection = self._connection, None
+        """End the connection; does nothing where there is none. A request of another thread ends with `ConnectionLost`."""
+        self._closed.set()
+        if self._lock.acquire(blocking=False):
+            try:
+                connection, self._connection = self._connection, None
+                if connection is not None:
+                    _close(connection)
+            finally:
+                self._lock.release()
+        else:  # whoever has the lock drops what is left
+            connection = self._connection
             if connection is not None:
-                connection.close()
+                _cut(connection)
 
     def _need_own(self, what: str) -> None:
         if not self.knows_observations:
@@ -269,8 +411,34 @@ class Client:
                 "use predict_action"
             )
 
-    def _attempt(self) -> tuple[ClientConnection, dict[str, Any]]:
-        options: dict[str, Any] = {"compression": None, "max_size": self.max_frame_bytes, "close_timeout": 2.0}
+    def _attempt(self, seconds: float) -> None:
+        """Connect once, with the server's greeting and the session's next chunk; `_NotYet` where that may pass."""
+        end, connection = time.monotonic() + seconds, None
+        try:
+            connection = self._open(end)
+            greeting = connection.recv(timeout=_left(end))
+            metadata = None if isinstance(greeting, str) else unpack(greeting)
+            if not isinstance(metadata, dict):
+                raise ProtocolError(
+                    f"its greeting is {_short(greeting if metadata is None else metadata)}, expected a map"
+                )
+            self.metadata = metadata
+            if self._session is not None and self.knows_observations:
+                seed, chunk = self._session
+                frame, identity = self._packed("reset", {"seed": seed, "chunk": chunk})
+                reply = self._read(self._exchange(connection, frame, _left(end)), identity, "reset")
+                if self._noise(reply) != self._session:
+                    raise ProtocolError("the server began another session than it was asked for")
+            self._connection = connection
+        except BaseException as error:
+            if connection is not None:
+                _abandon(connection)
+            if not isinstance(error, Exception):
+                raise
+            raise self._failure(error) from None
+
+    def _open(self, end: float) -> ClientConnection:
+        options: dict[str, Any] = {"compression": None, "max_size": self.max_frame_bytes, "close_timeout": CLOSE_S}
         # What older websockets do not know. Straight to the address, whatever proxy the environment names; no pings of our own,
         # which the published server does not answer while it computes (a request's time limit is what counts).
         newer: dict[str, Any] = {"proxy": None, "ping_interval": None, "legacy": True}
@@ -279,106 +447,326 @@ class Client:
         if self._api_key:
             options["additional_headers"] = {"Authorization": "Api-Key " + self._api_key}
         try:
-            connection = connect(self.address, open_timeout=self.connect_timeout_s, **options)
-        except InvalidStatus as error:
-            status, body = error.response.status_code, bytes(error.response.body or b"").decode("utf-8", "replace")
-            text = f"{self.address}: refused with status {status} ({body.strip()[:200]})"
-            raise (_NotYet(text) if status == 503 else ConnectError(text)) from None
-        except InvalidURI as error:
-            raise ConnectError(f"{self.address}: not an address ({error})") from None
-        except (OSError, InvalidHandshake, EOFError) as error:
-            raise _NotYet(f"{self.address}: no policy server there ({error or type(error).__name__})") from None
-        if sys.platform == "linux":  # a server that stops reading holds up no request for longer than its time limit
-            limit = struct.pack("@ll", int(self.timeout_s), int(self.timeout_s % 1 * 1e6))
-            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            address = parse_uri(self.address)
+            address.host.encode("idna")
+            if re.search(r"\s|\0", address.host):
+                raise ValueError("a host has no spaces")
+        except Exception as error:
+            raise ConnectError(
+                f"{self.address}: not an address ({_said(error)}); expected a host, or ws://HOST:PORT"
+            ) from None
+        sock = _reach(address.host, address.port, end)
         try:
-            metadata = unpack(_binary(connection.recv(timeout=self.connect_timeout_s)))
-        except (TimeoutError, ConnectionClosed) as error:
-            connection.close()
-            raise _NotYet(f"{self.address}: said nothing on connecting ({error})") from None
-        except (ValueError, TypeError, KeyError, msgpack.UnpackException, ServerError) as error:
-            connection.close()
-            raise ConnectError(f"{self.address}: not a policy server ({error})") from None
-        return connection, metadata if isinstance(metadata, dict) else {}
+            return connect(
+                self.address,
+                sock=sock,
+                open_timeout=_left(end),
+                logger=_quiet,
+                create_connection=_Connection,
+                **options,
+            )
+        except BaseException:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+            raise
 
-    def _ask(self, kind: str, wanted: str, **fields: Any) -> dict[str, Any]:
-        """One request, one answer; its times go to `timing`."""
+    def _failure(self, error: Exception) -> Exception:
+        """What an attempt's error means: `_NotYet` where it may pass, else a `ConnectError`."""
+        what = _said(error)
+        if isinstance(error, ConnectError):
+            return error
+        if isinstance(error, ServerError):
+            return ConnectError(f"{self.address}: the session cannot go on there: {what}")
+        if isinstance(error, InvalidStatus):
+            status, body = error.response.status_code, bytes(error.response.body or b"").decode("utf-8", "replace")
+            text = f"{self.address}: refused with status {status} ({_said(body[:200] or 'no reason given')})"
+            if status == 401:
+                text += (
+                    "; pass the server's key as api_key=" if not self._api_key else "; the api_key is not the server's"
+                )
+            return (_NotYet if status in _PASSING_STATUS else ConnectError)(text)
+        if isinstance(error, ssl.SSLError):
+            passing = isinstance(error, (ssl.SSLEOFError, ssl.SSLSyscallError, ssl.SSLZeroReturnError))
+            if not passing:
+                return ConnectError(
+                    f"{self.address}: no TLS with it ({what}); check its certificate, or use ws:// without TLS"
+                )
+        elif isinstance(error, ConnectionClosed):
+            passing = not _ours(error) and not (error.rcvd is not None and error.rcvd.code == 1008)
+            what = f"it closed before its greeting: {what}"
+        elif isinstance(error, InvalidMessage):
+            passing = isinstance(error.__cause__, EOFError)
+            what = f"{what}: {_said(error.__cause__)}"
+        else:  # names that are not known, refusals, resets, time limits, and what a reset makes websockets 13 stumble over
+            passing = not isinstance(error, (InvalidHandshake, ValueError, ProtocolError))
+        if passing:
+            return _NotYet(
+                f"{self.address}: no policy server there ({what}); start one (for other machines with --host 0.0.0.0 and a key), "
+                "or give it longer with wait_s"
+            )
+        return ConnectError(f"{self.address}: not a policy server ({what}); is the port right?")
+
+    def _ask(self, kind: str, wanted: str, read: Callable[[dict[str, Any]], Any], **fields: Any) -> Any:
+        """What `read` makes of the one answer to one request; its times go to `timing`."""
         with self._lock:
             connection = self._connection
             if connection is None:
                 raise ConnectionLost(f"not connected to {self.address}; call connect()")
-            self._count += 1
-            identity = str(self._count)
             started = time.perf_counter()
-            frame = pack(dict({"type": kind, "request_id": identity}, **fields))
-            self._check_size(frame)
-            encoded = time.perf_counter()
-            answer = self._exchange(connection, frame)
-            arrived = time.perf_counter()
-            reply = self._read(answer, identity, wanted)
-            done = time.perf_counter()
-            server = {name: float(ms) for name, ms in reply.get("server_timing", {}).items()}
-            times = {"encode": encoded - started, "decode": done - arrived, "total": done - started}
-            self.timing = {name: 1e3 * seconds for name, seconds in times.items()}
-            if "total_ms" in server:
-                self.timing["network"] = 1e3 * (arrived - encoded) - server["total_ms"]
-                self.timing.update(queue=server["queue_ms"], infer=server["infer_ms"], server=server["total_ms"])
-            if self._session is not None and "noise" in reply and wanted == "inference_result":
-                chunks = len(reply["data"]["normalized_actions"])
-                self._session = (self._session[0], reply["noise"]["chunk"] + chunks)
-            return reply
+            frame, identity = self._packed(kind, fields)
+            try:
+                encoded = time.perf_counter()
+                answer = self._exchange(connection, frame, self.timeout_s)
+                arrived = time.perf_counter()
+                reply = self._read(answer, identity, wanted)
+                done = time.perf_counter()
+                times = {"encode": encoded - started, "decode": done - arrived, "total": done - started}
+                self.timing = {name: 1e3 * seconds for name, seconds in times.items()}
+                self._add_server_timing(reply, 1e3 * (arrived - encoded))
+                return read(reply)
+            except ServerError:
+                raise
+            except BaseException as error:  # an interrupt too: a late answer must not be taken for the next one's
+                self._drop()
+                if not isinstance(error, Exception) or isinstance(error, ServingError):
+                    raise
+                raise ProtocolError(f"{self.address}: an answer that cannot be read ({_said(error)})") from error
+            finally:
+                if self._closed.is_set():
+                    self._drop()
 
-    def _check_size(self, frame: bytes) -> None:
+    def _packed(self, kind: str, fields: dict[str, Any]) -> tuple[bytes, str]:
+        """A request, and its identity."""
+        self._count += 1
+        identity = str(self._count)
+        try:
+            frame = pack(dict({"type": kind, "request_id": identity}, **fields))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise TypeError(f"{kind}: {_place(fields)}: {error}") from None
         most = self.metadata.get("max_frame_bytes")
         if isinstance(most, int) and len(frame) > most:
             raise ServerError(
-                f"the request has {len(frame)} bytes and {self.address} takes {most}; send smaller pictures, or start the "
+                f"the request has {len(frame)} bytes and {self.address} takes {most}; send smaller images, or start the "
                 "server with a larger frame"
             )
+        return frame, identity
 
-    def _exchange(self, connection: ClientConnection, frame: bytes) -> bytes | str:
+    def _exchange(self, connection: ClientConnection, frame: bytes, seconds: float) -> bytes | str:
+        end = time.monotonic() + seconds
         try:
-            connection.send(frame)
-            return connection.recv(timeout=self.timeout_s)
-        except TimeoutError:
-            self._drop()
-            raise RequestTimeout(f"{self.address}: no answer in {self.timeout_s:g} s") from None
-        except ConnectionClosed as error:
-            self._drop()
-            raise ConnectionLost(f"{self.address}: the connection ended ({error})") from None
+            with _limit(connection, seconds):  # a server that does not read holds up no request
+                connection.send(frame)
+            return connection.recv(timeout=_left(end))
+        except (
+            Exception
+        ) as error:  # websockets' and the socket's; in rare states of a connection also websockets' assertions
+            if self._closed.is_set():
+                raise ConnectionLost(f"{self.address}: close() was called during the request") from None
+            if isinstance(error, TimeoutError) or time.monotonic() >= end:
+                raise RequestTimeout(f"{self.address}: no answer in {seconds:g} s; call connect()") from None
+            if isinstance(error, ConnectionClosed) and _ours(error):
+                raise ProtocolError(f"{self.address}: an answer that cannot be taken ({_said(error)})") from None
+            raise ConnectionLost(f"{self.address}: the connection ended ({_said(error)}); call connect()") from None
 
     def _read(self, answer: bytes | str, identity: str, wanted: str) -> dict[str, Any]:
+        if isinstance(answer, str):  # the published server's traceback, after which it hangs up
+            self._drop()
+            raise ServerError(_said(answer, MAX_TEXT))
         try:
-            reply = unpack(_binary(answer))
-        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-            self._drop()
-            raise ProtocolError(f"{self.address}: an answer that cannot be read ({error})") from None
-        if not isinstance(reply, dict) or reply.get("request_id") not in (identity, "default"):
-            self._drop()
-            raise ProtocolError(f"{self.address}: an answer to another request; the connection is closed")
-        if reply.get("ok") is not True:
+            reply = unpack(answer)
+        except ValueError as error:
+            raise ProtocolError(f"{self.address}: an answer that cannot be read ({_said(error)})") from None
+        if not isinstance(reply, dict):
+            raise self._wrong("the answer", "a map", reply)
+        good, given = reply.get("ok") is True, reply.get("request_id")
+        # a refusal of what the server could not read has no identity of ours
+        if not _is(given, identity) and not (_is(given, "default") and not good):
+            raise self._wrong("an answer to another request: request_id", repr(identity), given)
+        if not good:
             detail = reply.get("error")
-            raise ServerError(str(detail.get("message") if isinstance(detail, dict) else detail))
-        if reply.get("type") != wanted:
-            raise ProtocolError(
-                "{}: expected the answer {!r}, got {!r}".format(self.address, wanted, reply.get("type"))
+            found = detail.get("message") if isinstance(detail, dict) else detail
+            raise ServerError(
+                _said(found, MAX_TEXT) if isinstance(found, str) else f"no reason given ({_short(found)})"
             )
+        if not _is(reply.get("type"), wanted):
+            raise self._wrong("type", repr(wanted), reply.get("type"))
         return reply
+
+    def _wrong(self, where: str, wanted: str, got: Any) -> ProtocolError:
+        return ProtocolError(f"{self.address}: {where}: expected {wanted}, got {_short(got)}; the connection is closed")
+
+    def _add_server_timing(self, reply: dict[str, Any], waited_ms: float) -> None:
+        server = reply.get("server_timing", {})
+        if not isinstance(server, dict):
+            raise self._wrong("server_timing", "a map", server)
+        for name, ms in server.items():
+            if isinstance(ms, bool) or not isinstance(ms, (int, float, np.number)):
+                raise self._wrong(f"server_timing[{_short(name)}]", "milliseconds", ms)
+        self.timing.update((name, float(server[name + "_ms"])) for name in ("queue", "infer") if name + "_ms" in server)
+        if "total_ms" in server:
+            self.timing.update(network=waited_ms - float(server["total_ms"]), server=float(server["total_ms"]))
+
+    def _chunk(self, reply: dict[str, Any]) -> Chunk:
+        actions, normalized = (self._actions(reply, name, 1)[0] for name in ("actions", "normalized_actions"))
+        names, rate = self.metadata.get("action_names"), self.metadata.get("rate_hz")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._wrong("the greeting's action_names", "a list of names", names)
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            raise self._wrong("the greeting's rate_hz", "a rate above 0", rate)
+        if actions.shape[1] != len(names) or len(normalized) != len(actions):
+            raise self._wrong("data['actions']", f"float32 [1, {len(normalized)}, {len(names)}]", actions[None])
+        seed, chunk = self._advance(reply, 1)
+        return Chunk(actions, tuple(names), rate, normalized, seed, chunk, self.timing)
+
+    def _actions(self, reply: dict[str, Any], name: str, count: int) -> np.ndarray:
+        """`data[name]`, as an array of the caller's own: float32 [count, K, A] (the published server's: any float dtype)."""
+        data = reply.get("data")
+        found: Any = data.get(name) if isinstance(data, dict) else data
+        good = isinstance(found, np.ndarray) and found.ndim == 3 and len(found) == count and 0 not in found.shape
+        if not good or found.dtype.kind != "f" or (self.knows_observations and found.dtype != np.float32):
+            raise self._wrong(f"data[{name!r}]", f"float32 [{count}, K, A]", found)
+        if not np.isfinite(found).all():
+            raise ProtocolError(
+                f"{self.address}: data[{name!r}]: some actions are not finite; the connection is closed"
+            )
+        copied: np.ndarray = found.copy()
+        return copied
+
+    def _noise(self, reply: dict[str, Any]) -> tuple[int, int]:
+        """Seed and chunk that an answer tells."""
+        noise = reply.get("noise")
+        found = noise if isinstance(noise, dict) else {}
+        for name in ("seed", "chunk"):
+            value = found.get(name)
+            if type(value) is not int or value < 0:
+                raise self._wrong(f"noise[{name!r}]", "an integer of 0 or more", value)
+        return found["seed"], found["chunk"]
+
+    def _advance(self, reply: dict[str, Any], chunks: int) -> tuple[int, int]:
+        """Seed and chunk of an inference's noise; the session goes on after it."""
+        seed, chunk = self._noise(reply)
+        if self._session is not None:
+            self._session = (self._session[0], chunk + chunks)
+        return seed, chunk
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            with contextlib.suppress(OSError):
-                connection.socket.shutdown(socket.SHUT_RDWR)  # no closing handshake with who does not answer
-            connection.close()
+            _abandon(connection)
+
+
+class _Connection(ClientConnection):
+    """Whose other side is done, or has done something wrong, need not hang up first: it may never."""
+
+    recv_exc = None  # websockets 13.1 starts the thread that reads this before it sets it
+
+    def send_data(self) -> None:  # called after whatever came
+        super().send_data()
+        protocol = self.protocol
+        goodbye = protocol.close_rcvd is None and protocol.close_sent is not None and protocol.close_sent.code == 1000
+        if protocol.handshake_exc is not None or (protocol.close_expected() and not goodbye):
+            _cut(self)
+
+    def handshake(self, *args: Any, **options: Any) -> None:
+        failed: Exception | None = None
+        try:
+            super().handshake(*args, **options)
+        except Exception as error:
+            failed = self.protocol.handshake_exc or error
+        if failed is not None:
+            raise failed
 
 
 class _NotYet(Exception):
     """An attempt failed in a way that may pass."""
 
 
-def _binary(answer: bytes | str) -> bytes:
-    """Frames are binary; the published server sends its traceback as text."""
-    if isinstance(answer, str):
-        raise ServerError(answer)
-    return answer
+def _left(end: float) -> float:
+    return max(end - time.monotonic(), 1e-3)
+
+
+def _place(value: Any, depth: int = 4) -> str:
+    """Where in a request that is which cannot be packed, as ['images']['front']."""
+    if isinstance(value, (dict, list, tuple)) and depth:
+        for key, inside in value.items() if isinstance(value, dict) else enumerate(value):
+            try:
+                pack(inside)
+            except (TypeError, ValueError, OverflowError, RecursionError):
+                return f"[{key!r}]" + _place(inside, depth - 1)
+    return ""
+
+
+def _reach(host: str, port: int, end: float) -> socket.socket:
+    """A TCP connection by `end`: the lookup has no time limit of its own, and a name's addresses share what is left."""
+    found: list[Any] = []
+
+    def look() -> None:
+        try:
+            found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            found.append(error)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(_left(end))
+    addresses = found[0] if found else TimeoutError(f"looking up {host} took too long")
+    if isinstance(addresses, Exception):
+        raise addresses
+    failed: OSError = ConnectionError(f"{host} has no address")
+    for index, (family, kind, protocol, _, address) in enumerate(addresses):
+        sock = None
+        try:
+            sock = socket.socket(family, kind, protocol)
+            sock.settimeout(_left(end) / (len(addresses) - index))
+            sock.connect(address)
+            sock.settimeout(None)
+            return sock
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if not isinstance(error, OSError):
+                raise
+            failed = error
+    raise failed
+
+
+def _ours(error: ConnectionClosed) -> bool:
+    """Whether this side ended the connection, because of what came."""
+    wrong_text = isinstance(error.__cause__, UnicodeError)  # websockets 13 only stumbles over it
+    return wrong_text or (error.sent is not None and error.sent.code in _OUR_CODES and not error.rcvd_then_sent)
+
+
+def _cut(connection: ClientConnection) -> None:
+    """End the connection's traffic at once, for every thread; takes no lock."""
+    with contextlib.suppress(OSError, ValueError):
+        # not the method of an SSLSocket, after which another thread's bytes would follow in the clear
+        socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def _limit(connection: ClientConnection, seconds: float) -> Iterator[None]:
+    """What blocks on the connection inside ends after so many seconds; a socket's own limits start anew with every byte."""
+    timer = threading.Timer(seconds, _cut, [connection])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _close(connection: ClientConnection) -> None:
+    """Say goodbye, but not for long."""
+    try:
+        with _limit(connection, 1.5 * CLOSE_S), contextlib.suppress(Exception):
+            connection.close()
+    except BaseException:
+        _cut(connection)
+        raise
+
+
+def _abandon(connection: ClientConnection) -> None:
+    """Close without goodbye: the other side does not answer, or not what it should."""
+    _cut(connection)
+    _close(connection)
