@@ -42,6 +42,8 @@ MAX_BACKOFF_S = 5.0
 LAST_ATTEMPT_S = 0.25
 """The last attempt of a wait gets this long, however little of the wait is left."""
 CLOSE_S = 2.0
+WATCH_S = 0.25
+"""How often it is looked whether a send takes too long."""
 MAX_OBJECTS = 20_000
 """Values in one message, arrays not counted by their elements; an answer has about 20."""
 MAX_DEPTH = 32
@@ -555,7 +557,7 @@ class Client:
     def _exchange(self, connection: ClientConnection, frame: bytes, seconds: float) -> bytes | str:
         end = time.monotonic() + seconds
         try:
-            with _limit(connection, seconds):  # a server that does not read holds up no request
+            with _limit(connection, end):
                 connection.send(frame)
             return connection.recv(timeout=_left(end))
         except (
@@ -660,6 +662,16 @@ class _Connection(ClientConnection):
     """Whose other side is done, or has done something wrong, need not hang up first: it may never."""
 
     recv_exc = None  # websockets 13.1 starts the thread that reads this before it sets it
+    send_end = math.inf  # when what blocks in sending is cut off
+
+    def watch(self) -> None:
+        """Cut off a send whose time is over, while the connection lasts. A socket's own limit starts anew with every byte that a
+        slow server takes, and a timer for each request would cost 0.1 ms of it.
+        """
+        while self.recv_events_thread.is_alive():
+            self.recv_events_thread.join(WATCH_S)
+            if time.monotonic() > self.send_end:
+                _cut(self)
 
     def send_data(self) -> None:  # called after whatever came
         super().send_data()
@@ -676,6 +688,7 @@ class _Connection(ClientConnection):
             failed = self.protocol.handshake_exc or error
         if failed is not None:
             raise failed
+        threading.Thread(target=self.watch, daemon=True).start()
 
 
 class _NotYet(Exception):
@@ -745,21 +758,19 @@ def _cut(connection: ClientConnection) -> None:
 
 
 @contextlib.contextmanager
-def _limit(connection: ClientConnection, seconds: float) -> Iterator[None]:
-    """What blocks on the connection inside ends after so many seconds; a socket's own limits start anew with every byte."""
-    timer = threading.Timer(seconds, _cut, [connection])
-    timer.daemon = True
-    timer.start()
+def _limit(connection: ClientConnection, end: float) -> Iterator[None]:
+    """A server that does not read, or a byte at a time, holds up no request: sending inside ends at `end`, or `WATCH_S` later."""
+    connection.send_end = end
     try:
         yield
     finally:
-        timer.cancel()
+        connection.send_end = math.inf
 
 
 def _close(connection: ClientConnection) -> None:
     """Say goodbye, but not for long."""
     try:
-        with _limit(connection, 1.5 * CLOSE_S), contextlib.suppress(Exception):
+        with _limit(connection, time.monotonic() + 1.5 * CLOSE_S), contextlib.suppress(Exception):
             connection.close()
     except BaseException:
         _cut(connection)
