@@ -29,9 +29,9 @@ from dit4dit.benchmarks.agreement import (
     known,
 )
 from dit4dit.benchmarks.contenders import Clock, Inputs, Planned, Published, random_pictures
-from dit4dit.benchmarks.harness import clocks, machine, quantiles
+from dit4dit.benchmarks.harness import clocks, machine
 from dit4dit.benchmarks.recording import Recording, Terminated
-from dit4dit.benchmarks.sampling import Sampler, Samples, rounded, slowest, summary
+from dit4dit.benchmarks.sampling import Sampler, Samples, rounded, slowest
 from torch import Tensor
 
 from dit4dit.checkpoints.weights import random_model
@@ -42,7 +42,7 @@ from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.ops import onednn
 from dit4dit.presets import Preset
 from dit4dit.robots import EMBODIMENTS
-from dit4dit.tables import table
+from dit4dit.tables import backed, number, quantiles, quantiles_ms, table
 
 STAGES = ("text", "vae", "backbone", "action_head")
 SETUP = ("machine", "model", "inputs", "exact engine", "engine", "plan", "first chunk", "check", "warm-up")
@@ -302,8 +302,8 @@ def numbers(samples: Samples) -> dict[str, Any]:
     engine = alone or totals.get("engine")
     spaced = samples.spaced
     return {
-        **({"engine": summary(engine)} if engine else {}),
-        **({"baseline": summary(totals["baseline"])} if "baseline" in totals else {}),
+        **({"engine": quantiles_ms(engine)} if engine else {}),
+        **({"baseline": quantiles_ms(totals["baseline"])} if "baseline" in totals else {}),
         "ratio": ratios(totals, stages) if "baseline" in totals else None,
         "stages": {who: {s: median(t) * 1e3 for s, t in times.items()} for who, times in stages.items()},
         "spaced": spaced.result() if spaced is not None and spaced.seconds else None,
@@ -317,7 +317,8 @@ def numbers(samples: Samples) -> dict[str, Any]:
 
 
 def median(values: Sequence[float]) -> float:
-    return quantiles(values)["p50"]
+    """A value of them, as `tables.quantiles` has it."""
+    return float(quantiles(values)["p50"])
 
 
 def ratios(totals: dict[str, list[float]], stages: dict[str, dict[str, list[float]]]) -> dict[str, float]:
@@ -360,24 +361,34 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """The table that the command prints: one row per number; "-" where something was not measured."""
+    """The table that the command prints: one row per number; "-" where something was not measured, or by too few samples."""
     spaced = result.get("spaced")
     found: dict[str, Any] = {who: result[who] for who in ("engine", "baseline") if who in result}
     if spaced:
         found[f"engine at {spaced['hz']:g} Hz"] = spaced
     out = []
     for who, q in found.items():
-        times = [f"{q[k]:.2f}" for k in ("p50", "p95", "p99", "p999", "max")]
+        q = backed(q, q["samples"])
+        times = [number(q[k]) for k in ("p50", "p95", "p99", "p999", "max")]
         stages = "  ".join(f"{s} {ms:.2f}" for s, ms in (result.get("stages") or {}).get(who, {}).items())
         share = (result.get("share_of_measured_rate") or {}).get(who)
-        out.append([who, *times, f"{q['jitter']:.2f}", "-" if share is None else f"{100 * share:.0f} %", stages])
+        out.append(
+            [
+                who,
+                *times,
+                number(q["jitter"]),
+                str(q["samples"]),
+                "-" if share is None else f"{100 * share:.0f} %",
+                stages,
+            ]
+        )
     return out
 
 
 def show(result: dict[str, Any]) -> str:
     """The table, the errors of quantisation, how much faster the engine is, and what `--seconds` left out."""
-    header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
-    lines = [table(header, rows(result), right=range(1, 8))]
+    header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "chunks", "of matrix rate", "stages, p50 ms"]
+    lines = [table(header, rows(result), right=range(1, 9))]
     if result["error"]:
         of = "  ".join(f"{what} {e['rms']:.2e}" for what, e in result["error"].items())
         lines.append(f"{result['quantization']} against the exact engine, rms: {of}")

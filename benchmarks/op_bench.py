@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from dit4dit.benchmarks.failures import GPU_LOST, NO_TIME, GpuLost, Rows, failure, leave, settle
-from dit4dit.benchmarks.harness import assert_no_worse, machine, quantiles, time_cpu, time_gpu
+from dit4dit.benchmarks.harness import assert_no_worse, machine, time_cpu, time_gpu
 from dit4dit.benchmarks.kernels import calls
-from dit4dit.benchmarks.op_report import bad, show
+from dit4dit.benchmarks.op_report import bad, of_times, show
 from dit4dit.benchmarks.ops import bench_action_ode
 from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
@@ -225,12 +225,11 @@ def measure(case: Case, args: tuple[Any, ...], samples: int, compiling: bool, re
         if not times:
             rows.add(contender, NO_TIME)
             continue
-        q = quantiles(times)
-        eager = q["p50"] if contender == "eager" else eager
-        ms = {key: value * 1e3 for key, value in q.items() if key != "jitter"}
-        rates = {"gb_per_s": doing["bytes"] / q["p50"] / 1e9, "gflop_per_s": doing["flops"] / q["p50"] / 1e9}
-        ratio = eager / q["p50"] if eager else None
-        rows.add(contender, {"ms": ms, "jitter": q["jitter"], "samples": len(times), **doing, **rates, "ratio": ratio})
+        row = of_times(times)
+        p50 = row["ms"]["p50"]
+        eager = p50 if contender == "eager" else eager
+        rates = {"gb_per_s": doing["bytes"] / p50 / 1e6, "gflop_per_s": doing["flops"] / p50 / 1e6}
+        rows.add(contender, {**row, **doing, **rates, "ratio": eager / p50 if eager else None})
 
 
 def alternating(

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit4dit.benchmarks.contenders import Clock, Planned, Published
-from dit4dit.benchmarks.harness import clocks, quantiles
+from dit4dit.benchmarks.harness import clocks
 from dit4dit.benchmarks.recording import Recording
 from tqdm import tqdm
 
 from dit4dit.noise import Noise
+from dit4dit.tables import quantiles_ms
 
 BLOCK = 0.5
 """Seconds of samples between two writings."""
@@ -84,11 +85,11 @@ class Spaced:
     def result(self) -> dict[str, Any]:
         """Ready for JSON. "starts_s" are since the first slot, "late_ms" is how much later than its slot a chunk began."""
         count = min(map(len, (self.starts, self.late, self.seconds)))
-        late = milliseconds(quantiles(self.late[:count]))
+        late = quantiles_ms(self.late[:count])
         return {
             "hz": self.hz,
             "wait": "sleep",
-            **summary(self.seconds[:count]),
+            **quantiles_ms(self.seconds[:count]),
             "late_ms": {name: late[name] for name in ("p50", "p99", "max")},
             "missed_slots": self.missed,
             "clocks": self.clocks,
@@ -113,15 +114,6 @@ class Samples:
         """Turns that are whole: where a process is told to stop, one contender can be a chunk ahead."""
         stages = [len(s) for clock in self.stages.values() for s in clock.seconds.values()]
         return min([*map(len, self.totals.values()), *stages], default=0)
-
-
-def milliseconds(numbers: dict[str, float]) -> dict[str, float]:
-    return {name: value if name == "jitter" else value * 1e3 for name, value in numbers.items()}
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Quantiles in ms, with how many samples they are of."""
-    return {**milliseconds(quantiles(seconds)), "samples": len(seconds)}
 
 
 def rounded(seconds: list[float]) -> list[float]:
