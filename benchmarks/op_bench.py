@@ -29,9 +29,8 @@ from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from dit4dit import ops
+from dit4dit import ops, progress
 from dit4dit.errors import BackendError
 from dit4dit.model.precision import full_precision
 from dit4dit.ops import onednn
@@ -281,9 +280,9 @@ def run(
             todo += [(op, f"{tokens}", (tokens,)) for tokens in ([17] if gr1_only else bench_action_ode.TOKENS)]
         else:
             todo += cases([op], batch=batch, gr1_only=gr1_only)
-    with tqdm(total=len(todo), unit="case", disable=None) as bar:
+    with progress.bar("ops", len(todo), unit="case") as shown:
         for case in record.each(todo, "ops", name=lambda case: f"{case[0]} {case[1]}"):
-            bar.set_description(f"{case[0]} {case[1]}")
+            shown.say(f"{case[0]} {case[1]}")
             try:
                 if case[0] == "action_ode":
                     kind, few = torch.bfloat16 if dtype == torch.float16 else dtype, min(batch, 4)
@@ -298,7 +297,7 @@ def run(
                 Rows(record, case[0], case[1]).add("all", row)
             # compiled code of other shapes is of no more use, and torch keeps eight a function
             torch.compiler.reset()
-            bar.update()
+            shown.update()
 
 
 def command(names: Sequence[str], path: Path | None, seconds: float | None, **options: Any) -> int:

@@ -20,9 +20,8 @@ from dit4dit.benchmarks.failures import check_gpu, reason_of
 from dit4dit.benchmarks.harness import assert_no_worse, machine, time_cpu, time_gpu
 from dit4dit.benchmarks.op_bench import Case, cases, exact, fill, positional, reference_of
 from dit4dit.benchmarks.recording import Recording
-from tqdm import tqdm
 
-from dit4dit import ops
+from dit4dit import ops, progress
 from dit4dit.errors import BackendError, InputError, did_you_mean
 from dit4dit.files.atomic import write_text
 from dit4dit.ops import launch, tiles
@@ -101,9 +100,9 @@ def tune(
     search.left += names.values()
     record.result |= {"machine": machine(), **vars(search)}
     record.keep()
-    with tqdm(total=len(groups), unit="row", disable=None) as bar:
+    with progress.bar("tiles", len(groups), unit="row") as shown:
         for n, (op, i) in enumerate(record.each(groups, "rows", name=names.__getitem__)):
-            bar.set_description(names[op, i])
+            shown.say(names[op, i])
             remaining = record.remaining()
             share = None if remaining is None else time.monotonic() + remaining / (len(groups) - n)
             if op not in search.columns:
@@ -112,7 +111,7 @@ def tune(
             _uphill(search, op, i, groups[op, i], measure, rounds, share)
             del search.left[0]
             write(search)
-            bar.update()
+            shown.update()
     return search
 
 

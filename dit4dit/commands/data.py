@@ -11,6 +11,7 @@ import tyro
 
 from dit4dit.commands.shell import say
 from dit4dit.errors import ConfigError, DataError, InputError
+from dit4dit.progress import bar, waiting
 
 if TYPE_CHECKING:
     from dit4dit.config import ModelConfig
@@ -151,7 +152,9 @@ def data_check(
         for warning in result["warnings"]:
             say(f"  warning: {warning}")
     write_json(out / "check.json", {"datasets": results})
-    say(f"wrote {sheet.write(out, results)} and {out / 'check.json'}")
+    with waiting("drawing the page"):
+        page = sheet.write(out, results)
+    say(f"wrote {page} and {out / 'check.json'}")
     return 1 if any(result["errors"] for result in results) else 0
 
 
@@ -191,7 +194,7 @@ def bench_loader(
         raise InputError("bench loader: expected --batches >= 1, --batch-size >= 1 and --workers >= 0")
     if dataset and robot is None:
         raise InputError("bench loader: give --robot, the robot type of the data sets")
-    with _progress() as progress, Recording(json, seconds) as record:
+    with bar("loader", len(workers) + 2) as shown, Recording(json, seconds) as record:
         record.result["preset"] = preset
         module.measure(
             [path.resolve() for path in dataset],
@@ -203,7 +206,7 @@ def bench_loader(
             batch_size=batch_size,
             batches=batches,
             record=record,
-            progress=progress,
+            shown=shown,
         )
     result = record.result
     rows = [[r["workers"], f"{r['samples_per_second']:.1f}"] for r in result["runs"]]
@@ -252,13 +255,11 @@ def _flat(datasets: tuple[Path, ...], modality: Path | None) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(unit="file", disable=None, leave=False) as bar:
+    with bar("data", leave=False) as shown, shown.ticking():
 
         def progress(what: str, done: int, of: int) -> None:
-            bar.set_description(what[-50:])
-            bar.total, bar.n = of, done
-            bar.refresh()
+            shown.of(of)
+            shown.reach(done)
+            shown.say(what[-50:])
 
         yield progress

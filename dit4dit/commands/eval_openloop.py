@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from dit4dit.commands.eval_run import PolicyArgument, PolicyOptions
-from dit4dit.commands.shell import at_least, say
+from dit4dit.commands.shell import at_least, progress, say
 from dit4dit.errors import InputError
 from dit4dit.files.atomic import check_folder
 from dit4dit.tables import table
@@ -43,8 +43,6 @@ def openloop(
         batch: chunks in one pass.
         plots: how many episodes are drawn, the first ones.
     """
-    from tqdm import tqdm
-
     from dit4dit.data import gripper
     from dit4dit.evaluation import identity
     from dit4dit.evaluation import openloop as module
@@ -70,8 +68,8 @@ def openloop(
         "policy": identity.describe(loaded, policy.checkpoint, policy.backbone),
     }
     total = sum(len(module.points_of(recording.length(i), step)) for i in chosen)
-    with tqdm(total=total, unit="chunk", desc="open loop", disable=None) as bar:
-        wanted = partial(write, about=about, every=step, seed=seed, batch=batch, plots=plots, progress=bar.update)
+    with progress("open loop", total) as done:
+        wanted = partial(write, about=about, every=step, seed=seed, batch=batch, plots=plots, progress=done)
         summary = wanted(loaded, recording, chosen, out)
     say(show(summary))
     say(f"wrote {out / 'index.html'}")

@@ -15,6 +15,7 @@ from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation import gr1 as gr1_benchmark
 from dit4dit.evaluation import libero as libero_benchmark
 from dit4dit.evaluation.plan import Plan
+from dit4dit.progress import waiting
 from dit4dit.tables import table
 
 
@@ -148,7 +149,8 @@ def examine(
     raw = open_checkpoint(policy_options.checkpoint, policy_options.backbone).statistics
     statistics = stats.parse(raw, policy.codec.tag, f"statistics of {policy_options.checkpoint}")
     try:
-        findings = conventions.examine(policy, plan, statistics, out, data_fps=simulator.data_fps)
+        with waiting("the simulator's conventions"):
+            findings = conventions.examine(policy, plan, statistics, out, data_fps=simulator.data_fps)
     except SimulatorError as error:
         log = out / "logs" / "conventions.log"
         raise SimulatorError(f"{error}; what the simulator printed is in {log}", error.traceback) from None

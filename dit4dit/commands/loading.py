@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dit4dit.commands.shell import Device, Dtype, dtype_of
+from dit4dit.progress import waiting
 
 if TYPE_CHECKING:
     from dit4dit.policy.policy import Policy
@@ -33,7 +34,8 @@ class Loading:
         from dit4dit.policy.policy import Policy
 
         place = {"device": self.device, "dtype": dtype_of(self.dtype), "embodiment": self.embodiment}
-        return Policy.from_pretrained(self.checkpoint, self.backbone, **place | options)
+        with waiting(f"loading {self.checkpoint}"):
+            return Policy.from_pretrained(self.checkpoint, self.backbone, **place | options)
 
 
 # its fields are options of the command itself: --checkpoint, --device

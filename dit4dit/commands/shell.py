@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit4dit.errors import InputError
+from dit4dit.progress import bar
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -54,10 +55,8 @@ def say(text: str) -> None:
 @contextlib.contextmanager
 def progress(what: str, count: int) -> Iterator[Callable[[int], object]]:
     """A bar on standard error; gives what is to be told of each one done."""
-    from tqdm import tqdm
-
-    with tqdm(total=count, desc=what, disable=None) as bar:
-        yield bar.update
+    with bar(what, count) as shown:
+        yield shown.update
 
 
 def read_lines(file: Path) -> list[str]:
