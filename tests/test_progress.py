@@ -36,7 +36,7 @@ def test_a_terminal_has_a_bar_with_count_and_words_and_no_thread(monkeypatch, ca
         shown.say("open the drawer")
         shown.update()
         shown.reach(3)
-        assert threading.active_count() == threads, "tqdm's own thread may draw while something is timed"
+        assert threading.active_count() <= threads, "tqdm's own thread may draw while something is timed"
     drawn = stream.getvalue()
     assert "packs" in drawn
     assert "1/3" in drawn

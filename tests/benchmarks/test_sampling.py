@@ -64,7 +64,7 @@ class Stand:
 def test_nothing_is_written_while_a_chunk_is_timed(part, monkeypatch) -> None:
     stand, threads = Stand(monkeypatch), threading.active_count()
     stand.play(part, 60)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     timed = [what for what, sample in stand.events if sample is not None]
     assert timed.count("chunk") == 60
     assert timed.count("write") == 0
@@ -87,13 +87,13 @@ def test_a_robots_schedule_begins_after_the_bar_is_drawn(monkeypatch) -> None:
     make = sampling.progress.bar
 
     def slow(*words: Any, **options: Any) -> Any:
-        time.sleep(0.05)
+        time.sleep(0.3)
         return make(*words, **options)
 
     monkeypatch.setattr(sampling.progress, "bar", slow)
     stand.play("spaced", 1)
     assert stand.sampler.samples.spaced is not None
-    assert stand.sampler.samples.spaced.late[0] < 0.05
+    assert stand.sampler.samples.spaced.late[0] < 0.3
 
 
 def test_time_that_ends_a_part_is_kept_and_shown(monkeypatch) -> None:
