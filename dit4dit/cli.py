@@ -21,6 +21,8 @@ from dit4dit.commands.shell import (
     INTERRUPTED,
     Dtype,
     Head,
+    check_outputs,
+    check_seed,
     finish,
     head_dtype_of,
     read_lines,
@@ -44,6 +46,7 @@ def doctor(json: Path | None = None) -> int:
     """
     from dit4dit import doctor as module
 
+    check_outputs(json=json)
     with waiting("looking"):
         result = module.examine()
     finish(module.show(result), result, json)
@@ -68,6 +71,7 @@ def inspect(
     """
     from dit4dit.commands import inspect as module
 
+    check_outputs(json=json)
     with bar("reading", unit="B", unit_scale=True, active=verify) as shown:
 
         def progress(name: str, size: int) -> None:
@@ -112,9 +116,15 @@ def predict(
     from dit4dit.commands import predict as module
 
     module.check_plot(plot)
+    check_outputs(json=json, plot=plot)
+    check_seed(seed, bits=64)
+    if not instruction.strip():
+        raise InputError(f"--instruction: expected what to do, in words, got {instruction!r}")
+    seen = module.read(list(image), state)
+    module.check_views(policy.robot(), len(image))
     kind = head_dtype_of(head_dtype, head)
     loaded = policy.load(head=head, head_dtype=kind, quantization=quantization, calibration=calibration)
-    result = module.predict(loaded, list(image), state, instruction, seed)
+    result = module.predict(loaded, seen, instruction, seed)
     module.save(result, json, plot)
     say(module.show(result))
     return 0
@@ -213,7 +223,10 @@ def calibrate(
     """
     from dit4dit.commands import calibrate as module
 
+    check_seed(seed, bits=64)
     found = module.choose_examples(examples, list(image), state, instruction)
+    check_outputs(out=out, json=json)
+    module.check_fit(found, policy.robot())
     loaded = policy.load()
     with waiting(f"calibrating on {len(found)} examples"):
         calibration, errors = module.calibrate(loaded, found, seed)

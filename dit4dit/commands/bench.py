@@ -9,7 +9,17 @@ from typing import Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Dtype, Head, at_least, check_seed, dtype_on, head_dtype_of, say
+from dit4dit.commands.shell import (
+    Device,
+    Dtype,
+    Head,
+    at_least,
+    check_outputs,
+    check_seed,
+    dtype_on,
+    head_dtype_of,
+    say,
+)
 from dit4dit.errors import InputError
 from dit4dit.progress import bar
 
@@ -183,6 +193,7 @@ def ops(
 
     at_least(1, batch=batch, samples=samples)
     check_seed(seed)
+    check_outputs(json=json)
     for op in ops:
         all_ops.implementations(op)  # BackendError: no such op
     place = pick_device(device)

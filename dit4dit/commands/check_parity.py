@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Head, dtype_of, finish, head_dtype_of, say
+from dit4dit.commands.shell import Device, Head, check_outputs, check_seed, dtype_of, finish, head_dtype_of, say
 from dit4dit.errors import InputError
 from dit4dit.progress import waiting
 
@@ -42,8 +42,11 @@ def parity(
     """
     from dit4dit.evaluation import parity as module
     from dit4dit.evaluation import parity_record
+    from dit4dit.ops import use_backend
     from dit4dit.policy.device import pick_device
 
+    check_outputs(json=json)
+    check_seed(seed)
     place = pick_device(device)
     plain = (json, backend, engine, checkpoint, dtype, head) == (None, None, False, None, "float32", "auto")
     if record is not None and not plain:
@@ -63,6 +66,8 @@ def parity(
         say(f"wrote {folder}: {', '.join(stages)}")
         return 0
     kind = dtype_of(dtype)
+    with use_backend(backend):  # BackendError where no op has it
+        pass
     with waiting("parity"):
         lines = module.check(
             folder,

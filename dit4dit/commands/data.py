@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from dit4dit.commands.shell import say
+from dit4dit.commands.shell import check_inputs, check_outputs, say
 from dit4dit.errors import ConfigError, DataError, InputError
+from dit4dit.files.atomic import check_folder
 from dit4dit.progress import bar, waiting
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def stats(
     from dit4dit.files.json_files import write_json
     from dit4dit.tables import table
 
+    check_outputs(out=out)
+    check_inputs(robots=robots, modality=modality)
     known = catalogue(robots)
     if (mixture is None) == (not dataset):
         raise InputError("stats: give data set folders, or --mixture and --root")
@@ -120,12 +123,12 @@ def data_check(
 
     if not dataset:
         raise InputError("data check: give at least one data set folder")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file; give a folder")
+    check_inputs(robots=robots, modality=modality)
     if recipe is not None and robot is None:
         raise InputError("data check: --recipe needs --robot: a model takes a robot's keys")
     chosen = None if robot is None else catalogue(robots).robot(robot)
     model = None if recipe is None else _model(recipe)
+    check_folder("--out", out)
     results: list[dict[str, Any]] = []
     for path in dataset:
         try:
@@ -194,6 +197,7 @@ def bench_loader(
         raise InputError("bench loader: expected --batches >= 1, --batch-size >= 1 and --workers >= 0")
     if dataset and robot is None:
         raise InputError("bench loader: give --robot, the robot type of the data sets")
+    check_inputs(robots=robots, modality=modality)
     with bar("loader", len(workers) + 2) as shown, Recording(json, seconds) as record:
         record.result["preset"] = preset
         module.measure(

@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from dit4dit.commands.eval_run import PolicyArgument, PolicyOptions
-from dit4dit.commands.shell import at_least, progress, say
+from dit4dit.commands.shell import at_least, check_inputs, check_seed, progress, say
 from dit4dit.errors import InputError
 from dit4dit.files.atomic import check_folder
 from dit4dit.tables import table
@@ -50,6 +50,9 @@ def openloop(
 
     at_least(1, every=every, batch=batch)
     at_least(0, plots=plots)
+    check_seed(seed, bits=64)
+    check_inputs(robots=robots, modality=modality)
+    check_folder("--out", out)
     if (out / RESULT).exists():
         raise InputError(f"--out {out}: has a result already ({RESULT}); give another folder")
     recording, loaded = _open(dataset, policy, robot, robots, modality)
@@ -61,7 +64,6 @@ def openloop(
         say(f"note: {warning}")
     chosen = module.choose_episodes(recording, episodes)
     step = loaded.config.head.action_horizon if every is None else every
-    check_folder("--out", out)
     about = {
         "dataset": str(dataset),
         "robot": recording.robot.name,

@@ -142,10 +142,8 @@ def examine(
     """Print the findings; whether there is a contradiction. ConfigError where one is to stop the run."""
     from dit4dit.checkpoints.checkpoint import open_checkpoint
     from dit4dit.evaluation import conventions
-    from dit4dit.evaluation.rollout import check_robot
     from dit4dit.robots import statistics as stats
 
-    check_robot(policy, plan)
     raw = open_checkpoint(policy_options.checkpoint, policy_options.backbone).statistics
     statistics = stats.parse(raw, policy.codec.tag, f"statistics of {policy_options.checkpoint}")
     try:
