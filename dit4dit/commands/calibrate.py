@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit4dit.commands.predict import observe, read
+from dit4dit.commands.predict import check_views, observe, read
 from dit4dit.commands.shell import check_inputs
 from dit4dit.engine import Calibration, Engine, errors
 from dit4dit.errors import InputError

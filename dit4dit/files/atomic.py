@@ -120,8 +120,8 @@ def check_file(option: str, file: Path) -> None:
 
 
 def _reason(error: OSError) -> str:
-    above = isinstance(error, (FileExistsError, NotADirectoryError))
-    return "a file stands in the place of its folder" if above else str(error.strerror)
+    """mkdir says "File exists" of a file that stands in the place of a folder."""
+    return "Not a directory" if isinstance(error, FileExistsError) else str(error.strerror)
 
 
 @contextlib.contextmanager

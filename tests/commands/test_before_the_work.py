@@ -57,7 +57,7 @@ TABLETOP = f"eval tabletop {POLICY} --out new"
 MISTAKES = {
     f"{ASK} --json folder": "--json folder: is a folder; give a file to write",
     f"{ASK} --json {GONE}": f"--json {GONE}: cannot be written (No such file or directory); give another file",
-    f"{ASK} --json file/x": "--json file/x: cannot be written (a file stands in the place of its folder); give another file",
+    f"{ASK} --json file/x": "--json file/x: cannot be written (Not a directory); give another file",
     f"{ASK} --plot {GONE}.png": f"--plot {GONE}.png: cannot be written",
     f"{ASK} --seed -1": "--seed: expected an integer in 0..2^64-1, got -1",
     f"{ASK} --image a.png": "--image: expected 2 (primary_image, wrist_image, in this order)",

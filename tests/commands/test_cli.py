@@ -120,7 +120,7 @@ def test_json_goes_through_links_and_devices(golden_dir: Path, tmp_path: Path, c
     assert json.loads(received[0])["embodiment"] == "libero"
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     capsys.readouterr()
-    for bad, message in ((tmp_path, "is a folder"), (target / "below.json", "not written")):
+    for bad, message in ((tmp_path, "is a folder"), (target / "below.json", "cannot be written (Not a directory)")):
         assert run(*words, bad) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
