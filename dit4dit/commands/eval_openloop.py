@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,9 @@ def openloop(
     at_least(0, plots=plots)
     check_seed(seed, bits=64)
     check_inputs(robots=robots, modality=modality)
-    check_folder("--out", out)
     if (out / RESULT).exists():
         raise InputError(f"--out {out}: has a result already ({RESULT}); give another folder")
-    recording, loaded = _open(dataset, policy, robot, robots, modality)
+    recording, load = _open(dataset, policy, robot, robots, modality)
     spoilt = {problem.episode for problem in recording.problems}
     without = [i for i, episode in enumerate(recording.data.meta.episodes) if episode.index in spoilt]
     # no error: one episode may never close it
@@ -63,6 +63,8 @@ def openloop(
     for warning in [*recording.data.warnings(recording.columns), *other]:
         say(f"note: {warning}")
     chosen = module.choose_episodes(recording, episodes)
+    check_folder("--out", out)
+    loaded = load()
     step = loaded.config.head.action_horizon if every is None else every
     about = {
         "dataset": str(dataset),
@@ -80,8 +82,8 @@ def openloop(
 
 def _open(
     dataset: Path, options: PolicyOptions, robot: str | None, robots: Path | None, modality: Path | None
-) -> tuple[Any, Any]:
-    """The data set as the policy's robot sees it, and the policy; the data set first, because it is quickly looked at."""
+) -> tuple[Any, Callable[[], Any]]:
+    """The data set as the policy's robot sees it, which is quickly looked at, and what loads the policy."""
     from dit4dit.checkpoints.checkpoint import open_checkpoint
     from dit4dit.checkpoints.robot import choose_embodiment
     from dit4dit.data.catalogue import catalogue
@@ -97,8 +99,8 @@ def _open(
     recording = Recording.of(LeRobot.open(dataset, modality=modality, standard=chosen.modality), chosen)
     if implied is not None:
         openloop.check_fits(recording, implied)
-        return recording, options.load()
-    return recording, options.load(embodiment=recording.embodiment)
+        return recording, options.load
+    return recording, partial(options.load, embodiment=recording.embodiment)
 
 
 def show(summary: dict[str, Any]) -> str:

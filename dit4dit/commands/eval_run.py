@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from dit4dit.commands.loading import Loading
-from dit4dit.commands.shell import INTERRUPTED, at_least, say
+from dit4dit.commands.shell import INTERRUPTED, say
 from dit4dit.errors import ConfigError, InputError
 from dit4dit.evaluation.plan import Plan
 from dit4dit.files.atomic import check_folder
@@ -93,8 +93,6 @@ class RunOptions:
         from dit4dit.control.execution import Ensemble, Execution, Latency, RealTime
         from dit4dit.evaluation.rollout import Options
 
-        at_least(1, batch=self.batch, workers=self.workers, execute=self.execute)
-        at_least(0, retries=self.retries)
         ensemble = None if self.ensemble is None else Ensemble(self.ensemble_alpha, self.ensemble)
         return Options(
             execution=Execution(
@@ -157,8 +155,8 @@ def run(
     from dit4dit.evaluation.summary import rows, summarise
 
     options, plan = run_options.options(execute), plan.part(run_options.shard)
-    check_folder("--out", run_options.out)
     _check(plan, options, policy_options, run_options)
+    check_folder("--out", run_options.out)
     policy = policy_options.load()
     if not before(policy):
         return 0
@@ -204,14 +202,15 @@ def run(
 def _check(plan: Plan, options: Any, policy_options: PolicyOptions, run_options: RunOptions) -> None:
     """What can be told from the small files of checkpoint and run, before the policy is loaded."""
     from dit4dit.checkpoints.checkpoint import open_checkpoint
-    from dit4dit.checkpoints.robot import choose_embodiment
+    from dit4dit.evaluation.batching import check_batch
     from dit4dit.evaluation.rollout import check_robot
 
     if (run_options.out / "run.json").exists() and not run_options.resume:
         raise ConfigError(f"{run_options.out}: has a run already; go on with --resume, or give another folder")
-    checkpoint = open_checkpoint(policy_options.checkpoint, policy_options.backbone)
-    check_robot(choose_embodiment(checkpoint, policy_options.embodiment)[0], plan)
-    options.execution.check(checkpoint.model.head.action_horizon)
+    check_batch(options.batch)
+    check_robot(policy_options.robot(), plan)
+    model = open_checkpoint(policy_options.checkpoint, policy_options.backbone).model
+    options.execution.check(model.head.action_horizon)
 
 
 def _say_errors(out: Path) -> None:
