@@ -24,10 +24,10 @@ def record(folder: Path, checkpoint: Path, *, backbone: Path | None, seed: int, 
 
     The folder names the checkpoint (relative where it lies inside) and holds inputs, draws and results.
     """
-    import diffusers
-    import transformers
-
     with new_folder(folder) as partial:  # first of all: where it cannot be made, nothing is computed
+        import diffusers
+        import transformers
+
         opened = open_checkpoint(checkpoint, backbone)
         model = golden_model(opened, device, torch.float32)
         prompts = ["pick up the red block and place it in the bowl", "open the drawer"]
