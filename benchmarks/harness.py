@@ -1,6 +1,6 @@
-"""What every benchmark shares: the machine, the timing, the quantiles, and the refusal to time a wrong result.
+"""What every benchmark shares: the machine, the timing, and the refusal to time a wrong result.
 
-Order of use: `assert_no_worse` on the very tensors that will be timed, then `time_cpu` or `time_gpu`, then `quantiles`.
+Order of use: `assert_no_worse` on the very tensors that will be timed, then `time_cpu` or `time_gpu`, then `tables.quantiles`.
 """
 
 from __future__ import annotations
@@ -185,20 +185,6 @@ def _between_events(fn: Callable[[], object], wait: bool = True) -> tuple[float,
 
 def _l2_bytes() -> int:
     return int(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 64 << 20))
-
-
-def quantiles(samples: Sequence[float]) -> dict[str, float]:
-    """p50, p95, p99, p999 and max in the unit of the samples, nearest rank (each is a sample), and jitter = p999 / p50."""
-    if not samples:
-        raise ValueError("quantiles: expected at least one sample, got none")
-    ordered = sorted(samples)
-
-    def rank(per_mille: int) -> float:
-        return ordered[max(-(-per_mille * len(ordered) // 1000) - 1, 0)]
-
-    p50, p999 = rank(500), rank(999)
-    jitter = p999 / p50 if p50 > 0 else 1.0
-    return {"p50": p50, "p95": rank(950), "p99": rank(990), "p999": p999, "max": ordered[-1], "jitter": jitter}
 
 
 def assert_no_worse(

@@ -14,7 +14,8 @@ from typing import Any
 from dit4dit.benchmarks import op_report
 from dit4dit.benchmarks.harness import machine
 from dit4dit.benchmarks.recording import Recording
-from tqdm import tqdm
+
+from dit4dit import progress
 
 GRACE = 20.0
 """Seconds beyond its share that a process has to start and to end the call that it is in."""
@@ -38,13 +39,14 @@ def run(names: Sequence[str], words: Sequence[str], record: Recording) -> None:
     """words: of `bench ops`, without ops, file and time. What time an op leaves goes to those after it."""
     record.result |= {"machine": None, "dtype": None, "device": None, "rows": [], "processes": []}
     todo = list(dict.fromkeys(names))
-    with tqdm(total=len(todo), unit="op", disable=None) as bar, tempfile.TemporaryDirectory() as folder:
+    with progress.bar("ops", len(todo), unit="op") as shown, tempfile.TemporaryDirectory() as folder:
         for n, op in enumerate(record.each(todo, "ops")):
-            bar.set_description(op)
+            shown.say(op)
             remaining = record.remaining()
             share = None if remaining is None else remaining / (len(todo) - n)
-            _one(op, words, share, Path(folder), record)
-            bar.update()
+            with shown.ticking():
+                _one(op, words, share, Path(folder), record)
+            shown.update()
     record.result["unfinished"] = [entry["op"] for entry in record.result["processes"] if entry["cut"]]
     if record.result["machine"] is None:  # no process came so far
         record.result["machine"] = machine()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,11 +29,12 @@ from dit4dit.benchmarks.agreement import (
     known,
 )
 from dit4dit.benchmarks.contenders import Clock, Inputs, Planned, Published, random_pictures
-from dit4dit.benchmarks.harness import clocks, machine, quantiles
+from dit4dit.benchmarks.harness import clocks, machine
 from dit4dit.benchmarks.recording import Recording, Terminated
-from dit4dit.benchmarks.sampling import Sampler, Samples, rounded, slowest, summary
+from dit4dit.benchmarks.sampling import Sampler, Samples, rounded, slowest
 from torch import Tensor
 
+from dit4dit import progress
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine, calibrate, errors
 from dit4dit.engine.action_ode.program import HeadChoice
@@ -42,10 +43,12 @@ from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.ops import onednn
 from dit4dit.presets import Preset
 from dit4dit.robots import EMBODIMENTS
-from dit4dit.tables import table
+from dit4dit.tables import backed, number, quantiles, quantiles_ms, table
 
 STAGES = ("text", "vae", "backbone", "action_head")
 SETUP = ("machine", "model", "inputs", "exact engine", "engine", "plan", "first chunk", "check", "warm-up")
+COLD = ("engine", "plan", "first chunk")
+"""Steps whose seconds are a result: nothing else runs meanwhile, not even a clock on a terminal."""
 PARTS = {"engine alone": 3, "spaced": 2, "pairs": 3}
 """What is timed, in this order, and its share of the time that is left for it and for those after it."""
 WARM_UP = {"cuda": 0.5, "cpu": 0.0}
@@ -141,18 +144,26 @@ class Run:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """A step of the set-up: its name is in the file while it runs, its seconds after it."""
+        """A step of the set-up: its name is in the file and beside the bar while it runs, its seconds after it."""
         self._during(name)
-        start = time.perf_counter()
-        try:
-            yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        finally:
-            self.result["setup_seconds"][name] = round(time.perf_counter() - start, 3)
+        self.shown.say(name)
+        with nullcontext() if name in COLD else self.shown.ticking():
+            start = time.perf_counter()
+            try:
+                yield
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+            finally:
+                self.result["setup_seconds"][name] = round(time.perf_counter() - start, 3)
+        self.shown.update()
 
     def set_up(self) -> None:
         """Everything up to the first sample; RuntimeError where the engine is wrong."""
+        count = sum(step in self.steps for step in SETUP)
+        with progress.bar("set-up", count, unit="step", mininterval=0) as self.shown:
+            self._set_up()
+
+    def _set_up(self) -> None:
         wanted, device, views = self.wanted, self.device, len(EMBODIMENTS[self.preset.embodiment].views)
         config, text = self.preset.model, wanted.text and wanted.baseline
         with self.step("machine"):
@@ -239,7 +250,8 @@ class Run:
             raise
         if wanted.roofline:
             self._during("roofline")
-            self._roofline()
+            with progress.bar("roofline", 4, unit="step", mininterval=0) as shown:
+                self._roofline(shown)
 
     def _end(self, part: str) -> float | None:
         """When the part's share of what is left has passed; None without a limit."""
@@ -272,13 +284,21 @@ class Run:
                 self.result.pop(key, None)
             raise
 
-    def _roofline(self) -> None:
+    def _roofline(self, shown: progress.Bar) -> None:
         """What the times are of the device's own rates; counting takes seconds on the host, so it comes last."""
         model, text = self.sampler.fast.engine.model, self.wanted.text and self.wanted.baseline
         assert model.head is not None
-        rates, memory = [matrix_rate(self.device, self.dtype)], roofline.memory_rate(self.device)
-        counts = flops.count(self.preset)
+        shown.say("the device's rates")
+        rates = [matrix_rate(self.device, self.dtype)]
+        shown.update()
+        memory = roofline.memory_rate(self.device)
+        shown.update()
+        shown.say("counting operations")
+        with shown.ticking():
+            counts = flops.count(self.preset)
+        shown.update()
         rates.append(matrix_rate(self.device, self.dtype))
+        shown.update()
         times = dict(self.result["samples_ms"])
         times["engine"] = self.result["engine_alone_ms"] or times["engine"]
         self.result["share_of_measured_rate"] = shares(times, counts, max(rates), text)
@@ -302,8 +322,8 @@ def numbers(samples: Samples) -> dict[str, Any]:
     engine = alone or totals.get("engine")
     spaced = samples.spaced
     return {
-        **({"engine": summary(engine)} if engine else {}),
-        **({"baseline": summary(totals["baseline"])} if "baseline" in totals else {}),
+        **({"engine": quantiles_ms(engine)} if engine else {}),
+        **({"baseline": quantiles_ms(totals["baseline"])} if "baseline" in totals else {}),
         "ratio": ratios(totals, stages) if "baseline" in totals else None,
         "stages": {who: {s: median(t) * 1e3 for s, t in times.items()} for who, times in stages.items()},
         "spaced": spaced.result() if spaced is not None and spaced.seconds else None,
@@ -317,7 +337,8 @@ def numbers(samples: Samples) -> dict[str, Any]:
 
 
 def median(values: Sequence[float]) -> float:
-    return quantiles(values)["p50"]
+    """A value of them, as `tables.quantiles` has it."""
+    return float(quantiles(values)["p50"])
 
 
 def ratios(totals: dict[str, list[float]], stages: dict[str, dict[str, list[float]]]) -> dict[str, float]:
@@ -360,24 +381,34 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """The table that the command prints: one row per number; "-" where something was not measured."""
+    """The table that the command prints: one row per number; "-" where something was not measured, or by too few samples."""
     spaced = result.get("spaced")
     found: dict[str, Any] = {who: result[who] for who in ("engine", "baseline") if who in result}
     if spaced:
         found[f"engine at {spaced['hz']:g} Hz"] = spaced
     out = []
     for who, q in found.items():
-        times = [f"{q[k]:.2f}" for k in ("p50", "p95", "p99", "p999", "max")]
+        q = backed(q, q["samples"])
+        times = [number(q[k]) for k in ("p50", "p95", "p99", "p999", "max")]
         stages = "  ".join(f"{s} {ms:.2f}" for s, ms in (result.get("stages") or {}).get(who, {}).items())
         share = (result.get("share_of_measured_rate") or {}).get(who)
-        out.append([who, *times, f"{q['jitter']:.2f}", "-" if share is None else f"{100 * share:.0f} %", stages])
+        out.append(
+            [
+                who,
+                *times,
+                number(q["jitter"]),
+                str(q["samples"]),
+                "-" if share is None else f"{100 * share:.0f} %",
+                stages,
+            ]
+        )
     return out
 
 
 def show(result: dict[str, Any]) -> str:
     """The table, the errors of quantisation, how much faster the engine is, and what `--seconds` left out."""
-    header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "of matrix rate", "stages, p50 ms"]
-    lines = [table(header, rows(result), right=range(1, 8))]
+    header = ["", "p50 ms", "p95", "p99", "p99.9", "max", "jitter", "chunks", "of matrix rate", "stages, p50 ms"]
+    lines = [table(header, rows(result), right=range(1, 9))]
     if result["error"]:
         of = "  ".join(f"{what} {e['rms']:.2e}" for what, e in result["error"].items())
         lines.append(f"{result['quantization']} against the exact engine, rms: {of}")

@@ -17,6 +17,7 @@ import numpy as np
 from dit4dit.errors import InputError
 from dit4dit.files.atomic import check_folder
 from dit4dit.files.keys import read_json
+from dit4dit.tables import backed, number
 
 COLOURS = {"engine": "#2a7f62", "baseline": "#b0623c"}
 SPACED = "#3b6ea5"
@@ -166,7 +167,7 @@ def _page(images: dict[str, bytes], result: dict[str, Any]) -> str:
     found |= {f"engine at {spaced['hz']:g} Hz": spaced} if spaced else {}
     body = "".join(
         f"<tr><th>{who}</th>" + "".join(f"<td>{_cell(q.get(key))}</td>" for key in keys) + "</tr>"
-        for who, q in found.items()
+        for who, q in ((who, backed(q, q["samples"])) for who, q in found.items())
     )
     drawn = "".join(
         f'<p><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{name}"></p>'
@@ -180,7 +181,7 @@ def _page(images: dict[str, bytes], result: dict[str, Any]) -> str:
         "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .8em;text-align:right}</style>"
         f"<h1>{preset}, {html.escape(str(result.get('dtype')))}, {where}</h1>"
         f"<p>torch {torch}, {threads} threads, dit4dit {version} (commit {commit}), driver {driver}; milliseconds per chunk, "
-        "jitter = p99.9 / p50</p>"
+        "jitter = p99.9 / p50; - where there are too few samples to know</p>"
         f"<table><tr><th></th>{header}</tr>{body}</table>{_notes(result)}{drawn}"
     )
 
@@ -215,7 +216,7 @@ def _notes(result: dict[str, Any]) -> str:
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+    return str(value) if isinstance(value, int) else number(value)
 
 
 def _listed(values: dict[str, Any]) -> str:

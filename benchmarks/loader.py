@@ -22,10 +22,10 @@ from torch import Tensor
 
 from dit4dit.config import ModelConfig
 from dit4dit.data.catalogue import Catalogue, Entry
-from dit4dit.data.columns import Progress
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.mixture import Mixture
 from dit4dit.data.writer import Writer
+from dit4dit.progress import Bar
 from dit4dit.training.config import DataConfig
 from dit4dit.training.feed import Feed, Share
 from dit4dit.training.lerobot_data import LeRobotData
@@ -46,10 +46,10 @@ def measure(
     batch_size: int,
     batches: int,
     record: Recording,
-    progress: Progress | None = None,
+    shown: Bar,
 ) -> None:
     """Samples per second per number of workers, and shares of time in one process, with the machine they belong to, into
-    `record`.
+    `record`. shown: is told what is done, between two times alone; data, each number of workers and the shares count one each.
     """
     result = record.result
     runs: list[dict[str, Any]] = []
@@ -57,25 +57,32 @@ def measure(
     record.during("data")
     with tempfile.TemporaryDirectory() as scratch:
         made = not datasets
-        if made:
-            datasets, robot = [make(Path(scratch) / "made")], "libero_franka"
-        assert robot is not None
-        named = None if modality is None else str(modality.resolve())
-        entries = [Entry(str(path), robot, modality=named) for path in datasets]
-        mixture = Mixture.open(entries, Path(), known, progress=progress)
+        shown.say("making data" if made else "reading data")
+        with shown.ticking():
+            if made:
+                datasets, robot = [make(Path(scratch) / "made")], "libero_franka"
+            assert robot is not None
+            named = None if modality is None else str(modality.resolve())
+            entries = [Entry(str(path), robot, modality=named) for path in datasets]
+            mixture = Mixture.open(entries, Path(), known)
         data = LeRobotData(mixture, model, DataConfig(holdout=0.0), seed=0)
         window = data.window
         result["data"] = MADE if made else [str(path) for path in datasets]
         sizes = {"frames": len(window.offsets), "horizon": window.horizon, "image_size": window.image_size}
         result["window"] = sizes
         record.during("comparison")
+        shown.say("comparing the workers' batches")
         _agree(data, workers, batch_size)
         for count in record.each([*workers, None], "workers", name=lambda n: "shares" if n is None else f"{n} workers"):
+            shown.update()
+            shown.say("shares of time" if count is None else f"{count} workers")
             if count is None:
                 result["share_of_time"] = _shares(data, batch_size, batches)
                 continue
             seconds = _time(data, batch_size, batches, count)
             runs.append({"workers": count, "seconds": seconds, "samples_per_second": batches * batch_size / seconds})
+        if record.remaining() != 0.0:
+            shown.update()
 
 
 def make(root: Path, seed: int = 0) -> Path:

@@ -21,17 +21,16 @@ from typing import Any
 
 import torch
 from dit4dit.benchmarks.failures import GPU_LOST, NO_TIME, GpuLost, Rows, failure, leave, settle
-from dit4dit.benchmarks.harness import assert_no_worse, machine, quantiles, time_cpu, time_gpu
+from dit4dit.benchmarks.harness import assert_no_worse, machine, time_cpu, time_gpu
 from dit4dit.benchmarks.kernels import calls
-from dit4dit.benchmarks.op_report import bad, show
+from dit4dit.benchmarks.op_report import bad, of_times, show
 from dit4dit.benchmarks.ops import bench_action_ode
 from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from dit4dit import ops
+from dit4dit import ops, progress
 from dit4dit.errors import BackendError
 from dit4dit.model.precision import full_precision
 from dit4dit.ops import onednn
@@ -225,12 +224,11 @@ def measure(case: Case, args: tuple[Any, ...], samples: int, compiling: bool, re
         if not times:
             rows.add(contender, NO_TIME)
             continue
-        q = quantiles(times)
-        eager = q["p50"] if contender == "eager" else eager
-        ms = {key: value * 1e3 for key, value in q.items() if key != "jitter"}
-        rates = {"gb_per_s": doing["bytes"] / q["p50"] / 1e9, "gflop_per_s": doing["flops"] / q["p50"] / 1e9}
-        ratio = eager / q["p50"] if eager else None
-        rows.add(contender, {"ms": ms, "jitter": q["jitter"], "samples": len(times), **doing, **rates, "ratio": ratio})
+        row = of_times(times)
+        p50 = row["ms"]["p50"]
+        eager = p50 if contender == "eager" else eager
+        rates = {"gb_per_s": doing["bytes"] / p50 / 1e6, "gflop_per_s": doing["flops"] / p50 / 1e6}
+        rows.add(contender, {**row, **doing, **rates, "ratio": eager / p50 if eager else None})
 
 
 def alternating(
@@ -282,9 +280,9 @@ def run(
             todo += [(op, f"{tokens}", (tokens,)) for tokens in ([17] if gr1_only else bench_action_ode.TOKENS)]
         else:
             todo += cases([op], batch=batch, gr1_only=gr1_only)
-    with tqdm(total=len(todo), unit="case", disable=None) as bar:
+    with progress.bar("ops", len(todo), unit="case") as shown:
         for case in record.each(todo, "ops", name=lambda case: f"{case[0]} {case[1]}"):
-            bar.set_description(f"{case[0]} {case[1]}")
+            shown.say(f"{case[0]} {case[1]}")
             try:
                 if case[0] == "action_ode":
                     kind, few = torch.bfloat16 if dtype == torch.float16 else dtype, min(batch, 4)
@@ -299,7 +297,7 @@ def run(
                 Rows(record, case[0], case[1]).add("all", row)
             # compiled code of other shapes is of no more use, and torch keeps eight a function
             torch.compiler.reset()
-            bar.update()
+            shown.update()
 
 
 def command(names: Sequence[str], path: Path | None, seconds: float | None, **options: Any) -> int:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from dit4dit.tables import table
+from dit4dit.tables import quantiles_ms, table
+
+
+def of_times(seconds: Sequence[float]) -> dict[str, Any]:
+    """What a row says of the calls that were timed: "ms" with their quantiles, "jitter", "samples"."""
+    found = quantiles_ms(seconds)
+    jitter, samples = found.pop("jitter"), found.pop("samples")
+    return {"ms": found, "jitter": jitter, "samples": samples}
 
 
 def show(result: dict[str, Any]) -> str:

@@ -25,9 +25,8 @@ from dit4dit.benchmarks.recording import Recording
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
-from dit4dit import ops
+from dit4dit import ops, progress
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.config import ModelConfig
 from dit4dit.engine import Calibration, Engine, StepInputs, calibrate, stack
@@ -226,10 +225,9 @@ def measure(
     record.result["subjects"] = found
     exact: Exact | None = None
     todo = [(name, option) for name in subjects for option in options]
-    with tqdm(total=len(todo), unit="option", disable=None) as bar:
+    with progress.bar("options", len(todo), unit="option") as shown, shown.ticking():
         for name, option in record.each(todo, "options", name=lambda pair: f"{pair[0]}: {pair[1].name}"):
-            bar.set_description(name)
-            bar.update()
+            shown.say(f"{name}: {option.name}")
             if not found or found[-1]["subject"] != name:
                 exact = None  # before the next one is built: a released model is large
                 found.append({"subject": name, "seeds": seeds, "seed": seed, "machine": machine(), "options": []})
@@ -247,6 +245,7 @@ def measure(
             failed = found[-1].get("failed") or found[-1]["options"][-1].get("failed")
             if failed:
                 check_gpu(f"{name}: {option.name}: {failed}")
+            shown.update()
 
 
 def about(exact: Exact) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dit4dit.benchmarks.harness import machine
 from dit4dit.benchmarks.recording import Recording
 from torch.profiler import ProfilerActivity, profile
 
+from dit4dit import progress
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine, StepInputs, calibrate
 from dit4dit.engine.action_ode.program import HeadChoice
@@ -54,16 +55,39 @@ def measure(
     result |= {"preset": name, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "head": head}
     result |= {"head_dtype": str(head_dtype).removeprefix("torch."), "quantization": quantization, "machine": machine()}
     result |= {"unit": "us per step", "steps": STEPS, "profiler": None, "stages": {}, "stage_us": {}, "replay_us": {}}
+    with progress.bar("profile", leave=False) as shown:
+        _measure(preset, device, dtype, seed, head, head_dtype, quantization, record, shown)
+
+
+def _measure(
+    preset: Preset,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    head: HeadChoice,
+    head_dtype: torch.dtype,
+    quantization: Literal["fp8"] | None,
+    record: Recording,
+    shown: progress.Bar,
+) -> None:
+    result = record.result
     record.during("weights")
+    shown.say("weights")
     step = planned(preset, device, dtype, seed, head, head_dtype, quantization)
     result["head"] = "library" if step.engine.one_launch is None else "one_launch"
     step.chunk(Noise.from_seed(seed, 0))
     with on_stream(step.engine):
-        for stage, function in step.replays().items():
+        replays, stages = step.replays(), step.eager()
+        shown.of(1 + len(replays) + len(stages))
+        for stage, function in replays.items():
             record.during(f"replay of {stage}")
+            shown.update()
+            shown.say(f"replay of {stage}")
             result["replay_us"][stage] = event_us(function, device, REPLAYS)
         result["profiler"] = profiler(device)
-        for stage, function in record.each(step.eager().items(), "stages", name=lambda item: item[0]):
+        for stage, function in record.each(stages.items(), "stages", name=lambda item: item[0]):
+            shown.update()
+            shown.say(f"kernels of {stage}")
             _stage(result, stage, function, device)
     if step.engine.one_launch is not None:
         step.engine.one_launch.check()  # a launch that failed has ended early

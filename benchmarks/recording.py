@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from dit4dit.errors import InputError
+from dit4dit.files.atomic import check_file
 from dit4dit.files.json_files import strict, write_json
 
 T = TypeVar("T")
@@ -44,8 +45,10 @@ class Recording:
         """path: None keeps no file. seconds: how long may be measured; None as long as it takes.
 
         Raises:
-            InputError: `seconds` is not above 0, or not finite.
+            InputError: `seconds` is not above 0, or not finite, or the file cannot be written.
         """
+        if path is not None:
+            check_file("--json", path)
         self.result: dict[str, Any] = {"complete": False}
         self._path = path
         self._end: float | None = None

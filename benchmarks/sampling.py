@@ -1,7 +1,7 @@
 """How chunks are timed: back to back, at a robot's rate, and in turns with the published schedule.
 
-A block is about half a second of samples. Between two blocks the numbers so far are written, never within one, and the first
-chunk after a writing is not timed where chunks are short.
+A block is about half a second of samples. Between two blocks the numbers so far are written and the progress bar is moved, never
+within one, and the first chunk after a writing is not timed where chunks are short.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit4dit.benchmarks.contenders import Clock, Planned, Published
-from dit4dit.benchmarks.harness import clocks, quantiles
+from dit4dit.benchmarks.harness import clocks
 from dit4dit.benchmarks.recording import Recording
-from tqdm import tqdm
 
+from dit4dit import progress
 from dit4dit.noise import Noise
+from dit4dit.tables import quantiles_ms
 
 BLOCK = 0.5
 """Seconds of samples between two writings."""
@@ -84,11 +85,11 @@ class Spaced:
     def result(self) -> dict[str, Any]:
         """Ready for JSON. "starts_s" are since the first slot, "late_ms" is how much later than its slot a chunk began."""
         count = min(map(len, (self.starts, self.late, self.seconds)))
-        late = milliseconds(quantiles(self.late[:count]))
+        late = quantiles_ms(self.late[:count])
         return {
             "hz": self.hz,
             "wait": "sleep",
-            **summary(self.seconds[:count]),
+            **quantiles_ms(self.seconds[:count]),
             "late_ms": {name: late[name] for name in ("p50", "p99", "max")},
             "missed_slots": self.missed,
             "clocks": self.clocks,
@@ -115,15 +116,6 @@ class Samples:
         return min([*map(len, self.totals.values()), *stages], default=0)
 
 
-def milliseconds(numbers: dict[str, float]) -> dict[str, float]:
-    return {name: value if name == "jitter" else value * 1e3 for name, value in numbers.items()}
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Quantiles in ms, with how many samples they are of."""
-    return {**milliseconds(quantiles(seconds)), "samples": len(seconds)}
-
-
 def rounded(seconds: list[float]) -> list[float]:
     return [round(t * 1e3, 4) for t in seconds]
 
@@ -139,7 +131,7 @@ class Sampler:
 
     def __init__(self, fast: Planned, seed: int, record: Recording, keep: Callable[[], None]) -> None:
         self.fast, self.seed, self.record, self.samples = fast, seed, record, Samples()
-        self._keep, self._block = keep, time.perf_counter()
+        self._keep, self._block, self._moved = keep, time.perf_counter(), lambda: None
 
     def chunk(self, i: int = 0) -> None:
         self.fast.chunk(Noise.from_seed(self.seed, i))
@@ -174,8 +166,9 @@ class Sampler:
         spaced = self.samples.spaced = Spaced(hz)
         spaced.clocks["before"] = clocks(lambda: self._one_step(hz))
         self._begin()
-        first, slot = time.perf_counter(), 0
+        first, slot = 0.0, 0
         for i in self._until(count, end, f"at {hz:g} Hz", lambda: len(spaced.seconds)):
+            first = first if i else time.perf_counter()
             due = first + slot / hz
             time.sleep(max(due - time.perf_counter(), 0.0))
             self.samples.collections.sample = ("spaced", i)
@@ -225,19 +218,28 @@ class Sampler:
         def missing() -> list[str]:
             return [f"{what}: {count - done()} of {count}"] if done() < count else []
 
+        def moved() -> None:
+            shown.reach(done())
+            if end is not None:
+                shown.say(f"at most {max(end - time.monotonic(), 0):.0f} s more")
+
         self.record.undone(missing)
-        for i in tqdm(range(count), desc=what, disable=None):
-            if i and end is not None and time.monotonic() >= end:
-                self.record.undone(list)
-                self.record.short(missing())
-                break
-            yield i
+        with progress.bar(what, count, unit="chunk", mininterval=0) as shown:
+            self._moved = moved
+            for i in range(count):
+                if i and end is not None and time.monotonic() >= end:
+                    self.record.undone(list)
+                    self.record.short(missing())
+                    break
+                yield i
+            moved()
 
     def _block_over(self) -> bool:
-        """Whether a block has ended, which is then written."""
+        """Whether a block has ended, which is then written and shown."""
         if time.perf_counter() - self._block < BLOCK:
             return False
         self._keep()
+        self._moved()
         self._begin()
         return True
 

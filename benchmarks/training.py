@@ -22,8 +22,8 @@ from dit4dit.benchmarks.recording import Recording
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
+from dit4dit import progress
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.config import HeadConfig, ModelConfig, TextConfig, VaeConfig, VideoDitConfig
 from dit4dit.model.dit4dit import DiT4DiT, Draws
@@ -37,6 +37,7 @@ from dit4dit.training.randomness import draws
 from dit4dit.training.samples import collate
 from dit4dit.types import Batch
 
+SETUP = ("weights, data and caches", "losses", "work")
 AGREE = 1e-4
 """Largest relative difference of the losses at which the schedules are still timed."""
 EMBODIMENT = "gr1"
@@ -132,10 +133,20 @@ def flops(run: Callable[[], object]) -> float:
 
 def measure(*, steps: int, batch_size: int, seed: int, record: Recording) -> None:
     """Samples per second of the published schedule, of ours, and of ours with cached latents, in alternation, into `record`."""
+    with progress.bar("training", len(SETUP) + steps + 1, unit="step") as shown:
+        _measure(steps, batch_size, seed, record, shown)
+
+
+def _measure(steps: int, batch_size: int, seed: int, record: Recording, shown: progress.Bar) -> None:
+    def during(step: int) -> None:
+        record.during(SETUP[step])
+        shown.reach(step)
+        shown.say(SETUP[step])
+
     result = record.result
     result |= {"benchmark": "training", "machine": machine(), "batch_size": batch_size, "steps": steps}
     result |= {"losses": {}, "gflop_per_sample": {}, "samples_per_s": {}, "seconds": {}, "ratio": {}}
-    record.during("weights, data and caches")
+    during(0)
     config = model_config()
     data = RandomData(config, EMBODIMENT, clips=batch_size + 8, seed=seed)
     tokenizer = byte_tokenizer()
@@ -164,7 +175,7 @@ def measure(*, steps: int, batch_size: int, seed: int, record: Recording) -> Non
 
         schedules = {"published": theirs, "ours": ours(None), "ours, cached latents": ours(latents)}
         model.train()
-        record.during("losses")
+        during(1)
         losses = result["losses"]
         losses |= {name: loss().item() for name, loss in schedules.items()}
         for name, loss in losses.items():
@@ -172,37 +183,42 @@ def measure(*, steps: int, batch_size: int, seed: int, record: Recording) -> Non
                 raise AssertionError(
                     f"{name}: expected the published loss {losses['published']}, got {loss}; nothing is timed"
                 )
-        record.during("work")
+        during(2)
         counted = {name: flops(lambda loss=loss: loss().backward()) for name, loss in schedules.items()}  # type: ignore[misc]
         text = flops(lambda: published.embed(tokens))
         result["parameters"] = sum(p.numel() for p in optim.trainable(model).values())
         result["gflop_per_sample"] = {name: value / batch_size for name, value in counted.items()}
         result |= {"text_share_of_published": text / counted["published"], "filling_caches_s": filling}
-        alternate(schedules, optimizer, steps, record)
+        shown.reach(len(SETUP))
+        alternate(schedules, optimizer, steps, record, shown)
 
 
 def alternate(
-    schedules: dict[str, Callable[[], Tensor]], optimizer: torch.optim.Optimizer, steps: int, record: Recording
+    schedules: dict[str, Callable[[], Tensor]],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    record: Recording,
+    shown: progress.Bar,
 ) -> None:
     """Seconds of each whole step, one of each schedule in turn, after one round that is not counted, and their rates."""
     result = record.result
     seconds: dict[str, list[float]] = {name: [] for name in schedules}
     result["seconds"] = seconds
-    with tqdm(total=steps + 1, desc="steps", disable=None) as bar:
-        for turn in record.each(range(steps + 1), "steps", name=lambda turn: f"step {turn}"):
-            for name, loss in schedules.items():
-                start = time.perf_counter()
-                loss().backward()
-                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if turn:
-                    seconds[name].append(time.perf_counter() - start)
-            bar.update()
+    shown.say("steps")
+    for turn in record.each(range(steps + 1), "steps", name=lambda turn: f"step {turn}"):
+        for name, loss in schedules.items():
+            start = time.perf_counter()
+            loss().backward()
+            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             if turn:
-                medians = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
-                result["samples_per_s"] = {name: result["batch_size"] / middle for name, middle in medians.items()}
-                result["ratio"] = {n: _ratio(seconds["published"], seconds[n]) for n in list(seconds)[1:]}
+                seconds[name].append(time.perf_counter() - start)
+        shown.update()
+        if turn:
+            medians = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
+            result["samples_per_s"] = {name: result["batch_size"] / middle for name, middle in medians.items()}
+            result["ratio"] = {n: _ratio(seconds["published"], seconds[n]) for n in list(seconds)[1:]}
 
 
 def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 from dit4dit.benchmarks.failures import check_gpu, reason_of
-from dit4dit.benchmarks.harness import assert_no_worse, machine, quantiles, time_cpu, time_gpu
+from dit4dit.benchmarks.harness import assert_no_worse, machine, time_cpu, time_gpu
 from dit4dit.benchmarks.op_bench import Case, cases, exact, fill, positional, reference_of
 from dit4dit.benchmarks.recording import Recording
-from tqdm import tqdm
 
-from dit4dit import ops
+from dit4dit import ops, progress
 from dit4dit.errors import BackendError, InputError, did_you_mean
 from dit4dit.files.atomic import write_text
 from dit4dit.ops import launch, tiles
+from dit4dit.tables import quantiles
 from dit4dit.tables import table as text_table
 
 Measure = Callable[[Case], float | str]
@@ -100,9 +100,9 @@ def tune(
     search.left += names.values()
     record.result |= {"machine": machine(), **vars(search)}
     record.keep()
-    with tqdm(total=len(groups), unit="row", disable=None) as bar:
+    with progress.bar("tiles", len(groups), unit="row") as shown:
         for n, (op, i) in enumerate(record.each(groups, "rows", name=names.__getitem__)):
-            bar.set_description(names[op, i])
+            shown.say(names[op, i])
             remaining = record.remaining()
             share = None if remaining is None else time.monotonic() + remaining / (len(groups) - n)
             if op not in search.columns:
@@ -111,7 +111,7 @@ def tune(
             _uphill(search, op, i, groups[op, i], measure, rounds, share)
             del search.left[0]
             write(search)
-            bar.update()
+            shown.update()
     return search
 
 
@@ -169,7 +169,7 @@ def measured(case: Case, samples: int) -> float | str:
     timer = time_gpu if args[0].device.type == "cuda" else time_cpu
     try:
         assert_no_worse(fn, exact(reference_of(op)), args, float32_limit=1e-5)
-        return quantiles(timer(partial(fn, *args), samples=samples, warmup=5))["p50"]
+        return float(quantiles(timer(partial(fn, *args), samples=samples, warmup=5))["p50"])
     except AssertionError as error:
         return f"disagrees with the reference: {error}"
     except (

@@ -21,6 +21,8 @@ from dit4dit.commands.shell import (
     INTERRUPTED,
     Dtype,
     Head,
+    check_outputs,
+    check_seed,
     finish,
     head_dtype_of,
     read_lines,
@@ -28,6 +30,7 @@ from dit4dit.commands.shell import (
 )
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean
 from dit4dit.files.atomic import check_folder
+from dit4dit.progress import bar, waiting
 
 Quantization = Literal["fp8"] | None
 Images = tyro.conf.UseAppendAction[tuple[Path, ...]]
@@ -43,7 +46,9 @@ def doctor(json: Path | None = None) -> int:
     """
     from dit4dit import doctor as module
 
-    result = module.examine()
+    check_outputs(json=json)
+    with waiting("looking"):
+        result = module.examine()
     finish(module.show(result), result, json)
     return 0 if result["healthy"] else 1
 
@@ -64,15 +69,14 @@ def inspect(
         verify: first read every file and compare it with the folder's checksums.json.
         json: also write everything to this file.
     """
-    from tqdm import tqdm
-
     from dit4dit.commands import inspect as module
 
-    with tqdm(unit="B", unit_scale=True, desc="reading", disable=None if verify else True) as bar:
+    check_outputs(json=json)
+    with bar("reading", unit="B", unit_scale=True, active=verify) as shown:
 
         def progress(name: str, size: int) -> None:
-            bar.set_postfix_str(name)
-            bar.update(size)
+            shown.say(name)
+            shown.update(size)
 
         result = module.inspect(
             checkpoint, backbone=backbone, embodiment=embodiment, verify=progress if verify else None
@@ -112,9 +116,15 @@ def predict(
     from dit4dit.commands import predict as module
 
     module.check_plot(plot)
+    check_outputs(json=json, plot=plot)
+    check_seed(seed, bits=64)
+    if not instruction.strip():
+        raise InputError(f"--instruction: expected what to do, in words, got {instruction!r}")
+    seen = module.read(list(image), state)
+    module.check_views(policy.robot(), len(image))
     kind = head_dtype_of(head_dtype, head)
     loaded = policy.load(head=head, head_dtype=kind, quantization=quantization, calibration=calibration)
-    result = module.predict(loaded, list(image), state, instruction, seed)
+    result = module.predict(loaded, seen, instruction, seed)
     module.save(result, json, plot)
     say(module.show(result))
     return 0
@@ -132,18 +142,16 @@ def convert(
         target: new folder.
         backbone: Cosmos-Predict2.5 folder (its small files go along).
     """
-    from tqdm import tqdm
-
     from dit4dit.checkpoints import native
     from dit4dit.checkpoints.checkpoint import is_own_format
     from dit4dit.files.keys import read_json
 
     to_own = not is_own_format(source)
-    with tqdm(unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+    with bar("writing", unit="B", unit_scale=True) as shown, shown.ticking():
 
         def progress(name: str, size: int) -> None:
-            bar.set_postfix_str(name)
-            bar.update(size)
+            shown.say(name)
+            shown.update(size)
 
         if to_own:
             native.to_own(source, target, backbone, progress)
@@ -177,16 +185,16 @@ def pack(policy: PolicyToLoad, instructions: Path, out: Path) -> int:
         instructions: text file, one instruction a line.
         out: folder for the packs; those already there are kept.
     """
-    from tqdm import tqdm
-
     lines = read_lines(instructions)
     check_folder("--out", out)
     loaded = policy.load(packs=out)
-    for line in tqdm(lines, desc="packs", disable=None):
-        loaded.prepare(line).result()
-        assert loaded.packs is not None
-        if not loaded.packs.path(line).is_file():
-            raise InputError(f"--out {out}: the pack of {line!r:.60} could not be written; is the disk full?")
+    with bar("packs", len(lines)) as shown:
+        for line in lines:
+            loaded.prepare(line).result()
+            assert loaded.packs is not None
+            if not loaded.packs.path(line).is_file():
+                raise InputError(f"--out {out}: the pack of {line!r:.60} could not be written; is the disk full?")
+            shown.update()
     say(f"{len(lines)} packs in {out}")
     return 0
 
@@ -215,8 +223,13 @@ def calibrate(
     """
     from dit4dit.commands import calibrate as module
 
+    check_seed(seed, bits=64)
     found = module.choose_examples(examples, list(image), state, instruction)
-    calibration, errors = module.calibrate(policy.load(), found, seed)
+    check_outputs(out=out, json=json)
+    module.check_fit(found, policy.robot())
+    loaded = policy.load()
+    with waiting(f"calibrating on {len(found)} examples"):
+        calibration, errors = module.calibrate(loaded, found, seed)
     calibration.save(out)
     finish(f"{module.show(calibration, errors)}\nwrote {out}", {"samples": calibration.samples, **errors}, json)
     return 0

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+LEAST = {"p95": 20, "p99": 100, "p999": 1000, "jitter": 1000}
+"""How many samples a quantile q needs, 1 / (1 - q): with fewer none lies beyond it, and it is the maximum under another name."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> str:
@@ -21,13 +24,40 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequen
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *(line(row) for row in cells[1:])])
 
 
-def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """Latency percentiles in milliseconds, with the number of samples."""
-    import numpy as np
+def quantiles(values: Iterable[float]) -> dict[str, Any]:
+    """{"p50", "p95", "p99", "p999", "max", "jitter"} in the unit of the values; nearest rank, so each is one of them.
 
-    ms = np.asarray(seconds) * 1e3
-    names = {"p50": 50.0, "p95": 95.0, "p99": 99.0}
-    return {**{k: float(np.percentile(ms, q)) for k, q in names.items()}, "max": float(ms.max()), "samples": len(ms)}
+    jitter is p999 / p50, without a unit. What `LEAST` says there are too few values for is None: see `backed`.
+
+    Raises:
+        ValueError: no value.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("quantiles: expected at least one value, got none")
+
+    def rank(per_mille: int) -> float:
+        return ordered[max(-(-per_mille * len(ordered) // 1000) - 1, 0)]
+
+    p50, p999 = rank(500), rank(999)
+    found = {"p50": p50, "p95": rank(950), "p99": rank(990), "p999": p999, "max": ordered[-1]}
+    return backed({**found, "jitter": p999 / p50 if p50 > 0 else 1.0}, len(ordered))
+
+
+def quantiles_ms(seconds: Iterable[float]) -> dict[str, Any]:
+    """`quantiles` of times in seconds, in milliseconds; "samples" says how many there are."""
+    ms = [1e3 * one for one in seconds]
+    return {**quantiles(ms), "samples": len(ms)}
+
+
+def backed(found: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """The quantiles with None for each that so few samples do not show; for readers of results from before this rule."""
+    return {name: None if samples < LEAST.get(name, 1) else value for name, value in found.items()}
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A cell of a table: the number, "-" where there is none."""
+    return "-" if value is None else format(value, form)
 
 
 def machine() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from dit4dit.benchmarks import failures, op_report
-from dit4dit.benchmarks.harness import machine, quantiles, time_cpu, time_gpu
+from dit4dit.benchmarks.harness import machine, time_cpu, time_gpu
 from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
@@ -177,18 +177,18 @@ def case(
         if "left_out" in times:
             rows.add(name, times)
             continue
-        first = times["p50"] if name == "eager" else first
+        p50 = times["ms"]["p50"]
+        first = p50 if name == "eager" else first
         read = steps * weights * entry.weight_bytes
-        row: dict[str, Any] = {"ms": {k: v * 1e3 for k, v in times.items() if k != "jitter"}, "jitter": times["jitter"]}
-        row |= {"bytes": read, "flops": flops, "gb_per_s": read / times["p50"] / 1e9}
-        row |= {"gflop_per_s": flops / times["p50"] / 1e9, "ratio": first / times["p50"] if first else None}
+        row = {**times, "bytes": read, "flops": flops, "gb_per_s": read / p50 / 1e6, "gflop_per_s": flops / p50 / 1e6}
+        row["ratio"] = first / p50 if first else None
         rows.add(name, row | (on_kernel if "cuda" in name else {}))
 
 
 def timed(
     entry: Contender, allowed: float, timer: Callable[..., list[float]], samples: int, remaining: float | None
 ) -> dict[str, Any]:
-    """The quantiles of its times, or the row that says why there are none: too far from the truth, or a launch failed, also
+    """What its row says of its times, or the row that says why there are none: too far from the truth, or a launch failed, also
     while timed. remaining: seconds that may be measured, for which fewer samples are taken.
     """
     try:
@@ -208,7 +208,7 @@ def timed(
         return {"left_out": f"not timed: {error}", "disagrees": True}
     except Exception as error:  # what CUDA raises has no common base
         return failures.failure(error)
-    return dict(quantiles(times))
+    return op_report.of_times(times)
 
 
 def main() -> int:

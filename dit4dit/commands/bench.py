@@ -9,8 +9,19 @@ from typing import Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Dtype, Head, at_least, check_seed, dtype_on, head_dtype_of, say
+from dit4dit.commands.shell import (
+    Device,
+    Dtype,
+    Head,
+    at_least,
+    check_outputs,
+    check_seed,
+    dtype_on,
+    head_dtype_of,
+    say,
+)
 from dit4dit.errors import InputError
+from dit4dit.progress import bar
 
 Texts = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -28,10 +39,12 @@ def flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
     from dit4dit.tables import table
 
     schedules, counts = module.schedules(find(preset)), dict[str, dict[str, float]]()
-    with Recording(json) as record:
+    with bar("counting", len(schedules)) as shown, shown.ticking(), Recording(json) as record:
         record.result["preset"] = preset
         for name, count in record.each(schedules.items(), "schedules", name=lambda item: item[0]):
+            shown.say(name)
             record.result[name] = counts[name] = count()
+            shown.update()
     rows = [[stage, *(f"{counts[s][stage]:,.2f}" for s in counts)] for stage in (*module.STAGES, "total")]
     say(table(["GFLOP", *counts], rows, right=(1, 2, 3)))
     return 0
@@ -180,6 +193,7 @@ def ops(
 
     at_least(1, batch=batch, samples=samples)
     check_seed(seed)
+    check_outputs(json=json)
     for op in ops:
         all_ops.implementations(op)  # BackendError: no such op
     place = pick_device(device)
@@ -339,8 +353,6 @@ def rollout(
         seconds: end after about this long, with the rounds that were played.
         json: also write every number to this file, as they come.
     """
-    from tqdm import tqdm
-
     from dit4dit.benchmarks import rollout as module  # type: ignore[import-not-found, unused-ignore]
     from dit4dit.benchmarks.recording import Recording
     from dit4dit.envs import tabletop_policy_dir
@@ -349,9 +361,12 @@ def rollout(
 
     at_least(1, workers=min(workers, default=0), batch=batch, episodes=episodes, rounds=rounds)
     checkpoint = checkpoint or tabletop_policy_dir()
-    with tqdm(unit="episode", desc="rollout", disable=None) as bar, Recording(json, seconds) as record:
+    total = rounds * len({1, *workers}) * max(1, *workers) * (episodes + 1)
+    with bar("rollout", total, unit="episode", mininterval=0.5) as shown, Recording(json, seconds) as record:
+        shown.say("loading the policy")
         policy = Policy.from_pretrained(checkpoint, device=device)
-        measure = partial(module.measure, record=record, on_episode=bar.update)
+        shown.say("comparing, then timing")
+        measure = partial(module.measure, record=record, on_episode=shown.update)
         measure(policy, checkpoint, workers=workers, batch=batch, episodes=episodes, rounds=rounds)
     result = record.result
     header = ["workers", "episodes/s", "times one", "of min(workers, cores)"]

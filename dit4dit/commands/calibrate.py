@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit4dit.commands.predict import observe
+from dit4dit.commands.predict import check_views, observe, read
+from dit4dit.commands.shell import check_inputs
 from dit4dit.engine import Calibration, Engine, errors
 from dit4dit.errors import InputError
 from dit4dit.policy.policy import Policy
+from dit4dit.robots.embodiment import Embodiment
 from dit4dit.tables import table
 from dit4dit.types import Noise
 
@@ -32,11 +34,14 @@ def choose_examples(
     single = bool(images) or state is not None or instruction is not None
     if (file is not None) == single:
         raise InputError("expected either --examples FILE, or --image (one per view), --state and --instruction")
-    if file is not None:
-        return read_examples(file)
-    if instruction is None:
+    if file is None and instruction is None:
         raise InputError("--instruction: expected what to do, in words")
-    return [Example(images, state, instruction)]
+    found = [Example(images, state, str(instruction))] if file is None else read_examples(file)
+    for example in found:  # a file that is not there is found before the policy is loaded
+        for path in (*example.images, *([example.state] if isinstance(example.state, Path) else [])):
+            if not path.is_file():
+                raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; an example names it")
+    return found
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -44,6 +49,7 @@ def read_examples(path: Path) -> list[Example]:
 
     InputError: no such file, or a line that is none of these.
     """
+    check_inputs(examples=path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,9 +79,15 @@ def _example(where: str, line: str, folder: Path) -> Example:
     return Example([folder / name for name in images], folder / state if isinstance(state, str) else state, words)
 
 
+def check_fit(examples: Sequence[Example], robot: Embodiment) -> None:
+    """InputError unless each example has a picture for each view of the robot."""
+    for example in examples:
+        check_views(robot, len(example.images))
+
+
 def calibrate(policy: Policy, examples: Sequence[Example], seed: int) -> tuple[Calibration, dict[str, Any]]:
     """The calibration on these examples, with noise (seed, number of the example), and the errors of fp8 on them."""
-    observations = [observe(policy, e.images, e.state) for e in examples]
+    observations = [observe(policy, *read(e.images, e.state)) for e in examples]
     instructions = [example.instruction for example in examples]
     noise = [Noise.from_seed(seed, i) for i in range(len(examples))]
     calibration = policy.calibrate(observations, instructions, noise=noise)

@@ -7,8 +7,9 @@ from typing import Literal
 
 import tyro
 
-from dit4dit.commands.shell import Device, Head, dtype_of, finish, head_dtype_of, say
+from dit4dit.commands.shell import Device, Head, check_outputs, check_seed, dtype_of, finish, head_dtype_of, say
 from dit4dit.errors import InputError
+from dit4dit.progress import waiting
 
 
 def parity(
@@ -41,8 +42,11 @@ def parity(
     """
     from dit4dit.evaluation import parity as module
     from dit4dit.evaluation import parity_record
+    from dit4dit.ops import use_backend
     from dit4dit.policy.device import pick_device
 
+    check_outputs(json=json)
+    check_seed(seed)
     place = pick_device(device)
     plain = (json, backend, engine, checkpoint, dtype, head) == (None, None, False, None, "float32", "auto")
     if record is not None and not plain:
@@ -57,20 +61,24 @@ def parity(
             f"--head one_launch: the kernel runs in bfloat16, and the limits are those of {dtype}; add --dtype bfloat16"
         )
     if record is not None:
-        stages = parity_record.record(folder, record, backbone=backbone, seed=seed, device=place)
+        with waiting("recording"):
+            stages = parity_record.record(folder, record, backbone=backbone, seed=seed, device=place)
         say(f"wrote {folder}: {', '.join(stages)}")
         return 0
     kind = dtype_of(dtype)
-    lines = module.check(
-        folder,
-        device=place,
-        dtype=kind,
-        backend=backend,
-        backbone=backbone,
-        checkpoint=checkpoint,
-        engine=engine,
-        head=head,
-        head_dtype=head_dtype_of("auto", head),
-    )
+    with use_backend(backend):  # BackendError where no op has it
+        pass
+    with waiting("parity"):
+        lines = module.check(
+            folder,
+            device=place,
+            dtype=kind,
+            backend=backend,
+            backbone=backbone,
+            checkpoint=checkpoint,
+            engine=engine,
+            head=head,
+            head_dtype=head_dtype_of("auto", head),
+        )
     finish(module.show(lines), module.as_json(lines, device=place, dtype=kind), json)
     return 0 if all(line.ok for line in lines) else 1

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from dit4dit.commands.shell import say
+from dit4dit.commands.shell import check_inputs, check_outputs, say
 from dit4dit.errors import ConfigError, DataError, InputError
+from dit4dit.files.atomic import check_folder
+from dit4dit.progress import bar, waiting
 
 if TYPE_CHECKING:
     from dit4dit.config import ModelConfig
@@ -48,6 +50,8 @@ def stats(
     from dit4dit.files.json_files import write_json
     from dit4dit.tables import table
 
+    check_outputs(out=out)
+    check_inputs(robots=robots, modality=modality)
     known = catalogue(robots)
     if (mixture is None) == (not dataset):
         raise InputError("stats: give data set folders, or --mixture and --root")
@@ -119,12 +123,12 @@ def data_check(
 
     if not dataset:
         raise InputError("data check: give at least one data set folder")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file; give a folder")
+    check_inputs(robots=robots, modality=modality)
     if recipe is not None and robot is None:
         raise InputError("data check: --recipe needs --robot: a model takes a robot's keys")
     chosen = None if robot is None else catalogue(robots).robot(robot)
     model = None if recipe is None else _model(recipe)
+    check_folder("--out", out)
     results: list[dict[str, Any]] = []
     for path in dataset:
         try:
@@ -151,7 +155,9 @@ def data_check(
         for warning in result["warnings"]:
             say(f"  warning: {warning}")
     write_json(out / "check.json", {"datasets": results})
-    say(f"wrote {sheet.write(out, results)} and {out / 'check.json'}")
+    with waiting("drawing the page"):
+        page = sheet.write(out, results)
+    say(f"wrote {page} and {out / 'check.json'}")
     return 1 if any(result["errors"] for result in results) else 0
 
 
@@ -191,7 +197,8 @@ def bench_loader(
         raise InputError("bench loader: expected --batches >= 1, --batch-size >= 1 and --workers >= 0")
     if dataset and robot is None:
         raise InputError("bench loader: give --robot, the robot type of the data sets")
-    with _progress() as progress, Recording(json, seconds) as record:
+    check_inputs(robots=robots, modality=modality)
+    with bar("loader", len(workers) + 2) as shown, Recording(json, seconds) as record:
         record.result["preset"] = preset
         module.measure(
             [path.resolve() for path in dataset],
@@ -203,7 +210,7 @@ def bench_loader(
             batch_size=batch_size,
             batches=batches,
             record=record,
-            progress=progress,
+            shown=shown,
         )
     result = record.result
     rows = [[r["workers"], f"{r['samples_per_second']:.1f}"] for r in result["runs"]]
@@ -252,13 +259,11 @@ def _flat(datasets: tuple[Path, ...], modality: Path | None) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(unit="file", disable=None, leave=False) as bar:
+    with bar("data", leave=False) as shown, shown.ticking():
 
         def progress(what: str, done: int, of: int) -> None:
-            bar.set_description(what[-50:])
-            bar.total, bar.n = of, done
-            bar.refresh()
+            shown.of(of)
+            shown.reach(done)
+            shown.say(what[-50:])
 
         yield progress

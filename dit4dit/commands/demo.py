@@ -31,7 +31,9 @@ def demo(
     result = play.demo(out, episodes=episodes, seed=seed, device=device, bar=progress, checkpoint=checkpoint)
     ms = result["chunk_ms"]
     rows = [["success [95 % interval]", result["success"]["words"]]]
-    rows += [[f"one chunk, {name}", f"{ms[name]:.1f} ms"] for name in ("p50", "p95", "p99", "max")]
+    rows += [
+        [f"one chunk, {name}", f"{ms[name]:.1f} ms"] for name in ("p50", "p95", "p99", "max") if ms[name] is not None
+    ]
     say(table(["layouts never trained on", f"{ms['samples']} chunks on {result['machine']['device']}"], rows))
     say(f"wrote {out / 'report.html'} (videos), {out / 'report.json'}, {out / 'demo.json'}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import tyro
 
 from dit4dit.commands.eval_run import PolicyArgument, PolicyOptions
-from dit4dit.commands.shell import at_least, say
+from dit4dit.commands.shell import at_least, check_inputs, check_seed, progress, say
 from dit4dit.errors import InputError
 from dit4dit.files.atomic import check_folder
 from dit4dit.tables import table
@@ -43,8 +44,6 @@ def openloop(
         batch: chunks in one pass.
         plots: how many episodes are drawn, the first ones.
     """
-    from tqdm import tqdm
-
     from dit4dit.data import gripper
     from dit4dit.evaluation import identity
     from dit4dit.evaluation import openloop as module
@@ -52,9 +51,11 @@ def openloop(
 
     at_least(1, every=every, batch=batch)
     at_least(0, plots=plots)
+    check_seed(seed, bits=64)
+    check_inputs(robots=robots, modality=modality)
     if (out / RESULT).exists():
         raise InputError(f"--out {out}: has a result already ({RESULT}); give another folder")
-    recording, loaded = _open(dataset, policy, robot, robots, modality)
+    recording, load = _open(dataset, policy, robot, robots, modality)
     spoilt = {problem.episode for problem in recording.problems}
     without = [i for i, episode in enumerate(recording.data.meta.episodes) if episode.index in spoilt]
     # no error: one episode may never close it
@@ -62,16 +63,17 @@ def openloop(
     for warning in [*recording.data.warnings(recording.columns), *other]:
         say(f"note: {warning}")
     chosen = module.choose_episodes(recording, episodes)
-    step = loaded.config.head.action_horizon if every is None else every
     check_folder("--out", out)
+    loaded = load()
+    step = loaded.config.head.action_horizon if every is None else every
     about = {
         "dataset": str(dataset),
         "robot": recording.robot.name,
         "policy": identity.describe(loaded, policy.checkpoint, policy.backbone),
     }
     total = sum(len(module.points_of(recording.length(i), step)) for i in chosen)
-    with tqdm(total=total, unit="chunk", desc="open loop", disable=None) as bar:
-        wanted = partial(write, about=about, every=step, seed=seed, batch=batch, plots=plots, progress=bar.update)
+    with progress("open loop", total) as done:
+        wanted = partial(write, about=about, every=step, seed=seed, batch=batch, plots=plots, progress=done)
         summary = wanted(loaded, recording, chosen, out)
     say(show(summary))
     say(f"wrote {out / 'index.html'}")
@@ -80,8 +82,8 @@ def openloop(
 
 def _open(
     dataset: Path, options: PolicyOptions, robot: str | None, robots: Path | None, modality: Path | None
-) -> tuple[Any, Any]:
-    """The data set as the policy's robot sees it, and the policy; the data set first, because it is quickly looked at."""
+) -> tuple[Any, Callable[[], Any]]:
+    """The data set as the policy's robot sees it, which is quickly looked at, and what loads the policy."""
     from dit4dit.checkpoints.checkpoint import open_checkpoint
     from dit4dit.checkpoints.robot import choose_embodiment
     from dit4dit.data.catalogue import catalogue
@@ -97,8 +99,8 @@ def _open(
     recording = Recording.of(LeRobot.open(dataset, modality=modality, standard=chosen.modality), chosen)
     if implied is not None:
         openloop.check_fits(recording, implied)
-        return recording, options.load()
-    return recording, options.load(embodiment=recording.embodiment)
+        return recording, options.load
+    return recording, partial(options.load, embodiment=recording.embodiment)
 
 
 def show(summary: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from dit4dit.commands.shell import INTERRUPTED, say
 from dit4dit.errors import ConfigError, InputError
 from dit4dit.evaluation.plan import Plan
 from dit4dit.files.atomic import check_folder
+from dit4dit.progress import bar
 from dit4dit.tables import table
 
 if TYPE_CHECKING:
@@ -148,14 +149,13 @@ def run(
         before: called with the loaded policy before anything is played; where it returns False, nothing is.
         second: field of the records (`summary`) with another count that the benchmark is told by.
     """
-    from tqdm import tqdm
-
     from dit4dit.evaluation import identity
     from dit4dit.evaluation.rollout import evaluate
     from dit4dit.evaluation.runs import Run
     from dit4dit.evaluation.summary import rows, summarise
 
     options, plan = run_options.options(execute), plan.part(run_options.shard)
+    _check(plan, options, policy_options, run_options)
     check_folder("--out", run_options.out)
     policy = policy_options.load()
     if not before(policy):
@@ -163,14 +163,14 @@ def run(
     about = identity.describe(policy, policy_options.checkpoint, policy_options.backbone)
     kept = Run.open(run_options.out).outcomes if run_options.resume and (run_options.out / "run.json").exists() else {}
     wins, tries, errors = sum(kept.values()), len(kept), 0
-    with tqdm(total=len(plan.episodes), initial=tries, unit="episode", desc=plan.name, disable=None) as bar:
+    with bar(plan.name, len(plan.episodes), first=tries, unit="episode") as shown:
 
         def on_episode(record: dict[str, Any]) -> None:
             nonlocal wins, tries, errors
             wins, tries = wins + bool(record["success"]), tries + (record["error"] is None)
             errors += record["error"] is not None
-            bar.set_postfix_str(f"success {wins}/{tries}" + f", errors {errors}" * (errors > 0))
-            bar.update()
+            shown.say(f"success {wins}/{tries}" + f", errors {errors}" * (errors > 0))
+            shown.update()
 
         try:
             evaluate(
@@ -184,7 +184,7 @@ def run(
                 on_episode=on_episode,
             )
         except KeyboardInterrupt:
-            bar.close()
+            shown.close()
             say(f"stopped; finished episodes are in {run_options.out}: go on with --resume")
             return INTERRUPTED
     records = Run.open(run_options.out).records
@@ -197,6 +197,20 @@ def run(
     if summary.all_errors:
         _say_errors(run_options.out)
     return 1 if summary.all_errors else 0
+
+
+def _check(plan: Plan, options: Any, policy_options: PolicyOptions, run_options: RunOptions) -> None:
+    """What can be told from the small files of checkpoint and run, before the policy is loaded."""
+    from dit4dit.checkpoints.checkpoint import open_checkpoint
+    from dit4dit.evaluation.batching import check_batch
+    from dit4dit.evaluation.rollout import check_robot
+
+    if (run_options.out / "run.json").exists() and not run_options.resume:
+        raise ConfigError(f"{run_options.out}: has a run already; go on with --resume, or give another folder")
+    check_batch(options.batch)
+    check_robot(policy_options.robot(), plan)
+    model = open_checkpoint(policy_options.checkpoint, policy_options.backbone).model
+    options.execution.check(model.head.action_horizon)
 
 
 def _say_errors(out: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from dit4dit.commands.shell import finish, say
+from dit4dit.commands.shell import check_outputs, finish, say
 from dit4dit.errors import ConfigError
 
 Graphics = Literal["egl", "osmesa"] | None
@@ -39,6 +39,7 @@ def setup(
     from dit4dit.evaluation import simulator_setup as module
     from dit4dit.evaluation.simulators import Simulator, graphics_of
 
+    check_outputs(json=json)
     place, drawn = Simulator.at(simulator, path), graphics_of(graphics)
     if simulator == "libero":
         result = module.setup_libero(place, drawn, say, assets=assets, python=python, torch=torch or module.TORCH)

@@ -15,6 +15,7 @@ from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation import gr1 as gr1_benchmark
 from dit4dit.evaluation import libero as libero_benchmark
 from dit4dit.evaluation.plan import Plan
+from dit4dit.progress import waiting
 from dit4dit.tables import table
 
 
@@ -141,14 +142,13 @@ def examine(
     """Print the findings; whether there is a contradiction. ConfigError where one is to stop the run."""
     from dit4dit.checkpoints.checkpoint import open_checkpoint
     from dit4dit.evaluation import conventions
-    from dit4dit.evaluation.rollout import check_robot
     from dit4dit.robots import statistics as stats
 
-    check_robot(policy, plan)
     raw = open_checkpoint(policy_options.checkpoint, policy_options.backbone).statistics
     statistics = stats.parse(raw, policy.codec.tag, f"statistics of {policy_options.checkpoint}")
     try:
-        findings = conventions.examine(policy, plan, statistics, out, data_fps=simulator.data_fps)
+        with waiting("the simulator's conventions"):
+            findings = conventions.examine(policy, plan, statistics, out, data_fps=simulator.data_fps)
     except SimulatorError as error:
         log = out / "logs" / "conventions.log"
         raise SimulatorError(f"{error}; what the simulator printed is in {log}", error.traceback) from None

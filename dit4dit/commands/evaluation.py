@@ -13,7 +13,7 @@ from dit4dit.commands.eval_openloop import openloop
 from dit4dit.commands.eval_run import PolicyArgument, RunArgument
 from dit4dit.commands.eval_setup import setup
 from dit4dit.commands.eval_simulators import gr1, libero
-from dit4dit.commands.shell import finish, say
+from dit4dit.commands.shell import check_outputs, finish, say
 from dit4dit.errors import InputError
 from dit4dit.files.atomic import check_folder
 
@@ -75,6 +75,7 @@ def compare(
     from dit4dit.evaluation import statistics
     from dit4dit.evaluation.runs import Run, other_worlds
 
+    check_outputs(json=json)
     a, b = Run.open(first), Run.open(second)
     found = statistics.compare(a.outcomes, b.outcomes, confidence)
     if found is None:
@@ -134,6 +135,7 @@ def episodes(width: float = 0.1, rate: float = 0.5, confidence: float = 0.95, js
     """
     from dit4dit.evaluation import statistics
 
+    check_outputs(json=json)
     count = statistics.episodes_for_width(width, rate, confidence)
     at = statistics.wilson(round(rate * count), count, confidence)
     text = f"{count} episodes: at a success rate of {100 * rate:g} % about {at.percent()}"

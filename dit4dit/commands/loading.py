@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dit4dit.commands.shell import Device, Dtype, dtype_of
+from dit4dit.progress import waiting
 
 if TYPE_CHECKING:
     from dit4dit.policy.policy import Policy
+    from dit4dit.robots.embodiment import Embodiment
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,20 @@ class Loading:
     dtype: Dtype = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU; packs and calibrations are for the one that they were made with."""
 
+    def robot(self) -> Embodiment:
+        """Which robot the policy will be for, from the checkpoint's small files: a mistake is found before it is loaded."""
+        from dit4dit.checkpoints.checkpoint import open_checkpoint
+        from dit4dit.checkpoints.robot import choose_embodiment
+
+        return choose_embodiment(open_checkpoint(self.checkpoint, self.backbone), self.embodiment)[0]
+
     def load(self, **options: Any) -> Policy:
         """The policy, with these options of `Policy.from_pretrained` beside."""
         from dit4dit.policy.policy import Policy
 
         place = {"device": self.device, "dtype": dtype_of(self.dtype), "embodiment": self.embodiment}
-        return Policy.from_pretrained(self.checkpoint, self.backbone, **place | options)
+        with waiting(f"loading {self.checkpoint}"):
+            return Policy.from_pretrained(self.checkpoint, self.backbone, **place | options)
 
 
 # its fields are options of the command itself: --checkpoint, --device

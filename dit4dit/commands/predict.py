@@ -13,13 +13,17 @@ from dit4dit.errors import InputError
 from dit4dit.files.json_files import write_json
 from dit4dit.files.keys import read_json
 from dit4dit.policy.policy import Policy
+from dit4dit.robots.embodiment import Embodiment
 from dit4dit.tables import table
 from dit4dit.types import ActionChunk, Observation
 
+Picture = NDArray[np.uint8]
+State = dict[str, Any]
 
-def predict(policy: Policy, images: list[Path], state: Path | None, instruction: str, seed: int) -> dict[str, Any]:
-    """The chunk and how it came about, ready for JSON; "chunk" holds the `ActionChunk` itself."""
-    observation = observe(policy, images, state)
+
+def predict(policy: Policy, seen: tuple[list[Picture], State], instruction: str, seed: int) -> dict[str, Any]:
+    """The chunk and how it came about, ready for JSON; "chunk" holds the `ActionChunk` itself. seen: what `read` gives."""
+    observation = observe(policy, *seen)
     start = time.perf_counter()
     chunk = policy.infer(observation, instruction, seed=seed)
     seconds = time.perf_counter() - start
@@ -37,21 +41,32 @@ def predict(policy: Policy, images: list[Path], state: Path | None, instruction:
     }
 
 
-def observe(policy: Policy, images: list[Path], state: Path | dict[str, Any] | None) -> Observation:
-    """Pictures, one per view in the embodiment's order, and a state (a JSON file or its content) as an observation."""
-    views = policy.embodiment.views
-    if len(images) != len(views):
-        raise InputError(
-            f"--image: expected {len(views)} ({', '.join(views)}, in this order) for embodiment "
-            f"{policy.embodiment.name!r}, got {len(images)}"
-        )
-    pictures = {view: read_picture(path) for view, path in zip(views, images, strict=True)}
+def read(images: list[Path], state: Path | State | None) -> tuple[list[Picture], State]:
+    """Pictures and a state (a JSON file or its content) from their files, which needs no policy: a mistake is found before one is
+    loaded.
+    """
+    pictures = [read_picture(path) for path in images]
     if isinstance(state, Path):
         state = read_json(state, "give a JSON file, state key -> values", error=InputError, again="correct it")
-    return Observation(images=pictures, state=state or {})
+    return pictures, state or {}
 
 
-def read_picture(path: Path) -> NDArray[np.uint8]:
+def check_views(robot: Embodiment, count: int) -> None:
+    """InputError unless there is a picture for each view of the robot."""
+    if count != len(robot.views):
+        raise InputError(
+            f"--image: expected {len(robot.views)} ({', '.join(robot.views)}, in this order) for embodiment "
+            f"{robot.name!r}, got {count}"
+        )
+
+
+def observe(policy: Policy, pictures: list[Picture], state: State) -> Observation:
+    """Pictures, one per view in the embodiment's order, and a state as an observation."""
+    check_views(policy.embodiment, len(pictures))
+    return Observation(images=dict(zip(policy.embodiment.views, pictures, strict=True)), state=state)
+
+
+def read_picture(path: Path) -> Picture:
     """An 8-bit RGB picture, uint8 [H, W, 3]. Other modes are refused: nothing is guessed about alpha or 16 bits."""
     from PIL import Image, UnidentifiedImageError
 
@@ -62,6 +77,8 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
             return np.asarray(picture)
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give a picture, with --image once per view") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable picture ({error})") from None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from dit4dit.commands.loading import PolicyToLoad
-from dit4dit.commands.shell import read_lines, say
+from dit4dit.commands.shell import check_outputs, read_lines, say
 from dit4dit.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def serve(
         idle_timeout_s=idle_timeout,
         seed=seed,
     )
+    check_outputs(json=json)
     pictures = dict(_size(text) for text in picture)
     if pictures and not warm_up:
         raise InputError("--picture says what --warm-up prepares for; give both")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit4dit.errors import InputError
+from dit4dit.progress import bar
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -41,10 +42,27 @@ def at_least(least: int, **options: int | None) -> None:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
 
 
-def check_seed(seed: int) -> None:
-    """InputError unless NumPy and torch both take it, and the seeds of the requests after it."""
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed: expected an integer in 0..2^63-1, got {seed}")
+def check_seed(seed: int, bits: int = 63) -> None:
+    """InputError unless NumPy and torch both take it, and the seeds of the requests after it. bits: 64 for noise alone."""
+    if not 0 <= seed < 2**bits:
+        raise InputError(f"--seed: expected an integer in 0..2^{bits}-1, got {seed}")
+
+
+def check_outputs(**files: Path | None) -> None:
+    """InputError where one of these files, options that are given, cannot be written: before anything long begins."""
+    from dit4dit.files.atomic import check_file
+
+    for name, file in files.items():
+        if file is not None:
+            check_file(f"--{name}", file)
+
+
+def check_inputs(**files: Path | None) -> None:
+    """InputError where one of these files, options that are given, is not there."""
+    for name, file in files.items():
+        if file is not None and not file.is_file():
+            what = "is a folder; give a file" if file.is_dir() else "no such file; give another"
+            raise InputError(f"--{name} {file}: {what}")
 
 
 def say(text: str) -> None:
@@ -54,16 +72,15 @@ def say(text: str) -> None:
 @contextlib.contextmanager
 def progress(what: str, count: int) -> Iterator[Callable[[int], object]]:
     """A bar on standard error; gives what is to be told of each one done."""
-    from tqdm import tqdm
-
-    with tqdm(total=count, desc=what, disable=None) as bar:
-        yield bar.update
+    with bar(what, count) as shown:
+        yield shown.update
 
 
 def read_lines(file: Path) -> list[str]:
     """Instructions of a text file, one a line, each once; InputError where there are none."""
     if not file.is_file():
-        raise InputError(f"{file}: no such file; expected one instruction a line")
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise InputError(f"{file}: {what}; expected a file with one instruction a line")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

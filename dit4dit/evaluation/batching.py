@@ -76,6 +76,12 @@ class Question:
     answer: Future[Answer] = field(default_factory=Future)
 
 
+def check_batch(batch: int) -> None:
+    """ConfigError where a pass cannot have so many rows."""
+    if not 1 <= batch <= MAX_BATCH:
+        raise ConfigError(f"batch: expected 1 to {MAX_BATCH}, got {batch}")
+
+
 class BatchedPolicy:
     """Players, each in a thread of its own, `ask`; one thread calls `serve`.
 
@@ -85,8 +91,7 @@ class BatchedPolicy:
     """
 
     def __init__(self, policy: Predictor, batch: int) -> None:
-        if not 1 <= batch <= MAX_BATCH:
-            raise ConfigError(f"batch: expected 1 to {MAX_BATCH}, got {batch}")
+        check_batch(batch)
         self._policy, self._batch = policy, batch
         self.passes = self.rows = 0
         self.independent: bool | None = None

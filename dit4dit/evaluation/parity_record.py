@@ -24,28 +24,28 @@ def record(folder: Path, checkpoint: Path, *, backbone: Path | None, seed: int, 
 
     The folder names the checkpoint (relative where it lies inside) and holds inputs, draws and results.
     """
-    import diffusers
-    import transformers
+    with new_folder(folder) as partial:  # first of all: where it cannot be made, nothing is computed
+        import diffusers
+        import transformers
 
-    opened = open_checkpoint(checkpoint, backbone)
-    model = golden_model(opened, device, torch.float32)
-    prompts = ["pick up the red block and place it in the bowl", "open the drawer"]
-    golden = random_golden(opened, seed, device)
-    run = execute(model, opened, golden, prompts)
-    facts = {
-        "prompts": prompts,
-        "seed": seed,
-        "sigma": opened.model.sigma,
-        # relative, so that folder and checkpoint can move together
-        "checkpoint": os.path.relpath(opened.path.resolve(), folder.resolve()),
-        "dit4dit": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "device": str(device),
-    }
-    kept = {name: run.results[name] for name in expected_stages(opened.model.flow.training, engine=False)}
-    with new_folder(folder) as partial:
+        opened = open_checkpoint(checkpoint, backbone)
+        model = golden_model(opened, device, torch.float32)
+        prompts = ["pick up the red block and place it in the bowl", "open the drawer"]
+        golden = random_golden(opened, seed, device)
+        run = execute(model, opened, golden, prompts)
+        facts = {
+            "prompts": prompts,
+            "seed": seed,
+            "sigma": opened.model.sigma,
+            # relative, so that folder and checkpoint can move together
+            "checkpoint": os.path.relpath(opened.path.resolve(), folder.resolve()),
+            "dit4dit": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "device": str(device),
+        }
+        kept = {name: run.results[name] for name in expected_stages(opened.model.flow.training, engine=False)}
         tensors = {name: value.cpu().contiguous() for name, value in {**golden, **kept}.items()}
         save_file(tensors, partial / "golden.safetensors")
         write_json(partial / "golden.json", facts)

@@ -8,8 +8,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dit4dit.errors import InputError
 from dit4dit.evaluation import published
 from dit4dit.evaluation.report_page import page
@@ -17,6 +15,7 @@ from dit4dit.evaluation.runs import Run, other_worlds
 from dit4dit.evaluation.statistics import compare
 from dit4dit.evaluation.summary import Summary, summarise
 from dit4dit.files.json_files import write_json
+from dit4dit.tables import quantiles
 
 
 def write(folders: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -116,8 +115,5 @@ def _results(benchmark: str, summary: Summary, at_chunk_ends: Summary | None) ->
     return rows
 
 
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
-    if not values:
-        return {"count": 0}
-    p50, p95, p99 = np.quantile(values, [0.5, 0.95, 0.99])
-    return {"count": len(values), "p50": float(p50), "p95": float(p95), "p99": float(p99), "max": float(max(values))}
+def _quantiles(values: Sequence[float]) -> dict[str, Any]:
+    return {"count": len(values), **(quantiles(values) if values else {})}

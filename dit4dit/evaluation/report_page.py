@@ -10,6 +10,7 @@ from typing import Any
 
 from dit4dit.evaluation.charts import COLOURS, Bar, bars, histogram
 from dit4dit.evaluation.runs import Record, Run
+from dit4dit.tables import number
 
 VIDEO_BUDGET = 48 * 2**20
 """Bytes of videos inside the page; the others are links."""
@@ -197,7 +198,7 @@ def _latency(infos: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> str:
         for info in infos:
             q = info[what]
             if q["count"]:
-                numbers = [f"{q[name]:.4g}" for name in ("p50", "p95", "p99", "max")]
+                numbers = [number(q[name], ".4g") for name in ("p50", "p95", "p99", "max")]
                 rows.append(("", [words, info["name"], q["count"], *numbers]))
     series = [(i, [ms for r in run.records for ms in r["took"]["chunk_ms"]]) for i, run in enumerate(runs)]
     drawn = [(i, values) for i, values in series if values]

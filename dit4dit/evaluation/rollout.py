@@ -31,6 +31,7 @@ from dit4dit.evaluation.plan import Episode, Plan
 from dit4dit.evaluation.play import Options, Play
 from dit4dit.evaluation.runs import Book, Record
 from dit4dit.evaluation.workers import Worker
+from dit4dit.robots.embodiment import Embodiment
 from dit4dit.tables import machine
 
 END_SECONDS = 10.0
@@ -64,7 +65,7 @@ def evaluate(
             or a folder with another run.
         KeyboardInterrupt: handed on once the workers have ended; the run can go on with `resume`.
     """
-    check_robot(policy, plan)
+    check_robot(policy.embodiment, plan)
     options.execution.check(horizon)
     if options.execution.latency is not None:
         policy.embodiment.hold(np.zeros(policy.embodiment.action_dim, np.float32))  # or the run ends in its middle
@@ -85,11 +86,11 @@ def evaluate(
         book.close()
 
 
-def check_robot(policy: Predictor, plan: Plan) -> None:
-    """ConfigError unless the policy is for the robot of the plan."""
-    if policy.embodiment.name != plan.embodiment:
+def check_robot(robot: Embodiment, plan: Plan) -> None:
+    """ConfigError unless a policy for this robot is one for the plan's."""
+    if robot.name != plan.embodiment:
         raise ConfigError(
-            f"{plan.name}: needs a policy for embodiment {plan.embodiment!r}, got one for {policy.embodiment.name!r}; give "
+            f"{plan.name}: needs a policy for embodiment {plan.embodiment!r}, got one for {robot.name!r}; give "
             "another checkpoint, or --embodiment"
         )
 

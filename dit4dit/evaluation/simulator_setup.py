@@ -8,24 +8,28 @@ from typing import Any
 
 import yaml
 
-from dit4dit.errors import ConfigError, SimulatorError
+from dit4dit.errors import SimulatorError
+from dit4dit.evaluation import libero_assets
 from dit4dit.evaluation.gr1 import TASKS, environment_id
-from dit4dit.evaluation.simulators import LIBRARIES, Graphics, Say, Simulator, install, make_environment, run
+from dit4dit.evaluation.setup_checks import check_gr1, check_libero
+from dit4dit.evaluation.simulators import (
+    LIBRARIES,
+    Graphics,
+    Say,
+    Simulator,
+    install,
+    lock_of,
+    log_of,
+    make_environment,
+    pip_install,
+    run,
+)
 from dit4dit.evaluation.workers import Worker
+from dit4dit.progress import waiting
 from dit4dit.robots import GR1, LIBERO, Embodiment
 
 TORCH = "torch==2.13.0"
 """LIBERO reads its initial states with it; a GPU is of no use to it."""
-ASSETS = "lerobot/libero-assets"
-"""Hub data set with LIBERO's meshes and textures, where hf-libero itself would look for them."""
-ASSET_PARTS = (
-    "articulated_objects",
-    "scenes",
-    "stable_hope_objects",
-    "stable_scanned_objects",
-    "textures",
-    "turbosquid_objects",
-)
 REPOSITORIES = {
     "robosuite": ("https://github.com/ARISE-Initiative/robosuite.git", "a071383d53568ab798eb315c0e95357911be922d"),
     "robocasa-gr1-tabletop-tasks": (
@@ -54,24 +58,15 @@ def setup_libero(
         python: interpreter for the environment. torch: requirement or wheel.
 
     Raises:
-        ConfigError, SimulatorError: what went wrong, and what to do.
+        ConfigError: everything that is missing here, before anything is installed (`setup_checks`).
+        SimulatorError: what went wrong, and what to do.
     """
-    if assets is not None:
-        check_assets(assets)
+    check_libero(simulator, graphics, lock_of(simulator), assets=assets, python=python, torch=torch)
     make_environment(simulator, python)
     install(simulator, say, first=torch)
     write_libero_config(simulator)
-    link_assets(simulator, assets, say)
+    libero_assets.link(simulator, assets, say)
     return first_step(simulator, graphics, "libero", {"suite": "libero_spatial", "task": 0}, LIBERO)
-
-
-def check_assets(folder: Path) -> None:
-    """ConfigError unless the folder has LIBERO's parts."""
-    missing = [part for part in ASSET_PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise ConfigError(
-            f"--assets {folder}: expected LIBERO's folders {', '.join(ASSET_PARTS)}; missing: {', '.join(missing)}"
-        )
 
 
 def write_libero_config(simulator: Simulator) -> None:
@@ -89,40 +84,6 @@ def write_libero_config(simulator: Simulator) -> None:
     target.write_text(yaml.safe_dump({name: str(path) for name, path in places.items()}))
 
 
-def link_assets(simulator: Simulator, assets: Path | None, say: Say) -> None:
-    """Assets where LIBERO looks first; whatever its configuration says of them, it does not read."""
-    place = simulator.packages / "libero" / "libero" / "assets"
-    if assets is not None:
-        if place.exists() and not place.is_symlink():
-            raise ConfigError(f"--assets: {place} is a folder of its own; remove it first")
-        place.unlink(missing_ok=True)
-        place.symlink_to(assets.resolve(), target_is_directory=True)
-    elif not place.exists():
-        place.unlink(missing_ok=True)
-        say(f"assets: downloading {ASSETS} from the hub")
-        place.symlink_to(download_assets(simulator.folder / "assets"), target_is_directory=True)
-    say(f"assets: {place.resolve()}")
-
-
-def download_assets(target: Path) -> Path:
-    """LIBERO's assets from the hub into `target`; SimulatorError where it cannot be reached."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        snapshot_download(ASSETS, repo_type="dataset", local_dir=target)
-    except (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OSError,
-    ) as error:  # unreachable hosts are OSErrors of several libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SimulatorError(
-            f"assets: {ASSETS} cannot be downloaded ({reason:.200}); fetch it elsewhere and give its folder with --assets"
-        ) from None
-    return target
-
-
 def setup_gr1(simulator: Simulator, graphics: Graphics, say: Say, *, python: str | None = None) -> dict[str, Any]:
     """RoboCasa-GR1's environment in `simulator.folder` -> what its first step told.
 
@@ -130,25 +91,28 @@ def setup_gr1(simulator: Simulator, graphics: Graphics, say: Say, *, python: str
     checkout of a commit, and the locked packages with robosuite's release from the package index.
 
     Raises:
-        ConfigError, SimulatorError: what went wrong, and what to do.
+        ConfigError: everything that is missing here, before anything is installed (`setup_checks`).
+        SimulatorError: what went wrong, and what to do.
     """
+    sources = {name: simulator.folder / "src" / name for name in REPOSITORIES}
+    todo = {name: url for name, (url, commit) in REPOSITORIES.items() if git_head(sources[name]) != commit}
+    check_gr1(simulator, graphics, lock_of(simulator), python=python, repositories=todo)
     make_environment(simulator, python)
     install(simulator, say)
-    sources = {name: simulator.folder / "src" / name for name in REPOSITORIES}
     for name, (url, commit) in REPOSITORIES.items():
         say(f"{name}: {url} at {commit[:10]}")
         checkout(url, commit, sources[name])
     words = [word for source in sources.values() for word in ("--editable", str(source))]
-    pip = [str(simulator.python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
-    run([*pip, *words], "pip install of the repositories")
+    run([*pip_install(simulator), "--no-deps", *words], "pip install of the repositories", log=log_of(simulator))
     done = simulator.folder / "assets-downloaded"
     if not done.exists():
         say("assets: downloading with the repository's own script; several gigabytes")
         tasks = sources["robocasa-gr1-tabletop-tasks"]
         run(
             [str(simulator.python), str(tasks / "robocasa" / "scripts" / "download_tabletop_assets.py"), "-y"],
-            "assets",
+            "GR1's assets",
             folder=tasks,
+            log=log_of(simulator),
         )
         done.touch()
     return first_step(simulator, graphics, "gr1", {"environment": environment_id(TASKS[0])}, GR1)
@@ -160,21 +124,21 @@ def checkout(url: str, commit: str, folder: Path) -> None:
     Raises:
         SimulatorError: the repository cannot be reached, or has no such commit.
     """
-    git = ["git", "-C", str(folder)]
+    git, log = ["git", "-C", str(folder)], folder.with_name(f"{folder.name}.log")
     if not (folder / ".git").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        run([*git, "init", "--quiet"], "git init")
+        run([*git, "init", "--quiet"], "git init", log=log)
     at = git_head(folder)
     if at == commit:
         return
-    run([*git, "fetch", "--quiet", "--depth", "1", url, commit], f"git fetch {url}")
-    run([*git, "checkout", "--quiet", "--force", "--detach", commit], "git checkout")
+    run([*git, "fetch", "--quiet", "--depth", "1", url, commit], f"git fetch {url}", log=log)
+    run([*git, "checkout", "--quiet", "--force", "--detach", commit], "git checkout", log=log)
 
 
 def git_head(folder: Path) -> str | None:
-    """The commit that is checked out; None in a new repository."""
+    """The commit that is checked out; None in a new repository, and where there is none."""
     head = folder / ".git" / "HEAD"
-    text = head.read_text().strip()
+    text = head.read_text().strip() if head.is_file() else "ref: none"
     return None if text.startswith("ref:") else text
 
 
@@ -186,7 +150,7 @@ def first_step(
     log.unlink(missing_ok=True)
     start = time.perf_counter()
     try:
-        with Worker(simulator.launch(graphics), log) as worker:
+        with waiting("first step"), Worker(simulator.launch(graphics), log) as worker:
             made = worker.make(environment, options)
             seen = worker.reset(0, 0, pictures=True)
             state = robot.observe(seen["observation"]).state

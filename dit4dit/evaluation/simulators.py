@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Literal
 from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation.workers import Launch
 from dit4dit.files.cache import cache_root
+from dit4dit.progress import waiting
 
 Name = Literal["libero", "gr1"]
 Graphics = Literal["egl", "osmesa"]
@@ -31,6 +33,7 @@ PYTHONS: dict[str, tuple[str, ...]] = {"libero": ("3.11", "3.12"), "gr1": ("3.11
 STAMP = "dit4dit-simulator.json"
 ANSWER_SECONDS = 300.0
 """A reset builds a whole scene, and the first step in a new environment compiles; on a busy machine both take minutes."""
+SHOWN = 70  # characters of a program's line beside the clock
 LIBRARIES = {"egl": "libegl1 and libgl1-mesa-dri", "osmesa": "libosmesa6"}
 """Debian's packages that render without a display."""
 
@@ -69,7 +72,11 @@ class Simulator:
         """What the last complete installation was made from; empty where there was none."""
         try:
             found: dict[str, str] = json.loads((self.folder / STAMP).read_text())
-        except (FileNotFoundError, ValueError):  # half a stamp is of an installation that was not complete
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+            ValueError,
+        ):  # half a stamp is of an installation that was not complete
             return {}
         return found
 
@@ -104,13 +111,16 @@ def make_environment(simulator: Simulator, python: str | None) -> None:
     Raises:
         ConfigError: no fitting interpreter, or a folder that holds something else.
     """
-    if simulator.python.exists():
-        return
-    if simulator.folder.exists() and any(simulator.folder.iterdir()):
-        raise ConfigError(
-            f"{simulator.folder}: is there and is no Python environment; give an empty or a new folder with --path"
-        )
-    run([interpreter(simulator.name, python), "-m", "venv", str(simulator.folder)], "python -m venv")
+    check_place(simulator)
+    if not simulator.python.exists():
+        run([interpreter(simulator.name, python), "-m", "venv", str(simulator.folder)], "python -m venv", log=None)
+
+
+def check_place(simulator: Simulator) -> None:
+    """ConfigError where its folder holds something else than a Python environment."""
+    folder = simulator.folder
+    if folder.is_dir() and not simulator.python.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: is there and is no Python environment; give an empty or a new folder with --path")
 
 
 def interpreter(name: str, wanted: str | None) -> str:
@@ -148,31 +158,66 @@ def install(simulator: Simulator, say: Say, *, first: str | None = None, lock: P
         first: a requirement that may bring packages of its own, as far as the lock allows.
         lock: requirements file with every package; the simulator's own where None.
     """
-    lock = lock or LOCKS / f"{simulator.name}.txt"
+    lock = lock or lock_of(simulator)
     made_from = {"lock": hashlib.sha256(lock.read_bytes()).hexdigest(), "first": first or ""}
     if simulator.installed == made_from:
         say(f"packages: as {lock.name} says")
         return
     (simulator.folder / STAMP).unlink(missing_ok=True)
-    pip = [str(simulator.python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    pip, log = pip_install(simulator), log_of(simulator)
     if first is not None:
         say(f"packages: installing {first}")
-        run([*pip, "--constraint", str(lock), first], f"pip install {first}")
+        run([*pip, "--constraint", str(lock), first], f"pip install {first}", log=log)
     say(f"packages: installing {lock.name}")
-    run([*pip, "--no-deps", "--requirement", str(lock)], "pip install")
+    run([*pip, "--no-deps", "--requirement", str(lock)], f"pip install {lock.name}", log=log)
     (simulator.folder / STAMP).write_text(json.dumps(made_from))
 
 
-def run(words: Sequence[str], what: str, *, folder: Path | None = None) -> str:
-    """Run a program to its end -> what it printed.
+def lock_of(simulator: Simulator) -> Path:
+    """Requirements file with every package of the simulator."""
+    return LOCKS / f"{simulator.name}.txt"
+
+
+def log_of(simulator: Simulator) -> Path:
+    """Where all that is said while it is set up goes."""
+    return simulator.folder / "setup.log"
+
+
+def pip_install(simulator: Simulator) -> list[str]:
+    """The beginning of the command; each download is a line of its output."""
+    options = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    return [str(simulator.python), "-m", "pip", "install", *options]
+
+
+def run(words: Sequence[str], what: str, *, log: Path | None, folder: Path | None = None) -> None:
+    """Run a program to its end. Its time and its last line are shown meanwhile; all lines are added to `log`.
 
     Raises:
-        SimulatorError: it failed; its last lines are in the message.
+        ConfigError: there is no such program.
+        SimulatorError: it failed; its last lines and the log are in the message.
     """
     if shutil.which(words[0]) is None:
         raise ConfigError(f"{what}: {words[0]} is not installed")
-    done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-6:]
-        raise SimulatorError(f"{what}: failed with exit code {done.returncode}: {' | '.join(last)}", done.stderr)
-    return done.stdout
+    last: deque[str] = deque(maxlen=6)
+    with waiting(what) as shown, open(os.devnull, "w") if log is None else log.open("a") as kept:
+        kept.write(f"$ {' '.join(words)}\n")
+        with subprocess.Popen(
+            words,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            for line in process.stdout or ():
+                kept.write(line)
+                kept.flush()
+                if line.strip():
+                    last.append(line.strip())
+                    shown.say(last[-1][:SHOWN])
+    if process.returncode:
+        there = "" if log is None else f"; all of it is in {log}"
+        raise SimulatorError(
+            f"{what}: failed with exit code {process.returncode}: {' | '.join(last)}{there}", "\n".join(last)
+        )

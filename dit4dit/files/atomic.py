@@ -99,7 +99,29 @@ def check_folder(option: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{option} {folder}: cannot be written ({error.strerror}); give another folder") from None
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{option} {folder}: is a file; give a folder") from None
+        raise InputError(f"{option} {folder}: cannot be written ({_reason(error)}); give another folder") from None
+
+
+def check_file(option: str, file: Path) -> None:
+    """InputError where `write_text` could not write the file, before anything long begins; its folder is made."""
+    target = file.resolve()
+    if target.is_dir():
+        raise InputError(f"{option} {file}: is a folder; give a file to write")
+    if target.exists() and not target.is_file():  # a device or a pipe, which is written through
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} {file}: cannot be written ({_reason(error)}); give another file") from None
+
+
+def _reason(error: OSError) -> str:
+    """mkdir says "File exists" of a file that stands in the place of a folder."""
+    return "Not a directory" if isinstance(error, FileExistsError) else str(error.strerror)
 
 
 @contextlib.contextmanager

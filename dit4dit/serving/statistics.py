@@ -34,7 +34,7 @@ class Statistics:
             self._times[name].append(seconds[name])
 
     def summary(self) -> dict[str, Any]:
-        """Counts, and per time its percentiles [ms], ready for JSON."""
+        """Counts, and per time its percentiles [ms], ready for JSON; None for those that take more requests (`tables.LEAST`)."""
         times = {f"{name}_ms": quantiles_ms(found) for name, found in self._times.items() if found}
         shared = {str(size): count for size, count in sorted(self.batches.items())}
         return {"uptime_s": self.uptime_s, **self.counts, "requests_by_batch": shared, **times}
@@ -47,5 +47,6 @@ class Statistics:
         for name in TIMES:
             found = summary.get(f"{name}_ms")
             if found:
-                words.append(f"{name} p50 {found['p50']:.1f}, p95 {found['p95']:.1f}, p99 {found['p99']:.1f} ms")
+                shown = [(q, found[q]) for q in ("p50", "p95", "p99", "max") if found[q] is not None]
+                words.append(f"{name} {', '.join(f'{q} {ms:.1f}' for q, ms in shown)} ms")
         return "; ".join(words)

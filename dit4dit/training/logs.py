@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dit4dit import progress
 from dit4dit.errors import require
 from dit4dit.files.atomic import whole_file
 from dit4dit.files.json_files import write_json
@@ -20,8 +20,6 @@ from dit4dit.files.keys import read_json
 from dit4dit.training.config import RunConfig
 
 log = logging.getLogger("dit4dit.training")
-LINE_EVERY_S = 30.0
-"""Where no bar can be drawn (a file, a batch system) a line says as often how far a run is."""
 
 
 class Meter:
@@ -60,7 +58,7 @@ class Log:
         self._bar = tqdm(
             total=config.steps, initial=first_step, unit="step", desc=folder.name, disable=None if active else True
         )
-        self._lines = Lines(folder.name, first_step, config.steps) if active and self._bar.disable else None
+        self._lines = progress.Lines(folder.name, first_step, config.steps) if active and self._bar.disable else None
         if not active:
             return
         here = [line for line in _cut(self.file, first_step) if line["step"] == first_step]
@@ -117,7 +115,7 @@ class Log:
         self._bar.update()
         if self._lines is not None:
             self._lines.done += 1
-            if self._lines.done < self._lines.total:  # the last line waits for its words
+            if self._lines.done != self._lines.total:  # the last line waits for its words
                 self._lines.show()
 
     def tell(self, text: str) -> None:
@@ -133,26 +131,6 @@ class Log:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-class Lines:
-    """What stands for a bar where none can be drawn: a line on stderr every `LINE_EVERY_S`, and one at the end."""
-
-    def __init__(self, name: str, first: int, total: int) -> None:
-        self.name, self.first, self.done, self.total, self.text = name, first, first, total, ""
-        self._start = self._told = time.monotonic()
-
-    def show(self) -> None:
-        """The line, if it is time for one. That nobody reads it any more is no reason to stop."""
-        now = time.monotonic()
-        if self.done == self.first or (now - self._told < LINE_EVERY_S and self.done < self.total):
-            return
-        self._told = now
-        left = (now - self._start) * (self.total - self.done) / (self.done - self.first)
-        words = [f"{self.name}: {self.done} of {self.total}", self.text, f"{tqdm.format_interval(left)} left"]
-        with contextlib.suppress(OSError):
-            sys.stderr.write(", ".join(filter(None, words)) + "\n")
-            sys.stderr.flush()
 
 
 def _cut(file: Path, last: int) -> list[dict[str, float]]:
@@ -176,14 +154,5 @@ def _cut(file: Path, last: int) -> list[dict[str, float]]:
 @contextlib.contextmanager
 def bar(name: str, total: int, active: bool) -> Iterator[Callable[[int], object]]:
     """A progress bar on one rank; gives the function that moves it on."""
-    with tqdm(total=total, desc=name, disable=None if active else True) as shown:
-        if not (active and shown.disable):
-            yield shown.update
-            return
-        lines = Lines(name, 0, total)
-
-        def move(count: int) -> None:
-            lines.done += count
-            lines.show()
-
-        yield move
+    with progress.bar(name, total, active=active) as shown:
+        yield shown.update

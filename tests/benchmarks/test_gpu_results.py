@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from gpu_modules import ROOT, gpu_results, gpu_suite
 
+from dit4dit.tables import backed, number
+
 
 def one(gpu: str | None = None, /, **parts: Any) -> dict[str, Any]:
     known = {name: record for name, (record, _) in parts.items()}
@@ -77,7 +79,8 @@ def test_the_numbers_in_the_readme_are_those_of_the_result() -> None:
     readme = (ROOT / "README.md").read_text()
 
     def row(label: str, q: dict[str, Any], stages: dict[str, float] | None = None) -> str:
-        times = [f"{q[k]:.2f}" for k in ("p50", "p99", "p999")]
+        shown = backed(q, q["samples"])
+        times = [number(shown[k]) for k in ("p50", "p99", "max")]
         parts = [""] * 3 if stages is None else [f"{stages[s]:.2f}" for s in ("vae", "backbone", "action_head")]
         return re.sub(r"\|  (?=\|)", "| ", f"| {label} | {' | '.join([*times, str(q['samples']), *parts])} |")
 
@@ -93,7 +96,8 @@ def test_the_numbers_in_the_readme_are_those_of_the_result() -> None:
     for name, label in (("robocasa_gr1", "GR1"), ("libero", "LIBERO")):
         found = data[f"ratio_{name}"]
         q, stages = found["baseline"], found["stages"]["baseline"]
-        numbers = [*(f"{q[k]:.0f}" for k in ("p50", "p99", "p999")), str(q["samples"])]
+        shown = backed(q, q["samples"])
+        numbers = [*(number(shown[k], ".0f") for k in ("p50", "p99", "max")), str(q["samples"])]
         numbers += [f"{stages[s]:.1f}" for s in ("vae", "backbone", "action_head")]
         text = f"published schedule, {label}, with its text encoder ({stages['text']:.0f} ms)"
         assert f"| {text} | {' | '.join(numbers)} |" in readme

@@ -1,4 +1,4 @@
-"""What every benchmark shares: it refuses what is wrong before it times, its quantiles are samples, it names the machine."""
+"""What every benchmark shares: it refuses what is wrong before it times, it names the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from dit4dit.benchmarks import (
     harness,
 )
-from dit4dit.benchmarks.harness import assert_no_worse, quantiles, time_cpu
+from dit4dit.benchmarks.harness import assert_no_worse, time_cpu
 
 
 def product(x, y):
@@ -43,15 +43,6 @@ def test_accepts_the_reference_and_rounding(dtype):
 def test_refuses(dtype, wrong, message):
     with pytest.raises(AssertionError, match=message):
         assert_no_worse(wrong, product, ARGS[dtype])
-
-
-def test_quantiles_are_samples():
-    samples = [float(i) for i in range(1000, 0, -1)]
-    found = quantiles(samples)
-    assert found == {"p50": 500, "p95": 950, "p99": 990, "p999": 999, "max": 1000, "jitter": 999 / 500}
-    assert set(quantiles([3.0]).values()) == {3.0, 1.0}
-    with pytest.raises(ValueError, match="at least one sample"):
-        quantiles([])
 
 
 def test_times_every_call():

@@ -12,6 +12,7 @@ from dit4dit.benchmarks import training
 from dit4dit.benchmarks.recording import TERMINATED, Recording
 
 from dit4dit.cli import main
+from dit4dit.progress import bar
 
 
 @pytest.mark.slow
@@ -52,8 +53,8 @@ def test_an_end_between_steps_leaves_the_steps_before(tmp_path) -> None:
     optimizer = torch.optim.SGD([weight], 0.1)
     recording = Recording(path)
     recording.result["batch_size"] = 2
-    with pytest.raises(SystemExit) as end, recording as record:
-        training.alternate({"published": loss, "ours": loss}, optimizer, 4, record)
+    with pytest.raises(SystemExit) as end, recording as record, bar("steps", 5) as shown:
+        training.alternate({"published": loss, "ours": loss}, optimizer, 4, record, shown)
     assert end.value.code == TERMINATED
     data = json.loads(path.read_text())
     assert [len(times) for times in data["seconds"].values()] == [2, 1]

@@ -80,7 +80,7 @@ def test_demo_plays_a_checkpoint_of_ones_own(made: Path, tmp_path: Path, capsys)
     assert "of 2" in capsys.readouterr().out
     data = json.loads((tmp_path / "demo.json").read_text())
     assert data["success"]["episodes"] == 2
-    assert 0 < data["chunk_ms"]["p50"] <= data["chunk_ms"]["p99"] <= data["chunk_ms"]["max"]
+    assert 0 < data["chunk_ms"]["p50"] <= data["chunk_ms"]["max"]
     assert (tmp_path / "report.html").is_file()
 
 

@@ -93,7 +93,7 @@ def test_bad_options(small_libero: Path, files: Path, capsys) -> None:
     for more, message in (
         ([], "expected either --examples FILE, or --image"),
         (["--examples", files / "examples.jsonl", *single(files)], "expected either --examples FILE, or --image"),
-        (["--examples", files / "gone.jsonl"], "cannot be read"),
+        (["--examples", files / "gone.jsonl"], "gone.jsonl: no such file; give another"),
         (["--image", files / "primary.png"], "--instruction: expected what to do"),
     ):
         assert run(*words, *more) == 2

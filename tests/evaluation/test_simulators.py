@@ -139,40 +139,6 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path) -> None:
         simulators.interpreter("libero", "/nowhere/python")
 
 
-def test_assets_are_checked_and_linked(tmp_path) -> None:
-    simulator, said = fake_environment(tmp_path / "sim"), []
-    assets = tmp_path / "assets"
-    for part in simulator_setup.ASSET_PARTS[1:]:
-        (assets / part).mkdir(parents=True)
-    with pytest.raises(ConfigError, match="missing: articulated_objects"):
-        simulator_setup.check_assets(assets)
-    (assets / "articulated_objects").mkdir()
-    simulator_setup.check_assets(assets)
-    place = simulator.packages / "libero" / "libero" / "assets"
-    for _ in range(2):
-        simulator_setup.link_assets(simulator, assets, said.append)
-        assert place.resolve() == assets.resolve()
-    simulator_setup.link_assets(simulator, None, said.append)
-    assert place.resolve() == assets.resolve(), "what is linked stays"
-    simulator_setup.write_libero_config(simulator)
-    assert str(place) in (simulator.folder / "libero" / "config.yaml").read_text()
-    place.unlink()
-    place.mkdir()
-    with pytest.raises(ConfigError, match="is a folder of its own"):
-        simulator_setup.link_assets(simulator, assets, said.append)
-
-
-def test_a_hub_that_cannot_be_reached_says_what_to_do(tmp_path, monkeypatch) -> None:
-    import huggingface_hub
-
-    def unreachable(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(SimulatorError, match=r"no route to host.*give its folder with --assets"):
-        simulator_setup.download_assets(tmp_path)
-
-
 def test_checkout_brings_the_very_commit(tmp_path) -> None:
     def git(*words: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]

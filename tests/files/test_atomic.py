@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dit4dit.errors import CheckpointError, InputError
-from dit4dit.files.atomic import check_folder, temp_name, whole_file, whole_folder, write_text
+from dit4dit.files.atomic import check_file, check_folder, temp_name, whole_file, whole_folder, write_text
 
 WAIT = 60.0
 HINT = "free space"
@@ -208,6 +208,18 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         InputError, match=rf"^--out {below}: cannot be written \(Not a directory\); give another folder$"
     ):
         check_folder("--out", below)
+
+
+def test_a_file_to_be_written_at_the_end_is_tried_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for good in (tmp_path / "file", tmp_path / "link", tmp_path / "new" / "a", Path("/dev/null")):
+        check_file("--json", good)
+    assert (tmp_path / "file").read_text() == "old"
+    assert list((tmp_path / "new").iterdir()) == [], "nothing of the trial stays"
+    for bad, why in ((tmp_path, "is a folder"), (tmp_path / "file" / "a", r"cannot be written \(Not a directory\)")):
+        with pytest.raises(InputError, match=rf"^--json {bad}: {why}; give "):
+            check_file("--json", bad)
 
 
 def test_the_file_that_could_not_be_copied_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     ("kernels",),  # device code imports device code alone
     ("errors",),
-    ("noise", "config", "files", "tables"),
+    ("noise", "config", "files", "tables", "progress"),
     ("types",),
     ("model", "robots"),
     ("ops", "checkpoints"),
