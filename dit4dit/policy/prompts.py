@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from dit4dit.engine.packs import PackFolder, PromptPack
 from dit4dit.errors import ConfigError, InputError, did_you_mean
 from dit4dit.files.folders import fault, visible
 from dit4dit.model.text import tokenize
+from dit4dit.policy.recent import Recent, check_process, renew_after_fork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,9 +30,6 @@ PACK_BUDGET = 2 * 2**30
 """Bytes of prompt packs kept: 27 instructions of the released models in bfloat16."""
 CONTEXT_BUDGET = 64 * 2**20
 """Bytes of projected text kept, least recently used out first (1 MB each for the released models in bfloat16)."""
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 
 
 class Embedder:
@@ -95,57 +91,6 @@ class Embedder:
         return embeds
 
 
-class Recent(Generic[Key, Value]):
-    """Values of a function, least recently used out first when their cost exceeds the budget.
-
-    Safe to call from several threads: each value is made once, and making one never holds up those that are there.
-    """
-
-    def __init__(self, make: Callable[[Key], Value], budget: int, cost: Callable[[Value], int]) -> None:
-        self._make, self._budget, self._cost = make, budget, cost
-        self._values: OrderedDict[Key, Future[Value]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __contains__(self, key: Key) -> bool:
-        """Whether `get` would return at once."""
-        with self._lock:
-            value = self._values.get(key)
-            return value is not None and value.done()
-
-    def get(self, key: Key) -> Value:
-        """The value; made by the caller's thread, or waited for where another thread is making it."""
-        with self._lock:
-            value = self._values.get(key)
-            mine = value is None
-            if value is None:
-                value = self._values[key] = Future()
-            self._values.move_to_end(key)
-        if not mine:
-            return value.result()
-        try:
-            value.set_result(self._make(key))
-        except BaseException as error:
-            with self._lock:
-                del self._values[key]
-            value.set_exception(error)
-            raise
-        self._trim()
-        return value.result()
-
-    @property
-    def total_cost(self) -> int:
-        """Cost of all values that are there."""
-        return sum(self._cost(v.result()) for v in list(self._values.values()) if v.done())
-
-    def _trim(self) -> None:
-        with self._lock:
-            while self.total_cost > self._budget:
-                done = [known for known, value in self._values.items() if value.done()]
-                if len(done) < 2:
-                    return
-                del self._values[done[0]]
-
-
 class Texts:
     """What the runner needs of each instruction: its prompt pack, or for the plain model its projected text [1, L, text_dim]."""
 
@@ -162,7 +107,16 @@ class Texts:
         )
         device = self.model.device
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._start_thread()
+        renew_after_fork(self)
+
+    def _start_thread(self) -> None:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
+
+    def after_fork(self) -> None:
+        """What is kept stays; the thread is another one."""
+        self._kept.after_fork()
+        self._start_thread()
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and caches stay behind; a copy starts its own."""
@@ -181,6 +135,7 @@ class Texts:
 
     def prepare(self, instruction: str) -> Future[None]:
         """Make it in the background."""
+        check_process(self.model.device)
         return self._background.submit(self._prepare, instruction)
 
     def _prepare(self, instruction: str) -> None:
@@ -223,7 +178,11 @@ class Texts:
 
 @contextmanager
 def plain(device: torch.device) -> Iterator[None]:
-    """Outside of the caller's autocast and inference mode, which would change the numbers and what is kept."""
+    """Outside of the caller's autocast and inference mode, which would change the numbers and what is kept.
+
+    BackendError: see `check_process`.
+    """
+    check_process(device)
     with torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
         yield
 
