@@ -10,7 +10,7 @@ from dit4dit.errors import BackendError
 def pick_device(device: str | torch.device) -> torch.device:
     """The device; BackendError when it is asked for and absent. "auto" is the GPU where there is one."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -22,4 +22,14 @@ def pick_device(device: str | torch.device) -> torch.device:
         raise BackendError(f"device {device!r}: PyTorch {torch.__version__} sees no CUDA ({built}); use --device cpu")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise BackendError(f"device {device!r}: only {torch.cuda.device_count()} GPUs are visible")
+    check_process(chosen)
     return chosen
+
+
+def check_process(device: torch.device) -> None:
+    """BackendError in a process that was forked from one that uses the GPU, which CUDA does not support."""
+    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
+        raise BackendError(
+            f"policy on {device}: this process was forked from one that uses the GPU, and CUDA works in no such process; start "
+            "it by multiprocessing.get_context('spawn') and load the policy in it, or fork before the first use of the GPU"
+        )

@@ -16,7 +16,8 @@ from dit4dit.engine.packs import PackFolder, PromptPack
 from dit4dit.errors import ConfigError, InputError, did_you_mean
 from dit4dit.files.folders import fault, visible
 from dit4dit.model.text import tokenize
-from dit4dit.policy.recent import Recent, check_process, renew_after_fork
+from dit4dit.policy.device import check_process
+from dit4dit.policy.recent import Recent, renew_after_fork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

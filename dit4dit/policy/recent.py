@@ -12,8 +12,6 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from dit4dit.errors import BackendError
-
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -104,12 +102,3 @@ def _in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
-
-
-def check_process(device: torch.device) -> None:
-    """BackendError in a process that was forked from one that uses the GPU, which CUDA does not support."""
-    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
-        raise BackendError(
-            f"policy on {device}: this process was forked from one that uses the GPU, and CUDA works in no such process; start "
-            "it by multiprocessing.get_context('spawn') and load the policy in it, or fork before the first use of the GPU"
-        )

@@ -65,7 +65,12 @@ print(json.dumps([rounds, policy._runner.plans]))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
 def test_large_images_of_many_sizes_leave_no_more_than_the_budget(small_libero: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, small_libero], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=WAIT
+        [sys.executable, "-c", SCRIPT, small_libero],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        timeout=WAIT,
     )
     rounds, plans = json.loads(done.stdout)
     before, first, second, *more = rounds
@@ -125,7 +130,9 @@ def test_a_plan_knows_what_it_takes() -> None:
     plan = Plan(engine, shape, None)
     larger = Plan(engine, replace(shape, views=((1040, 50), (30, 30))), None)
     assert larger.bytes - plan.bytes == pytest.approx(2 * 1000 * 50 * 3, abs=512)
-    blocks = {part.device[name].untyped_storage() for part in (plan.inputs, plan.noise, plan.outputs) for name in part.device}
+    blocks = {
+        part.device[name].untyped_storage() for part in (plan.inputs, plan.noise, plan.outputs) for name in part.device
+    }
     assert sum({block.data_ptr(): block.nbytes() for block in blocks}.values()) == plan.bytes
 
 
