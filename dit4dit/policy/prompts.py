@@ -39,8 +39,12 @@ class Embedder:
     def __init__(
         self, model: DiT4DiT, tokenizer: PreTrainedTokenizerBase | None, given: Mapping[str, Any] | None
     ) -> None:
-        """given: instruction -> [L, text_in]; when there are some, no other instruction can be used."""
-        self._model, self._tokenizer, self._given = model, tokenizer, dict(given or {})
+        """given: instruction -> [L, text_in]; when there are some, no other instruction can be used.
+
+        InputError: one of them is no embedding of the model's.
+        """
+        self._model, self._tokenizer = model, tokenizer
+        self._given = {words: _embedding(words, given[words], model.config.dit.text_in) for words in given or ()}
 
     @property
     def can_encode(self) -> bool:
@@ -52,7 +56,7 @@ class Embedder:
         """Text tokens that instructions can have: of the given embeddings, or what the encoder pads to."""
         if self.can_encode or not self._given:
             return {self._model.config.text.max_length}
-        return {int(torch.as_tensor(embeds).shape[0]) for embeds in self._given.values()}
+        return {len(embeds) for embeds in self._given.values()}
 
     def length(self, instruction: Any) -> int:
         """Text tokens of an instruction, which is checked here and nowhere else.
@@ -85,11 +89,23 @@ class Embedder:
                 f"{len(known)} others{did_you_mean(instruction[:200], known)}; embed it with Policy.embed_prompts, or make its "
                 "pack with dit4dit pack"
             )
-        embeds = torch.as_tensor(self._given[instruction])
-        width = self._model.config.dit.text_in
-        if embeds.dim() != 2 or embeds.shape[1] != width:
-            raise InputError(f"prompt_embeds {instruction!r}: expected shape [L, {width}], got {list(embeds.shape)}")
-        return embeds
+        return self._given[instruction]
+
+
+def _embedding(instruction: Any, value: Any, width: int) -> Tensor:
+    """One of the embeddings that a user gives, [L, width], finite; InputError otherwise."""
+    if not isinstance(instruction, str):
+        raise InputError(f"prompt_embeds: expected instructions as keys, got {type(instruction).__name__}")
+    where, again = f"prompt_embeds {instruction!r:.60}", "make it again with Policy.embed_prompts"
+    try:
+        embeds = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{where}: expected numbers [L, {width}], got {type(value).__name__}; {again}") from None
+    if embeds.dim() != 2 or embeds.shape[1] != width or not len(embeds):
+        raise InputError(f"{where}: expected shape [L, {width}], got {list(embeds.shape)}; {again}")
+    if not embeds.is_floating_point() or not embeds.isfinite().all():
+        raise InputError(f"{where}: expected finite floats, got {embeds.dtype} or NaN or infinite values; {again}")
+    return embeds
 
 
 class Texts:
