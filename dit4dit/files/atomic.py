@@ -110,7 +110,7 @@ def check_folder(option: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(path: Path, partial: Path, error: type[Dit4DitError], hint: str, needs: int = 0) -> Iterator[None]:
-    """`error` with the path instead of what a failing disk raises; where there is no room, with what is free and what is needed."""
+    """`error` with the path instead of what a failing disk raises; where there is no room, with what is free and needed."""
     try:
         yield
     except Exception as problem:
@@ -118,6 +118,9 @@ def _explained(path: Path, partial: Path, error: type[Dit4DitError], hint: str, 
         if not isinstance(problem, OSError) and type(problem).__name__ != "SafetensorError":
             raise
         reason = str(getattr(problem, "strerror", None) or problem)
+        if isinstance(problem, shutil.Error):  # of a folder that was copied: a list
+            source, _, why = problem.args[0][0]
+            reason = f"{source}: {why}"
         name = getattr(problem, "filename", None)
         if name is not None and Path(name) not in (path, path.parent, partial) and partial not in Path(name).parents:
             reason = f"{name}: {reason}"  # another file, which was to be copied
