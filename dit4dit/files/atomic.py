@@ -67,9 +67,9 @@ def whole_folder(
     with _explained(target, partial, error, hint, needs):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(mode=0o700)
             if (free := _free(target)) is not None and free < needs:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            partial.mkdir(mode=0o700)
             yield partial
             if durable:
                 _share(partial)

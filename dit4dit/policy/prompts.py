@@ -44,7 +44,8 @@ class Embedder:
         InputError: one of them is no embedding of the model's.
         """
         self._model, self._tokenizer = model, tokenizer
-        self._given = {words: _embedding(words, given[words], model.config.dit.text_in) for words in given or ()}
+        width = model.config.dit.text_in
+        self._given = {words: _embedding(words, value, width) for words, value in (given or {}).items()}
 
     @property
     def can_encode(self) -> bool:

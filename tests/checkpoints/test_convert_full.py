@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,15 +70,22 @@ def test_a_disk_that_becomes_full(convert, own: Path, golden_dir: Path, tmp_path
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 def test_a_write_that_fails_half_way(convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    write = Path.write_text
+    write, copy = Path.write_text, shutil.copyfile
 
-    def fails(self: Path, *given, **named) -> int:
-        if self.name in ("checksums.json", "config.yaml", "source.json"):
-            raise OSError(code, os.strerror(code), str(self))
+    def refuse(file: Path) -> None:
+        if file.name in ("checksums.json", "config.yaml"):
+            raise OSError(code, os.strerror(code), str(file))
+
+    def writing(self: Path, *given, **named) -> int:
+        refuse(self)
         return write(self, *given, **named)
 
-    monkeypatch.setattr(Path, "write_text", fails)
-    monkeypatch.setattr("shutil.copyfile", lambda source, target: fails(Path(target), ""))
+    def copying(source: str, target: str, **named) -> str:
+        refuse(Path(target))
+        return copy(source, target, **named)
+
+    monkeypatch.setattr(Path, "write_text", writing)
+    monkeypatch.setattr(shutil, "copyfile", copying)
     with pytest.raises(
         CheckpointError, match=rf"^{tmp_path}/new: not written \({os.strerror(code)}.*nothing of it stays"
     ):
