@@ -122,17 +122,17 @@ def _as_path(what: str, name: object) -> Path | None:
         raise CheckpointError(f"{shown}: expected a path or a hub id, got none")
     try:
         path = Path(name).expanduser()
-        if path.is_symlink() and not path.exists():
-            raise CheckpointError(
-                f"{shown}: is a link to {os.readlink(path)}, which is not there; give what it should lead to"
-            )
-        return path if path.exists() else None
+        there = path.exists()
+        target = os.readlink(path) if not there and path.is_symlink() else None
     except (ValueError, RuntimeError):  # an embedded NUL, a surrogate, a home of nobody's
         raise CheckpointError(f"{shown}: is no name that a file can have; give a path or a hub id") from None
     except OSError as error:
         raise CheckpointError(
             f"{shown}: cannot be looked at ({error.strerror}); check the name and its permissions"
         ) from None
+    if target is not None:
+        raise CheckpointError(f"{shown}: is a link to {target}, which is not there; give what it should lead to")
+    return path if there else None
 
 
 def is_own_format(folder: Path) -> bool:
