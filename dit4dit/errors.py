@@ -65,9 +65,12 @@ class MissingExtra(Dit4DitError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
 
-def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """`"; did you mean 'libero'?"` for the nearest of `known`, or an empty string when nothing is near."""
+def did_you_mean(word: object, known: list[str] | tuple[str, ...]) -> str:
+    """`"; did you mean 'libero'?"` for the nearest of `known`, or an empty string when nothing is near, or `word` is no word."""
     import difflib
+
+    if not isinstance(word, str):
+        return ""
 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

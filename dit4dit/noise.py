@@ -50,7 +50,7 @@ class Noise:
             if value is None and name == "seed":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
-                raise InputError(f"noise {name}: expected an integer in 0..2^64-1, got {value!r}")
+                raise InputError(f"noise {name}: expected an integer in 0..2^64-1, got {value!r:.60}")
             object.__setattr__(self, name, int(value))
 
     @classmethod

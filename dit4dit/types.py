@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ __all__ = [
 Schedule = Literal["linear", "exp", "ones", "zeros"]
 MAX_GUIDANCE = 10.0
 """Bound of the guidance's strength where none is given, LeRobot's."""
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +103,14 @@ class Batch:
 
 def check_strength(where: str, schedule: str, max_guidance: float) -> None:
     """InputError unless it is a schedule and a finite bound above 0."""
-    if schedule not in get_args(Schedule):
+    if not isinstance(schedule, str) or schedule not in get_args(Schedule):
         near = did_you_mean(schedule, get_args(Schedule))
-        raise InputError(f"{where}: schedule: expected one of {', '.join(get_args(Schedule))}, got {schedule!r}{near}")
-    if not 0.0 < max_guidance < math.inf:
-        raise InputError(f"{where}: max_guidance: expected a finite number above 0, got {max_guidance!r}")
+        raise InputError(
+            f"{where}: schedule: expected one of {', '.join(get_args(Schedule))}, got {schedule!r:.60}{near}"
+        )
+    number = isinstance(max_guidance, (int, float, np.integer, np.floating)) and not isinstance(max_guidance, bool)
+    if not number or not 0.0 < max_guidance <= _LARGEST:
+        raise InputError(f"{where}: max_guidance: expected a finite number above 0, got {max_guidance!r:.60}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,28 +139,33 @@ class Guidance:
     max_guidance: float = MAX_GUIDANCE
 
     def __post_init__(self) -> None:
-        previous = np.asarray(self.previous)
+        previous = _array(self.previous)
         if previous.ndim != 2 or 0 in previous.shape or not np.issubdtype(previous.dtype, np.floating):
             raise InputError(
                 "guidance: previous: expected chunk.normalized[executed:], floats [n, A] with n >= 1, got "
                 f"{previous.dtype} {list(previous.shape)}; give guidance=None where nothing is left"
             )
-        if not np.isfinite(previous).all():
-            raise InputError("guidance: previous: expected finite numbers, got NaN or infinite ones")
+        with np.errstate(over="ignore"):
+            kept = np.array(previous, np.float32)  # a copy: the caller's buffer may change
+        if not np.isfinite(kept).all():
+            raise InputError(
+                "guidance: previous: expected finite numbers, got NaN, infinite ones or ones beyond float32; give what the model "
+                "wrote, chunk.normalized[executed:]"
+            )
         check_strength("guidance", self.schedule, self.max_guidance)
         self._check_whole("delay", self.delay, 0, len(previous), "the rows of previous")
         if self.horizon is not None:
             self._check_whole("horizon", self.horizon, self.delay, None, "at least the delay")
-        kept = np.array(previous, np.float32)  # a copy: the caller's buffer may change
         kept.flags.writeable = False
         object.__setattr__(self, "previous", kept)
+        object.__setattr__(self, "max_guidance", float(self.max_guidance))
 
     @staticmethod
     def _check_whole(name: str, value: object, low: int, high: int | None, what: str) -> None:
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
             wanted = f">= {low}" if high is None else f"{low} to {high}"
-            raise InputError(f"guidance: {name}: expected a whole number {wanted} ({what}), got {value!r}")
+            raise InputError(f"guidance: {name}: expected a whole number {wanted} ({what}), got {value!r:.60}")
 
     def check(self, length: int, width: int) -> None:
         """InputError unless it fits chunks of `length` rows and `width` model dimensions."""
@@ -169,3 +177,11 @@ class Guidance:
             )
         if self.horizon is not None and self.horizon > length:
             raise InputError(f"guidance: horizon: expected at most {length}, the rows of a chunk, got {self.horizon}")
+
+
+def _array(value: object) -> NDArray[Any]:
+    """The value as an array; what makes none, such as rows of unequal lengths or a tensor on a GPU, as one object."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        return np.array(None)

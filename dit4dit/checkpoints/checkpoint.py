@@ -29,7 +29,7 @@ from dit4dit.checkpoints.tensor_files import (
 )
 from dit4dit.config import ModelConfig
 from dit4dit.errors import CheckpointError
-from dit4dit.files.folders import visible
+from dit4dit.files.folders import fault, no_folder, visible
 from dit4dit.files.keys import read_json
 from dit4dit.robots.statistics import read_statistics
 
@@ -94,14 +94,45 @@ def open_checkpoint(path: str | Path, backbone: str | Path | None = None) -> Che
     Raises:
         CheckpointError: something is missing, truncated, or not a checkpoint. ConfigError: its configuration is wrong.
     """
+    if backbone is not None and backbone != "":
+        _as_path("backbone", backbone)
     folder = local_folder(path)
-    return _open_own(folder, backbone) if is_own_format(folder) else _open_published(folder, backbone)
+    try:
+        return _open_own(folder, backbone) if is_own_format(folder) else _open_published(folder, backbone)
+    except OSError as error:  # each file says itself what is wrong with it; a folder on the way may be closed too
+        raise CheckpointError(
+            f"checkpoint {folder}: {error.filename or folder}: cannot be read ({error.strerror}); check its permissions"
+        ) from None
 
 
 def local_folder(path: str | Path) -> Path:
     """Where a checkpoint lies on this machine; a hub id is downloaded."""
-    folder = Path(path).expanduser()
-    return folder if folder.exists() else _from_hub(str(path))
+    folder = _as_path("checkpoint", path)
+    if folder is not None:
+        return folder
+    return _from_hub(os.fspath(path))
+
+
+def _as_path(what: str, name: object) -> Path | None:
+    """The file or folder of a name that a user gave, None where there is none; CheckpointError where there can be none."""
+    if not isinstance(name, (str, os.PathLike)) or isinstance(os.fspath(name), bytes):
+        raise CheckpointError(f"{what}: expected a path or a hub id, got {type(name).__name__}")
+    shown = f"{what} {os.fspath(name)!r:.200}"
+    if not os.fspath(name):
+        raise CheckpointError(f"{shown}: expected a path or a hub id, got none")
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+        target = os.readlink(path) if not there and path.is_symlink() else None
+    except (ValueError, RuntimeError):  # an embedded NUL, a surrogate, a home of nobody's
+        raise CheckpointError(f"{shown}: is no name that a file can have; give a path or a hub id") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{shown}: cannot be looked at ({error.strerror}); check the name and its permissions"
+        ) from None
+    if target is not None:
+        raise CheckpointError(f"{shown}: is a link to {target}, which is not there; give what it should lead to")
+    return path if there else None
 
 
 def is_own_format(folder: Path) -> bool:
@@ -115,7 +146,9 @@ def is_own_format(folder: Path) -> bool:
 def _from_hub(name: str) -> Path:
     local = not is_hub_id(name) or name.lower().endswith(ENDINGS) or Path(name).parent.is_dir()
     if local:
-        raise CheckpointError(f"checkpoint {name}: no such file or folder; give a run folder, a .pt file or a hub id")
+        raise CheckpointError(
+            f"checkpoint {name!r:.200}: no such file or folder; give a run folder, a .pt file or a hub id"
+        )
     return _download(name, None, None, "give a run folder or a .pt file that exists")
 
 
@@ -142,8 +175,8 @@ def backbone_name(backbone: str | Path | None, run: Path | None) -> str:
 def find_backbone(backbone: str | Path | None, run: Path | None, *, weights: bool) -> Path:
     """The Cosmos folder to use; a hub id is downloaded (only its small files unless `weights`)."""
     chosen = backbone_name(backbone, run)
-    if Path(chosen).expanduser().exists():
-        return Path(chosen).expanduser()
+    if found := _as_path("backbone", chosen):
+        return found
     patterns = None if weights else SMALL_FILES
     hint = "give a Cosmos-Predict2.5 folder with --backbone or DIT4DIT_BACKBONE"
     if not is_hub_id(str(chosen)):
@@ -217,6 +250,8 @@ def published_files(path: Path) -> tuple[Path, Path]:
         raise CheckpointError(f"{path}: no config.yaml beside it or one folder up; keep the run folder whole")
     run = path.parent if path.name in ("checkpoints", "final_model") else path
     if not (run / "config.yaml").is_file():
+        for name in ("config.json", "config.yaml"):
+            _expect_file(run / name)
         if shards := state_dict.zero_folder(path):
             raise state_dict.zero_error(shards)
         hint = f"; give {run / 'policy'}" if (run / "policy" / "config.json").is_file() else "; give a run folder"
@@ -250,6 +285,20 @@ def _steps(run: Path) -> list[Path]:
         if match := STEP.fullmatch(file.name):
             steps.setdefault(int(match[1]), []).append(file)
     return sorted(steps[max(steps)], key=_is_safetensors) if steps else []
+
+
+def _expect_file(file: Path) -> None:
+    """CheckpointError where something other than a file has its name."""
+    if reason := fault(file):
+        raise CheckpointError(f"{file}: {reason}")
+    if file.is_dir():
+        raise CheckpointError(f"{file}: is a folder; expected a file, copy it again")
+
+
+def _expect_folder(folder: Path) -> None:
+    """CheckpointError where something other than a folder has its name."""
+    if reason := no_folder(folder):
+        raise CheckpointError(f"{folder}: {reason}; expected a folder, copy it again")
 
 
 def _final(folders: list[Path]) -> list[Path]:
@@ -319,6 +368,9 @@ def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
     robot = data.get("embodiment")
     if not isinstance(robot, (str, dict, type(None))):
         raise CheckpointError(f"{where}: embodiment: expected a robot's name or description, got {robot!r:.40}")
+    tokenizer = folder / "tokenizer"
+    for place in (*(folder / part for part in FROZEN), tokenizer):
+        _expect_folder(place)
     parts = [safetensor_files(folder, "")]
     absent = tuple(
         part
@@ -327,7 +379,6 @@ def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
     )
     parts += [safetensor_files(folder / part, "") for part in FROZEN if (folder / part).is_dir()]
     rest = []
-    tokenizer = folder / "tokenizer"
     if absent or not tokenizer.is_dir():
         cosmos = find_backbone(backbone, None, weights=True)
         tokenizer = tokenizer if tokenizer.is_dir() else cosmos / "tokenizer"

@@ -61,19 +61,27 @@ def _silent(name: str, size: int) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, rest: str = "nothing of it stays; free space, or choose another folder") -> Iterator[Path]:
+def new_folder(
+    target: Path, rest: str = "nothing of it stays; free space, or choose another folder", *, needs: int = 0
+) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes it, whole, when the block ends without an error.
 
     Args:
         rest: what to do where it cannot be written.
+        needs: bytes that will be written at least.
 
     Raises:
-        CheckpointError: `target` exists already (nothing is ever overwritten), or the disk is full or fails.
+        CheckpointError: `target` exists already (nothing is ever overwritten), or the disk is full or fails, which is seen before
+            anything is written where it has less than `needs`.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already; choose another folder or remove it first")
-    with whole_folder(target, CheckpointError, rest, durable=True) as partial:
+    with whole_folder(target, CheckpointError, rest, durable=True, needs=needs) as partial:
         yield partial
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensors[name].nbytes for name in tensors)
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], progress: Progress = _silent) -> None:
@@ -152,7 +160,7 @@ def save_model(
         tensors = {n: t for n, t in tensors.items() if not n.startswith(tuple(FROZEN.values()))}
     elif model.text is None or model.video_vae is None:
         raise ValueError("save_model(with_frozen=True) needs a model with its text encoder and its clip VAE")
-    with new_folder(folder) as partial:
+    with new_folder(folder, needs=_bytes(tensors)) as partial:
         write_folder(partial, model=model.config, embodiment=embodiment, tensors=tensors)
         write_json(partial / "statistics.json", statistics)
         tokenizer.save_pretrained(partial / "tokenizer")
@@ -178,7 +186,7 @@ def to_own(source: Path, target: Path, backbone: Path | None = None, progress: P
         raise CheckpointError(f"{source}: is in the native format already; wanted a published run folder")
     run, _ = published_files(checkpoint.path)
     cosmos = find_backbone(backbone, run, weights=False)
-    with new_folder(target) as partial:
+    with new_folder(target, needs=_bytes(checkpoint.tensors)) as partial:
         write_folder(
             partial,
             model=checkpoint.model,
@@ -228,7 +236,7 @@ def to_published(source: Path, target: Path, backbone: Path | None = None, progr
     if checkpoint.layout != "dit4dit":
         raise CheckpointError(f"{source}: is a published run folder already; wanted a folder in the native format")
     kept = checkpoint.path / "published"
-    with new_folder(target) as partial:
+    with new_folder(target, needs=_bytes(checkpoint.tensors)) as partial:
         if kept.is_dir():
             shutil.copyfile(kept / "config.yaml", partial / "config.yaml")
             shutil.copytree(kept / "cosmos", partial / "cosmos", ignore=DOTTED)

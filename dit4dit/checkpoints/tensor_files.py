@@ -141,6 +141,8 @@ def tensor_names(file: Path) -> list[str]:
 
     if reason := fault(file):
         raise CheckpointError(f"{file}: {reason}{shared_by_links(file)}")
+    if file.is_dir():
+        raise CheckpointError(f"{file}: is a folder; expected a file of weights, copy it again")
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())

@@ -132,7 +132,8 @@ def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str,
         policy.prepare(line).result()
     height, width = policy.config.image_size
     joined = (height, width * len(policy.embodiment.views))
-    for batch in tqdm(range(1, batches + 1), desc="batch sizes", disable=None if batches else True):
+    # the largest first: graphs of smaller ones find room in what it leaves of its memory
+    for batch in tqdm(range(batches, 0, -1), desc="batch sizes", disable=None if batches else True):
         policy.warm_up(pictures, batch=batch)
         policy.warm_up(batch=batch, joined=joined)
     garbage.freeze()

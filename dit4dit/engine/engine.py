@@ -9,16 +9,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from dit4dit import ops
+from dit4dit.config import VideoDitConfig
 from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead, choose_head
 from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.fold import BackboneBlock, Head, fold_backbone, fold_encoder, fold_head, pack_matrices
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
+from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
 from dit4dit.engine.slots import Slots
 from dit4dit.errors import BackendError, ConfigError
@@ -26,11 +30,14 @@ from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.flow import GuidanceTensors
 from dit4dit.model.video_dit import rotary_table
 from dit4dit.ops.action_ode import loop
+from dit4dit.ops.device_tables import DeviceTable
 
 Posterior = Literal["sample", "mean"]
 STEPS = (1, 2, 4, 8)
 MAX_BATCH = 16
 """Requests in one pass."""
+GRIDS = 4
+"""Sizes of a joined picture whose rotary tables are kept, at most 22 MB each; a CUDA graph keeps its own."""
 FOLDING_LIMIT, FOLDING_LIMIT_16_BIT = 1e-4, 0.2
 """Largest relative error of the folded model. In 16 bits, where rounding alone is percents, it only finds what is broken."""
 
@@ -87,7 +94,6 @@ class Engine:
         self.blocks: tuple[BackboneBlock, ...] = tuple(blocks)
         self.head: Head = fold_head(model.head, self.steps)
         self.one_launch: OneLaunchHead | None = None
-        self._rotary: dict[tuple[int, int], Tensor] = {}
         self._warm = False
         self._start()
         self.encoder = fold_encoder(model.backbone)
@@ -105,19 +111,23 @@ class Engine:
 
     def _start(self) -> None:
         """What belongs to a process, and what all plans of this engine share, as they never run side by side."""
-        self._slots: dict[tuple[int, int], Slots] = {}
+        self._slots: WeakValueDictionary[tuple[int, int], Slots] = WeakValueDictionary()
+        self._rotary = DeviceTable(partial(_rotary, self.config.dit, self.config.latent_frames), kept=GRIDS)
         self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
+        self._pool: GraphPool | None = None
 
     @property
-    def graph_pool(self) -> Any:
-        """The memory of all CUDA graphs of this engine."""
+    def graph_pool(self) -> GraphPool:
+        """The memory of the CUDA graphs of this engine."""
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool = GraphPool()
         return self._pool
 
     def drop_graph_pool(self) -> None:
-        """After a failed capture: graphs to come take memory of their own, those that are there keep theirs."""
+        """After a failed capture, or where it has grown too large: graphs to come share another one.
+
+        This one goes with the last graph that is in it.
+        """
         self._pool = None
 
     @property
@@ -128,13 +138,17 @@ class Engine:
         return self._stream
 
     def slots(self, batch: int, text_length: int) -> Slots:
-        """Where plans find the packs of `batch` requests: one slot for single requests, MAX_BATCH for all others."""
+        """Where plans find the packs of `batch` requests: one slot for single requests, MAX_BATCH for all others.
+
+        Plans share them, and they are there for as long as a plan has them.
+        """
         key = (1 if batch == 1 else MAX_BATCH, text_length)
-        if key not in self._slots:
+        slots = self._slots.get(key)
+        if slots is None:
             dit = self.config.dit
             shape = (key[0], len(self.blocks), dit.num_heads, text_length, dit.head_dim)
-            self._slots[key] = Slots(shape, self.model.dtype, self.device)
-        return self._slots[key]
+            slots = self._slots[key] = Slots(shape, self.model.dtype, self.device)
+        return slots
 
     def warm_up(self) -> None:
         """What the first chunk would otherwise do: on a CPU, pack all matrices for oneDNN (a second copy of them)."""
@@ -143,8 +157,13 @@ class Engine:
             self._warm = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Packed matrices, slots and graph memory belong to a process; a copy makes its own."""
-        return {**self.__dict__, "_warm": False, "_slots": {}, "_stream": None, "_pool": None}
+        """Packed matrices, slots, tables and graph memory belong to a process; a copy makes its own."""
+        own = ("_slots", "_rotary", "_stream", "_pool")
+        return {name: value for name, value in self.__dict__.items() if name not in own} | {"_warm": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def pack(self, prompt_embeds: Tensor) -> PromptPack:
         """prompt_embeds [1, L, text_in] -> the instruction's pack."""
@@ -253,11 +272,7 @@ class Engine:
 
     def _rotary_for(self, latents: Tensor) -> Tensor:
         patch = self.config.dit.patch
-        grid = (latents.shape[3] // patch, latents.shape[4] // patch)
-        if grid not in self._rotary:
-            table = rotary_table(self.config.dit, self.config.latent_frames, *grid, device=latents.device)
-            self._rotary[grid] = table[..., : table.shape[-1] // 2].contiguous()  # both halves turn by the same
-        return self._rotary[grid]
+        return self._rotary(latents.shape[3] // patch, latents.shape[4] // patch, latents.device)[0]
 
     @torch.no_grad()
     def actions(
@@ -297,3 +312,9 @@ class Engine:
         if not head.capturing:  # whoever replays a graph reads the flag with the actions
             head.check()
         return actions
+
+
+def _rotary(dit: VideoDitConfig, frames: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor]:
+    """The table of `ops.self_attention` for a grid of tokens."""
+    table = rotary_table(dit, frames, rows, columns, device=device)
+    return (table[..., : table.shape[-1] // 2].contiguous(),)  # both halves turn by the same

@@ -1,7 +1,8 @@
 """One shape of request, ready to run: all buffers allocated, and on a GPU the whole step recorded as a CUDA graph.
 
 uint8 pictures go in and actions in robot units come out through page-locked memory. Between the two nothing is allocated, nothing
-is compiled, and the host waits once, for the event behind the last copy.
+is compiled, and the host waits once, for the event behind the last copy. What exists because of a shape hangs on its plan and on
+nothing else, so that it is freed with it: nothing here refers to itself in a circle, which a frozen garbage collector would keep.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from dit4dit import ops
 from dit4dit.engine.capture import capture
 from dit4dit.engine.engine import Engine
+from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack
 from dit4dit.engine.staging import Fields, Staging
 from dit4dit.model.flow import GuidanceTensors, guidance_arrays
@@ -89,10 +91,23 @@ class Plan:
         self._pack = self._slots.of(batch)
         engine.warm_up()
         self._stream = engine.stream
-        self._tables: list[tuple[Tensor, ...]] = []
+        self._pools: list[GraphPool] = []
+        self._tables: list[device_tables.Sized] = []
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        self._draw = self.record(self._draw_noise, "drawing the noise")
-        self._step = self.record(self._compute, "the step")
+        self._graphs: tuple[Callable[[], None], ...] = ()
+        if self._stream is not None:
+            self._graphs = self.record(self._draw_noise, "drawing the noise"), self.record(self._compute, "the step")
+
+    @property
+    def bytes(self) -> int:
+        """Memory, the host's and the device's, that would be free without this plan.
+
+        On a GPU its part of the holes in the memory of all graphs (`GraphPool.share`) is among it; `Slots`, which all plans of a
+        text length share, are not.
+        """
+        staged = self.inputs.bytes + self.noise.bytes + self.outputs.bytes
+        tables = {id(table): table.nbytes for table in self._tables}  # both graphs may read one
+        return staged + sum(tables.values()) + sum(pool.share for pool in self._pools)
 
     def record(self, function: Callable[[], None], what: str = "a stage") -> Callable[[], None]:
         """A function of fixed buffers itself, or on a GPU the replay of its kernels as one graph, which has been replayed once.
@@ -105,15 +120,24 @@ class Plan:
         with torch.cuda.stream(self._stream), torch.no_grad():
             for _ in range(_WARM_UPS):
                 function()
+            pool = self.engine.graph_pool
             try:
-                with device_tables.collected() as read:
-                    graph = capture(what, function, self._stream, self.engine.graph_pool)
+                with device_tables.collected() as read, pool.growing(self):
+                    graph = capture(what, function, self._stream, pool.handle)
             except BaseException:
                 self.engine.drop_graph_pool()
                 raise
         self._tables += read  # the graph reads them by address
+        if pool not in self._pools:
+            self._pools.append(pool)
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def _draw(self) -> None:
+        (self._graphs[0] if self._graphs else self._draw_noise)()
+
+    def _step(self) -> None:
+        (self._graphs[1] if self._graphs else self._compute)()
 
     def _draw_noise(self) -> None:
         for name, stream in STREAMS.items():

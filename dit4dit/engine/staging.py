@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ class Staging:
     """Fixed tensors with a side on the host (page-locked for a GPU) and one on the device; on a CPU both are the same.
 
     Attributes:
+        bytes: what both sides take.
         host: name -> array to write a request into, or to read a result from.
         device: name -> the same tensor for kernels.
     """
@@ -30,8 +32,13 @@ class Staging:
             offsets[name] = end
             end += math.prod(shape) * dtype.itemsize
             end += -end % _ALIGNMENT
-        self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=self._on_gpu, device="cpu")
-        self._device = self._host if device.type == "cpu" else torch.zeros(end, dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            self._host = self._device = _mapped(end)
+        else:
+            self._host = torch.zeros(end, dtype=torch.uint8, pin_memory=self._on_gpu, device="cpu")
+            self._device = torch.zeros(end, dtype=torch.uint8, device=device)
+        # PyTorch's allocator of page-locked memory gives powers of two
+        self.bytes = end + (1 << (end - 1).bit_length()) if self._on_gpu else end
 
         def views(block: Tensor) -> dict[str, Tensor]:
             return {
@@ -59,3 +66,15 @@ class Staging:
         """Device to host, likewise; the host side is there when the stream has come so far."""
         if self._on_gpu:
             self._host.copy_(self._device, non_blocking=True)
+
+
+def _mapped(size: int) -> Tensor:
+    """Zeros in pages of their own, which go back to the system with the tensor.
+
+    The C library may keep what is freed (`host_memory`), and finds little use for holes of many sizes.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
+    # private: a process that is forked has buffers of its own
+    pages = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=size)

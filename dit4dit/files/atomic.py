@@ -7,6 +7,7 @@ process that is killed leaves only a hidden name behind.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -49,21 +50,26 @@ def whole_file(
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, error: type[Dit4DitError], hint: str, *, durable: bool = False) -> Iterator[Path]:
+def whole_folder(
+    target: Path, error: type[Dit4DitError], hint: str, *, durable: bool = False, needs: int = 0
+) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes it when the block ends without an error.
 
     Args:
         hint: what to do where it cannot be written.
         durable: sync all of it before it is there, and share it as the umask says; it is the owner's alone otherwise.
+        needs: bytes that will be written at least; with less than that free nothing is.
 
     Raises:
         error: the disk is full or fails, the place cannot be written, or `target` is there by now and is not an empty folder.
     """
     partial = temp_name(target)
-    with _explained(target, partial, error, hint):
+    with _explained(target, partial, error, hint, needs):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir(mode=0o700)
+            if (free := _free(target)) is not None and free < needs:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield partial
             if durable:
                 _share(partial)
@@ -125,8 +131,8 @@ def _reason(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, partial: Path, error: type[Dit4DitError], hint: str) -> Iterator[None]:
-    """`error` with the path instead of what a failing disk raises."""
+def _explained(path: Path, partial: Path, error: type[Dit4DitError], hint: str, needs: int = 0) -> Iterator[None]:
+    """`error` with the path instead of what a failing disk raises; where there is no room, with what is free and needed."""
     try:
         yield
     except Exception as problem:
@@ -134,10 +140,53 @@ def _explained(path: Path, partial: Path, error: type[Dit4DitError], hint: str) 
         if not isinstance(problem, OSError) and type(problem).__name__ != "SafetensorError":
             raise
         reason = str(getattr(problem, "strerror", None) or problem)
+        if isinstance(problem, shutil.Error):  # of a folder that was copied: a list
+            source, _, why = problem.args[0][0]
+            reason = f"{source}: {why}"
         name = getattr(problem, "filename", None)
         if name is not None and Path(name) not in (path, path.parent, partial) and partial not in Path(name).parents:
             reason = f"{name}: {reason}"  # another file, which was to be copied
+        elif _no_room(problem, path, needs):
+            reason += f"; {_room(path, needs)}"
         raise error(f"{path}: not written ({reason}); {hint}") from problem
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def _no_room(problem: Exception, path: Path, needs: int) -> bool:
+    """Whether it is for want of room that something was not written. safetensors and torch say it in words, or not at all."""
+    number = getattr(problem, "errno", None)
+    words = any(os.strerror(code).lower() in str(problem).lower() for code in FULL)
+    return number in FULL or words or (number is None and needs > 0 and (_free(path) or needs) < needs)
+
+
+def _room(path: Path, needs: int) -> str:
+    """What is free where `path` was to be, and what it needs."""
+    free = _free(path)
+    shown = "what is free cannot be seen" if free is None else f"{size_text(free)} free"
+    return f"{shown} in {_place(path)}" + (f", {size_text(needs)} needed" if needs else "")
+
+
+def size_text(count: int) -> str:
+    """Bytes in words: "1.5 GB" (10^9)."""
+    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= one:
+            return f"{count / one:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _free(path: Path) -> int | None:
+    """Bytes that this user can write where `path` is to be, without its quota; None where that cannot be seen."""
+    try:
+        return shutil.disk_usage(_place(path)).free
+    except OSError:
+        return None
+
+
+def _place(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    return next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
 
 
 def _share(folder: Path) -> None:

@@ -26,6 +26,21 @@ def visible(folder: Path, ending: str = "") -> list[Path]:
     return sorted(file for file in found if file.name.lower().endswith(ending))
 
 
+def no_folder(path: Path) -> str | None:
+    """Why there is and can be no folder at `path`; None where there is one, or nothing yet."""
+    try:
+        os.lstat(path)
+        if path.is_symlink() and not path.exists():
+            return f"is a link to {os.readlink(path)}, which is not there"
+        return None if path.is_dir() else "is a file"
+    except FileNotFoundError:
+        return None
+    except ValueError:  # an embedded NUL, a surrogate
+        return "is no name that a file can have"
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror})"
+
+
 def inside(source: Path, name: object) -> Path:
     """The file that `source` names, below the folder of `source`; links are followed, as a hub's cache is made of them.
 

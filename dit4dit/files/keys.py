@@ -177,6 +177,8 @@ def read_text(
         raise error(f"{path}: {reason}")
     try:
         return path.read_text(encoding="utf-8")
+    except IsADirectoryError:
+        raise error(f"{path}: is a folder; expected a file: give it, or {again}") from None
     except FileNotFoundError:
         raise error(f"{path}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as problem:

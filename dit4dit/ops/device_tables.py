@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, update_wrapper
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,28 +21,44 @@ Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 KEPT = 64
 """Sizes of each kind of table that are kept."""
 
-_read: ContextVar[list[tuple[Tensor, ...]] | None] = ContextVar("dit4dit_tables_read", default=None)
+
+class Sized(Protocol):
+    """Tensors, or what holds some."""
+
+    @property
+    def nbytes(self) -> int:
+        """What they take on the device."""
+
+
+_read: ContextVar[list[Sized] | None] = ContextVar("dit4dit_tables_read", default=None)
 
 
 class DeviceTable(Generic[Arguments, Tensors]):
     """Decorator of a function of sizes and a device (hashable) that makes tensors there; those last asked for are kept."""
 
-    def __init__(self, make: Callable[Arguments, Tensors]) -> None:
-        self._kept: Any = lru_cache(maxsize=KEPT)(make)
+    def __init__(self, make: Callable[Arguments, Tensors], kept: int = KEPT) -> None:
+        self._kept: Any = lru_cache(maxsize=kept)(make)
         update_wrapper(self, make)
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensors:
         tensors: Tensors = self._kept(*args, **kwargs)
         # torch.compile, which makes constants of them, cannot look into a ContextVar
-        if not torch.compiler.is_compiling() and (read := _read.get()) is not None:
-            read.append(tensors)
+        if not torch.compiler.is_compiling():
+            for tensor in tensors:
+                note(tensor)
         return tensors
 
 
+def note(read: Sized) -> None:
+    """Whoever collects keeps this too: memory that kernels read by address and that may be left by all others."""
+    if (collecting := _read.get()) is not None:
+        collecting.append(read)
+
+
 @contextmanager
-def collected() -> Iterator[list[tuple[Tensor, ...]]]:
+def collected() -> Iterator[list[Sized]]:
     """The list of all tables that are read inside, by this thread. Whoever holds it keeps them alive."""
-    read: list[tuple[Tensor, ...]] = []
+    read: list[Sized] = []
     token = _read.set(read)
     try:
         yield read

@@ -133,7 +133,7 @@ def lookup(op: str, architecture: str, **sizes: int) -> dict[str, int]:
     return dict(table()[op][nearest(op, architecture)][_row(op, architecture, tuple(sizes.items()))]["tile"])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)  # sizes come from requests
 def _row(op: str, architecture: str, sizes: tuple[tuple[str, int], ...]) -> int:
     known = dict(sizes)
     for i, row in enumerate(table()[op][nearest(op, architecture)]):

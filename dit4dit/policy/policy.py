@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +18,6 @@ from dit4dit.checkpoints.robot import for_checkpoint
 from dit4dit.checkpoints.weights import build
 from dit4dit.config import ModelConfig
 from dit4dit.engine import (
-    MAX_BATCH,
     Calibration,
     Engine,
     PackFolder,
@@ -28,15 +28,16 @@ from dit4dit.engine import (
 )
 from dit4dit.engine.fp8 import check_options
 from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
+from dit4dit.files.folders import no_folder
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.policy import garbage
 from dit4dit.policy.device import pick_device
 from dit4dit.policy.prompts import Embedder, Texts, load_tokenizer, plain
-from dit4dit.policy.requests import Door, Request, Size, checked_size, groups
+from dit4dit.policy.requests import Door, Request, Size, check_room, checked_batch, checked_size, groups, listed
 from dit4dit.policy.runner import EngineRunner, ModelRunner, step_inputs
 from dit4dit.robots.embodiment import Embodiment
 from dit4dit.robots.processor import Codec
-from dit4dit.types import ActionChunk, Guidance, Noise, Observation
+from dit4dit.types import ActionChunk, Guidance, Noise, Observation, check_strength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,11 +122,10 @@ class Policy:
         _check_engine(engine, posterior != "sample" or any(option is not None for option in given))
         check_options(quantization, calibration)
         _check_prompts(packs, prompt_embeds, text_encoder)
-        for name, kind in (("dtype", dtype), ("head_dtype", head_dtype)):
-            if kind is not None and kind not in DTYPES:
-                raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r}")
+        _check_dtypes(dtype, head_dtype)
+        _check_kinds(embodiment=embodiment, calibration=calibration, packs=packs, text_encoder=text_encoder)
         place = pick_device(device)
-        if isinstance(calibration, (str, Path)):
+        if isinstance(calibration, (str, os.PathLike)):
             calibration = Calibration.load(calibration)
         checkpoint = open_checkpoint(path, backbone)
         codec = for_checkpoint(checkpoint, embodiment)
@@ -224,6 +224,9 @@ class Policy:
 
     def run(self, requests: Sequence[Request]) -> list[ActionChunk]:
         """The chunk of each request, in as few passes as their kinds allow (`Request.kind`)."""
+        for i, request in enumerate(listed("requests", "Request", requests)):
+            if not isinstance(request, Request):
+                raise InputError(f"requests[{i}]: expected what Policy.request returns, got {type(request).__name__}")
         with plain(self.device):
             texts = [self._texts.get(request.instruction) for request in requests]
             passes = [
@@ -295,6 +298,7 @@ class Policy:
         """instruction -> prompt embedding [L, text_in] on the CPU, for `from_pretrained(prompt_embeds=...)`."""
         if not self._texts.embedder.can_encode:
             raise ConfigError("embed_prompts: this policy was loaded without its text encoder")
+        listed("instructions", "strings", instructions)
         for instruction in instructions:
             self._texts.embedder.length(instruction)
         with plain(self.device):
@@ -323,21 +327,32 @@ class Policy:
                 when everything else that stays has been loaded too.
 
         Raises:
-            InputError: a view, size or batch that this policy cannot have. BackendError: as `engine.Plan`.
+            InputError: a view, size, batch or bound that this policy cannot have, or images beyond `requests.MAX_SIDE` or
+                `requests.MAX_IMAGES`; nothing has been made. BackendError: as `engine.Plan`.
         """
+        if pictures is not None and not isinstance(pictures, Mapping):
+            raise InputError(f"pictures: expected a dict, view -> (height, width), got {type(pictures).__name__}")
         names, given = self.embodiment.views, dict(pictures or {})
         for name in given:
             if name not in names:
-                raise InputError(f"pictures: no view {name!r}{did_you_mean(name, names)}; views: {', '.join(names)}")
+                raise InputError(
+                    f"pictures: no view {name!r:.60}{did_you_mean(name, names)}; views: {', '.join(names)}"
+                )
         sizes = [checked_size(f"pictures[{name!r}]", given.get(name, self.config.image_size)) for name in names]
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
-            raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {batch!r}")
+        batch = checked_batch(batch)
+        if max_guidance is not None:
+            check_strength("warm_up", "linear", max_guidance)
+            max_guidance = float(max_guidance)
         size: Size = self.config.image_size
         resize, units = self.embodiment.resize, True
         if joined is not None:
             if given:
                 raise InputError("pictures and joined: give one of them")
             sizes, size, resize, units = [checked_size("joined", joined)], None, "bilinear", False
+            self._door.check_joined("joined", sizes[0])
+            if max_guidance is not None:
+                raise InputError("joined and max_guidance: give one of them; predict_action takes no guidance")
+        check_room(batch, sizes)
         if self.device.type == "cpu":
             host_memory.hold()
         if isinstance(self._runner, EngineRunner):
@@ -367,7 +382,35 @@ def _check_engine(engine: str, with_options: bool) -> None:
         )
 
 
+def _check_dtypes(dtype: object, head_dtype: object) -> None:
+    for name, kind, none in (("dtype", dtype, True), ("head_dtype", head_dtype, False)):
+        if not (kind in DTYPES or (kind is None and none)):
+            written = "; give the torch.dtype, not its name" if isinstance(kind, str) else ""
+            raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r:.60}{written}")
+
+
+def _check_kinds(*, embodiment: object, calibration: object, packs: object, text_encoder: object) -> None:
+    """ConfigError for an option of another type than `from_pretrained` takes, before anything is read."""
+    place = (str, os.PathLike)
+    for name, value, kinds, wanted in (
+        ("embodiment", embodiment, (str, Embodiment), "an Embodiment, its name or a statistics tag"),
+        ("calibration", calibration, (*place, Calibration), "a file of dit4dit calibrate, or what calibrate returned"),
+        ("packs", packs, place, "a folder"),
+    ):
+        if value is not None and not isinstance(value, kinds):
+            raise ConfigError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if not isinstance(text_encoder, bool):
+        raise ConfigError(f"text_encoder: expected True or False, got {text_encoder!r:.60}")
+    if packs is not None and (reason := no_folder(Path(os.fspath(packs)))):  # type: ignore[call-overload]
+        raise ConfigError(f"packs {os.fspath(packs)!r:.200}: {reason}; give a folder, or a new name for one")  # type: ignore[call-overload]
+
+
 def _check_prompts(packs: object, prompt_embeds: object, text_encoder: bool) -> None:
+    if prompt_embeds is not None and not isinstance(prompt_embeds, Mapping):
+        raise ConfigError(
+            f"prompt_embeds: expected a dict, instruction -> embedding [L, text_in], got {type(prompt_embeds).__name__}; make it "
+            "with Policy.embed_prompts"
+        )
     if packs is not None and prompt_embeds is not None:
         raise ConfigError("packs and prompt_embeds: give one of them; packs on disk must come from the text encoder")
     if not text_encoder and packs is None and prompt_embeds is None:

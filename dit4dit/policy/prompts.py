@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,8 @@ from dit4dit.engine.packs import PackFolder, PromptPack
 from dit4dit.errors import ConfigError, InputError, did_you_mean
 from dit4dit.files.folders import fault, visible
 from dit4dit.model.text import tokenize
+from dit4dit.policy.device import check_process
+from dit4dit.policy.recent import Recent, renew_after_fork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,9 +32,6 @@ PACK_BUDGET = 2 * 2**30
 CONTEXT_BUDGET = 64 * 2**20
 """Bytes of projected text kept, least recently used out first (1 MB each for the released models in bfloat16)."""
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
 
 class Embedder:
     """instruction -> prompt embedding [1, L, text_in] on the model's device."""
@@ -42,8 +39,13 @@ class Embedder:
     def __init__(
         self, model: DiT4DiT, tokenizer: PreTrainedTokenizerBase | None, given: Mapping[str, Any] | None
     ) -> None:
-        """given: instruction -> [L, text_in]; when there are some, no other instruction can be used."""
-        self._model, self._tokenizer, self._given = model, tokenizer, dict(given or {})
+        """given: instruction -> [L, text_in]; when there are some, no other instruction can be used.
+
+        InputError: one of them is no embedding of the model's.
+        """
+        self._model, self._tokenizer = model, tokenizer
+        width = model.config.dit.text_in
+        self._given = {words: _embedding(words, value, width) for words, value in (given or {}).items()}
 
     @property
     def can_encode(self) -> bool:
@@ -55,7 +57,7 @@ class Embedder:
         """Text tokens that instructions can have: of the given embeddings, or what the encoder pads to."""
         if self.can_encode or not self._given:
             return {self._model.config.text.max_length}
-        return {int(torch.as_tensor(embeds).shape[0]) for embeds in self._given.values()}
+        return {len(embeds) for embeds in self._given.values()}
 
     def length(self, instruction: Any) -> int:
         """Text tokens of an instruction, which is checked here and nowhere else.
@@ -88,62 +90,23 @@ class Embedder:
                 f"{len(known)} others{did_you_mean(instruction[:200], known)}; embed it with Policy.embed_prompts, or make its "
                 "pack with dit4dit pack"
             )
-        embeds = torch.as_tensor(self._given[instruction])
-        width = self._model.config.dit.text_in
-        if embeds.dim() != 2 or embeds.shape[1] != width:
-            raise InputError(f"prompt_embeds {instruction!r}: expected shape [L, {width}], got {list(embeds.shape)}")
-        return embeds
+        return self._given[instruction]
 
 
-class Recent(Generic[Key, Value]):
-    """Values of a function, least recently used out first when their cost exceeds the budget.
-
-    Safe to call from several threads: each value is made once, and making one never holds up those that are there.
-    """
-
-    def __init__(self, make: Callable[[Key], Value], budget: int, cost: Callable[[Value], int]) -> None:
-        self._make, self._budget, self._cost = make, budget, cost
-        self._values: OrderedDict[Key, Future[Value]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __contains__(self, key: Key) -> bool:
-        """Whether `get` would return at once."""
-        with self._lock:
-            value = self._values.get(key)
-            return value is not None and value.done()
-
-    def get(self, key: Key) -> Value:
-        """The value; made by the caller's thread, or waited for where another thread is making it."""
-        with self._lock:
-            value = self._values.get(key)
-            mine = value is None
-            if value is None:
-                value = self._values[key] = Future()
-            self._values.move_to_end(key)
-        if not mine:
-            return value.result()
-        try:
-            value.set_result(self._make(key))
-        except BaseException as error:
-            with self._lock:
-                del self._values[key]
-            value.set_exception(error)
-            raise
-        self._trim()
-        return value.result()
-
-    @property
-    def total_cost(self) -> int:
-        """Cost of all values that are there."""
-        return sum(self._cost(v.result()) for v in list(self._values.values()) if v.done())
-
-    def _trim(self) -> None:
-        with self._lock:
-            while self.total_cost > self._budget:
-                done = [known for known, value in self._values.items() if value.done()]
-                if len(done) < 2:
-                    return
-                del self._values[done[0]]
+def _embedding(instruction: Any, value: Any, width: int) -> Tensor:
+    """One of the embeddings that a user gives, [L, width], finite; InputError otherwise."""
+    if not isinstance(instruction, str):
+        raise InputError(f"prompt_embeds: expected instructions as keys, got {type(instruction).__name__}")
+    where, again = f"prompt_embeds {instruction!r:.60}", "make it again with Policy.embed_prompts"
+    try:
+        embeds = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{where}: expected numbers [L, {width}], got {type(value).__name__}; {again}") from None
+    if embeds.dim() != 2 or embeds.shape[1] != width or not len(embeds):
+        raise InputError(f"{where}: expected shape [L, {width}], got {list(embeds.shape)}; {again}")
+    if not embeds.is_floating_point() or not embeds.isfinite().all():
+        raise InputError(f"{where}: expected finite floats, got {embeds.dtype} or NaN or infinite values; {again}")
+    return embeds
 
 
 class Texts:
@@ -162,7 +125,16 @@ class Texts:
         )
         device = self.model.device
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._start_thread()
+        renew_after_fork(self)
+
+    def _start_thread(self) -> None:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="dit4dit-instructions")
+
+    def after_fork(self) -> None:
+        """What is kept stays; the thread is another one."""
+        self._kept.after_fork()
+        self._start_thread()
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads, streams and caches stay behind; a copy starts its own."""
@@ -181,6 +153,7 @@ class Texts:
 
     def prepare(self, instruction: str) -> Future[None]:
         """Make it in the background."""
+        check_process(self.model.device)
         return self._background.submit(self._prepare, instruction)
 
     def _prepare(self, instruction: str) -> None:
@@ -223,7 +196,11 @@ class Texts:
 
 @contextmanager
 def plain(device: torch.device) -> Iterator[None]:
-    """Outside of the caller's autocast and inference mode, which would change the numbers and what is kept."""
+    """Outside of the caller's autocast and inference mode, which would change the numbers and what is kept.
+
+    BackendError: see `check_process`.
+    """
+    check_process(device)
     with torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,20 @@ def check(examples: Any) -> list[Example]:
     """A non-empty list of mappings, or one mapping; InputError otherwise."""
     found = [examples] if isinstance(examples, Mapping) else examples
     if not isinstance(found, (list, tuple)) or not found:
-        raise InputError(f"examples: expected a dict or a list of at least one, got {type(examples).__name__}")
+        hint = (
+            "; give list(examples)"
+            if isinstance(found, Iterable) and not isinstance(found, (str, bytes, list, tuple))
+            else ""
+        )
+        raise InputError(f"examples: expected a dict or a list of at least one, got {_named(found)}{hint}")
     for i, example in enumerate(found):
         if not isinstance(example, Mapping):
             raise InputError(f"examples[{i}]: expected a dict with image and lang, got {type(example).__name__}")
     return list(found)
+
+
+def _named(found: object) -> str:
+    return f"an empty {type(found).__name__}" if isinstance(found, (list, tuple)) else type(found).__name__
 
 
 def pictures(examples: Sequence[Example], unit: int) -> list[NDArray[np.uint8]]:
@@ -49,12 +58,16 @@ def pictures(examples: Sequence[Example], unit: int) -> list[NDArray[np.uint8]]:
     sizes = sorted({picture.shape[:2] for picture in found})
     if len(sizes) > 1:
         raise InputError(f"examples: pictures of different sizes {sizes}; one batch, one size")
-    height, width = sizes[0]
-    if height % unit or width % unit:
-        raise InputError(
-            f"examples[0].image: expected sides divisible by {unit}, got {height} x {width}; resize it, or use infer()"
-        )
+    check_unit("examples[0].image", sizes[0], unit)
     return found
+
+
+def check_unit(where: str, size: Sequence[int], unit: int) -> None:
+    """InputError unless a joined image's sides are divisible by `unit`, the pixels of a token."""
+    if size[0] % unit or size[1] % unit:
+        raise InputError(
+            f"{where}: expected sides divisible by {unit}, got {size[0]} x {size[1]}; resize it, or use infer()"
+        )
 
 
 def encoded_states(examples: Sequence[Example], width: int) -> NDArray[np.float32] | None:

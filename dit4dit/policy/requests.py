@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dit4dit.config import ModelConfig
 from dit4dit.engine import MAX_BATCH, RequestShape
-from dit4dit.errors import InputError
+from dit4dit.errors import ConfigError, InputError
 from dit4dit.policy import published_api as published
 from dit4dit.policy.prompts import Embedder
 from dit4dit.robots.embodiment import Array, Resize
@@ -24,6 +24,10 @@ Size = tuple[int, int] | None
 Kind = tuple[RequestShape, bool]
 """What the requests of one pass have in common: its shape but for their number, and `Request.units`."""
 One = TypeVar("One")
+MAX_SIDE = 16384
+"""Pixels of a camera image's side that a plan is made for beforehand."""
+MAX_IMAGES = 8 * 2**30
+"""Bytes of the images of one pass that a plan is made for beforehand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,42 @@ def states(requests: Sequence[Request]) -> NDArray[np.float32] | None:
     return np.stack(found) if found else None
 
 
+def listed(name: str, what: str, values: Any) -> Sequence[Any]:
+    """The values themselves; InputError unless they are a list or another sequence.
+
+    What can be gone through only once, or in no order, is none; the letters of a text and the keys of a dict are not meant.
+    """
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray, memoryview)):
+        return values
+    known = (str, bytes, bytearray, memoryview, Mapping)
+    got = "one string" if isinstance(values, str) else type(values).__name__
+    hint = f"; give list({name})" if isinstance(values, Iterable) and not isinstance(values, known) else ""
+    raise InputError(f"{name}: expected a list of {what}, got {got}{hint}")
+
+
+def checked_batch(batch: Any) -> int:
+    """Requests of one pass; InputError unless it is a whole number, 1 to MAX_BATCH."""
+    whole = isinstance(batch, (int, np.integer)) and not isinstance(batch, bool)
+    if not whole or not 1 <= batch <= MAX_BATCH:
+        raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {batch!r:.60}")
+    return int(batch)
+
+
+def check_room(batch: int, sizes: Sequence[tuple[int, int]]) -> None:
+    """InputError where the images of one pass are larger than any camera's, or all together than MAX_IMAGES."""
+    largest = max(max(size) for size in sizes)
+    if largest > MAX_SIDE:
+        raise InputError(
+            f"image sizes: expected sides of at most {MAX_SIDE} pixels, got {largest}; give the cameras' own"
+        )
+    total = batch * sum(3 * height * width for height, width in sizes)
+    if total > MAX_IMAGES:
+        raise InputError(
+            f"image sizes: expected at most {MAX_IMAGES / 2**30:g} GiB of images in one pass, got {total / 2**30:.1f} ({batch} x "
+            f"{', '.join(f'{height} x {width}' for height, width in sizes)}); make the images smaller, or the batch"
+        )
+
+
 def checked_size(name: str, size: Any) -> tuple[int, int]:
     """(height, width); InputError unless it is two positive whole numbers."""
     numbers = tuple(size) if isinstance(size, (tuple, list)) else ()
@@ -107,14 +147,18 @@ class Door:
         guidance: Sequence[Guidance | None] | None,
     ) -> list[Request]:
         """One per observation."""
-        if isinstance(instructions, str):
-            raise InputError("instructions: expected a list of strings, one per observation, got one string")
-        count = len(observations)
-        if not count or count != len(instructions):
-            raise InputError(f"batch: {count} observations and {len(instructions)} instructions; expected as many")
+        seen = listed("observations", "Observation", observations)
+        words = listed("instructions", "strings, one per observation", instructions)
+        count = len(seen)
+        if not count or count != len(words):
+            raise InputError(
+                f"batch: {count} observations and {len(words)} instructions; expected as many, and at least one"
+            )
+        for i, one in enumerate(seen):
+            _expect(f"observations[{i}]: expected an Observation", one, Observation)
         noises = _noises(noise, count)
         kept = _one_each("guidance", "Guidance or None", guidance, count)
-        return [self.request(*given) for given in zip(observations, instructions, noises, kept, strict=True)]
+        return [self.request(*given) for given in zip(seen, words, noises, kept, strict=True)]
 
     def examples(
         self, examples: Sequence[published.Example] | published.Example, noise: Noise | Sequence[Noise] | None
@@ -123,6 +167,7 @@ class Door:
         found = published.check(examples)
         noises = _noises([noise] if isinstance(noise, Noise) else noise, len(found))
         pictures = published.pictures(found, self._config.pixels_per_token)
+        self.check_joined("examples[0].image", pictures[0].shape[:2])
         self._unjoined.look(found)
         width, state_range = self._config.head.state_dim, self._codec.state_range
         encoded = None if width is None else published.encoded_states(found, width)
@@ -133,6 +178,14 @@ class Door:
             state, length = None if encoded is None else encoded[i], self._embedder.length(words)
             requests.append(Request([pictures[i]], state, words, length, noises[i], None, "bilinear", units=False))
         return requests
+
+    def check_joined(self, where: str, size: tuple[int, ...]) -> None:
+        """InputError unless the model takes joined images of this height and width."""
+        published.check_unit(where, size, self._config.pixels_per_token)
+        try:
+            self._config.latent_size(size[0], size[1])
+        except ConfigError as error:
+            raise InputError(f"{where}: {error}") from None
 
     def _state(self, observation: Observation) -> Array | None:
         """Encoded state [1, state_dim]; None for a model without a state token, which looks at no state."""
@@ -148,7 +201,7 @@ def _noise(noise: Noise | None) -> Noise:
     """A fresh one for None."""
     if noise is None:
         return Noise.fresh()
-    _expect("noise: expected a Noise", noise, Noise)
+    _expect("noise: expected a Noise", noise, Noise, "; give Noise.from_seed(7), say, or infer's seed=7")
     return noise
 
 
@@ -164,17 +217,16 @@ def _noises(noise: Sequence[Noise] | None, count: int) -> list[Noise]:
     return found
 
 
-def _expect(wanted: str, value: object, kind: type) -> None:
+def _expect(wanted: str, value: object, kind: type, hint: str = "") -> None:
     if not isinstance(value, kind):
-        raise InputError(f"{wanted}, got {type(value).__name__}")
+        raise InputError(f"{wanted}, got {type(value).__name__}{hint}")
 
 
 def _one_each(name: str, kind: str, values: Sequence[One] | None, count: int) -> Sequence[One | None]:
     """The values, one per request: InputError where there are more or fewer, or they are no list. None where there are none."""
     if values is None:
         return [None] * count
-    if not isinstance(values, (list, tuple)):
-        raise InputError(f"{name}: expected a list of {kind}, one per request, got {type(values).__name__}")
+    listed(name, f"{kind}, one per request", values)
     if len(values) != count:
         raise InputError(f"{name}: expected one per request ({count}), got {len(values)}")
     return values

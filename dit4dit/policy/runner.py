@@ -16,7 +16,7 @@ from dit4dit.engine import Engine, Plan, PromptPack, StepInputs
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.flow import GuidanceTensors, guidance_arrays
 from dit4dit.ops import native, preprocess
-from dit4dit.policy.prompts import Recent
+from dit4dit.policy.recent import Recent, renew_after_fork
 from dit4dit.policy.requests import Kind, Request, states
 from dit4dit.robots.embodiment import Array
 from dit4dit.robots.processor import Codec
@@ -24,8 +24,9 @@ from dit4dit.robots.transforms import inverse_table
 
 log = logging.getLogger("dit4dit.policy")
 
-PLANS = 32
-"""Request shapes whose buffers (and on a GPU graphs) are kept."""
+PLAN_BUDGET = {"cpu": 256 * 2**20, "cuda": 2**30}
+"""Bytes of plans kept, by the kind of device (`Plan.bytes`): the last one, whatever it takes, and as many others as there is room
+for beside it. Of two camera images of 480 x 640 that is about 110 single requests on a CPU and 220 on a GPU."""
 Results = tuple[Array, Array]
 """Normalised actions [B, K, A_model], and those in robot units [B, K, A]."""
 
@@ -38,8 +39,15 @@ class EngineRunner:
         self._start()
 
     def _start(self) -> None:
-        self._plans: Recent[Kind, Plan] = Recent(self._make_plan, PLANS, lambda _: 1)
+        budget = PLAN_BUDGET[self.engine.device.type]
+        self._plans: Recent[Kind, Plan] = Recent(self._make_plan, budget, lambda plan: plan.bytes)
         self._turn = threading.Lock()  # the engine's buffers serve one request at a time
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Plans stay: each pass writes all that it reads."""
+        self._plans.after_fork()
+        self._turn = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Buffers and locks stay behind; a copy makes its own."""
@@ -52,13 +60,12 @@ class EngineRunner:
     @property
     def plans(self) -> int:
         """How many shapes have a plan."""
-        return self._plans.total_cost
+        return len(self._plans)
 
     def warm_up(self, kind: Kind) -> None:
         """Make the plan for passes of this kind, with the batch of its shape, and run it once."""
-        plan = self._plans.get(kind)
         with self._turn:
-            plan.rehearse()
+            self._plan(kind).rehearse()
 
     def run(self, requests: Sequence[Request], packs: Sequence[PromptPack]) -> Results:
         """One pass for requests of one kind, each with its pack."""
@@ -67,8 +74,8 @@ class EngineRunner:
         if self.engine.device.type == "cuda" and (shape, units) not in self._plans:
             log.warning("recording a CUDA graph for %s inside a request; call Policy.warm_up beforehand", shape)
         state = states(requests)
-        plan = self._plans.get((shape, units))
         with self._turn:
+            plan = self._plan((shape, units))
             try:
                 normalized, actions = plan.run(
                     [r.pictures for r in requests],
@@ -84,11 +91,18 @@ class EngineRunner:
                 self.engine.one_launch.check()  # what a launch that gave up leaves behind is NaN
         return normalized, self.codec.action.inverse(normalized) if actions is None else actions
 
+    def _plan(self, kind: Kind) -> Plan:
+        """By whoever has the turn: no plan is running, so that others can be freed, and no more than one is in anyone's hand."""
+        new = kind not in self._plans
+        plan = self._plans.get(kind)
+        if new and self._plans.total_cost > self._plans.budget:
+            self.engine.drop_graph_pool()  # its holes go with this plan, not with those to come
+        return plan
+
     def _make_plan(self, kind: Kind) -> Plan:
         shape, units = kind
         table = torch.from_numpy(inverse_table(self.codec.action)) if units else None
-        with self._turn:
-            return Plan(self.engine, shape, table)
+        return Plan(self.engine, shape, table)
 
 
 class ModelRunner:

@@ -234,7 +234,7 @@ MISTAKES = {
     "NaN in state": (set_state({"yaw": float("nan")}), "state 'yaw': has NaN"),
     "unknown state": (set_state({"yaww": 1}), "did you mean 'yaw'"),
     "state not JSON": (text_state, "not valid JSON"),
-    "state is a folder": (lambda f: ["--state", str(f["state"].parent)], "cannot be read"),
+    "state is a folder": (lambda f: ["--state", str(f["state"].parent)], "is a folder; expected a file"),
     "plot of no kind": (lambda f: ["--plot", "out.xyz"], "expected a file ending in .png"),
     "words as numbers": (set_state({"x": "0.1"}), "state 'x': expected 1 numbers, got '0.1'"),
     "third picture": (

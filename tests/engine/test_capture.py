@@ -82,7 +82,7 @@ def test_the_error_that_came_first_is_raised_and_nothing_stays_in_a_capture(
     # one failed capture's share of the first pool, given back once by the graph or here
     assert cuda.released == ([(0, 1)] if failure is cuda_error else [])
     Plan(engine, SHAPE, None)
-    assert engine.graph_pool == (0, 2)
+    assert engine.graph_pool.handle == (0, 2)
     assert not cuda.allocating
 
 

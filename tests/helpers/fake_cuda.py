@@ -66,6 +66,7 @@ class FakeCuda:
     Attributes:
         capturing: the graph that is being captured. invalid: whether an operation has made this capture invalid.
         allocating: pools that the allocator believes to be captured into. released: those given back.
+        segments: sizes of what each pool has.
         generator_captured: whether the random generator believes to be captured. broken: whether replays fail.
         current: the current stream; None is the default one. log: what has happened.
     """
@@ -78,6 +79,7 @@ class FakeCuda:
         self.released: list[Any] = []
         self.invalid = self.generator_captured = self.broken = False
         self.log: list[str] = []
+        self.segments: dict[Any, list[int]] = {}
         self._pools = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +110,8 @@ class FakeCuda:
             "current_stream": lambda device=None: cuda.current,
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: None,
+            "get_allocator_backend": lambda: "native",
+            "memory_snapshot": lambda pool: [{"total_size": size} for size in cuda.segments.get(pool, [])],
             "is_current_stream_capturing": lambda: cuda.capturing is not None,
         }
         for name, patch in patches.items():

@@ -50,7 +50,8 @@ def test_the_error_flag_is_read_and_cleared() -> None:
     case = Case(tiny())
     head = OneLaunchHead(case.folded, case.config, case.steps)
     status = torch.tensor([3, 40, 7, 2], dtype=torch.int32)
-    head._ready[(1, 40, True)] = _Ready(plan(case.shape, DEVICE), {"status": status})
+    ready = _Ready(plan(case.shape, DEVICE), {"status": status})
+    head._ready[(1, 40, True)] = ready
     with pytest.raises(OutputError, match="block 2 waited more than 2 s in tile 40 for counter 7, which stood at 2"):
         head.check()
     head.check()

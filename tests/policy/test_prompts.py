@@ -7,7 +7,7 @@ import threading
 import pytest
 from waiting import WAIT
 
-from dit4dit.policy.prompts import Recent
+from dit4dit.policy.recent import Recent
 
 
 def test_least_recently_used_goes_first() -> None:

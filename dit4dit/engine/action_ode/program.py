@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from dit4dit.engine.fold import fold_head
 from dit4dit.errors import BackendError, ConfigError, OutputError
 from dit4dit.model.action_head import ActionHead
 from dit4dit.model.flow import GuidanceTensors
-from dit4dit.ops import measured, native
+from dit4dit.ops import device_tables, measured, native
 from dit4dit.ops.action_ode import FoldedHead
 from dit4dit.ops.dispatch import set_example
 
@@ -28,6 +30,8 @@ log = logging.getLogger("dit4dit.engine.action_ode")
 HeadChoice = Literal["auto", "library", "one_launch"]
 CHOICES = ("auto", "library", "one_launch")
 
+KINDS = 2
+"""Kinds of request that stay ready though no plan reads them."""
 LONGEST_WAIT_NS = 2_000_000_000
 """A wait inside the kernel that takes longer ends the launch with an error; a launch takes about a thousandth of it."""
 
@@ -38,6 +42,11 @@ class _Ready:
 
     schedule: Schedule
     tensors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is this kind's own; weights are shared."""
+        return sum(tensor.nbytes for name, tensor in self.tensors.items() if name != "weights")
 
     @property
     def status(self) -> Tensor:
@@ -58,17 +67,23 @@ class OneLaunchHead:
     def __init__(self, folded: FoldedHead, config: HeadConfig, steps: int, *, fp8: bool = False) -> None:
         """fp8: the blocks' weights in e4m3 with a scale for each row; changes the result."""
         self.folded, self.config, self.steps, self.fp8 = folded, config, steps, fp8
-        self._ready: dict[tuple[int, int, bool], _Ready] = {}
-        self._weights: dict[tuple[object, ...], Tensor] = {}
+        self._start()
+
+    def _start(self) -> None:
+        # what a plan's graph reads the plan keeps; of what no plan reads the last few kinds stay
+        self._ready: WeakValueDictionary[tuple[int, int, bool], _Ready] = WeakValueDictionary()
+        self._last: deque[_Ready] = deque(maxlen=KINDS)
+        self._weights: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """What belongs to a device is made anew."""
-        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_ready": {}, "_weights": {}}
+        own = ("_ready", "_last", "_weights", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._start()
 
     @property
     def capturing(self) -> bool:
@@ -123,7 +138,8 @@ class OneLaunchHead:
         """
         key = (batch, context, prefix)
         with self._lock:
-            if key not in self._ready:
+            ready = self._ready.get(key)
+            if ready is None:
                 schedule = self._plan(device, *key)
                 try:
                     validate(schedule)
@@ -132,16 +148,20 @@ class OneLaunchHead:
                         f"action_ode: the schedule must not run: {error}; use head='library' and report this configuration"
                     ) from error
                 expect_residency(schedule, device)
-                self._ready[key] = self._place(schedule, device)
-            return self._ready[key]
+                ready = self._ready[key] = self._place(schedule, device)
+            if ready not in self._last:
+                self._last.append(ready)
+        device_tables.note(ready)
+        return ready
 
     def _place(self, schedule: Schedule, device: torch.device) -> _Ready:
         cut = tuple(schedule.matrices.values())
-        if cut not in self._weights:
-            self._weights[cut] = as_bytes(pack_matrices(self.folded, schedule.matrices))
+        weights = self._weights.get(cut)
+        if weights is None:
+            weights = self._weights[cut] = as_bytes(pack_matrices(self.folded, schedule.matrices))
         tables = ("tiles", "first_tile", "segments", "first_segment")
         tensors = {name: torch.from_numpy(getattr(schedule, name)).to(device) for name in tables}
-        tensors["weights"] = self._weights[cut]
+        tensors["weights"] = weights
         tensors["constants"] = pack_constants(self.folded, schedule)
         tensors["workspace"] = torch.empty(schedule.workspace_bytes, dtype=torch.uint8, device=device)
         tensors["counters"] = torch.zeros(schedule.counters + 1, COUNTER_STRIDE, dtype=torch.int32, device=device)
