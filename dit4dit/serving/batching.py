@@ -47,6 +47,7 @@ class _Message:
     requests: Sequence[Request]
     part: asyncio.Future[None] = field(init=False)  # done when the requests before `ready` have run, or one has failed
     ready: int = 0  # requests that may run: what their instructions need is there
+    coming: asyncio.Future[None] | None = None  # what the next one's instruction needs, begun
     chunks: list[ActionChunk] = field(default_factory=list)
     since: float = field(default_factory=time.perf_counter)
     ended: float = 0.0
@@ -126,6 +127,8 @@ class Batcher:
                 await message.part
         finally:
             self._queue.pop(message, None)
+            if message.coming is not None:
+                message.coming.cancel()
         queue_s = message.ended - message.since - message.infer_s
         return Answer(message.chunks, queue_s, message.infer_s, message.batch)
 
@@ -142,23 +145,26 @@ class Batcher:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _prepare(self, message: _Message) -> None:
-        """Make what the next pass of this message needs of its instructions. It has one at work at a time, so that one with many
-        new ones is in turn with the others; no more than one pass's, so that they are still kept when they run."""
-        end = min(len(message.chunks) + self._most, len(message.requests))
-        while message.ready < end:
-            coming = self._backend.prepare(message.requests[message.ready])
-            if coming is not None:
+        """Make what the next pass of this message needs of its instructions. A message has one at work at a time, so that one with
+        many new ones is in turn with the others; and no more than a pass's before they run, so that they are still kept then."""
+        enough = len(message.chunks) + self._most
+        while message.ready < len(message.requests):
+            if message.coming is None:
+                coming = self._backend.prepare(message.requests[message.ready])
+                message.coming = None if coming is None else self._watched(coming)
+            if message.coming is not None:
+                if message.ready >= enough:
+                    return
                 self._preparing.add(message)
-                preparing = self._watched(coming)
                 try:
-                    await asyncio.wait({preparing, message.part}, return_when=asyncio.FIRST_COMPLETED)
-                    (message.part if message.part.done() else preparing).result()
+                    await asyncio.wait({message.coming, message.part}, return_when=asyncio.FIRST_COMPLETED)
+                    (message.part if message.part.done() else message.coming).result()
                 except DeviceError as error:
                     self._on_dead(error)
                     raise
                 finally:
-                    preparing.cancel()
                     self._preparing.discard(message)
+                message.coming = None
             message.ready += 1
 
     async def _loop(self) -> None:
@@ -198,12 +204,13 @@ class Batcher:
         return asyncio.wrap_future(coming)
 
     async def _gather(self) -> None:
-        """Wait until a pass is full, or as many messages are there as can come, or the window is over; alone, a client never
-        waits."""
+        """Wait until a pass is full, or as many messages are there as can come, or the window is over. A client that is alone never
+        waits, and a message that has begun not again."""
         end = time.perf_counter() + self._window_s
         while not self._stopped and len(self._queue) < min(self._most, self._clients() - len(self._preparing)):
             left = end - time.perf_counter()
-            if left <= 0 or sum(message.ready - len(message.chunks) for message in self._queue) >= self._most:
+            full = sum(message.ready - len(message.chunks) for message in self._queue) >= self._most
+            if left <= 0 or full or any(message.chunks for message in self._queue):
                 return
             self._arrived.clear()
             try:

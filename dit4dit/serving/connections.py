@@ -87,7 +87,12 @@ def notice_death(connection: ServerConnection, seconds: float) -> None:
     peer = connection.transport.get_extra_info("socket")
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     idle, interval = max(1, int(seconds / 2)), max(1, int(seconds / 10))
-    options = {"TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": interval, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": int(seconds * 1e3)}
+    options = {
+        "TCP_KEEPIDLE": idle,
+        "TCP_KEEPINTVL": interval,
+        "TCP_KEEPCNT": 5,
+        "TCP_USER_TIMEOUT": int(seconds * 1e3),
+    }
     for name, value in options.items():
         if hasattr(socket, name):
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

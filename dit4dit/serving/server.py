@@ -151,7 +151,9 @@ class Server:
         )
         options: dict[str, Any] = {"compression": None, "max_size": settings.max_frame_bytes, "max_queue": 1}
         # a page in a browser sends its Origin: no web page on this machine talks to the robot
-        options.update(origins=[None], process_request=self._on_http, create_connection=self._handshakes.connection_type())
+        options.update(
+            origins=[None], process_request=self._on_http, create_connection=self._handshakes.connection_type()
+        )
         options.update(open_timeout=HANDSHAKE_S, ping_interval=PING_INTERVAL_S, ping_timeout=settings.ping_timeout_s)
         options.update(sock=bound, backlog=ACCEPTED_AT_ONCE, logger=_quiet, server_header=None)
         listening = await serve(self._serve_client, **options)

@@ -72,7 +72,9 @@ class Settings:
         if self.idle_timeout_s is not None and not 0 < self.idle_timeout_s < 1e9:
             raise ConfigError(f"idle_timeout_s: expected seconds, more than 0, got {self.idle_timeout_s}")
         if self.ping_timeout_s is not None and not 1 <= self.ping_timeout_s <= 36_000:
-            raise ConfigError(f"ping_timeout_s: expected 1 to 36000 seconds, or None for never, got {self.ping_timeout_s}")
+            raise ConfigError(
+                f"ping_timeout_s: expected 1 to 36000 seconds, or None for never, got {self.ping_timeout_s}"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed: expected an integer in 0..2^64-1, got {self.seed}")
         if self.api_key is not None:
