@@ -145,8 +145,9 @@ class Batcher:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _prepare(self, message: _Message) -> None:
-        """Make what the next pass of this message needs of its instructions. A message has one at work at a time, so that one with
-        many new ones is in turn with the others; and no more than a pass's before they run, so that they are still kept then."""
+        """Make what the next pass of this message needs of its instructions. A message has one at work at a time, so that one
+        with many new ones is in turn with the others; and no more than a pass's before they run, so that they are kept so long.
+        """
         enough = len(message.chunks) + self._most
         while message.ready < len(message.requests):
             if message.coming is None:
@@ -204,8 +205,8 @@ class Batcher:
         return asyncio.wrap_future(coming)
 
     async def _gather(self) -> None:
-        """Wait until a pass is full, or as many messages are there as can come, or the window is over. A client that is alone never
-        waits, and a message that has begun not again."""
+        """Wait until a pass is full, or as many messages are there as can come, or the window is over. A client that is alone
+        never waits, and a message that has begun not again."""
         end = time.perf_counter() + self._window_s
         while not self._stopped and len(self._queue) < min(self._most, self._clients() - len(self._preparing)):
             left = end - time.perf_counter()

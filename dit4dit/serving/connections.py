@@ -22,6 +22,8 @@ ACCEPTED_AT_ONCE = 8
 there, or a flood would drop those who are about to get in."""
 BACKLOG = 1024
 """Connections that wait in the kernel, for which nothing has been spent yet."""
+CLOSING_S = 2.0
+"""What a peer has to answer that a connection closes, before it is cut off."""
 MAX_FRAMES = 256
 """WebSocket frames in one read (at most 256 KiB) of a connection, or while its peer does not read what it is sent. A request is
 one frame; thousands of empty ones would hold up the event loop, and pings that are answered into the void fill the memory."""
@@ -75,6 +77,7 @@ class Handshakes:
             def _count(self, frame: Any) -> None:
                 self._frames += 1
                 if self._frames > MAX_FRAMES:
+                    self.loop.call_later(CLOSING_S, self.transport.abort)
                     raise ProtocolError(f"more than {MAX_FRAMES} frames at once; send a message in one")
                 self._take(frame)
 

@@ -33,7 +33,7 @@ from dit4dit.policy.requests import Request
 from dit4dit.serving import protocol, wire
 from dit4dit.serving.backend import Backend
 from dit4dit.serving.batching import Answer, Batcher, BusyError
-from dit4dit.serving.connections import ACCEPTED_AT_ONCE, BACKLOG, HANDSHAKE_S, Handshakes, notice_death
+from dit4dit.serving.connections import ACCEPTED_AT_ONCE, BACKLOG, CLOSING_S, HANDSHAKE_S, Handshakes, notice_death
 from dit4dit.serving.settings import Settings
 from dit4dit.serving.statistics import Statistics
 
@@ -154,7 +154,12 @@ class Server:
         options.update(
             origins=[None], process_request=self._on_http, create_connection=self._handshakes.connection_type()
         )
-        options.update(open_timeout=HANDSHAKE_S, ping_interval=PING_INTERVAL_S, ping_timeout=settings.ping_timeout_s)
+        options.update(
+            open_timeout=HANDSHAKE_S,
+            ping_interval=PING_INTERVAL_S,
+            ping_timeout=settings.ping_timeout_s,
+            close_timeout=CLOSING_S,
+        )
         options.update(sock=bound, backlog=ACCEPTED_AT_ONCE, logger=_quiet, server_header=None)
         listening = await serve(self._serve_client, **options)
         bound.listen(BACKLOG)  # asyncio takes as many at once as it lets wait

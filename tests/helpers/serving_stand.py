@@ -78,6 +78,17 @@ class StandIn:
         assert self.entered.acquire(timeout=WAIT)
 
 
+def connection(port: int, **options):
+    """A connection of the published kind; its metadata is still to be received.
+
+    legacy=True, where websockets knows it: not only as a context manager.
+    """
+    if "legacy" not in inspect.signature(connect).parameters:
+        options.pop("legacy", None)
+    options.setdefault("open_timeout", WAIT)
+    return connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None, **options)
+
+
 class Running:
     def __init__(self, backend, settings: Settings) -> None:
         self.server, self.backend, self.error = Server(backend, settings), backend, None
@@ -111,14 +122,7 @@ class Running:
             batcher._window_s = before
 
     def raw(self, **options):
-        """A connection of the published kind; its metadata is still to be received.
-
-        legacy=True, where websockets knows it: not only as a context manager.
-        """
-        if "legacy" not in inspect.signature(connect).parameters:
-            options.pop("legacy", None)
-        options.setdefault("open_timeout", WAIT)
-        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
+        return connection(self.port, **options)
 
     def health(self):
         try:
