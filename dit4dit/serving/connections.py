@@ -17,7 +17,7 @@ HANDSHAKE_S = 5.0
 """From a connection's first byte to the end of its handshake, or of the answer that refuses it."""
 MAX_HANDSHAKES = 128
 """Connections that have not come so far; when there are more, the oldest is dropped."""
-ACCEPTED_AT_ONCE = 8
+ACCEPTED_AT_ONCE = 1
 """Connections taken in one turn of the event loop. A handshake takes about six turns: in that time fewer must come than may be
 there, or a flood would drop those who are about to get in."""
 BACKLOG = 1024

@@ -76,12 +76,14 @@ class Laborious(StandIn):
 
 def serve(options: dict) -> None:
     from dit4dit.commands import serving
+    from dit4dit.policy import garbage
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     backend = Laborious(options.get("seconds", 0.0))
     if options.get("hang"):
         backend.run = lambda _: threading.Event().wait()
     settings = Settings(port=0, **options.get("settings", {}))
+    garbage.freeze()  # as the command does
     with settings.listen() as bound:
         tell(bound.getsockname()[1])
         serving._run(Server(backend, settings), "stand-in", bound, None)

@@ -15,7 +15,7 @@ from dit4dit.serving.settings import Settings
 
 KEY = "a-key-of-more-than-16-letters"
 HOSTILE_CLIENTS = 6
-HALF_S = 8.0
+HALF_S = 10.0
 """Without the hostile ones, and with them."""
 
 
