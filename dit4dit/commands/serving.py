@@ -80,6 +80,7 @@ def serve(
     from dit4dit.serving.settings import find_key
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it has a warning for each byte that is sent to who is gone
     settings = Settings(
         host=host,
         port=port,

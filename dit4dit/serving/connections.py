@@ -19,7 +19,7 @@ MAX_HANDSHAKES = 128
 """Connections that have not come so far; when there are more, the oldest is dropped."""
 ACCEPTED_AT_ONCE = 1
 """Connections taken in one turn of the event loop. A handshake takes about six turns: in that time fewer must come than may be
-there, or a flood would drop those who are about to get in."""
+there, or a flood would drop those who are about to get in; and it must not slow down the turns of those who are."""
 BACKLOG = 1024
 """Connections that wait in the kernel, for which nothing has been spent yet."""
 CLOSING_S = 2.0

@@ -36,6 +36,8 @@ from dit4dit.serving import wire
 from dit4dit.serving.server import Server
 from dit4dit.serving.settings import Settings
 
+BAD = {**HOSTILE}
+"""Frames that are refused."""
 FRAME = 32 * 2**20
 IMAGE = np.zeros((192, 192, 3), np.uint8)
 
@@ -138,14 +140,14 @@ def work(options: dict) -> None:
 
 
 class Harm:
-    """What a hostile client with the key does; every method without an underscore is a kind, and each frame of `HOSTILE` one."""
+    """What a hostile client with the key does; every method without an underscore is a kind, and each frame of `BAD` one."""
 
     def __init__(self, options: dict) -> None:
         self._options = options
 
     def _kinds(self):
         own = {name: getattr(self, name) for name in dir(self) if not name.startswith("_")}
-        return own | {name: (lambda frame=frame: self._bad(frame, 10)) for name, frame in HOSTILE.items()}
+        return own | {name: (lambda frame=frame: self._bad(frame, 10)) for name, frame in BAD.items()}
 
     def _connect(self, **more):
         address, more = (

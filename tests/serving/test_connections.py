@@ -7,8 +7,9 @@ import socket
 import threading
 import time
 
+import numpy as np
 import pytest
-from serving_load import Role
+from serving_load import BAD, Role
 from serving_stand import UPGRADE, StandIn, ask, raw_socket, running
 from waiting import WAIT, eventually
 from websockets.exceptions import ConnectionClosed
@@ -176,6 +177,29 @@ def test_who_is_paused_is_not_cut_off_and_who_answers_no_ping_is(monkeypatch: py
     with running(ping_timeout_s=None) as server, raw_socket(server, UPGRADE + b"\r\n"):
         eventually(lambda: server.server._clients)
         assert next(iter(server.server._clients)).ping_timeout is None
+
+
+@pytest.mark.serial
+def test_no_frame_holds_up_the_event_loop_for_longer_than_a_good_one_of_its_size() -> None:
+    """Time of its thread alone: at most three times as much, and 10 ms."""
+    values = [wire.pack({"value": 1, "more": [np.float32(1)] * 2800}), wire.pack({"value": 1, "more": [0] * 19_900})]
+    frames = [*BAD.values(), *values, *(frame + bytes(2 * module.LARGE_FRAME) for frame in values), "é" * 4_000_000]
+    with running() as server, server.raw() as connection:
+        connection.recv(timeout=WAIT)
+        clock = time.pthread_getcpuclockid(server.thread.ident)
+
+        def cost(frame) -> float:
+            found = []
+            for _ in range(3):
+                started = time.clock_gettime(clock)
+                ask(connection, frame)
+                found.append(time.clock_gettime(clock) - started)
+            return min(found)
+
+        for frame in frames:
+            size = len(frame.encode() if isinstance(frame, str) else frame)
+            good = wire.pack({"value": 1, "more": bytes(max(0, size - 20))})
+            assert cost(frame) <= 3 * cost(good) + 0.01, frame[:60]
 
 
 def test_large_frames_are_read_beside_the_event_loop() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from serving_stand import StandIn, ask, running
 from waiting import WAIT, eventually
 
 from dit4dit.errors import InputError
 from dit4dit.serving import wire
+from dit4dit.serving.backend import PolicyBackend
 from dit4dit.types import ActionChunk
 
 
@@ -218,3 +221,27 @@ def test_large_answers_are_whole(pool) -> None:
         for message, answer in zip(messages, pool.map(ask, connections, messages), strict=True):
             assert answer["data"]["actions"].shape == (len(message["value"]), 1000, 1)
             assert answer["data"]["actions"][:, 999, 0].tolist() == message["value"]
+
+
+def test_a_real_policy_encodes_beside_the_inference_thread(libero_policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    kind = type(libero_policy._texts.embedder)
+    encode = kind.__call__
+
+    def watched(self, instruction):
+        threads.append((instruction, threading.current_thread().name))
+        return encode(self, instruction)
+
+    monkeypatch.setattr(kind, "__call__", watched)
+    example = {"image": [np.zeros((32, 64, 3), np.uint8)], "lang": "go", "state": np.zeros((1, 16), np.float32)}
+    words = [f"an instruction of the test of turns {i}" for i in range(3)]
+    backend = PolicyBackend(libero_policy, "libero_tiny", "abc")
+    with running(backend, max_batch=2) as server, server.raw() as client:
+        client.recv(timeout=WAIT)
+        for _ in range(2):
+            answer = ask(client, {"examples": [{**example, "lang": lang} for lang in (*words, words[0])]})
+            assert answer["data"]["actions"].shape == (4, 8, 7)
+    assert [lang for lang, _ in threads] == words  # once each
+    assert all(name.startswith("dit4dit-instructions") for _, name in threads), threads
+    (request,) = backend.check({"examples": [{**example, "lang": words[0]}]})
+    assert backend.prepare(request) is None

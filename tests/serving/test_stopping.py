@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import HOSTILE
-from serving_load import Role
+from serving_load import BAD, Role
 from serving_stand import UPGRADE, StandIn, ask, connection, raw_socket, running
 from waiting import WAIT, eventually
 from websockets.exceptions import ConnectionClosed
@@ -162,7 +161,7 @@ def test_the_command_outlives_every_bad_frame_and_ends_on_sigterm(small_libero: 
     command = [str(Path(sys.executable).with_name("dit4dit")), "serve", "--checkpoint", str(small_libero), "--port", "0",
                "--device", "cpu", "--max-frame-mib", "32", "--json", str(tmp_path / "report.json")]  # fmt: skip
     example = {"image": [np.zeros((32, 64, 3), np.uint8)], "lang": "go", "state": np.zeros((1, 16), np.float32)}
-    frames = HOSTILE | {"text": "é" * 1_000_000, "large": FRAME}
+    frames = BAD | {"text": "é" * 1_000_000, "large": FRAME}
     log = tmp_path / "log"
     with (
         log.open("w") as errors,
