@@ -265,11 +265,11 @@ class Server:
         assert task is not None
         self._handshakes.end(connection)
         self._clients[connection] = task
-        notice_death(connection, self.settings.ping_timeout_s or DEAD_AFTER_S)
         self.statistics.counts["connections"] += 1
         log.info("%s: connected", peer)
         session = Session(self.settings.seed)
         try:
+            notice_death(connection, self.settings.ping_timeout_s or DEAD_AFTER_S)
             await self._send(connection, self._greeting)
             while True:
                 frames = [await connection.recv()]
@@ -284,9 +284,11 @@ class Server:
             log.info("%s: closed (%s)", peer, closed)
         except _GoneError:
             log.info("%s: left before its answer", peer)
-        except asyncio.TimeoutError:
+        except asyncio.TimeoutError:  # before OSError, which it is one of from Python 3.11 on
             log.warning("%s: did not read its answer for %g s; cut off", peer, SEND_TIMEOUT_S)
             connection.transport.abort()
+        except OSError as error:  # it was gone before its socket was set up
+            log.info("%s: left (%s)", peer, error)
         finally:
             self._clients.pop(connection, None)
 
