@@ -103,6 +103,7 @@ def test_a_part_that_fails_fails_its_request_and_no_other(pool) -> None:
         assert "unlucky" in failing.result(WAIT)["error"]["message"]
         assert fine.result(WAIT)["data"]["actions"].ravel().tolist() == [20, 21, 22, 23, 24, 25]
         assert not any(6 in values for values in backend.passes), "the rest of it was computed"
+        assert sum(13 in values for values in backend.passes) == 2  # with another's, and alone
         assert ask(bad, {"value": 1})["noise"]["chunk"] == 0  # a request that failed has used none
 
 
