@@ -1,6 +1,6 @@
 """A server, its clients and its enemies, each in a process of their own: `python serving_load.py ROLE JSON`.
 
-serve       a stand-in's server, behind what `dit4dit serve` does with one; prints its port
+serve       a stand-in's server, behind what `dit4dit serve` does with one; prints its address
 work        well-behaved clients until standard input ends; prints [[end, seconds], ...] of their requests, on the system's clock
 harm        hostile clients with the key; prints how often each kind of harm was done
 knock       strangers that hold 1000 sockets and never finish a handshake; prints how many they made
@@ -58,6 +58,11 @@ class Role:
         self.first = self.process.stdout.readline().strip()
         assert self.first, log.read_text()[-2000:]
 
+    @property
+    def port(self) -> int:
+        """Of a server, which says so when it serves."""
+        return int(self.first.rpartition(":")[2])
+
     def __enter__(self):
         return self
 
@@ -87,7 +92,6 @@ def serve(options: dict) -> None:
     settings = Settings(port=0, **options.get("settings", {}))
     garbage.freeze()  # as the command does
     with settings.listen() as bound:
-        tell(bound.getsockname()[1])
         serving._run(Server(backend, settings), "stand-in", bound, None)
 
 

@@ -112,6 +112,7 @@ def test_pings_into_the_void_fill_no_memory(monkeypatch: pytest.MonkeyPatch) -> 
         bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         eventually(lambda: server.server._clients)
         (connection,) = server.server._clients
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         take, read = connection._take, []
         connection._take = lambda frame: (read.append(frame), take(frame))
         sent = 0

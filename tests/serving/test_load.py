@@ -28,7 +28,7 @@ def test_the_well_behaved_lose_nothing_by_the_hostile(tmp_path, capsys) -> None:
     assert {*BAD} < {*kinds}
     to = {"key": KEY}
     with Role("serve", {"seconds": 0.02, "settings": {"api_key": KEY}}, tmp_path / "serve") as server:
-        to["port"] = int(server.first)
+        to["port"] = server.port
         good = {**to, "clients": settings.max_clients - HOSTILE_CLIENTS}
         with Role("work", good, tmp_path / "work") as working:
             begin = time.monotonic()

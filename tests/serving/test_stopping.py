@@ -125,7 +125,7 @@ def test_sigterm_ends_the_command_whatever_the_pass_and_64_clients_do(tmp_path: 
         idle = terminate(server.process, tmp_path / "idle")
     log = tmp_path / "hanging"
     with Role("serve", {"hang": True}, log) as server:
-        found = clients(int(server.first), 64)
+        found = clients(server.port, 64)
         for one in found[:40]:
             one.send(wire.pack({"value": 1, "count": 64}))
         for one in found[40:44]:
@@ -139,9 +139,9 @@ def test_sigterm_ends_the_command_whatever_the_pass_and_64_clients_do(tmp_path: 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with Role("serve", {"hang": True}, log) as server:
-        (one,) = clients(int(server.first), 1)
+        (one,) = clients(server.port, 1)
         one.send(wire.pack({"value": 1}))
-        eventually(lambda: b'"running": true' in health(int(server.first)))
+        eventually(lambda: b'"running": true' in health(server.port))
         server.process.send_signal(signal.SIGTERM)
         eventually(lambda: "once more ends it at once" in log.read_text())
         server.process.send_signal(signal.SIGTERM)
