@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +13,7 @@ import tyro
 from dit4dit.commands.loading import PolicyToLoad
 from dit4dit.commands.shell import check_outputs, read_lines, say
 from dit4dit.errors import InputError, require
+from dit4dit.serving.settings import Settings
 
 if TYPE_CHECKING:
     from socket import socket
@@ -23,8 +26,8 @@ Pictures = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 def serve(
     policy: PolicyToLoad,
-    host: str = "127.0.0.1",
-    port: int = 10093,
+    host: str = Settings.host,
+    port: int = Settings.port,
     steps: int | None = None,
     quantization: Literal["fp8"] | None = None,
     calibration: Path | None = None,
@@ -32,13 +35,14 @@ def serve(
     instructions: Path | None = None,
     warm_up: bool = False,
     picture: Pictures = (),
-    max_batch: int = 8,
-    batch_window_ms: float = 2.0,
-    max_clients: int = 32,
-    max_queued: int = 64,
-    max_frame_mib: int = 32,
-    idle_timeout: float | None = None,
-    seed: int | None = None,
+    max_batch: int = Settings.max_batch,
+    batch_window_ms: float = Settings.batch_window_ms,
+    max_clients: int = Settings.max_clients,
+    max_queued: int = Settings.max_queued,
+    max_frame_mib: int = Settings.max_frame_bytes // 2**20,
+    idle_timeout: float | None = Settings.idle_timeout_s,
+    ping_timeout: float | None = Settings.ping_timeout_s,
+    seed: int | None = Settings.seed,
     api_key_file: Path | None = None,
     insecure: bool = False,
     json: Path | None = None,
@@ -56,12 +60,13 @@ def serve(
         instructions: text file, one instruction a line, that are encoded before the first request.
         warm_up: run a pass of each batch size before the first request.
         picture: VIEW=HEIGHTxWIDTH of the robot's own pictures, for --warm-up; once per view, the model's size when not given.
-        max_batch: chunks in one pass; 1 keeps each client's bits independent of the others.
+        max_batch: chunks in one pass, in which clients take turns; 1 keeps each client's bits independent of the others.
         batch_window_ms: how long a pass waits for other connected clients.
-        max_clients: connections; more are refused.
+        max_clients: clients connected at once; more are refused.
         max_queued: requests that wait; more are refused.
-        max_frame_mib: largest request.
+        max_frame_mib: largest request; see serving/settings.py for what the memory must hold.
         idle_timeout: end after so many seconds without a message.
+        ping_timeout: cut off a client that answers no ping for so many seconds (a simulator may block); None never.
         seed: of every connection's noise until it resets; a fresh one each when not given.
         api_key_file: file with the key that clients must send; without it, the variable DIT4DIT_API_KEY.
         insecure: serve any address without a key.
@@ -73,8 +78,10 @@ def serve(
     from dit4dit.evaluation.identity import checkpoint_hash
     from dit4dit.serving.backend import PolicyBackend
     from dit4dit.serving.server import Server
-    from dit4dit.serving.settings import Settings, find_key
+    from dit4dit.serving.settings import find_key
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it has a warning for each byte that is sent to who is gone
     settings = Settings(
         host=host,
         port=port,
@@ -86,6 +93,7 @@ def serve(
         max_queued=max_queued,
         max_frame_bytes=max_frame_mib * 2**20,
         idle_timeout_s=idle_timeout,
+        ping_timeout_s=ping_timeout,
         seed=seed,
     )
     check_outputs(json=json)
@@ -93,7 +101,6 @@ def serve(
     if pictures and not warm_up:
         raise InputError("--picture says what --warm-up prepares for; give both")
     words = [] if instructions is None else read_lines(instructions)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with settings.listen() as bound:
         loaded = policy.load(
             steps=steps, quantization=quantization, calibration=calibration, packs=packs, text_encoder=packs is None
@@ -106,7 +113,11 @@ def serve(
 
 
 def _run(server: Server, name: str, bound: socket, json: Path | None) -> None:
-    """Serve until the end, then leave the statistics."""
+    """Serve until the end, then leave the statistics.
+
+    A thread that the end finds in a pass, an encoding or a large request may need minutes, or never be done. Python would wait
+    for it; where there is one, the process ends here, and the operating system takes the rest.
+    """
     import asyncio
 
     from dit4dit.files.json_files import write_json
@@ -118,6 +129,10 @@ def _run(server: Server, name: str, bound: socket, json: Path | None) -> None:
         logging.getLogger("dit4dit.serving").info("%s", server.statistics.line())
         if json is not None:
             write_json(json, server.statistics.summary())
+    if server.left_behind:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str, tuple[int, int]]) -> None:

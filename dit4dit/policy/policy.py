@@ -371,6 +371,10 @@ class Policy:
         """
         return self._texts.prepare(instruction)
 
+    def has_prepared(self, instruction: str) -> bool:
+        """Whether a chunk that uses the instruction now waits for no encoding."""
+        return instruction in self._texts
+
 
 def _check_engine(engine: str, with_options: bool) -> None:
     if engine not in ENGINES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,9 @@ class Backend(Protocol):
         """What an inference message asks for, one request a chunk, at least one, each with a noise of its own; InputError where
         it does not fit the policy."""
 
+    def prepare(self, request: Request) -> Future[None] | None:
+        """Begin to make, in a thread of its own, what `run` needs of the request's instruction; None where it is there."""
+
     def run(self, requests: Sequence[Request]) -> list[ActionChunk]:
         """The chunk of each request."""
 
@@ -49,6 +53,10 @@ class PolicyBackend:
         if raw and "examples" in message:
             raise InputError("examples and observation: send one of them")
         return [self._raw(message)] if raw else self._published(message.get("examples"))
+
+    def prepare(self, request: Request) -> Future[None] | None:
+        words = request.instruction
+        return None if self.policy.has_prepared(words) else self.policy.prepare(words)
 
     def _published(self, examples: Any) -> list[Request]:
         if isinstance(examples, (list, tuple)) and len(examples) > MAX_EXAMPLES:

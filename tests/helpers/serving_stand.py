@@ -6,8 +6,10 @@ import asyncio
 import inspect
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,11 +25,16 @@ from dit4dit.types import ActionChunk, Noise
 
 
 class StandIn:
-    """Takes {"value": number} and answers with it as the only action; "count": chunks that the request is worth. `gate` holds
-    passes back, `fail` fails them.
+    """Takes {"value": number} and answers with it as the only action; "count": chunks that the request is worth, or "value" a
+    list of theirs. `gate` holds passes back, `fail` fails them; a pass takes `seconds`. `new`: values that are prepared first,
+    held back by `ready` and failed by `fail_prepare`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.new, self.prepared = seconds, set(), []
+        self.ready, self.preparing, self.fail_prepare = threading.Event(), threading.Semaphore(0), None
+        self.ready.set()
+        self._background = ThreadPoolExecutor(1)
         self.metadata = {"server": "dit4dit", "embodiment": "stand-in", "action_names": ["x"], "rate_hz": 10.0}
         self.gate, self.entered = threading.Event(), threading.Semaphore(0)
         self.gate.set()
@@ -36,10 +43,24 @@ class StandIn:
         self.fail = None
 
     def check(self, message):
-        if not isinstance(message.get("value"), (int, float)):
-            raise InputError(f"value: expected a number, got {message.get('value')!r:.40}")
-        words, key = message["value"], message.get("key")  # requests of different keys are of different kinds
-        return [Request([], None, words, key, Noise.fresh(), None, "bilinear", False)] * message.get("count", 1)
+        given, key = message.get("value"), message.get("key")  # requests of different keys are of different kinds
+        values = given if isinstance(given, list) else [given] * message.get("count", 1)
+        if not values or not all(isinstance(value, (int, float)) for value in values):
+            raise InputError(f"value: expected a number, got {given!r:.40}")
+        return [Request([], None, value, key, Noise.fresh(), None, "bilinear", False) for value in values]
+
+    def prepare(self, request):
+        if request.instruction not in self.new:
+            return None
+        return self._background.submit(self._prepare, request.instruction)
+
+    def _prepare(self, value) -> None:
+        self.preparing.release()
+        assert self.ready.wait(WAIT)
+        if self.fail_prepare is not None:
+            self.fail_prepare(value)
+        self.prepared.append(value)
+        self.new.discard(value)
 
     def run(self, requests):
         values = [request.instruction for request in requests]
@@ -47,6 +68,7 @@ class StandIn:
         self.noises += [(request.noise.seed, request.noise.chunk) for request in requests]
         self.entered.release()
         assert self.gate.wait(WAIT)
+        time.sleep(self.seconds)
         if self.fail is not None:
             self.fail(values)
         actions = [np.full((1, 1), value, np.float32) for value in values]
@@ -54,6 +76,17 @@ class StandIn:
 
     def wait_for_pass(self) -> None:
         assert self.entered.acquire(timeout=WAIT)
+
+
+def connection(port: int, **options):
+    """A connection of the published kind; its metadata is still to be received.
+
+    legacy=True, where websockets knows it: not only as a context manager.
+    """
+    if "legacy" not in inspect.signature(connect).parameters:
+        options.pop("legacy", None)
+    options.setdefault("open_timeout", WAIT)
+    return connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None, **options)
 
 
 class Running:
@@ -89,14 +122,7 @@ class Running:
             batcher._window_s = before
 
     def raw(self, **options):
-        """A connection of the published kind; its metadata is still to be received.
-
-        legacy=True, where websockets knows it: not only as a context manager.
-        """
-        if "legacy" not in inspect.signature(connect).parameters:
-            options.pop("legacy", None)
-        options.setdefault("open_timeout", WAIT)
-        return connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, **options)
+        return connection(self.port, **options)
 
     def health(self):
         try:
@@ -112,9 +138,9 @@ def running(backend=None, **options):
     try:
         yield found
     finally:
-        gate = getattr(found.backend, "gate", None)
-        if gate is not None:
-            gate.set()
+        for gate in ("gate", "ready"):
+            if hasattr(found.backend, gate):
+                getattr(found.backend, gate).set()
         found.end()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import socket
 
 import pytest
 from serving_stand import UPGRADE, ask, raw_socket, running
 from websockets.exceptions import InvalidStatus
 
+from dit4dit.commands import serving as commands
 from dit4dit.errors import ConfigError
 from dit4dit.serving.settings import Settings, find_key
 
@@ -59,11 +62,36 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path) -> None:
         find_key(tmp_path / "none", {})
 
 
+def test_a_key_that_others_can_read_is_warned_of(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "key"
+    file.write_text(KEY)
+    for mode, warned in ((0o600, False), (0o400, False), (0o640, True), (0o604, True), (0o620, True)):
+        file.chmod(mode)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "dit4dit.serving"):
+            assert find_key(file, {}) == KEY
+        assert (f"mode {mode:03o}" in caplog.text) == warned == ("chmod 600" in caplog.text), mode
+        assert KEY not in caplog.text
+
+
+def test_the_defaults_serve_64_clients_and_the_command_has_the_same() -> None:
+    settings = Settings()
+    assert (settings.max_clients, settings.max_queued, settings.ping_timeout_s) == (64, 128, 300)
+    options = {name: option.default for name, option in inspect.signature(commands.serve).parameters.items()}
+    assert options["max_frame_mib"] * 2**20 == settings.max_frame_bytes
+    renamed = {"idle_timeout": "idle_timeout_s", "ping_timeout": "ping_timeout_s"}
+    same = {renamed.get(name, name) for name in options} & {*Settings.__dataclass_fields__}
+    assert same == {*Settings.__dataclass_fields__} - {"api_key", "max_frame_bytes"}
+    for option, default in options.items():
+        if renamed.get(option, option) in same:
+            assert default == getattr(settings, renamed.get(option, option)), option
+
+
 @pytest.mark.parametrize(
     "options",
     [{"port": 70000}, {"max_batch": 17}, {"max_batch": 0}, {"max_clients": 0}, {"idle_timeout_s": 0}, {"seed": -1},
      {"batch_window_ms": -1}, {"max_frame_bytes": 0}, {"host": "no.such.host.invalid"}, {"api_key": "short"},
-     {"max_queued": 0}],
+     {"max_queued": 0}, {"ping_timeout_s": 0}, {"ping_timeout_s": 1e6}],
 )  # fmt: skip
 def test_bad_settings(options) -> None:
     (name,) = options
