@@ -64,7 +64,7 @@ MISTAKES = {
     f"{ASK} --image folder": "folder: is a folder; give a picture",
     f"{ASK} --state none.json": "none.json: no such file",
     f"{ASK} --embodiment lebero": "did you mean 'libero'?",
-    f"{ASK} --checkpoint none": "checkpoint none: no such file or folder",
+    f"{ASK} --checkpoint none": "checkpoint 'none': no such file or folder",
     f"{CALIBRATE} --out folder": "--out folder: is a folder; give a file to write",
     f"{CALIBRATE} --json {GONE}": f"--json {GONE}: cannot be written",
     f"{CALIBRATE} --examples gone.jsonl": "gone.png: no such file; an example names it",
