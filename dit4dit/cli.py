@@ -26,7 +26,7 @@ from dit4dit.commands.shell import (
     read_lines,
     say,
 )
-from dit4dit.errors import Dit4DitError, InputError, did_you_mean
+from dit4dit.errors import Dit4DitError, InputError, did_you_mean, shown
 from dit4dit.files.atomic import check_folder
 
 Quantization = Literal["fp8"] | None
@@ -186,7 +186,7 @@ def pack(policy: PolicyToLoad, instructions: Path, out: Path) -> int:
         loaded.prepare(line).result()
         assert loaded.packs is not None
         if not loaded.packs.path(line).is_file():
-            raise InputError(f"--out {out}: the pack of {line!r:.60} could not be written; is the disk full?")
+            raise InputError(f"--out {out}: the pack of {shown(line)} could not be written; is the disk full?")
     say(f"{len(lines)} packs in {out}")
     return 0
 

@@ -69,19 +69,19 @@ class MissingExtra(Dit4DitError, ImportError):
 
 
 MOST = 80
-"""Characters of what `described` says."""
+"""Characters of what `shown` says."""
 _ITEMS = 12
-"""Items of a list or map that are looked at for its description."""
+"""Items of a list or map that `shown` looks at."""
 
 
-def described(value: object, most: int = MOST) -> str:
+def shown(value: object, most: int = MOST) -> str:
     """What somebody gave, for a message: one printable line of at most `most` characters, in bounded work.
 
-    Short text, numbers and lists read as Python writes them; long text is cut, an array is its dtype and shape, a large number its
-    number of bits, a long list its first items and its length, anything else its type. Nothing is formatted and cut afterwards: the
-    `repr` of 72 bytes from a stranger can be gigabytes.
+    Short text, numbers and lists read as Python writes them. Long text is cut, an array is its dtype and shape, a large number
+    its bits, a long list its first items and its length, anything else its type. Nothing is formatted and cut afterwards: the
+    `repr` of what 72 bytes of a stranger make can be gigabytes.
     """
-    return _cut(_described(value, most - 20, 2), most)
+    return _cut(_shown(value, most - 20, 2), most)
 
 
 def listed(names: Collection[object], most: int = 30) -> str:
@@ -99,9 +99,9 @@ def said(error: BaseException | str, most: int = 160) -> str:
 
 
 def did_you_mean(word: object, known: Collection[str]) -> str:
-    """`"; did you mean 'libero'?"` for the nearest of `known`, or an empty string when nothing is near, or `word` is no short text.
+    """`"; did you mean 'libero'?"` for the nearest of `known`; an empty string when nothing is near, or `word` is no short text.
 
-    Bounded: of many that are known the first 300 are looked at, and the few that have the most letters in common are compared, which
+    Bounded: of many that are known the first 300 are looked at, and the few with the most letters in common are compared, which
     takes the square of their length.
     """
     import difflib
@@ -120,11 +120,11 @@ def did_you_mean(word: object, known: Collection[str]) -> str:
         matcher.set_seq1(name)
         if most >= best and (ratio := matcher.ratio()) >= best and (not found or ratio > best):
             best, found = ratio, name
-    return f"; did you mean {described(found, 150)}?" if found else ""
+    return f"; did you mean {shown(found, 150)}?" if found else ""
 
 
-def _described(value: Any, room: int, depth: int) -> str:
-    """`described` in about `room` characters; `depth`: how far lists in lists are opened."""
+def _shown(value: Any, room: int, depth: int) -> str:
+    """`shown` in about `room` characters; `depth`: how far lists in lists are opened."""
     # the methods of the built-in types themselves: a subclass may have others
     if value is None or isinstance(value, (bool, float, complex)):
         return repr(value) if type(value) in (type(None), bool, float, complex) else repr(_builtin(value))
@@ -143,12 +143,12 @@ def _described(value: Any, room: int, depth: int) -> str:
     name, dtype, shape = _plain(type(value).__name__), getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and isinstance(shape, tuple):
         if name not in _ARRAYS and shape == () and getattr(dtype, "kind", "") in tuple("biufc"):  # NumPy's numbers
-            return f"{dtype} {_described(value.item(), room, 0)}"
+            return f"{dtype} {_shown(value.item(), room, 0)}"
         return f"{_dtype(dtype)} {_ARRAYS.get(name, name)} {_items(list(shape[:9]), list, '[]', 40, 1)}"
     if type(value).__module__ == "torch" and name in ("dtype", "device"):
         return str(value)
     if isinstance(value, os.PathLike):
-        return _described(os.fspath(value), room, depth)
+        return _shown(os.fspath(value), room, depth)
     return f"a value of type {name}"
 
 
@@ -177,7 +177,7 @@ def _items(value: Any, kind: type, ends: str, room: int, depth: int) -> str:
     left = room
     for item in islice(dict.items(value) if pairs else kind.__iter__(value), _ITEMS):  # type: ignore[attr-defined]
         each = item if pairs else (item,)
-        text = ": ".join(_cut(_described(part, room // 2, depth - 1), room // 2 + 16) for part in each)
+        text = ": ".join(_cut(_shown(part, room // 2, depth - 1), room // 2 + 16) for part in each)
         left -= len(text) + 2
         if left < -2 and parts:
             break
@@ -200,7 +200,7 @@ def _dtype(dtype: Any) -> str:
 def _plain(name: object) -> str:
     """A name without quotes."""
     if not isinstance(name, str):
-        return described(name, 60)
+        return shown(name, 60)
     return _cut(_printable(str.__getitem__(name, slice(61))), 60)
 
 

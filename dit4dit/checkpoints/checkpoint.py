@@ -28,7 +28,7 @@ from dit4dit.checkpoints.tensor_files import (
     say_once,
 )
 from dit4dit.config import ModelConfig
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, shown
 from dit4dit.files.folders import visible
 from dit4dit.files.keys import read_json
 from dit4dit.robots.statistics import read_statistics
@@ -166,7 +166,7 @@ def _open_published(path: Path, backbone: str | Path | None) -> Checkpoint:
     tensors = renamed(_published_tensors(file), text_name, file)
     if not any(name.startswith(KNOWN) for name in tensors):
         raise CheckpointError(
-            f"{file}: expected tensors under {TRANSFORMER} or {HEAD}, found {next(iter(tensors), 'none')!r}; "
+            f"{file}: expected tensors under {TRANSFORMER} or {HEAD}, found {shown(next(iter(tensors), 'none'), 200)}; "
             "this is not a DiT4DiT checkpoint"
         )
     embodiment = published.MIXTURES.get(config.data_mix or "")
@@ -195,7 +195,9 @@ def _published_tensors(file: Path) -> Mapping[str, Tensor]:
     plain = state_dict.plain_names(found, file)
     if all(new == old for new, old in plain.items()):
         return found
-    say_once(f"{file}: names are read without what was put in front of the published ones, as in {next(iter(found))!r}")
+    say_once(
+        f"{file}: names are read without what was put in front of the published ones, as in {shown(next(iter(found)), 200)}"
+    )
     return Renamed(found, plain)
 
 
@@ -312,13 +314,15 @@ def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
     where = str(folder / "config.json")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{where}: expected format_version {FORMAT_VERSION}, got {version!r}; update dit4dit")
+        raise CheckpointError(
+            f"{where}: expected format_version {FORMAT_VERSION}, got {shown(version)}; update dit4dit"
+        )
     if not isinstance(data.get("model"), dict):
-        raise CheckpointError(f"{where}: expected the model's sizes under 'model', got {data.get('model')!r:.40}")
+        raise CheckpointError(f"{where}: expected the model's sizes under 'model', got {shown(data.get('model'))}")
     model = ModelConfig.from_dict(data["model"], f"{where}: model")
     robot = data.get("embodiment")
     if not isinstance(robot, (str, dict, type(None))):
-        raise CheckpointError(f"{where}: embodiment: expected a robot's name or description, got {robot!r:.40}")
+        raise CheckpointError(f"{where}: embodiment: expected a robot's name or description, got {shown(robot)}")
     parts = [safetensor_files(folder, "")]
     absent = tuple(
         part

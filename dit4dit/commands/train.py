@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from dit4dit.commands.shell import at_least, say
-from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+from dit4dit.errors import CheckpointError, ConfigError, did_you_mean, shown
 from dit4dit.training import checkpoint, published
 from dit4dit.training.config import TrainConfig, read_config, split_words
 from dit4dit.training.loop import PREEMPTED, train
@@ -100,7 +100,7 @@ def _world_size() -> int | None:
     world = os.environ.get("WORLD_SIZE")
     if world is not None and (not world.isdecimal() or int(world) < 1):
         raise ConfigError(
-            f"WORLD_SIZE: expected a number of at least 1, as torchrun sets it, got {world!r:.60}; unset it"
+            f"WORLD_SIZE: expected a number of at least 1, as torchrun sets it, got {shown(world)}; unset it"
         )
     return None if world is None else int(world)
 
@@ -108,7 +108,7 @@ def _world_size() -> int | None:
 def configure(flags: Flags, words: Sequence[str]) -> TrainConfig:
     """The configuration of the flags, changed by `words`; keys of a published file that nothing reads are told once."""
     if (flags.recipe is None) == (flags.config is None):
-        stray = f", not {words[0]!r:.60}" if words and not words[0].startswith("-") else ""
+        stray = f", not {shown(words[0])}" if words and not words[0].startswith("-") else ""
         raise ConfigError(f"give one of --recipe ({', '.join(RECIPES)}) and --config FILE{stray}")
     theirs = published.ROOTS if flags.config is not None and published.is_published(flags.config) else ()
     _check_roots(words, theirs)
@@ -133,4 +133,4 @@ def _check_roots(words: Sequence[str], theirs: Sequence[str]) -> None:
         key = word[2:].partition("=")[0]
         root = key.split(".")[0]
         if word.startswith("--") and root not in keys:
-            raise ConfigError(f"--{key}: unknown option {root!r}{did_you_mean(root, known)}; dit4dit train --help")
+            raise ConfigError(f"--{key}: unknown option {shown(root)}{did_you_mean(root, known)}; dit4dit train --help")

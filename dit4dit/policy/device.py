@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dit4dit.errors import BackendError
+from dit4dit.errors import BackendError, shown
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -14,12 +14,14 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise BackendError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from None
+        raise BackendError(f"device {shown(device)}: expected auto, cpu, cuda or cuda:N") from None
     if chosen.type not in ("cpu", "cuda"):
-        raise BackendError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
+        raise BackendError(f"device {shown(device)}: expected auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         built = "no GPU is visible to it" if torch.version.cuda else "it is a CPU-only build"
-        raise BackendError(f"device {device!r}: PyTorch {torch.__version__} sees no CUDA ({built}); use --device cpu")
+        raise BackendError(
+            f"device {shown(device)}: PyTorch {torch.__version__} sees no CUDA ({built}); use --device cpu"
+        )
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise BackendError(f"device {device!r}: only {torch.cuda.device_count()} GPUs are visible")
+        raise BackendError(f"device {shown(device)}: only {torch.cuda.device_count()} GPUs are visible")
     return chosen

@@ -27,7 +27,7 @@ from dit4dit.engine import (
     host_memory,
 )
 from dit4dit.engine.fp8 import check_options
-from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
+from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean, shown
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.policy import garbage
 from dit4dit.policy.device import pick_device
@@ -123,7 +123,7 @@ class Policy:
         _check_prompts(packs, prompt_embeds, text_encoder)
         for name, kind in (("dtype", dtype), ("head_dtype", head_dtype)):
             if kind is not None and kind not in DTYPES:
-                raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r}")
+                raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {shown(kind)}")
         place = pick_device(device)
         if isinstance(calibration, (str, Path)):
             calibration = Calibration.load(calibration)
@@ -328,10 +328,12 @@ class Policy:
         names, given = self.embodiment.views, dict(pictures or {})
         for name in given:
             if name not in names:
-                raise InputError(f"pictures: no view {name!r}{did_you_mean(name, names)}; views: {', '.join(names)}")
+                raise InputError(
+                    f"pictures: no view {shown(name)}{did_you_mean(name, names)}; views: {', '.join(names)}"
+                )
         sizes = [checked_size(f"pictures[{name!r}]", given.get(name, self.config.image_size)) for name in names]
         if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
-            raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {batch!r}")
+            raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {shown(batch)}")
         size: Size = self.config.image_size
         resize, units = self.embodiment.resize, True
         if joined is not None:
@@ -359,7 +361,7 @@ class Policy:
 
 def _check_engine(engine: str, with_options: bool) -> None:
     if engine not in ENGINES:
-        raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
+        raise ConfigError(f"engine {shown(engine)}: expected {' or '.join(ENGINES)}")
     if engine == "off" and with_options:
         raise ConfigError(
             "steps, posterior, packs, quantization, calibration and head are options of the engine: leave them out, or use "

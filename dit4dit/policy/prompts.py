@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit4dit.engine.packs import PackFolder, PromptPack
-from dit4dit.errors import ConfigError, InputError, did_you_mean
+from dit4dit.errors import ConfigError, InputError, did_you_mean, shown
 from dit4dit.files.folders import fault, visible
 from dit4dit.model.text import tokenize
 
@@ -63,11 +63,11 @@ class Embedder:
         InputError: it is no text, or there are embeddings and none of it.
         """
         if not isinstance(instruction, str) or not instruction.strip():
-            raise InputError(f"instruction: expected words, got {instruction!r:.60}")
+            raise InputError(f"instruction: expected words, got {shown(instruction)}")
         try:
             instruction.encode()
         except UnicodeEncodeError:  # surrogates
-            raise InputError(f"instruction: {instruction!r:.60} is not valid Unicode; pass it as UTF-8") from None
+            raise InputError(f"instruction: {shown(instruction)} is not valid Unicode; pass it as UTF-8") from None
         if self.can_encode or not self._given:
             return self._model.config.text.max_length
         return len(self._look_up(instruction))
@@ -84,14 +84,16 @@ class Embedder:
         if instruction not in self._given:
             known = list(self._given)
             raise InputError(
-                f"instruction {instruction!r:.60}: this policy was loaded without a text encoder and has embeddings for "
-                f"{len(known)} others{did_you_mean(instruction[:200], known)}; embed it with Policy.embed_prompts, or make its "
+                f"instruction {shown(instruction)}: this policy was loaded without a text encoder and has embeddings for "
+                f"{len(known)} others{did_you_mean(instruction, known)}; embed it with Policy.embed_prompts, or make its "
                 "pack with dit4dit pack"
             )
         embeds = torch.as_tensor(self._given[instruction])
         width = self._model.config.dit.text_in
         if embeds.dim() != 2 or embeds.shape[1] != width:
-            raise InputError(f"prompt_embeds {instruction!r}: expected shape [L, {width}], got {list(embeds.shape)}")
+            raise InputError(
+                f"prompt_embeds {shown(instruction)}: expected shape [L, {width}], got {list(embeds.shape)}"
+            )
         return embeds
 
 
@@ -201,7 +203,7 @@ class Texts:
         if pack is None:
             if self.folder is not None and not self.embedder.can_encode:
                 raise InputError(
-                    f"instruction {instruction!r:.60}: no pack of it in {self.folder.folder}, and no text encoder is loaded; "
+                    f"instruction {shown(instruction)}: no pack of it in {self.folder.folder}, and no text encoder is loaded; "
                     "make it with dit4dit pack (every letter and space counts)"
                 )
             pack = self.engine.pack(self.embedder(instruction))

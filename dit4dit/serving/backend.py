@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 import dit4dit
-from dit4dit.errors import InputError, described, did_you_mean
+from dit4dit.errors import InputError, did_you_mean, shown
 from dit4dit.policy.policy import Policy
 from dit4dit.policy.requests import Request
 from dit4dit.types import ActionChunk, Observation
@@ -76,7 +76,7 @@ class PolicyBackend:
         for name in given:
             if name not in known:
                 hint = did_you_mean(name, known)
-                raise InputError(f"observation {described(name)}: unknown key{hint}; known: {', '.join(known)}")
+                raise InputError(f"observation {shown(name)}: unknown key{hint}; known: {', '.join(known)}")
         _bound("instruction", message.get("instruction"))
         # the door says what it wants instead of None
         observation = Observation(given.get("images"), given.get("state", {}))  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ class PolicyBackend:
 def _bound(name: str, words: object) -> None:
     """InputError for more letters than a stranger may ask the policy to look at; whether they are words the door says."""
     if isinstance(words, str) and len(words) > MAX_WORDS:
-        raise InputError(f"{name}: expected at most {MAX_WORDS} letters, got {described(words)}")
+        raise InputError(f"{name}: expected at most {MAX_WORDS} letters, got {len(words)}: {shown(words[:50])}...")
 
 
 def describe(policy: Policy) -> dict[str, Any]:

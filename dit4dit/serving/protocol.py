@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.errors import InputError, described, did_you_mean
+from dit4dit.errors import InputError, did_you_mean, shown
 from dit4dit.types import ActionChunk
 
 INFER = ("infer", "predict_action")
@@ -45,9 +45,7 @@ def read(message: Any) -> Request:
         raise InputError(f"message: expected a map, got {type(message).__name__}")
     kind = message.get("type", "infer")
     if not isinstance(kind, str) or kind not in TYPES:
-        raise InputError(
-            f"type: expected one of {', '.join(TYPES)}, got {described(kind)}{did_you_mean(kind, TYPES)}"
-        )
+        raise InputError(f"type: expected one of {', '.join(TYPES)}, got {shown(kind)}{did_you_mean(kind, TYPES)}")
     return Request("infer" if kind in INFER else kind, identity_of(message), message)
 
 
@@ -58,7 +56,7 @@ def seed_of(message: Mapping[str, Any]) -> tuple[int | None, int]:
         if name == "seed" and value is None:
             continue
         if type(value) is not int or not 0 <= value < 2**64:
-            raise InputError(f"{name}: expected an integer in 0..2^64-1, got {described(value)}")
+            raise InputError(f"{name}: expected an integer in 0..2^64-1, got {shown(value)}")
     return seed, chunk
 
 

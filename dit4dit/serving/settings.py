@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dit4dit.engine import MAX_BATCH
-from dit4dit.errors import ConfigError
+from dit4dit.errors import ConfigError, said
 
 PORT = 10093
 KEY_VARIABLE = "DIT4DIT_API_KEY"
@@ -117,7 +117,7 @@ def find_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> 
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: the key cannot be read ({error!s:.80})") from None
+        raise ConfigError(f"{file}: the key cannot be read ({said(error)})") from None
     return _check_key(str(file), text.strip())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.errors import InputError, described, require, said
+from dit4dit.errors import InputError, require, said, shown
 
 MAX_OBJECTS = 20_000
 """Values in one message, arrays not counted by their elements; the published requests have about 20 an example."""
@@ -25,8 +25,8 @@ MAX_DIMENSIONS = 5
 MAX_KEY_BYTES = 256
 """Bytes of one key of a map."""
 MAX_TEXT_BYTES = 2**20
-"""Bytes of all texts of one message that are longer than 31: 64 instructions of 4096 letters of four bytes. Text is decoded, which
-takes longer than copying it and up to four times its memory; pictures and numbers come as bytes."""
+"""Bytes of all texts of one message that are longer than 31: 64 instructions of 4096 letters of four bytes. Text is decoded, in
+up to four times its memory; images and numbers come as bytes."""
 MAX_ARRAYS = 1024
 """Arrays and scalars in one message, each of which is made by Python."""
 
@@ -34,7 +34,7 @@ _DTYPE = re.compile(r"[<>|=]?(?:[biufSU][0-9]{1,7}|[mM]8\[[0-9]{0,4}[A-Za-z]{1,2
 
 
 def _whole(first: int) -> int:
-    """Bytes of a value whose first byte says how many (https://github.com/msgpack/msgpack/blob/master/spec.md); 0 for the others."""
+    """Bytes of a value whose first byte says them (https://github.com/msgpack/msgpack/blob/master/spec.md); 0 of all others."""
     if first <= 0x7F or first >= 0xE0 or first in (0x80, 0x90):  # numbers, an empty map, an empty list
         return 1
     if 0xA0 <= first <= 0xBF:  # short text
@@ -63,8 +63,8 @@ def unpack(frame: bytes) -> Any:
     """The message of one frame; its arrays are read-only views of the frame's bytes.
 
     Raises:
-        InputError: not msgpack, cut short, too many or too deeply nested values, too much text, a key that is no short text, or an
-            array that contradicts itself.
+        InputError: not msgpack, cut short, too many or too deeply nested values, too much text, a key that is no short text, or
+            an array that contradicts itself.
     """
     msgpack = require("msgpack", "serve")
     check_structure(frame)
@@ -80,7 +80,10 @@ def check_structure(frame: bytes) -> None:
     """Walk over the headers, without making anything of them; InputError unless the frame is one whole value within bounds."""
     size, whole, raw = len(frame), _WHOLE, _RAW
     position, found, text = 0, 1, 0
-    left, keyed = 1, False  # values to come in the innermost list or map; in a map, before each key an even number is left
+    left, keyed = (
+        1,
+        False,
+    )  # values to come in the innermost list or map; in a map, before each key an even number is left
     outer: list[tuple[int, bool]] = []
     while True:
         while left:
@@ -178,7 +181,9 @@ def _restorer() -> Callable[[dict[Any, Any]], Any]:
             return found
         made += 1
         if made > MAX_ARRAYS:
-            raise InputError(f"message: more than {MAX_ARRAYS} arrays and scalars; send numbers that belong together as one")
+            raise InputError(
+                f"message: more than {MAX_ARRAYS} arrays and scalars; send numbers that belong together as one"
+            )
         return _array(found) if is_array else _scalar(found)
 
     return restored
@@ -191,21 +196,21 @@ def _array(found: Mapping[Any, Any]) -> np.ndarray[Any, Any]:
     if not isinstance(data, bytes) or not whole or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
         raise InputError(
             f"array: expected data as bytes and shape as a list of at most {MAX_DIMENSIONS} sizes, as the protocol says, got a "
-            f"{type(data).__name__} and {described(shape)}"
+            f"{type(data).__name__} and {shown(shape)}"
         )
     if math.prod(shape) * dtype.itemsize != len(data):
-        raise InputError(f"array: {len(data)} bytes are not a {dtype} array of shape {described(shape)}")
+        raise InputError(f"array: {len(data)} bytes are not a {dtype} array of shape {shown(shape)}")
     try:
         return np.ndarray(shape, dtype, buffer=data)
     except (ValueError, TypeError, OverflowError) as error:  # an empty array whose other sizes are too large
-        raise InputError(f"array: shape {described(shape)} ({said(error)})") from None
+        raise InputError(f"array: shape {shown(shape)} ({said(error)})") from None
 
 
 def _scalar(found: Mapping[Any, Any]) -> Any:
     dtype, data = _dtype(found), found.get(b"data")
     # text would come as such; made to a long text dtype here, a few bytes could fill the memory
     if dtype.kind not in "biuf" or not isinstance(data, (bool, int, float)):
-        raise InputError(f"scalar: expected a number and its dtype, got {described(data)} and {dtype}")
+        raise InputError(f"scalar: expected a number and its dtype, got {shown(data)} and {dtype}")
     try:
         return np.array(data, dtype)[()]
     except (ValueError, TypeError, OverflowError) as error:
@@ -216,15 +221,13 @@ def _dtype(found: Mapping[Any, Any]) -> np.dtype[Any]:
     text = found.get(b"dtype")
     # only these forms: np.dtype reads whole structures from text, and pointers
     if not isinstance(text, str) or len(text) > 20 or not _DTYPE.fullmatch(text):
-        raise InputError(
-            f"dtype: expected one like '|u1' or '<f4' (no object, void or complex), got {described(text)}"
-        )
+        raise InputError(f"dtype: expected one like '|u1' or '<f4' (no object, void or complex), got {shown(text)}")
     try:
         dtype = _known(text)
     except (TypeError, ValueError) as error:
-        raise InputError(f"dtype: {described(text)} is none ({said(error)})") from None
+        raise InputError(f"dtype: {shown(text)} is none ({said(error)})") from None
     if not dtype.itemsize:
-        raise InputError(f"dtype: {described(text)} has no bytes an item; an array of it could have any shape")
+        raise InputError(f"dtype: {shown(text)} has no bytes an item; an array of it could have any shape")
     return dtype
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dit4dit.checkpoints.checkpoint import backbone_name, find_backbone
 from dit4dit.checkpoints.published import MIXTURES, read_run_keys
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, shown
 from dit4dit.files.keys import KeyReader, read_yaml
 from dit4dit.training.config import (
     DataConfig,
@@ -91,7 +91,7 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
     for part in path:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--{key}: {part!r} is a value, not a group of keys")
+            raise ConfigError(f"--{key}: {shown(part)} is a value, not a group of keys")
         node = child
     node[last] = value
 
@@ -118,7 +118,7 @@ def _optim(keys: KeyReader) -> OptimConfig:
     frozen = keys.raw(name("freeze_modules"), "") or ""
     if not isinstance(frozen, str):
         raise ConfigError(
-            f"{keys.where}: {name('freeze_modules')}: expected module paths with commas between, got {frozen!r}"
+            f"{keys.where}: {name('freeze_modules')}: expected module paths with commas between, got {shown(frozen)}"
         )
     return OptimConfig(
         learning_rate=LearningRates(
