@@ -344,10 +344,10 @@ def narrowed(values: NDArray[Any]) -> Array:
 def check_picture(picture: Any, name: str) -> NDArray[np.uint8]:
     """`picture` itself when it is uint8 [H, W, 3]; InputError otherwise. Values are never guessed from."""
     if isinstance(picture, (list, tuple, str, bytes, Mapping)):  # which NumPy would copy first
-        raise InputError(f"image {shown(name)}: expected a uint8 array [H, W, 3], got {type(picture).__name__}")
+        raise InputError(f"image {shown(name)}: expected a uint8 array [H, W, 3], got {shown(picture)}")
     array = np.asarray(picture)
     if array.dtype.kind not in "fiub":
-        raise InputError(f"image {shown(name)}: expected a uint8 array [H, W, 3], got {type(picture).__name__}")
+        raise InputError(f"image {shown(name)}: expected a uint8 array [H, W, 3], got {shown(picture)}")
     if array.dtype != np.uint8:
         raise InputError(
             f"image {shown(name)}: expected uint8 in 0..255, got {array.dtype}; a float picture in 0..1 is (255 * "
