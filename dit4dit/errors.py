@@ -142,8 +142,8 @@ def _shown(value: Any, room: int, depth: int) -> str:
         return f"the class {_plain(value.__name__)}"
     name, dtype, shape = _plain(type(value).__name__), getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and isinstance(shape, tuple):
-        if name not in _ARRAYS and shape == () and getattr(dtype, "kind", "") in tuple("biufc"):  # NumPy's numbers
-            return f"{dtype} {_shown(value.item(), room, 0)}"
+        if name not in _ARRAYS and shape == () and (plain := _NUMBERS.get(getattr(dtype, "kind", ""))):  # one of NumPy's numbers
+            return f"{dtype} {_shown(plain(value), room, 0)}"
         return f"{_dtype(dtype)} {_ARRAYS.get(name, name)} {_items(list(shape[:9]), list, '[]', 40, 1)}"
     if type(value).__module__ == "torch" and name in ("dtype", "device"):
         return str(value)
@@ -153,6 +153,8 @@ def _shown(value: Any, room: int, depth: int) -> str:
 
 
 _CONTAINERS = {list: "[]", tuple: "()", dict: "{}", set: "{}", frozenset: "{}"}
+# not item(): it is a longdouble itself of a longdouble
+_NUMBERS: dict[str, Any] = {"b": bool, "i": int, "u": int, "f": float, "c": complex}
 _ARRAYS = {"ndarray": "array", "Tensor": "tensor"}
 
 

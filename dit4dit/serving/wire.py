@@ -212,7 +212,8 @@ def _scalar(found: Mapping[Any, Any]) -> Any:
     if dtype.kind not in "biuf" or not isinstance(data, (bool, int, float)):
         raise InputError(f"scalar: expected a number and its dtype, got {shown(data)} and {dtype}")
     try:
-        return np.array(data, dtype)[()]
+        with np.errstate(over="ignore"):  # beyond the dtype it is infinite, which whoever takes numbers refuses
+            return np.array(data, dtype)[()]
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"scalar: not a {dtype} ({said(error)})") from None
 

@@ -1,7 +1,7 @@
 """Frames that no honest client sends, by what is wrong with them.
 
-`HOSTILE`: the codec refuses them. `HOSTILE_MESSAGES`: they decode, and what looks at the message refuses them: a policy for LIBERO
-that has a state, on the sizes of its checkpoint. `WELL_FORMED`: what the codec takes, to be mutated.
+`HOSTILE`: the codec refuses them. `HOSTILE_MESSAGES`: they decode, and what looks at the message refuses them: a policy for
+LIBERO that has a state. `WELL_FORMED`: what the codec takes, to be mutated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 from msgpack import packb
 from serving_stand import REQUEST_BYTES, hand
-
 
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "pad", "gripper")
 
@@ -33,7 +32,9 @@ def image(height: int, width: int, channels: int = 3) -> dict[object, object]:
 
 def well_formed(size: int) -> bytes:
     """A published request of about `size` bytes, the yardstick: one image that fills it."""
-    return packb({"type": "infer", "request_id": "a", "examples": [{"image": [image(1, max(1, size // 3))], "lang": "go"}]})
+    return packb(
+        {"type": "infer", "request_id": "a", "examples": [{"image": [image(1, max(1, size // 3))], "lang": "go"}]}
+    )
 
 
 HOSTILE = {
