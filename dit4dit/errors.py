@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import Counter
 from collections.abc import Collection
 from itertools import islice
 from typing import Any
@@ -108,15 +109,15 @@ def did_you_mean(word: object, known: Collection[str]) -> str:
 
     if not isinstance(word, str) or not 0 < len(word) <= 80:
         return ""
-    matcher = difflib.SequenceMatcher(b=word)
-    near: list[tuple[float, str]] = []
+    letters, near = Counter(word), []
     for name in islice(known, 300):
-        if isinstance(name, str) and 2 * len(name) < 5 * len(word) + 40 and len(name) <= 120:
-            matcher.set_seq1(name)
-            if matcher.real_quick_ratio() >= 0.5 and (most := matcher.quick_ratio()) >= 0.5:
+        if isinstance(name, str) and len(name) <= min(120, 3 * len(word)):  # a longer one is never half the same
+            most = 2 * (letters & Counter(name)).total() / (len(word) + len(name))
+            if most >= 0.5:
                 near.append((most, name))
     best, found = 0.5, ""
-    for most, name in sorted(near, key=lambda each: -each[0])[:6]:
+    matcher = difflib.SequenceMatcher(b=word)
+    for most, name in sorted(near, key=lambda each: -each[0])[:3]:
         matcher.set_seq1(name)
         if most >= best and (ratio := matcher.ratio()) >= best and (not found or ratio > best):
             best, found = ratio, name
