@@ -143,7 +143,9 @@ def _shown(value: Any, room: int, depth: int) -> str:
         return f"the class {_plain(value.__name__)}"
     name, dtype, shape = _plain(type(value).__name__), getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and isinstance(shape, tuple):
-        if name not in _ARRAYS and shape == () and (plain := _NUMBERS.get(getattr(dtype, "kind", ""))):  # one of NumPy's numbers
+        if (
+            name not in _ARRAYS and shape == () and (plain := _NUMBERS.get(getattr(dtype, "kind", "")))
+        ):  # one of NumPy's numbers
             return f"{dtype} {_shown(plain(value), room, 0)}"
         return f"{_dtype(dtype)} {_ARRAYS.get(name, name)} {_items(list(shape[:9]), list, '[]', 40, 1)}"
     if type(value).__module__ == "torch" and name in ("dtype", "device"):

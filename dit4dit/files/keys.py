@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit4dit.errors import CheckpointError, ConfigError, Dit4DitError, did_you_mean, shown
+from dit4dit.errors import CheckpointError, ConfigError, Dit4DitError, did_you_mean, said, shown
+from dit4dit.files.expansion import check_aliases, check_interpolations
 from dit4dit.files.folders import fault
 
 NEEDED = object()
@@ -51,7 +52,7 @@ def refuse_unset(value: Any, key: str, where: str) -> None:
     if found := find_unset(value, key):
         name, unset = found
         raise ConfigError(
-            f"{where}: {name}: {shown(unset.text)} has no value ({unset.reason:.120}); set it, or write the value"
+            f"{where}: {name}: {shown(unset.text)} has no value ({said(unset.reason)}); set it, or write the value"
         )
 
 
@@ -218,9 +219,11 @@ def read_yaml(path: Path, *, keep_unset: bool = False) -> dict[str, Any]:
 
     text = read_text(path, "a published run folder has one beside checkpoints/")
     try:
-        data = _resolved(OmegaConf.create(text))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise CheckpointError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+        node = OmegaConf.create(text)
+        check_interpolations(OmegaConf.to_container(node, resolve=False))
+        data = _resolved(node)
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:  # also: too long a number
+        raise CheckpointError(f"{path}: not readable YAML ({said(error, 300)})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a mapping, got {type(data).__name__}")
     data = {str(key): value for key, value in data.items()}
@@ -236,8 +239,9 @@ def read_plain_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path, "give another file", error=ConfigError, again="save it as UTF-8")
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+        check_aliases(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also: too long a number
+        raise ConfigError(f"{path}: not readable YAML ({said(error, 300)})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping, got {type(data).__name__}")
     return data
