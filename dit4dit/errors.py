@@ -99,27 +99,27 @@ def said(error: BaseException | str, most: int = 160) -> str:
     return _cut(_printable(" ".join(str(error)[: 4 * most].split())), most)
 
 
-def did_you_mean(word: object, known: Collection[str]) -> str:
+def did_you_mean(word: object, known: Collection[str], most: int = 300) -> str:
     """`"; did you mean 'libero'?"` for the nearest of `known`; an empty string when nothing is near, or `word` is no short text.
 
-    Bounded: of many that are known the first 300 are looked at, and the few with the most letters in common are compared, which
-    takes the square of their length.
+    Bounded: of many that are known the first `most` are looked at, and the few with the most letters in common are compared,
+    which takes the square of their length.
     """
     import difflib
 
     if not isinstance(word, str) or not 0 < len(word) <= 80:
         return ""
     letters, near = Counter(word), []
-    for name in islice(known, 300):
+    for name in islice(known, most):
         if isinstance(name, str) and len(name) <= min(120, 3 * len(word)):  # a longer one is never half the same
-            most = 2 * (letters & Counter(name)).total() / (len(word) + len(name))
-            if most >= 0.5:
-                near.append((most, name))
+            share = 2 * (letters & Counter(name)).total() / (len(word) + len(name))
+            if share >= 0.5:
+                near.append((share, name))
     best, found = 0.5, ""
     matcher = difflib.SequenceMatcher(b=word)
-    for most, name in sorted(near, key=lambda each: -each[0])[:3]:
+    for share, name in sorted(near, key=lambda each: -each[0])[:3]:
         matcher.set_seq1(name)
-        if most >= best and (ratio := matcher.ratio()) >= best and (not found or ratio > best):
+        if share >= best and (ratio := matcher.ratio()) >= best and (not found or ratio > best):
             best, found = ratio, name
     return f"; did you mean {shown(found, 150)}?" if found else ""
 

@@ -165,7 +165,7 @@ class KeyReader:
 
 
 def _leaves(node: Any, prefix: str = "") -> list[str]:
-    if not isinstance(node, dict) or not node:
+    if not isinstance(node, dict) or not node or len(prefix) > 1000:  # which is put before every key inside
         return [prefix]
     return [leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
 

@@ -49,7 +49,7 @@ def freeze(model: DiT4DiT, patterns: Iterable[str]) -> None:
         if not found and not any(fnmatchcase(name, pattern) or name.startswith(pattern + ".") for name in always):
             modules = sorted({name.rsplit(".", i)[0] for name in parameters for i in (1, 2, 3)})
             raise ConfigError(
-                f"optim.freeze: {shown(pattern)} matches no parameter{did_you_mean(pattern, [*modules, *always])}; "
+                f"optim.freeze: {shown(pattern)} matches no parameter{did_you_mean(pattern, [*modules, *always], 10_000)}; "
                 f"names begin with {TRANSFORMER} or {HEAD}"
             )
         for name in found:
