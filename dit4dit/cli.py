@@ -28,7 +28,7 @@ from dit4dit.commands.shell import (
     read_lines,
     say,
 )
-from dit4dit.errors import Dit4DitError, InputError, did_you_mean
+from dit4dit.errors import Dit4DitError, InputError, did_you_mean, shown
 from dit4dit.files.atomic import check_folder
 from dit4dit.progress import bar, waiting
 
@@ -72,11 +72,11 @@ def inspect(
     from dit4dit.commands import inspect as module
 
     check_outputs(json=json)
-    with bar("reading", unit="B", unit_scale=True, active=verify) as shown:
+    with bar("reading", unit="B", unit_scale=True, active=verify) as counted:
 
         def progress(name: str, size: int) -> None:
-            shown.say(name)
-            shown.update(size)
+            counted.say(name)
+            counted.update(size)
 
         result = module.inspect(
             checkpoint, backbone=backbone, embodiment=embodiment, verify=progress if verify else None
@@ -147,11 +147,11 @@ def convert(
     from dit4dit.files.keys import read_json
 
     to_own = not is_own_format(source)
-    with bar("writing", unit="B", unit_scale=True) as shown, shown.ticking():
+    with bar("writing", unit="B", unit_scale=True) as counted, counted.ticking():
 
         def progress(name: str, size: int) -> None:
-            shown.say(name)
-            shown.update(size)
+            counted.say(name)
+            counted.update(size)
 
         if to_own:
             native.to_own(source, target, backbone, progress)
@@ -188,13 +188,13 @@ def pack(policy: PolicyToLoad, instructions: Path, out: Path) -> int:
     lines = read_lines(instructions)
     check_folder("--out", out)
     loaded = policy.load(packs=out)
-    with bar("packs", len(lines)) as shown:
+    with bar("packs", len(lines)) as counted:
         for line in lines:
             loaded.prepare(line).result()
             assert loaded.packs is not None
             if not loaded.packs.path(line).is_file():
-                raise InputError(f"--out {out}: the pack of {line!r:.60} could not be written; is the disk full?")
-            shown.update()
+                raise InputError(f"--out {out}: the pack of {shown(line)} could not be written; is the disk full?")
+            counted.update()
     say(f"{len(lines)} packs in {out}")
     return 0
 

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, shown
 
 Config = TypeVar("Config")
 
@@ -240,10 +240,10 @@ class FlowConfig:
                 f"{self.high_sigma_ratio} and {self.high_sigma_min}"
             )
         if self.training not in typing.get_args(TrainingMode):
-            raise ConfigError(f"flow.training: expected one of joint, action, video, got {self.training!r}")
+            raise ConfigError(f"flow.training: expected one of joint, action, video, got {shown(self.training)}")
         if self.time_distribution not in typing.get_args(TimeDistribution):
             raise ConfigError(
-                f"flow.time_distribution: expected logit_normal or uniform, got {self.time_distribution!r}"
+                f"flow.time_distribution: expected logit_normal or uniform, got {shown(self.time_distribution)}"
             )
 
 
@@ -400,14 +400,14 @@ def build(cls: type[Config], data: Any, where: str) -> Config:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), list(fields))}")
+            raise ConfigError(f"{where}: unknown key {shown(key)}{did_you_mean(key, list(fields))}")
     missing = [
         f.name
         for f in fields.values()
         if f.name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{where}: missing key {missing[0]!r}; add it")
+        raise ConfigError(f"{where}: missing key {shown(missing[0])}; add it")
     return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in data.items()})
 
 
@@ -417,7 +417,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
+            raise ConfigError(f"{where}: expected a list, got {shown(value)}")
         if Ellipsis not in args and len(args) != len(value):
             raise ConfigError(f"{where}: expected {len(args)} values, got {len(value)}")
         kinds = [args[0]] * len(value) if Ellipsis in args else args
@@ -426,7 +426,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         )
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}")
+            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {shown(value)}")
         return value
     if type(None) in args:
         return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)
@@ -438,5 +438,5 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: expected a finite number, got {value}")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {shown(value)}")
     return value

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import InputError
+from dit4dit.errors import InputError, shown
 
 STREAMS = {"posterior": 0, "latent": 1, "action": 2}
 _WORD = np.uint64(0xFFFFFFFF)
@@ -50,7 +50,7 @@ class Noise:
             if value is None and name == "seed":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
-                raise InputError(f"noise {name}: expected an integer in 0..2^64-1, got {value!r:.60}")
+                raise InputError(f"noise {name}: expected an integer in 0..2^64-1, got {shown(value)}")
             object.__setattr__(self, name, int(value))
 
     @classmethod

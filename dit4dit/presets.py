@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dit4dit.config import FlowConfig, HeadConfig, ModelConfig, TextConfig, VaeConfig, VideoDitConfig
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, shown
 
 
 @dataclass(frozen=True)
@@ -153,5 +153,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
 def preset(name: str) -> Preset:
     """The preset called `name`; ConfigError with a suggestion when there is none."""
     if name not in PRESETS:
-        raise ConfigError(f"preset {name!r}: unknown{did_you_mean(name, list(PRESETS))}; known: {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"preset {shown(name)}: unknown{did_you_mean(name, list(PRESETS))}; known: {', '.join(PRESETS)}"
+        )
     return PRESETS[name]()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import InputError, did_you_mean
+from dit4dit.errors import InputError, did_you_mean, shown
 from dit4dit.noise import Noise
 
 if TYPE_CHECKING:
@@ -106,11 +106,11 @@ def check_strength(where: str, schedule: str, max_guidance: float) -> None:
     if not isinstance(schedule, str) or schedule not in get_args(Schedule):
         near = did_you_mean(schedule, get_args(Schedule))
         raise InputError(
-            f"{where}: schedule: expected one of {', '.join(get_args(Schedule))}, got {schedule!r:.60}{near}"
+            f"{where}: schedule: expected one of {', '.join(get_args(Schedule))}, got {shown(schedule)}{near}"
         )
     number = isinstance(max_guidance, (int, float, np.integer, np.floating)) and not isinstance(max_guidance, bool)
     if not number or not 0.0 < max_guidance <= _LARGEST:
-        raise InputError(f"{where}: max_guidance: expected a finite number above 0, got {max_guidance!r:.60}")
+        raise InputError(f"{where}: max_guidance: expected a finite number above 0, got {shown(max_guidance)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +165,7 @@ class Guidance:
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
             wanted = f">= {low}" if high is None else f"{low} to {high}"
-            raise InputError(f"guidance: {name}: expected a whole number {wanted} ({what}), got {value!r:.60}")
+            raise InputError(f"guidance: {name}: expected a whole number {wanted} ({what}), got {shown(value)}")
 
     def check(self, length: int, width: int) -> None:
         """InputError unless it fits chunks of `length` rows and `width` model dimensions."""

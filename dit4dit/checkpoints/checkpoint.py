@@ -28,7 +28,7 @@ from dit4dit.checkpoints.tensor_files import (
     say_once,
 )
 from dit4dit.config import ModelConfig
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, shown
 from dit4dit.files.folders import fault, no_folder, visible
 from dit4dit.files.keys import read_json
 from dit4dit.robots.statistics import read_statistics
@@ -117,21 +117,21 @@ def _as_path(what: str, name: object) -> Path | None:
     """The file or folder of a name that a user gave, None where there is none; CheckpointError where there can be none."""
     if not isinstance(name, (str, os.PathLike)) or isinstance(os.fspath(name), bytes):
         raise CheckpointError(f"{what}: expected a path or a hub id, got {type(name).__name__}")
-    shown = f"{what} {os.fspath(name)!r:.200}"
+    where = f"{what} {shown(os.fspath(name), 200)}"
     if not os.fspath(name):
-        raise CheckpointError(f"{shown}: expected a path or a hub id, got none")
+        raise CheckpointError(f"{where}: expected a path or a hub id, got none")
     try:
         path = Path(name).expanduser()
         there = path.exists()
         target = os.readlink(path) if not there and path.is_symlink() else None
     except (ValueError, RuntimeError):  # an embedded NUL, a surrogate, a home of nobody's
-        raise CheckpointError(f"{shown}: is no name that a file can have; give a path or a hub id") from None
+        raise CheckpointError(f"{where}: is no name that a file can have; give a path or a hub id") from None
     except OSError as error:
         raise CheckpointError(
-            f"{shown}: cannot be looked at ({error.strerror}); check the name and its permissions"
+            f"{where}: cannot be looked at ({error.strerror}); check the name and its permissions"
         ) from None
     if target is not None:
-        raise CheckpointError(f"{shown}: is a link to {target}, which is not there; give what it should lead to")
+        raise CheckpointError(f"{where}: is a link to {target}, which is not there; give what it should lead to")
     return path if there else None
 
 
@@ -147,7 +147,7 @@ def _from_hub(name: str) -> Path:
     local = not is_hub_id(name) or name.lower().endswith(ENDINGS) or Path(name).parent.is_dir()
     if local:
         raise CheckpointError(
-            f"checkpoint {name!r:.200}: no such file or folder; give a run folder, a .pt file or a hub id"
+            f"checkpoint {shown(name, 200)}: no such file or folder; give a run folder, a .pt file or a hub id"
         )
     return _download(name, None, None, "give a run folder or a .pt file that exists")
 
@@ -199,7 +199,7 @@ def _open_published(path: Path, backbone: str | Path | None) -> Checkpoint:
     tensors = renamed(_published_tensors(file), text_name, file)
     if not any(name.startswith(KNOWN) for name in tensors):
         raise CheckpointError(
-            f"{file}: expected tensors under {TRANSFORMER} or {HEAD}, found {next(iter(tensors), 'none')!r}; "
+            f"{file}: expected tensors under {TRANSFORMER} or {HEAD}, found {shown(next(iter(tensors), 'none'), 200)}; "
             "this is not a DiT4DiT checkpoint"
         )
     embodiment = published.MIXTURES.get(config.data_mix or "")
@@ -228,7 +228,9 @@ def _published_tensors(file: Path) -> Mapping[str, Tensor]:
     plain = state_dict.plain_names(found, file)
     if all(new == old for new, old in plain.items()):
         return found
-    say_once(f"{file}: names are read without what was put in front of the published ones, as in {next(iter(found))!r}")
+    say_once(
+        f"{file}: names are read without what was put in front of the published ones, as in {shown(next(iter(found)), 200)}"
+    )
     return Renamed(found, plain)
 
 
@@ -361,13 +363,15 @@ def _open_own(folder: Path, backbone: str | Path | None) -> Checkpoint:
     where = str(folder / "config.json")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{where}: expected format_version {FORMAT_VERSION}, got {version!r}; update dit4dit")
+        raise CheckpointError(
+            f"{where}: expected format_version {FORMAT_VERSION}, got {shown(version)}; update dit4dit"
+        )
     if not isinstance(data.get("model"), dict):
-        raise CheckpointError(f"{where}: expected the model's sizes under 'model', got {data.get('model')!r:.40}")
+        raise CheckpointError(f"{where}: expected the model's sizes under 'model', got {shown(data.get('model'))}")
     model = ModelConfig.from_dict(data["model"], f"{where}: model")
     robot = data.get("embodiment")
     if not isinstance(robot, (str, dict, type(None))):
-        raise CheckpointError(f"{where}: embodiment: expected a robot's name or description, got {robot!r:.40}")
+        raise CheckpointError(f"{where}: embodiment: expected a robot's name or description, got {shown(robot)}")
     tokenizer = folder / "tokenizer"
     for place in (*(folder / part for part in FROZEN), tokenizer):
         _expect_folder(place)

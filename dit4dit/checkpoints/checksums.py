@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.checkpoints.tensor_files import SHARED, shared_by_links
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, shown
 from dit4dit.files.folders import inside
 from dit4dit.files.keys import read_json
 
@@ -95,7 +95,9 @@ def read(file: Path) -> Entries:
     for name, entry in data.items():
         good = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
         if not good:
-            raise CheckpointError(f"{file}: {name!r:.60}: expected size and sha256, got {entry!r:.60}; copy it again")
+            raise CheckpointError(
+                f"{file}: {shown(name, 200)}: expected size and sha256, got {shown(entry)}; copy it again"
+            )
     return data
 
 

@@ -35,7 +35,7 @@ from dit4dit.checkpoints.checkpoint import (
     published_files,
 )
 from dit4dit.config import ModelConfig
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, shown
 from dit4dit.files.atomic import whole_folder
 from dit4dit.files.folders import visible
 from dit4dit.files.keys import read_json
@@ -242,7 +242,9 @@ def to_published(source: Path, target: Path, backbone: Path | None = None, progr
             shutil.copytree(kept / "cosmos", partial / "cosmos", ignore=DOTTED)
             name = str(read_json(kept / "source.json").get("file"))
             if not PT_NAME.fullmatch(name):
-                raise CheckpointError(f"{kept / 'source.json'}: expected a .pt file inside the run, got {name!r}")
+                raise CheckpointError(
+                    f"{kept / 'source.json'}: expected a .pt file inside the run, got {shown(name, 200)}"
+                )
         else:
             (partial / "config.yaml").write_text(export.run_yaml(checkpoint.model, checkpoint.embodiment))
             export.write_cosmos_configs(partial / "cosmos", checkpoint.model)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.config import FlowConfig, HeadConfig, ModelConfig, TextConfig, VaeConfig, VideoDitConfig
-from dit4dit.errors import CheckpointError, ConfigError
+from dit4dit.errors import CheckpointError, ConfigError, shown
 from dit4dit.files.keys import NEEDED, KeyReader, naming, read_json, read_yaml
 
 ACTION_MODEL_TYPES = {"DiT-B": (12, 64), "DiT-L": (32, 48)}
@@ -185,7 +185,7 @@ def read_vae_config(keys: KeyReader) -> VaeConfig:
     for key in ("is_residual", "attn_scales", "patch_size"):
         if keys.raw(key, None):
             raise ConfigError(
-                f"{keys.where}: {key}: only the Wan 2.1 VAE is known, which has none, got {keys.raw(key)!r}"
+                f"{keys.where}: {key}: only the Wan 2.1 VAE is known, which has none, got {shown(keys.raw(key))}"
             )
     default = VaeConfig()
     return VaeConfig(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from dit4dit.checkpoints.checkpoint import Checkpoint
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, shown
 from dit4dit.files.keys import naming
 from dit4dit.robots import EMBODIMENTS, embodiment
 from dit4dit.robots import statistics as stats
@@ -55,7 +55,9 @@ def choose_embodiment(checkpoint: Checkpoint, wanted: str | Embodiment | None) -
         return implied, implied.tag if implied.tag in checkpoint.statistics else None
     known = [*EMBODIMENTS, *([implied.name] if implied is not None and own else []), *checkpoint.statistics]
     if wanted is not None and wanted not in checkpoint.statistics:
-        raise ConfigError(f"embodiment {wanted!r}: unknown{did_you_mean(wanted, known)}; known: {', '.join(known)}")
+        raise ConfigError(
+            f"embodiment {shown(wanted)}: unknown{did_you_mean(wanted, known)}; known: {', '.join(known)}"
+        )
     if implied is None:
         raise ConfigError(
             f"{checkpoint.path}: does not say which robot it is for; choose one with --embodiment: "

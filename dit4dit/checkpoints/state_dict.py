@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit4dit.checkpoints.tensor_files import say_once
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, listed, shown
 from dit4dit.files.folders import fault, visible
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _unwrap(data: Any, file: Path, known: tuple[str, ...]) -> dict[str, Tensor]:
         if any(name.startswith(known) for name in plain_names(tensors, file)):
             found[key] = tensors
     if len(found) > 1:
-        keys = " and ".join(repr(key) if key else "the top level" for key in found)
+        keys = " and ".join(shown(key) if key else "the top level" for key in list(found)[:8])
         raise CheckpointError(
             f"{file}: holds {len(found)} sets of weights, under {keys}; save the one that is meant alone: "
             "torch.save(data[KEY], FILE)"
@@ -104,29 +104,29 @@ def _unwrap(data: Any, file: Path, known: tuple[str, ...]) -> dict[str, Tensor]:
         first = next(
             (name for group in groups.values() for name, x in group.items() if isinstance(x, torch.Tensor)), None
         )
-        keys = ", ".join(map(str, data)) or "none"
         raise CheckpointError(
             f"{file}: expected a flat state dict of tensors under the published names, or one below state_dict, model or "
-            f"module, got {type(data).__name__} with the keys {keys:.120}"
-            + ("" if first is None else f", whose first tensor is {first!r:.100}")
+            f"module, got {type(data).__name__} with the keys {listed(data, 8)}"
+            + ("" if first is None else f", whose first tensor is {shown(first, 200)}")
         )
     key, tensors = next(iter(found.items()))
     if key and key not in WRAPPERS:
         raise CheckpointError(
-            f"{file}: tensors under our names only below {key!r}, expected at the top level or below one of "
-            f"{', '.join(WRAPPERS)}; if they are the weights that are meant save them alone: torch.save(data[{key!r}], FILE)"
+            f"{file}: tensors under our names only below {shown(key)}, expected at the top level or below one of "
+            f"{', '.join(WRAPPERS)}; if they are the weights that are meant save them alone: "
+            f"torch.save(data[{shown(key)}], FILE)"
         )
     left = [name for name in data if name not in tensors] if not key else [name for name in data if name != key]
     left += [f"{key}.{name}" for name in groups[key] if name not in tensors] if key else []
     if key:
-        say_once(f"{file}: the weights below {key!r} are used{_left_out(left)}")
+        say_once(f"{file}: the weights below {shown(key)} are used{_left_out(left)}")
     elif left:
         say_once(f"{file}: the tensors at the top level are used{_left_out(left)}")
     return without_prefix(tensors, file)
 
 
 def _left_out(names: list[Any]) -> str:
-    return f"; left out: {', '.join(map(str, names)):.160}" if names else ""
+    return f"; left out: {listed(names, 8)}" if names else ""
 
 
 def plain_names(names: Iterable[str], file: Path) -> dict[str, str]:
@@ -144,7 +144,9 @@ def plain_names(names: Iterable[str], file: Path) -> dict[str, str]:
     for name in found:
         plain = name[cut:].replace("._orig_mod.", ".")
         if (other := out.setdefault(plain, name)) != name:
-            raise CheckpointError(f"{file}: {other!r} and {name!r} are the same tensor; keep one of them")
+            raise CheckpointError(
+                f"{file}: {shown(other, 200)} and {shown(name, 200)} are the same tensor; keep one of them"
+            )
     return out
 
 
@@ -154,7 +156,9 @@ def without_prefix(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tenso
     changed = [(new, old) for new, old in plain.items() if new != old]
     if changed:
         new, old = changed[0]
-        say_once(f"{file}: {len(changed)} of {len(plain)} names are read without a prefix: {old!r} as {new!r}")
+        say_once(
+            f"{file}: {len(changed)} of {len(plain)} names are read without a prefix: {shown(old, 200)} as {shown(new, 200)}"
+        )
     return {new: tensors[old] for new, old in plain.items()}
 
 

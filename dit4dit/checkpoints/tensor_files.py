@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, shown
 from dit4dit.files.folders import fault, inside, visible
 from dit4dit.files.keys import read_json
 
@@ -96,7 +96,9 @@ def renamed(source: Mapping[str, Tensor], rename: Callable[[str], str], where: P
     names: dict[str, str] = {}
     for name in source:
         if (other := names.setdefault(rename(name), name)) != name:
-            raise CheckpointError(f"{where}: {other!r} and {name!r} are the same tensor, {rename(name)!r}; remove one")
+            raise CheckpointError(
+                f"{where}: {shown(other, 200)} and {shown(name, 200)} are the same tensor, {rename(name)!r}; remove one"
+            )
     return source if all(new == old for new, old in names.items()) else Renamed(source, names)
 
 
@@ -192,7 +194,7 @@ def safetensor_files(folder: Path, prefix: str) -> SafetensorFiles:
     for name, shard in listed.items():
         if index.get(prefix + name) != shard:
             raise CheckpointError(
-                f"{shard}: has no tensor {name!r:.100}, which {indexes[0].name} says; copy both again"
+                f"{shard}: has no tensor {shown(name, 200)}, which {indexes[0].name} says; copy both again"
             )
     others = [file for file in files if file not in set(listed.values())]
     _gather(others, prefix, index)
@@ -258,7 +260,8 @@ def _gather(files: list[Path], prefix: str, known: Mapping[str, Path] | None = N
             other = (known or {}).get(prefix + name) or index.get(prefix + name)
             if other is not None:
                 raise CheckpointError(
-                    f"{file.parent}: {other.name} and {file.name} both hold the tensor {name!r:.100}; keep the one that is "
+                    f"{file.parent}: {other.name} and {file.name} both hold the tensor {shown(name, 200)}; keep the "
+                    "one that is "
                     "meant and remove the other"
                 )
             index[prefix + name] = file
@@ -272,7 +275,8 @@ def joined(parts: list[SafetensorFiles], *rest: Mapping[str, Tensor]) -> Joined:
         for name, file in part.index.items():
             if index.setdefault(name, file) != file:
                 raise CheckpointError(
-                    f"{index[name]} and {file} both hold the tensor {name!r:.100}; keep the one that is meant and remove the "
+                    f"{index[name]} and {file} both hold the tensor {shown(name, 200)}; keep the one that is meant "
+                    "and remove the "
                     "other"
                 )
     return Joined((*parts, *rest))

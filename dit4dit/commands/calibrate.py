@@ -11,7 +11,7 @@ from typing import Any
 from dit4dit.commands.predict import check_views, observe, read
 from dit4dit.commands.shell import check_inputs
 from dit4dit.engine import Calibration, Engine, errors
-from dit4dit.errors import InputError
+from dit4dit.errors import InputError, shown
 from dit4dit.policy.policy import Policy
 from dit4dit.robots.embodiment import Embodiment
 from dit4dit.tables import table
@@ -71,11 +71,11 @@ def _example(where: str, line: str, folder: Path) -> Example:
         raise InputError(f"{where}: expected {wanted}, got {got}")
     images, state, words = data.get("images"), data.get("state"), data.get("instruction")
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise InputError(f"{where}: images: expected a list of file names, got {images!r:.60}")
+        raise InputError(f"{where}: images: expected a list of file names, got {shown(images)}")
     if state is not None and not isinstance(state, (str, dict)):
-        raise InputError(f"{where}: state: expected an object or a file name, got {state!r:.60}")
+        raise InputError(f"{where}: state: expected an object or a file name, got {shown(state)}")
     if not isinstance(words, str):
-        raise InputError(f"{where}: instruction: expected words, got {words!r:.60}")
+        raise InputError(f"{where}: instruction: expected words, got {shown(words)}")
     return Example([folder / name for name in images], folder / state if isinstance(state, str) else state, words)
 
 

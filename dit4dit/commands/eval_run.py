@@ -12,7 +12,7 @@ import tyro
 
 from dit4dit.commands.loading import Loading
 from dit4dit.commands.shell import INTERRUPTED, say
-from dit4dit.errors import ConfigError, InputError
+from dit4dit.errors import ConfigError, InputError, shown
 from dit4dit.evaluation.plan import Plan
 from dit4dit.files.atomic import check_folder
 from dit4dit.progress import bar
@@ -125,7 +125,7 @@ class RunOptions:
         except ValueError as error:
             if isinstance(error, ConfigError):
                 raise
-            raise InputError(f"--latency: expected milliseconds or 'measured', got {self.latency!r}") from None
+            raise InputError(f"--latency: expected milliseconds or 'measured', got {shown(self.latency)}") from None
 
 
 # their fields are options of the command itself: --checkpoint, --out

@@ -12,7 +12,7 @@ import tyro
 
 from dit4dit.commands.loading import PolicyToLoad
 from dit4dit.commands.shell import check_outputs, read_lines, say
-from dit4dit.errors import InputError, require
+from dit4dit.errors import InputError, require, shown
 from dit4dit.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -158,5 +158,5 @@ def _size(text: str) -> tuple[str, tuple[int, int]]:
     view, _, size = text.partition("=")
     height, _, width = size.partition("x")
     if not view or not height.isdecimal() or not width.isdecimal():
-        raise InputError(f"--picture {text!r:.60}: expected VIEW=HEIGHTxWIDTH, such as wrist_image=480x640")
+        raise InputError(f"--picture {shown(text)}: expected VIEW=HEIGHTxWIDTH, such as wrist_image=480x640")
     return view, (int(height), int(width))

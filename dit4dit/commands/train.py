@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from dit4dit.commands.shell import at_least, say
-from dit4dit.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from dit4dit.errors import CheckpointError, ConfigError, DataError, did_you_mean, shown
 from dit4dit.training import checkpoint, published
 from dit4dit.training.config import TrainConfig, read_config, split_words
 from dit4dit.training.loop import PREEMPTED, train
@@ -112,7 +112,7 @@ def _world_size() -> int | None:
     world = os.environ.get("WORLD_SIZE")
     if world is not None and (not world.isdecimal() or int(world) < 1):
         raise ConfigError(
-            f"WORLD_SIZE: expected a number of at least 1, as torchrun sets it, got {world!r:.60}; unset it"
+            f"WORLD_SIZE: expected a number of at least 1, as torchrun sets it, got {shown(world)}; unset it"
         )
     return None if world is None else int(world)
 
@@ -123,7 +123,7 @@ def configure(flags: Flags, words: Sequence[str]) -> TrainConfig:
     Nothing but the result goes to standard output, so that --print leaves one JSON document there.
     """
     if (flags.recipe is None) == (flags.config is None):
-        stray = f", not {words[0]!r:.60}" if words and not words[0].startswith("-") else ""
+        stray = f", not {shown(words[0])}" if words and not words[0].startswith("-") else ""
         stray = ", not --config_yaml" if any(word.startswith("--config_yaml") for word in words) else stray
         raise ConfigError(f"give one of --recipe ({', '.join(RECIPES)}) and --config FILE{stray}")
     theirs = published.ROOTS if flags.config is not None and published.is_published(flags.config) else ()

@@ -39,7 +39,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import ConfigError, InputError
+from dit4dit.errors import ConfigError, InputError, shown
 from dit4dit.types import MAX_GUIDANCE, Guidance, Schedule, check_strength
 
 Row = NDArray[np.float32]
@@ -67,7 +67,7 @@ class Latency:
 
     def __post_init__(self) -> None:
         if self.ms is not None and not 0.0 <= self.ms < math.inf:
-            raise ConfigError(f"latency: expected milliseconds >= 0, got {self.ms!r}")
+            raise ConfigError(f"latency: expected milliseconds >= 0, got {shown(self.ms)}")
 
     def steps(self, seconds: float, rate_hz: float) -> int:
         """d for a chunk whose pass took so long."""

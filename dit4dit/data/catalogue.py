@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.config import build
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, shown
 from dit4dit.files.keys import read_plain_yaml
 from dit4dit.robots import EMBODIMENTS
 from dit4dit.robots.descriptions import Robot, published_robots, robot_of_entry
@@ -27,7 +27,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
-            raise ConfigError(f"data set {self.dataset!r}: weight: expected more than 0, got {self.weight}")
+            raise ConfigError(f"data set {shown(self.dataset)}: weight: expected more than 0, got {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Catalogue:
         """ConfigError with a suggestion when there is none of that name."""
         if name in self.unpublished and name not in self.robots:
             raise ConfigError(
-                f"robot {name!r}: never published, so not available; define it in a file of your own (--robots)"
+                f"robot {shown(name)}: never published, so not available; define it in a file of your own (--robots)"
             )
         if name not in self.robots:
             known = list(self.robots)
-            raise ConfigError(f"robot {name!r}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
+            raise ConfigError(f"robot {shown(name)}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
         return self.robots[name]
 
     def mixture(self, name: str) -> tuple[Entry, ...]:
         """ConfigError with a suggestion when there is none of that name, or when one of its robots is not available."""
         if name not in self.mixtures:
             known = list(self.mixtures)
-            raise ConfigError(f"mixture {name!r}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
+            raise ConfigError(f"mixture {shown(name)}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
         for entry in self.mixtures[name]:
             self.robot(entry.robot)
         return self.mixtures[name]
@@ -81,7 +81,7 @@ def _extend(known: Catalogue, path: Path) -> Catalogue:
     data = read_plain_yaml(path)
     for key in data:
         if key not in ("robots", "mixtures"):
-            raise ConfigError(f"{path}: unknown key {key!r}{did_you_mean(str(key), ['robots', 'mixtures'])}")
+            raise ConfigError(f"{path}: unknown key {shown(key)}{did_you_mean(key, ['robots', 'mixtures'])}")
     parts: dict[str, dict[str, Any]] = {}
     for part, names in (("robots", known.robots), ("mixtures", known.mixtures)):
         parts[part] = data.get(part) or {}
@@ -89,9 +89,11 @@ def _extend(known: Catalogue, path: Path) -> Catalogue:
             raise ConfigError(f"{path}: {part}: expected a mapping from names, got {type(parts[part]).__name__}")
         for name in parts[part]:
             if name in names:
-                raise ConfigError(f"{path}: {part}: {name!r} is the package's own; choose another name")
+                raise ConfigError(f"{path}: {part}: {shown(name)} is the package's own; choose another name")
         if part == "robots" and (taken := EMBODIMENTS.keys() & parts[part].keys()):
-            raise ConfigError(f"{path}: robots: {min(taken)!r} is an embodiment of the package; choose another name")
+            raise ConfigError(
+                f"{path}: robots: {shown(min(taken))} is an embodiment of the package; choose another name"
+            )
     robots = {**known.robots, **{n: robot_of_entry(n, d, str(path)) for n, d in parts["robots"].items()}}
     mixtures = {**known.mixtures, **{n: _entries(n, d, str(path)) for n, d in parts["mixtures"].items()}}
     return replace(known, robots=robots, mixtures=mixtures)
@@ -99,5 +101,5 @@ def _extend(known: Catalogue, path: Path) -> Catalogue:
 
 def _entries(name: str, data: Any, where: str) -> tuple[Entry, ...]:
     if not isinstance(data, list) or not data:
-        raise ConfigError(f"{where}: mixtures.{name}: expected a list of data sets, got {data!r:.60}")
+        raise ConfigError(f"{where}: mixtures.{name}: expected a list of data sets, got {shown(data)}")
     return tuple(build(Entry, item, f"{where}: mixtures.{name}[{i}]") for i, item in enumerate(data))

@@ -18,7 +18,7 @@ from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.modality import depth_map
 from dit4dit.data.samples import Recording
 from dit4dit.data.statistics import NAMES, flat_statistics
-from dit4dit.errors import ConfigError, DataError
+from dit4dit.errors import ConfigError, DataError, listed, shown
 from dit4dit.robots.descriptions import Robot
 
 BATCH = 64
@@ -103,9 +103,9 @@ def _unread(recording: Recording | None, problems: list[Problem]) -> list[str]:
     """What is wrong with columns and cameras that a robot does not use."""
     if recording is None or not problems:
         return []
-    columns = ", ".join(sorted({str(problem.column) for problem in problems}))
+    columns = listed(sorted({str(problem.column) for problem in problems}), 8)
     return [
-        f"{len(problems)} errors in what {recording.robot.name} does not use ({columns:.100}), which training passes over; the "
+        f"{len(problems)} errors in what {recording.robot.name} does not use ({columns}), which training passes over; the "
         f"first: {problems[0]}"
     ]
 
@@ -211,11 +211,11 @@ def _unusual_tasks(data: LeRobot, good: list[int], tasks: Mapping[str, int]) -> 
     digits = [words for words in tasks if words.strip().isdigit()]
     if digits:
         frames = sum(tasks[words] for words in digits)
-        out.append(f"{frames} frames have a number for an instruction ({digits[0]!r}), as a text")
+        out.append(f"{frames} frames have a number for an instruction ({shown(digits[0])}), as a text")
     same = Counter(" ".join(words.lower().split()) for words in tasks)
     twice = [words for words, n in same.items() if n > 1]
     if twice:
-        out.append(f"instructions that differ only in case or spaces: {twice[0]!r}")
+        out.append(f"instructions that differ only in case or spaces: {shown(twice[0])}")
     if "task_index" in data.columns.digests:
         other = [i for i in good if (of := data.meta.episodes[i].tasks) and not {*data.tasks("task_index", i)} <= {*of}]
         if other:

@@ -24,7 +24,7 @@ from dit4dit.data.meta import EpisodeMeta, Meta
 from dit4dit.data.modality import is_language, is_numeric, is_picture, width
 from dit4dit.data.tables import Wrong, in_one_piece, language, not_finite, numbers, owners
 from dit4dit.data.time_check import Unusual, check_videos, merged, uneven_timestamps, wrong_timestamps
-from dit4dit.errors import DataError
+from dit4dit.errors import DataError, listed, shown
 from dit4dit.files.atomic import whole_folder
 from dit4dit.files.cache import cache_root
 
@@ -99,7 +99,9 @@ class Columns:
         wanted = column.rows * column.width * kind.itemsize
         size = path.stat().st_size if path.is_file() else 0
         if size != wanted:
-            raise DataError(f"{path}: expected {wanted} bytes of column {name!r}, got {size}; remove {self.folder}")
+            raise DataError(
+                f"{path}: expected {wanted} bytes of column {shown(name)}, got {size}; remove {self.folder}"
+            )
         if wanted == 0:  # cannot be mapped
             return np.zeros((column.rows, column.width), kind)
         # as a plain array: every slice of a memmap costs microseconds, and a sample takes a dozen
@@ -131,7 +133,7 @@ class Columns:
 
     def _column(self, name: str) -> Column:
         if name not in self.columns:
-            raise DataError(f"{self.folder}: no column {name!r}; it has: {', '.join(self.columns)}")
+            raise DataError(f"{self.folder}: no column {shown(name)}; it has: {listed(self.columns)}")
         return self.columns[name]
 
 
@@ -230,7 +232,9 @@ def _build(meta: Meta, spoken: Collection[str], folder: Path, progress: Progress
         for i in missing:
             episode = meta.episodes[i]
             if not known & {(episode.index, None), (episode.index, name)}:  # what is missing has to be known as damage
-                raise DataError(f"{episode.data}: column {name!r} of episode {episode.index} was not read; report this")
+                raise DataError(
+                    f"{episode.data}: column {shown(name)} of episode {episode.index} was not read; report this"
+                )
         entry = {"file": sink.file, "kind": np.dtype(sink.kind).name, "width": sink.width}
         columns[name] = {**entry, "digest": sink.digest.hexdigest(), "missing": missing}
     order = {episode.index: i for i, episode in enumerate(meta.episodes)}
@@ -337,17 +341,17 @@ class _Reading:
             self.problems.append(Problem(str(path), row, episode.index, name, why))
 
         if column is None:
-            add(None, f"no column {name!r}; info.json lists it")
+            add(None, f"no column {shown(name)}; info.json lists it")
             return None
         read = partial(language, tasks=self.meta.tasks.keys(), texts=sink.texts) if sink.spoken else sink.numbers
         values = read(column.slice(first, episode.length))
         if isinstance(values, Wrong):
-            add(values.row, f"column {name!r}: {values.why}")
+            add(values.row, f"column {shown(name)}: {values.why}")
             return None
         sink.append(i, episode.index, values)
         wrong = not_finite(values)
         if wrong is not None:
-            add(wrong.row, f"column {name!r}: {wrong.why}")
+            add(wrong.row, f"column {shown(name)}: {wrong.why}")
         elif name == "timestamp" and (why := wrong_timestamps(values[:, 0], self.meta.fps)) is not None:
             add(None, f"episode {episode.index}: {why}")
         elif name == "timestamp":
@@ -363,7 +367,9 @@ class _Reading:
             if len(other):
                 row = int(other[0]) + 1
                 want, got = int(values[row - 1, 0]) + 1, int(values[row, 0])
-                why = f"column {name!r}: expected {want} after {want - 1}, got {got}; rows are lost or out of order"
+                why = (
+                    f"column {shown(name)}: expected {want} after {want - 1}, got {got}; rows are lost or out of order"
+                )
                 place = self.file_rows[i] + row
                 self.problems.append(Problem(str(path), place, self.meta.episodes[i].index, None, why))
             elif name == "frame_index" and values[0, 0] != 0:

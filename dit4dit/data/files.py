@@ -9,11 +9,12 @@ import glob
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit4dit.errors import DataError, require
+from dit4dit.errors import DataError, listed, require, said, shown
 
 LARGEST = 2**63 - 1
 """Of a whole number: what a parquet file's int64 holds."""
@@ -46,16 +47,18 @@ def read_table(path: Path, columns: Iterable[str] | None = None, optional: Itera
     try:
         with parquet.ParquetFile(path) as file:
             known = file.schema_arrow.names
-            twice = sorted({name for name in known if known.count(name) > 1})
+            twice = sorted(name for name, times in Counter(known).items() if times > 1)
             if twice:
-                raise DataError(f"{path}: column {twice[0]!r} is there twice; write the file with each column once")
+                raise DataError(
+                    f"{path}: column {shown(twice[0])} is there twice; write the file with each column once"
+                )
             for name in columns or ():
                 if name not in known:
-                    raise DataError(f"{path}: no column {name!r}; it has: {', '.join(known)}")
+                    raise DataError(f"{path}: no column {shown(name)}; it has: {listed(known)}")
             chosen = None if columns is None else [*columns, *(name for name in optional if name in known)]
             return file.read(chosen)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: unreadable parquet ({' '.join(str(error).split()):.120}); copy it again") from None
+        raise DataError(f"{path}: unreadable parquet ({said(error)}); copy it again") from None
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None, optional: Iterable[str] = ()) -> list[dict[str, Any]]:
@@ -78,7 +81,7 @@ def whole(data: Mapping[str, Any], key: str, where: str, least: int = 0) -> int:
     """data[key], a whole number of at least `least` that fits into 64 bits."""
     value = data.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise DataError(f"{where}: {key}: expected int, got {value!r:.60}")
+        raise DataError(f"{where}: {key}: expected int, got {shown(value)}")
     if not least <= value <= LARGEST:
         raise DataError(f"{where}: {key}: expected {least} to {LARGEST}, got {_short(value)}")
     return value
@@ -88,7 +91,7 @@ def number(data: Mapping[str, Any], key: str, where: str) -> float:
     """data[key], a finite number."""
     value = data.get(key)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise DataError(f"{where}: {key}: expected a number, got {value!r:.60}")
+        raise DataError(f"{where}: {key}: expected a number, got {shown(value)}")
     if not (abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)):
         raise DataError(f"{where}: {key}: expected a finite number, got {_short(value)}")
     return float(value)
@@ -98,9 +101,9 @@ def words(data: Mapping[str, Any], key: str, where: str) -> str:
     """data[key], a text that can be written as UTF-8."""
     value = data.get(key)
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key}: expected str, got {value!r:.60}")
+        raise DataError(f"{where}: {key}: expected str, got {shown(value)}")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise DataError(f"{where}: {key}: holds half of a UTF-16 pair, {value!a:.60}; write the text as UTF-8")
+        raise DataError(f"{where}: {key}: holds half of a UTF-16 pair, {shown(value)}; write the text as UTF-8")
     return value
 
 
@@ -116,14 +119,15 @@ def fill(root: Path, template: str, values: Mapping[str, int | str], where: str)
         if value is None or (digits is not None and isinstance(value, str)):
             known = ", ".join("{" + name + "}" for name in values)
             raise DataError(
-                f"{where}: {template!r:.120}: {found[0]!r:.60} is no field of it; known: {known}, a number also with :01d to :09d"
+                f"{where}: {shown(template, 140)}: {shown(found[0])} is no field of it; known: {known}, a number also "
+                "with :01d to :09d"
             )
         return value if isinstance(value, str) else f"{value:0{digits or 1}d}"
 
     text = re.sub(r"\{(?P<name>\w+)(?::0(?P<digits>[1-9])d)?\}|\{[^{}]*\}?|\}", field, template)
     wrong = _outside(text)
     if wrong is not None:
-        raise DataError(f"{where}: {text!r:.120}: {wrong}; expected a file below the data set's folder")
+        raise DataError(f"{where}: {shown(text, 140)}: {wrong}; expected a file below the data set's folder")
     return root / text
 
 
@@ -161,7 +165,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, value in pairs:
             if key in out:
-                raise DataError(f"{where}: the key {key!r:.60} is there twice in one object; remove one of them")
+                raise DataError(f"{where}: the key {shown(key)} is there twice in one object; remove one of them")
             out[key] = value
         return out
 

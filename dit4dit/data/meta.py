@@ -10,7 +10,7 @@ from typing import Any
 
 from dit4dit.data.files import fill, number, read_json, read_json_lines, read_rows, visible, whole, words
 from dit4dit.data.modality import check_features, depth_map, is_picture
-from dit4dit.errors import DataError
+from dit4dit.errors import DataError, shown
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
@@ -91,7 +91,7 @@ def read_meta(root: Path) -> Meta:
     version = words(info, "codebase_version", str(path))
     if version not in VERSIONS:
         raise DataError(
-            f"{path}: codebase_version: expected one of {', '.join(VERSIONS)}, got {version!r:.60}; convert the data set"
+            f"{path}: codebase_version: expected one of {', '.join(VERSIONS)}, got {shown(version)}; convert the data set"
         )
     fps, features = number(info, "fps", str(path)), check_features(info.get("features"), f"{path}: features")
     if not fps > 0:
@@ -166,7 +166,7 @@ def _v3_tasks(path: Path) -> dict[int, str]:
         at = f"{path}, row {i}"
         index, task = row["task_index"], row[text[0]]
         if not isinstance(index, int) or not isinstance(task, str):
-            raise DataError(f"{at}: expected a number and a text, got {index!r:.60} and {task!r:.60}")
+            raise DataError(f"{at}: expected a number and a text, got {shown(index)} and {shown(task)}")
         found.append((at, whole(row, "task_index", at), task))
     return _tasks(found)
 
@@ -198,7 +198,8 @@ def _tasks(rows: Iterable[tuple[str, int, str]]) -> dict[int, str]:
         first, text = found.setdefault(index, (at, task))
         if text != task:
             raise DataError(
-                f"{at}: task_index {index} is {task!r:.60}, and {text!r:.60} in {beside(first, at)}; give each text its number"
+                f"{at}: task_index {index} is {shown(task)}, and {shown(text)} in {beside(first, at)}; give each text "
+                "its number"
             )
     return {index: text for index, (_, text) in found.items()}
 
@@ -256,7 +257,7 @@ def _own_videos(listed: Sequence[_Listed]) -> None:
 def _other_totals(path: Path, info: Mapping[str, Any], episodes: Sequence[EpisodeMeta]) -> list[str]:
     counted = {"total_episodes": len(episodes), "total_frames": sum(episode.length for episode in episodes)}
     return [
-        f"{path}: {key} is {info[key]!r:.30}, the episodes that are listed give {count}"
+        f"{path}: {key} is {shown(info[key])}, the episodes that are listed give {count}"
         for key, count in counted.items()
         if key in info and info[key] != count
     ]

@@ -19,7 +19,7 @@ from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.samples import Recording, SampleReader, Window
 from dit4dit.data.statistics import mixture_statistics
 from dit4dit.data.video import Backend
-from dit4dit.errors import ConfigError, DataError
+from dit4dit.errors import ConfigError, DataError, shown
 from dit4dit.robots import statistics as stats
 from dit4dit.robots.embodiment import Kind
 
@@ -170,7 +170,8 @@ def matching(entry: Entry, root: Path) -> list[Entry]:
     if "*" not in entry.dataset or place.is_dir():
         if not place.exists() and not Path(entry.dataset).is_absolute():
             raise DataError(
-                f"{place}: no such folder, wanted a data set with meta/info.json for robot {entry.robot!r}; put it there, or "
+                f"{place}: no such folder, wanted a data set with meta/info.json for robot {shown(entry.robot)}; put "
+                "it there, or "
                 "name the folder above it (training: --data.root, stats: --root)"
             )
         return [entry]
@@ -180,7 +181,8 @@ def matching(entry: Entry, root: Path) -> list[Entry]:
     found = [folder.relative_to(root) if folder.is_relative_to(root) else folder for folder in folders]
     if not found:
         raise DataError(
-            f"{root}: no data set matches {entry.dataset!r}, wanted folders with meta/info.json for robot {entry.robot!r}; "
+            f"{root}: no data set matches {shown(entry.dataset)}, wanted folders with meta/info.json for robot "
+            f"{shown(entry.robot)}; "
             "put them there, or name the folder above them (training: --data.root, stats: --root)"
         )
     return [replace(entry, dataset=str(path)) for path in found]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dit4dit.data.files import read_json
-from dit4dit.errors import DataError, did_you_mean
+from dit4dit.errors import DataError, did_you_mean, listed, shown
 from dit4dit.robots.rotations import source_size
 
 IMAGES = "observation.images."
@@ -61,7 +61,7 @@ class Modality:
         known = self.part(part)
         if key not in known:
             raise DataError(
-                f"{self.where}: no {part} {key!r}{did_you_mean(key, list(known))}; it has: {', '.join(known) or 'none'}"
+                f"{self.where}: no {part} {shown(key)}{did_you_mean(key, list(known))}; it has: {listed(known)}"
             )
         return known[key]
 
@@ -79,7 +79,7 @@ def parse(data: Any, features: Mapping[str, Any], where: str) -> Modality:
     for part in ("state", "action", "video", "annotation"):
         parts[part] = data.get(part) or {}
         if not isinstance(parts[part], Mapping) or not all(isinstance(x, Mapping) for x in parts[part].values()):
-            raise DataError(f"{where}: {part}: expected an object of objects, got {parts[part]!r:.60}")
+            raise DataError(f"{where}: {part}: expected an object of objects, got {shown(parts[part])}")
     state = {k: _slice(v, "observation.state", features, f"{where}: state.{k}") for k, v in parts["state"].items()}
     action = {k: _slice(v, "action", features, f"{where}: action.{k}") for k, v in parts["action"].items()}
     video = {k: _camera(v.get("original_key") or k, features, f"{where}: video.{k}") for k, v in parts["video"].items()}
@@ -128,13 +128,13 @@ def _alone(found: list[tuple[str, T]]) -> dict[str, T]:
 def check_features(features: Any, where: str) -> Mapping[str, Mapping[str, Any]]:
     """The features of info.json; DataError where one is no object, or has a shape that is none."""
     if not isinstance(features, Mapping):
-        raise DataError(f"{where}: expected dict, got {features!r:.60}")
+        raise DataError(f"{where}: expected dict, got {shown(features)}")
     for name, feature in features.items():
         if not isinstance(feature, Mapping):
-            raise DataError(f"{where}: {name!r:.60}: expected an object with dtype and shape, got {feature!r:.60}")
+            raise DataError(f"{where}: {shown(name)}: expected an object with dtype and shape, got {shown(feature)}")
         shape = feature.get("shape")
         if shape is not None and not (isinstance(shape, list) and all(type(x) is int and x >= 0 for x in shape)):
-            raise DataError(f"{where}: {name!r:.60}: shape: expected a list of whole numbers, got {shape!r:.60}")
+            raise DataError(f"{where}: {shown(name)}: shape: expected a list of whole numbers, got {shown(shape)}")
     return features
 
 
@@ -191,8 +191,8 @@ def _values(column: str, feature: Mapping[str, Any]) -> list[tuple[str, Slice]]:
 def _column(name: Any, features: Mapping[str, Any], where: str) -> str:
     if not isinstance(name, str) or name not in features:
         raise DataError(
-            f"{where}: original_key: no feature {name!r:.60} in info.json{did_you_mean(str(name), list(features))}; "
-            f"it has: {', '.join(features)}"
+            f"{where}: original_key: no feature {shown(name)} in info.json{did_you_mean(name, list(features))}; "
+            f"it has: {listed(features)}"
         )
     return name
 
@@ -201,7 +201,7 @@ def _camera(name: Any, features: Mapping[str, Any], where: str) -> str:
     column = _column(name, features, where)
     if not is_picture(features[column]):
         raise DataError(
-            f"{where}: {column!r} is no camera: its dtype in info.json is {features[column].get('dtype')!r:.30}"
+            f"{where}: {shown(column)} is no camera: its dtype in info.json is {shown(features[column].get('dtype'))}"
         )
     return column
 
@@ -210,8 +210,8 @@ def _annotation(name: Any, features: Mapping[str, Any], where: str) -> str:
     column = _column(name, features, where)
     if is_picture(features[column]) or width(features[column]) != 1:
         raise DataError(
-            f"{where}: {column!r} has dtype {features[column].get('dtype')!r:.30} and shape {features[column].get('shape')} in "
-            "info.json; expected one text or task number a frame"
+            f"{where}: {shown(column)} has dtype {shown(features[column].get('dtype'))} and shape "
+            f"{shown(features[column].get('shape'))} in info.json; expected one text or task number a frame"
         )
     return column
 
@@ -223,18 +223,18 @@ def _slice(entry: Mapping[str, Any], default: str, features: Mapping[str, Any], 
     if size < 0 or not is_numeric(features[column]):
         shape, dtype = features[column].get("shape"), features[column].get("dtype")
         raise DataError(
-            f"{where}: {column!r} has dtype {dtype!r} and shape {shape} in info.json; expected flat numbers"
+            f"{where}: {shown(column)} has dtype {shown(dtype)} and shape {shown(shape)} in info.json; expected flat numbers"
         )
     whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (start, end))
     if not whole or not 0 <= start < end <= size:  # type: ignore[operator]
         raise DataError(
-            f"{where}: expected 0 <= start < end <= {size} (the width of {column!r}), got {start} and {end}"
+            f"{where}: expected 0 <= start < end <= {size} (the width of {shown(column)}), got {start} and {end}"
         )
     absolute = entry.get("absolute")
     if not isinstance(absolute, bool) and "absolute" in entry:
-        raise DataError(f"{where}: absolute: expected true or false, got {absolute!r:.60}")
+        raise DataError(f"{where}: absolute: expected true or false, got {shown(absolute)}")
     found = Slice(column, int(start), int(end), absolute, entry.get("rotation_type"))  # type: ignore[arg-type]
     if found.rotation is not None and source_size(str(found.rotation), where) != found.size:
         size = source_size(str(found.rotation), where)
-        raise DataError(f"{where}: rotation_type {found.rotation!r} has {size} values, the slice {found.size}")
+        raise DataError(f"{where}: rotation_type {shown(found.rotation)} has {size} values, the slice {found.size}")
     return found

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import ConfigError
+from dit4dit.errors import ConfigError, shown
 from dit4dit.noise import philox
 
 WORD = 0xFFFFFFFF
@@ -47,7 +47,7 @@ class Draws:
         seed: int,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ConfigError(f"seed: expected an integer in 0..2^64-1, got {seed!r}")
+            raise ConfigError(f"seed: expected an integer in 0..2^64-1, got {shown(seed)}")
         self.episodes = [np.asarray(each, dtype=np.int64) for each in episodes]
         self.ends = [np.cumsum(np.asarray(each, dtype=np.int64)) for each in lengths]
         frames = [int(end[-1]) if len(end) else 0 for end in self.ends]

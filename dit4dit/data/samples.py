@@ -22,7 +22,7 @@ from dit4dit.config import ModelConfig
 from dit4dit.data.columns import Problem
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.modality import Slice, depth_map
-from dit4dit.errors import ConfigError, DataError
+from dit4dit.errors import ConfigError, DataError, shown
 from dit4dit.ops.preprocess import preprocess
 from dit4dit.robots.descriptions import Robot
 from dit4dit.robots.embodiment import Embodiment
@@ -179,12 +179,13 @@ class Recording:
             depth = depth_map(data.meta.features[camera])
             if depth is not None:
                 raise DataError(
-                    f"{data.meta.info}: {camera!r} (view {view!r}) {depth}; robot {robot.name!r} takes colour images: "
+                    f"{data.meta.info}: {shown(camera)} (view {view!r}) {depth}; robot {robot.name!r} takes colour images: "
                     "name another camera in modality.json"
                 )
             if data.meta.features[camera].get("dtype") != "video":
                 raise DataError(
-                    f"{data.meta.info}: {camera!r} (view {view!r}): pictures stored inside parquet files are not supported; "
+                    f"{data.meta.info}: {shown(camera)} (view {view!r}): pictures stored inside parquet files are not "
+                    "supported; "
                     "convert the data set to video"
                 )
         sizes = {f"{part}.{source.name}": source.size for part, sources in parts.items() for source in sources}
@@ -217,7 +218,7 @@ class Recording:
                     continue
                 wrong = no_rotation(self.data.values(source.where, i), source.where.rotation)
                 if wrong is not None:
-                    why = f"column {column!r}, key {source.name!r}: {wrong[1]}"
+                    why = f"column {shown(column)}, key {source.name!r}: {wrong[1]}"
                     row = (self.data.columns.file_rows[i] or 0) + wrong[0]
                     found.append(Problem(str(episode.data), row, episode.index, column, why))
         return found

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dit4dit.data.columns import ELSEWHERE, cache_dir
 from dit4dit.data.lerobot import LeRobot
 from dit4dit.data.samples import KeySource, Recording
-from dit4dit.errors import ConfigError, DataError
+from dit4dit.errors import ConfigError, DataError, shown
 from dit4dit.files.atomic import whole_file
 from dit4dit.robots.embodiment import Embodiment
 
@@ -54,7 +54,8 @@ def _cached(data: LeRobot, column: str, without: Collection[int], how: str, read
         if not np.isfinite(vector).all():
             at = int(np.flatnonzero(~np.isfinite(vector))[0])
             raise DataError(
-                f"{data.name}: column {column!r}: {name} of position {at} is {vector[at]:g}; a value is NaN or infinite, or a "
+                f"{data.name}: column {shown(column)}: {name} of position {at} is {vector[at]:g}; a value is NaN or "
+                "infinite, or a "
                 "rotation has none: `dit4dit data check` names file and row"
             )
     text = json.dumps({name: list(map(float, vector)) for name, vector in found.items()}, allow_nan=False)
@@ -116,7 +117,7 @@ def mixture_statistics(
             robot = recordings[i].embodiment
             if _layout(robot) != _layout(first):
                 raise ConfigError(
-                    f"tag {tag!r}: robots {first.name!r} and {robot.name!r} have other keys; give them tags of their own"
+                    f"tag {shown(tag)}: robots {first.name!r} and {robot.name!r} have other keys; give them tags of their own"
                 )
         parts = {
             part: _merged(part, [(recordings[i], weights[i], without[i]) for i in members])

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit4dit.data.frame_times import FrameTimes, frame_times, open_container, read_header, video_stream
-from dit4dit.errors import ConfigError, DataError, require
+from dit4dit.errors import ConfigError, DataError, require, said, shown
 
 Backend = Literal["pyav", "torchcodec"]
 Frames = NDArray[np.uint8]
@@ -89,7 +89,7 @@ class TorchcodecDecoder:
                 str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
             )
         except (RuntimeError, ValueError) as error:
-            raise DataError(f"{path}: unreadable video ({' '.join(str(error).split()):.200}); copy it again") from None
+            raise DataError(f"{path}: unreadable video ({said(error)}); copy it again") from None
 
     def frames(self, numbers: Sequence[int]) -> Frames:
         ticks = _ticks(self.times, numbers)
@@ -97,7 +97,7 @@ class TorchcodecDecoder:
             found = self.decoder.get_frames_at(indices=list(numbers))
         except (RuntimeError, IndexError, ValueError) as error:
             raise DataError(
-                f"{self.path}: frame {min(numbers)}: cannot be decoded ({' '.join(str(error).split()):.200}); copy the file "
+                f"{self.path}: frame {min(numbers)}: cannot be decoded ({said(error)}); copy the file "
                 "again, or use the backend pyav"
             ) from None
         for number, time, got in zip(numbers, ticks, found.pts_seconds.tolist(), strict=True):
@@ -124,7 +124,7 @@ class VideoReader:
 
     def __init__(self, backend: Backend = "pyav", keep: int = 16) -> None:
         if backend not in ("pyav", "torchcodec"):
-            raise ConfigError(f"video backend: expected pyav or torchcodec, got {backend!r}")
+            raise ConfigError(f"video backend: expected pyav or torchcodec, got {shown(backend)}")
         self.backend: Backend = backend
         self.keep = keep
         self._open: OrderedDict[Path, Decoder] = OrderedDict()

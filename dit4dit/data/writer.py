@@ -20,7 +20,7 @@ from dit4dit.data import writer_meta
 from dit4dit.data.layout import V2_DATA, V2_VIDEO, V3_DATA, V3_VIDEO, Version
 from dit4dit.data.writer_episode import Episode, Feature, Moments, cameras, check_task, column_moments, frame_features
 from dit4dit.data.writer_video import VideoCodec, VideoFile, join
-from dit4dit.errors import InputError, require
+from dit4dit.errors import InputError, require, shown
 
 __all__ = ["VideoCodec", "VideoFile", "Writer"]
 
@@ -70,7 +70,7 @@ class Writer:
             if (root / name).exists():
                 raise InputError(f"{root}: has {name}, of a recording that was not closed; choose another folder")
         if version not in ("v2.0", "v2.1", "v3.0"):
-            raise InputError(f"data set version: expected v2.0, v2.1 or v3.0, got {version!r}")
+            raise InputError(f"data set version: expected v2.0, v2.1 or v3.0, got {shown(version)}")
         if not 0 < fps < float("inf"):
             raise InputError(f"fps: expected more than 0, got {fps}")
         for option, value in (("episodes_per_file", episodes_per_file), ("chunks_size", chunks_size)):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit4dit.data.writer_video import VideoCodec, VideoFile
-from dit4dit.errors import InputError
+from dit4dit.errors import InputError, shown
 
 Moments = dict[str, Any]
 """min, max, mean, std and count of one feature, as lerobot keeps them."""
@@ -43,7 +43,7 @@ def frame_features(
         if name in columns and name in images:
             raise InputError(f"{name}: expected a column or an image, got both")
         if not name or name.startswith(".") or set(name) & set("/\\*"):
-            raise InputError(f"{name!r}: expected a feature's name without / \\ * and a dot in front; rename it")
+            raise InputError(f"{shown(name)}: expected a feature's name without / \\ * and a dot in front; rename it")
     for name, x in columns.items():
         if x.ndim > 1 or x.size < 1:
             raise InputError(f"{name}: expected a single value or flat ones [d], got shape {list(x.shape)}")
@@ -72,7 +72,7 @@ def check_task(task: Any) -> None:
     try:
         task.encode("utf-8")
     except (AttributeError, UnicodeEncodeError):
-        raise InputError(f"task: expected a text, got {task!r:.60}") from None
+        raise InputError(f"task: expected a text, got {shown(task)}") from None
 
 
 def cameras(features: Mapping[str, Feature]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
 from dit4dit.engine.slots import Slots
-from dit4dit.errors import BackendError, ConfigError
+from dit4dit.errors import BackendError, ConfigError, shown
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.flow import GuidanceTensors
 from dit4dit.model.video_dit import rotary_table
@@ -80,9 +80,9 @@ class Engine:
         if model.head is None:
             raise ConfigError("engine: this model has no action head")
         if steps is not None and (type(steps) is not int or steps not in STEPS):
-            raise ConfigError(f"engine steps: expected one of {STEPS}, got {steps!r}")
+            raise ConfigError(f"engine steps: expected one of {STEPS}, got {shown(steps)}")
         if posterior not in ("sample", "mean"):
-            raise ConfigError(f"engine posterior: expected sample or mean, got {posterior!r}")
+            raise ConfigError(f"engine posterior: expected sample or mean, got {shown(posterior)}")
         self.model, self.config, self.posterior = model, model.config, posterior
         self.steps = model.config.head.num_inference_timesteps if steps is None else steps
         if self.steps > model.config.head.num_timestep_buckets:

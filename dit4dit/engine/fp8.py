@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dit4dit import ops
 from dit4dit.engine.calibration import Calibration, at
 from dit4dit.engine.fold import MATRICES, BackboneBlock, Matrix
-from dit4dit.errors import ConfigError
+from dit4dit.errors import ConfigError, shown
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.video_dit import Block
 from dit4dit.ops.linear_fp8 import FP8, LARGEST
@@ -75,7 +75,7 @@ def x_scale(amax: float) -> float:
 def check_options(quantization: str | None, calibration: object | None) -> None:
     """ConfigError unless the two go together."""
     if quantization not in (None, "fp8"):
-        raise ConfigError(f"quantization {quantization!r}: expected 'fp8', or None for none")
+        raise ConfigError(f"quantization {shown(quantization)}: expected 'fp8', or None for none")
     if quantization is None and calibration is not None:
         raise ConfigError("calibration: is for quantization='fp8'; give both or neither")
     if quantization is not None and calibration is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dit4dit.config import hashed_text
-from dit4dit.errors import CheckpointError, InputError
+from dit4dit.errors import CheckpointError, InputError, shown
 from dit4dit.files.atomic import whole_file
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.video_dit import VideoDiT
@@ -191,6 +191,6 @@ class PackFolder:
         tensors = {"keys": pack.keys.cpu(), "values": pack.values.cpu()}
         metadata = {"instruction": instruction, "weights": self._key, "text_encoder": self._text or ""}
         metadata["content"] = content_hash(tensors.items())
-        hint = f"give another folder for the pack of {instruction!r:.60}"
+        hint = f"give another folder for the pack of {shown(instruction)}"
         with whole_file(self.path(instruction), InputError, hint) as partial:
             save_file(tensors, partial, metadata=metadata)

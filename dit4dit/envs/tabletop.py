@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dit4dit.errors import InputError, did_you_mean
+from dit4dit.errors import InputError, did_you_mean, shown
 
 TABLE = 0.5  # m, side of the table, all of it in the picture
 REACH = 0.21  # m, the gripper stays within +-REACH of the middle
@@ -60,7 +60,7 @@ class Goal:
         for what, got, known in (("block", self.block, BLOCK_COLOURS), ("plate", self.plate, PLATE_COLOURS)):
             if got not in known:
                 raise InputError(
-                    f"Goal.{what}: expected one of {list(known)}, got {got!r}{did_you_mean(str(got), list(known))}"
+                    f"Goal.{what}: expected one of {list(known)}, got {shown(got)}{did_you_mean(got, list(known))}"
                 )
 
     def instruction(self, paraphrase: int = 0) -> str:
@@ -129,12 +129,12 @@ def _of_colour(what: str, bodies: Sequence[Body], colour: str) -> Body:
     for body in bodies:
         if body.colour == colour:
             return body
-    raise InputError(f"tabletop scene: no {colour!r} {what} on the table, only {[body.colour for body in bodies]}")
+    raise InputError(f"tabletop scene: no {shown(colour)} {what} on the table, only {[body.colour for body in bodies]}")
 
 
 def _checked_seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise InputError(f"tabletop seed: expected an integer >= 0, got {seed!r}")
+        raise InputError(f"tabletop seed: expected an integer >= 0, got {shown(seed)}")
     return int(seed)
 
 
@@ -198,9 +198,9 @@ class TabletopEnv:
 
     def __init__(self, seed: int, *, picture: int = 64, max_steps: int = 60, paraphrase: int | None = 0) -> None:
         if picture not in PICTURES:
-            raise InputError(f"TabletopEnv: picture must be one of {PICTURES} px, got {picture!r}")
+            raise InputError(f"TabletopEnv: picture must be one of {PICTURES} px, got {shown(picture)}")
         if max_steps < 1:
-            raise InputError(f"TabletopEnv: max_steps must be at least 1, got {max_steps!r}")
+            raise InputError(f"TabletopEnv: max_steps must be at least 1, got {shown(max_steps)}")
         self.picture = picture
         self.max_steps = max_steps
         self.paraphrase = paraphrase
@@ -227,7 +227,7 @@ class TabletopEnv:
         try:
             values = np.asarray(action, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise InputError(f"TabletopEnv.step: expected 3 numbers (x, y, grip), got {action!r}") from error
+            raise InputError(f"TabletopEnv.step: expected 3 numbers (x, y, grip), got {shown(action)}") from error
         if values.shape != (3,):
             raise InputError(
                 f"TabletopEnv.step: expected an action of shape (3,) = (x, y, grip), got shape {values.shape}"
@@ -268,10 +268,10 @@ class ScriptedExpert:
         self, env: TabletopEnv, *, goal: Goal | None = None, noise: float = 0.0, detours: float = 0.0, seed: int = 0
     ) -> None:
         if not noise >= 0.0:
-            raise InputError(f"ScriptedExpert: noise must be a standard deviation in metres >= 0, got {noise!r}")
+            raise InputError(f"ScriptedExpert: noise must be a standard deviation in metres >= 0, got {shown(noise)}")
         if not 0.0 <= detours < 1.0:
             raise InputError(
-                f"ScriptedExpert: detours must be a probability per step in 0..1 (1 excluded), got {detours!r}"
+                f"ScriptedExpert: detours must be a probability per step in 0..1 (1 excluded), got {shown(detours)}"
             )
         self.env = env
         self.goal = goal

@@ -19,7 +19,7 @@ from dit4dit import ops
 from dit4dit.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dit4dit.checkpoints.weights import build
 from dit4dit.engine import Engine, stack
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, shown
 from dit4dit.files.keys import read_json
 from dit4dit.model.dit4dit import DiT4DiT, Draws
 from dit4dit.model.flow import high_sigma
@@ -96,7 +96,7 @@ def check(
     prompts = facts.get("prompts")
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise CheckpointError(
-            f"{folder / 'golden.json'}: expected 'prompts', a list of instructions, got {prompts!r:.60}"
+            f"{folder / 'golden.json'}: expected 'prompts', a list of instructions, got {shown(prompts)}"
         )
     opened = open_checkpoint(checkpoint or _checkpoint_of(folder, facts), backbone)
     golden = load_golden(golden_file, device)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dit4dit.errors import ConfigError
+from dit4dit.errors import ConfigError, shown
 from dit4dit.evaluation.workers import Launch
 
 Key = tuple[str, str, int]
@@ -69,7 +69,7 @@ class Plan:
             return self
         found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
         if not found or int(found[1]) > int(found[2]):
-            raise ConfigError(f"--shard {shard!r}: expected i/n with 1 <= i <= n, such as 1/4")
+            raise ConfigError(f"--shard {shown(shard)}: expected i/n with 1 <= i <= n, such as 1/4")
         i, n = int(found[1]), int(found[2])
         return replace(self, episodes=self.episodes[i - 1 :: n], shard=(i, n))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dit4dit.errors import ConfigError, DataError, InputError
+from dit4dit.errors import ConfigError, DataError, InputError, shown
 from dit4dit.evaluation.plan import Key
 from dit4dit.files.json_files import write_json
 from dit4dit.files.keys import read_json
@@ -157,7 +157,8 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) 
     """ConfigError naming the first key in which a run that goes on is another run than it was."""
     for key, (old, new) in differences(before, json.loads(json.dumps(now))).items():
         raise ConfigError(
-            f"{folder}: the run there was started with {key} = {old!r}, now it is {new!r}; keep it, or start a new run in "
+            f"{folder}: the run there was started with {key} = {shown(old)}, now it is {shown(new)}; keep it, or "
+            "start a new run in "
             "another folder"
         )
 
@@ -190,7 +191,8 @@ def merge(folders: Iterable[Path], out: Path) -> Run:
     for run, config in zip(runs[1:], shared[1:], strict=True):
         for key, (first, other) in differences(shared[0], config).items():
             raise ConfigError(
-                f"merge: {runs[0].folder} has {key} = {first!r}, {run.folder} {other!r}; expected the shards of one run"
+                f"merge: {runs[0].folder} has {key} = {shown(first)}, {run.folder} {shown(other)}; expected the "
+                "shards of one run"
             )
     if (out / "run.json").exists():
         raise ConfigError(f"merge: {out} has a run already; give a new folder")
@@ -231,7 +233,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     config = read_json(file, error=DataError, again="choose another folder")
     if config.get("format") != FORMAT:
-        raise DataError(f"{file}: expected format {FORMAT}, got {config.get('format')!r}")
+        raise DataError(f"{file}: expected format {FORMAT}, got {shown(config.get('format'))}")
     return config
 
 

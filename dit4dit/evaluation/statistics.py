@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TypeVar
 
-from dit4dit.errors import InputError
+from dit4dit.errors import InputError, shown
 
 CONFIDENCE = 0.95
 Key = TypeVar("Key", bound=Hashable)
@@ -128,9 +128,9 @@ def episodes_for_width(width: float, rate: float = 0.5, confidence: float = CONF
         InputError: width or confidence outside 0..1 (ends excluded), or a rate outside 0..1.
     """
     if not 0.0 < width < 1.0:
-        raise InputError(f"width: expected a number between 0 and 1 (0.1 is 10 points), got {width!r}")
+        raise InputError(f"width: expected a number between 0 and 1 (0.1 is 10 points), got {shown(width)}")
     if not 0.0 <= rate <= 1.0:
-        raise InputError(f"rate: expected a success rate in 0..1, got {rate!r}")
+        raise InputError(f"rate: expected a success rate in 0..1, got {shown(rate)}")
     z = _z(confidence)
 
     def too_wide(episodes: int) -> bool:
@@ -150,7 +150,7 @@ def episodes_for_width(width: float, rate: float = 0.5, confidence: float = CONF
 def _z(confidence: float) -> float:
     """Two-sided normal quantile."""
     if not 0.0 < confidence < 1.0:
-        raise InputError(f"confidence: expected a number between 0 and 1, such as 0.95, got {confidence!r}")
+        raise InputError(f"confidence: expected a number between 0 and 1, such as 0.95, got {shown(confidence)}")
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, shown
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -50,7 +50,7 @@ def inside(source: Path, name: object) -> Path:
     parts = re.split(r"[\\/]", name) if isinstance(name, str) else [""]
     if not parts[0] or ".." in parts or re.match(r"[A-Za-z]:", parts[0]) or "\0" in str(name):
         raise CheckpointError(
-            f"{source}: names the file {name!r:.80}; expected a name inside {source.parent}, without '..': do not use this "
+            f"{source}: names the file {shown(name)}; expected a name inside {source.parent}, without '..': do not use this "
             "folder, or correct the name"
         )
     return source.parent / str(name)

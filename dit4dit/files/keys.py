@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit4dit.errors import CheckpointError, ConfigError, Dit4DitError, did_you_mean
+from dit4dit.errors import CheckpointError, ConfigError, Dit4DitError, did_you_mean, said, shown
+from dit4dit.files.expansion import check_aliases, check_interpolations
 from dit4dit.files.folders import fault
 
 NEEDED = object()
@@ -41,8 +42,8 @@ def find_unset(value: Any, key: str) -> tuple[str, Unset] | None:
         return key, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
-        if found := find_unset(item, f"{key}.{name}" if key else str(name)):
-            return found
+        if found := find_unset(item, str(name)):  # put together on the way back: keys can be long, and values many
+            return (f"{key}.{found[0]}" if key else found[0]), found[1]
     return None
 
 
@@ -51,7 +52,7 @@ def refuse_unset(value: Any, key: str, where: str) -> None:
     if found := find_unset(value, key):
         name, unset = found
         raise ConfigError(
-            f"{where}: {name}: {unset.text!r:.80} has no value ({unset.reason:.120}); set it, or write the value"
+            f"{where}: {name}: {shown(unset.text)} has no value ({said(unset.reason)}); set it, or write the value"
         )
 
 
@@ -80,7 +81,7 @@ class KeyReader:
         for part in key.split("."):
             if not isinstance(node, dict) or part not in node:
                 if default is NEEDED:
-                    raise ConfigError(f"{self.where}: missing key {key!r}; add it, or copy the file again")
+                    raise ConfigError(f"{self.where}: missing key {shown(key)}; add it, or copy the file again")
                 return default
             node = node[part]
             if isinstance(node, Unset):
@@ -144,14 +145,14 @@ class KeyReader:
         value = self.raw(key, default)
         if not isinstance(value, str) or value not in known:
             hint = did_you_mean(value, known) if isinstance(value, str) else ""
-            raise ConfigError(f"{self.where}: {key}: expected {' or '.join(known)}, got {value!r}{hint}")
+            raise ConfigError(f"{self.where}: {key}: expected {' or '.join(known)}, got {shown(value)}{hint}")
         return value
 
     def only(self, key: str, value: Any) -> None:
         """Refuse a key that is there with another value than the one that is known."""
         got = self.raw(key, value)
         if got != value:
-            raise ConfigError(f"{self.where}: {key}: only {value!r} is known, got {got!r}")
+            raise ConfigError(f"{self.where}: {key}: only {shown(value)} is known, got {shown(got)}")
 
     def unread(self) -> tuple[str, ...]:
         """Dotted keys of all leaves that nobody asked for, in file order."""
@@ -160,11 +161,11 @@ class KeyReader:
         )
 
     def _wrong(self, key: str, wanted: str, got: Any) -> ConfigError:
-        return ConfigError(f"{self.where}: {key}: expected {wanted}, got {got!r:.80}")
+        return ConfigError(f"{self.where}: {key}: expected {wanted}, got {shown(got)}")
 
 
 def _leaves(node: Any, prefix: str = "") -> list[str]:
-    if not isinstance(node, dict) or not node:
+    if not isinstance(node, dict) or not node or len(prefix) > 1000:  # which is put before every key inside
         return [prefix]
     return [leaf for key, value in node.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
 
@@ -220,9 +221,11 @@ def read_yaml(path: Path, *, keep_unset: bool = False) -> dict[str, Any]:
 
     text = read_text(path, "a published run folder has one beside checkpoints/")
     try:
-        data = _resolved(OmegaConf.create(text))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise CheckpointError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+        node = OmegaConf.create(text)
+        check_interpolations(OmegaConf.to_container(node, resolve=False))
+        data = _resolved(node)
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:  # also: too long a number
+        raise CheckpointError(f"{path}: not readable YAML ({said(error, 300)})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a mapping, got {type(data).__name__}")
     data = {str(key): value for key, value in data.items()}
@@ -238,8 +241,9 @@ def read_plain_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path, "give another file", error=ConfigError, again="save it as UTF-8")
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not readable YAML ({' '.join(str(error).split())})") from None
+        check_aliases(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also: too long a number
+        raise ConfigError(f"{path}: not readable YAML ({said(error, 300)})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping, got {type(data).__name__}")
     return data

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit4dit.config import FlowConfig
-from dit4dit.errors import InputError, did_you_mean
+from dit4dit.errors import InputError, did_you_mean, shown
 from dit4dit.types import Guidance, Schedule
 
 
@@ -118,7 +118,7 @@ def prefix_weights(schedule: str, delay: int, horizon: int, length: int) -> Tens
     if schedule not in get_args(Schedule):
         near = did_you_mean(schedule, get_args(Schedule))
         raise InputError(
-            f"prefix_weights: schedule: expected one of {', '.join(get_args(Schedule))}, got {schedule!r}{near}"
+            f"prefix_weights: schedule: expected one of {', '.join(get_args(Schedule))}, got {shown(schedule)}{near}"
         )
     if delay < 0 or horizon < 0 or length < 1:
         raise InputError(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit4dit.errors import InputError
+from dit4dit.errors import InputError, shown
 from dit4dit.ops import launch, tiles
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes, floating
@@ -80,9 +80,9 @@ def linear_fp8(
         if tensor.dtype != dtype:
             raise InputError(f"linear_fp8: {name}: expected {dtype}, got {tensor.dtype}")
     if not (x_scale > 0 and math.isfinite(x_scale) and math.frexp(x_scale)[0] == 0.5):
-        raise InputError(f"linear_fp8: x_scale: expected a power of two, got {x_scale!r}")
+        raise InputError(f"linear_fp8: x_scale: expected a power of two, got {shown(x_scale)}")
     if activation not in ACTIVATIONS:
-        raise InputError(f"linear_fp8: activation: expected 'none' or 'gelu', got {activation!r}")
+        raise InputError(f"linear_fp8: activation: expected 'none' or 'gelu', got {shown(activation)}")
     if not out_dtype.is_floating_point:
         raise InputError(f"linear_fp8: out_dtype: expected a floating dtype, got {out_dtype}")
     result: Tensor = _op(x, x_scale, weight, weight_scale, bias, activation, out_dtype, backend=backend)

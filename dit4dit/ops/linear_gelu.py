@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit4dit.errors import InputError
+from dit4dit.errors import InputError, shown
 from dit4dit.ops import launch, onednn, tiles
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes, floating
@@ -35,7 +35,7 @@ def linear_gelu(
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
     if approximate not in APPROXIMATE:
-        raise InputError(f"linear_gelu: approximate: expected 'none' or 'tanh', got {approximate!r}")
+        raise InputError(f"linear_gelu: approximate: expected 'none' or 'tanh', got {shown(approximate)}")
     if x.ndim < 1 or x.numel() == 0:
         raise InputError(f"linear_gelu: x: expected [..., K] with elements, got {list(x.shape)}")
     Shapes("linear_gelu", K=x.shape[-1]).of("weight", weight, "N K").of("bias", bias, "N")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit4dit.errors import InputError, did_you_mean
+from dit4dit.errors import InputError, did_you_mean, shown
 from dit4dit.ops import native
 from dit4dit.ops.device_tables import DeviceTable
 from dit4dit.ops.dispatch import Implementation, Op
@@ -186,7 +186,7 @@ def _check(
     views: list[Tensor], size: tuple[int, int] | None, resize: str, dtype: torch.dtype, out: Tensor | None
 ) -> None:
     if resize not in FILTERS:
-        raise InputError(f"preprocess: resize: expected {' or '.join(FILTERS)}, got {resize!r}{_near(resize)}")
+        raise InputError(f"preprocess: resize: expected {' or '.join(FILTERS)}, got {shown(resize)}{_near(resize)}")
     if dtype not in DTYPES:
         raise InputError(f"preprocess: dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if not views:

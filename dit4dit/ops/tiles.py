@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, shown
 from dit4dit.files.keys import read_json
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -68,9 +68,11 @@ def read_own(path: Path) -> dict[str, Columns]:
     for op, columns in tables.items():
         if op not in committed():
             known = list(committed())
-            raise ConfigError(f"{where}: {op!r}: no op with tiles{did_you_mean(op, known)}; known: {', '.join(known)}")
+            raise ConfigError(
+                f"{where}: {shown(op)}: no op with tiles{did_you_mean(op, known)}; known: {', '.join(known)}"
+            )
         if not isinstance(columns, dict):
-            raise ConfigError(f"{where}: {op}: expected an object, architecture -> rows, got {columns!r:.40}")
+            raise ConfigError(f"{where}: {op}: expected an object, architecture -> rows, got {shown(columns)}")
         for architecture, rows in columns.items():
             _check_column(f"{where}: {op} {architecture}", op, architecture, rows)
     return tables
@@ -78,26 +80,28 @@ def read_own(path: Path) -> dict[str, Columns]:
 
 def _check_column(where: str, op: str, architecture: str, rows: Any) -> None:
     if not _is_chip(architecture) and architecture != "interpreter":
-        raise ConfigError(f"{where}: expected a compute capability without its dot, such as '90', got {architecture!r}")
+        raise ConfigError(
+            f"{where}: expected a compute capability without its dot, such as '90', got {shown(architecture)}"
+        )
     if not isinstance(rows, list) or not rows:
-        raise ConfigError(f"{where}: expected a list of rows, got {rows!r:.40}")
+        raise ConfigError(f"{where}: expected a list of rows, got {shown(rows)}")
     entries = set(next(iter(committed()[op].values()))[0]["tile"])
     limits = {name for column in committed()[op].values() for row in column for name in row["upto"]}
     for i, row in enumerate(rows):
         here = f"{where} row {i + 1}"
         if not isinstance(row, dict) or set(row) != {"upto", "tile"}:
-            raise ConfigError(f"{here}: expected 'upto' and 'tile', got {row!r:.60}")
+            raise ConfigError(f"{here}: expected 'upto' and 'tile', got {shown(row)}")
         upto, tile = row["upto"], row["tile"]
         if not isinstance(upto, dict) or not set(upto) <= limits or not all(type(n) is int for n in upto.values()):
             known = ", ".join(sorted(limits)) or "none"
-            raise ConfigError(f"{here}: upto: expected whole numbers by the names ({known}), got {upto!r:.60}")
+            raise ConfigError(f"{here}: upto: expected whole numbers by the names ({known}), got {shown(upto)}")
         if bool(upto) == (i == len(rows) - 1):
-            raise ConfigError(f"{here}: expected limits in every row but the last, got {upto!r:.60}")
+            raise ConfigError(f"{here}: expected limits in every row but the last, got {shown(upto)}")
         if not isinstance(tile, dict) or set(tile) != entries:
-            raise ConfigError(f"{here}: tile: expected {', '.join(sorted(entries))}, got {tile!r:.100}")
+            raise ConfigError(f"{here}: tile: expected {', '.join(sorted(entries))}, got {shown(tile, 140)}")
         for name, value in tile.items():
             if not _fits(name, value):
-                raise ConfigError(f"{here}: {name}: expected {_WANTED.get(name, 'a power of two')}, got {value!r:.20}")
+                raise ConfigError(f"{here}: {name}: expected {_WANTED.get(name, 'a power of two')}, got {shown(value)}")
 
 
 _WANTED = {"num_stages": "1 or more", "SPAN": "0 or more"}

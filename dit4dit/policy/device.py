@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from dit4dit.errors import BackendError
+from dit4dit.errors import BackendError, shown
 
 
 def pick_device(device: str | torch.device) -> torch.device:
     """The device; BackendError when it is asked for and absent. "auto" is the GPU where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    unknown = BackendError(f"device {device!r:.60}: expected auto, cpu, cuda or cuda:N")
+    unknown = BackendError(f"device {shown(device)}: expected auto, cpu, cuda or cuda:N")
     if not isinstance(device, (str, torch.device)):
         raise unknown
     try:
@@ -22,7 +22,9 @@ def pick_device(device: str | torch.device) -> torch.device:
         raise unknown
     if chosen.type == "cuda" and not torch.cuda.is_available():
         built = "no GPU is visible to it" if torch.version.cuda else "it is a CPU-only build"
-        raise BackendError(f"device {device!r}: PyTorch {torch.__version__} sees no CUDA ({built}); use --device cpu")
+        raise BackendError(
+            f"device {shown(device)}: PyTorch {torch.__version__} sees no CUDA ({built}); use --device cpu"
+        )
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise BackendError(
             f"device {device!r}: {_count(torch.cuda.device_count())} visible; give cuda:N with a smaller N"

@@ -27,7 +27,7 @@ from dit4dit.engine import (
     host_memory,
 )
 from dit4dit.engine.fp8 import check_options
-from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean
+from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean, shown
 from dit4dit.files.folders import no_folder
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.policy import garbage
@@ -336,7 +336,7 @@ class Policy:
         for name in given:
             if name not in names:
                 raise InputError(
-                    f"pictures: no view {name!r:.60}{did_you_mean(name, names)}; views: {', '.join(names)}"
+                    f"pictures: no view {shown(name)}{did_you_mean(name, names)}; views: {', '.join(names)}"
                 )
         sizes = [checked_size(f"pictures[{name!r}]", given.get(name, self.config.image_size)) for name in names]
         batch = checked_batch(batch)
@@ -378,7 +378,7 @@ class Policy:
 
 def _check_engine(engine: str, with_options: bool) -> None:
     if engine not in ENGINES:
-        raise ConfigError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
+        raise ConfigError(f"engine {shown(engine)}: expected {' or '.join(ENGINES)}")
     if engine == "off" and with_options:
         raise ConfigError(
             "steps, posterior, packs, quantization, calibration and head are options of the engine: leave them out, or use "
@@ -390,7 +390,7 @@ def _check_dtypes(dtype: object, head_dtype: object) -> None:
     for name, kind, none in (("dtype", dtype, True), ("head_dtype", head_dtype, False)):
         if not (kind in DTYPES or (kind is None and none)):
             written = "; give the torch.dtype, not its name" if isinstance(kind, str) else ""
-            raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r:.60}{written}")
+            raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {shown(kind)}{written}")
 
 
 def _check_kinds(*, embodiment: object, calibration: object, packs: object, text_encoder: object) -> None:
@@ -404,9 +404,9 @@ def _check_kinds(*, embodiment: object, calibration: object, packs: object, text
         if value is not None and not isinstance(value, kinds):
             raise ConfigError(f"{name}: expected {wanted}, got {type(value).__name__}")
     if not isinstance(text_encoder, bool):
-        raise ConfigError(f"text_encoder: expected True or False, got {text_encoder!r:.60}")
+        raise ConfigError(f"text_encoder: expected True or False, got {shown(text_encoder)}")
     if packs is not None and (reason := no_folder(Path(os.fspath(packs)))):  # type: ignore[call-overload]
-        raise ConfigError(f"packs {os.fspath(packs)!r:.200}: {reason}; give a folder, or a new name for one")  # type: ignore[call-overload]
+        raise ConfigError(f"packs {shown(os.fspath(packs), 200)}: {reason}; give a folder, or a new name for one")  # type: ignore[call-overload]
 
 
 def _check_prompts(packs: object, prompt_embeds: object, text_encoder: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit4dit.engine.packs import PackFolder, PromptPack
-from dit4dit.errors import ConfigError, InputError, did_you_mean
+from dit4dit.errors import ConfigError, InputError, did_you_mean, shown
 from dit4dit.files.folders import fault, visible
 from dit4dit.model.text import tokenize
 from dit4dit.policy.device import check_process
@@ -65,11 +65,11 @@ class Embedder:
         InputError: it is no text, or there are embeddings and none of it.
         """
         if not isinstance(instruction, str) or not instruction.strip():
-            raise InputError(f"instruction: expected words, got {instruction!r:.60}")
+            raise InputError(f"instruction: expected words, got {shown(instruction)}")
         try:
             instruction.encode()
         except UnicodeEncodeError:  # surrogates
-            raise InputError(f"instruction: {instruction!r:.60} is not valid Unicode; pass it as UTF-8") from None
+            raise InputError(f"instruction: {shown(instruction)} is not valid Unicode; pass it as UTF-8") from None
         if self.can_encode or not self._given:
             return self._model.config.text.max_length
         return len(self._look_up(instruction))
@@ -86,8 +86,8 @@ class Embedder:
         if instruction not in self._given:
             known = list(self._given)
             raise InputError(
-                f"instruction {instruction!r:.60}: this policy was loaded without a text encoder and has embeddings for "
-                f"{len(known)} others{did_you_mean(instruction[:200], known)}; embed it with Policy.embed_prompts, or make its "
+                f"instruction {shown(instruction)}: this policy was loaded without a text encoder and has embeddings for "
+                f"{len(known)} others{did_you_mean(instruction, known)}; embed it with Policy.embed_prompts, or make its "
                 "pack with dit4dit pack"
             )
         return self._given[instruction]
@@ -97,7 +97,7 @@ def _embedding(instruction: Any, value: Any, width: int) -> Tensor:
     """One of the embeddings that a user gives, [L, width], finite; InputError otherwise."""
     if not isinstance(instruction, str):
         raise InputError(f"prompt_embeds: expected instructions as keys, got {type(instruction).__name__}")
-    where, again = f"prompt_embeds {instruction!r:.60}", "make it again with Policy.embed_prompts"
+    where, again = f"prompt_embeds {shown(instruction)}", "make it again with Policy.embed_prompts"
     try:
         embeds = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -174,7 +174,7 @@ class Texts:
         if pack is None:
             if self.folder is not None and not self.embedder.can_encode:
                 raise InputError(
-                    f"instruction {instruction!r:.60}: no pack of it in {self.folder.folder}, and no text encoder is loaded; "
+                    f"instruction {shown(instruction)}: no pack of it in {self.folder.folder}, and no text encoder is loaded; "
                     "make it with dit4dit pack (every letter and space counts)"
                 )
             pack = self.engine.pack(self.embedder(instruction))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import InputError
-from dit4dit.robots.embodiment import check_picture
+from dit4dit.errors import InputError, shown
+from dit4dit.robots.embodiment import check_picture, narrowed, numbers
 
 log = logging.getLogger("dit4dit.policy")
 Example = Mapping[str, Any]
@@ -83,18 +83,16 @@ def encoded_states(examples: Sequence[Example], width: int) -> NDArray[np.float3
     for i, example in enumerate(examples):
         if not given[i]:
             raise InputError(f"examples[{i}].state: missing, and other examples have one; give all or none")
-        try:
-            row = np.asarray(example["state"])
-        except ValueError:  # lists of unequal lengths
-            row = np.array([None])
-        if row.dtype.kind not in "fiu":
-            raise InputError(f"examples[{i}].state: expected {width} numbers, got {example['state']!r:.60}")
+        row = numbers(example["state"])
+        if row is None:
+            raise InputError(f"examples[{i}].state: expected {width} numbers, got {shown(example['state'])}")
         if row.shape not in ((1, width), (width,)):
             shape = list(row.shape)
             raise InputError(f"examples[{i}].state: expected shape [1, {width}], encoded and padded, got {shape}")
+        row = narrowed(row.reshape(1, width))
         if not np.isfinite(row).all():
             raise InputError(f"examples[{i}].state: has NaN or infinite values; check the sensor")
-        rows.append(row.reshape(1, width).astype(np.float32))
+        rows.append(row)
     return np.stack(rows)
 
 
@@ -102,7 +100,7 @@ def instructions(examples: Sequence[Example]) -> list[str]:
     """The words of each example."""
     for i, example in enumerate(examples):
         if not isinstance(example.get("lang"), str):
-            raise InputError(f"examples[{i}].lang: expected a string, got {example.get('lang')!r:.60}")
+            raise InputError(f"examples[{i}].lang: expected a string, got {shown(example.get('lang'))}")
     return [str(example["lang"]) for example in examples]
 
 

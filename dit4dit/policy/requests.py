@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dit4dit.config import ModelConfig
 from dit4dit.engine import MAX_BATCH, RequestShape
-from dit4dit.errors import ConfigError, InputError
+from dit4dit.errors import ConfigError, InputError, shown
 from dit4dit.policy import published_api as published
 from dit4dit.policy.prompts import Embedder
 from dit4dit.robots.embodiment import Array, Resize
@@ -91,7 +91,7 @@ def checked_batch(batch: Any) -> int:
     """Requests of one pass; InputError unless it is a whole number, 1 to MAX_BATCH."""
     whole = isinstance(batch, (int, np.integer)) and not isinstance(batch, bool)
     if not whole or not 1 <= batch <= MAX_BATCH:
-        raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {batch!r:.60}")
+        raise InputError(f"batch: expected 1 to {MAX_BATCH}, got {shown(batch)}")
     return int(batch)
 
 
@@ -114,7 +114,7 @@ def checked_size(name: str, size: Any) -> tuple[int, int]:
     """(height, width); InputError unless it is two positive whole numbers."""
     numbers = tuple(size) if isinstance(size, (tuple, list)) else ()
     if len(numbers) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1 for n in numbers):
-        raise InputError(f"{name}: expected (height, width) in pixels, got {size!r:.60}")
+        raise InputError(f"{name}: expected (height, width) in pixels, got {shown(size)}")
     return int(numbers[0]), int(numbers[1])
 
 

@@ -5,7 +5,7 @@ A robot of your own is another `Embodiment` given to `Policy`.
 
 from __future__ import annotations
 
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, shown
 from dit4dit.robots.embodiment import Embodiment, Gripper, Key
 from dit4dit.robots.g1 import G1
 from dit4dit.robots.gr1 import GR1
@@ -21,5 +21,5 @@ def embodiment(name: str) -> Embodiment:
     """The embodiment called `name`; ConfigError with a suggestion when there is none."""
     if name not in EMBODIMENTS:
         known = list(EMBODIMENTS)
-        raise ConfigError(f"embodiment {name!r}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
+        raise ConfigError(f"embodiment {shown(name)}: unknown{did_you_mean(name, known)}; known: {', '.join(known)}")
     return EMBODIMENTS[name]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.config import build
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, shown
 from dit4dit.files.keys import read_plain_yaml
 from dit4dit.robots import EMBODIMENTS
 from dit4dit.robots.embodiment import KINDS, Array, Embodiment, Key, Kind, field_of, join_action, split_action
@@ -46,19 +46,21 @@ class Robot:
     def __post_init__(self) -> None:
         where = f"robot {self.name!r}"
         if not self.language.startswith("annotation."):
-            raise ConfigError(f"{where}: language: expected 'annotation.<key>', got {self.language!r}")
+            raise ConfigError(f"{where}: language: expected 'annotation.<key>', got {shown(self.language)}")
         keys = [f"state.{key}" for key in self.state] + [f"action.{key}" for key in self.action]
         for option in ("normalization", "kinds", "target_rotations"):
             known = keys if option != "kinds" else [f"action.{key}" for key in self.action]
             for key in getattr(self, option):
                 if key not in known:
-                    raise ConfigError(f"{where}: {option}: unknown key {key!r}{did_you_mean(str(key), known)}")
+                    raise ConfigError(f"{where}: {option}: unknown key {shown(key)}{did_you_mean(key, known)}")
         for key, mode in self.normalization.items():
             if mode not in MODES:
-                raise ConfigError(f"{where}: normalization of {key}: expected one of {', '.join(MODES)}, got {mode!r}")
+                raise ConfigError(
+                    f"{where}: normalization of {key}: expected one of {', '.join(MODES)}, got {shown(mode)}"
+                )
         for key, kind in self.kinds.items():
             if kind not in KINDS:
-                raise ConfigError(f"{where}: kind of {key}: expected one of {', '.join(KINDS)}, got {kind!r:.60}")
+                raise ConfigError(f"{where}: kind of {key}: expected one of {', '.join(KINDS)}, got {shown(kind)}")
             if kind == "relative" and not zero_is_no_turn(self.target_rotations.get(key)):
                 turn = self.target_rotations[key]
                 raise ConfigError(
@@ -66,7 +68,9 @@ class Robot:
                 )
         for key, target in self.target_rotations.items():
             if target not in TARGETS:
-                raise ConfigError(f"{where}: rotation of {key}: expected one of {', '.join(TARGETS)}, got {target!r}")
+                raise ConfigError(
+                    f"{where}: rotation of {key}: expected one of {', '.join(TARGETS)}, got {shown(target)}"
+                )
         if self.action_steps < 1:
             raise ConfigError(f"{where}: action_steps: expected at least 1, got {self.action_steps}")
         for part in ("video", "action"):
@@ -235,12 +239,12 @@ def robot_of_entry(name: str, data: Any, where: str) -> Robot:
     if chosen is not None:
         if chosen not in EMBODIMENTS:
             known = ", ".join(EMBODIMENTS)
-            near = did_you_mean(str(chosen), list(EMBODIMENTS))
-            raise ConfigError(f"{where}: robots.{name}.embodiment: unknown {chosen!r}{near}; known: {known}")
+            near = did_you_mean(chosen, list(EMBODIMENTS))
+            raise ConfigError(f"{where}: robots.{name}.embodiment: unknown {shown(chosen)}{near}; known: {known}")
         its_own = ("tag", "video", "state", "action", "normalization", "kinds", "sin_cos_state", "target_rotations")
         for key in its_own:
             if key in data:
-                raise ConfigError(f"{where}: robots.{name}.{key}: embodiment {chosen!r} decides it; leave it out")
+                raise ConfigError(f"{where}: robots.{name}.{key}: embodiment {shown(chosen)} decides it; leave it out")
         data |= _of_embodiment(EMBODIMENTS[chosen])
     return build(Robot, {"name": name, **data}, f"{where}: robots.{name}")
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import ConfigError, InputError, did_you_mean
+from dit4dit.errors import ConfigError, InputError, did_you_mean, listed, shown
 from dit4dit.robots.statistics import Statistics
 from dit4dit.robots.transforms import Chain, Mode, Normalize, Pad, SinCos, Threshold, Transform
 from dit4dit.types import Observation
@@ -266,23 +266,23 @@ class Embodiment:
             raise InputError(f"state: expected a mapping, key -> values, got {type(state).__name__}; keys: {known}")
         for name in state:
             if name not in known:
-                raise InputError(f"state {name!r}: unknown key{did_you_mean(name, known)}; known: {', '.join(known)}")
+                raise InputError(
+                    f"state {shown(name)}: unknown key{did_you_mean(name, known)}; known: {', '.join(known)}"
+                )
         parts = []
         for key in self.state:
             if key.name not in state:
                 raise InputError(f"state {key.name!r}: missing; expected keys: {', '.join(known)}")
-            try:
-                value = np.asarray(state[key.name]).reshape(-1)
-            except ValueError:  # lists of unequal lengths
-                value = np.array([None])
-            if value.dtype.kind not in "fiu":
-                raise InputError(f"state {key.name!r}: expected {key.dim} numbers, got {state[key.name]!r:.60}")
-            value = value.astype(np.float32)
+            value = numbers(state[key.name])
+            if value is None:
+                raise InputError(f"state {key.name!r}: expected {key.dim} numbers, got {shown(state[key.name])}")
+            value = value.reshape(-1)
             if value.shape[0] != key.dim:
                 raise InputError(
                     f"state {key.name!r}: expected {key.dim} value{'s' * (key.dim != 1)}, got {value.shape[0]}; "
                     f"known keys: {', '.join(known)}"
                 )
+            value = narrowed(value)
             if not np.isfinite(value).all():
                 raise InputError(f"state {key.name!r}: has NaN or infinite values; check the sensor")
             parts.append(value)
@@ -299,27 +299,62 @@ class Embodiment:
         for name in images:
             if name not in self.views:
                 raise InputError(
-                    f"image {name!r}: unknown view{did_you_mean(name, self.views)}; known: {', '.join(self.views)}"
+                    f"image {shown(name)}: unknown view{did_you_mean(name, self.views)}; known: {', '.join(self.views)}"
                 )
         out = []
         for name in self.views:
             if name not in images:
-                raise InputError(f"image {name!r}: missing; expected views: {', '.join(self.views)}")
+                raise InputError(f"image {shown(name)}: missing; expected views: {', '.join(self.views)}")
             out.append(check_picture(images[name], name))
         return out
 
 
+def numbers(given: Any) -> NDArray[Any] | None:
+    """The array of numbers that `given` is, of any shape; None where it is none.
+
+    A list is looked through before NumPy sees it: with one long text in it, NumPy would make texts of that length of all items.
+    """
+    if isinstance(given, (list, tuple)) and not _holds_numbers(given, 4):
+        return None
+    if isinstance(given, (str, bytes, Mapping)):
+        return None
+    try:
+        array = np.asarray(given)
+    except ValueError:  # lists of unequal lengths
+        return None
+    return array if array.dtype.kind in "fiu" else None
+
+
+def _holds_numbers(given: Any, depth: int) -> bool:
+    if type(given) is float or type(given) is int:
+        return True
+    if isinstance(given, (list, tuple)):
+        return depth > 0 and all(_holds_numbers(item, depth - 1) for item in given)
+    return (
+        not isinstance(given, (str, bytes, Mapping)) and getattr(getattr(given, "dtype", None), "kind", "f") in "fiub"
+    )
+
+
+def narrowed(values: NDArray[Any]) -> Array:
+    """The numbers in float32; infinite where they are beyond it."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
 def check_picture(picture: Any, name: str) -> NDArray[np.uint8]:
     """`picture` itself when it is uint8 [H, W, 3]; InputError otherwise. Values are never guessed from."""
+    if isinstance(picture, (list, tuple, str, bytes, Mapping)):  # which NumPy would copy first
+        raise InputError(f"image {shown(name)}: expected a uint8 array [H, W, 3], got {shown(picture)}")
     array = np.asarray(picture)
     if array.dtype.kind not in "fiub":
-        raise InputError(f"image {name!r}: expected a uint8 array [H, W, 3], got {type(picture).__name__}")
+        raise InputError(f"image {shown(name)}: expected a uint8 array [H, W, 3], got {shown(picture)}")
     if array.dtype != np.uint8:
         raise InputError(
-            f"image {name!r}: expected uint8 in 0..255, got {array.dtype}; a float picture in 0..1 is (255 * x).astype('uint8')"
+            f"image {shown(name)}: expected uint8 in 0..255, got {array.dtype}; a float picture in 0..1 is (255 * "
+            "x).astype('uint8')"
         )
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise InputError(f"image {name!r}: expected shape [H, W, 3] (RGB), got {list(array.shape)}")
+        raise InputError(f"image {shown(name)}: expected shape [H, W, 3] (RGB), got {list(array.shape)}")
     return array
 
 
@@ -343,5 +378,5 @@ def state_of(raw: Mapping[str, Any], parts: Sequence[tuple[str, int]], robot: st
 def field_of(raw: Mapping[str, Any], key: str, robot: str) -> Any:
     """raw[key], or an InputError that names the robot and what it sent."""
     if key not in raw:
-        raise InputError(f"{robot} observation: missing {key!r}; got {', '.join(map(str, raw))}")
+        raise InputError(f"{robot} observation: missing {shown(key)}; got {listed(raw)}")
     return raw[key]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import ConfigError, DataError
+from dit4dit.errors import ConfigError, DataError, shown
 
 Array = NDArray[np.float64]
 LEAST = 1e-3
@@ -113,7 +113,7 @@ def source_size(name: str, where: str) -> int:
         return 3
     if name not in _SOURCES:
         known = ", ".join([*_SOURCES, "euler_angles_rpy"])
-        raise ConfigError(f"{where}: rotation_type: expected one of {known}, got {name!r}")
+        raise ConfigError(f"{where}: rotation_type: expected one of {known}, got {shown(name)}")
     return TARGETS[name][0]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+from dit4dit.errors import CheckpointError, ConfigError, did_you_mean, listed, shown
 from dit4dit.files.keys import read_json
 
 Vector = NDArray[np.float64]
@@ -66,10 +66,10 @@ def choose_tag(data: Mapping[str, Any], wanted: str | None, where: str) -> str:
         return wanted
     if len(data) == 1:
         return next(iter(data))
-    tags = ", ".join(sorted(data))
+    tags = listed(sorted(data))
     if wanted is None:
         raise ConfigError(f"{where}: {len(data)} embodiment tags and none chosen; choose one with --embodiment: {tags}")
-    raise ConfigError(f"{where}: no statistics for {wanted!r}{did_you_mean(wanted, list(data))}; tags: {tags}")
+    raise ConfigError(f"{where}: no statistics for {shown(wanted)}{did_you_mean(wanted, data)}; tags: {tags}")
 
 
 def parse(data: Mapping[str, Any], tag: str, where: str) -> Statistics:
@@ -81,7 +81,7 @@ def parse(data: Mapping[str, Any], tag: str, where: str) -> Statistics:
     """
     entry = data[tag]
     if not isinstance(entry, Mapping) or "action" not in entry:
-        raise ConfigError(f"{where}: tag {tag!r}: expected an object with 'action' (and 'state')")
+        raise ConfigError(f"{where}: tag {shown(tag)}: expected an object with 'action' (and 'state')")
     state = entry.get("state")
     return Statistics(
         tag=tag,
@@ -92,11 +92,11 @@ def parse(data: Mapping[str, Any], tag: str, where: str) -> Statistics:
 
 def _vector(entry: Any, where: str) -> VectorStats:
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where}: expected an object with mean, std, min, max, q01 and q99, got {entry!r:.60}")
+        raise ConfigError(f"{where}: expected an object with mean, std, min, max, q01 and q99, got {shown(entry)}")
     arrays: dict[str, Any] = {}
     for name in NAMES:
         if name not in entry:
-            raise ConfigError(f"{where}: missing {name!r}")
+            raise ConfigError(f"{where}: missing {shown(name)}")
         arrays[name] = _numbers(entry[name], f"{where}.{name}")
         if arrays[name].shape != arrays["mean"].shape:
             want, got = arrays["mean"].shape[0], arrays[name].shape[0]
@@ -118,7 +118,7 @@ def _vector(entry: Any, where: str) -> VectorStats:
         or len(mask) != size
         or any(type(x) not in (bool, int) or x not in (0, 1) for x in mask)
     ):
-        raise ConfigError(f"{where}.mask: expected {size} values true or false (or 1 and 0), got {mask!r:.60}")
+        raise ConfigError(f"{where}.mask: expected {size} values true or false (or 1 and 0), got {shown(mask)}")
     arrays["mask"] = np.asarray(mask, dtype=bool)
     return VectorStats(**arrays)
 
@@ -126,12 +126,13 @@ def _vector(entry: Any, where: str) -> VectorStats:
 def _numbers(values: Any, where: str) -> Vector:
     """A flat list of numbers within float32; NumPy would take texts and booleans as numbers, too."""
     if not isinstance(values, (list, tuple)) or any(isinstance(x, bool) or not isinstance(x, Real) for x in values):
-        raise ConfigError(f"{where}: expected a list of numbers, got {values!r:.80}")
+        raise ConfigError(f"{where}: expected a list of numbers, got {shown(values)}")
     for i, value in enumerate(values):
         # compared before anything is converted: an integer of JSON can be beyond every float
         if not -LARGEST <= value <= LARGEST:
             raise ConfigError(
-                f"{where}: expected a finite number within float32 (+-{LARGEST:.2g}) in dimension {i}, got {value!r:.40}; make "
+                f"{where}: expected a finite number within float32 (+-{LARGEST:.2g}) in dimension {i}, got "
+                f"{shown(value)}; make "
                 "the statistics again, without what is no measurement"
             )
     return np.asarray(values, dtype=np.float64)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 import dit4dit
-from dit4dit.errors import InputError, did_you_mean
+from dit4dit.errors import InputError, did_you_mean, shown
 from dit4dit.policy.policy import Policy
 from dit4dit.policy.requests import Request
 from dit4dit.types import ActionChunk, Observation
@@ -21,6 +21,8 @@ MAX_WORDS = 4096
 MAX_AREA = 4
 """A joined picture may have this many times the area of the model's own: attention grows with its square, and a picture that fits
 a frame but not the memory would end the server."""
+MAX_VIEW = (3840, 2160)
+"""Pixels of the longer and the shorter side of one image of a raw observation, whichever of them is its height: 4K."""
 
 
 class Backend(Protocol):
@@ -81,18 +83,26 @@ class PolicyBackend:
         known = ("images", "state")
         for name in given:
             if name not in known:
-                hint = did_you_mean(name, known) if isinstance(name, str) else ""
-                raise InputError(f"observation {name!r:.40}: unknown key{hint}; known: {', '.join(known)}")
+                hint = did_you_mean(name, known)
+                raise InputError(f"observation {shown(name)}: unknown key{hint}; known: {', '.join(known)}")
         _bound("instruction", message.get("instruction"))
         # the door says what it wants instead of None
         observation = Observation(given.get("images"), given.get("state", {}))  # type: ignore[arg-type]
-        return self.policy.request(observation, message.get("instruction"))  # type: ignore[arg-type]
+        request = self.policy.request(observation, message.get("instruction"))  # type: ignore[arg-type]
+        for view, image in zip(self.policy.embodiment.views, request.pictures, strict=True):
+            height, width = image.shape[:2]
+            if max(height, width) > MAX_VIEW[0] or min(height, width) > MAX_VIEW[1]:
+                raise InputError(
+                    f"image {view!r}: expected at most {MAX_VIEW[0]} x {MAX_VIEW[1]} pixels, either way round, got {height} x "
+                    f"{width}; send it smaller"
+                )
+        return request
 
 
 def _bound(name: str, words: object) -> None:
     """InputError for more letters than a stranger may ask the policy to look at; whether they are words the door says."""
     if isinstance(words, str) and len(words) > MAX_WORDS:
-        raise InputError(f"{name}: expected at most {MAX_WORDS} letters, got {len(words)}: {words!r:.60}")
+        raise InputError(f"{name}: expected at most {MAX_WORDS} letters, got {len(words)}: {shown(words[:50])}...")
 
 
 def describe(policy: Policy) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dit4dit.errors import InputError, did_you_mean
+from dit4dit.errors import InputError, did_you_mean, shown
 from dit4dit.types import ActionChunk
 
 INFER = ("infer", "predict_action")
@@ -45,8 +45,7 @@ def read(message: Any) -> Request:
         raise InputError(f"message: expected a map, got {type(message).__name__}")
     kind = message.get("type", "infer")
     if not isinstance(kind, str) or kind not in TYPES:
-        hint = did_you_mean(kind[:40], TYPES) if isinstance(kind, str) else ""
-        raise InputError(f"type: expected one of {', '.join(TYPES)}, got {kind!r:.40}{hint}")
+        raise InputError(f"type: expected one of {', '.join(TYPES)}, got {shown(kind)}{did_you_mean(kind, TYPES)}")
     return Request("infer" if kind in INFER else kind, identity_of(message), message)
 
 
@@ -54,8 +53,10 @@ def seed_of(message: Mapping[str, Any]) -> tuple[int | None, int]:
     """Seed and first chunk of a reset; seed None asks for a fresh one."""
     seed, chunk = message.get("seed"), message.get("chunk", 0)
     for name, value in (("seed", seed), ("chunk", chunk)):
-        if (name, value) != ("seed", None) and (type(value) is not int or not 0 <= value < 2**64):
-            raise InputError(f"{name}: expected an integer in 0..2^64-1, got {value!r:.40}")
+        if name == "seed" and value is None:
+            continue
+        if type(value) is not int or not 0 <= value < 2**64:
+            raise InputError(f"{name}: expected an integer in 0..2^64-1, got {shown(value)}")
     return seed, chunk
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dit4dit.errors import ConfigError
+from dit4dit.errors import ConfigError, said
 
 PORT = 10093
 KEY_VARIABLE = "DIT4DIT_API_KEY"
@@ -134,7 +134,7 @@ def find_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> 
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: the key cannot be read ({error!s:.80})") from None
+        raise ConfigError(f"{file}: the key cannot be read ({said(error)})") from None
     if os.name == "posix" and (mode := file.stat().st_mode & 0o777) & 0o077:
         log.warning("%s: other users can reach the key (mode %03o, expected 600); run chmod 600 %s", file, mode, file)
     return _check_key(str(file), text.strip())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dit4dit.config import hashed_text
 from dit4dit.engine.packs import text_fingerprint, weights_key
-from dit4dit.errors import CheckpointError
+from dit4dit.errors import CheckpointError, shown
 from dit4dit.files.atomic import whole_file
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.text import TextEncoder, tokenize
@@ -71,7 +71,7 @@ class PromptCache:
             path = self.path(instruction)
             if not path.is_file():
                 raise CheckpointError(
-                    f"prompt cache {self.folder}: no embedding of {instruction!r:.80}; the data has instructions that it did "
+                    f"prompt cache {self.folder}: no embedding of {shown(instruction)}; the data has instructions that it did "
                     "not list"
                 )
             self._open[instruction] = _mapped(path)["embedding"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit4dit.config import ModelConfig, build_within
-from dit4dit.errors import ConfigError, did_you_mean
+from dit4dit.errors import ConfigError, did_you_mean, shown
 from dit4dit.files.atomic import whole_file
 from dit4dit.files.keys import read_yaml
 
@@ -274,7 +274,7 @@ def _has(hint: Any, part: str, key: str) -> bool:
     known = [f.name for f in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
     if part not in known:
         raise ConfigError(
-            f"--{key}: unknown key {part!r}{did_you_mean(part, known)}; known there: {', '.join(known) or 'none'}"
+            f"--{key}: unknown key {shown(part)}{did_you_mean(part, known)}; known there: {', '.join(known) or 'none'}"
         )
     return True
 
@@ -311,7 +311,7 @@ def split_words(words: Sequence[str]) -> dict[str, str | None]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ConfigError(f"{word!r}: expected --a.b.c value")
+            raise ConfigError(f"{shown(word)}: expected --a.b.c value")
         key, equals, value = word[2:].partition("=")
         if equals:
             out[key] = value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dit4dit.checkpoints.checkpoint import EXTRACTOR, FROZEN, HEAD, TRANSFORMER
 from dit4dit.config import FlowConfig
-from dit4dit.errors import ConfigError, did_you_mean, require
+from dit4dit.errors import ConfigError, did_you_mean, require, shown
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.training.config import LoraConfig, OptimConfig
 
@@ -49,7 +49,7 @@ def freeze(model: DiT4DiT, patterns: Iterable[str]) -> None:
         if not found and not any(fnmatchcase(name, pattern) or name.startswith(pattern + ".") for name in always):
             modules = sorted({name.rsplit(".", i)[0] for name in parameters for i in (1, 2, 3)})
             raise ConfigError(
-                f"optim.freeze: {pattern!r} matches no parameter{did_you_mean(pattern, [*modules, *always])}; "
+                f"optim.freeze: {shown(pattern)} matches no parameter{did_you_mean(pattern, [*modules, *always], 10_000)}; "
                 f"names begin with {TRANSFORMER} or {HEAD}"
             )
         for name in found:
@@ -165,7 +165,7 @@ def add_lora(model: DiT4DiT, config: LoraConfig, seed: int) -> None:
     unused = [end for end, used in ends.items() if not used]
     if unused:
         raise ConfigError(
-            f"optim.lora.targets: {unused[0]!r} ends no linear layer's name; known ends: to_q, ff.net.2, ..."
+            f"optim.lora.targets: {shown(unused[0])} ends no linear layer's name; known ends: to_q, ff.net.2, ..."
         )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dit4dit.errors import CheckpointError, require
+from dit4dit.errors import CheckpointError, require, shown
 from dit4dit.model.text import tokenize
 from dit4dit.training import setup
 from dit4dit.training.checkpoint import Saved
@@ -99,6 +99,6 @@ def cut_prompts(tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str],
         return None
     return (
         f"{len(cut)} of {len(instructions)} instructions have more than {most} tokens with the prompt around them, and are cut "
-        f"there; the first: {cut[0]!r:.80}; shorten them, or train from other weights than a checkpoint's with "
+        f"there; the first: {shown(cut[0])}; shorten them, or train from other weights than a checkpoint's with "
         "--model.text.max_length"
     )

@@ -16,7 +16,7 @@ from typing import Any
 from dit4dit.checkpoints.checkpoint import HUB_BACKBONE, backbone_name, find_backbone
 from dit4dit.checkpoints.published import MIXTURES, read_run_keys
 from dit4dit.checkpoints.tensor_files import say_once
-from dit4dit.errors import CheckpointError, ConfigError, did_you_mean
+from dit4dit.errors import CheckpointError, ConfigError, did_you_mean, shown
 from dit4dit.files.keys import KeyReader, read_yaml
 from dit4dit.training.config import (
     DataConfig,
@@ -128,7 +128,7 @@ def _cosmos(keys: KeyReader, overrides: Mapping[str, str | None], backbone: str 
     there = isinstance(named, str) and (BASE in overrides or (Path(named).expanduser() / "transformer").is_dir())
     run = path.parent if (path.parent / "cosmos").is_dir() else None
     chosen = backbone_name(str(named) if there else backbone, run)
-    missing = "" if there or not named else f"{path}: {BASE}: no Cosmos-Predict2.5 folder at {str(named)!r:.200}"
+    missing = "" if there or not named else f"{path}: {BASE}: no Cosmos-Predict2.5 folder at {shown(str(named), 200)}"
     try:
         cosmos = find_backbone(chosen, None, weights=False)
     except CheckpointError as error:
@@ -144,7 +144,7 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
     for part in path:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--{key}: {part!r} is a value, not a group of keys")
+            raise ConfigError(f"--{key}: {shown(part)} is a value, not a group of keys")
         node = child
     node[last] = value
 
@@ -152,7 +152,7 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
 def _weights(keys: KeyReader, backbone: str) -> WeightsConfig:
     if given := keys.raw(STARTED_FROM, None):
         raise ConfigError(
-            f"{keys.where}: {STARTED_FROM}: expected none, got {given!r:.200}; give the checkpoint with "
+            f"{keys.where}: {STARTED_FROM}: expected none, got {shown(given, 200)}; give the checkpoint with "
             f"--weights.checkpoint, and --{STARTED_FROM} null"
         )
     return WeightsConfig(backbone=backbone)
@@ -182,7 +182,7 @@ def _optim(keys: KeyReader) -> OptimConfig:
         frozen = ""
     if not isinstance(frozen, str):
         raise ConfigError(
-            f"{keys.where}: {name('freeze_modules')}: expected module paths with commas between, got {frozen!r}"
+            f"{keys.where}: {name('freeze_modules')}: expected module paths with commas between, got {shown(frozen)}"
         )
     return OptimConfig(
         learning_rate=LearningRates(

@@ -99,8 +99,8 @@ def test_a_folder_that_cannot_be_written_stops_no_robot(
     small_libero: Path, tmp_path: Path, observation, caplog
 ) -> None:
     file = tmp_path / "file"
-    file.write_text("")
     policy = Policy.from_pretrained(small_libero, device="cpu", packs=file / "packs")
+    file.write_text("")  # since then
     assert np.isfinite(policy.infer(observation, "go", seed=0).actions).all()
     assert "not written" in caplog.text
     words = tmp_path / "words.txt"

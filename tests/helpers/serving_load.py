@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from hostile import HOSTILE
+from hostile import HOSTILE, HOSTILE_MESSAGES
 from serving_stand import UPGRADE, StandIn
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import WebSocketException
@@ -36,7 +36,7 @@ from dit4dit.serving import wire
 from dit4dit.serving.server import Server
 from dit4dit.serving.settings import Settings
 
-BAD = {**HOSTILE}
+BAD = {**HOSTILE, **HOSTILE_MESSAGES}
 """Frames that are refused."""
 FRAME = 32 * 2**20
 IMAGE = np.zeros((192, 192, 3), np.uint8)

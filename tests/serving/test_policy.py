@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hostile import HOSTILE_MESSAGES
 from serving_stand import ask, running
 from waiting import WAIT, eventually
 
@@ -128,6 +129,39 @@ def test_what_does_not_fit_the_policy(served, make_observation, monkeypatch: pyt
         surrogates = wire.pack({"examples": [EXAMPLE]}).replace(b"\xa2go", b"\xa2\xed\xa0")
         assert ask(connection, surrogates)["ok"] is False
         assert ask(connection, {"examples": [EXAMPLE]})["ok"]
+
+
+@pytest.mark.parametrize("name", HOSTILE_MESSAGES)
+def test_a_hostile_message_is_the_peer_s_mistake(name: str, served, caplog: pytest.LogCaptureFixture) -> None:
+    with served.raw() as connection:
+        connection.recv()
+        answer = ask(connection, HOSTILE_MESSAGES[name])
+        assert (answer["status"], answer["ok"]) == ("error", False)
+        assert "internal error" not in answer["error"]["message"]
+        assert ask(connection, {"type": "ping"})["ok"]
+    assert not [record for record in caplog.records if record.exc_info], "a traceback for what a stranger sent"
+
+
+@pytest.mark.parametrize("height, width", [(2160, 3840), (3840, 2160), (1, 3840), (48, 48)])
+def test_raw_images_up_to_4k_are_taken(height: int, width: int, libero_policy: Policy, make_observation) -> None:
+    good = make_observation(0, side=48)
+    image = np.zeros((height, width, 3), np.uint8)
+    images = {**good.images, "wrist_image": image}
+    backend = PolicyBackend(libero_policy, "libero_tiny", "abc")
+    [request] = backend.check({"observation": {"images": images, "state": good.state}, "instruction": "go"})
+    assert request.pictures[1] is image
+    for longer in (np.zeros((height + 1, width, 3), np.uint8), np.zeros((height, width + 1, 3), np.uint8)):
+        message = {
+            "observation": {"images": {**images, "wrist_image": longer}, "state": good.state},
+            "instruction": "go",
+        }
+        if max(longer.shape) > 3840 or min(longer.shape[:2]) > 2160:
+            with pytest.raises(
+                InputError, match=r"'wrist_image': expected at most 3840 x 2160 pixels, either way round"
+            ):
+                backend.check(message)
+        else:
+            backend.check(message)
 
 
 def test_the_policy_never_looks_at_more_letters_than_a_stranger_may_send(make_observation) -> None:

@@ -18,7 +18,7 @@ from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, NONE, WEIGHT_UNIT
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
 from dit4dit.engine.action_ode.weights import as_bytes, pack_constants, pack_matrices
 from dit4dit.engine.fold import fold_head
-from dit4dit.errors import BackendError, ConfigError, OutputError
+from dit4dit.errors import BackendError, ConfigError, OutputError, shown
 from dit4dit.model.action_head import ActionHead
 from dit4dit.model.flow import GuidanceTensors
 from dit4dit.ops import device_tables, measured, native
@@ -259,7 +259,7 @@ def choose_head(
     ConfigError: no such choice, or a head without tiles. BackendError: "one_launch" where the kernel cannot run.
     """
     if choice not in CHOICES:
-        raise ConfigError(f"engine head: expected one of {', '.join(CHOICES)}, got {choice!r}")
+        raise ConfigError(f"engine head: expected one of {', '.join(CHOICES)}, got {shown(choice)}")
     weight = folded.decode_out.weight
     # float32, the default of a head, is a wish for exactness that the kernel does not meet: nothing to warn of
     takes = weight.dtype == torch.bfloat16 and measured.choice("action_ode", weight.device) == "cuda"
