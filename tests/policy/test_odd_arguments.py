@@ -405,7 +405,7 @@ GUIDANCE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "bound text": ({"max_guidance": "5"}, ("max_guidance: expected a finite number above 0, got '5'",)),
     "bound None": ({"max_guidance": None}, ("max_guidance: expected a finite number above 0, got None",)),
     "bound True": ({"max_guidance": True}, ("max_guidance: expected a finite number above 0, got True",)),
-    "bound beyond floats": ({"max_guidance": 10**400}, ("max_guidance: expected a finite number above 0, got an integer of 1329 bits",)),
+    "bound beyond floats": ({"max_guidance": 10**400}, ("expected a finite number above 0, got an integer of 1329 bits",)),
     "bound beyond float32": ({"max_guidance": 1e39}, ("max_guidance: expected a finite number above 0, got 1e+39",)),
 }
 
