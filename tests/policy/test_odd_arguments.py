@@ -214,7 +214,11 @@ PREDICT: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
         None,
         ("examples[0].image: ", "1920 x 1920", "16 x 4800"),
     ),
-    "lists": ({**EXAMPLE, "image": "x.png"}, None, ("examples[0].image", "expected a uint8 array [H, W, 3], got 'x.png'")),
+    "lists": (
+        {**EXAMPLE, "image": "x.png"},
+        None,
+        ("examples[0].image", "expected a uint8 array [H, W, 3], got 'x.png'"),
+    ),
     "no words": ({**EXAMPLE, "lang": ["go"]}, None, ("examples[0].lang: expected a string, got ['go']",)),
     "a state of objects": ({**EXAMPLE, "state": object()}, None, ("examples[0].state: expected 16 numbers",)),
 }
@@ -405,7 +409,10 @@ GUIDANCE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "bound text": ({"max_guidance": "5"}, ("max_guidance: expected a finite number above 0, got '5'",)),
     "bound None": ({"max_guidance": None}, ("max_guidance: expected a finite number above 0, got None",)),
     "bound True": ({"max_guidance": True}, ("max_guidance: expected a finite number above 0, got True",)),
-    "bound beyond floats": ({"max_guidance": 10**400}, ("expected a finite number above 0, got an integer of 1329 bits",)),
+    "bound beyond floats": (
+        {"max_guidance": 10**400},
+        ("expected a finite number above 0, got an integer of 1329 bits",),
+    ),
     "bound beyond float32": ({"max_guidance": 1e39}, ("max_guidance: expected a finite number above 0, got 1e+39",)),
 }
 
