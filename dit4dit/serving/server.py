@@ -55,6 +55,8 @@ FINISH_S = 2.0
 """What a stopping server gives the running pass and its answers."""
 CLOSE_S = 0.25
 """What it then gives its clients to take their last answers, and again to close."""
+REFUSED_S = 1.0
+"""Between two lines of the log about refused connections."""
 
 
 class _GoneError(Exception):
@@ -119,6 +121,7 @@ class Server:
         self._last_message = time.monotonic()
         self._dead: DeviceError | None = None
         self._stopping = False
+        self._refused_said, self._refused_unsaid = -REFUSED_S, 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(
@@ -232,17 +235,24 @@ class Server:
             given = request.headers.get_all("Authorization")
             wanted = f"Api-Key {key}".encode()
             if len(given) != 1 or not hmac.compare_digest(given[0].encode("utf-8", "surrogateescape"), wanted):
-                self.statistics.counts["refused"] += 1
-                log.warning("%s: refused, no or a wrong key", connection.remote_address)
+                self._refused(connection, "no or a wrong key")
                 return connection.respond(
                     http.HTTPStatus.UNAUTHORIZED, "send the server's key: Authorization: Api-Key KEY\n"
                 )
         if self._stopping or len(self._clients) >= self.settings.max_clients:
-            self.statistics.counts["refused"] += 1
             why = "stopping" if self._stopping else f"full ({self.settings.max_clients} clients)"
-            log.warning("%s: refused, the server is %s", connection.remote_address, why)
+            self._refused(connection, f"the server is {why}")
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"the server is {why}\n")
         return None
+
+    def _refused(self, connection: ServerConnection, why: str) -> None:
+        """Counted and logged, but a stranger who knocks a thousand times a second does not fill the disk."""
+        self.statistics.counts["refused"] += 1
+        self._refused_unsaid += 1
+        if time.monotonic() >= self._refused_said + REFUSED_S:
+            more = f" ({self._refused_unsaid - 1} more since the last such line)" if self._refused_unsaid > 1 else ""
+            log.warning("%s: refused, %s%s", connection.remote_address, why, more)
+            self._refused_said, self._refused_unsaid = time.monotonic(), 0
 
     def _health(self, connection: ServerConnection) -> HttpResponse:
         status = http.HTTPStatus.SERVICE_UNAVAILABLE if self._stopping or self._dead else http.HTTPStatus.OK
@@ -264,6 +274,9 @@ class Server:
         task = asyncio.current_task()
         assert task is not None
         self._handshakes.end(connection)
+        if len(self._clients) >= self.settings.max_clients:  # several were let in at the same moment
+            await connection.close(1013, f"the server is full ({self.settings.max_clients} clients)")
+            return
         self._clients[connection] = task
         self.statistics.counts["connections"] += 1
         log.info("%s: connected", peer)

@@ -225,3 +225,21 @@ def test_large_frames_are_read_beside_the_event_loop() -> None:
         assert (unread["ok"], unread["type"]) == (False, "unknown")
         with pytest.raises(ConnectionClosed):
             ask(large, bytes(server.server.settings.max_frame_bytes + 1))
+
+
+def test_who_knocks_without_the_key_fills_no_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REFUSED_S", 1e6)
+    with running(api_key="a" * 16) as server:
+        for _ in range(5):
+            with raw_socket(server, UPGRADE + b"\r\n") as stranger:
+                assert b"401" in stranger.recv(100)
+        monkeypatch.setattr(module, "REFUSED_S", 0.0)
+        with raw_socket(server, UPGRADE + b"\r\n") as stranger:
+            assert b"401" in stranger.recv(100)
+        lines = [line for line in caplog.messages if "refused" in line]
+        assert len(lines) == 2
+        assert "no or a wrong key" in lines[0]
+        assert lines[1].endswith("(4 more since the last such line)")
+        assert server.server.statistics.counts["refused"] == 6
