@@ -1,13 +1,9 @@
-// dit4dit._C: one m.def per launcher, no logic. A tensor comes in as the tuple (address, shape, strides, dtype, device), or
+// dit4dit._C: one function per launcher, no logic. A tensor comes in as the tuple (address, shape, strides, dtype, device), or
 // on the CPU as an array that lends its memory (NumPy).
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <map>
-
+#include "arguments.h"
 #include "driver.h"
 #include "launchers.h"
-#include "tensor_view.h"
+#include "python_types.h"
 
 #ifndef DIT4DIT_CUDA_ARCHITECTURES
 #define DIT4DIT_CUDA_ARCHITECTURES ""
@@ -16,169 +12,202 @@
 #define DIT4DIT_CUDA_VERSION ""
 #endif
 
-namespace py = pybind11;
 using namespace dit4dit;
 using namespace py::literals;
 
 namespace {
 
-// A NumPy array, or whatever else lends its memory; the caller's reference keeps it alive through the call.
-TensorView view_of_buffer(const py::handle& object, const std::string& name, bool writable) {
-    if (writable && py::hasattr(object, "flags") && !object.attr("flags").attr("writeable").cast<bool>())
-        throw py::value_error(name + ": expected memory that can be written, got a read-only array");
-    const auto buffer = py::reinterpret_borrow<py::buffer>(object).request(writable);
-    const std::map<std::string, std::string> names = {{"B", "uint8"}, {"e", "float16"}, {"f", "float32"}, {"d", "float64"}};
-    const auto known = names.find(buffer.format);
-    TensorView view{name, reinterpret_cast<std::uintptr_t>(buffer.ptr), {buffer.shape.begin(), buffer.shape.end()}, {},
-                    known == names.end() ? "format " + buffer.format : known->second, "cpu"};
-    for (const auto step : buffer.strides) {
-        if (step % buffer.itemsize) refuse(name, "strides of whole elements", std::to_string(step) + " bytes");
-        view.strides.push_back(step / buffer.itemsize);
-    }
-    return view;
-}
+// -- launchers -------------------------------------------------------------------------------------------------------------
 
-TensorView view_from(const py::handle& tuple, const std::string& name, bool writable = false) {
-    if (PyObject_CheckBuffer(tuple.ptr())) return view_of_buffer(tuple, name, writable);
-    using Numbers = std::vector<std::int64_t>;
-    using Facts = std::tuple<std::uintptr_t, Numbers, Numbers, std::string, std::string>;
-    try {
-        auto [address, shape, strides, dtype, device] = tuple.cast<Facts>();
-        return {name, address, shape, strides, dtype, device};
-    } catch (const py::cast_error&) {
-        throw py::type_error(name + ": expected an array or (address, shape, strides in elements, dtype, device), got " +
-                             py::repr(tuple).cast<std::string>());
-    }
-}
-
-std::vector<TensorView> views_from(const py::sequence& tuples, const std::string& name) {
+// views, widths, out, filter: what both implementations of preprocess take.
+template <class Launcher>
+void with_views(const Given& given, Launcher launcher) {
+    Buffers buffers;
     std::vector<TensorView> views;
-    for (std::size_t i = 0; i < tuples.size(); ++i)
-        views.push_back(view_from(tuples[i], name + "[" + std::to_string(i) + "]"));
-    return views;
+    for (const auto& view : elements(given["views"], "views", kMostViews))
+        views.push_back(view_from(view, at("views", views.size()), buffers));
+    const auto widths = whole_numbers(given["widths"], "widths", kMostViews);
+    const auto out = view_from(given["out"], "out", buffers, true);
+    const auto filter = text(given["filter"], "filter");
+    launcher(views, widths, out, filter);
 }
 
-#ifdef DIT4DIT_WITH_CUDA
-std::optional<TensorView> optional_view_from(const std::optional<py::tuple>& tuple, const std::string& name) {
-    if (!tuple) return std::nullopt;
-    return view_from(*tuple, name);
-}
-#endif
-
-[[maybe_unused]] NamedViews views_by_name(const py::dict& tuples) {
-    NamedViews views;
-    for (const auto& [key, tuple] : tuples) {
-        const auto name = key.cast<std::string>();
-        views.emplace(name, view_from(tuple, name));
-    }
-    return views;
+constexpr char kPreprocess[] = "preprocess($module, views, widths, out, filter)\n--\n\n";
+py::object preprocess(PyObject*, const Given& given) {
+    with_views(given, [](const auto&... all) { without_gil([&] { preprocess_cpu(all...); }); });
+    return py::none();
 }
 
-// A launcher as Python calls it: tuples become tensor views, named after their argument, and the GIL is released.
-template <class... Rest>
-auto unpacked(void (*launcher)(const std::vector<TensorView>&, const std::vector<std::int64_t>&, const TensorView&,
-                               Rest...)) {
-    return [launcher](const py::sequence& views, const std::vector<std::int64_t>& widths, const py::object& out,
-                      Rest... rest) {
-        const auto view_list = views_from(views, "views");
-        const auto out_view = view_from(out, "out", true);
-        const py::gil_scoped_release release;
-        launcher(view_list, widths, out_view, rest...);
-    };
-}
-
-std::vector<Value> values_from(const py::sequence& arguments) {
-    std::vector<Value> values;
-    for (const auto& argument : arguments) {
-        if (PyLong_CheckExact(argument.ptr()))
-            values.push_back({Value::Type::integer, argument.cast<std::int64_t>(), 0});
-        else if (PyFloat_CheckExact(argument.ptr()))
-            values.push_back({Value::Type::real, 0, argument.cast<double>()});
-        else
-            throw py::type_error("arguments[" + std::to_string(values.size()) + "]: expected an int or a float, got " +
-                                 py::repr(argument).cast<std::string>());
-    }
-    return values;
-}
-
-void add_driver(py::module_& m) {
-    py::class_<Kernel, std::shared_ptr<Kernel>>(m, "Kernel", "A kernel on a device, out of machine code.")
-        .def_property_readonly("entry", &Kernel::entry)
-        .def(
-            "launch",
-            [](const Kernel& kernel, const std::vector<std::int64_t>& grid, std::uintptr_t stream,
-               const py::sequence& arguments) {
-                const auto values = values_from(arguments);
-                const py::gil_scoped_release release;
-                kernel.launch(grid, stream, values);
-            },
-            "grid"_a, "stream"_a, "arguments"_a);
-    py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver", "The CUDA driver, loaded when this is made.")
-        .def(py::init<const std::string&>(), "library"_a = "libcuda.so.1")
-        .def_property_readonly("version", &Driver::version)
-        .def(
-            "load",
-            [](Driver& driver, const py::bytes& image, const std::string& entry, int device, unsigned threads,
-               unsigned shared, const std::vector<std::pair<std::string, std::string>>& arguments, unsigned scratch) {
-                const std::string bytes = image;
-                const py::gil_scoped_release release;
-                return driver.load(bytes, entry, device, threads, shared, arguments, scratch);
-            },
-            "image"_a, "entry"_a, "device"_a, "threads"_a, "shared"_a, "arguments"_a, "scratch"_a);
-}
-
+constexpr char kBuildInfo[] = "build_info($module)\n--\n\ncompiler, cuda (version, empty without), architectures";
 py::tuple cuda_architectures() {
     const std::string names = DIT4DIT_CUDA_ARCHITECTURES;
     return names.empty() ? py::tuple() : py::tuple(py::str(names).attr("split")(","));
 }
-
-py::dict build_info() {
+py::object build_info(PyObject*, const Given&) {
     return py::dict("compiler"_a = __VERSION__, "cuda"_a = DIT4DIT_CUDA_VERSION,
                     "architectures"_a = cuda_architectures());
+}
+
+#ifdef DIT4DIT_WITH_CUDA
+constexpr char kPreprocessCuda[] = "preprocess_cuda($module, views, widths, out, filter, stream)\n--\n\n";
+py::object preprocess_on_cuda(PyObject*, const Given& given) {
+    with_views(given, [&](const auto&... all) {
+        const auto stream = whole<std::uintptr_t>(given["stream"], "stream");
+        without_gil([&] { preprocess_cuda(all..., stream); });
+    });
+    return py::none();
+}
+
+constexpr char kActionOdeCuda[] =
+    "action_ode_cuda($module, tensors, numbers, buffers, max_guidance, limit_ns, stream)\n--\n\n";
+py::object action_ode_on_cuda(PyObject*, const Given& given) {
+    Buffers lent;
+    const NamedViews tensors = by_name(given["tensors"], "tensors", [&](const py::handle& tensor, const std::string& name) {
+        return view_from(tensor, name, lent);
+    });
+    const NamedNumbers numbers = by_name(given["numbers"], "numbers", [](const py::handle& number, const std::string& name) {
+        return whole<std::int64_t>(number, name);
+    });
+    std::vector<BufferPlace> buffers;
+    for (const auto& place : elements(given["buffers"], "buffers", 256)) {
+        const std::string name = at("buffers", buffers.size());
+        const auto numbers_of = elements(place, name, 3);
+        if (numbers_of.size() != 3) refuse(name, "(offset, planes, columns)", std::to_string(numbers_of.size()) + " numbers");
+        buffers.emplace_back(whole<std::int64_t>(numbers_of[0], name + ": offset"), whole<int>(numbers_of[1], name + ": planes"),
+                             whole<int>(numbers_of[2], name + ": columns"));
+    }
+    const auto max_guidance = real(given["max_guidance"], "max_guidance");
+    const auto limit_ns = whole<std::int64_t>(given["limit_ns"], "limit_ns");
+    const auto stream = whole<std::uintptr_t>(given["stream"], "stream");
+    without_gil([&] { action_ode_cuda(tensors, numbers, buffers, max_guidance, limit_ns, stream); });
+    return py::none();
+}
+
+constexpr char kActionOdeFacts[] = "action_ode_facts($module, device, shared_bytes)\n--\n\n";
+py::object action_ode_facts_of(PyObject*, const Given& given) {
+    const auto facts = action_ode_facts(whole<int>(given["device"], "device", 0), whole<int>(given["shared_bytes"], "shared_bytes", 0));
+    py::dict found;
+    for (const auto& [name, value] : facts) found[name.c_str()] = value;
+    return found;
+}
+
+constexpr char kSelfAttentionCuda[] =
+    "self_attention_cuda($module, qkv, norm_q, norm_k, rotary, out, heads, eps, queries, stream)\n--\n\n";
+py::object self_attention_on_cuda(PyObject*, const Given& given) {
+    Buffers lent;
+    const auto view = [&](const char* name) { return view_from(given[name], name, lent); };
+    const auto optional = [&](const char* name) { return given[name].is_none() ? std::nullopt : std::optional(view(name)); };
+    const auto qkv = view("qkv"), out = view("out");
+    const auto norm_q = optional("norm_q"), norm_k = optional("norm_k"), rotary = optional("rotary");
+    const auto heads = whole<int>(given["heads"], "heads"), queries = whole<int>(given["queries"], "queries");
+    const auto eps = real(given["eps"], "eps");
+    const auto stream = whole<std::uintptr_t>(given["stream"], "stream");
+    without_gil([&] { self_attention_cuda(qkv, norm_q, norm_k, rotary, out, heads, eps, queries, stream); });
+    return py::none();
+}
+#endif
+
+// -- the driver ------------------------------------------------------------------------------------------------------------
+
+PyTypeObject* kernel_type = nullptr;
+
+std::vector<Value> values_from(const py::handle& arguments) {
+    std::vector<Value> values;
+    for (const auto& argument : elements(arguments, "arguments", kMostParameters)) {
+        if (PyLong_CheckExact(argument.ptr())) {
+            int overflow = 0;  // by hand: a launch is to cost microseconds, and names are only for messages
+            const auto value = PyLong_AsLongLongAndOverflow(argument.ptr(), &overflow);
+            if (overflow) refuse(at("arguments", values.size()), "a number of 64 bits", described(argument));
+            values.push_back({Value::Type::integer, value, 0});
+        } else if (PyFloat_CheckExact(argument.ptr())) {
+            values.push_back({Value::Type::real, 0, PyFloat_AS_DOUBLE(argument.ptr())});
+        } else {
+            refuse_type(at("arguments", values.size()), "an int or a float", argument);
+        }
+    }
+    return values;
+}
+
+constexpr char kLaunch[] = "launch($self, grid, stream, arguments)\n--\n\n";
+py::object launch(PyObject* self, const Given& given) {
+    const auto grid = whole_numbers(given["grid"], "grid", kMostDimensions);
+    const auto stream = whole<std::uintptr_t>(given["stream"], "stream");
+    const auto values = values_from(given["arguments"]);
+    without_gil([&] { Held<Kernel>::of(self).launch(grid, stream, values); });
+    return py::none();
+}
+
+constexpr char kLoad[] = "load($self, image, entry, device, threads, shared, arguments, scratch)\n--\n\n";
+py::object load(PyObject* self, const Given& given) {
+    const auto image = given["image"];
+    if (!PyBytes_Check(image.ptr())) refuse_type("image", "bytes", image);
+    const std::string_view code(PyBytes_AS_STRING(image.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(image.ptr())));
+    const auto entry = text(given["entry"], "entry", kMostText);
+    const auto device = whole<int>(given["device"], "device", 0);
+    const auto threads = whole<unsigned>(given["threads"], "threads");
+    const auto shared = whole<int>(given["shared"], "shared", 0);
+    const auto scratch = whole<unsigned>(given["scratch"], "scratch", 0, kMostParameters);
+    std::vector<std::pair<std::string, std::string>> arguments;
+    for (const auto& argument : elements(given["arguments"], "arguments", kMostParameters)) {
+        const std::string name = at("arguments", arguments.size());
+        const auto pair = elements(argument, name, 2);
+        if (pair.size() != 2) refuse(name, "(name, kind)", std::to_string(pair.size()) + " elements");
+        arguments.emplace_back(text(pair[0], name + ": name"), text(pair[1], name + ": kind"));
+    }
+    std::shared_ptr<Kernel> kernel;
+    without_gil([&] { kernel = Held<Driver>::of(self).load(code, entry, device, threads, shared, arguments, scratch); });
+    return Held<Kernel>::hold(kernel_type, std::move(kernel));
+}
+
+constexpr char kDriver[] =
+    "Driver(library='libcuda.so.1')\n--\n\nThe CUDA driver, loaded when this is made.";
+PyObject* make_driver(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+    return guarded([&] {
+        const Given given(kDriver, args, kwargs);
+        const auto library = given["library"];
+        return Held<Driver>::hold(type, std::make_shared<Driver>(library ? text(library, "library", kMostText) : "libcuda.so.1"))
+            .release()
+            .ptr();
+    });
+}
+
+void add_driver(py::module_& m) {
+    static PyMethodDef of_kernel[] = {method<kLaunch, launch>(), {}};
+    static PyGetSetDef facts_of_kernel[] = {
+        {"entry",
+         [](PyObject* self, void*) {
+             return guarded([&] { return py::str(Held<Kernel>::of(self).entry()).release().ptr(); });
+         },
+         nullptr, "The kernel's name in the machine code.", nullptr},
+        {}};
+    static PyMethodDef of_driver[] = {method<kLoad, load>(), {}};
+    static PyGetSetDef facts_of_driver[] = {
+        {"version", [](PyObject* self, void*) { return PyLong_FromLong(Held<Driver>::of(self).version()); }, nullptr,
+         "13000 for CUDA 13.0: the newest that this driver runs.", nullptr},
+        {}};
+    const auto kernel = Held<Kernel>::type("dit4dit._C.Kernel", "A kernel on a device, out of machine code.", of_kernel,
+                                           facts_of_kernel, nullptr);
+    m.attr("Kernel") = kernel;
+    m.attr("Driver") = Held<Driver>::type("dit4dit._C.Driver", kDriver, of_driver, facts_of_driver, make_driver);
+    kernel_type = reinterpret_cast<PyTypeObject*>(py::object(kernel).release().ptr());
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "The compiled half of dit4dit; dit4dit.ops is its door.";
-    py::register_exception_translator([](std::exception_ptr error) {
-        try {
-            if (error) std::rethrow_exception(error);
-        } catch (const DtypeError& e) {
-            PyErr_SetString(PyExc_TypeError, e.what());
-        } catch (const CudaError& e) {
-            const auto errors = py::module_::import("dit4dit.errors");
-            py::set_error(errors.attr(CudaError::sticky(e.code) ? "DeviceError" : "CudaError"), e.what());
-        }
-    });
     add_driver(m);
     m.attr("cuda_architectures") = cuda_architectures();
-    m.def("build_info", &build_info, "compiler, cuda (version, empty without), architectures");
-
-    m.def("preprocess", unpacked(&preprocess_cpu), "views"_a, "widths"_a, "out"_a, "filter"_a);
+    static PyMethodDef functions[] = {
+        method<kBuildInfo, build_info>(),
+        method<kPreprocess, preprocess>(),
 #ifdef DIT4DIT_WITH_CUDA
-    m.def("preprocess_cuda", unpacked(&preprocess_cuda), "views"_a, "widths"_a, "out"_a, "filter"_a, "stream"_a);
-    m.def(
-        "action_ode_cuda",
-        [](const py::dict& tensors, const NamedNumbers& numbers, const std::vector<BufferPlace>& buffers, float max_guidance,
-           std::int64_t limit_ns, std::uintptr_t stream) {
-            const auto views = views_by_name(tensors);
-            const py::gil_scoped_release release;
-            action_ode_cuda(views, numbers, buffers, max_guidance, limit_ns, stream);
-        },
-        "tensors"_a, "numbers"_a, "buffers"_a, "max_guidance"_a, "limit_ns"_a, "stream"_a);
-    m.def(
-        "self_attention_cuda",
-        [](const py::tuple& qkv, const std::optional<py::tuple>& norm_q, const std::optional<py::tuple>& norm_k,
-           const std::optional<py::tuple>& rotary, const py::tuple& out, int heads, float eps, int queries,
-           std::uintptr_t stream) {
-            const auto qkv_view = view_from(qkv, "qkv"), out_view = view_from(out, "out");
-            const auto norm_q_view = optional_view_from(norm_q, "norm_q"), norm_k_view = optional_view_from(norm_k, "norm_k");
-            const auto rotary_view = optional_view_from(rotary, "rotary");
-            const py::gil_scoped_release release;
-            self_attention_cuda(qkv_view, norm_q_view, norm_k_view, rotary_view, out_view, heads, eps, queries, stream);
-        },
-        "qkv"_a, "norm_q"_a, "norm_k"_a, "rotary"_a, "out"_a, "heads"_a, "eps"_a, "queries"_a, "stream"_a);
-    m.def("action_ode_facts", &action_ode_facts, "device"_a, "shared_bytes"_a);
+        method<kPreprocessCuda, preprocess_on_cuda>(),
+        method<kActionOdeCuda, action_ode_on_cuda>(),
+        method<kActionOdeFacts, action_ode_facts_of>(),
+        method<kSelfAttentionCuda, self_attention_on_cuda>(),
 #endif
+        {},
+    };
+    if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }
