@@ -1,0 +1,379 @@
+"""Calls everything in dit4dit._C with arguments that are sound, then with the same ones spoiled: numbers at every limit, objects
+whose methods raise or lie, memory of every kind. A program of its own, as what it looks for ends the process:
+
+python fuzz_native.py --driver FAKE_LIBRARY --cases 20000 --seed 0 --last FILE      (FILE: the number of the case that runs)
+python fuzz_native.py --driver FAKE_LIBRARY --only 1234 --seed 0 --last FILE       shows this case, and runs it
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import collections
+import ctypes
+import inspect
+import json
+import math
+import operator
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from elf import elf
+
+from dit4dit import _C
+from dit4dit.errors import CudaError
+
+ITEM = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2}
+PLACE = ("address", "shape", "strides", "dtype", "device")
+
+
+class Place(tuple):
+    """A tensor by its address. What it points at is the caller's word, so it is only given where it is within `memory`."""
+
+
+def place(x: np.ndarray, dtype: str | None = None) -> Place:
+    return Place((x.ctypes.data, x.shape, tuple(s // x.itemsize for s in x.strides), dtype or x.dtype.name, "cpu"))
+
+
+class World:
+    """What the calls share: a driver that records, a kernel, and the memory that this case's addresses may point into."""
+
+    def __init__(self, library: str) -> None:
+        self.driver = _C.Driver(library)
+        self.library = library
+        self.memory: list[np.ndarray] = []
+
+    def array(self, shape: tuple[int, ...], dtype: str, rng: random.Random) -> np.ndarray:
+        """Of exactly its size, dense in a random order of dimensions, some of them mirrored."""
+        order = rng.sample(range(len(shape)), len(shape))
+        x = np.zeros([shape[d] for d in order], dtype).transpose(np.argsort(order))
+        self.memory.append(x)
+        return x[tuple(slice(None, None, rng.choice((1, 1, -1))) for _ in shape)]
+
+    def may_follow(self, given: Any, depth: int = 3) -> bool:
+        """Whether every address in these arguments would be refused, or lies in `memory` with all its elements."""
+        if isinstance(given, Place):
+            return self._refused_or_within(given)
+        inside = given.values() if isinstance(given, dict) else given if isinstance(given, (list, tuple)) else ()
+        return depth == 0 or len(inside) > 1000 or all(self.may_follow(x, depth - 1) for x in inside)
+
+    def _refused_or_within(self, given: Place) -> bool:
+        try:
+            address, shape, strides, dtype, _ = given
+            address, shape, strides = operator.index(address), *([*map(operator.index, x)] for x in (shape, strides))
+        except Exception:
+            return True  # no numbers
+        if not 0 < address < 2**64 or len(shape) != len(strides) or min(shape, default=0) < 0 or not math.prod(shape):
+            return True
+        item = ITEM.get(dtype, 1) if isinstance(dtype, str) else 1
+        reach = [item * s * (n - 1) for s, n in zip(strides, shape, strict=True)]
+        begin, end = address + sum(r for r in reach if r < 0), address + item + sum(r for r in reach if r > 0)
+        if begin < 0 or end > 2**64:
+            return True
+        bounds = [(x.ctypes.data, x.ctypes.data + x.nbytes) for x in (y if y.base is None else y.base for y in self.memory)]
+        return any(low <= begin and end <= high for low, high in bounds)
+
+
+# -- sound arguments of every function -----------------------------------------------------------------------------------------
+
+
+def preprocess(world: World, rng: random.Random) -> dict[str, Any]:
+    batch, height, width = rng.randint(1, 2), rng.randint(1, 9), [rng.randint(1, 9) for _ in range(rng.randint(1, 3))]
+    views = [world.array((batch, rng.randint(1, 20), rng.randint(1, 20), 3), "uint8", rng) for _ in width]
+    dtype = rng.choice(("float32", "float16", "bfloat16"))
+    out = world.array((batch, 3, height, sum(width)), "uint16" if dtype == "bfloat16" else dtype, rng)
+    by_address = dtype == "bfloat16" or rng.random() < 0.5
+    return dict(
+        views=[rng.choice((view, place(view))) for view in views],
+        widths=width,
+        out=place(out, dtype) if by_address else out,
+        filter=rng.choice(("cv2_area", "bilinear")),
+    )
+
+
+def dense(address: int, shape: tuple[int, ...], dtype: str) -> tuple:
+    """On a GPU that is not there; never followed."""
+    return address << 32, shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), dtype, "cuda:0"
+
+
+def preprocess_cuda(world: World, rng: random.Random) -> dict[str, Any]:
+    views = [dense(i + 1, (2, 8, 8, 3), "uint8") for i in range(rng.randint(1, 3))]
+    out = dense(9, (2, 3, 4, 4 * len(views)), rng.choice(("float32", "bfloat16", "float16")))
+    return dict(views=views, widths=[4] * len(views), out=out, filter="bilinear", stream=0)
+
+
+def self_attention_cuda(world: World, rng: random.Random) -> dict[str, Any]:
+    norms = [dense(i, (128,), "bfloat16") if rng.random() < 0.7 else None for i in (2,)] * 2
+    return dict(
+        qkv=dense(1, (2, 9, 768), "bfloat16"),
+        norm_q=norms[0],
+        norm_k=norms[1],
+        rotary=dense(3, (2, 9, 64), "float32"),
+        out=dense(4, (2, 9, 256), "bfloat16"),
+        heads=2,
+        eps=1e-5,
+        queries=rng.choice((64, 128)),
+        stream=0,
+    )
+
+
+def action_ode_cuda(world: World, rng: random.Random) -> dict[str, Any]:
+    """A head of one layer's width, 16; the schedule in it is never read."""
+    numbers = dict(
+        rows=2, counter_count=1, workers=1, width=16, head_dim=16, heads=1, horizon=2, actions=3, padded_actions=16,
+        context_tokens=4, context_columns=32, steps=2, batch=1, times=0, padded_tokens=8, part=256, slots=16, staging=8192,
+    )  # fmt: skip
+    shapes: dict[str, tuple[tuple[int, ...], str]] = dict(
+        tiles=((4, 24), "int32"), first_tile=((2,), "int32"), segments=((1, 3), "int32"), first_segment=((2,), "int32"),
+        weights=((4096,), "uint8"), constants=((64,), "float32"), noise=((1, 2, 3), "float32"),
+        context=((1, 4, 32), "bfloat16"), out=((1, 2, 3), "float32"), workspace=((1 << 16,), "uint8"),
+        counters=((2, 32), "int32"), status=((4,), "int32"),
+    )  # fmt: skip
+    if rng.random() < 0.3:
+        shapes |= {"previous": ((1, 2, 3), "float32"), "guidance": ((2,), "float32")}
+    return dict(
+        tensors={name: dense(i + 1, *rest) for i, (name, rest) in enumerate(shapes.items())},
+        numbers=numbers,
+        buffers=[(4096 * space, 1, 16) for space in range(11)],
+        max_guidance=1.0,
+        limit_ns=1,
+        stream=0,
+    )
+
+
+KINDS = ("*bf16:16", "*fp32", "i32", "i32:16", "i64", "fp32")
+VALUES = {"*bf16:16": 4096, "*fp32": 4, "i32": -7, "i32:16": 48, "i64": 2**40, "fp32": 1e-5}
+
+
+def load(world: World, rng: random.Random) -> dict[str, Any]:
+    kinds = rng.sample(KINDS, rng.randint(0, len(KINDS)))
+    image = elf(rng.randbytes(rng.randint(0, 64)))
+    if rng.random() < 0.5:  # one byte is another: refused or taken, but never read past its end
+        at = rng.randrange(4, len(image))
+        image = image[:at] + rng.randbytes(1) + image[at + 1 :]
+    arguments = [(f"x{i}", kind) for i, kind in enumerate(kinds)]
+    return dict(image=image, entry="kernel", device=0, threads=64, shared=1 << 10, arguments=arguments, scratch=2)
+
+
+def launch(world: World, rng: random.Random) -> dict[str, Any]:
+    return dict(grid=(3, 2), stream=0, arguments=[VALUES[kind] for kind in KINDS])
+
+
+SOUND: dict[str, Callable[[World, random.Random], dict[str, Any]]] = {
+    "preprocess": preprocess,
+    "preprocess_cuda": preprocess_cuda,
+    "self_attention_cuda": self_attention_cuda,
+    "action_ode_cuda": action_ode_cuda,
+    "action_ode_facts": lambda world, rng: dict(device=0, shared_bytes=0),
+    "build_info": lambda world, rng: {},
+    "Driver": lambda world, rng: dict(library=world.library),
+    "Driver.load": load,
+    "Driver.version": lambda world, rng: {},
+    "Kernel": lambda world, rng: {},
+    "Kernel.launch": launch,
+    "Kernel.entry": lambda world, rng: {},
+}
+REFUSED = {"Kernel": TypeError, "Driver.load": ValueError} | {
+    name: CudaError for name in ("preprocess_cuda", "self_attention_cuda", "action_ode_cuda", "action_ode_facts")
+}
+"""What a sound call may end in: no GPU is there, a kernel cannot be made from Python, a byte of an image was changed."""
+
+
+def targets(world: World) -> dict[str, Callable[..., Any]]:
+    """Everything in the module that can be called or read, by name. SystemExit: one is new here."""
+    arguments = [(f"x{i}", kind) for i, kind in enumerate(KINDS)]
+    kernel = world.driver.load(elf(), "kernel", 0, 32, 0, arguments, 2)
+    found: dict[str, Callable[..., Any]] = {}
+    for name, value in vars(_C).items():
+        if isinstance(value, type):
+            instance = {"Driver": world.driver, "Kernel": kernel}.get(name)
+            found[name] = value
+            for attribute, member in vars(value).items():
+                if not attribute.startswith("__"):
+                    read = lambda instance=instance, attribute=attribute: getattr(instance, attribute)  # noqa: E731
+                    found[f"{name}.{attribute}"] = getattr(instance, attribute) if callable(member) else read
+        elif callable(value):
+            found[name] = value
+    if unknown := found.keys() - SOUND.keys():
+        sys.exit(f"fuzz_native.py: SOUND: expected sound arguments of all that _C has, got none of {sorted(unknown)}")
+    for name, value in found.items():
+        wanted = [] if name == "Kernel" else list(inspect.signature(value).parameters)
+        got = SOUND[name](world, random.Random(0))
+        if not name.endswith((".version", ".entry")) and list(got) != wanted:
+            sys.exit(f"fuzz_native.py: SOUND[{name!r}]: expected the arguments {wanted}, got {list(got)}")
+    return found
+
+
+# -- what spoils them ----------------------------------------------------------------------------------------------------------
+
+
+class Raises:
+    def _raise(self, *_: object) -> Any:
+        raise KeyError("a method of an argument")
+
+    __index__ = __len__ = __getitem__ = __float__ = __iter__ = __repr__ = __str__ = __hash__ = __eq__ = __getattr__ = _raise  # type: ignore[assignment]
+
+
+class Lies:
+    """A sequence of another length than it says, and a number."""
+
+    def __init__(self, length: int, element: object = 1) -> None:
+        self.length, self.element = length, element
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> object:
+        if i > 2:
+            raise IndexError(i)
+        return self.element
+
+    def __index__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        return "x" * 10**7
+
+
+class Clears:
+    """A number that empties what it is in when it is asked for."""
+
+    def __init__(self) -> None:
+        self.inside: Any = None
+
+    def __index__(self) -> int:
+        if isinstance(self.inside, (list, dict, bytearray)):
+            self.inside.clear()
+        return 1
+
+
+NUMBERS = [sign * (2**power + add) for power in (0, 4, 15, 31, 32, 62, 63, 64, 200) for add in (-1, 0, 1) for sign in (1, -1)]
+NUMBERS += [0, True, math.nan, math.inf, -math.inf, 1e39, 1e300, -0.0, 1.5, 3 + 4j, np.int8(3), np.float32(2), np.bool_(True)]
+TEXTS = ["", "cpu", "cuda:0", "cuda:9999", "cuda:99999", "cuda:-1", "\0", "a\0b", "\ud800", "é" * 70, "x" * 10**5, "uint8", "float64",
+         "bfloat16", "bilinear", "*", ":16", "*:16", "fp32:16", "i64:16", "libm.so.6", "/etc/passwd", "/"]  # fmt: skip
+
+
+def memory(rng: random.Random) -> Any:
+    """What lends memory, or almost."""
+    dtype = rng.choice(["u1", "i1", "f4", "f2", "f8", "V0", "S0", "U3", "O", "M8[s]", ">f4", "c8", "?", "g", [("a", "u1"), ("b", "f4")]])
+    shape = [rng.choice((0, 1, 2, 3, 3, 4, 8)) for _ in range(rng.choice((0, 1, 3, 4, 4, 4, 5, 32)))]
+    if math.prod(shape) > 10**5:
+        shape = shape[:4]
+    x = np.zeros(shape, dtype)
+    if shape and rng.random() < 0.3:
+        x = x[tuple(slice(None, None, rng.choice((-1, 2))) for _ in shape)]
+    released = memoryview(bytearray(8))
+    released.release()
+    return rng.choice([
+        x, x, x, np.broadcast_to(np.uint8(1), (2, 8, 8, 3)), np.zeros(49, "u1")[1:].view("f4").reshape(1, 3, 2, 2),
+        np.lib.stride_tricks.as_strided(np.zeros(64, "f4"), (1, 3, 2, 2), (0, 8, 4, 4)), b"", b"\x7fELF", bytearray(9), released,
+        memoryview(b"abc")[::-1], memoryview(b"x").cast("B", []), array.array("d", [1]), array.array("f", [1, 2, 3]),
+        ctypes.c_int(3), (ctypes.c_ubyte * 3 * 4 * 5 * 1)(), (ctypes.c_float * 0)(), ctypes.create_string_buffer(5),
+    ])  # fmt: skip
+
+
+def wrong(rng: random.Random) -> Any:
+    kind = rng.randrange(8)
+    if kind < 3:
+        return rng.choice(NUMBERS)
+    if kind == 3:
+        return rng.choice(TEXTS)
+    if kind == 4:
+        return memory(rng)
+    if kind == 5:
+        return Lies(rng.choice((0, 1, 3, 5, 10**6, 2**62, 2**63, -1)), rng.choice((1, None, "x")))
+    if kind == 6:
+        return rng.choice([Clears(), Raises(), range(2**40), range(4), range(2**70), [], (), {}, {1: 2}, {"x": 1}, set(), (1,) * 5])
+    endless: list[Any] = []
+    endless.append(endless)
+    return rng.choice([None, ..., object(), int, _C, len, endless, [1] * 10**5, ("a",) * 70, iter([1]), {str(i): i for i in range(300)}])
+
+
+def spoiled(x: Any, rng: random.Random) -> Any:
+    """A copy in which one thing somewhere is another, is missing, or is there twice."""
+    if not isinstance(x, (dict, list, tuple)) or not x or rng.random() < 0.15:
+        if isinstance(x, int) and rng.random() < 0.5:
+            return rng.choice((x - 1, x + 1, -x, 2 * x, x << 31))
+        if isinstance(x, bytes) and rng.random() < 0.8:
+            return x[: rng.randrange(len(x) + 1)]
+        return wrong(rng)
+    if isinstance(x, dict):
+        key = rng.choice(list(x))
+        change = {key: spoiled(x[key], rng)} if rng.random() < 0.9 else {wrong_key(rng): x[key]}
+        new: Any = {k: v for k, v in x.items() if k != key} | change if rng.random() < 0.95 else {k: x[k] for k in x if k != key}
+        inside = [new]
+    else:
+        at, parts = rng.randrange(len(x)), list(x)
+        parts[at : at + 1] = rng.choice([[], [x[at]] * 2]) if rng.random() < 0.1 else [spoiled(x[at], rng)]
+        new = parts if isinstance(x, list) else type(x)(parts)
+        inside = parts
+    for value in inside if isinstance(new, (list, tuple)) else new.values():
+        if isinstance(value, Clears):
+            value.inside = new
+    return new
+
+
+def wrong_key(rng: random.Random) -> Any:
+    return rng.choice(["x", "out", "\0", "\ud800", "x" * 10**4, 1, None, (1, 2)])
+
+
+def one(world: World, all_targets: dict[str, Callable[..., Any]], seed: int, number: int, show: bool) -> tuple[str, str]:
+    """Runs a case; its function, and how it ended: "sound", "left out", or an exception's name."""
+    rng = random.Random(f"{seed}/{number}")
+    world.memory.clear()
+    names = sorted(all_targets)
+    name = names[number % len(names)] if number < 4 * len(names) else rng.choice(names)
+    given, sound = SOUND[name](world, rng), number < 4 * len(names) or rng.random() < 0.1
+    for _ in range(0 if sound else rng.choice((1, 1, 1, 2, 4))):
+        given = spoiled(given, rng) if given else {}
+        if not isinstance(given, dict):
+            given = {"given": given}
+    if show:
+        print(name, {key: object.__repr__(value) if isinstance(value, (Raises, Lies)) else value for key, value in given.items()})
+    if not world.may_follow(given):
+        return name, "left out"
+    by_name = rng.random() < 0.5 and all(isinstance(key, str) for key in given)
+    try:
+        all_targets[name](**given) if by_name else all_targets[name](*given.values())
+    except SystemError:
+        raise
+    except Exception as error:
+        if sound and not isinstance(error, REFUSED.get(name, ())):
+            raise
+        text = str(error)
+        assert len(text) < 10_000, f"a message of {len(text)} characters"
+        return name, type(error).__name__
+    return name, "sound"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--driver", required=True)
+    parser.add_argument("--last", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=20000)
+    parser.add_argument("--only", type=int)
+    args = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    world = World(args.driver)
+    all_targets = targets(world)
+    ends: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    last = os.open(args.last, os.O_WRONLY | os.O_CREAT)
+    for number in range(args.cases) if args.only is None else [args.only]:
+        os.pwrite(last, f"{number:12d}".encode(), 0)
+        try:
+            name, end = one(world, all_targets, args.seed, number, args.only is not None)
+        except BaseException as error:
+            error.args = (f"case {number} of seed {args.seed}: {error}",)
+            raise
+        ends[name][end] += 1
+    print(json.dumps({"module": _C.__file__, "ends": ends, "targets": sorted(all_targets)}))
+
+
+if __name__ == "__main__":
+    main()
