@@ -86,7 +86,11 @@ def test_buffers_of_every_kind_are_refused_by_name(view, error, message):
 def test_arrays_of_pointers_are_refused():
     testbuffer = pytest.importorskip("_testbuffer", reason="CPython's own test module")
     pointers = testbuffer.ndarray([1] * 384, shape=[2, 8, 8, 3], format="B", flags=testbuffer.ND_PIL)
-    refused(ValueError, r"views\[0\]: expected memory with strides, which an object of type .*ndarray does", views=[pointers])
+    refused(
+        ValueError,
+        r"views\[0\]: expected memory with strides, which an object of type .*ndarray does",
+        views=[pointers],
+    )
 
 
 def test_a_flags_attribute_is_not_asked():
@@ -147,7 +151,10 @@ def test_memory_is_held_while_it_is_used():
         (dict(strides=(-(2**62), 24, 3, 1)), r"addresses of 64 bits"),
         (dict(strides=(-(2**63), 24, 3, 1)), r"sizes below 2\^63|addresses of 64 bits"),
         (dict(address=2**64 - 8), "addresses of 64 bits"),
-        (dict(address=2**64), "address: expected a whole number from 0 to 18446744073709551615, got an int of more than"),
+        (
+            dict(address=2**64),
+            "address: expected a whole number from 0 to 18446744073709551615, got an int of more than",
+        ),
         (dict(address=-1), "address: expected a whole number from 0 to 18446744073709551615, got -1"),
         (dict(shape=(1,) * 65, strides=(1,) * 65), "shape: expected at most 64 elements, got 65"),
         (dict(strides=(192, 24, 3)), r"expected 4 strides, got \[192, 24, 3\]"),
@@ -169,7 +176,10 @@ def test_facts_that_no_memory_can_have(change, message):
         (dict(address=1.5), "address: expected a whole number, got 1.5"),
         (dict(shape="2883"), "shape: expected a sequence, got '2883'"),
         (dict(shape=None), "shape: expected a sequence, got None"),
-        (dict(shape=(2, 8, "\n" * 500, 3)), r"shape\[2\]: expected a whole number, got '(\\x0a){80}\.\.\. \(500 bytes\)'"),
+        (
+            dict(shape=(2, 8, "\n" * 500, 3)),
+            r"shape\[2\]: expected a whole number, got '(\\x0a){80}\.\.\. \(500 bytes\)'",
+        ),
         (dict(dtype=b"uint8"), "dtype: expected a str, got an object of type bytes"),
         (dict(device=IMAGE), "device: expected a str, got an object of type numpy.ndarray"),
     ],
@@ -201,7 +211,12 @@ def test_an_output_in_an_inputs_memory_is_refused():
     for start in (0, 100, 200, 480):
         out = memory[start : start + 384].view(np.float32).reshape(2, 3, 4, 4)
         for given in (out, described(out)):
-            refused(ValueError, r"out: expected memory of its own, got some that views\[0\] lies in", views=[view], out=given)
+            refused(
+                ValueError,
+                r"out: expected memory of its own, got some that views\[0\] lies in",
+                views=[view],
+                out=given,
+            )
     out = memory[484 : 484 + 384].view(np.float32).reshape(2, 3, 4, 4)
     assert np.array_equal(preprocess([view], out=out), preprocess([view]))
 

@@ -57,7 +57,9 @@ def test_sanitizers_find_nothing(fake_library, tmp_path, seed):
         pytest.skip("needs g++ and make")
     subprocess.run(["make", "-s", "build/asan/.built", f"BIN={Path(sys.executable).parent}"], cwd=ROOT, check=True)
     libraries = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")  # the second: Python brings none, and the first looks for it
     ]
     options = dict(

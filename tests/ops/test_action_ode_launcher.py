@@ -197,7 +197,11 @@ def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Ex
         (Space.STATS, {"planes": 0}, r"buffers\[7\]: expected at least 1 plane of 8 columns, got 0 of 8"),
         (Space.ATTENDED, {"planes": 2}, r"buffers\[7\]: expected an offset that is a multiple of 16, from \d+"),
         (Space.STREAM, {"planes": 2**31 - 1, "columns": 2**31 - 1}, r"buffers\[3\]: expected sizes below 2\^63, got"),
-        (Space.STREAM, {"offset": 2**63 - 16}, r"buffers\[3\]: expected sizes below 2\^63, got 9223372036854775792 \+ "),
+        (
+            Space.STREAM,
+            {"offset": 2**63 - 16},
+            r"buffers\[3\]: expected sizes below 2\^63, got 9223372036854775792 \+ ",
+        ),
         (Space.STREAM, {"planes": 2**31}, r"buffers\[3\]: planes: expected a whole number from -2147483648 to"),
         (Space.DECODED, {"planes": 1000}, r"workspace: expected at least \d+ bytes for buffers\[9\], got \d+"),
     ],

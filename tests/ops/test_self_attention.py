@@ -301,7 +301,11 @@ F32_NORM = tensor(128, dtype="float32")
             "out: expected memory of its own, got some that norm_k lies in",
         ),
         (dict(eps=1e300), ValueError, r"eps: expected a number that a float holds, got 1e\+300"),
-        (dict(heads=2**31), ValueError, "heads: expected a whole number from -2147483648 to 2147483647, got 2147483648"),
+        (
+            dict(heads=2**31),
+            ValueError,
+            "heads: expected a whole number from -2147483648 to 2147483647, got 2147483648",
+        ),
         (dict(stream=-1), ValueError, "stream: expected a whole number from 0 to"),
         (dict(norm_q=0), TypeError, r"norm_q: expected an array or \(address, .*, got 0"),
         (dict(qkv=tensor(2, 9)), ValueError, r"qkv: expected shape \[-1, -1, 768\]"),
