@@ -1,9 +1,13 @@
-// dit4dit._C: one function per launcher, no logic. A tensor comes in as the tuple (address, shape, strides, dtype, device), or
-// on the CPU as an array that lends its memory (NumPy).
+// dit4dit._C: one m.def per launcher, no logic. A tensor comes in as the tuple (address, shape, strides, dtype, device), or
+// on the CPU as an array that lends its memory (NumPy). Every parameter is any object: arguments.h converts it, and says what is
+// wrong in words of bounded length; pybind11's own message for a type that it cannot convert has the repr of every argument in it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include "arguments.h"
 #include "driver.h"
 #include "launchers.h"
-#include "python_types.h"
+#include "without_gil.h"
 
 #ifndef DIT4DIT_CUDA_ARCHITECTURES
 #define DIT4DIT_CUDA_ARCHITECTURES ""
@@ -17,101 +21,108 @@ using namespace py::literals;
 
 namespace {
 
+using Given = const py::object&;
+
 // -- launchers -------------------------------------------------------------------------------------------------------------
 
-// views, widths, out, filter: what both implementations of preprocess take.
+// launcher(views, widths, out, filter): what both implementations of preprocess take.
 template <class Launcher>
-void with_views(const Given& given, Launcher launcher) {
+void with_views(Given views, Given widths, Given out, Given filter, Launcher launcher) {
     Buffers buffers;
-    std::vector<TensorView> views;
-    for (const auto& view : elements(given["views"], "views", kMostViews))
-        views.push_back(view_from(view, at("views", views.size()), buffers));
-    const auto widths = whole_numbers(given["widths"], "widths", kMostViews);
-    const auto out = view_from(given["out"], "out", buffers, true);
-    const auto filter = text(given["filter"], "filter");
-    launcher(views, widths, out, filter);
+    std::vector<TensorView> view_list;
+    for (const auto& view : elements(views, "views", kMostViews))
+        view_list.push_back(view_from(view, at("views", view_list.size()), buffers));
+    const auto width_list = whole_numbers(widths, "widths", kMostViews);
+    const auto out_view = view_from(out, "out", buffers, true);
+    launcher(view_list, width_list, out_view, text(filter, "filter"));
 }
 
-constexpr char kPreprocess[] = "preprocess($module, views, widths, out, filter)\n--\n\n";
-py::object preprocess(PyObject*, const Given& given) {
-    with_views(given, [](const auto&... all) { without_gil([&] { preprocess_cpu(all...); }); });
-    return py::none();
+void preprocess(Given views, Given widths, Given out, Given filter) {
+    with_views(views, widths, out, filter, [](const auto&... all) { without_gil([&] { preprocess_cpu(all...); }); });
 }
 
-constexpr char kBuildInfo[] = "build_info($module)\n--\n\ncompiler, cuda (version, empty without), architectures";
 py::tuple cuda_architectures() {
     const std::string names = DIT4DIT_CUDA_ARCHITECTURES;
     return names.empty() ? py::tuple() : py::tuple(py::str(names).attr("split")(","));
 }
-py::object build_info(PyObject*, const Given&) {
+
+py::dict build_info() {
     return py::dict("compiler"_a = __VERSION__, "cuda"_a = DIT4DIT_CUDA_VERSION,
                     "architectures"_a = cuda_architectures());
 }
 
 #ifdef DIT4DIT_WITH_CUDA
-constexpr char kPreprocessCuda[] = "preprocess_cuda($module, views, widths, out, filter, stream)\n--\n\n";
-py::object preprocess_on_cuda(PyObject*, const Given& given) {
-    with_views(given, [&](const auto&... all) {
-        const auto stream = whole<std::uintptr_t>(given["stream"], "stream");
-        without_gil([&] { preprocess_cuda(all..., stream); });
+void preprocess_on_cuda(Given views, Given widths, Given out, Given filter, Given stream) {
+    with_views(views, widths, out, filter, [&](const auto&... all) {
+        const auto on = whole<std::uintptr_t>(stream, "stream");
+        without_gil([&] { preprocess_cuda(all..., on); });
     });
-    return py::none();
 }
 
-constexpr char kActionOdeCuda[] =
-    "action_ode_cuda($module, tensors, numbers, buffers, max_guidance, limit_ns, stream)\n--\n\n";
-py::object action_ode_on_cuda(PyObject*, const Given& given) {
+BufferPlace place_from(Given place, const std::string& name) {
+    const auto numbers = elements(place, name, 3);
+    if (numbers.size() != 3) refuse(name, "(offset, planes, columns)", std::to_string(numbers.size()) + " numbers");
+    return {whole<std::int64_t>(numbers[0], name + ": offset"), whole<int>(numbers[1], name + ": planes"),
+            whole<int>(numbers[2], name + ": columns")};
+}
+
+void action_ode_on_cuda(Given tensors, Given numbers, Given buffers, Given max_guidance, Given limit_ns, Given stream) {
     Buffers lent;
-    const NamedViews tensors = by_name(given["tensors"], "tensors", [&](const py::handle& tensor, const std::string& name) {
+    const NamedViews views = by_name(tensors, "tensors", [&](const py::handle& tensor, const std::string& name) {
         return view_from(tensor, name, lent);
     });
-    const NamedNumbers numbers = by_name(given["numbers"], "numbers", [](const py::handle& number, const std::string& name) {
+    const NamedNumbers named = by_name(numbers, "numbers", [](const py::handle& number, const std::string& name) {
         return whole<std::int64_t>(number, name);
     });
-    std::vector<BufferPlace> buffers;
-    for (const auto& place : elements(given["buffers"], "buffers", 256)) {
-        const std::string name = at("buffers", buffers.size());
-        const auto numbers_of = elements(place, name, 3);
-        if (numbers_of.size() != 3) refuse(name, "(offset, planes, columns)", std::to_string(numbers_of.size()) + " numbers");
-        buffers.emplace_back(whole<std::int64_t>(numbers_of[0], name + ": offset"), whole<int>(numbers_of[1], name + ": planes"),
-                             whole<int>(numbers_of[2], name + ": columns"));
-    }
-    const auto max_guidance = real(given["max_guidance"], "max_guidance");
-    const auto limit_ns = whole<std::int64_t>(given["limit_ns"], "limit_ns");
-    const auto stream = whole<std::uintptr_t>(given["stream"], "stream");
-    without_gil([&] { action_ode_cuda(tensors, numbers, buffers, max_guidance, limit_ns, stream); });
-    return py::none();
+    std::vector<BufferPlace> places;
+    for (const auto& place : elements(buffers, "buffers", 256)) places.push_back(place_from(place, at("buffers", places.size())));
+    const auto most = real(max_guidance, "max_guidance");
+    const auto limit = whole<std::int64_t>(limit_ns, "limit_ns");
+    const auto on = whole<std::uintptr_t>(stream, "stream");
+    without_gil([&] { action_ode_cuda(views, named, places, most, limit, on); });
 }
 
-constexpr char kActionOdeFacts[] = "action_ode_facts($module, device, shared_bytes)\n--\n\n";
-py::object action_ode_facts_of(PyObject*, const Given& given) {
-    const auto facts = action_ode_facts(whole<int>(given["device"], "device", 0), whole<int>(given["shared_bytes"], "shared_bytes", 0));
-    py::dict found;
-    for (const auto& [name, value] : facts) found[name.c_str()] = value;
-    return found;
+std::map<std::string, int> action_ode_facts_of(Given device, Given shared_bytes) {
+    return action_ode_facts(whole<int>(device, "device", 0), whole<int>(shared_bytes, "shared_bytes", 0));
 }
 
-constexpr char kSelfAttentionCuda[] =
-    "self_attention_cuda($module, qkv, norm_q, norm_k, rotary, out, heads, eps, queries, stream)\n--\n\n";
-py::object self_attention_on_cuda(PyObject*, const Given& given) {
+void self_attention_on_cuda(Given qkv, Given norm_q, Given norm_k, Given rotary, Given out, Given heads, Given eps,
+                            Given queries, Given stream) {
     Buffers lent;
-    const auto view = [&](const char* name) { return view_from(given[name], name, lent); };
-    const auto optional = [&](const char* name) { return given[name].is_none() ? std::nullopt : std::optional(view(name)); };
-    const auto qkv = view("qkv"), out = view("out");
-    const auto norm_q = optional("norm_q"), norm_k = optional("norm_k"), rotary = optional("rotary");
-    const auto heads = whole<int>(given["heads"], "heads"), queries = whole<int>(given["queries"], "queries");
-    const auto eps = real(given["eps"], "eps");
-    const auto stream = whole<std::uintptr_t>(given["stream"], "stream");
-    without_gil([&] { self_attention_cuda(qkv, norm_q, norm_k, rotary, out, heads, eps, queries, stream); });
-    return py::none();
+    const auto optional = [&](Given tensor, const char* name) {
+        return tensor.is_none() ? std::nullopt : std::optional(view_from(tensor, name, lent));
+    };
+    const auto qkv_view = view_from(qkv, "qkv", lent), out_view = view_from(out, "out", lent);
+    const auto norm_q_view = optional(norm_q, "norm_q"), norm_k_view = optional(norm_k, "norm_k");
+    const auto rotary_view = optional(rotary, "rotary");
+    const auto head_count = whole<int>(heads, "heads"), query_count = whole<int>(queries, "queries");
+    const auto epsilon = real(eps, "eps");
+    const auto on = whole<std::uintptr_t>(stream, "stream");
+    without_gil([&] {
+        self_attention_cuda(qkv_view, norm_q_view, norm_k_view, rotary_view, out_view, head_count, epsilon, query_count, on);
+    });
 }
 #endif
 
 // -- the driver ------------------------------------------------------------------------------------------------------------
 
-PyTypeObject* kernel_type = nullptr;
+// What `self` shares. Not by a parameter T& or a pointer to a member: for `T.__new__(T)`, which holds nothing, pybind11 would
+// allocate a T there and then, without a constructor.
+template <class T>
+std::shared_ptr<T> held(Given self, const char* wanted) {
+    try {
+        return self.cast<std::shared_ptr<T>>();
+    } catch (const py::cast_error&) {
+        const bool empty = py::isinstance<T>(self);
+        throw py::type_error(std::string("self: expected ") + wanted + ", got " +
+                             (empty ? "one made by __new__ alone, which holds nothing" : described(self)));
+    }
+}
 
-std::vector<Value> values_from(const py::handle& arguments) {
+std::shared_ptr<Driver> driver(Given self) { return held<Driver>(self, "a Driver, made by Driver(library)"); }
+std::shared_ptr<Kernel> kernel(Given self) { return held<Kernel>(self, "a Kernel, made by Driver.load"); }
+
+std::vector<Value> values_from(Given arguments) {
     std::vector<Value> values;
     for (const auto& argument : elements(arguments, "arguments", kMostParameters)) {
         if (PyLong_CheckExact(argument.ptr())) {
@@ -128,86 +139,75 @@ std::vector<Value> values_from(const py::handle& arguments) {
     return values;
 }
 
-constexpr char kLaunch[] = "launch($self, grid, stream, arguments)\n--\n\n";
-py::object launch(PyObject* self, const Given& given) {
-    const auto grid = whole_numbers(given["grid"], "grid", kMostDimensions);
-    const auto stream = whole<std::uintptr_t>(given["stream"], "stream");
-    const auto values = values_from(given["arguments"]);
-    without_gil([&] { Held<Kernel>::of(self).launch(grid, stream, values); });
-    return py::none();
+void launch(Given self, Given grid, Given stream, Given arguments) {
+    const auto launched = kernel(self);
+    const auto blocks = whole_numbers(grid, "grid", kMostDimensions);
+    const auto on = whole<std::uintptr_t>(stream, "stream");
+    const auto values = values_from(arguments);
+    without_gil([&] { launched->launch(blocks, on, values); });
 }
 
-constexpr char kLoad[] = "load($self, image, entry, device, threads, shared, arguments, scratch)\n--\n\n";
-py::object load(PyObject* self, const Given& given) {
-    const auto image = given["image"];
+std::pair<std::string, std::string> parameter_from(Given argument, const std::string& name) {
+    const auto pair = elements(argument, name, 2);
+    if (pair.size() != 2) refuse(name, "(name, kind)", std::to_string(pair.size()) + " elements");
+    return {text(pair[0], name + ": name"), text(pair[1], name + ": kind")};
+}
+
+std::shared_ptr<Kernel> load(Given self, Given image, Given entry, Given device, Given threads, Given shared, Given arguments,
+                             Given scratch) {
+    const auto loads = driver(self);
     if (!PyBytes_Check(image.ptr())) refuse_type("image", "bytes", image);
     const std::string_view code(PyBytes_AS_STRING(image.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(image.ptr())));
-    const auto entry = text(given["entry"], "entry", kMostText);
-    const auto device = whole<int>(given["device"], "device", 0);
-    const auto threads = whole<unsigned>(given["threads"], "threads");
-    const auto shared = whole<int>(given["shared"], "shared", 0);
-    const auto scratch = whole<unsigned>(given["scratch"], "scratch", 0, kMostParameters);
-    std::vector<std::pair<std::string, std::string>> arguments;
-    for (const auto& argument : elements(given["arguments"], "arguments", kMostParameters)) {
-        const std::string name = at("arguments", arguments.size());
-        const auto pair = elements(argument, name, 2);
-        if (pair.size() != 2) refuse(name, "(name, kind)", std::to_string(pair.size()) + " elements");
-        arguments.emplace_back(text(pair[0], name + ": name"), text(pair[1], name + ": kind"));
-    }
-    std::shared_ptr<Kernel> kernel;
-    without_gil([&] { kernel = Held<Driver>::of(self).load(code, entry, device, threads, shared, arguments, scratch); });
-    return Held<Kernel>::hold(kernel_type, std::move(kernel));
-}
-
-constexpr char kDriver[] =
-    "Driver(library='libcuda.so.1')\n--\n\nThe CUDA driver, loaded when this is made.";
-PyObject* make_driver(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-    return guarded([&] {
-        const Given given(kDriver, args, kwargs);
-        const auto library = given["library"];
-        return Held<Driver>::hold(type, std::make_shared<Driver>(library ? text(library, "library", kMostText) : "libcuda.so.1"))
-            .release()
-            .ptr();
-    });
+    const auto name = text(entry, "entry", kMostText);
+    const auto ordinal = whole<int>(device, "device", 0);
+    const auto thread_count = whole<unsigned>(threads, "threads");
+    const auto shared_bytes = whole<int>(shared, "shared", 0);
+    const auto scratch_count = whole<unsigned>(scratch, "scratch", 0, kMostParameters);
+    std::vector<std::pair<std::string, std::string>> parameters;
+    for (const auto& argument : elements(arguments, "arguments", kMostParameters))
+        parameters.push_back(parameter_from(argument, at("arguments", parameters.size())));
+    std::shared_ptr<Kernel> loaded;
+    without_gil([&] { loaded = loads->load(code, name, ordinal, thread_count, shared_bytes, parameters, scratch_count); });
+    return loaded;
 }
 
 void add_driver(py::module_& m) {
-    static PyMethodDef of_kernel[] = {method<kLaunch, launch>(), {}};
-    static PyGetSetDef facts_of_kernel[] = {
-        {"entry",
-         [](PyObject* self, void*) {
-             return guarded([&] { return py::str(Held<Kernel>::of(self).entry()).release().ptr(); });
-         },
-         nullptr, "The kernel's name in the machine code.", nullptr},
-        {}};
-    static PyMethodDef of_driver[] = {method<kLoad, load>(), {}};
-    static PyGetSetDef facts_of_driver[] = {
-        {"version", [](PyObject* self, void*) { return PyLong_FromLong(Held<Driver>::of(self).version()); }, nullptr,
-         "13000 for CUDA 13.0: the newest that this driver runs.", nullptr},
-        {}};
-    const auto kernel = Held<Kernel>::type("dit4dit._C.Kernel", "A kernel on a device, out of machine code.", of_kernel,
-                                           facts_of_kernel, nullptr);
-    m.attr("Kernel") = kernel;
-    m.attr("Driver") = Held<Driver>::type("dit4dit._C.Driver", kDriver, of_driver, facts_of_driver, make_driver);
-    kernel_type = reinterpret_cast<PyTypeObject*>(py::object(kernel).release().ptr());
+    py::class_<Kernel, std::shared_ptr<Kernel>>(m, "Kernel", "A kernel on a device, out of machine code.", py::is_final())
+        .def_property_readonly("entry", [](Given self) { return kernel(self)->entry(); },
+                               "The kernel's name in the machine code.")
+        .def("launch", &launch, "grid"_a, "stream"_a, "arguments"_a);
+    py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver", "The CUDA driver, loaded when this is made.", py::is_final())
+        .def(py::init([](Given library) { return std::make_shared<Driver>(text(library, "library", kMostText)); }),
+             "library"_a = "libcuda.so.1")
+        .def_property_readonly("version", [](Given self) { return driver(self)->version(); },
+                               "13000 for CUDA 13.0: the newest that this driver runs.")
+        .def("load", &load, "image"_a, "entry"_a, "device"_a, "threads"_a, "shared"_a, "arguments"_a, "scratch"_a);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "The compiled half of dit4dit; dit4dit.ops is its door.";
+    py::register_exception_translator([](std::exception_ptr error) {
+        try {
+            if (error) std::rethrow_exception(error);
+        } catch (const DtypeError& e) {
+            PyErr_SetString(PyExc_TypeError, e.what());
+        } catch (const CudaError& e) {
+            const auto errors = py::module_::import("dit4dit.errors");
+            py::set_error(errors.attr(CudaError::sticky(e.code) ? "DeviceError" : "CudaError"), e.what());
+        }
+    });
     add_driver(m);
     m.attr("cuda_architectures") = cuda_architectures();
-    static PyMethodDef functions[] = {
-        method<kBuildInfo, build_info>(),
-        method<kPreprocess, preprocess>(),
+    m.def("build_info", &build_info, "compiler, cuda (version, empty without), architectures");
+    m.def("preprocess", &preprocess, "views"_a, "widths"_a, "out"_a, "filter"_a);
 #ifdef DIT4DIT_WITH_CUDA
-        method<kPreprocessCuda, preprocess_on_cuda>(),
-        method<kActionOdeCuda, action_ode_on_cuda>(),
-        method<kActionOdeFacts, action_ode_facts_of>(),
-        method<kSelfAttentionCuda, self_attention_on_cuda>(),
+    m.def("preprocess_cuda", &preprocess_on_cuda, "views"_a, "widths"_a, "out"_a, "filter"_a, "stream"_a);
+    m.def("action_ode_cuda", &action_ode_on_cuda, "tensors"_a, "numbers"_a, "buffers"_a, "max_guidance"_a, "limit_ns"_a,
+          "stream"_a);
+    m.def("action_ode_facts", &action_ode_facts_of, "device"_a, "shared_bytes"_a);
+    m.def("self_attention_cuda", &self_attention_on_cuda, "qkv"_a, "norm_q"_a, "norm_k"_a, "rotary"_a, "out"_a, "heads"_a,
+          "eps"_a, "queries"_a, "stream"_a);
 #endif
-        {},
-    };
-    if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import array
-import copy
 import ctypes
-import gc
-import inspect
-import itertools
-import pickle
 import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
-from elf import elf
 
 from dit4dit import _C
 
@@ -28,13 +22,8 @@ def empty() -> np.ndarray:
 
 def described(x: np.ndarray, **change: Any) -> tuple:
     """An array as (address, shape, strides in elements, dtype, device); change: other facts."""
-    facts = dict(
-        address=x.ctypes.data,
-        shape=x.shape,
-        strides=tuple(s // x.itemsize for s in x.strides),
-        dtype=x.dtype.name,
-        device="cpu",
-    )
+    strides = tuple(s // x.itemsize for s in x.strides)
+    facts = dict(address=x.ctypes.data, shape=x.shape, strides=strides, dtype=x.dtype.name, device="cpu")
     return tuple((facts | change).values())
 
 
@@ -86,11 +75,8 @@ def test_buffers_of_every_kind_are_refused_by_name(view, error, message):
 def test_arrays_of_pointers_are_refused():
     testbuffer = pytest.importorskip("_testbuffer", reason="CPython's own test module")
     pointers = testbuffer.ndarray([1] * 384, shape=[2, 8, 8, 3], format="B", flags=testbuffer.ND_PIL)
-    refused(
-        ValueError,
-        r"views\[0\]: expected memory with strides, which an object of type .*ndarray does",
-        views=[pointers],
-    )
+    message = r"views\[0\]: expected memory with strides, which an object of type .*ndarray does"
+    refused(ValueError, message, views=[pointers])
 
 
 def test_a_flags_attribute_is_not_asked():
@@ -151,10 +137,7 @@ def test_memory_is_held_while_it_is_used():
         (dict(strides=(-(2**62), 24, 3, 1)), r"addresses of 64 bits"),
         (dict(strides=(-(2**63), 24, 3, 1)), r"sizes below 2\^63|addresses of 64 bits"),
         (dict(address=2**64 - 8), "addresses of 64 bits"),
-        (
-            dict(address=2**64),
-            "address: expected a whole number from 0 to 18446744073709551615, got an int of more than",
-        ),
+        (dict(address=2**64), "address: expected a whole number from 0 to 18446744073709551615, got an int of"),
         (dict(address=-1), "address: expected a whole number from 0 to 18446744073709551615, got -1"),
         (dict(shape=(1,) * 65, strides=(1,) * 65), "shape: expected at most 64 elements, got 65"),
         (dict(strides=(192, 24, 3)), r"expected 4 strides, got \[192, 24, 3\]"),
@@ -176,10 +159,7 @@ def test_facts_that_no_memory_can_have(change, message):
         (dict(address=1.5), "address: expected a whole number, got 1.5"),
         (dict(shape="2883"), "shape: expected a sequence, got '2883'"),
         (dict(shape=None), "shape: expected a sequence, got None"),
-        (
-            dict(shape=(2, 8, "\n" * 500, 3)),
-            r"shape\[2\]: expected a whole number, got '(\\x0a){80}\.\.\. \(500 bytes\)'",
-        ),
+        (dict(shape=(2, 8, "\n" * 500, 3)), r"shape\[2\]: .* whole number, got '(\\x0a){80}\.\.\. \(500 bytes\)'"),
         (dict(dtype=b"uint8"), "dtype: expected a str, got an object of type bytes"),
         (dict(device=IMAGE), "device: expected a str, got an object of type numpy.ndarray"),
     ],
@@ -211,12 +191,7 @@ def test_an_output_in_an_inputs_memory_is_refused():
     for start in (0, 100, 200, 480):
         out = memory[start : start + 384].view(np.float32).reshape(2, 3, 4, 4)
         for given in (out, described(out)):
-            refused(
-                ValueError,
-                r"out: expected memory of its own, got some that views\[0\] lies in",
-                views=[view],
-                out=given,
-            )
+            refused(ValueError, r"out: .* memory of its own, got some that views\[0\] lies in", views=[view], out=given)
     out = memory[484 : 484 + 384].view(np.float32).reshape(2, 3, 4, 4)
     assert np.array_equal(preprocess([view], out=out), preprocess([view]))
 
@@ -257,22 +232,6 @@ def test_no_repr_is_built(argument):
         assert str(caught.value).startswith(argument)
 
 
-@pytest.mark.parametrize(
-    ("args", "kwargs", "message"),
-    [
-        ((), {}, "expected the arguments .views, widths, out, filter., got no views"),
-        (([Loud()] * 10**6,), {}, "got no widths"),
-        ((Loud(),) * 5, {}, "got 5"),
-        ((1,), {"views": Loud()}, "got views twice"),
-        ((1, 2, 3, 4), {"x" * 10**6: Loud()}, "got a name that is none of these"),
-    ],
-)
-def test_wrong_numbers_of_arguments(args, kwargs, message):
-    with pytest.raises(TypeError, match="^preprocess: .*" + message) as caught:
-        _C.preprocess(*args, **kwargs)
-    assert len(str(caught.value)) < 300
-
-
 def test_an_exception_of_an_arguments_method_arrives():
     class Raises:
         def __len__(self):
@@ -287,133 +246,6 @@ def test_an_exception_of_an_arguments_method_arrives():
     for given in (dict(views=Raises()), dict(widths=Raises()), dict(widths=[Raises()])):
         with pytest.raises(KeyError, match="mine"):
             preprocess(**given)
-
-
-def test_signatures_can_be_read():
-    assert list(inspect.signature(_C.preprocess).parameters) == ["views", "widths", "out", "filter"]
-    assert list(inspect.signature(_C.Kernel.launch).parameters) == ["self", "grid", "stream", "arguments"]
-    assert inspect.signature(_C.Driver).parameters["library"].default == "libcuda.so.1"
-
-
-# -- the driver --------------------------------------------------------------------------------------------------------------
-
-
-def load(fake: Any, **change: Any) -> Any:
-    given = dict(image=elf(), entry="adaln", device=0, threads=32, shared=0, arguments=[("n", "i32")], scratch=2)
-    return fake.open().load(**given | change)
-
-
-def test_no_object_is_without_what_it_holds(fake):
-    kernel = load(fake)
-    makers = [
-        lambda: _C.Kernel(),
-        lambda: _C.Kernel.__new__(_C.Kernel),
-        lambda: object.__new__(_C.Kernel),
-        lambda: object.__new__(_C.Driver),
-        lambda: type("Mine", (_C.Kernel,), {}),
-        lambda: type("Mine", (_C.Driver,), {}),
-        lambda: copy.copy(kernel),
-        lambda: pickle.dumps(kernel),
-        lambda: kernel.__setattr__("__class__", _C.Driver),
-        lambda: setattr(_C.Kernel, "launch", None),
-        lambda: _C.Driver.version.__get__(kernel),
-        lambda: _C.Kernel.launch(fake.open(), [1], 0, [1]),
-    ]
-    for number, make in enumerate(makers):
-        with pytest.raises(TypeError):
-            pytest.fail(f"maker {number} made {make()!r}")
-    assert _C.Driver.__new__(_C.Driver, str(fake.library)).version == 13000
-    assert [base.__module__ for base in _C.Kernel.__mro__] == ["dit4dit._C", "builtins"]
-
-
-def test_a_kernel_outlives_its_driver(fake):
-    kernel = load(fake)
-    gc.collect()  # of the driver there was no other reference
-    kernel.launch([1], 0, [7])
-    assert fake.calls("cuLaunchKernel")
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (dict(image="text"), TypeError, "image: expected bytes, got 'text'"),
-        (dict(entry="a\0b"), ValueError, r"entry: expected text without a NUL, got 'a\\x00b'"),
-        (dict(entry="a" * 10**6), ValueError, "entry: expected at most 4096 bytes of text, got 1000000"),
-        (dict(device=-1), ValueError, "device: expected a whole number from 0 to 2147483647, got -1"),
-        (dict(threads=-32), ValueError, "threads: expected a whole number from 0 to 4294967295, got -32"),
-        (dict(threads=2**32 + 32), ValueError, "threads: expected a whole number"),
-        (dict(shared=2**31), ValueError, "shared: expected a whole number from 0 to 2147483647, got 2147483648"),
-        (dict(shared=2**31 - 1), RuntimeError, "needs 2147484671 bytes of shared memory, this device has 232448"),
-        (dict(scratch=2**31), ValueError, "scratch: expected a whole number from 0 to 4096, got 2147483648"),
-        (dict(scratch=-1), ValueError, "scratch: expected a whole number from 0 to 4096, got -1"),
-        (dict(arguments=[("x",)]), ValueError, r"arguments\[0\]: expected \(name, kind\), got 1 elements"),
-        (dict(arguments=[("x", "i32", 1)]), ValueError, r"arguments\[0\]: expected at most 2 elements, got 3"),
-        (dict(arguments=[("x", "i32")] * 5000), ValueError, "arguments: expected at most 4096 elements, got 5000"),
-        (dict(arguments=["ab"]), TypeError, r"arguments\[0\]: expected a sequence, got 'ab'"),
-    ],
-)
-def test_what_no_kernel_is_loaded_from(fake, change, error, message):
-    with pytest.raises(error, match=message):
-        load(fake, **change)
-
-
-def test_no_truncated_image_reaches_the_driver(fake):
-    """It is given no length and reads as far as the headers say."""
-    image = elf()
-    for end in range(len(image)):
-        with pytest.raises(ValueError, match="image: expected"):
-            load(fake, image=image[:end])
-    assert not fake.calls("cuModuleLoadData")
-    for at, value in itertools.product(range(4, len(image)), (0, 0x7F, 0xFF)):
-        changed = image[:at] + bytes([value]) + image[at + 1 :]
-        try:
-            load(fake, image=changed)
-        except ValueError as error:
-            assert str(error).startswith("image: expected")  # noqa: PT017
-
-
-@pytest.mark.parametrize(
-    ("grid", "stream", "arguments", "error", "message"),
-    [
-        ([], 0, [1], ValueError, "grid: expected 1 to 3 numbers"),
-        ([1] * 4, 0, [1], ValueError, "grid: expected 1 to 3 numbers"),
-        ([1] * 10**6, 0, [1], ValueError, "grid: expected at most 64 elements, got 1000000"),
-        ([-1], 0, [1], ValueError, r"grid\[0\]: expected 1 to 2147483647, got -1"),
-        ([2**31], 0, [1], ValueError, r"grid\[0\]: expected 1 to 2147483647, got 2147483648"),
-        ([1], -1, [1], ValueError, "stream: expected a whole number from 0 to"),
-        ([1], 0, [2**64], ValueError, r"arguments\[0\]: expected a number of 64 bits, got an int of more than 64 bits"),
-        ([1], 0, [np.int64(1)], TypeError, r"arguments\[0\]: expected an int or a float, got an object of type numpy"),
-        ([1], 0, [1, 1], ValueError, "arguments: expected 1 values, got 2"),
-        ([1], 0, range(2**33), ValueError, "arguments: expected at most 4096 elements"),
-        ([1], 0, None, TypeError, "arguments: expected a sequence, got None"),
-    ],
-)
-def test_what_no_kernel_is_launched_with(fake, grid, stream, arguments, error, message):
-    with pytest.raises(error, match=message):
-        load(fake).launch(grid, stream, arguments)
-    assert not fake.calls("cuLaunchKernel")
-
-
-def test_a_real_number_that_float32_lacks_is_refused(fake):
-    kernel = load(fake, arguments=[("eps", "fp32")])
-    for value in (1e39, -1e300, 10**18 * 10**18 * 10**3 % 2**63):
-        if abs(value) > 3.5e38:
-            with pytest.raises(ValueError, match="adaln: eps: expected a number that a float holds"):
-                kernel.launch([1], 0, [value])
-    for value in (3.4e38, float("inf"), float("nan"), 2**62):
-        kernel.launch([1], 0, [value])
-
-
-def test_libraries_that_are_none():
-    for library, error, message in [
-        ("/etc/passwd", RuntimeError, "no CUDA driver: /etc/passwd: "),
-        ("", RuntimeError, "has no cuInit"),
-        ("libm.so.6\0x", ValueError, r"library: expected text without a NUL, got 'libm\.so\.6\\x00x'"),
-        ("x" * 10**6, ValueError, "library: expected at most 4096 bytes of text, got 1000000"),
-        (None, TypeError, "library: expected a str, got None"),
-    ]:
-        with pytest.raises(error, match=message):
-            _C.Driver(library)
 
 
 # -- the GPU's launchers: what they are given is checked before they touch one -------------------------------------------------
@@ -433,7 +265,7 @@ def test_devices_that_are_none(device):
 
 def test_a_process_ends_while_a_daemon_thread_is_in_a_launcher(tmp_path):
     """The thread has given up the GIL and cannot have it again: CPython unwinds it, and C++ would abort."""
-    script = """
+    script = '''
 import threading
 import numpy as np
 from dit4dit import _C
@@ -447,10 +279,18 @@ def work():
     while True:
         _C.preprocess([image], [100], out, "cv2_area")
 
+class Last:
+    """Freed when the interpreter has ended: gives the threads time to ask for the GIL."""
+
+    def __del__(self, launch=_C.preprocess, image=image, out=np.zeros((1, 3, 100, 100), np.float32)):
+        for _ in range(50):
+            launch([image], [100], out, "cv2_area")
+
 for _ in range(4):
     threading.Thread(target=work, daemon=True).start()
+last = Last()
 started.wait()
-"""
+'''
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
