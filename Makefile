@@ -8,6 +8,7 @@
 #   make test PYTHON=python3.12           another interpreter (after `make clean`)
 #   make test TORCH=torch==2.10.0         another torch, or the path of a wheel
 #   make wheel CUDA=ON PTXAS=ON           every architecture, with the compiler's report on registers and spills
+#   make asan                             fuzz dit4dit._C, built with AddressSanitizer and UBSan into build/asan
 #   make cubins                           Triton's kernels for every architecture, into build/cubins (no GPU needed)
 #   make wheel CUDA=ON CUBINS=build/cubins        the release wheel
 #   make gpu-bundle                       dist/gpu-bundle: what a Hopper machine without network lacks, for benchmarks/gpu_suite.sh
@@ -30,7 +31,7 @@ CMAKE_ARGS := --config-settings=cmake.define.DIT4DIT_CUDA=$(CUDA) --config-setti
 SOURCES := $(shell find dit4dit csrc kernels benchmarks -type f -not -name '*.pyc') \
 	CMakeLists.txt pyproject.toml README.md LICENSE
 
-.PHONY: demo demo-train test test-all lint format cubins wheel gpu-bundle gpu-rehearsal clean
+.PHONY: demo demo-train test test-all lint format asan cubins wheel gpu-bundle gpu-rehearsal clean
 .SUFFIXES:
 
 demo: .venv/.installed
@@ -70,6 +71,20 @@ lint: .venv/.installed
 format: .venv/.installed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+asan: .venv/.installed
+	@$(BIN)/pytest -m long tests/aot/test_native_fuzz.py
+
+# Without CUDA: nvcc's host code is the same checks. tests/aot/test_native_fuzz.py makes this.
+SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer
+build/asan/.built: $(wildcard csrc/*) CMakeLists.txt pyproject.toml
+	@echo "-- dit4dit._C with sanitizers"
+	@rm -rf build/asan && mkdir -p build/asan
+	@$(PIP) wheel -qq --no-deps --wheel-dir build/asan --config-settings=cmake.define.DIT4DIT_CUDA=OFF \
+		--config-settings=cmake.define.DIT4DIT_WARNINGS_AS_ERRORS=ON --config-settings=cmake.build-type=RelWithDebInfo \
+		--config-settings=install.strip=false "--config-settings=cmake.define.CMAKE_CXX_FLAGS=$(SANITIZERS)" .
+	@$(PIP) install -q --no-deps --no-index --target build/asan/site build/asan/*.whl
+	@touch $@
 
 # From another folder, where the source tree is not taken for the package.
 cubins: .venv/.installed

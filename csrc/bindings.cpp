@@ -1,13 +1,13 @@
 // dit4dit._C: one m.def per launcher, no logic. A tensor comes in as the tuple (address, shape, strides, dtype, device), or
-// on the CPU as an array that lends its memory (NumPy).
+// on the CPU as an array that lends its memory (NumPy). Every parameter is any object: arguments.h converts it, and says what is
+// wrong in words of bounded length; pybind11's own message for a type that it cannot convert has the repr of every argument in it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
-
+#include "arguments.h"
 #include "driver.h"
 #include "launchers.h"
-#include "tensor_view.h"
+#include "without_gil.h"
 
 #ifndef DIT4DIT_CUDA_ARCHITECTURES
 #define DIT4DIT_CUDA_ARCHITECTURES ""
@@ -16,115 +16,29 @@
 #define DIT4DIT_CUDA_VERSION ""
 #endif
 
-namespace py = pybind11;
 using namespace dit4dit;
 using namespace py::literals;
 
 namespace {
 
-// A NumPy array, or whatever else lends its memory; the caller's reference keeps it alive through the call.
-TensorView view_of_buffer(const py::handle& object, const std::string& name, bool writable) {
-    if (writable && py::hasattr(object, "flags") && !object.attr("flags").attr("writeable").cast<bool>())
-        throw py::value_error(name + ": expected memory that can be written, got a read-only array");
-    const auto buffer = py::reinterpret_borrow<py::buffer>(object).request(writable);
-    const std::map<std::string, std::string> names = {{"B", "uint8"}, {"e", "float16"}, {"f", "float32"}, {"d", "float64"}};
-    const auto known = names.find(buffer.format);
-    TensorView view{name, reinterpret_cast<std::uintptr_t>(buffer.ptr), {buffer.shape.begin(), buffer.shape.end()}, {},
-                    known == names.end() ? "format " + buffer.format : known->second, "cpu"};
-    for (const auto step : buffer.strides) {
-        if (step % buffer.itemsize) refuse(name, "strides of whole elements", std::to_string(step) + " bytes");
-        view.strides.push_back(step / buffer.itemsize);
-    }
-    return view;
+using Given = const py::object&;
+
+// -- launchers -------------------------------------------------------------------------------------------------------------
+
+// launcher(views, widths, out, filter): what both implementations of preprocess take.
+template <class Launcher>
+void with_views(Given views, Given widths, Given out, Given filter, Launcher launcher) {
+    Buffers buffers;
+    std::vector<TensorView> view_list;
+    for (const auto& view : elements(views, "views", kMostViews))
+        view_list.push_back(view_from(view, at("views", view_list.size()), buffers));
+    const auto width_list = whole_numbers(widths, "widths", kMostViews);
+    const auto out_view = view_from(out, "out", buffers, true);
+    launcher(view_list, width_list, out_view, text(filter, "filter"));
 }
 
-TensorView view_from(const py::handle& tuple, const std::string& name, bool writable = false) {
-    if (PyObject_CheckBuffer(tuple.ptr())) return view_of_buffer(tuple, name, writable);
-    using Numbers = std::vector<std::int64_t>;
-    using Facts = std::tuple<std::uintptr_t, Numbers, Numbers, std::string, std::string>;
-    try {
-        auto [address, shape, strides, dtype, device] = tuple.cast<Facts>();
-        return {name, address, shape, strides, dtype, device};
-    } catch (const py::cast_error&) {
-        throw py::type_error(name + ": expected an array or (address, shape, strides in elements, dtype, device), got " +
-                             py::repr(tuple).cast<std::string>());
-    }
-}
-
-std::vector<TensorView> views_from(const py::sequence& tuples, const std::string& name) {
-    std::vector<TensorView> views;
-    for (std::size_t i = 0; i < tuples.size(); ++i)
-        views.push_back(view_from(tuples[i], name + "[" + std::to_string(i) + "]"));
-    return views;
-}
-
-#ifdef DIT4DIT_WITH_CUDA
-std::optional<TensorView> optional_view_from(const std::optional<py::tuple>& tuple, const std::string& name) {
-    if (!tuple) return std::nullopt;
-    return view_from(*tuple, name);
-}
-#endif
-
-[[maybe_unused]] NamedViews views_by_name(const py::dict& tuples) {
-    NamedViews views;
-    for (const auto& [key, tuple] : tuples) {
-        const auto name = key.cast<std::string>();
-        views.emplace(name, view_from(tuple, name));
-    }
-    return views;
-}
-
-// A launcher as Python calls it: tuples become tensor views, named after their argument, and the GIL is released.
-template <class... Rest>
-auto unpacked(void (*launcher)(const std::vector<TensorView>&, const std::vector<std::int64_t>&, const TensorView&,
-                               Rest...)) {
-    return [launcher](const py::sequence& views, const std::vector<std::int64_t>& widths, const py::object& out,
-                      Rest... rest) {
-        const auto view_list = views_from(views, "views");
-        const auto out_view = view_from(out, "out", true);
-        const py::gil_scoped_release release;
-        launcher(view_list, widths, out_view, rest...);
-    };
-}
-
-std::vector<Value> values_from(const py::sequence& arguments) {
-    std::vector<Value> values;
-    for (const auto& argument : arguments) {
-        if (PyLong_CheckExact(argument.ptr()))
-            values.push_back({Value::Type::integer, argument.cast<std::int64_t>(), 0});
-        else if (PyFloat_CheckExact(argument.ptr()))
-            values.push_back({Value::Type::real, 0, argument.cast<double>()});
-        else
-            throw py::type_error("arguments[" + std::to_string(values.size()) + "]: expected an int or a float, got " +
-                                 py::repr(argument).cast<std::string>());
-    }
-    return values;
-}
-
-void add_driver(py::module_& m) {
-    py::class_<Kernel, std::shared_ptr<Kernel>>(m, "Kernel", "A kernel on a device, out of machine code.")
-        .def_property_readonly("entry", &Kernel::entry)
-        .def(
-            "launch",
-            [](const Kernel& kernel, const std::vector<std::int64_t>& grid, std::uintptr_t stream,
-               const py::sequence& arguments) {
-                const auto values = values_from(arguments);
-                const py::gil_scoped_release release;
-                kernel.launch(grid, stream, values);
-            },
-            "grid"_a, "stream"_a, "arguments"_a);
-    py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver", "The CUDA driver, loaded when this is made.")
-        .def(py::init<const std::string&>(), "library"_a = "libcuda.so.1")
-        .def_property_readonly("version", &Driver::version)
-        .def(
-            "load",
-            [](Driver& driver, const py::bytes& image, const std::string& entry, int device, unsigned threads,
-               unsigned shared, const std::vector<std::pair<std::string, std::string>>& arguments, unsigned scratch) {
-                const std::string bytes = image;
-                const py::gil_scoped_release release;
-                return driver.load(bytes, entry, device, threads, shared, arguments, scratch);
-            },
-            "image"_a, "entry"_a, "device"_a, "threads"_a, "shared"_a, "arguments"_a, "scratch"_a);
+void preprocess(Given views, Given widths, Given out, Given filter) {
+    with_views(views, widths, out, filter, [](const auto&... all) { without_gil([&] { preprocess_cpu(all...); }); });
 }
 
 py::tuple cuda_architectures() {
@@ -135,6 +49,139 @@ py::tuple cuda_architectures() {
 py::dict build_info() {
     return py::dict("compiler"_a = __VERSION__, "cuda"_a = DIT4DIT_CUDA_VERSION,
                     "architectures"_a = cuda_architectures());
+}
+
+#ifdef DIT4DIT_WITH_CUDA
+void preprocess_on_cuda(Given views, Given widths, Given out, Given filter, Given stream) {
+    with_views(views, widths, out, filter, [&](const auto&... all) {
+        const auto on = whole<std::uintptr_t>(stream, "stream");
+        without_gil([&] { preprocess_cuda(all..., on); });
+    });
+}
+
+BufferPlace place_from(Given place, const std::string& name) {
+    const auto numbers = elements(place, name, 3);
+    if (numbers.size() != 3) refuse(name, "(offset, planes, columns)", std::to_string(numbers.size()) + " numbers");
+    return {whole<std::int64_t>(numbers[0], name + ": offset"), whole<int>(numbers[1], name + ": planes"),
+            whole<int>(numbers[2], name + ": columns")};
+}
+
+void action_ode_on_cuda(Given tensors, Given numbers, Given buffers, Given max_guidance, Given limit_ns, Given stream) {
+    Buffers lent;
+    const NamedViews views = by_name(tensors, "tensors", [&](const py::handle& tensor, const std::string& name) {
+        return view_from(tensor, name, lent);
+    });
+    const NamedNumbers named = by_name(numbers, "numbers", [](const py::handle& number, const std::string& name) {
+        return whole<std::int64_t>(number, name);
+    });
+    std::vector<BufferPlace> places;
+    for (const auto& place : elements(buffers, "buffers", 256)) places.push_back(place_from(place, at("buffers", places.size())));
+    const auto most = real(max_guidance, "max_guidance");
+    const auto limit = whole<std::int64_t>(limit_ns, "limit_ns");
+    const auto on = whole<std::uintptr_t>(stream, "stream");
+    without_gil([&] { action_ode_cuda(views, named, places, most, limit, on); });
+}
+
+std::map<std::string, int> action_ode_facts_of(Given device, Given shared_bytes) {
+    return action_ode_facts(whole<int>(device, "device", 0), whole<int>(shared_bytes, "shared_bytes", 0));
+}
+
+void self_attention_on_cuda(Given qkv, Given norm_q, Given norm_k, Given rotary, Given out, Given heads, Given eps,
+                            Given queries, Given stream) {
+    Buffers lent;
+    const auto optional = [&](Given tensor, const char* name) {
+        return tensor.is_none() ? std::nullopt : std::optional(view_from(tensor, name, lent));
+    };
+    const auto qkv_view = view_from(qkv, "qkv", lent), out_view = view_from(out, "out", lent);
+    const auto norm_q_view = optional(norm_q, "norm_q"), norm_k_view = optional(norm_k, "norm_k");
+    const auto rotary_view = optional(rotary, "rotary");
+    const auto head_count = whole<int>(heads, "heads"), query_count = whole<int>(queries, "queries");
+    const auto epsilon = real(eps, "eps");
+    const auto on = whole<std::uintptr_t>(stream, "stream");
+    without_gil([&] {
+        self_attention_cuda(qkv_view, norm_q_view, norm_k_view, rotary_view, out_view, head_count, epsilon, query_count, on);
+    });
+}
+#endif
+
+// -- the driver ------------------------------------------------------------------------------------------------------------
+
+// What `self` shares. Not by a parameter T& or a pointer to a member: for `T.__new__(T)`, which holds nothing, pybind11 would
+// allocate a T there and then, without a constructor.
+template <class T>
+std::shared_ptr<T> held(Given self, const char* wanted) {
+    try {
+        return self.cast<std::shared_ptr<T>>();
+    } catch (const py::cast_error&) {
+        const bool empty = py::isinstance<T>(self);
+        throw py::type_error(std::string("self: expected ") + wanted + ", got " +
+                             (empty ? "one made by __new__ alone, which holds nothing" : described(self)));
+    }
+}
+
+std::shared_ptr<Driver> driver(Given self) { return held<Driver>(self, "a Driver, made by Driver(library)"); }
+std::shared_ptr<Kernel> kernel(Given self) { return held<Kernel>(self, "a Kernel, made by Driver.load"); }
+
+std::vector<Value> values_from(Given arguments) {
+    std::vector<Value> values;
+    for (const auto& argument : elements(arguments, "arguments", kMostParameters)) {
+        if (PyLong_CheckExact(argument.ptr())) {
+            int overflow = 0;  // by hand: a launch is to cost microseconds, and names are only for messages
+            const auto value = PyLong_AsLongLongAndOverflow(argument.ptr(), &overflow);
+            if (overflow) refuse(at("arguments", values.size()), "a number of 64 bits", described(argument));
+            values.push_back({Value::Type::integer, value, 0});
+        } else if (PyFloat_CheckExact(argument.ptr())) {
+            values.push_back({Value::Type::real, 0, PyFloat_AS_DOUBLE(argument.ptr())});
+        } else {
+            refuse_type(at("arguments", values.size()), "an int or a float", argument);
+        }
+    }
+    return values;
+}
+
+void launch(Given self, Given grid, Given stream, Given arguments) {
+    const auto launched = kernel(self);
+    const auto blocks = whole_numbers(grid, "grid", kMostDimensions);
+    const auto on = whole<std::uintptr_t>(stream, "stream");
+    const auto values = values_from(arguments);
+    without_gil([&] { launched->launch(blocks, on, values); });
+}
+
+std::pair<std::string, std::string> parameter_from(Given argument, const std::string& name) {
+    const auto pair = elements(argument, name, 2);
+    if (pair.size() != 2) refuse(name, "(name, kind)", std::to_string(pair.size()) + " elements");
+    return {text(pair[0], name + ": name"), text(pair[1], name + ": kind")};
+}
+
+std::shared_ptr<Kernel> load(Given self, Given image, Given entry, Given device, Given threads, Given shared, Given arguments,
+                             Given scratch) {
+    const auto loads = driver(self);
+    if (!PyBytes_Check(image.ptr())) refuse_type("image", "bytes", image);
+    const std::string_view code(PyBytes_AS_STRING(image.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(image.ptr())));
+    const auto name = text(entry, "entry", kMostText);
+    const auto ordinal = whole<int>(device, "device", 0);
+    const auto thread_count = whole<unsigned>(threads, "threads");
+    const auto shared_bytes = whole<int>(shared, "shared", 0);
+    const auto scratch_count = whole<unsigned>(scratch, "scratch", 0, kMostParameters);
+    std::vector<std::pair<std::string, std::string>> parameters;
+    for (const auto& argument : elements(arguments, "arguments", kMostParameters))
+        parameters.push_back(parameter_from(argument, at("arguments", parameters.size())));
+    std::shared_ptr<Kernel> loaded;
+    without_gil([&] { loaded = loads->load(code, name, ordinal, thread_count, shared_bytes, parameters, scratch_count); });
+    return loaded;
+}
+
+void add_driver(py::module_& m) {
+    py::class_<Kernel, std::shared_ptr<Kernel>>(m, "Kernel", "A kernel on a device, out of machine code.", py::is_final())
+        .def_property_readonly("entry", [](Given self) { return kernel(self)->entry(); },
+                               "The kernel's name in the machine code.")
+        .def("launch", &launch, "grid"_a, "stream"_a, "arguments"_a);
+    py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver", "The CUDA driver, loaded when this is made.", py::is_final())
+        .def(py::init([](Given library) { return std::make_shared<Driver>(text(library, "library", kMostText)); }),
+             "library"_a = "libcuda.so.1")
+        .def_property_readonly("version", [](Given self) { return driver(self)->version(); },
+                               "13000 for CUDA 13.0: the newest that this driver runs.")
+        .def("load", &load, "image"_a, "entry"_a, "device"_a, "threads"_a, "shared"_a, "arguments"_a, "scratch"_a);
 }
 
 }  // namespace
@@ -154,31 +201,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     add_driver(m);
     m.attr("cuda_architectures") = cuda_architectures();
     m.def("build_info", &build_info, "compiler, cuda (version, empty without), architectures");
-
-    m.def("preprocess", unpacked(&preprocess_cpu), "views"_a, "widths"_a, "out"_a, "filter"_a);
+    m.def("preprocess", &preprocess, "views"_a, "widths"_a, "out"_a, "filter"_a);
 #ifdef DIT4DIT_WITH_CUDA
-    m.def("preprocess_cuda", unpacked(&preprocess_cuda), "views"_a, "widths"_a, "out"_a, "filter"_a, "stream"_a);
-    m.def(
-        "action_ode_cuda",
-        [](const py::dict& tensors, const NamedNumbers& numbers, const std::vector<BufferPlace>& buffers, float max_guidance,
-           std::int64_t limit_ns, std::uintptr_t stream) {
-            const auto views = views_by_name(tensors);
-            const py::gil_scoped_release release;
-            action_ode_cuda(views, numbers, buffers, max_guidance, limit_ns, stream);
-        },
-        "tensors"_a, "numbers"_a, "buffers"_a, "max_guidance"_a, "limit_ns"_a, "stream"_a);
-    m.def(
-        "self_attention_cuda",
-        [](const py::tuple& qkv, const std::optional<py::tuple>& norm_q, const std::optional<py::tuple>& norm_k,
-           const std::optional<py::tuple>& rotary, const py::tuple& out, int heads, float eps, int queries,
-           std::uintptr_t stream) {
-            const auto qkv_view = view_from(qkv, "qkv"), out_view = view_from(out, "out");
-            const auto norm_q_view = optional_view_from(norm_q, "norm_q"), norm_k_view = optional_view_from(norm_k, "norm_k");
-            const auto rotary_view = optional_view_from(rotary, "rotary");
-            const py::gil_scoped_release release;
-            self_attention_cuda(qkv_view, norm_q_view, norm_k_view, rotary_view, out_view, heads, eps, queries, stream);
-        },
-        "qkv"_a, "norm_q"_a, "norm_k"_a, "rotary"_a, "out"_a, "heads"_a, "eps"_a, "queries"_a, "stream"_a);
-    m.def("action_ode_facts", &action_ode_facts, "device"_a, "shared_bytes"_a);
+    m.def("preprocess_cuda", &preprocess_on_cuda, "views"_a, "widths"_a, "out"_a, "filter"_a, "stream"_a);
+    m.def("action_ode_cuda", &action_ode_on_cuda, "tensors"_a, "numbers"_a, "buffers"_a, "max_guidance"_a, "limit_ns"_a,
+          "stream"_a);
+    m.def("action_ode_facts", &action_ode_facts_of, "device"_a, "shared_bytes"_a);
+    m.def("self_attention_cuda", &self_attention_on_cuda, "qkv"_a, "norm_q"_a, "norm_k"_a, "rotary"_a, "out"_a, "heads"_a,
+          "eps"_a, "queries"_a, "stream"_a);
 #endif
 }

@@ -15,9 +15,11 @@ inline void check_cuda(cudaError_t error, const std::string& where) {
     throw CudaError(where, error, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
-// The device of a tensor on CUDA, "cuda:N".
+// The device of a tensor on CUDA, "cuda:N": N has one to four digits.
 inline std::string expect_cuda(const TensorView& t) {
-    if (t.device.rfind("cuda:", 0) != 0) refuse(t.name, "a cuda device such as cuda:0", t.device);
+    const std::string number = t.device.rfind("cuda:", 0) == 0 ? t.device.substr(5) : "";
+    if (number.empty() || number.size() > 4 || number.find_first_not_of("0123456789") != std::string::npos)
+        refuse(t.name, "a cuda device such as cuda:0", t.device);
     return t.device;
 }
 

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -14,15 +15,46 @@ namespace {
 
 // of CUfunction_attribute, CUdevice_attribute and CUfunc_cache; a test holds them to cuda.h
 constexpr int kSharedSize = 1, kMaxDynamicShared = 8, kSharedOptIn = 97, kPreferShared = 1;
-constexpr unsigned kSharedWithoutAsking = 48 << 10;
+constexpr std::int64_t kSharedWithoutAsking = 48 << 10;
 constexpr std::int64_t kGrid[] = {(std::int64_t{1} << 31) - 1, 65535, 65535};
+
+// The driver is given no length: it reads as far as the headers of the image say. Checked are the two tables of an ELF file of
+// 64 bits, and the sections that hold bytes (of the kinds that every ELF file has; a GPU has more of its own).
+void expect_elf(std::string_view image) {
+    const auto number = [&](std::uint64_t offset, int bytes) {  // little-endian, as is the machine
+        std::uint64_t value = 0;
+        std::memcpy(&value, image.data() + offset, static_cast<std::size_t>(bytes));
+        return value;
+    };
+    const auto within = [&](std::uint64_t offset, std::uint64_t size, const char* what) {
+        if (offset > image.size() || size > image.size() - offset)
+            refuse("image", std::string("machine code (ELF) that is whole: ") + what + " ends at " + std::to_string(offset) +
+                                " + " + std::to_string(size), std::to_string(image.size()) + " bytes");
+    };
+    if (image.substr(0, 4) != "\x7f" "ELF") refuse("image", "machine code (ELF)", "other bytes");
+    within(0, 64, "its header");
+    if (image[4] != 2 || image[5] != 1) refuse("image", "machine code (ELF) of 64 bits, little-endian", "another kind");
+    const std::uint64_t segments = number(32, 8), sections = number(40, 8), segment_bytes = number(54, 2),
+                        segment_count = number(56, 2), section_bytes = number(58, 2), section_count = number(60, 2);
+    if (section_count == 0 || section_bytes != 64 || (segment_count != 0 && segment_bytes != 56))
+        refuse("image", "machine code (ELF) with sections of 64 bytes", "none, or others");
+    if (number(62, 2) >= section_count) refuse("image", "a section of names", "none of its sections");
+    within(sections, section_count * section_bytes, "its table of sections");
+    within(segments, segment_count * segment_bytes, "its table of segments");
+    for (std::uint64_t i = 0; i < section_count; ++i) {
+        const std::uint64_t at = sections + i * section_bytes, kind = number(at + 4, 4);
+        const bool bytes = kind == 1 || kind == 2 || kind == 3 || kind == 4 || kind == 9;  // program, symbols, names, relocations
+        if (bytes) within(number(at + 24, 8), number(at + 32, 8), "a section");
+    }
+}
 
 }  // namespace
 
 Driver::Driver(const std::string& library) {
     // never closed: kernels of this process may run for as long as it does
     void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (!handle) throw std::runtime_error(std::string("no CUDA driver: ") + dlerror());
+    const char* reason = handle ? nullptr : dlerror();
+    if (!handle) throw std::runtime_error("no CUDA driver: " + (reason ? std::string(reason) : library));
     const auto find = [&](auto& function, const char* name) {
         void* symbol = dlsym(handle, name);
         if (!symbol) throw std::runtime_error(library + ": this CUDA driver has no " + name + "; update it");
@@ -81,10 +113,10 @@ Driver::Current::~Current() {
     if (pushed_) driver_.pop_current_(&popped);
 }
 
-std::shared_ptr<Kernel> Driver::load(const std::string& image, const std::string& entry, int device, unsigned threads,
-                                     unsigned shared, const std::vector<std::pair<std::string, std::string>>& arguments,
+std::shared_ptr<Kernel> Driver::load(std::string_view image, const std::string& entry, int device, unsigned threads,
+                                     int shared, const std::vector<std::pair<std::string, std::string>>& arguments,
                                      unsigned scratch) {
-    if (image.size() < 4 || image.compare(0, 4, "\x7f" "ELF") != 0) refuse("image", "machine code (ELF)", "other bytes");
+    expect_elf(image);
     if (threads == 0 || threads > 1024 || threads % 32)
         refuse("threads", "a multiple of 32, at most 1024", std::to_string(threads));
     auto kernel = std::make_shared<Kernel>();
@@ -100,7 +132,7 @@ std::shared_ptr<Kernel> Driver::load(const std::string& image, const std::string
     kernel->context_ = context(device);
     kernel->entry_ = entry;
     kernel->threads_ = threads;
-    kernel->shared_ = shared;
+    kernel->shared_ = static_cast<unsigned>(shared);
     kernel->scratch_ = scratch;
 
     const Current current(*this, kernel->context_, entry);
@@ -109,15 +141,16 @@ std::shared_ptr<Kernel> Driver::load(const std::string& image, const std::string
     check(get_function_(&kernel->function_, module, entry.c_str()), entry + ": cuModuleGetFunction");
     int taken = 0;  // by what the kernel declares itself, out of the same total
     check(function_attribute_(&taken, kSharedSize, kernel->function_), entry + ": cuFuncGetAttribute");
-    if (shared + taken > kSharedWithoutAsking) {
+    const std::int64_t needed = std::int64_t{shared} + taken;
+    if (needed > kSharedWithoutAsking) {
         int most = 0, ordinal = 0;
         check(device_(&ordinal, device), entry + ": cuDeviceGet");
         check(device_attribute_(&most, kSharedOptIn, ordinal), entry + ": cuDeviceGetAttribute");
-        if (static_cast<std::int64_t>(shared) > most - taken)
-            throw std::runtime_error(entry + ": needs " + std::to_string(shared + taken) +
+        if (needed > most)
+            throw std::runtime_error(entry + ": needs " + std::to_string(needed) +
                                      " bytes of shared memory, this device has " + std::to_string(most));
         check(set_cache_(kernel->function_, kPreferShared), entry + ": cuFuncSetCacheConfig");
-        check(set_attribute_(kernel->function_, kMaxDynamicShared, static_cast<int>(shared)), entry + ": cuFuncSetAttribute");
+        check(set_attribute_(kernel->function_, kMaxDynamicShared, shared), entry + ": cuFuncSetAttribute");
     }
     return kernel;
 }
@@ -126,7 +159,10 @@ std::shared_ptr<Kernel> Driver::load(const std::string& image, const std::string
 std::uint64_t Kernel::packed(const Parameter& p, const Value& value) const {
     const std::string name = entry_ + ": " + p.name;
     if (p.type == 'f') {
-        const float x = static_cast<float>(value.type == Value::Type::real ? value.real : static_cast<double>(value.integer));
+        const double wide = value.type == Value::Type::real ? value.real : static_cast<double>(value.integer);
+        if (std::isfinite(wide) && std::fabs(wide) > std::numeric_limits<float>::max())
+            refuse(name, "a number that a float holds", std::to_string(wide));
+        const auto x = static_cast<float>(wide);
         std::uint32_t bits;
         std::memcpy(&bits, &x, sizeof bits);
         return bits;

@@ -8,12 +8,16 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 namespace dit4dit {
 
 class Kernel;
+
+// Of one kernel, null pointers behind them included: 32 KiB of 8 bytes, the most that any GPU takes.
+constexpr unsigned kMostParameters = 4096;
 
 class Driver : public std::enable_shared_from_this<Driver> {
 public:
@@ -25,10 +29,10 @@ public:
     // 13000 for CUDA 13.0: the newest that this driver runs.
     int version() const { return version_; }
 
-    // A kernel out of machine code, on one device, whose primary context (PyTorch's) it lives in.
+    // A kernel out of machine code (ELF, whole), on one device, whose primary context (PyTorch's) it lives in. shared: bytes.
     // arguments: name and kind ("*bf16:16", "i32", "fp32") of each; scratch: null pointers to pass behind them.
-    std::shared_ptr<Kernel> load(const std::string& image, const std::string& entry, int device, unsigned threads,
-                                 unsigned shared, const std::vector<std::pair<std::string, std::string>>& arguments,
+    std::shared_ptr<Kernel> load(std::string_view image, const std::string& entry, int device, unsigned threads,
+                                 int shared, const std::vector<std::pair<std::string, std::string>>& arguments,
                                  unsigned scratch);
 
 private:

@@ -51,8 +51,9 @@ inline PreprocessPlan plan_preprocess(const std::vector<TensorView>& views, cons
         refuse("widths", std::to_string(views.size()) + " numbers, one per view", to_string(widths));
     std::int64_t total = 0;
     for (auto width : widths) {
-        if (width <= 0) refuse("widths", "positive numbers", to_string(widths));
-        total += width;
+        if (width <= 0 || width > kLargestExtent)
+            refuse("widths", "positive numbers up to " + std::to_string(kLargestExtent), to_string(widths));
+        total = plus("widths", total, width);
     }
     expect_dtype(out, {"float32", "bfloat16", "float16"});
     expect_shape(out, {-1, 3, -1, total});
@@ -68,6 +69,7 @@ inline PreprocessPlan plan_preprocess(const std::vector<TensorView>& views, cons
         expect_shape(view, {out.shape[0], -1, -1, 3});
         expect_device(view, device);
         expect_extents(view);
+        expect_apart(out, view);
 
         ViewPlan v{};
         v.data = view.data<const std::uint8_t>();

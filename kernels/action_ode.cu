@@ -152,7 +152,7 @@ void set_buffers(ode::Launch& l, const std::vector<BufferPlace>& buffers, std::i
         if (!wide && columns % 8) refuse(name, "a multiple of 8 columns, 16 bytes", std::to_string(columns));
         if (offset % 16 || offset < end)
             refuse(name, "an offset that is a multiple of 16, from " + std::to_string(end), std::to_string(offset));
-        end = offset + static_cast<std::int64_t>(planes) * l.rows * columns * (wide ? 4 : 2);
+        end = plus(name, offset, times(name, times(name, planes, l.rows), std::int64_t{columns} * (wide ? 4 : 2)));
         if (end > workspace_bytes)
             refuse("workspace", "at least " + std::to_string(end) + " bytes for " + name, std::to_string(workspace_bytes));
     }
@@ -196,6 +196,9 @@ void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
     set_tensors(l, given);
     set_buffers(l, buffers, given.view("workspace").shape[0]);
     if (limit_ns < 1) refuse("limit_ns", "at least 1", std::to_string(limit_ns));
+    for (const std::string written : {"out", "workspace", "counters", "status"})
+        for (const auto& [name, tensor] : tensors)
+            if (name != written) expect_apart(given.view(written), tensor);
     l.max_guidance = max_guidance;
     l.limit_ns = limit_ns;
     const DeviceGuard guard(given.view("out"));

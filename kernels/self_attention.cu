@@ -98,6 +98,8 @@ void self_attention_cuda(const TensorView& qkv, const std::optional<TensorView>&
     if (queries != 64 && queries != 128) refuse("queries", "64 or 128", std::to_string(queries));
     const std::int64_t tiles = (std::int64_t{request.length} + queries - 1) / queries, pairs = qkv.shape[0] * heads;
     if (pairs > INT_MAX / tiles) refuse("qkv", "fewer than 2^31 blocks of queries", to_string(qkv.shape));
+    for (const auto* read : {&qkv, norm_q ? &*norm_q : &qkv, norm_k ? &*norm_k : &qkv, rotary ? &*rotary : &qkv})
+        expect_apart(out, *read);
     const DeviceGuard guard(out);
     const auto on = reinterpret_cast<cudaStream_t>(stream);
     if (queries == 64) return launch<64>(request, pairs * tiles, on);

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from elf import elf
 
 from dit4dit import _C
 from dit4dit.errors import CudaError, DeviceError
 
-ELF = b"\x7fELF" + bytes(48) + b"\x40" + bytes(200)
+ELF = elf()
 ARGUMENTS = [
     ("x", "*bf16:16"),
     ("rows", "i32"),

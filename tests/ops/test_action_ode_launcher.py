@@ -38,7 +38,7 @@ def launcher_arguments(schedule: Schedule) -> dict[str, tuple]:
         "counters": ((schedule.counters + 1, COUNTER_STRIDE), "int32"),
         "status": ((4,), "int32"),
     }
-    return {name: described(*rest) for name, rest in shapes.items()}
+    return {name: described(*rest, address=(i + 1) << 32) for i, (name, rest) in enumerate(shapes.items())}
 
 
 def described(shape: tuple[int, ...], dtype: str = "float32", address: int = 4096, device: str = "cuda:0") -> tuple:
@@ -150,6 +150,16 @@ def test_a_schedule_that_is_not_sound_is_refused(monkeypatch: pytest.MonkeyPatch
         ),
         ({"constants": described((4,), device="cpu")}, {}, ValueError, "constants: expected device cuda:0, got cpu"),
         ({"previous": described((2, 8, 7))}, {}, ValueError, "guidance: expected previous and guidance, or neither"),
+        (
+            {"noise": described((2, 8, 7), address=10 << 32)},
+            {},
+            ValueError,
+            "out: expected memory of its own, got some that noise lies in",
+        ),
+        ({"noise": (1, 2, 3)}, {}, TypeError, r"noise: expected an array or \(address, .*, got a tuple of 3"),
+        ({"x" * 500: described((1,))}, {}, ValueError, "tensors: a key: expected at most 128 bytes of text, got 500"),
+        ({}, {"rows": 2**63}, ValueError, "rows: expected a whole number from -9223372036854775808"),
+        ({}, {"rows": 2.0}, TypeError, "rows: expected a whole number, got 2.0"),
         ({}, {"width": 17}, ValueError, "width: expected a multiple of 16 up to 2048, got 17"),
         ({}, {"slots": 99}, ValueError, "slots: expected at most 16, got 99"),
         ({}, {"padded_tokens": 40}, ValueError, "padded_tokens: expected 8, 16, 24, 32, 48 or 64, got 40"),
@@ -187,6 +197,13 @@ def test_the_launcher_refuses(change: dict, numbers_change: dict, error: type[Ex
         (Space.ROUNDED, {"columns": 65}, r"buffers\[4\]: expected a multiple of 8 columns, 16 bytes, got 65"),
         (Space.STATS, {"planes": 0}, r"buffers\[7\]: expected at least 1 plane of 8 columns, got 0 of 8"),
         (Space.ATTENDED, {"planes": 2}, r"buffers\[7\]: expected an offset that is a multiple of 16, from \d+"),
+        (Space.STREAM, {"planes": 2**31 - 1, "columns": 2**31 - 1}, r"buffers\[3\]: expected sizes below 2\^63, got"),
+        (
+            Space.STREAM,
+            {"offset": 2**63 - 16},
+            r"buffers\[3\]: expected sizes below 2\^63, got 9223372036854775792 \+ ",
+        ),
+        (Space.STREAM, {"planes": 2**31}, r"buffers\[3\]: planes: expected a whole number from -2147483648 to"),
         (Space.DECODED, {"planes": 1000}, r"workspace: expected at least \d+ bytes for buffers\[9\], got \d+"),
     ],
 )

@@ -265,7 +265,7 @@ def tensor(*shape, dtype="bfloat16", address=4096, device="cuda:0", strides=None
     return address, shape, strides or torch.empty(shape, device="meta").stride(), dtype, device
 
 
-QKV, NORM, OUT = tensor(2, 9, 3 * 256), tensor(128), tensor(2, 9, 256)
+QKV, NORM, OUT = tensor(2, 9, 3 * 256), tensor(128), tensor(2, 9, 256, address=1 << 20)
 F32_NORM = tensor(128, dtype="float32")
 
 
@@ -294,6 +294,20 @@ F32_NORM = tensor(128, dtype="float32")
         (dict(rotary=tensor(2, 9, 128, dtype="float32")), ValueError, r"rotary: expected shape \[2, 9, 64\]"),
         (dict(rotary=tensor(2, 9, 64)), TypeError, "rotary: expected float32, got bfloat16"),
         (dict(queries=32), ValueError, "queries: expected 64 or 128, got 32"),
+        (dict(out=tensor(2, 9, 256)), ValueError, "out: expected memory of its own, got some that qkv lies in"),
+        (
+            dict(norm_k=tensor(128, address=(1 << 20) + 16)),
+            ValueError,
+            "out: expected memory of its own, got some that norm_k lies in",
+        ),
+        (dict(eps=1e300), ValueError, r"eps: expected a number that a float holds, got 1e\+300"),
+        (
+            dict(heads=2**31),
+            ValueError,
+            "heads: expected a whole number from -2147483648 to 2147483647, got 2147483648",
+        ),
+        (dict(stream=-1), ValueError, "stream: expected a whole number from 0 to"),
+        (dict(norm_q=0), TypeError, r"norm_q: expected an array or \(address, .*, got 0"),
         (dict(qkv=tensor(2, 9)), ValueError, r"qkv: expected shape \[-1, -1, 768\]"),
     ],
 )
