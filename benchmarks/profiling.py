@@ -56,41 +56,32 @@ def measure(
     result |= {"head_dtype": str(head_dtype).removeprefix("torch."), "quantization": quantization, "machine": machine()}
     result |= {"unit": "us per step", "steps": STEPS, "profiler": None, "stages": {}, "stage_us": {}, "replay_us": {}}
     with progress.bar("profile", leave=False) as shown:
-        _measure(preset, device, dtype, seed, head, head_dtype, quantization, record, shown)
-
-
-def _measure(
-    preset: Preset,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
-    head: HeadChoice,
-    head_dtype: torch.dtype,
-    quantization: Literal["fp8"] | None,
-    record: Recording,
-    shown: progress.Bar,
-) -> None:
-    result = record.result
-    record.during("weights")
-    shown.say("weights")
-    step = planned(preset, device, dtype, seed, head, head_dtype, quantization)
-    result["head"] = "library" if step.engine.one_launch is None else "one_launch"
-    step.chunk(Noise.from_seed(seed, 0))
-    with on_stream(step.engine):
-        replays, stages = step.replays(), step.eager()
-        shown.of(1 + len(replays) + len(stages))
-        for stage, function in replays.items():
-            record.during(f"replay of {stage}")
-            shown.update()
-            shown.say(f"replay of {stage}")
-            result["replay_us"][stage] = event_us(function, device, REPLAYS)
-        result["profiler"] = profiler(device)
-        for stage, function in record.each(stages.items(), "stages", name=lambda item: item[0]):
-            shown.update()
-            shown.say(f"kernels of {stage}")
-            _stage(result, stage, function, device)
+        record.during("weights")
+        shown.say("weights")
+        step = planned(preset, device, dtype, seed, head, head_dtype, quantization)
+        result["head"] = "library" if step.engine.one_launch is None else "one_launch"
+        step.chunk(Noise.from_seed(seed, 0))
+        with on_stream(step.engine):
+            _stages(step, device, record, shown)
     if step.engine.one_launch is not None:
         step.engine.one_launch.check()  # a launch that failed has ended early
+
+
+def _stages(step: Planned, device: torch.device, record: Recording, shown: progress.Bar) -> None:
+    """Each stage as it is replayed, then its kernels."""
+    result = record.result
+    replays, stages = step.replays(), step.eager()
+    shown.of(1 + len(replays) + len(stages))
+    for stage, function in replays.items():
+        record.during(f"replay of {stage}")
+        shown.update()
+        shown.say(f"replay of {stage}")
+        result["replay_us"][stage] = event_us(function, device, REPLAYS)
+    result["profiler"] = profiler(device)
+    for stage, function in record.each(stages.items(), "stages", name=lambda item: item[0]):
+        shown.update()
+        shown.say(f"kernels of {stage}")
+        _stage(result, stage, function, device)
 
 
 def planned(

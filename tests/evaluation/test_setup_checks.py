@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import re
 import shutil
 import sys
@@ -13,11 +12,12 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from sim_environment import libero_environment
 
 from dit4dit import cli
 from dit4dit.errors import ConfigError, SimulatorError
 from dit4dit.evaluation import libero_assets, setup_checks, simulator_setup, simulators
-from dit4dit.evaluation.simulators import STAMP, Simulator
+from dit4dit.evaluation.simulators import Simulator
 
 PYTHON = "3.11"
 
@@ -148,17 +148,8 @@ def test_folders_that_are_no_assets_say_what_to_do(machine, tmp_path) -> None:
     assert not any("huggingface" in asked for asked in machine.asked)
 
 
-def environment(folder: Path) -> Simulator:
-    simulator = Simulator.at("libero", folder)
-    (folder / "bin").mkdir(parents=True)
-    simulator.python.symlink_to(sys.executable)
-    (folder / "lib" / "python3.11" / "site-packages" / "libero" / "libero").mkdir(parents=True)
-    (folder / STAMP).write_text(json.dumps({"lock": "", "first": ""}))
-    return simulator
-
-
 def test_assets_are_linked_and_stay(machine, tmp_path) -> None:
-    simulator, said, assets = environment(tmp_path / "sim"), [], standin_assets(tmp_path / "assets")
+    simulator, said, assets = libero_environment(tmp_path / "sim"), [], standin_assets(tmp_path / "assets")
     place = simulator.packages / "libero" / "libero" / "assets"
     assert libero_assets.place(simulator) is None
     for _ in range(2):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from sim_environment import libero_environment
 
 from dit4dit import cli
 from dit4dit.cli import main
@@ -78,22 +76,13 @@ def test_lock_files_pin_every_package(name) -> None:
     assert "torch" not in names, "which build of it is right depends on the machine"
 
 
-def fake_environment(folder: Path) -> Simulator:
-    simulator = Simulator.at("libero", folder)
-    (folder / "bin").mkdir(parents=True)
-    simulator.python.symlink_to(sys.executable)
-    (folder / "lib" / "python3.11" / "site-packages" / "libero" / "libero").mkdir(parents=True)
-    (folder / STAMP).write_text(json.dumps({"lock": "", "first": ""}))
-    return simulator
-
-
 def test_an_environment_that_is_not_set_up_says_how(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"no libero environment; run dit4dit eval setup libero$"):
         Simulator.at("libero", None).launch("egl")
     with pytest.raises(ConfigError, match=r"run dit4dit eval setup gr1 --path .*/elsewhere$"):
         Simulator.at("gr1", tmp_path / "elsewhere").launch("egl")
-    launch = fake_environment(tmp_path / "there").launch("osmesa", {"A": "b"})
+    launch = libero_environment(tmp_path / "there").launch("osmesa", {"A": "b"})
     assert launch.variables["MUJOCO_GL"] == launch.variables["PYOPENGL_PLATFORM"] == "osmesa"
     assert launch.variables["LIBERO_CONFIG_PATH"] == str(tmp_path / "there" / "libero")
     assert launch.variables["A"] == "b"
@@ -114,7 +103,7 @@ def test_graphics_are_chosen_or_taken_from_the_environment(monkeypatch) -> None:
 
 
 def test_setup_is_not_done_twice_and_begins_again_after_a_failure(tmp_path, monkeypatch) -> None:
-    simulator, ran, said = fake_environment(tmp_path / "sim"), [], []
+    simulator, ran, said = libero_environment(tmp_path / "sim"), [], []
     monkeypatch.setattr(simulators, "run", lambda words, what, **_: ran.append(words[-1]))
     simulators.install(simulator, said.append, first="torch==1")
     assert ran == ["torch==1", str(LOCKS / "libero.txt")]
@@ -176,7 +165,7 @@ def test_commands_refuse_what_does_not_go_together(tmp_path, capsys) -> None:
         ),
         (["gr1", *common, "--path", str(tmp_path / "none")], "no gr1 environment; run dit4dit eval setup gr1 --path"),
     ]
-    fake_environment(tmp_path / "sim")
+    libero_environment(tmp_path / "sim")
     off = ["--check-only", "--conventions", "off"]
     cases.append((["libero", *common, "--path", str(tmp_path / "sim"), *off], "--check-only: there is nothing to do"))
     for words, message in cases:
@@ -187,7 +176,7 @@ def test_commands_refuse_what_does_not_go_together(tmp_path, capsys) -> None:
 
 
 def test_a_simulator_that_does_not_start_says_why_and_where(tmp_path, golden_dir, capsys) -> None:
-    python = fake_environment(tmp_path / "sim").python
+    python = libero_environment(tmp_path / "sim").python
     python.unlink()
     python.write_text("#!/bin/sh\necho no driver\nexit 3\n")
     python.chmod(0o755)
