@@ -65,7 +65,9 @@ def whole_folder(
         error: the disk is full or fails, the place cannot be written, or `target` is there by now and is not an empty folder.
     """
     if target.name in ("", ".."):
-        raise error(f"{target}: not written (it would be replaced while it is in use); give the new folder a name of its own")
+        raise error(
+            f"{target}: not written (it would be replaced while it is in use); give the new folder a name of its own"
+        )
     place = Path(os.path.realpath(target)) if target.is_symlink() else target  # no folder can be renamed to a link
     partial = temp_name(place)
     with _explained(target, partial, error, hint, needs):
