@@ -53,7 +53,8 @@ def whole_file(
 def whole_folder(
     target: Path, error: type[Dit4DitError], hint: str, *, durable: bool = False, needs: int = 0
 ) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it when the block ends without an error.
+    """A temporary folder beside `target` that becomes it when the block ends without an error. A link at `target` keeps pointing
+    at where it points, and the folder appears there.
 
     Args:
         hint: what to do where it cannot be written.
@@ -63,19 +64,24 @@ def whole_folder(
     Raises:
         error: the disk is full or fails, the place cannot be written, or `target` is there by now and is not an empty folder.
     """
-    partial = temp_name(target)
+    if target.name in ("", ".."):
+        raise error(
+            f"{target}: not written (it would be replaced while it is in use); give the new folder a name of its own"
+        )
+    place = Path(os.path.realpath(target)) if target.is_symlink() else target  # no folder can be renamed to a link
+    partial = temp_name(place)
     with _explained(target, partial, error, hint, needs):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir(mode=0o700)
-            if (free := _free(target)) is not None and free < needs:
+            if (free := _free(place)) is not None and free < needs:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield partial
             if durable:
                 _share(partial)
-            partial.rename(target)
+            partial.rename(place)
             if durable:
-                _sync(target.parent)
+                _sync(place.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -64,7 +64,9 @@ def fault(file: Path) -> str | None:
     if file.is_symlink() and not file.exists():
         return f"is a link to {os.readlink(file)}, which is not there; the download did not end, start it again"
     if not file.is_file():
-        return None
+        # whoever opens one waits for ever, or reads without an end; what is in /dev a user has named, as a shell's <(...)
+        endless = file.exists() and not file.is_dir() and file.parts[:2] != ("/", "dev")
+        return "is a pipe, a socket or a device; expected a file, copy it again" if endless else None
     try:
         with file.open("rb") as stream:
             start = stream.read(256)

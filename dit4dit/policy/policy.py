@@ -315,6 +315,8 @@ class Policy:
     ) -> None:
         """Do now what the first chunk would otherwise do; call it before a control loop starts.
 
+        What it makes stays for as long as the policy, whatever other sizes are asked for.
+
         On a CPU it also lets the process keep the memory of one chunk for the next (`engine.host_memory`).
 
         Args:

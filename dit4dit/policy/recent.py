@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
+from threading import Lock
 from typing import Generic, Protocol, TypeVar
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 
@@ -19,60 +18,69 @@ Value = TypeVar("Value")
 class Recent(Generic[Key, Value]):
     """Values of a function, least recently used out first when their cost exceeds the budget.
 
-    The one that was made last stays whatever it costs. Safe to call from several threads: each value is made once, and making one
-    never holds up those that are there. A value that is left out is freed when nobody has it any more.
+    The one that was made last stays whatever it costs, and what was asked for by `keep` stays for good. Safe to call from several
+    threads: each value is made by one of them, and making one never holds up those that are there. An interrupt leaves nothing
+    behind that others would wait for. A value that is left out is freed when nobody has it any more.
     """
 
     def __init__(self, make: Callable[[Key], Value], budget: int, cost: Callable[[Value], int]) -> None:
         """cost: looked at anew each time a value is made; it may depend on which others are there."""
         self._make, self.budget, self._cost = make, budget, cost
         self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._kept: dict[Key, Value] = {}
         self.after_fork()
 
     def after_fork(self) -> None:
         """In the child: what other threads were making nobody makes any more, and locks that they held nobody opens."""
-        self._making: dict[Key, Future[Value]] = {}
-        self._lock = threading.Lock()
+        self._turns: WeakValueDictionary[Key, Lock] = WeakValueDictionary()
+        self._lock = Lock()
 
     def __contains__(self, key: Key) -> bool:
         """Whether `get` would return at once."""
         with self._lock:
-            return key in self._values
+            return key in self._values or key in self._kept
 
     def __len__(self) -> int:
         """How many values are there."""
-        return len(self._values)
+        return len(self._values) + len(self._kept)
 
     def get(self, key: Key) -> Value:
         """The value; made by the caller's thread, or waited for where another thread is making it."""
         with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-            making = self._making.get(key)
-            mine = making is None
-            if making is None:
-                making = self._making[key] = Future()
-        if not mine:
-            return making.result()
-        try:
-            value = self._make(key)
-        except BaseException as error:
+            if (value := self._there(key)) is not None:
+                return value
+            turn = self._turns.get(key)
+            if turn is None:
+                turn = self._turns[key] = Lock()
+        with turn:
             with self._lock:
-                del self._making[key]
-            making.set_exception(error)
-            raise
+                if (value := self._there(key)) is not None:
+                    return value
+            value = self._make(key)
+            with self._lock:
+                self._values[key] = value
+                while len(self._values) > 1 and self.total_cost > self.budget:
+                    self._values.popitem(last=False)
+            return value
+
+    def keep(self, key: Key) -> Value:
+        """As `get`, and from now on the value stays: the budget is for the others."""
+        value = self.get(key)
         with self._lock:
-            del self._making[key]
-            self._values[key] = value
-            while len(self._values) > 1 and self.total_cost > self.budget:
-                self._values.popitem(last=False)
-        making.set_result(value)
+            self._kept[key] = value
+            self._values.pop(key, None)
         return value
+
+    def _there(self, key: Key) -> Value | None:
+        """By whoever has the lock: the value, which is the one last used."""
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        return self._kept.get(key)
 
     @property
     def total_cost(self) -> int:
-        """Cost of all values that are there."""
+        """Cost of all values that are there, those that stay for good left out."""
         return sum(self._cost(value) for value in list(self._values.values()))
 
 
@@ -83,7 +91,7 @@ class Forked(Protocol):
         """Make them anew: in the child there is one thread, and what others held stays locked."""
 
 
-_here: weakref.WeakSet[Forked] = weakref.WeakSet()
+_here: WeakSet[Forked] = WeakSet()
 
 
 def renew_after_fork(owner: Forked) -> None:

@@ -25,8 +25,9 @@ from dit4dit.robots.transforms import inverse_table
 log = logging.getLogger("dit4dit.policy")
 
 PLAN_BUDGET = {"cpu": 256 * 2**20, "cuda": 2**30}
-"""Bytes of plans kept, by the kind of device (`Plan.bytes`): the last one, whatever it takes, and as many others as there is room
-for beside it. Of two camera images of 480 x 640 that is about 110 single requests on a CPU and 220 on a GPU."""
+"""Bytes of plans that requests leave behind, by the kind of device (`Plan.bytes`): the last one, whatever it takes, and as many
+others as there is room for beside it. Of two camera images of 480 x 640 that is about 110 single requests on a CPU and 220 on a
+GPU. What `warm_up` has made stays beside them: a control loop relies on it, whatever others ask for."""
 Results = tuple[Array, Array]
 """Normalised actions [B, K, A_model], and those in robot units [B, K, A]."""
 
@@ -63,9 +64,9 @@ class EngineRunner:
         return len(self._plans)
 
     def warm_up(self, kind: Kind) -> None:
-        """Make the plan for passes of this kind, with the batch of its shape, and run it once."""
+        """Make the plan for passes of this kind, with the batch of its shape, and run it once. It stays."""
         with self._turn:
-            self._plan(kind).rehearse()
+            self._plans.keep(kind).rehearse()
 
     def run(self, requests: Sequence[Request], packs: Sequence[PromptPack]) -> Results:
         """One pass for requests of one kind, each with its pack."""

@@ -120,9 +120,8 @@ def unpack(frame: bytes) -> Any:
     _check_structure(frame)
     try:
         return msgpack.unpackb(frame, object_hook=_restored)
-    except (
-        Exception
-    ) as error:  # bad UTF-8, a map's key that is neither text nor bytes, numbers that their dtype cannot hold
+    # bad UTF-8, a map's key that is neither text nor bytes, numbers that their dtype cannot hold
+    except Exception as error:
         raise ValueError(f"not readable msgpack: {_said(error)}") from None
 
 
@@ -305,6 +304,8 @@ class Client:
             ConnectError: not reachable, or not let in, or `close` was called meanwhile.
         """
         with self._lock:
+            if self._closed.is_set():  # while a request that had its answer still held the lock
+                self._drop()
             if self._connection is not None:
                 return
             self._closed.clear()
@@ -560,9 +561,8 @@ class Client:
             with _limit(connection, end):
                 connection.send(frame)
             return connection.recv(timeout=_left(end))
-        except (
-            Exception
-        ) as error:  # websockets' and the socket's; in rare states of a connection also websockets' assertions
+        # websockets' and the socket's; in rare states of a connection also websockets' assertions
+        except Exception as error:
             if self._closed.is_set():
                 raise ConnectionLost(f"{self.address}: close() was called during the request") from None
             if isinstance(error, TimeoutError) or time.monotonic() >= end:

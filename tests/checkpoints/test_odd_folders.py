@@ -52,13 +52,25 @@ def dead(path: Path) -> None:
     path.symlink_to("/nowhere")
 
 
+def pipe(path: Path) -> None:
+    remove(path)
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    remove(path)
+    path.symlink_to("/dev/zero")
+
+
 GONE = "is a link to /nowhere, which is not there"
 A_FILE = "is a folder; expected a file"
+ENDLESS = "is a pipe, a socket or a device; expected a file"
 OWN: list[tuple[Change, str, str]] = [
     *((folder, name, A_FILE) for name in ("config.json", "statistics.json", "model.safetensors")),
     *((dead, name, GONE) for name in ("config.json", "statistics.json", "model.safetensors", "vae", "tokenizer")),
     *((file, name, "is a file; expected a folder") for name in ("text_encoder", "vae", "tokenizer")),
     (folder, "vae/model.safetensors", A_FILE),
+    *((change, name, ENDLESS) for change in (pipe, device) for name in ("statistics.json", "vae/model.safetensors")),
 ]
 PUBLISHED: list[tuple[Change, str, str]] = [
     *((folder, name, A_FILE) for name in ("config.yaml", "dataset_statistics.json")),
@@ -66,6 +78,8 @@ PUBLISHED: list[tuple[Change, str, str]] = [
         (dead, name, GONE)
         for name in ("config.yaml", "dataset_statistics.json", "checkpoints/steps_10_pytorch_model.pt")
     ),
+    *((change, "dataset_statistics.json", ENDLESS) for change in (pipe, device)),
+    *((change, "checkpoints/steps_10_pytorch_model.pt", ENDLESS) for change in (pipe, device)),
 ]
 
 

@@ -137,6 +137,34 @@ def test_an_empty_folder_gives_way(tmp_path: Path) -> None:
     assert names(tmp_path / "a") == ["b"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_appears_where_a_link_points(tmp_path: Path, there: bool) -> None:
+    link, target = tmp_path / "link", tmp_path / "disk" / "target"
+    target.parent.mkdir()
+    if there:
+        target.mkdir()
+    link.symlink_to(target)
+    with whole_folder(link, CheckpointError, HINT, durable=True) as partial:
+        assert partial.parent == target.parent, "on the disk that it is to be on"
+        (partial / "b").write_text("")
+    assert link.is_symlink()
+    assert names(target) == ["b"]
+    assert names(target.parent) == ["target"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "a/.."])
+def test_a_folder_that_has_no_name_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(CheckpointError, match=r"not written .*give the new folder a name of its own"),
+        whole_folder(Path(name), CheckpointError, HINT),
+    ):
+        pytest.fail("nothing may be written")
+    assert not names(tmp_path)
+
+
 def test_links_and_pipes_that_a_user_names_stay(tmp_path: Path) -> None:
     target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
     target.write_text("old")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from waiting import WAIT
@@ -66,3 +68,58 @@ def test_one_thread_makes_the_others_wait_and_known_values_are_not_held_up() -> 
         thread.join(WAIT)
     assert results == ["slow"] * 3
     assert made.count("slow") == 1
+
+
+class Interrupted(str):
+    """A key at whose `left`-th look-up Ctrl-C is pressed."""
+
+    left = sys.maxsize
+
+    def __hash__(self) -> int:
+        Interrupted.left -= 1
+        if Interrupted.left == 0:
+            raise KeyboardInterrupt
+        return super().__hash__()
+
+    __eq__ = str.__eq__
+
+
+# where it hits what cleans up behind a weak reference, Python can only say so
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_at_any_look_up_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupts = 0
+    for number in range(1, 100):
+        cache = Recent(lambda text: text * 2, budget=100, cost=len)
+        monkeypatch.setattr(Interrupted, "left", number)
+        try:
+            cache.get(Interrupted("go"))
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+        found: list[str] = []
+        other = threading.Thread(target=lambda: found.append(cache.get("go")), daemon=True)  # noqa: B023
+        other.start()
+        other.join(WAIT)
+        assert found == ["gogo"], number
+    assert interrupts > 3
+
+
+def test_the_interrupt_of_one_thread_is_not_that_of_another_which_waits() -> None:
+    making, interrupt, made = threading.Event(), threading.Event(), []
+
+    def make(text: str) -> str:
+        made.append(text)
+        making.set()
+        assert interrupt.wait(WAIT)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        return text
+
+    cache = Recent(make, budget=100, cost=len)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache.get, "go")
+        assert making.wait(WAIT)
+        second = pool.submit(cache.get, "go")
+        interrupt.set()
+        assert isinstance(first.exception(WAIT), KeyboardInterrupt)
+        assert second.result(WAIT) == "go"

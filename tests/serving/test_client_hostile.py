@@ -678,6 +678,18 @@ def test_close_ends_what_other_threads_wait_for() -> None:
     assert "close() was called" in str(errors[1])
 
 
+def test_close_at_the_very_end_of_a_request_closes() -> None:
+    def behave(peer: Peer, number: int) -> None:
+        peer.greet()
+        peer.sock.sendall(answer_of(peer.message(), noise={"seed": number, "chunk": 0}))
+
+    with Fake(behave) as fake, Client(port=fake.port, timeout_s=WAIT) as client:
+        with client._lock:  # as a request that has looked for the last time whether close() was called
+            client.close()
+        client.connect()
+        assert infer(client).seed == 2, "another connection"
+
+
 @pytest.mark.parametrize("key", ["a key of words", "a-key-of-a-file\n", "clé-secrète", "a\r\nX: y"])
 def test_a_key_that_no_header_carries(key: str) -> None:
     with pytest.raises(ValueError, match=r"\.strip\(\)"):
