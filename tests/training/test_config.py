@@ -108,6 +108,27 @@ def test_published_words(capsys) -> None:
     assert "--trainer.optimizer.name: only 'AdamW' is known, got 'Muon'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "group, keys", [("framework", "name, "), ("trainer.learning_rate", "base, "), ("trainer", "epochs, ")]
+)
+def test_a_value_does_not_take_the_place_of_a_group(group: str, keys: str, capsys) -> None:
+    assert run("--config", GOLDEN / "gr1_tiny" / "config.yaml", f"--{group}", 5, "--print") == 2
+    said = f"--{group}: expected one of its keys, --{group}.KEY, got 5; keys: {keys}"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, trackers",
+    [("wandb", True), ("jsonl,wandb", True), ("[jsonl, wandb]", True), ("jsonl", False), ("null", False)],
+)
+def test_trackers_are_read_however_they_are_written(words: str, trackers: bool, capsys) -> None:
+    file = GOLDEN / "gr1_tiny" / "config.yaml"
+    assert run("--config", file, "--trackers", words, "--print") == 0
+    assert ("wandb" in json.loads(capsys.readouterr().out)["run"]["trackers"]) == trackers
+    assert run("--config", file, "--trackers", "--print") == 2
+    assert "--trackers: expected a list of words, such as [jsonl, wandb], got True" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_print_leaves_one_json_document(name: str, capsys) -> None:
     assert run("--recipe", name, "--print") == 0
