@@ -14,6 +14,7 @@ import tyro
 from dit4dit.commands.loading import PolicyToLoad
 from dit4dit.commands.shell import check_outputs, read_lines, say
 from dit4dit.errors import ConfigError, InputError, require, shown
+from dit4dit.progress import bar
 from dit4dit.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -145,18 +146,20 @@ def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str,
     """Encode the words; for raw and for joined pictures make a plan of each batch size; then freeze what is there: the process
     is the server's own, and no full garbage collection shall hold up a reply.
     """
-    from tqdm import tqdm
-
     from dit4dit.policy import garbage
 
-    for line in tqdm(words, desc="instructions", disable=None if words else True):
-        policy.prepare(line).result()
+    with bar("instructions", len(words), active=bool(words)) as done:
+        for line in words:
+            policy.prepare(line).result()
+            done.update()
     height, width = policy.config.image_size
     joined = (height, width * len(policy.embodiment.views))
     # the largest first: graphs of smaller ones find room in what it leaves of its memory
-    for batch in tqdm(range(batches, 0, -1), desc="batch sizes", disable=None if batches else True):
-        policy.warm_up(pictures, batch=batch)
-        policy.warm_up(batch=batch, joined=joined)
+    with bar("batch sizes", batches, active=batches > 0) as done:
+        for batch in range(batches, 0, -1):
+            policy.warm_up(pictures, batch=batch)
+            policy.warm_up(batch=batch, joined=joined)
+            done.update()
     garbage.freeze()
 
 
