@@ -131,7 +131,7 @@ def bar(name: str, total: int | None = None, *, first: int = 0, active: bool = T
 def log_lines_above() -> Iterator[None]:
     """While bars are drawn: what is logged on standard error takes them off, and stands in lines of its own above them."""
     above, before, last = _Above(), list[tuple[logging.StreamHandler[Any], Any]](), logging.lastResort
-    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    loggers = [logging.root, *logging.Logger.manager.loggerDict.values()]
     for handler in (one for logger in loggers for one in getattr(logger, "handlers", ())):
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
             before.append((handler, handler.stream))
