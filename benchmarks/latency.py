@@ -30,7 +30,7 @@ from dit4dit.benchmarks.agreement import (
 )
 from dit4dit.benchmarks.contenders import Clock, Inputs, Planned, Published, random_pictures
 from dit4dit.benchmarks.harness import clocks, machine
-from dit4dit.benchmarks.recording import Recording, Terminated
+from dit4dit.benchmarks.recording import Recording, Terminated, left_out
 from dit4dit.benchmarks.sampling import Sampler, Samples, rounded, slowest
 from torch import Tensor
 
@@ -414,6 +414,4 @@ def show(result: dict[str, Any]) -> str:
         lines.append(f"{result['quantization']} against the exact engine, rms: {of}")
     if result["ratio"]:
         lines.append("published / engine: " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratio"].items()))
-    if result["cut"]:
-        lines.append(f"--seconds left out: {', '.join(result['cut']['left'])}")
-    return "\n".join(lines)
+    return "\n".join(lines) + left_out(result)

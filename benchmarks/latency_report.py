@@ -173,15 +173,22 @@ def _page(images: dict[str, bytes], result: dict[str, Any]) -> str:
         f'<p><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{name}"></p>'
         for name, png in images.items()
     )
-    header = "".join(f"<th>{key}</th>" for key in keys)
-    words = [machine.get(key) for key in ("torch", "torch_threads", "dit4dit", "commit", "gpu_driver")]
-    torch, threads, version, commit, driver = (html.escape(str(word)) for word in words)
+    heads = {"p999": "p99.9", "samples": "chunks"}
+    header = "".join(f"<th>{heads.get(key, key)}</th>" for key in keys)
+    named = {
+        "torch": "torch",
+        "threads": "torch_threads",
+        "dit4dit": "dit4dit",
+        "commit": "commit",
+        "driver": "gpu_driver",
+    }
+    known = [f"{name} {html.escape(str(machine[key]))}" for name, key in named.items() if machine.get(key) is not None]
     return (
         f"<!doctype html><meta charset='utf-8'><title>dit4dit latency: {preset}</title>"
         "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .8em;text-align:right}</style>"
         f"<h1>{preset}, {html.escape(str(result.get('dtype')))}, {where}</h1>"
-        f"<p>torch {torch}, {threads} threads, dit4dit {version} (commit {commit}), driver {driver}; milliseconds per chunk, "
-        "jitter = p99.9 / p50; - where there are too few samples to know</p>"
+        f"<p>{', '.join(known)}{'; ' if known else ''}milliseconds per chunk, jitter = p99.9 / p50; "
+        "- where there are too few samples to know</p>"
         f"<table><tr><th></th>{header}</tr>{body}</table>{_notes(result)}{drawn}"
     )
 

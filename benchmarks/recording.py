@@ -30,6 +30,11 @@ TERMINATED = 128 + signal.SIGTERM
 """Exit code of a command that SIGTERM ended, after it has written its file."""
 
 
+def left_out(result: dict[str, Any]) -> str:
+    """For the end of what a command prints: a line of its own with what `--seconds` left out; empty where it left out nothing."""
+    return f"\n--seconds left out: {', '.join(result['cut']['left'])}" if result["cut"] else ""
+
+
 class Terminated(SystemExit):
     """SIGTERM; no `except Exception` of a single measurement keeps it."""
 

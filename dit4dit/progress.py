@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -58,6 +59,8 @@ class Bar:
         )
         unit = options.get("unit", "") if options.get("unit_scale") else ""
         self._lines = Lines(name, first, total, unit) if active and self._bar.disable else None
+        self.drawn = not self._bar.disable
+        """Whether it is drawn on a terminal."""
         self.done = first
 
     def update(self, count: int = 1) -> None:
@@ -118,9 +121,42 @@ def bar(name: str, total: int | None = None, *, first: int = 0, active: bool = T
     """
     shown = Bar(name, total, first, active, options)
     try:
-        yield shown
+        with log_lines_above() if shown.drawn else contextlib.nullcontext():
+            yield shown
     finally:
         shown.close()
+
+
+@contextlib.contextmanager
+def log_lines_above() -> Iterator[None]:
+    """While bars are drawn: what is logged on standard error takes them off, and stands in lines of its own above them."""
+    above, before, last = _Above(), list[tuple[logging.StreamHandler[Any], Any]](), logging.lastResort
+    loggers = [logging.root, *logging.Logger.manager.loggerDict.values()]
+    for handler in (one for logger in loggers for one in getattr(logger, "handlers", ())):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            before.append((handler, handler.stream))
+            handler.setStream(above)
+    if last is not None:  # the handler of who has set up none
+        logging.lastResort = logging.StreamHandler(above)
+        logging.lastResort.setLevel(last.level)
+    try:
+        yield
+    finally:
+        logging.lastResort = last
+        for handler, stream in before:
+            if handler.stream is above:
+                handler.setStream(stream)
+
+
+class _Above:
+    """Standard error, with the bars off while a line is written."""
+
+    def write(self, text: str) -> None:
+        with _tqdm().external_write_mode(file=sys.stderr):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager

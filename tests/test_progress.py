@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import threading
 
@@ -43,6 +44,42 @@ def test_a_terminal_has_a_bar_with_count_and_words_and_no_thread(monkeypatch, ca
     assert "3/3" in drawn
     assert "open the drawer" in drawn
     assert capsys.readouterr().out == ""
+
+
+def on_screen(drawn: str) -> list[str]:
+    """What a terminal shows of it in the end."""
+    lines, at = [""], 0
+    for letter in drawn:
+        if letter == "\n":
+            lines, at = [*lines, ""], 0
+        elif letter == "\r":
+            at = 0
+        else:
+            lines[-1] = lines[-1].ljust(at)[:at] + letter + lines[-1][at + 1 :]
+            at += 1
+    return [line.rstrip() for line in lines]
+
+
+def test_a_log_line_stands_above_the_bar(monkeypatch) -> None:
+    """Not behind it, as in "loading: 00:02WARNING ...": of a handler on standard error, and of who has set up none."""
+    stream, last = terminal(monkeypatch), logging.lastResort
+    logger = logging.Logger("of a library")
+    handler = logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    monkeypatch.setitem(logging.Logger.manager.loggerDict, logger.name, logger)
+    assert last is not None
+    with progress.bar("packs", 2, mininterval=0, bar_format="{desc} {n}") as shown:
+        shown.update()
+        logger.warning("a library's words")
+        assert logging.lastResort is not None
+        logging.lastResort.handle(logging.LogRecord("x", logging.WARNING, "", 0, "ours", None, None))
+    seen = on_screen(stream.getvalue())
+    assert "a library's words" in seen
+    assert "ours" in seen
+    assert "packs 1" in seen
+    # and everything is as it was
+    assert handler.stream is stream
+    assert logging.lastResort is last
 
 
 def test_without_a_terminal_there_are_lines_now_and_then(now, capsys) -> None:

@@ -143,7 +143,7 @@ def profile(
         json: write whole names and all numbers to this file, as they come.
     """
     from dit4dit.benchmarks import profiling as module
-    from dit4dit.benchmarks.recording import Recording
+    from dit4dit.benchmarks.recording import Recording, left_out
     from dit4dit.policy.device import pick_device
     from dit4dit.presets import preset as find
 
@@ -152,7 +152,7 @@ def profile(
     measure = partial(module.measure, head=head, head_dtype=head_dtype_of(head_dtype, head), quantization=quantization)
     with Recording(json, seconds) as record:
         measure(chosen, preset, device=place, dtype=dtype_on(place, dtype), seed=seed, record=record)
-    say(module.show(record.result))
+    say(module.show(record.result) + left_out(record.result))
     return 0
 
 
@@ -236,7 +236,7 @@ def options(
         json: also write every number to this file, as they come.
     """
     from dit4dit.benchmarks import options as module
-    from dit4dit.benchmarks.recording import Recording
+    from dit4dit.benchmarks.recording import Recording, left_out
     from dit4dit.policy.device import pick_device
     from dit4dit.presets import preset as find
 
@@ -252,7 +252,7 @@ def options(
     with Recording(json, seconds) as record:
         module.measure(subjects, module.OPTIONS, seeds=seeds, seed=seed, record=record)
     results = record.result["subjects"]
-    say("\n\n".join(module.show(result) for result in results))
+    say("\n\n".join(module.show(result) for result in results) + left_out(record.result))
     return 1 if module.failed(results) else 0
 
 
@@ -318,13 +318,13 @@ def training(
         json: also write every number to this file, as they come.
     """
     from dit4dit.benchmarks import training as module  # type: ignore[import-not-found, unused-ignore]
-    from dit4dit.benchmarks.recording import Recording
+    from dit4dit.benchmarks.recording import Recording, left_out
 
     at_least(1, steps=steps, batch_size=batch_size)
     check_seed(seed)
     with Recording(json, seconds) as record:
         module.measure(steps=steps, batch_size=batch_size, seed=seed, record=record)
-    say(module.show(record.result))
+    say(module.show(record.result) + left_out(record.result))
     return 0
 
 
@@ -354,7 +354,7 @@ def rollout(
         json: also write every number to this file, as they come.
     """
     from dit4dit.benchmarks import rollout as module  # type: ignore[import-not-found, unused-ignore]
-    from dit4dit.benchmarks.recording import Recording
+    from dit4dit.benchmarks.recording import Recording, left_out
     from dit4dit.envs import tabletop_policy_dir
     from dit4dit.policy.policy import Policy
     from dit4dit.tables import table
@@ -370,8 +370,11 @@ def rollout(
         measure(policy, checkpoint, workers=workers, batch=batch, episodes=episodes, rounds=rounds)
     result = record.result
     header = ["workers", "episodes/s", "times one", "of min(workers, cores)"]
-    say(table(header, module.rows(result), right=range(4)))
-    return 0 if all(run["efficiency"] >= module.ENOUGH for run in result["runs"]) else 1
+    slow = [str(run["workers"]) for run in result["runs"] if run["efficiency"] < module.ENOUGH]
+    say(table(header, module.rows(result), right=range(4)) + left_out(result))
+    if slow:
+        say(f"below {module.ENOUGH:.0%} of min(workers, cores), so exit code 1: {', '.join(slow)} workers")
+    return 1 if slow else 0
 
 
 BENCHMARKS: dict[str, Callable[..., int]] = {

@@ -188,7 +188,7 @@ def bench_loader(
         json: also write every number to this file, as they come.
     """
     from dit4dit.benchmarks import loader as module  # type: ignore[import-not-found, unused-ignore]
-    from dit4dit.benchmarks.recording import Recording
+    from dit4dit.benchmarks.recording import Recording, left_out
     from dit4dit.data.catalogue import catalogue
     from dit4dit.presets import preset as find
     from dit4dit.tables import table
@@ -214,10 +214,11 @@ def bench_loader(
         )
     result = record.result
     rows = [[r["workers"], f"{r['samples_per_second']:.1f}"] for r in result["runs"]]
-    say(table(["workers", "samples/s"], rows, right=(0, 1)))
+    text = table(["workers", "samples/s"], rows, right=(0, 1))
     share = result["share_of_time"]
     if share is not None:
-        say("one process: " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in share.items()))
+        text += "\none process: " + ", ".join(f"{name} {100 * part:.0f} %" for name, part in share.items())
+    say(text + left_out(result))
     return 0
 
 

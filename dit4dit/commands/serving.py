@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,8 @@ import tyro
 
 from dit4dit.commands.loading import PolicyToLoad
 from dit4dit.commands.shell import check_outputs, read_lines, say
-from dit4dit.errors import InputError, require, shown
+from dit4dit.errors import ConfigError, InputError, require, shown
+from dit4dit.progress import bar
 from dit4dit.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -82,20 +84,25 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it has a warning for each byte that is sent to who is gone
-    settings = Settings(
-        host=host,
-        port=port,
-        api_key=find_key(api_key_file),
-        insecure=insecure,
-        max_batch=max_batch,
-        batch_window_ms=batch_window_ms,
-        max_clients=max_clients,
-        max_queued=max_queued,
-        max_frame_bytes=max_frame_mib * 2**20,
-        idle_timeout_s=idle_timeout,
-        ping_timeout_s=ping_timeout,
-        seed=seed,
-    )
+    if not 1 <= max_frame_mib <= 2048:
+        raise InputError(f"--max-frame-mib: expected 1 to 2048, got {max_frame_mib}")
+    try:
+        settings = Settings(
+            host=host,
+            port=port,
+            api_key=find_key(api_key_file),
+            insecure=insecure,
+            max_batch=max_batch,
+            batch_window_ms=batch_window_ms,
+            max_clients=max_clients,
+            max_queued=max_queued,
+            max_frame_bytes=max_frame_mib * 2**20,
+            idle_timeout_s=idle_timeout,
+            ping_timeout_s=ping_timeout,
+            seed=seed,
+        )
+    except ConfigError as error:
+        raise ConfigError(_as_option(str(error))) from None
     check_outputs(json=json)
     pictures = dict(_size(text) for text in picture)
     if pictures and not warm_up:
@@ -139,19 +146,29 @@ def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str,
     """Encode the words; for raw and for joined pictures make a plan of each batch size; then freeze what is there: the process
     is the server's own, and no full garbage collection shall hold up a reply.
     """
-    from tqdm import tqdm
-
     from dit4dit.policy import garbage
 
-    for line in tqdm(words, desc="instructions", disable=None if words else True):
-        policy.prepare(line).result()
+    with bar("instructions", len(words), active=bool(words)) as done:
+        for line in words:
+            policy.prepare(line).result()
+            done.update()
     height, width = policy.config.image_size
     joined = (height, width * len(policy.embodiment.views))
     # the largest first: graphs of smaller ones find room in what it leaves of its memory
-    for batch in tqdm(range(batches, 0, -1), desc="batch sizes", disable=None if batches else True):
-        policy.warm_up(pictures, batch=batch)
-        policy.warm_up(batch=batch, joined=joined)
+    with bar("batch sizes", batches, active=batches > 0) as done:
+        for batch in range(batches, 0, -1):
+            policy.warm_up(pictures, batch=batch)
+            policy.warm_up(batch=batch, joined=joined)
+            done.update()
     garbage.freeze()
+
+
+def _as_option(message: str) -> str:
+    """What `Settings` says of a field, about the option that sets it."""
+    name, colon, rest = message.partition(":")
+    if name not in (field.name for field in fields(Settings)):
+        return message
+    return f"--{name.removesuffix('_s').replace('_', '-')}{colon}{rest}"
 
 
 def _size(text: str) -> tuple[str, tuple[int, int]]:

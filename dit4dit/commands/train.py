@@ -21,7 +21,7 @@ from dit4dit.training import checkpoint, published
 from dit4dit.training.config import TrainConfig, read_config, split_words
 from dit4dit.training.loop import PREEMPTED, train
 from dit4dit.training.recipes import RECIPES, recipe
-from dit4dit.training.resume import resumed
+from dit4dit.training.resume import check_place, resumed
 from dit4dit.training.start import dry_run, open_data
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -132,7 +132,10 @@ def configure(flags: Flags, words: Sequence[str]) -> TrainConfig:
     if flags.config is None:
         return recipe(str(flags.recipe)).override(options)
     if not theirs:
-        return read_config(flags.config).override(options)
+        config = read_config(flags.config)
+        if flags.resume is not None and "run.out" not in options:
+            check_place(config, flags.config)
+        return config.override(options)
     ours = {key: text for key, text in options.items() if key.split(".")[0] not in theirs}
     changed = {key: text for key, text in options.items() if key not in ours}
     config, ignored = published.read(flags.config, changed, ours.get("weights.backbone"))

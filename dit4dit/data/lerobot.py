@@ -133,5 +133,5 @@ def _modality(meta: Meta, named: Path | None, standard: Mapping[str, Any] | None
         try:
             return parse(standard, meta.features, str(meta.info))
         except DataError as error:
-            raise DataError(f"{where} ({error}); name one with `modality`") from None
+            raise DataError(f"{where} ({error}); name one with --modality (of a mixture: modality)") from None
     return from_features(meta.features, str(meta.info))

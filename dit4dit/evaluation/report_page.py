@@ -83,7 +83,13 @@ def _about(infos: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _words(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {json.dumps(v) if isinstance(v, (dict, list)) else v}" for k, v in facts.items())
+    return ", ".join(f"{name} {_word(value)}" for name, value in facts.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({_words(value)})"
+    return "-" if value is None else json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def _key(row: Mapping[str, Any]) -> str:

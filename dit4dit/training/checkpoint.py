@@ -14,11 +14,14 @@ begins with a dot, which the next start removes.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ from dit4dit.files.keys import read_json
 
 SHARED_PARTS = "frozen"
 """Folder of a run with the frozen parts that its checkpoints link to."""
+LOCK = ".lock"
+"""File of a run that the process which writes into its folder holds."""
 MANIFEST, PROGRESS, RNG, STATE, POLICY = "manifest.json", "progress.json", "rng.safetensors", "state", "policy"
 
 
@@ -203,6 +208,27 @@ def step_of(folder: Path) -> int:
 def latest(run: Path) -> Path | None:
     """The newest checkpoint of a run."""
     return next(reversed(all_steps(run).values()), None)
+
+
+@contextlib.contextmanager
+def one_writer(run: Path) -> Iterator[None]:
+    """Hold the run's folder for this process: another that starts there would remove what this one is writing.
+
+    The operating system gives it back when the process ends, however it ends; its data loaders do not hold it. Where a file
+    system has no locks, nothing is held.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    with (run / LOCK).open("ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise CheckpointError(
+                    f"{run}: another process trains there; wait for its end, or choose another folder with --run.out"
+                ) from None
+        yield
 
 
 def sweep(run: Path) -> None:

@@ -58,6 +58,9 @@ class Log:
         self._bar = tqdm(
             total=config.steps, initial=first_step, unit="step", desc=folder.name, disable=None if active else True
         )
+        self._above = contextlib.ExitStack()
+        if not self._bar.disable:
+            self._above.enter_context(progress.log_lines_above())
         self._lines = progress.Lines(folder.name, first_step, config.steps) if active and self._bar.disable else None
         if not active:
             return
@@ -126,6 +129,7 @@ class Log:
             self._lines.show()
 
     def close(self) -> None:
+        self._above.close()
         self._bar.close()
         if self._board is not None:
             self._board.close()

@@ -47,13 +47,14 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
     torch.set_float32_matmul_precision("high")
     processes = Processes(config)
     run = Path(config.run.out)
-    with stop_signal() as stop:
+    with stop_signal() as stop, contextlib.ExitStack() as held:
         saved = None if resume is None else checkpoint.read(resume)
         if saved is not None:
             check_progress(saved, config, data, processes.ranks)
         start = setup.load(config, processes.device)
         if processes.first:
             run.mkdir(parents=True, exist_ok=True)
+            held.enter_context(checkpoint.one_writer(run))
             checkpoint.sweep(run)
             if saved is None and (run / checkpoint.SHARED_PARTS).is_dir():
                 # of a start that came to no checkpoint, perhaps from other weights

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dit4dit.errors import CheckpointError, require, shown
+from dit4dit.errors import CheckpointError, MissingExtra, require, shown
 from dit4dit.model.text import tokenize
 from dit4dit.training import setup
 from dit4dit.training.checkpoint import Saved
@@ -41,7 +41,11 @@ def check_start(config: TrainConfig) -> None:
     if os.environ.get("RANK", "0") == "0":  # who writes the logs
         for tracker, extra in (("tensorboard", "train"), ("wandb", "wandb")):
             if tracker in config.run.trackers:
-                require(tracker, extra)
+                others = ",".join(name for name in config.run.trackers if name != tracker) or '""'
+                try:
+                    require(tracker, extra)
+                except MissingExtra as error:
+                    raise MissingExtra(f"{error}, or train without it: --run.trackers {others}") from None
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from dit4dit.checkpoints.checkpoint import HUB_BACKBONE, backbone_name, find_backbone
 from dit4dit.checkpoints.published import MIXTURES, read_run_keys
 from dit4dit.checkpoints.tensor_files import say_once
-from dit4dit.errors import CheckpointError, ConfigError, did_you_mean, shown
+from dit4dit.errors import CheckpointError, ConfigError, did_you_mean, listed, shown
 from dit4dit.files.keys import KeyReader, read_yaml
 from dit4dit.training.config import (
     DataConfig,
@@ -146,6 +146,8 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--{key}: {shown(part)} is a value, not a group of keys")
         node = child
+    if isinstance(group := node.get(last), dict) and not isinstance(value, dict):
+        raise ConfigError(f"--{key}: expected one of its keys, --{key}.KEY, got {shown(value)}; keys: {listed(group)}")
     node[last] = value
 
 
@@ -204,8 +206,13 @@ def _optim(keys: KeyReader) -> OptimConfig:
 
 def _run(keys: KeyReader) -> RunConfig:
     default = RunConfig()
-    trackers = keys.raw("trackers", [])
-    wandb = isinstance(trackers, list) and "wandb" in trackers
+    trackers = keys.raw("trackers", None) or []
+    trackers = trackers.split(",") if isinstance(trackers, str) else trackers  # as the command line has them
+    if not isinstance(trackers, list) or any(not isinstance(one, str) for one in trackers):
+        raise ConfigError(
+            f"{keys.where}: trackers: expected a list of words, such as [jsonl, wandb], got {shown(trackers)}"
+        )
+    wandb = any(one.strip() == "wandb" for one in trackers)
     folder, name = keys.text("run_root_dir", "runs"), keys.text("run_id", "dit4dit")
     bf16 = keys.flag("trainer.enable_mixed_precision_training", True)
     return RunConfig(

@@ -77,6 +77,19 @@ def find_resume(word: str | None, run: Path) -> Path | None:
     return folder
 
 
+def check_place(config: TrainConfig, file: Path) -> None:
+    """ConfigError where `file`, from which a run is to go on, lies in another run's folder than the one that it names.
+
+    A run that was copied or moved still names the old folder; nobody means to go on there from the copy's file.
+    """
+    here, named = file.resolve().parent, Path(config.run.out)
+    if (here / "checkpoints").is_dir() and here != named.resolve():
+        raise ConfigError(
+            f"--resume: {file} lies in a run, and names another, {named}; give the one that is to go on with --run.out "
+            f"{file.parent} or --run.out {named}"
+        )
+
+
 def check_same(before: TrainConfig, now: TrainConfig, run: Path) -> None:
     """ConfigError unless a run that goes on is the run that it was."""
     old, new = _leaves(before.to_dict()), _leaves(now.to_dict())

@@ -74,16 +74,39 @@ def test_all_runs_of_tests_are_in_one_file(tmp_path: Path) -> None:
     assert len(ElementTree.parse(whole).getroot()) == 2
 
 
+def row(label: str, q: dict[str, Any], stages: dict[str, float] | None = None) -> str:
+    """A line of the README's table of GPU latencies."""
+    shown = backed(q, q["samples"])
+    times = [number(shown[k]) for k in ("p50", "p99", "max")]
+    parts = [""] * 3 if stages is None else [f"{stages[s]:.2f}" for s in ("vae", "backbone", "action_head")]
+    return re.sub(r"\|  (?=\|)", "| ", f"| {label} | {' | '.join([*times, str(q['samples']), *parts])} |")
+
+
+def test_the_rows_of_the_h100_are_those_of_its_result() -> None:
+    data = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert data["machine"]["gpu"] == "NVIDIA H100 80GB HBM3"
+    for dtype, name in (("bfloat16", "latency_library_robocasa_gr1"), ("float32", "latency_robocasa_gr1")):
+        found = data[name]
+        assert (found["head"], found["head_dtype"], found["dtype"]) == ("library", dtype, "bfloat16")
+        assert row(f"H100: GR1, head {dtype}", found["engine"], found["stages"]["engine"]) in readme
+    text = " ".join(readme[readme.index("The last two rows are of an NVIDIA H100") :].split("\n\n")[0].split())
+    tests = data["tests"]["gpu_tests"]
+    assert (tests["failures"], tests["errors"]) == (0, 0)
+    assert f"{tests['tests'] - tests['skipped']} GPU tests pass and {tests['skipped']} are skipped" in text
+    worst = max(stage["error"] for name in ("gr1", "libero") for stage in data[f"parity_{name}"]["stages"])
+    assert f"float32 parity is {worst:.1e} at most".replace("e-0", "e-") in text
+    head = data["latency_one_launch_robocasa_gr1"]["stages"]["engine"]["action_head"]
+    assert f"one-launch head takes {head:.2f} ms" in text
+    # what did not come to its end is said
+    assert data["suite"]["failed"] == ["gpu_tests_alone", "sanitizer"]
+    assert "pytest hung at its end" in text
+    assert "as far as its time went" in text
+
+
 def test_the_numbers_in_the_readme_are_those_of_the_result() -> None:
     data = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h200.json").read_text())
     readme = (ROOT / "README.md").read_text()
-
-    def row(label: str, q: dict[str, Any], stages: dict[str, float] | None = None) -> str:
-        shown = backed(q, q["samples"])
-        times = [number(shown[k]) for k in ("p50", "p99", "max")]
-        parts = [""] * 3 if stages is None else [f"{stages[s]:.2f}" for s in ("vae", "backbone", "action_head")]
-        return re.sub(r"\|  (?=\|)", "| ", f"| {label} | {' | '.join([*times, str(q['samples']), *parts])} |")
-
     spaced = data["spaced_robocasa_gr1"]
     bfloat16, libero = data["latency_library_robocasa_gr1"], data["ratio_libero"]
     for line in (

@@ -433,5 +433,19 @@ def test_without_turns_there_are_the_percentiles_alone(tmp_path: Path) -> None:
 def test_a_page_of_next_to_nothing(tmp_path: Path) -> None:
     """A run that was killed in its set-up."""
     start = {"preset": "tiny", "dtype": "float32", "cut": {"by": "killed", "during": "model", "left": ["engine"]}}
-    assert "killed" in latency_report.write(tmp_path / "a.html", start).read_text()
+    page = latency_report.write(tmp_path / "a.html", start).read_text()
+    assert "killed" in page
+    assert "<p>milliseconds per chunk" in page
+    # what is not known of a machine is left out
+    start["machine"] = {
+        "cpu": "x",
+        "torch": "2.13",
+        "torch_threads": 2,
+        "dit4dit": "0.1",
+        "commit": None,
+        "gpu_driver": None,
+    }
+    page = latency_report.write(tmp_path / "a.html", start).read_text()
+    assert "<p>torch 2.13, threads 2, dit4dit 0.1; milliseconds" in page
+    assert "None" not in page
     assert latency.rows(start) == []

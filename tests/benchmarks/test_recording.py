@@ -58,6 +58,23 @@ def test_every_command_refuses_seconds_that_are_none(command: str, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command, words, left",
+    [("options", ["--preset", "tiny"], "preset tiny: steps=8"), ("profile", ["--preset", "tiny"], "action_head")],
+)  # fmt: skip
+def test_every_command_says_what_its_seconds_left_out(
+    command: str, words: list[str], left: str, tmp_path: Path, capsys
+) -> None:
+    path = tmp_path / "r.json"
+    with pytest.raises(SystemExit) as end:
+        main(["bench", command, *words, "--seconds", "0.001", "--json", str(path)])
+    assert end.value.code == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("--seconds left out: ")
+    assert left in line
+    assert line.endswith(", ".join(json.loads(path.read_text())["cut"]["left"]))
+
+
 @pytest.mark.parametrize("seed", [-1, 2**63])
 @pytest.mark.parametrize("command", ["ops", "options", "profile", "latency", "training"])
 def test_every_command_refuses_seeds_that_are_none(command: str, seed: int, capsys) -> None:

@@ -126,7 +126,11 @@ def test_the_numbers_are_the_runs_numbers(runs: list[Path], tmp_path: Path) -> N
     assert found["only_first"] == sum(easy.outcomes[k] and not hard.outcomes[k] for k in shared)
     assert found["difference"] < 0
     assert info["chunk_ms"]["count"] == sum(r["chunks"] for r in easy.records)
-    assert "http" not in re.sub(r"http://www.w3.org/2000/svg", "", (tmp_path / "report.html").read_text())
+    page = (tmp_path / "report.html").read_text()
+    assert "http" not in re.sub(r"http://www.w3.org/2000/svg", "", page)
+    # what is not set is a dash, not Python's or JSON's word for it
+    assert "ensemble -, " in page
+    assert re.findall(r"\b(?:None|null|nan|NaN|undefined)\b", page) == []
 
 
 def test_episodes_of_other_seeds_are_not_paired(runs: list[Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from serving_stand import UPGRADE, ask, raw_socket, running
 from websockets.exceptions import InvalidStatus
 
+from dit4dit.cli import main
 from dit4dit.commands import serving as commands
 from dit4dit.errors import ConfigError
 from dit4dit.serving.settings import Settings, find_key
@@ -97,6 +98,19 @@ def test_bad_settings(options) -> None:
     (name,) = options
     with pytest.raises(ConfigError, match=f"^{name}( 'no.such.host.invalid')?: "):
         Settings(**options)
+
+
+@pytest.mark.parametrize(
+    "option, value, wanted",
+    [("ping-timeout", "0", "1 to 36000 seconds"), ("idle-timeout", "0", "seconds"), ("max-frame-mib", "0", "1 to 2048"),
+     ("max-batch", "17", "1 to 16"), ("port", "70000", "0 to 65535"), ("max-clients", "0", "1 to"), ("seed", "-1", "an integer")],
+)  # fmt: skip
+def test_the_command_names_the_option(option: str, value: str, wanted: str, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "--checkpoint", str(tmp_path), f"--{option}", value])
+    said = capsys.readouterr().err
+    assert (end.value.code, said.count("\n")) == (2, 1)
+    assert f"error: --{option}: expected {wanted}" in said
 
 
 def test_a_taken_port_is_said() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,40 @@ def test_published_words(capsys) -> None:
     assert (printed["run"]["steps"], printed["optim"]["clip"]) == (7, 0.25)
     assert run("--config", file, "--trainer.optimizer.name", "Muon", "--print") == 2
     assert "--trainer.optimizer.name: only 'AdamW' is known, got 'Muon'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "group, keys", [("framework", "name, "), ("trainer.learning_rate", "base, "), ("trainer", "epochs, ")]
+)
+def test_a_value_does_not_take_the_place_of_a_group(group: str, keys: str, capsys) -> None:
+    assert run("--config", GOLDEN / "gr1_tiny" / "config.yaml", f"--{group}", 5, "--print") == 2
+    said = f"--{group}: expected one of its keys, --{group}.KEY, got 5; keys: {keys}"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, trackers",
+    [("wandb", True), ("jsonl,wandb", True), ("[jsonl, wandb]", True), ("jsonl", False), ("null", False)],
+)
+def test_trackers_are_read_however_they_are_written(words: str, trackers: bool, capsys) -> None:
+    file = GOLDEN / "gr1_tiny" / "config.yaml"
+    assert run("--config", file, "--trackers", words, "--print") == 0
+    assert ("wandb" in json.loads(capsys.readouterr().out)["run"]["trackers"]) == trackers
+    assert run("--config", file, "--trackers", "--print") == 2
+    assert "--trackers: expected a list of words, such as [jsonl, wandb], got True" in capsys.readouterr().err
+
+
+def test_a_tracker_that_is_not_installed_can_be_left_out(monkeypatch, tmp_path: Path, capsys) -> None:
+    """The published files have wandb."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = ["--config", GOLDEN / "gr1_tiny" / "config.yaml", "--run_root_dir", tmp_path, "--dry-run"]
+    assert run(*words) == 2
+    option = "--run.trackers tensorboard"
+    assert f"pip install 'dit4dit[wandb]', or train without it: {option}\n" in capsys.readouterr().err
+    assert run(*words, *option.split()) == 2  # there are no data here
+    said = capsys.readouterr()
+    assert "no such folder, wanted a data set" in said.err
+    assert "wandb is not" not in said.out + said.err
 
 
 @pytest.mark.parametrize("name", RECIPES)

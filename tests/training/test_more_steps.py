@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,16 @@ SCHEDULES = {
     "to nothing": OptimConfig(LearningRates(1e-3, 2e-3, 5e-3), warmup_steps=1, min_lr=0.0),
     "in the warm-up": OptimConfig(LearningRates(1e-3, 1e-3, 1e-3), warmup_steps=4),
 }
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("held", flush=True)
+sys.stdin.read()
+"""
+"""What a process that trains does with the lock of its run."""
 
 
 def run(folder: Path, *words: object) -> int:
@@ -129,6 +141,46 @@ def test_what_else_changes_a_run_is_refused(words, message: str, one_run: Path, 
     assert run(one_run, "--resume", "--run.steps", 9, *words) == 2
     assert message.format(run=one_run) in capsys.readouterr().err
     assert (one_run / "config.yaml").read_bytes() == kept
+
+
+def test_a_copy_does_not_go_on_in_the_run_that_it_was_copied_from(one_run: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(one_run, copy)
+    before = sorted(one_run.rglob("*"))
+    for word in ("--resume", "--resume=auto", f"--resume={copy}"):
+        assert run(copy, word, "--run.steps", NEW + 1) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"names another, {one_run}; give the one that is to go on with --run.out {copy} or --run.out {one_run}"
+            in said
+        )
+        assert said.count("\n") == 1
+    assert run(copy, "--run.out", copy, "--resume", "--run.steps", NEW + 1) == 0
+    assert checkpoint.folder_of(copy, NEW + 1).is_dir()
+    assert sorted(one_run.rglob("*")) == before
+    assert run(copy, "--resume") == 0  # its file names it now
+
+
+def test_a_run_has_one_writer(one_run: Path, tmp_path: Path, capsys) -> None:
+    """A second start would remove the checkpoint that the first is writing."""
+    out = tmp_path / "run"
+    shutil.copytree(one_run, out)
+    half = out / "checkpoints" / ".step_00000009.half"
+    half.mkdir()
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out / checkpoint.LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"held\n"
+        assert run(out, "--run.out", out, "--resume", "--run.steps", NEW + 1) == 2
+        said = capsys.readouterr().err
+        assert f"{out}: another process trains there; wait for its end, or choose another folder with --run.out" in said
+        assert half.is_dir()
+        first.kill()
+    # whoever was killed holds nothing
+    assert run(out, "--run.out", out, "--resume", "--run.steps", NEW + 1) == 0
+    assert not half.exists()
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_flags_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
         (("--trainer.max_trian_steps=5",), "did you mean 'trainer.max_train_steps'?"),
         (("--framework.nam", "X"), "--framework.nam: nothing reads this key; did you mean 'framework.name'?"),
         (("--framework.cosmos25.conditional_frame_timesteps", "X"), "did you mean"),
-        (("--trainer.optimizer", "AdamW"), "--trainer.optimizer: nothing reads this key; did you mean"),
+        (("--trainer.optimizer", "AdamW"), "--trainer.optimizer: expected one of its keys, --trainer.optimizer.KEY, got"),
         (("--wandb_entiti", "me"), "--wandb_entiti: unknown option 'wandb_entiti'; did you mean 'wandb_entity'?"),
         (("--config_yml", "x"), "--config_yml: unknown option 'config_yml'; did you mean 'config_yaml'?"),
         (("--num_processes", "8"), "--num_processes: unknown option 'num_processes'; did you mean 'processes'?"),
