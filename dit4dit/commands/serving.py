@@ -122,7 +122,8 @@ def _run(server: Server, name: str, bound: socket, json: Path | None) -> None:
 
     from dit4dit.files.json_files import write_json
 
-    where = "{}:{}".format(*bound.getsockname()[:2])
+    host, port = bound.getsockname()[:2]
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         asyncio.run(server.run(bound, lambda: say(f"serving {name} at ws://{where}"), signals=True))
     finally:

@@ -119,7 +119,7 @@ class Server:
         self._decoding: set[Future[None]] = set()
         self.left_behind = False
         self._last_message = time.monotonic()
-        self._dead: DeviceError | None = None
+        self._dead: Exception | None = None
         self._stopping = False
         self._refused_said, self._refused_unsaid = -REFUSED_S, 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -137,7 +137,8 @@ class Server:
             signals: end well on SIGTERM and Ctrl-C; a second one ends at once.
 
         Raises:
-            DeviceError: the device is lost; nothing more can be computed in this process.
+            DeviceError: the device is lost; nothing more can be computed in this process. Another exception is a bug, after
+                which no pass can run.
         """
         settings = self.settings
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -190,8 +191,9 @@ class Server:
             signal.signal(each, signal.SIG_DFL)
         self._stop.set()
 
-    def _on_dead(self, error: DeviceError) -> None:
-        log.error("the device is lost, the server ends: %s", error)
+    def _on_dead(self, error: Exception) -> None:
+        what = "the device is lost" if isinstance(error, DeviceError) else "no pass can run any more"
+        log.error("%s, the server ends: %s", what, error)
         self._dead = error
         self._stop.set()
 
@@ -315,10 +317,7 @@ class Server:
         asked = _Asked()
         try:
             if len(frames[0]) > LARGE_FRAME:
-                reading = self._decoders.submit(asked.read, frames.pop(), self._backend)
-                self._decoding.add(reading)
-                reading.add_done_callback(self._decoding.discard)
-                await asyncio.wrap_future(reading)
+                await self._read_elsewhere(asked, frames)
             else:
                 asked.read(frames.pop(), self._backend)
             more: Mapping[str, Any] = {}
@@ -331,15 +330,23 @@ class Server:
         except (InputError, BusyError, OutputError) as error:
             why = str(error)
             log.info("%s: request %r refused: %.300s", connection.remote_address, asked.identity, why)
+            _forget_calls(error)
         except (_GoneError, asyncio.CancelledError):
             raise
-        except Exception:
+        except Exception as error:
             # a bug, or a device that failed: the peer gets a number, the log the rest, and the others their answers
             number = secrets.token_hex(4)
             why = f"internal error {number}; the server's log has it under this number"
             log.exception("%s: internal error %s, request %r", connection.remote_address, number, asked.identity)
+            _forget_calls(error)
         self.statistics.counts["errors"] += 1
         return wire.pack(protocol.failed(asked.kind, asked.identity, why))
+
+    async def _read_elsewhere(self, asked: _Asked, frames: list[str | bytes]) -> None:
+        reading = self._decoders.submit(asked.read, frames.pop(), self._backend)
+        self._decoding.add(reading)
+        reading.add_done_callback(self._decoding.discard)
+        await asyncio.wrap_future(reading)
 
     async def _infer(
         self, connection: ServerConnection, session: Session, found: list[Request], started: float
@@ -370,3 +377,11 @@ class Server:
 
 def _noise(session: Session) -> dict[str, int]:
     return {"seed": session.seed, "chunk": session.chunk}
+
+
+def _forget_calls(error: BaseException | None) -> None:
+    """Its traceback knows every call that failed, with all that came with the request, and tasks that those calls know have the
+    error: together they would stay until a garbage collection."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
