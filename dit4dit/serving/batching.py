@@ -87,8 +87,8 @@ class Batcher:
         on_dead: Callable[[Exception], None],
     ) -> None:
         """most: chunks of one pass. window_s: how long a pass waits for requests of other connected clients.
-        queued: messages that may wait. clients: how many are connected. on_dead: no pass will run any more: the device is lost, or
-        something here is broken."""
+        queued: messages that may wait. clients: how many are connected. on_dead: no pass will run
+        any more: the device is lost, or something here is broken."""
         self._backend, self._most, self._window_s = backend, most, window_s
         self._limit, self._clients, self._on_dead = queued, clients, on_dead
         self._queue: dict[_Message, None] = {}  # whose turn is next comes first
@@ -198,7 +198,7 @@ class Batcher:
             self._on_dead(error)
 
     def _give(self, found: Sequence[_Ran | Exception]) -> None:
-        """What the running pass has made, to its messages; a call of its own, so that none is kept while the next is waited for."""
+        """Give its messages what the running pass has made: in a call of its own, which keeps none when it is over."""
         for message, ran in zip(self._running, found, strict=True):
             if message.part.done():  # its client is gone
                 continue

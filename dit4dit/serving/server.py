@@ -34,6 +34,7 @@ from dit4dit.serving import protocol, wire
 from dit4dit.serving.backend import Backend
 from dit4dit.serving.batching import Answer, Batcher, BusyError
 from dit4dit.serving.connections import ACCEPTED_AT_ONCE, BACKLOG, CLOSING_S, HANDSHAKE_S, Handshakes, notice_death
+from dit4dit.serving.lines import Lines
 from dit4dit.serving.settings import Settings
 from dit4dit.serving.statistics import Statistics
 
@@ -55,8 +56,6 @@ FINISH_S = 2.0
 """What a stopping server gives the running pass and its answers."""
 CLOSE_S = 0.25
 """What it then gives its clients to take their last answers, and again to close."""
-REFUSED_S = 1.0
-"""Between two lines of the log about refused connections."""
 
 
 class _GoneError(Exception):
@@ -121,7 +120,7 @@ class Server:
         self._last_message = time.monotonic()
         self._dead: Exception | None = None
         self._stopping = False
-        self._refused_said, self._refused_unsaid = -REFUSED_S, 0
+        self._lines = Lines(log)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(
@@ -248,13 +247,8 @@ class Server:
         return None
 
     def _refused(self, connection: ServerConnection, why: str) -> None:
-        """Counted and logged, but a stranger who knocks a thousand times a second does not fill the disk."""
         self.statistics.counts["refused"] += 1
-        self._refused_unsaid += 1
-        if time.monotonic() >= self._refused_said + REFUSED_S:
-            more = f" ({self._refused_unsaid - 1} more since the last such line)" if self._refused_unsaid > 1 else ""
-            log.warning("%s: refused, %s%s", connection.remote_address, why, more)
-            self._refused_said, self._refused_unsaid = time.monotonic(), 0
+        self._lines.add(logging.WARNING, "%s: refused, %s", connection.remote_address, why)
 
     def _health(self, connection: ServerConnection) -> HttpResponse:
         status = http.HTTPStatus.SERVICE_UNAVAILABLE if self._stopping or self._dead else http.HTTPStatus.OK
@@ -281,7 +275,7 @@ class Server:
             return
         self._clients[connection] = task
         self.statistics.counts["connections"] += 1
-        log.info("%s: connected", peer)
+        self._lines.add(logging.INFO, "%s: connected", peer)
         session = Session(self.settings.seed)
         try:
             notice_death(connection, self.settings.ping_timeout_s or DEAD_AFTER_S)
@@ -296,14 +290,14 @@ class Server:
                     self._busy.discard(connection)
                     self._last_message = time.monotonic()
         except ConnectionClosed as closed:
-            log.info("%s: closed (%s)", peer, closed)
+            self._lines.add(logging.INFO, "%s: closed (%s)", peer, closed)
         except _GoneError:
-            log.info("%s: left before its answer", peer)
+            self._lines.add(logging.INFO, "%s: left before its answer", peer)
         except asyncio.TimeoutError:  # before OSError, which it is one of from Python 3.11 on
-            log.warning("%s: did not read its answer for %g s; cut off", peer, SEND_TIMEOUT_S)
+            self._lines.add(logging.WARNING, "%s: did not read its answer for %g s; cut off", peer, SEND_TIMEOUT_S)
             connection.transport.abort()
         except OSError as error:  # it was gone before its socket was set up
-            log.info("%s: left (%s)", peer, error)
+            self._lines.add(logging.INFO, "%s: left (%s)", peer, error)
         finally:
             self._clients.pop(connection, None)
 
@@ -329,7 +323,8 @@ class Server:
             return wire.pack(protocol.ok(asked.kind, asked.identity, **more))
         except (InputError, BusyError, OutputError) as error:
             why = str(error)
-            log.info("%s: request %r refused: %.300s", connection.remote_address, asked.identity, why)
+            text = "%s: request %r refused: %.300s"
+            self._lines.add(logging.INFO, text, connection.remote_address, asked.identity, why)
             _forget_calls(error)
         except (_GoneError, asyncio.CancelledError):
             raise
