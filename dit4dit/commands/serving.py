@@ -13,7 +13,7 @@ import tyro
 
 from dit4dit.commands.loading import PolicyToLoad
 from dit4dit.commands.shell import check_outputs, read_lines, say
-from dit4dit.errors import ConfigError, InputError, require, shown
+from dit4dit.errors import ConfigError, Dit4DitError, InputError, require, shown
 from dit4dit.progress import bar
 from dit4dit.serving.settings import Settings
 
@@ -129,17 +129,25 @@ def _run(server: Server, name: str, bound: socket, json: Path | None) -> None:
 
     from dit4dit.files.json_files import write_json
 
-    where = "{}:{}".format(*bound.getsockname()[:2])
+    host, port = bound.getsockname()[:2]
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    log, code = logging.getLogger("dit4dit.serving"), 0
     try:
-        asyncio.run(server.run(bound, lambda: say(f"serving {name} at ws://{where}"), signals=True))
-    finally:
-        logging.getLogger("dit4dit.serving").info("%s", server.statistics.line())
-        if json is not None:
-            write_json(json, server.statistics.summary())
+        try:
+            asyncio.run(server.run(bound, lambda: say(f"serving {name} at ws://{where}"), signals=True))
+        finally:
+            log.info("%s", server.statistics.line())
+            if json is not None:
+                write_json(json, server.statistics.summary())
+    except Exception as error:
+        if not server.left_behind:
+            raise
+        log.error("%s", error, exc_info=not isinstance(error, Dit4DitError))
+        code = 1
     if server.left_behind:
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def _prepare(policy: Policy, words: list[str], batches: int, pictures: dict[str, tuple[int, int]]) -> None:

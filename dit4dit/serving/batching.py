@@ -84,10 +84,11 @@ class Batcher:
         window_s: float,
         queued: int,
         clients: Callable[[], int],
-        on_dead: Callable[[DeviceError], None],
+        on_dead: Callable[[Exception], None],
     ) -> None:
         """most: chunks of one pass. window_s: how long a pass waits for requests of other connected clients.
-        queued: messages that may wait. clients: how many are connected. on_dead: the device is lost, for good."""
+        queued: messages that may wait. clients: how many are connected. on_dead: no pass will run
+        any more: the device is lost, or something here is broken."""
         self._backend, self._most, self._window_s = backend, most, window_s
         self._limit, self._clients, self._on_dead = queued, clients, on_dead
         self._queue: dict[_Message, None] = {}  # whose turn is next comes first
@@ -99,6 +100,7 @@ class Batcher:
         self.at_work: set[Future[Any]] = set()
         self._stopped = False
         self._task = asyncio.create_task(self._loop())
+        self._task.add_done_callback(self._ended)
 
     @property
     def queued(self) -> int:
@@ -179,25 +181,35 @@ class Batcher:
                 continue
             self.running = True
             try:
-                found = await self._watched(self._thread.submit(self._compute, self._running))
+                self._give(await self._watched(self._thread.submit(self._compute, self._running)))
             except DeviceError as error:
                 _fail(self._running, error)
                 self._on_dead(error)
                 return
             finally:
                 self.running = False
-            for message, ran in zip(self._running, found, strict=True):
-                if message.part.done():  # its client is gone
-                    continue
-                if isinstance(ran, Exception):
-                    message.part.set_exception(ran)
-                    continue
-                message.chunks += ran.chunks
-                message.infer_s += ran.took
-                message.ended, message.batch = ran.ended, max(message.batch, ran.batch)
-                if len(message.chunks) == message.ready:
-                    message.part.set_result(None)
             self._running = {}
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):  # a bug in a turn: nobody would be answered again
+            self._stopped = True
+            _fail([*self._queue, *self._preparing, *self._running], error)
+            self._on_dead(error)
+
+    def _give(self, found: Sequence[_Ran | Exception]) -> None:
+        """Give its messages what the running pass has made: in a call of its own, which keeps none when it is over."""
+        for message, ran in zip(self._running, found, strict=True):
+            if message.part.done():  # its client is gone
+                continue
+            if isinstance(ran, Exception):
+                message.part.set_exception(ran)
+                continue
+            message.chunks += ran.chunks
+            message.infer_s += ran.took
+            message.ended, message.batch = ran.ended, max(message.batch, ran.batch)
+            if len(message.chunks) == message.ready:
+                message.part.set_result(None)
 
     def _watched(self, coming: Future[Made]) -> asyncio.Future[Made]:
         self.at_work.add(coming)

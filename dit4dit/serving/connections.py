@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import replace
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
@@ -79,7 +80,9 @@ class Handshakes:
                 if self._frames > MAX_FRAMES:
                     self.loop.call_later(CLOSING_S, self.transport.abort)
                     raise ProtocolError(f"more than {MAX_FRAMES} frames at once; send a message in one")
-                self._take(frame)
+                taken = replace(frame)
+                frame.data = b""  # the parser keeps its frame until the next one comes, which may be never
+                self._take(taken)
 
         return Connection
 

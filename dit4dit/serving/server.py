@@ -34,6 +34,7 @@ from dit4dit.serving import protocol, wire
 from dit4dit.serving.backend import Backend
 from dit4dit.serving.batching import Answer, Batcher, BusyError
 from dit4dit.serving.connections import ACCEPTED_AT_ONCE, BACKLOG, CLOSING_S, HANDSHAKE_S, Handshakes, notice_death
+from dit4dit.serving.lines import Lines
 from dit4dit.serving.settings import Settings
 from dit4dit.serving.statistics import Statistics
 
@@ -55,8 +56,6 @@ FINISH_S = 2.0
 """What a stopping server gives the running pass and its answers."""
 CLOSE_S = 0.25
 """What it then gives its clients to take their last answers, and again to close."""
-REFUSED_S = 1.0
-"""Between two lines of the log about refused connections."""
 
 
 class _GoneError(Exception):
@@ -119,9 +118,9 @@ class Server:
         self._decoding: set[Future[None]] = set()
         self.left_behind = False
         self._last_message = time.monotonic()
-        self._dead: DeviceError | None = None
+        self._dead: Exception | None = None
         self._stopping = False
-        self._refused_said, self._refused_unsaid = -REFUSED_S, 0
+        self._lines = Lines(log)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(
@@ -137,7 +136,8 @@ class Server:
             signals: end well on SIGTERM and Ctrl-C; a second one ends at once.
 
         Raises:
-            DeviceError: the device is lost; nothing more can be computed in this process.
+            DeviceError: the device is lost; nothing more can be computed in this process. Another exception is a bug, after
+                which no pass can run.
         """
         settings = self.settings
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -190,8 +190,9 @@ class Server:
             signal.signal(each, signal.SIG_DFL)
         self._stop.set()
 
-    def _on_dead(self, error: DeviceError) -> None:
-        log.error("the device is lost, the server ends: %s", error)
+    def _on_dead(self, error: Exception) -> None:
+        what = "the device is lost" if isinstance(error, DeviceError) else "no pass can run any more"
+        log.error("%s, the server ends: %s", what, error)
         self._dead = error
         self._stop.set()
 
@@ -246,13 +247,8 @@ class Server:
         return None
 
     def _refused(self, connection: ServerConnection, why: str) -> None:
-        """Counted and logged, but a stranger who knocks a thousand times a second does not fill the disk."""
         self.statistics.counts["refused"] += 1
-        self._refused_unsaid += 1
-        if time.monotonic() >= self._refused_said + REFUSED_S:
-            more = f" ({self._refused_unsaid - 1} more since the last such line)" if self._refused_unsaid > 1 else ""
-            log.warning("%s: refused, %s%s", connection.remote_address, why, more)
-            self._refused_said, self._refused_unsaid = time.monotonic(), 0
+        self._lines.add(logging.WARNING, "%s: refused, %s", connection.remote_address, why)
 
     def _health(self, connection: ServerConnection) -> HttpResponse:
         status = http.HTTPStatus.SERVICE_UNAVAILABLE if self._stopping or self._dead else http.HTTPStatus.OK
@@ -279,7 +275,7 @@ class Server:
             return
         self._clients[connection] = task
         self.statistics.counts["connections"] += 1
-        log.info("%s: connected", peer)
+        self._lines.add(logging.INFO, "%s: connected", peer)
         session = Session(self.settings.seed)
         try:
             notice_death(connection, self.settings.ping_timeout_s or DEAD_AFTER_S)
@@ -294,14 +290,14 @@ class Server:
                     self._busy.discard(connection)
                     self._last_message = time.monotonic()
         except ConnectionClosed as closed:
-            log.info("%s: closed (%s)", peer, closed)
+            self._lines.add(logging.INFO, "%s: closed (%s)", peer, closed)
         except _GoneError:
-            log.info("%s: left before its answer", peer)
+            self._lines.add(logging.INFO, "%s: left before its answer", peer)
         except asyncio.TimeoutError:  # before OSError, which it is one of from Python 3.11 on
-            log.warning("%s: did not read its answer for %g s; cut off", peer, SEND_TIMEOUT_S)
+            self._lines.add(logging.WARNING, "%s: did not read its answer for %g s; cut off", peer, SEND_TIMEOUT_S)
             connection.transport.abort()
         except OSError as error:  # it was gone before its socket was set up
-            log.info("%s: left (%s)", peer, error)
+            self._lines.add(logging.INFO, "%s: left (%s)", peer, error)
         finally:
             self._clients.pop(connection, None)
 
@@ -315,10 +311,7 @@ class Server:
         asked = _Asked()
         try:
             if len(frames[0]) > LARGE_FRAME:
-                reading = self._decoders.submit(asked.read, frames.pop(), self._backend)
-                self._decoding.add(reading)
-                reading.add_done_callback(self._decoding.discard)
-                await asyncio.wrap_future(reading)
+                await self._read_elsewhere(asked, frames)
             else:
                 asked.read(frames.pop(), self._backend)
             more: Mapping[str, Any] = {}
@@ -330,16 +323,25 @@ class Server:
             return wire.pack(protocol.ok(asked.kind, asked.identity, **more))
         except (InputError, BusyError, OutputError) as error:
             why = str(error)
-            log.info("%s: request %r refused: %.300s", connection.remote_address, asked.identity, why)
+            text = "%s: request %r refused: %.300s"
+            self._lines.add(logging.INFO, text, connection.remote_address, asked.identity, why)
+            _forget_calls(error)
         except (_GoneError, asyncio.CancelledError):
             raise
-        except Exception:
+        except Exception as error:
             # a bug, or a device that failed: the peer gets a number, the log the rest, and the others their answers
             number = secrets.token_hex(4)
             why = f"internal error {number}; the server's log has it under this number"
             log.exception("%s: internal error %s, request %r", connection.remote_address, number, asked.identity)
+            _forget_calls(error)
         self.statistics.counts["errors"] += 1
         return wire.pack(protocol.failed(asked.kind, asked.identity, why))
+
+    async def _read_elsewhere(self, asked: _Asked, frames: list[str | bytes]) -> None:
+        reading = self._decoders.submit(asked.read, frames.pop(), self._backend)
+        self._decoding.add(reading)
+        reading.add_done_callback(self._decoding.discard)
+        await asyncio.wrap_future(reading)
 
     async def _infer(
         self, connection: ServerConnection, session: Session, found: list[Request], started: float
@@ -370,3 +372,11 @@ class Server:
 
 def _noise(session: Session) -> dict[str, int]:
     return {"seed": session.seed, "chunk": session.chunk}
+
+
+def _forget_calls(error: BaseException | None) -> None:
+    """Its traceback knows every call that failed, with all that came with the request, and tasks that those calls know have the
+    error: together they would stay until a garbage collection."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import logging
@@ -32,6 +33,7 @@ from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
+from dit4dit.errors import DeviceError
 from dit4dit.serving import wire
 from dit4dit.serving.server import Server
 from dit4dit.serving.settings import Settings
@@ -81,6 +83,10 @@ class Laborious(StandIn):
         return self._background.submit(time.sleep, 0.02) if request.instruction > 1e6 else None
 
 
+def lost(_) -> None:
+    raise DeviceError("the device is lost, as the test says")
+
+
 def serve(options: dict) -> None:
     from dit4dit.commands import serving
     from dit4dit.policy import garbage
@@ -89,6 +95,10 @@ def serve(options: dict) -> None:
     backend = Laborious(options.get("seconds", 0.0))
     if options.get("hang"):
         backend.run = lambda _: threading.Event().wait()
+    if options.get("dead"):  # the device is lost while an instruction is encoded, which never ends
+        backend.new, backend.fail = {2}, lost
+        backend.ready.wait = lambda _: threading.Event().wait()
+        backend.prepare = functools.partial(StandIn.prepare, backend)
     settings = Settings(port=0, **options.get("settings", {}))
     garbage.freeze()  # as the command does
     with settings.listen() as bound:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ from serving_stand import UPGRADE, StandIn, ask, raw_socket, running
 from waiting import WAIT, eventually
 from websockets.exceptions import ConnectionClosed
 
-from dit4dit.serving import connections, wire
+from dit4dit.serving import connections, lines, wire
 from dit4dit.serving import server as module
 
 KEY = "a-key-of-more-than-16-letters"
@@ -227,19 +228,27 @@ def test_large_frames_are_read_beside_the_event_loop() -> None:
             ask(large, bytes(server.server.settings.max_frame_bytes + 1))
 
 
-def test_who_knocks_without_the_key_fills_no_log(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "REFUSED_S", 1e6)
-    with running(api_key="a" * 16) as server:
-        for _ in range(5):
-            with raw_socket(server, UPGRADE + b"\r\n") as stranger:
-                assert b"401" in stranger.recv(100)
-        monkeypatch.setattr(module, "REFUSED_S", 0.0)
-        with raw_socket(server, UPGRADE + b"\r\n") as stranger:
-            assert b"401" in stranger.recv(100)
-        lines = [line for line in caplog.messages if "refused" in line]
-        assert len(lines) == 2
-        assert "no or a wrong key" in lines[0]
-        assert lines[1].endswith("(4 more since the last such line)")
+def test_no_peer_fills_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "AT_ONCE", 2)
+    monkeypatch.setattr(lines, "PER_SECOND", 0.0)
+    with caplog.at_level(logging.INFO, "dit4dit.serving"), running(api_key=KEY) as server:
+
+        def each(times: int) -> None:
+            for _ in range(times):
+                with raw_socket(server, UPGRADE + b"\r\n") as stranger:
+                    assert b"401" in stranger.recv(100)
+                with server.raw(**ALLOWED) as client:
+                    client.recv(timeout=WAIT)
+                    assert not ask(client, b"\xc1")["ok"]
+                eventually(lambda: not server.server._clients)
+
+        each(5)
+        kinds = ("no or a wrong key", ": connected", "refused: message", "closed (")
+        assert [sum(kind in line for line in caplog.messages) for kind in kinds] == [2] * 4
+        monkeypatch.setattr(lines, "PER_SECOND", 1e9)
+        each(1)
+        for kind in kinds:
+            said = [line for line in caplog.messages if kind in line]
+            assert len(said) == 3, kind
+            assert said[-1].endswith("(3 more like this before)")
         assert server.server.statistics.counts["refused"] == 6

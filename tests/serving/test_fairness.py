@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -261,3 +262,15 @@ def test_a_real_policy_encodes_beside_the_inference_thread(libero_policy, monkey
     assert all(name.startswith("dit4dit-instructions") for _, name in threads), threads
     (request,) = backend.check({"examples": [{**example, "lang": words[0]}]})
     assert backend.prepare(request) is None
+
+
+def test_a_bug_in_a_turn_ends_the_server_and_leaves_nobody_waiting() -> None:
+    class Odd(StandIn):
+        def check(self, message):
+            return [replace(one, pictures=[np.zeros(3, np.uint8)]) for one in super().check(message)]  # of no kind
+
+    with running(Odd()) as server, server.raw() as client:
+        client.recv(timeout=WAIT)
+        assert "internal error" in ask(client, {"value": 1})["error"]["message"]
+        server.thread.join(WAIT)
+        assert isinstance(server.error, IndexError)

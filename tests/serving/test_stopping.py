@@ -186,3 +186,16 @@ def test_the_command_outlives_every_bad_frame_and_ends_on_sigterm(small_libero: 
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["requests"], report["errors"]) == (len(frames), len(frames))
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_lost_device_ends_the_command_whatever_its_threads_do(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with Role("serve", {"dead": True}, log) as server:
+        waiting, dying = clients(server.port, 2)
+        waiting.send(wire.pack({"value": 2}))
+        while json.loads(health(server.port).rpartition(b"\r\n")[2])["queued"] != 1:
+            pass
+        dying.send(wire.pack({"value": 1}))
+        assert server.process.wait(WAIT) == 1
+    assert "as the test says" in log.read_text()

@@ -55,8 +55,8 @@ def test_every_option_in_a_message_exists() -> None:
     assert ("checkpoint.py", "weights.backbone") in found
     assert ("catalogue.py", "data.robots") in found
     wrong = sorted((file, option) for file, option in found if option not in known() | OF_OTHERS)
-    # where a checkpoint does not say its robot: of `dit4dit eval openloop`, as the message says
-    assert wrong == [("robot.py", "robots")]
+    # of `dit4dit data check` and `eval openloop`, as these messages say
+    assert wrong == [("lerobot.py", "modality"), ("robot.py", "robots")]
 
 
 def test_what_is_to_be_used_instead_of_a_published_option_exists() -> None:
