@@ -230,7 +230,7 @@ def test_the_command_serves_stops_on_sigterm_and_reports(small_libero: Path, tmp
     "words, reason",
     [
         (["--host", "0.0.0.0"], "there is no key"),
-        (["--max-batch", "17"], "max_batch: expected 1 to 16"),
+        (["--max-batch", "17"], "--max-batch: expected 1 to 16"),
         (["--picture", "wrist_image=48x48"], "give both"),
         (["--warm-up", "--picture", "wrist_image"], "expected VIEW=HEIGHTxWIDTH"),
         (["--instructions", "none.txt"], "no such file"),
