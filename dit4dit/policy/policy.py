@@ -28,9 +28,8 @@ from dit4dit.engine import (
 )
 from dit4dit.engine.fp8 import check_options
 from dit4dit.errors import ConfigError, InputError, OutputError, did_you_mean, shown
-from dit4dit.files.folders import no_folder
 from dit4dit.model.dit4dit import DiT4DiT
-from dit4dit.policy import garbage
+from dit4dit.policy import garbage, options
 from dit4dit.policy.device import pick_device
 from dit4dit.policy.prompts import Embedder, Texts, load_tokenizer, plain
 from dit4dit.policy.requests import Door, Request, Size, check_room, checked_batch, checked_size, groups, listed
@@ -41,9 +40,6 @@ from dit4dit.types import ActionChunk, Guidance, Noise, Observation, check_stren
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ENGINES = ("auto", "off")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Policy:
@@ -119,11 +115,11 @@ class Policy:
             Dit4DitError: bad checkpoint, configuration or device; the message says what to do.
         """
         given = (steps, packs, quantization, calibration, None if head == "auto" else head)
-        _check_engine(engine, posterior != "sample" or any(option is not None for option in given))
+        options.check_engine(engine, posterior != "sample" or any(option is not None for option in given))
         check_options(quantization, calibration)
-        _check_prompts(packs, prompt_embeds, text_encoder)
-        _check_dtypes(dtype, head_dtype)
-        _check_kinds(embodiment=embodiment, calibration=calibration, packs=packs, text_encoder=text_encoder)
+        options.check_prompts(packs, prompt_embeds, text_encoder)
+        options.check_dtypes(dtype, head_dtype)
+        options.check_kinds(embodiment=embodiment, calibration=calibration, packs=packs, text_encoder=text_encoder)
         place = pick_device(device)
         if isinstance(calibration, (str, os.PathLike)):
             calibration = Calibration.load(calibration)
@@ -376,50 +372,3 @@ class Policy:
     def has_prepared(self, instruction: str) -> bool:
         """Whether a chunk that uses the instruction now waits for no encoding."""
         return instruction in self._texts
-
-
-def _check_engine(engine: str, with_options: bool) -> None:
-    if engine not in ENGINES:
-        raise ConfigError(f"engine {shown(engine)}: expected {' or '.join(ENGINES)}")
-    if engine == "off" and with_options:
-        raise ConfigError(
-            "steps, posterior, packs, quantization, calibration and head are options of the engine: leave them out, or use "
-            "engine='auto'"
-        )
-
-
-def _check_dtypes(dtype: object, head_dtype: object) -> None:
-    for name, kind, none in (("dtype", dtype, True), ("head_dtype", head_dtype, False)):
-        if not (kind in DTYPES or (kind is None and none)):
-            written = "; give the torch.dtype, not its name" if isinstance(kind, str) else ""
-            raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {shown(kind)}{written}")
-
-
-def _check_kinds(*, embodiment: object, calibration: object, packs: object, text_encoder: object) -> None:
-    """ConfigError for an option of another type than `from_pretrained` takes, before anything is read."""
-    place = (str, os.PathLike)
-    for name, value, kinds, wanted in (
-        ("embodiment", embodiment, (str, Embodiment), "an Embodiment, its name or a statistics tag"),
-        ("calibration", calibration, (*place, Calibration), "a file of dit4dit calibrate, or what calibrate returned"),
-        ("packs", packs, place, "a folder"),
-    ):
-        if value is not None and not isinstance(value, kinds):
-            raise ConfigError(f"{name}: expected {wanted}, got {type(value).__name__}")
-    if not isinstance(text_encoder, bool):
-        raise ConfigError(f"text_encoder: expected True or False, got {shown(text_encoder)}")
-    if packs is not None and (reason := no_folder(Path(os.fspath(packs)))):  # type: ignore[call-overload]
-        raise ConfigError(f"packs {shown(os.fspath(packs), 200)}: {reason}; give a folder, or a new name for one")  # type: ignore[call-overload]
-
-
-def _check_prompts(packs: object, prompt_embeds: object, text_encoder: bool) -> None:
-    if prompt_embeds is not None and not isinstance(prompt_embeds, Mapping):
-        raise ConfigError(
-            f"prompt_embeds: expected a dict, instruction -> embedding [L, text_in], got {type(prompt_embeds).__name__}; make it "
-            "with Policy.embed_prompts"
-        )
-    if packs is not None and prompt_embeds is not None:
-        raise ConfigError("packs and prompt_embeds: give one of them; packs on disk must come from the text encoder")
-    if not text_encoder and packs is None and prompt_embeds is None:
-        raise ConfigError(
-            "text_encoder=False: give packs (dit4dit pack) or prompt_embeds, or no instruction can be used"
-        )
