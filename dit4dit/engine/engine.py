@@ -119,7 +119,7 @@ class Engine:
     @property
     def graph_pool(self) -> GraphPool:
         """The memory of the CUDA graphs of this engine."""
-        if self._pool is None:
+        if self._pool is None or self._pool.over:
             self._pool = GraphPool()
         return self._pool
 

@@ -21,14 +21,21 @@ class GraphPool:
     def __init__(self) -> None:
         self.handle: Any = torch.cuda.graph_pool_handle()
         self.bytes = 0
+        self._used = False
         self._largest = 0
         self._owners: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+
+    @property
+    def over(self) -> bool:
+        """Whether all that was captured in it is gone: PyTorch has given its memory back and takes its handle no more."""
+        return self._used and not self._owners
 
     @contextmanager
     def growing(self, owner: object) -> Iterator[None]:
         """Something is captured inside, for `owner`."""
         before = self.bytes
         yield
+        self._used = True
         self.bytes = _size(self.handle)
         grown = self._owners.get(owner, 0) + max(0, self.bytes - before)
         self._owners[owner] = grown

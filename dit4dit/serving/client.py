@@ -35,7 +35,7 @@ try:
     from websockets.sync.client import ClientConnection, connect
     from websockets.uri import parse_uri
 except ImportError as error:  # what a robot's distribution ships is often older
-    raise ImportError(f"{error}; the client needs pip install 'websockets>=13.1'") from None
+    raise ImportError(f"{error}; the client needs pip install 'websockets>=13.1'") from error
 
 PORT = 10093
 MAX_BACKOFF_S = 5.0

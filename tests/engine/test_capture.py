@@ -81,8 +81,8 @@ def test_the_error_that_came_first_is_raised_and_nothing_stays_in_a_capture(
     assert engine._pool is None
     # one failed capture's share of the first pool, given back once by the graph or here
     assert cuda.released == ([(0, 1)] if failure is cuda_error else [])
-    Plan(engine, SHAPE, None)
-    assert engine.graph_pool.handle == (0, 2)
+    kept = Plan(engine, SHAPE, None)
+    assert [pool.handle for pool in kept._pools] == [engine.graph_pool.handle] == [(0, 2)]
     assert not cuda.allocating
 
 
@@ -173,6 +173,34 @@ def test_a_plan_keeps_the_tables_that_its_graph_reads(engine: Engine, resize, si
     del plan
     gc.collect()
     assert all(ref() is None for ref in read), "evicted: it is the plan that kept them"
+
+
+def test_when_all_graphs_are_gone_the_next_take_another_pool(cuda: FakeCuda) -> None:
+    """PyTorch has freed the old one by then, and fails on its handle."""
+    engine = Engine(random_model(TINY, 1, with_text=False))
+    engine._stream = cuda.stream
+    first, second = (Plan(engine, replace(SHAPE, batch=batch), None) for batch in (1, 2))
+    pool = engine.graph_pool
+    del first
+    gc.collect()
+    assert engine.graph_pool is pool, "the second's graphs are in it"
+    del second
+    gc.collect()
+    assert engine.graph_pool.handle != pool.handle
+    kept = Plan(engine, SHAPE, None)
+    assert kept._pools == [engine.graph_pool]
+
+
+@pytest.mark.gpu
+@pytest.mark.capture
+def test_a_plan_after_all_others_are_gone_on_a_gpu(small_libero: Path, observation) -> None:
+    policy = Policy.from_pretrained(small_libero, device="cuda")
+    before = policy.infer(observation, "open", seed=0).normalized
+    policy._runner._start()  # without a plan
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert np.array_equal(policy.infer(observation, "open", seed=0).normalized, before)
 
 
 @pytest.mark.gpu

@@ -127,6 +127,15 @@ def test_a_whole_table_can_replace_the_committed_one(tmp_path: Path) -> None:
     assert "Column 103 measured on" in data["note"]
 
 
+def test_every_tile_that_is_tried_can_be_read_back() -> None:
+    """What a search on a GPU may find best is a table that the package takes."""
+    for op, columns in tiles.committed().items():
+        for architecture, rows in columns.items():
+            for row in rows:
+                for tile in tune.candidates(op, row["tile"]):
+                    tiles._check_column(op, op, architecture, [{"upto": {}, "tile": tile}])
+
+
 def test_writes_the_committed_layout(tmp_path: Path) -> None:
     committed = json.loads(tiles.TABLE.read_text())
     tune.write(committed["tiles"], committed["note"], tmp_path / "tiles.json")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -241,6 +243,24 @@ def test_the_published_server() -> None:
 def test_every_error_is_one_kind() -> None:
     kinds = (ConnectError, ConnectionLost, RequestTimeout, ServerError, ProtocolError)
     assert all(issubclass(kind, ServingError) for kind in kinds)
+
+
+@pytest.mark.parametrize("there", ["none", "an old one"])
+def test_without_a_websockets_that_serves_it_says_what_to_install(there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is missing, by which pytest knows a machine without it (tests/conftest.py)."""
+    missing = "websockets" if there == "none" else "websockets.sync.client"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "websockets"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    spec = importlib.util.spec_from_file_location("robots_copy", module.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=r"needs pip install 'websockets>=13\.1'") as raised:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    cause = raised.value.__cause__
+    assert isinstance(cause, ModuleNotFoundError)
+    assert cause.name is not None
+    assert cause.name.startswith("websockets")
 
 
 def test_the_file_stands_alone_and_is_python_3_8() -> None:
