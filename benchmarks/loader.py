@@ -49,7 +49,7 @@ def measure(
     shown: Bar,
 ) -> None:
     """Samples per second per number of workers, and shares of time in one process, with the machine they belong to, into
-    `record`. shown: is told what is done, between two times alone; data, each number of workers and the shares count one each.
+    `record`. shown: counts data, each number of workers and the shares as one each, and is written between two times alone.
     """
     result = record.result
     runs: list[dict[str, Any]] = []

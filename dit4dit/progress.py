@@ -51,7 +51,7 @@ class Lines:
 
 
 class Bar:
-    """One piece of work; `bar` makes it. It writes when it is told something, and at no other time: it has no thread."""
+    """One piece of work; `bar` makes it. It writes in its methods, and at no other time: it has no thread."""
 
     def __init__(self, name: str, total: int | None, first: int, active: bool, options: dict[str, Any]) -> None:
         self._bar = _tqdm()(

@@ -20,7 +20,7 @@ from dit4dit.types import Noise
 
 @dataclass(frozen=True)
 class Example:
-    """One request as files: a picture per view, a state (JSON file, or what would be in it), an instruction."""
+    """One request as files: an image per view, a state (JSON file, or what would be in it), an instruction."""
 
     images: list[Path]
     state: Path | dict[str, Any] | None
@@ -80,7 +80,7 @@ def _example(where: str, line: str, folder: Path) -> Example:
 
 
 def check_fit(examples: Sequence[Example], robot: Embodiment) -> None:
-    """InputError unless each example has a picture for each view of the robot."""
+    """InputError unless each example has an image for each view of the robot."""
     for example in examples:
         check_views(robot, len(example.images))
 

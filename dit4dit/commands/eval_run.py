@@ -204,9 +204,9 @@ def _check(plan: Plan, options: Any, policy_options: PolicyOptions, run_options:
     from dit4dit.checkpoints.checkpoint import open_checkpoint
     from dit4dit.evaluation.batching import check_batch
     from dit4dit.evaluation.rollout import check_robot
+    from dit4dit.evaluation.runs import expect_new
 
-    if (run_options.out / "run.json").exists() and not run_options.resume:
-        raise ConfigError(f"{run_options.out}: has a run already; go on with --resume, or give another folder")
+    expect_new(run_options.out, run_options.resume)
     check_batch(options.batch)
     check_robot(policy_options.robot(), plan)
     model = open_checkpoint(policy_options.checkpoint, policy_options.backbone).model

@@ -1,4 +1,4 @@
-"""`dit4dit predict`: one chunk from pictures, a state file and an instruction."""
+"""`dit4dit predict`: one chunk from images, a state file and an instruction."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def predict(policy: Policy, seen: tuple[list[Picture], State], instruction: str,
 
 
 def read(images: list[Path], state: Path | State | None) -> tuple[list[Picture], State]:
-    """Pictures and a state (a JSON file or its content) from their files, which needs no policy: a mistake is found before one is
+    """Images and a state (a JSON file or its content) from their files, which needs no policy: a mistake is found before one is
     loaded.
     """
     pictures = [read_picture(path) for path in images]
@@ -52,7 +52,7 @@ def read(images: list[Path], state: Path | State | None) -> tuple[list[Picture],
 
 
 def check_views(robot: Embodiment, count: int) -> None:
-    """InputError unless there is a picture for each view of the robot."""
+    """InputError unless there is an image for each view of the robot."""
     if count != len(robot.views):
         raise InputError(
             f"--image: expected {len(robot.views)} ({', '.join(robot.views)}, in this order) for embodiment "
@@ -61,26 +61,26 @@ def check_views(robot: Embodiment, count: int) -> None:
 
 
 def observe(policy: Policy, pictures: list[Picture], state: State) -> Observation:
-    """Pictures, one per view in the embodiment's order, and a state as an observation."""
+    """Images, one per view in the embodiment's order, and a state as an observation."""
     check_views(policy.embodiment, len(pictures))
     return Observation(images=dict(zip(policy.embodiment.views, pictures, strict=True)), state=state)
 
 
 def read_picture(path: Path) -> Picture:
-    """An 8-bit RGB picture, uint8 [H, W, 3]. Other modes are refused: nothing is guessed about alpha or 16 bits."""
+    """An 8-bit RGB image, uint8 [H, W, 3]. Other modes are refused: nothing is guessed about alpha or 16 bits."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as picture:
             if picture.mode != "RGB":
-                raise InputError(f"{path}: expected an 8-bit RGB picture, got mode {picture.mode}; convert it first")
+                raise InputError(f"{path}: expected an 8-bit RGB image, got mode {picture.mode}; convert it first")
             return np.asarray(picture)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such picture") from None
+        raise InputError(f"{path}: no such image") from None
     except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; give a picture, with --image once per view") from None
+        raise InputError(f"{path}: is a folder; give an image, with --image once per view") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable picture ({error})") from None
+        raise InputError(f"{path}: not a readable image ({error})") from None
 
 
 def show(result: dict[str, Any]) -> str:

@@ -102,9 +102,8 @@ class Book:
             self._file.close()
             raise ConfigError(f"{folder}: another evaluation is writing here; wait for it, or give another folder")
         try:
+            expect_new(folder, resume)
             before = _read_config(folder)
-            if before is not None and not resume:
-                raise ConfigError(f"{folder}: has a run already; go on with --resume, or give another folder")
             if before is not None:
                 check_same(before, config, folder)
             self._drop_half_a_line()
@@ -225,6 +224,12 @@ def _locked(file: IO[bytes]) -> bool:
             if time.monotonic() > end:
                 return False
             time.sleep(0.05)
+
+
+def expect_new(folder: Path, resume: bool) -> None:
+    """ConfigError for a folder that has a run, unless it is to be resumed."""
+    if not resume and (folder / "run.json").exists():
+        raise ConfigError(f"{folder}: has a run already; continue it with --resume, or give another folder")
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

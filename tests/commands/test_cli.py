@@ -226,10 +226,10 @@ def not_a_picture(files: dict[str, Path]) -> list[str]:
 
 
 MISTAKES = {
-    "float picture": (float_picture, "expected an 8-bit RGB picture, got mode F"),
-    "grey picture": (grey_picture, "expected an 8-bit RGB picture, got mode L"),
-    "no picture": (no_picture, "gone.png: no such picture"),
-    "not a picture": (not_a_picture, "not a readable picture"),
+    "float picture": (float_picture, "expected an 8-bit RGB image, got mode F"),
+    "grey picture": (grey_picture, "expected an 8-bit RGB image, got mode L"),
+    "no picture": (no_picture, "gone.png: no such image"),
+    "not a picture": (not_a_picture, "not a readable image"),
     "long state": (set_state({"x": [1.0, 2.0]}), "state 'x': expected 1 value, got 2"),
     "NaN in state": (set_state({"yaw": float("nan")}), "state 'yaw': has NaN"),
     "unknown state": (set_state({"yaww": 1}), "did you mean 'yaw'"),

@@ -177,7 +177,7 @@ def test_other_worlds_are_not_other_numbers_of_episodes() -> None:
 
 def test_a_run_is_not_written_over_nor_by_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "LOCK_SECONDS", 0.2)
-    with pytest.raises(ConfigError, match="has a run already; go on with --resume"):
+    with pytest.raises(ConfigError, match="has a run already; continue it with --resume"):
         Book(folder, CONFIG, resume=False)
     book = Book(folder, CONFIG, resume=True)
     with pytest.raises(ConfigError, match="another evaluation is writing here"):

@@ -65,7 +65,7 @@ def test_the_command_makes_a_run_and_goes_on_with_it(checkpoint: Path, tmp_path:
     assert len(list((tmp_path / "run/videos").iterdir())) == 3
     lines = (tmp_path / "run/episodes.jsonl").read_bytes()
     assert command(*words) == 2
-    assert "has a run already; go on with --resume" in capsys.readouterr().err
+    assert "has a run already; continue it with --resume" in capsys.readouterr().err
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
     assert command(*words, "--checkpoint", moved, "--resume") == 0
     assert (tmp_path / "run/episodes.jsonl").read_bytes() == lines

@@ -245,6 +245,15 @@ def test_a_full_server_says_so() -> None:
             assert ask(second, {"value": 1})["ok"]
 
 
+def test_clients_that_are_let_in_at_the_same_moment_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Server, "_on_http", lambda *_: None)  # as where none of them was there yet
+    with running(max_clients=1) as server, server.raw() as first, server.raw() as second:
+        first.recv()
+        with pytest.raises(ConnectionClosed, match="1013"):
+            second.recv()
+        assert ask(first, {"value": 1})["ok"]
+
+
 def test_the_queue_is_bounded_and_who_leaves_leaves_it() -> None:
     backend = StandIn()
     with running(backend, max_queued=1, max_batch=1) as server, ThreadPoolExecutor(4) as pool:
