@@ -72,7 +72,7 @@ def finite(actions: Tensor) -> Tensor:
 
 def check_quantised(found: dict[str, dict[str, float]], other: Planned) -> None:
     """RuntimeError where the errors are those of something broken."""
-    for part in ("features",) if other.engine.one_launch is None else ("features", "actions"):
+    for part in ("features",) if other.plan.head == "library" else ("features", "actions"):
         rms = found[part]["rms"]
         if not rms <= QUANTISED:
             raise WrongActions(f"quantised and exact {part} differ by {rms:.2e} (at most {QUANTISED:.0e}): not timed")

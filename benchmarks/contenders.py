@@ -197,7 +197,8 @@ class Planned:
                 results["actions"].copy_(ops.unnormalize(results["normalized"], self.table))
             plan.outputs.download()
 
-        return {"preprocess": preprocess, **stages, "outputs": outputs}
+        called = {"preprocess": preprocess, **stages, "outputs": outputs}
+        return {name: self.engine.choices().around(stage) for name, stage in called.items()}
 
     def replays(self) -> dict[str, Callable[[], None]]:
         """Likewise as they are replayed: "step" the whole, and the stages that have a graph of their own."""

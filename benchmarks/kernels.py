@@ -58,6 +58,10 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         text = _empty(1, HEADS, 512, DIM)
         yield f"{tokens} to text", "cross_attention", (_empty(batch, tokens, WIDTH), text, text, norm, HEADS, 1e-5)
         yield f"{tokens}", "linear_gelu", (h, _empty(4 * WIDTH, WIDTH), None, "none")
+        flat = _empty(batch, tokens, WIDTH)
+        for what, x, columns in (("qkv", flat, 3 * WIDTH), ("attention", flat, WIDTH)):
+            yield f"{tokens} {what}", "linear", (x, _empty(columns, WIDTH), None)
+        yield f"{tokens} feed-forward out", "linear", (_empty(*shape, 4 * WIDTH), _empty(WIDTH, 4 * WIDTH), None)
         wide = _empty(*shape, 4 * WIDTH)
         yield f"{tokens} qkv", "linear_fp8", _fp8(h, 3 * WIDTH)
         yield f"{tokens} attention", "linear_fp8", _fp8(h, WIDTH)
@@ -73,6 +77,11 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         cross = (_empty(batch, tokens, width), features, features, None, HEAD_HEADS, 0.0)
         yield f"{tokens} to features", "cross_attention", cross
         yield f"{tokens}", "linear_gelu", (h, _empty(4 * width, width), _empty(4 * width), "tanh")
+        for what, inner, columns in (("qkv", width, 3 * width), ("attention", width, width)):
+            x = _empty(batch, tokens, inner)
+            yield f"{tokens} {what}", "linear", (x, _empty(columns, inner), _empty(columns))
+        x = _empty(batch, 1, tokens, 4 * width)
+        yield f"{tokens} feed-forward out", "linear", (x, _empty(width, 4 * width), _empty(width))
     for channels, side in ((96, 224), (192, 112), (384, 28)):
         x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
         yield f"gr1 {channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
@@ -90,7 +99,8 @@ def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
     for case, op, args in calls(batch):
         if op == "linear_fp8" and capability < LEAST_CAPABILITY:
             continue
-        for step in importlib.import_module(f"dit4dit.ops.{op}").launches(args, str(capability))[0]:
+        module = importlib.import_module(f"dit4dit.ops.{op}")
+        for step in module.launches(args, str(capability))[0] if hasattr(module, "launches") else ():
             yield f"{op} {case}", step
 
 

@@ -38,6 +38,7 @@ from dit4dit import progress
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine, calibrate, errors
 from dit4dit.engine.action_ode.program import HeadChoice
+from dit4dit.engine.engine import Tune
 from dit4dit.errors import OutputError
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.ops import onednn
@@ -73,6 +74,7 @@ class Wanted:
         at_hz: also time the engine at this rate, as many chunks as of the engine alone.
         seconds: for all samples together; set-up and roofline are not counted.
         roofline: also count the operations and measure the device's own rates.
+        tune: as of `Engine`.
     """
 
     chunks: int
@@ -86,6 +88,7 @@ class Wanted:
     at_hz: float | None = None
     seconds: float | None = None
     roofline: bool = True
+    tune: Tune = "cached"
 
     def counts(self) -> dict[str, int]:
         """Chunks of each part that is timed, in order."""
@@ -120,6 +123,7 @@ def measure(
         "device": str(device),
         "quantization": wanted.quantization,
         "head_dtype": str(wanted.head_dtype).removeprefix("torch."),
+        "tune": wanted.tune,
         "error": None,
         "text_encoder_in_baseline": wanted.text and wanted.baseline,
         "wanted": {**wanted.counts(), "at_hz": wanted.at_hz, "seconds": wanted.seconds},
@@ -181,15 +185,21 @@ class Run:
         exact, calibration = None, None
         if wanted.quantization is not None:
             with self.step("exact engine"):
-                exact = Planned(Engine(model, head="library"), inputs, pictures)
+                exact = Planned(Engine(model, head="library", tune="off"), inputs, pictures)
                 calibration = calibrate(exact.engine, [exact.step_inputs()])
         with self.step("engine"):
-            engine = Engine(model, quantization=wanted.quantization, calibration=calibration, head=wanted.head)
-        self.result["head"] = "library" if engine.one_launch is None else "one_launch"
+            engine = Engine(
+                model,
+                quantization=wanted.quantization,
+                calibration=calibration,
+                head=wanted.head,
+                tune=wanted.tune,
+            )
         with self.step("plan"):
             fast = Planned(engine, inputs, pictures)
         with self.step("first chunk"):
             actions = fast.checked()
+        self.result |= {"head": fast.plan.head, "implementations": fast.plan.ran}
         taken = self.result["setup_seconds"]
         cold = {"fold": taken["engine"], "plan": taken["plan"], "first_chunk": taken["first chunk"]}
         self.result["cold_start_seconds"] = cold
@@ -218,8 +228,8 @@ class Run:
         found: dict[str, Any] | None = None
         if self.published is not None:
             found = against_published(engine, exact or fast, actions, self.published)
-        elif engine.one_launch is not None:
-            library = Planned(Engine(model, head="library"), inputs, pictures)
+        elif fast.plan.head == "one_launch":
+            library = Planned(Engine(model, head="library", tune="off"), inputs, pictures)
             found = {"with": "the engine with head='library'", "features": None}
             found["actions"] = distance(actions, library.checked())
         if found is not None:

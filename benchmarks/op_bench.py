@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit4dit import ops, progress
 from dit4dit.errors import BackendError
 from dit4dit.model.precision import full_precision
-from dit4dit.ops import onednn
+from dit4dit.ops.dispatch import find
 from dit4dit.ops.linear_fp8 import FP8
 
 Contender = Callable[..., Any]
@@ -89,16 +89,16 @@ def contenders(
     op: str, args: tuple[Any, ...], compiling: bool, over: Callable[[], bool]
 ) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
     """name -> call of what takes these arguments, "eager" first; and the row of each other implementation."""
-    if op == "linear_gelu":
-        onednn.pack(args[1], args[0].numel() // args[0].shape[-1])  # as the engine does at warm-up
     reference = reference_of(op)
     found: dict[str, Contender] = {"eager": reference}
     out: dict[str, dict[str, Any]] = {}
     for name in ops.implementations(op):
         if name == "torch":  # the reference again
             continue
-        fn = positional(op, name)
+        fn, prepare = positional(op, name), find(op).implementations[name].prepare
         try:
+            if prepare is not None:
+                prepare(*args)
             fn(*args)
             settle()
         except BackendError as error:

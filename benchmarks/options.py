@@ -157,14 +157,14 @@ def requests(subject: Subject, count: int, seed: int) -> Iterator[Inputs]:
 @torch.no_grad()
 def run(engine: Engine, inputs: Sequence[Inputs]) -> list[tuple[Tensor, Tensor]]:
     """Features and normalised actions of each request, on the CPU."""
-    engine.warm_up()
     pack = engine.pack(inputs[0].embeds)
-    dtype = engine.model.dtype
+    dtype, choices = engine.model.dtype, engine.choices()
     found = []
     for one in inputs:
-        features = engine.features(one.frame.to(dtype), stack([pack]), one.posterior, one.latent)
-        kept = features.cpu().clone()
-        found.append((kept, engine.actions(features, one.state, one.action).cpu().clone()))
+        with choices:
+            features = engine.features(one.frame.to(dtype), stack([pack]), one.posterior, one.latent)
+            kept = features.cpu().clone()
+            found.append((kept, engine.actions(features, one.state, one.action).cpu().clone()))
     return found
 
 

@@ -59,8 +59,8 @@ def measure(
         record.during("weights")
         shown.say("weights")
         step = planned(preset, device, dtype, seed, head, head_dtype, quantization)
-        result["head"] = "library" if step.engine.one_launch is None else "one_launch"
         step.chunk(Noise.from_seed(seed, 0))
+        result |= {"head": step.plan.head, "implementations": step.plan.ran}
         with on_stream(step.engine):
             _stages(step, device, record, shown)
     if step.engine.one_launch is not None:

@@ -106,7 +106,7 @@ def predict(
         instruction: what to do, in words.
         state: JSON object, state key -> number or list of numbers, in robot units.
         seed: of the noise; same seed and input, same bits.
-        head: one_launch runs the action head as one CUDA kernel; auto does where it was measured on this chip.
+        head: one_launch runs the action head as one CUDA kernel; auto does where dit4dit tune found it the faster one.
         head_dtype: of the action head; auto is float32, and bfloat16 for one_launch.
         quantization: fp8 multiplies the backbone's matrices in 8-bit floats; changes the result.
         calibration: file of dit4dit calibrate, for and only for fp8.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -9,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit4dit.engine import Engine, Plan, RequestShape
-from dit4dit.engine.fp8 import Fp8Matrix
-from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.engine import Engine, RequestShape
+from dit4dit.engine.listing import calls, engine_without_data
 from dit4dit.ops import launch
 from dit4dit.ops.aot.launch_record import Launch, Launches
 from dit4dit.ops.aot.specialization import Specialization
+from dit4dit.ops.dispatch import find
 from dit4dit.ops.linear_fp8 import LEAST_CAPABILITY
 from dit4dit.presets import preset
 from dit4dit.robots import EMBODIMENTS
@@ -40,33 +40,13 @@ class Variant:
 
     def engine(self) -> Engine:
         """The engine on the meta device."""
-        config = preset(self.model).model
-        with torch.device("meta"):
-            model = DiT4DiT(config, with_text=False).bfloat16().eval()
-            model.backbone.scale.to("meta")
-            assert model.head is not None
-            model.head.to(self.head_dtype)
-            engine = Engine(model)
-            if self.fp8:
-                narrow = [b.with_matrices(lambda _, matrix: Fp8Matrix.quantized(matrix, 1.0)) for b in engine.blocks]
-                engine.blocks = tuple(narrow)
-        return engine
+        return engine_without_data(preset(self.model).model, head_dtype=self.head_dtype, fp8=self.fp8)
 
 
 VARIANTS = tuple(
     Variant(model, head_dtype, fp8)
     for model, head_dtype, fp8 in product(MODELS, (torch.float32, torch.bfloat16), (False, True))
 )
-
-
-class _ChannelsLast(TorchDispatchMode):
-    """Convolutions leave their result channels last, as cuDNN does where the weights are; without data torch forgets it."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution.default and isinstance(out, Tensor) and out.dim() == 4:
-            return out.contiguous(memory_format=torch.channels_last)
-        return out
 
 
 def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
@@ -77,16 +57,18 @@ def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
     engine = variant.engine()
     config, robot = engine.config, EMBODIMENTS[preset(variant.model).embodiment]
     size = (config.image_size[0], config.image_size[1])
-    table = torch.zeros(5, robot.action_dim, dtype=torch.float64)
     # with a state there is a token more
     states = (False,) if config.head.state_dim is None else (False, True)
     found: dict[Hashable, Call] = {}
     for batch, state in product(batches, states):
         shape = RequestShape(batch, (size,) * len(robot.views), None, robot.resize, state, config.text.max_length)
-        with launch.recording() as calls, torch.no_grad(), _ChannelsLast():
-            Plan(engine, shape, table).compute()
-        for call in calls:
-            found.setdefault((call[0], tuple(map(_facts, call[1]))), call)
+        for op, args in calls(engine, shape, robot.action_dim):
+            triton = find(op).implementations.get("triton")
+            with launch.without_data():
+                if triton is None or triton.refuse(*args) is not None:
+                    continue
+            function = importlib.import_module(f"dit4dit.ops.{op}").launches
+            found.setdefault((function, tuple(map(_facts, args))), (function, args))
     return list(found.values())
 
 

@@ -64,6 +64,7 @@ def latency(
     at_hz: float | None = None,
     seconds: float | None = None,
     roofline: bool = True,
+    tune: Literal["cached", "off"] = "cached",
     seed: int = 0,
     json: Path | None = None,
     report: Path | None = None,
@@ -80,14 +81,15 @@ def latency(
         chunks: timed chunks of each contender, in turns, for the ratio and the stages; 0 with --engine-chunks leaves them out.
         baseline: also time the published schedule, alternating, and report the ratio.
         text: the baseline encodes its instruction in each chunk, as published; --no-text leaves that out.
-        head: how the engine runs the action head; one_launch is one CUDA kernel, auto takes it where it was
-            measured, with --head-dtype bfloat16.
+        head: how the engine runs the action head; one_launch is one CUDA kernel, auto takes it where dit4dit tune
+            found it to be the faster one, with --head-dtype bfloat16.
         head_dtype: of the action head, on both sides; auto is float32, and bfloat16 for one_launch.
         quantization: fp8 in the engine, calibrated on the inputs that are timed; its errors are reported.
         engine_chunks: before that, so many chunks of the engine alone, for its percentiles.
         at_hz: as many chunks again, each begun at a control step of a robot at this rate, with the GPU's clocks.
         seconds: how long all samples together may take; the counts are then the most. Set-up comes on top.
         roofline: last, count the operations and measure the device's own rates, which takes some seconds.
+        tune: cached runs each kernel that dit4dit tune found to be the fastest on this machine, off the defaults.
         seed: of weights and inputs.
         json: also write every number to this file.
         report: write an HTML report and its images into this folder, or as one page to this file if it ends in .html.
@@ -108,7 +110,7 @@ def latency(
         latency_report.check(report)
     kind = head_dtype_of(head_dtype, head)
     wanted = module.Wanted(
-        chunks, baseline, text, seed, head, kind, quantization, engine_chunks, at_hz, seconds, roofline
+        chunks, baseline, text, seed, head, kind, quantization, engine_chunks, at_hz, seconds, roofline, tune
     )
     with Recording(json, seconds) as record:
         module.measure(chosen, preset, wanted, device=place, dtype=dtype_on(place, dtype), record=record)

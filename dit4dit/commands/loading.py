@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -30,6 +30,9 @@ class Loading:
     dtype: Dtype = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU; packs and calibrations are for the one that they were made with."""
 
+    tune: Literal["cached", "off"] = "cached"
+    """Run each kernel that dit4dit tune found to be the fastest on this machine (cached), or the defaults (off)."""
+
     def robot(self) -> Embodiment:
         """Which robot the policy will be for, from the checkpoint's small files: a mistake is found before it is loaded."""
         from dit4dit.checkpoints.checkpoint import open_checkpoint
@@ -41,7 +44,7 @@ class Loading:
         """The policy, with these options of `Policy.from_pretrained` beside."""
         from dit4dit.policy.policy import Policy
 
-        place = {"device": self.device, "dtype": dtype_of(self.dtype), "embodiment": self.embodiment}
+        place = {"device": self.device, "dtype": dtype_of(self.dtype), "embodiment": self.embodiment, "tune": self.tune}
         with waiting(f"loading {self.checkpoint}"):
             return Policy.from_pretrained(self.checkpoint, self.backbone, **place | options)
 

@@ -20,7 +20,7 @@ from dit4dit import ops
 from dit4dit.config import VideoDitConfig
 from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead, choose_head
 from dit4dit.engine.calibration import Calibration
-from dit4dit.engine.fold import BackboneBlock, Head, fold_backbone, fold_encoder, fold_head, pack_matrices
+from dit4dit.engine.fold import BackboneBlock, Head, fold_backbone, fold_encoder, fold_head
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
@@ -31,8 +31,11 @@ from dit4dit.model.flow import GuidanceTensors
 from dit4dit.model.video_dit import rotary_table
 from dit4dit.ops.action_ode import loop
 from dit4dit.ops.device_tables import DeviceTable
+from dit4dit.ops.verdicts import Verdicts
 
 Posterior = Literal["sample", "mean"]
+Tune = Literal["cached", "off"]
+TUNE = ("cached", "off")
 STEPS = (1, 2, 4, 8)
 MAX_BATCH = 16
 """Requests in one pass."""
@@ -57,6 +60,7 @@ class Engine:
         calibration: Calibration | None = None,
         release: bool = False,
         head: HeadChoice = "auto",
+        tune: Tune = "cached",
     ) -> None:
         """Fold `model`, which must have an action head; its weights are shared, not copied, where nothing changes.
 
@@ -69,8 +73,9 @@ class Engine:
             release: with fp8, take the matrices that it replaces away from `model`, which then runs only through this
                 engine; without, both stay in memory.
             head: "library" runs the action head as a loop over library calls, "one_launch" as one CUDA kernel (bfloat16;
-                on an H200 slower than the library), "auto" takes the kernel for a bfloat16 head on GPUs where a committed
-                result chooses it: none so far.
+                on an H200 slower than the library), "auto" takes the kernel in the plans whose shape a verdict chooses it for.
+            tune: "cached" takes, for each call of a plan, the implementation that was the fastest here (`ops.verdicts`);
+                "off" the default of its op. Nothing is measured by an engine: `dit4dit tune` does.
 
         Raises:
             ConfigError: an option has another value. CheckpointError: the calibration is another model's. BackendError: the
@@ -83,7 +88,10 @@ class Engine:
             raise ConfigError(f"engine steps: expected one of {STEPS}, got {shown(steps)}")
         if posterior not in ("sample", "mean"):
             raise ConfigError(f"engine posterior: expected sample or mean, got {shown(posterior)}")
+        if tune not in TUNE:
+            raise ConfigError(f"engine tune: expected cached or off, got {shown(tune)}")
         self.model, self.config, self.posterior = model, model.config, posterior
+        self.tune = tune
         self.steps = model.config.head.num_inference_timesteps if steps is None else steps
         if self.steps > model.config.head.num_timestep_buckets:
             raise ConfigError(
@@ -94,7 +102,6 @@ class Engine:
         self.blocks: tuple[BackboneBlock, ...] = tuple(blocks)
         self.head: Head = fold_head(model.head, self.steps)
         self.one_launch: OneLaunchHead | None = None
-        self._warm = False
         self._start()
         self.encoder = fold_encoder(model.backbone)
         if self.device.type != "meta":  # where operations are only counted
@@ -115,6 +122,12 @@ class Engine:
         self._rotary = DeviceTable(partial(_rotary, self.config.dit, self.config.latent_frames), kept=GRIDS)
         self._stream: torch.cuda.Stream | None = None
         self._pool: GraphPool | None = None
+        # tensors without data have no device to measure on
+        self._verdicts = Verdicts(self.device) if self.tune == "cached" and self.device.type != "meta" else None
+
+    def choices(self) -> ops.Choices:
+        """New choices for one function of this engine: inside, each op call is run as a plan would run it."""
+        return ops.Choices(self._verdicts)
 
     @property
     def graph_pool(self) -> GraphPool:
@@ -150,16 +163,10 @@ class Engine:
             slots = self._slots[key] = Slots(shape, self.model.dtype, self.device)
         return slots
 
-    def warm_up(self) -> None:
-        """What the first chunk would otherwise do: on a CPU, pack all matrices for oneDNN (a second copy of them)."""
-        if not self._warm:
-            pack_matrices(self.blocks, self.head, self.config.tokens(), self.config.head.tokens)
-            self._warm = True
-
     def __getstate__(self) -> dict[str, Any]:
-        """Packed matrices, slots, tables and graph memory belong to a process; a copy makes its own."""
-        own = ("_slots", "_rotary", "_stream", "_pool")
-        return {name: value for name, value in self.__dict__.items() if name not in own} | {"_warm": False}
+        """Slots, tables, graph memory and verdicts belong to a process; a copy makes its own."""
+        own = ("_slots", "_rotary", "_stream", "_pool", "_verdicts")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -231,9 +238,9 @@ class Engine:
             posterior, latent, action: standard normal [B, z, 1, h, w], [B, z, T, h, w], [B, K, A_model].
             guidance: as in `actions`.
         """
-        self.warm_up()
-        features = self.features(frame, stack(packs), posterior, latent)
-        return self.actions(features, state, action, guidance)
+        with self.choices():
+            features = self.features(frame, stack(packs), posterior, latent)
+            return self.actions(features, state, action, guidance)
 
     @torch.no_grad()
     def features(self, frame: Tensor, pack: PromptPack, posterior: Tensor, latent: Tensor) -> Tensor:
@@ -301,14 +308,17 @@ class Engine:
         prefix: Tensor | None,
         guidance: GuidanceTensors | None,
     ) -> Tensor:
+        backend = head.backend
         if guidance is not None and guidance.weights.dim() == 2:
+            if len(guidance.weights) > 1 and backend is None:
+                return loop(self.head, noise, context, prefix, guidance)
             if len(guidance.weights) > 1:
                 raise BackendError(
                     "guidance: head='one_launch' has one row of weights for a pass, got "
                     f"{len(guidance.weights)}; give such requests one at a time, or use head='library'"
                 )
             guidance = replace(guidance, weights=guidance.weights[0])
-        actions = ops.action_ode(head, noise.float(), context, prefix, guidance=guidance, backend=head.backend)
+        actions = ops.action_ode(head, noise.float(), context, prefix, guidance=guidance, backend=backend)
         if not head.capturing:  # whoever replays a graph reads the flag with the actions
             head.check()
         return actions

@@ -21,7 +21,6 @@ from dit4dit.model.action_head import ActionHead, Attention, Block, sinusoid
 from dit4dit.model.vae import ChannelRmsNorm, FrameEncoder
 from dit4dit.model.video_backbone import VideoBackbone
 from dit4dit.model.video_dit import AdaNorm
-from dit4dit.ops import onednn
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,7 @@ class Matrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        if onednn.is_packed(self.weight):
-            return onednn.linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The map and the exact GELU behind it, x [..., K] -> [..., N]."""
@@ -243,16 +240,3 @@ def _product(after: nn.Linear, before: nn.Linear) -> Matrix:
     weight = after.weight.double() @ before.weight.double()
     bias = after.weight.double() @ before.bias.double() + after.bias.double()
     return Matrix(weight.to(after.weight.dtype), bias.to(after.weight.dtype))
-
-
-def pack_matrices(blocks: tuple[BackboneBlock, ...], head: Head, tokens: int, head_tokens: int) -> None:
-    """Lay all matrices out for the CPU's library, for products of about this many rows; elsewhere nothing happens."""
-    for block in blocks:
-        for matrix in (block.qkv, block.self_out, block.cross_q, block.cross_out, block.mlp_in, block.mlp_out):
-            onednn.pack(matrix.weight, tokens)
-    onednn.pack(head.context.weight, tokens)
-    for matrix in (head.encode, head.encode_out, head.decode_in, head.decode_out):
-        onednn.pack(matrix.weight, head_tokens)
-    for part in head.blocks:
-        for matrix in (part.project, part.out, part.mlp_in, part.mlp_out):
-            onednn.pack(matrix.weight, head_tokens)

@@ -89,14 +89,27 @@ class Plan:
         self.outputs = Staging(outputs, device)
         self._slots = engine.slots(batch, shape.text_length)
         self._pack = self._slots.of(batch)
-        engine.warm_up()
         self._stream = engine.stream
         self._pools: list[GraphPool] = []
         self._tables: list[device_tables.Sized] = []
         self._done = torch.cuda.Event() if device.type == "cuda" else None
+        self._choices = engine.choices()
         self._graphs: tuple[Callable[[], None], ...] = ()
         if self._stream is not None:
-            self._graphs = self.record(self._draw_noise, "drawing the noise"), self.record(self._compute, "the step")
+            self._graphs = (
+                self.record(self._draw_noise, "drawing the noise"),
+                self.record(self._compute, "the step", self._choices),
+            )
+
+    @property
+    def ran(self) -> dict[str, dict[str, int]]:
+        """op -> implementation -> number of calls in a step; {} before the first one."""
+        return self._choices.ran
+
+    @property
+    def head(self) -> Literal["library", "one_launch"]:
+        """What runs the action head in a step, after the first one."""
+        return "library" if set(self.ran.get("action_ode", ())) <= {"loop"} else "one_launch"
 
     @property
     def bytes(self) -> int:
@@ -109,11 +122,15 @@ class Plan:
         tables = {id(table): table.nbytes for table in self._tables}  # both graphs may read one
         return staged + sum(tables.values()) + sum(pool.share for pool in self._pools)
 
-    def record(self, function: Callable[[], None], what: str = "a stage") -> Callable[[], None]:
-        """A function of fixed buffers itself, or on a GPU the replay of its kernels as one graph, which has been replayed once.
+    def record(
+        self, function: Callable[[], None], what: str = "a stage", choices: ops.Choices | None = None
+    ) -> Callable[[], None]:
+        """A function of fixed buffers, or on a GPU the replay of its kernels as one graph, which has been replayed once.
 
-        what: names it in an error. BackendError, DeviceError: as `capture`; the engine can record again afterwards.
+        what: names it in an error. choices: new ones of the engine when None; they are made in the first run.
+        BackendError, DeviceError: as `capture`; the engine can record again afterwards.
         """
+        function = (self.engine.choices() if choices is None else choices).around(function)
         if self._stream is None:
             return function
         self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))
@@ -137,7 +154,11 @@ class Plan:
         (self._graphs[0] if self._graphs else self._draw_noise)()
 
     def _step(self) -> None:
-        (self._graphs[1] if self._graphs else self._compute)()
+        if self._graphs:
+            self._graphs[1]()
+        else:
+            with self._choices:
+                self._compute()
 
     def _draw_noise(self) -> None:
         for name, stream in STREAMS.items():
@@ -204,7 +225,7 @@ class Plan:
         """Run the step once on whatever the buffers hold, so that its memory and its kernels are there."""
         if self._stream is None:  # on a GPU recording has done so, and has replayed each graph
             with torch.no_grad():
-                self._compute()
+                self._step()
 
     def _stage_noise(self, noise: Sequence[Noise]) -> list[bool]:
         """Per request, whether its noise is to be drawn on the device from its seed; the others' is drawn or copied here."""

@@ -217,8 +217,12 @@ def execute(model: DiT4DiT, opened: Checkpoint, golden: dict[str, Tensor], promp
 
 
 def execute_engine(engine: Engine, opened: Checkpoint, golden: dict[str, Tensor], prompts: list[str]) -> Run:
-    """The inference stages through the engine, warmed up as a policy's is; training has no engine."""
-    engine.warm_up()
+    """The inference stages through the engine, each call as a plan would run it; training has no engine."""
+    with engine.choices():
+        return _execute_engine(engine, opened, golden, prompts)
+
+
+def _execute_engine(engine: Engine, opened: Checkpoint, golden: dict[str, Tensor], prompts: list[str]) -> Run:
     model, device = engine.model, golden["in.images"].device
     run = Run(model, golden, {}, {})
     with run.stage() as keep:

@@ -1,6 +1,18 @@
 """The operations that are worth writing by hand: each has one name, a reference, and a list of implementations."""
 
-from dit4dit.ops.dispatch import Explanation, explain, implementations, names, trace, use_backend
+from dit4dit.ops.dispatch import (
+    Call,
+    Choices,
+    Explanation,
+    Implementation,
+    explain,
+    implementations,
+    listing,
+    names,
+    register,
+    trace,
+    use_backend,
+)
 
 # isort: off
 # in the order of the data's way through the model, which `names` keeps
@@ -11,6 +23,7 @@ from dit4dit.ops.adaln import adaln
 from dit4dit.ops.qk_norm_rope import qk_norm_rope
 from dit4dit.ops.self_attention import self_attention
 from dit4dit.ops.cross_attention import cross_attention
+from dit4dit.ops.linear import linear
 from dit4dit.ops.linear_gelu import linear_gelu
 from dit4dit.ops.linear_fp8 import linear_fp8
 from dit4dit.ops.euler_step import euler_step
@@ -19,19 +32,25 @@ from dit4dit.ops.unnormalize import unnormalize
 # isort: on
 
 __all__ = [
+    "Call",
+    "Choices",
     "Explanation",
+    "Implementation",
     "action_ode",
     "adaln",
     "cross_attention",
     "euler_step",
     "explain",
     "implementations",
+    "linear",
     "linear_fp8",
     "linear_gelu",
+    "listing",
     "names",
     "philox_normal",
     "preprocess",
     "qk_norm_rope",
+    "register",
     "rms_norm_silu",
     "self_attention",
     "trace",

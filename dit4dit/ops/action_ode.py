@@ -2,8 +2,8 @@
 
 `loop` is the head of an engine; by the ops' references it is this op's reference. The CUDA kernel (kernels/action_ode.cu) runs a
 schedule of `dit4dit.engine.action_ode`; on a CPU it runs by emulation (tests/cuda_emulation). It is chosen by itself only where
-measured.py names it, which is nowhere yet: on an H200 it is right, and takes 4.5 ms where a graph of PyTorch's kernels takes 3.6,
-and `loop` with library and Triton kernels 2.4 (benchmarks/results/nvidia-h200.json).
+a verdict names it: on an H200 it is right, and takes 4.5 ms where a graph of PyTorch's kernels takes 3.6, and `loop` with library
+and Triton kernels 2.4 (benchmarks/results/nvidia-h200.json).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def action_ode(
         context: the features' k | v of every block that attends to them, one product: [B, S, 2 * blocks * W].
         prefix: the state token [B, W], or None for a request without state.
         guidance: keep to a chunk that is being carried out; weights [K].
-        backend: "torch", or "cuda" (bfloat16 on a GPU; read `head.check()` with the actions); None chooses.
+        backend: "cuda" (bfloat16 on a GPU; read `head.check()` with the actions), "loop" or "torch"; None chooses.
 
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
@@ -205,6 +205,7 @@ _op = Op(
             device="cuda",
             measured_only=True,
         ),
+        Implementation("loop", lambda *_: None, lambda head, *args: loop(head.folded, *args)),
         Implementation("torch", lambda *_: None, reference),
     ],
     None,  # made by engine.action_ode.program

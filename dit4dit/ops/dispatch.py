@@ -1,5 +1,5 @@
 """Which implementation of an op runs: the first of its list that does not refuse the tensors it is given; before all others
-the one that measured.py names for the chip.
+the one that a verdict names (`verdicts`), where a plan has one for the call.
 
 The automatic choice may step down, and says why once. A wish (`backend=`, `use_backend`) that cannot be met raises.
 """
@@ -7,17 +7,20 @@ The automatic choice may step down, and says why once. A wish (`backend=`, `use_
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from dit4dit.errors import BackendError, did_you_mean
-from dit4dit.ops import launch, measured, tiles
+from dit4dit.ops import launch, tiles
 from dit4dit.ops.aot import loader
+from dit4dit.ops.verdicts import Verdicts
 
 log = logging.getLogger("dit4dit.ops")
 
@@ -27,7 +30,9 @@ class Implementation:
     """One way to run an op. `refuse` and `run` take the op's arguments; `refuse` says why not, or None.
 
     `device` is the kind of device ("cuda", "cpu") that it was written for, None for any: refusing there is worth a
-    warning, refusing elsewhere is not. `measured_only`: without a wish it runs only where measured.py names it.
+    warning, refusing elsewhere is not. `measured_only`: without a wish it runs only where a verdict names it. `prepare` takes
+    the op's arguments too: what has to be done once for them before `refuse` is asked, such as laying out a weight. It is
+    called where a call is chosen for once and for all (`Choices`), and does nothing where the implementation could not run.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Implementation:
     run: Callable[..., Any]
     device: str | None = None
     measured_only: bool = False
+    prepare: Callable[..., None] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,14 @@ class Explanation:
 # Per thread and per asyncio task: a wish made in one never reaches another.
 _wishes: ContextVar[dict[str, str]] = ContextVar("dit4dit_wishes")  # op -> implementation; "" -> for every op
 _trace: ContextVar[dict[str, set[str]] | None] = ContextVar("dit4dit_trace", default=None)
+_choices: ContextVar[Choices | None] = ContextVar("dit4dit_choices", default=None)
+_listing: ContextVar[list[Call] | None] = ContextVar("dit4dit_listing", default=None)
 
 NOWHERE = torch.device("meta")
 
 Example = Callable[[torch.device], tuple[Any, ...]]
+Call = tuple[str, tuple[Any, ...]]
+"""An op's name and the arguments of one call."""
 
 _ops: dict[str, Op] = {}
 _said: set[tuple[str, str, str]] = set()  # (op, implementation, reason) that has been warned about
@@ -75,19 +85,37 @@ class Op:
         _ops[name] = self
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
-        chosen, refused = self.choose(args, backend)
+        listing = _listing.get()
+        if listing is not None:
+            listing.append((self.name, args))
+        choices = _choices.get()
+        chosen = None if choices is None else choices.take(self, args, backend)
         if chosen is None:
-            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
-            raise BackendError(f"{self.name}: every implementation refused: {reasons}")
-        if refused:
-            self._say_why(chosen, refused, args)
+            chosen = self._choose_now(args, backend)
+        if choices is not None:
+            choices.note(self.name, chosen.name)
         trace = _trace.get()
         if trace is not None:
             trace.setdefault(self.name, set()).add(chosen.name)
         return chosen.run(*args)
 
-    def choose(self, args: tuple, backend: str | None = None) -> tuple[Implementation | None, dict[str, str]]:
-        """The implementation for these arguments, and the reasons of those before it. BackendError: a refused wish."""
+    def _choose_now(self, args: tuple, backend: str | None) -> Implementation:
+        chosen, refused = self.choose(args, backend)
+        if chosen is None:
+            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
+            raise BackendError(f"{self.name}: every implementation refused: {reasons}")
+        if refused:
+            self.say_why(chosen, refused, args)
+        return chosen
+
+    def choose(
+        self, args: tuple, backend: str | None = None, *, preferred: str | None = None, prepare: bool = False
+    ) -> tuple[Implementation | None, dict[str, str]]:
+        """The implementation for these arguments, and the reasons of those before it.
+
+        preferred: goes before all others. prepare: prepare each (`Implementation.prepare`) before it is asked.
+        BackendError: a refused wish.
+        """
         wish = backend or self.wish()
         reason: str | None
         if wish is not None:
@@ -97,14 +125,15 @@ class Op:
             return self.implementations[wish], {}
         refused: dict[str, str] = {}
         device = _device(args)
-        best = measured.choice(self.name, device)
         in_order = list(self.implementations.values())
-        if best is not None:
-            in_order.sort(key=lambda i: i.name != best)  # stable: the others keep their order
+        if preferred is not None:
+            in_order.sort(key=lambda i: i.name != preferred)  # stable: the others keep their order
         for implementation in in_order:
-            if implementation.measured_only and implementation.name != best and implementation.device == device.type:
-                reason = measured.missing(implementation.name, device)
+            if _waits(implementation, preferred, device):
+                reason = f"no measurement here chooses it: run dit4dit tune; backend={implementation.name!r} runs it"
             else:
+                if prepare and implementation.prepare is not None:
+                    implementation.prepare(*args)
                 reason = implementation.refuse(*args)
             if reason is None:
                 return implementation, refused
@@ -125,15 +154,142 @@ class Op:
             )
         return self.implementations[backend]
 
-    def _say_why(self, chosen: Implementation, refused: dict[str, str], args: tuple) -> None:
+    def say_why(
+        self, chosen: Implementation, refused: dict[str, str], args: tuple, preferred: str | None = None
+    ) -> None:
+        """Warn, once each, of the implementations that are better for this device and refused."""
         device = _device(args)
-        best = measured.choice(self.name, device)
         for name, reason in refused.items():
-            if self.implementations[name].measured_only and name != best:
+            if _waits(self.implementations[name], preferred, device):
                 continue  # nothing better is known to exist
-            if self.implementations[name].device == device.type and (self.name, name, reason) not in _said:
+            mine = self.implementations[name].device == device.type or name == preferred
+            if mine and (self.name, name, reason) not in _said:
                 _said.add((self.name, name, reason))
                 log.warning("%s: running %r because %r refused: %s", self.name, chosen.name, name, reason)
+
+
+def _waits(implementation: Implementation, preferred: str | None, device: torch.device) -> bool:
+    """Whether it may only run where a verdict names it, and none does."""
+    return (
+        implementation.measured_only
+        and implementation.name != preferred
+        and implementation.device
+        in (
+            None,
+            device.type,
+        )
+    )
+
+
+class Choices:
+    """Which implementation each op call of one function takes: chosen in its first run, the same in every run after it.
+
+        choices = Choices(verdicts)
+        with choices:
+            function()
+
+    The first run that ends well looks a verdict up for each call, prepares what is chosen, and keeps the implementations in
+    the order of the calls; later runs look nothing up, ask nobody, and open no file. What a wish decides stays the wish's. For
+    one function that makes the same calls in each run, in one thread at a time; where it does not, the calls that differ are
+    chosen anew, and so is everything in the run after it.
+    """
+
+    def __init__(self, verdicts: Verdicts | None = None) -> None:
+        """verdicts: of the device that the function runs on; None: every call takes its op's default."""
+        self._verdicts = verdicts
+        self._taken: list[tuple[Op, Implementation | None]] | None = None  # None until a run has ended well
+        self.ran: dict[str, dict[str, int]] = {}
+        """op -> implementation -> number of calls, of the first run."""
+
+    def __enter__(self) -> Choices:
+        self._first, self._position, self._same = self._taken is None, 0, True
+        if self._taken is None:
+            self._writing: list[tuple[Op, Implementation | None]] = []
+            self.ran = {}
+        self._token = _choices.set(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _choices.reset(self._token)
+        if self._first:
+            self._taken = self._writing if kind is None else None
+        elif not self._same or (kind is None and self._position != len(self._taken or ())):
+            self._taken = None
+
+    def around(self, function: Callable[[], None]) -> Callable[[], None]:
+        """`function` inside of these choices."""
+
+        def run() -> None:
+            with self:
+                function()
+
+        return run
+
+    def take(self, op: Op, args: tuple[Any, ...], backend: str | None) -> Implementation | None:
+        """The implementation of the next call; None leaves it to the call itself, as a wish does."""
+        wished = backend is not None or op.wish() is not None
+        if self._taken is None:
+            chosen = None if wished else self._choose(op, args)
+            self._writing.append((op, chosen))
+            return chosen
+        i, self._position = self._position, self._position + 1
+        if not self._same or i >= len(self._taken) or self._taken[i][0] is not op:
+            self._same = False
+            return None
+        return None if wished else self._taken[i][1]
+
+    def _choose(self, op: Op, args: tuple[Any, ...]) -> Implementation | None:
+        preferred = None if self._verdicts is None else self._verdicts.choice(op.name, args)
+        if preferred is not None and preferred not in op.implementations:
+            assert self._verdicts is not None
+            self._verdicts.ignore(op.name, args, f"there is no implementation {preferred!r} of {op.name} here")
+            preferred = None
+        chosen, refused = op.choose(args, preferred=preferred, prepare=True)
+        if chosen is not None and refused:
+            op.say_why(chosen, refused, args, preferred)
+        return chosen
+
+    def note(self, op: str, implementation: str) -> None:
+        """What a call is run by."""
+        if self._first:
+            counts = self.ran.setdefault(op, {})
+            counts[implementation] = counts.get(implementation, 0) + 1
+
+
+def register(op: str, implementation: Implementation) -> None:
+    """Add an implementation of one's own to an op: `dit4dit tune --plugin MODULE` tries it, and where it is right and the
+    fastest, plans of processes that have registered it too run it there. Without a verdict only a wish runs it.
+
+    BackendError: no such op, or it has an implementation of this name from elsewhere.
+    """
+    known = find(op)
+    before = known.implementations.get(implementation.name)
+    if before is not None and foreign(before) != foreign(implementation):
+        raise BackendError(
+            f"{op}: an implementation is called {implementation.name!r} already; give yours another name"
+        )
+    known.implementations[implementation.name] = replace(implementation, measured_only=True)
+
+
+def foreign(implementation: Implementation) -> str | None:
+    """The file of an implementation that is not this package's own, of whose text its verdicts hang; None for ours."""
+    run = implementation.run
+    module = getattr(run.func if isinstance(run, partial) else run, "__module__", None) or ""
+    if module.partition(".")[0] == "dit4dit":
+        return None
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return str(file) if file else f"<{module or 'unknown'}>"
+
+
+@contextmanager
+def listing() -> Iterator[list[Call]]:
+    """List every op call made inside, in order. Only calls of the same thread are seen."""
+    calls: list[Call] = []
+    token = _listing.set(calls)
+    try:
+        yield calls
+    finally:
+        _listing.reset(token)
 
 
 def _device(args: tuple) -> torch.device:
@@ -160,9 +316,14 @@ def set_example(op: str, example: Example) -> None:
 
 def implementations(op: str) -> list[str]:
     """Names of the implementations of `op`, best first. BackendError: no such op."""
+    return list(find(op).implementations)
+
+
+def find(op: str) -> Op:
+    """The op of this name. BackendError: no such op."""
     if op not in _ops:
         raise BackendError(f"no op is called {op!r}{did_you_mean(op, names())}; there are: {', '.join(_ops)}")
-    return list(_ops[op].implementations)
+    return _ops[op]
 
 
 @contextmanager
@@ -173,9 +334,7 @@ def use_backend(backend: str | None = None, /, **by_op: str) -> Iterator[None]:
     no op has such an implementation, and at the call where its tensors cannot be run by it.
     """
     for name, wish in by_op.items():
-        if name not in _ops:
-            raise BackendError(f"no op is called {name!r}{did_you_mean(name, names())}; there are: {', '.join(_ops)}")
-        _ops[name]._find(wish)
+        find(name)._find(wish)
     wishes = dict(by_op)
     if backend is not None:
         known = sorted({name for op in _ops.values() for name in op.implementations})
@@ -211,9 +370,7 @@ def explain(op: str | None = None, device: str | torch.device = "cpu") -> list[E
 
     Wishes made with `use_backend` count. BackendError: no such op; ConfigError: the table that DIT4DIT_TILES names is broken.
     """
-    if op is not None and op not in _ops:
-        raise BackendError(f"no op is called {op!r}{did_you_mean(op, names())}; there are: {', '.join(_ops)}")
-    return [_explain(_ops[name], torch.device(device)) for name in ([op] if op else _ops)]
+    return [_explain(find(name), torch.device(device)) for name in ([op] if op else list(_ops))]
 
 
 def _explain(op: Op, device: torch.device) -> Explanation:

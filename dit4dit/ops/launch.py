@@ -32,18 +32,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-_recording: ContextVar[list[tuple[Launches, tuple[Any, ...]]] | None] = ContextVar("dit4dit_recording", default=None)
+_without_data: ContextVar[bool] = ContextVar("dit4dit_without_data", default=False)
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[tuple[Launches, tuple[Any, ...]]]]:
-    """Inside, tensors on the meta device stand for a GPU's, and calls of Triton implementations are listed instead of run."""
-    calls: list[tuple[Launches, tuple[Any, ...]]] = []
-    token = _recording.set(calls)
+def without_data() -> Iterator[None]:
+    """Inside, tensors on the meta device stand for a GPU's, and Triton implementations give what they would have written."""
+    token = _without_data.set(True)
     try:
-        yield calls
+        yield
     finally:
-        _recording.reset(token)
+        _without_data.reset(token)
 
 
 def architecture(device: torch.device) -> str:
@@ -69,8 +68,8 @@ def refuse(
     name, first = next(iter(given.items()))
     if first.device.type == "cpu" and not interpreting():
         return f"{name} is on cpu, where Triton runs only with TRITON_INTERPRET=1"
-    recorded = first.device.type == "meta" and _recording.get() is not None
-    if first.device.type not in ("cpu", "cuda") and not recorded:
+    stands_for_a_gpu = first.device.type == "meta" and _without_data.get()
+    if first.device.type not in ("cpu", "cuda") and not stands_for_a_gpu:
         return f"{name} is on {first.device.type}"
     if first.device.type == "cpu" and not _has_triton():
         return "triton is not installed"
@@ -98,9 +97,7 @@ def runner(launches: Launches) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         device = args[0].device
-        calls = _recording.get()
-        if device.type == "meta" and calls is not None:
-            calls.append((launches, args))
+        if device.type == "meta" and _without_data.get():
             return launches(args, "90")[1]
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here:

@@ -36,6 +36,21 @@ def is_packed(weight: Tensor) -> bool:
     return weight in _packed
 
 
+def prepare(x: Tensor, weight: Tensor, *_: object) -> None:
+    """`pack` for the products of a plan: by the rows of one sample, so that all batches share one layout."""
+    if x.dtype == weight.dtype:
+        pack(weight, x.numel() // (x.shape[-1] * (x.shape[0] if x.ndim > 2 else 1)))
+
+
+def refuse_product(x: Tensor, weight: Tensor, *_: object) -> str | None:
+    """Why a product with this weight cannot be oneDNN's, or None."""
+    if torch.is_grad_enabled():
+        return "it has no gradients"
+    if x.dtype != weight.dtype:
+        return f"x is {x.dtype}"
+    return refuse(weight) or (None if is_packed(weight) else "weight is not packed")
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = "") -> Tensor:
     """activation(x @ weight^T + bias) with the packed copy of `weight`; x [..., K] -> [..., N].
 
@@ -43,4 +58,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
     """
     flat = x.reshape(-1, x.shape[-1])
     out: Tensor = torch.ops.mkldnn._linear_pointwise(flat, _packed[weight], bias, activation, [], algorithm)
-    return out.unflatten(0, x.shape[:-1])
+    return out.view(*x.shape[:-1], -1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dit4dit.engine import Calibration
+from dit4dit.engine.engine import TUNE
 from dit4dit.errors import ConfigError, shown
 from dit4dit.files.folders import no_folder
 from dit4dit.robots.embodiment import Embodiment
@@ -26,6 +27,11 @@ def check_engine(engine: str, with_options: bool) -> None:
             "steps, posterior, packs, quantization, calibration and head are options of the engine: leave them out, or use "
             "engine='auto'"
         )
+
+
+def check_tune(tune: object) -> None:
+    if tune not in TUNE:
+        raise ConfigError(f"tune: expected {' or '.join(map(repr, TUNE))}, got {shown(tune)}; dit4dit tune measures")
 
 
 def check_dtypes(dtype: object, head_dtype: object) -> None:

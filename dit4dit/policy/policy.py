@@ -85,6 +85,7 @@ class Policy:
         quantization: Literal["fp8"] | None = None,
         calibration: str | Path | Calibration | None = None,
         head: Literal["auto", "library", "one_launch"] = "auto",
+        tune: Literal["cached", "off"] = "cached",
         prompt_embeds: Mapping[str, Any] | None = None,
         packs: str | Path | None = None,
         text_encoder: bool = True,
@@ -106,6 +107,8 @@ class Policy:
                 left without its own (`Policy.model` cannot be run). Changes the result; engine only.
             calibration: file of `dit4dit calibrate`, or what `calibrate` returned, for this checkpoint in this dtype.
             head: how the engine runs the action head (`Engine`); "one_launch" needs a GPU and head_dtype=torch.bfloat16.
+            tune: "cached" runs each call of a plan by the implementation that `dit4dit tune` found to be the fastest on this
+                machine, where it has been run; "off" by the default. Nothing is ever measured here.
             prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
                 these instructions can be used.
             packs: folder where prompt packs are kept between runs (`dit4dit pack`); engine only.
@@ -119,6 +122,7 @@ class Policy:
         check_options(quantization, calibration)
         options.check_prompts(packs, prompt_embeds, text_encoder)
         options.check_dtypes(dtype, head_dtype)
+        options.check_tune(tune)
         options.check_kinds(embodiment=embodiment, calibration=calibration, packs=packs, text_encoder=text_encoder)
         place = pick_device(device)
         if isinstance(calibration, (str, os.PathLike)):
@@ -145,6 +149,7 @@ class Policy:
                 calibration=calibration,
                 release=True,
                 head=head,
+                tune=tune,
             )
         folder = None if packs is None else PackFolder.of(Path(packs), model)
         return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)

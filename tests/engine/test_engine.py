@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 import pickle
 import subprocess
@@ -26,7 +25,7 @@ from dit4dit.engine.fold import Matrix, fold_backbone, fold_head
 from dit4dit.errors import BackendError, ConfigError, InputError
 from dit4dit.evaluation import parity
 from dit4dit.model import flow
-from dit4dit.ops import measured, onednn
+from dit4dit.ops import onednn
 from dit4dit.presets import preset
 
 CPU = torch.device("cpu")
@@ -103,23 +102,16 @@ def test_the_one_launch_reference_is_the_engines_loop_by_the_ops_references(guid
         assert torch.equal(got, engine.actions(features, given["state"], noise, guidance))
 
 
-def test_the_head_is_never_taken_by_itself_and_a_wish_that_cannot_be_met_raises(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_head_is_never_taken_by_itself_and_a_wish_that_cannot_be_met_raises() -> None:
     model = random_model(TINY, 0, with_text=False)
     assert Engine(model).one_launch is None
     assert Engine(model, head="library").one_launch is None
-    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="dit4dit.engine.action_ode"):
-        patch.setattr(measured, "CHOICES", {"action_ode": {"cpu": measured.Choice("cuda", "a result")}})
-        assert Engine(model).one_launch is None
-        assert not caplog.text, "a float32 head, the default, is no reason to warn"
-        half = random_model(TINY, 0, head_dtype=torch.bfloat16, with_text=False)
-        assert Engine(half).one_launch is None
-    assert "running 'library' because 'one_launch' refused: it is on cpu" in caplog.text
     with pytest.raises(BackendError, match="'one_launch' refused: it is on cpu"):
         Engine(model, head="one_launch")
     with pytest.raises(ConfigError, match="engine head: expected one of auto, library, one_launch, got 'fast'"):
         Engine(model, head="fast")
+    with pytest.raises(ConfigError, match="engine tune: expected cached or off, got 'now'"):
+        Engine(model, tune="now")
 
 
 @pytest.mark.parametrize(

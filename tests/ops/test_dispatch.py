@@ -1,12 +1,9 @@
-"""Which implementation runs: automatic choice, wishes, the one warning, explain and trace."""
+"""Which implementation runs: automatic choice, verdicts, wishes, the one warning, explain and trace."""
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +12,8 @@ import torch
 import dit4dit.engine  # noqa: F401  makes the example of `action_ode`
 from dit4dit import ops
 from dit4dit.errors import BackendError
-from dit4dit.ops import dispatch, measured, native
-from dit4dit.ops.dispatch import Implementation, Op, explain, names, trace, use_backend
-from dit4dit.ops.measured import Choice
+from dit4dit.ops import dispatch, native
+from dit4dit.ops.dispatch import Choices, Implementation, Op, explain, listing, names, register, trace, use_backend
 from dit4dit.ops.native import unsupported
 
 
@@ -155,36 +151,168 @@ def test_what_was_not_measured_runs_only_on_a_wish(fast, caplog):
     assert not caplog.records, "nothing better is known, so nobody stepped down"
     (found,) = explain("triple")
     assert found.chosen == "torch"
-    assert found.refused["kernel"].startswith("no committed measurement chooses it on cpu")
+    assert found.refused["kernel"].startswith("no measurement here chooses it: run dit4dit tune")
     with use_backend(triple="kernel"), trace() as ran:
         fast(FLOAT)
     assert ran == {"triple": {"kernel"}}
 
 
+class Named:
+    """Verdicts that name one implementation for every call of an op."""
+
+    def __init__(self, **named: str) -> None:
+        self.named, self.asked, self.ignored = named, 0, []
+
+    def choice(self, op, args):
+        self.asked += 1
+        return self.named.get(op)
+
+    def ignore(self, op, args, reason):
+        self.ignored.append(reason)
+
+
 @pytest.mark.parametrize("name", ["kernel", "library"])
-def test_what_was_measured_goes_first(fast, name, monkeypatch, caplog):
-    monkeypatch.setattr(
-        measured, "CHOICES", {"triple": {"cpu": Choice(name, "a result"), "sm_90": Choice("torch", "")}}
-    )
-    assert explain("triple")[0].chosen == name
-    with use_backend(triple="torch"):
-        assert explain("triple")[0].chosen == "torch"
-    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"), trace() as ran:
-        fast(torch.ones(3))
-    steps_down = name == "library"
-    assert ran == {"triple": {"torch" if steps_down else name}}
+def test_what_a_verdict_names_goes_first(fast, name, caplog):
+    def run(x):
+        with Choices(Named(triple=name)) as choices:
+            assert fast(x).tolist() == [3.0] * len(x)
+        return choices.ran
+
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"):
+        assert run(FLOAT) == {"triple": {name: 1}}
+        assert not caplog.records
+        with use_backend(triple="torch"):
+            assert run(FLOAT) == {"triple": {"torch": 1}}
+        steps_down = name == "library"
+        assert run(torch.ones(3)) == {"triple": {"torch" if steps_down else name: 1}}
     said = ["triple: running 'torch' because 'library' refused: x is odd"] if steps_down else []
     assert [record.getMessage() for record in caplog.records] == said
 
 
-def test_what_was_measured_and_refuses_is_warned_about(fast, monkeypatch, caplog):
-    monkeypatch.setattr(measured, "CHOICES", {"triple": {"cpu": Choice("kernel", "a result")}})
+def test_what_a_verdict_names_and_refuses_is_warned_about(fast, caplog):
     fast.implementations["kernel"] = replace(fast.implementations["kernel"], refuse=lambda x: "x is odd")
-    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"):
+    with caplog.at_level(logging.WARNING, logger="dit4dit.ops"), Choices(Named(triple="kernel")):
         fast(FLOAT)
     assert [record.getMessage() for record in caplog.records] == [
         "triple: running 'torch' because 'kernel' refused: x is odd"
     ]
+
+
+def test_a_verdict_that_names_what_is_not_here_is_ignored(fast):
+    verdicts = Named(triple="gone")
+    with Choices(verdicts) as choices:
+        fast(FLOAT)
+    assert choices.ran == {"triple": {"torch": 1}}
+    assert verdicts.ignored == ["there is no implementation 'gone' of triple here"]
+
+
+def counting(op, name):
+    """The calls of `refuse` of an implementation, from now on."""
+    asked, before = [], op.implementations[name]
+    op.implementations[name] = replace(before, refuse=lambda x: asked.append(x) or before.refuse(x))
+    return asked
+
+
+def test_choices_are_made_in_the_first_run_alone(op, fast):
+    verdicts, asked = Named(triple="kernel"), counting(fast, "kernel")
+    choices = Choices(verdicts)
+
+    def step():
+        return fast(op(FLOAT)) + fast(INT)
+
+    for run in range(3):
+        with choices, trace() as ran:
+            assert step().tolist() == [9, 9]
+        assert ran == {"double": {"cpp"}, "triple": {"kernel"}}
+        assert (verdicts.asked, len(asked)) == (3, 2), run
+    assert choices.ran == {"double": {"cpp": 1}, "triple": {"kernel": 2}}
+
+
+def test_a_first_run_that_failed_chooses_nothing(op):
+    choices = Choices(None)
+    with pytest.raises(BackendError, match="no implementation is called 'none'"), choices:
+        op(op(FLOAT), backend="none")
+    with choices:
+        op(INT)
+        op(FLOAT)
+    assert choices.ran == {"double": {"torch": 1, "cpp": 1}}
+
+
+def test_other_calls_than_in_the_first_run_are_chosen_for_themselves(op, fast):
+    """Never what was chosen for another call; and the run after chooses anew."""
+    verdicts = Named(triple="kernel")
+    choices = Choices(verdicts)
+
+    def run(*calls):
+        with choices, trace() as ran:
+            for call in calls:
+                call(INT)
+        return ran
+
+    run(op, fast)
+    assert run(fast, op) == {"triple": {"torch"}, "double": {"torch"}}, "not the kernel: this is no call of the plan"
+    assert run(fast, op) == {"triple": {"kernel"}, "double": {"torch"}}
+    assert run(fast) == {"triple": {"kernel"}}, "too few"
+    assert run(fast, op, fast) == {"triple": {"kernel"}, "double": {"torch"}}
+    assert run(fast, op, fast, fast) == {"triple": {"kernel", "torch"}, "double": {"torch"}}, "too many"
+
+
+def test_a_wish_is_no_choice_and_ends_with_its_context(op, fast):
+    choices = Choices(Named(triple="kernel"))
+    with use_backend("torch"), choices:
+        fast(op(FLOAT))
+    assert choices.ran == {"double": {"torch": 1}, "triple": {"torch": 1}}
+    with choices, trace() as ran:
+        fast(op(FLOAT))
+    assert ran == {"double": {"cpp"}, "triple": {"torch"}}
+    with choices, trace() as ran, use_backend(double="torch"):
+        fast(op(FLOAT))
+    assert ran == {"double": {"torch"}, "triple": {"torch"}}
+
+
+def test_prepared_where_chosen_for_good_and_nowhere_else(fast):
+    ready = []
+    fast.implementations["kernel"] = replace(
+        fast.implementations["kernel"],
+        measured_only=False,
+        prepare=lambda x: ready.append(x),
+        refuse=lambda x: None if ready else "not ready",
+    )
+    with trace() as ran:
+        fast(FLOAT)
+    assert ran == {"triple": {"torch"}}
+    with Choices(Named(triple="torch")) as choices:
+        fast(FLOAT)
+    assert not ready, "what is not chosen is not prepared"
+    with Choices(None) as choices:
+        fast(FLOAT)
+    assert choices.ran == {"triple": {"kernel": 1}}
+
+
+def test_one_of_ones_own_runs_where_a_verdict_or_a_wish_names_it(fast):
+    register("triple", Implementation("mine", lambda x: None, lambda x: 3 * x))
+    assert ops.implementations("triple")[-1] == "mine"
+    with trace() as ran:
+        fast(FLOAT)
+    assert ran == {"triple": {"torch"}}
+    with Choices(Named(triple="mine")) as choices:
+        fast(FLOAT)
+    assert choices.ran == {"triple": {"mine": 1}}
+    assert dispatch.foreign(fast.implementations["mine"]) == __file__
+    assert dispatch.foreign(dispatch.find("linear").implementations["onednn"]) is None
+    register("triple", Implementation("mine", lambda x: None, lambda x: 3 * x))  # a module that is imported again
+    with pytest.raises(BackendError, match="linear: an implementation is called 'torch' already"):
+        register("linear", Implementation("torch", lambda *_: None, lambda *_: None))
+    with pytest.raises(BackendError, match="no op is called 'linaer'; did you mean 'linear'"):
+        register("linaer", Implementation("mine", lambda *_: None, lambda *_: None))
+
+
+def test_calls_are_listed_with_their_arguments(op, fast):
+    with listing() as calls:
+        fast(op(FLOAT), backend="torch")
+    op(INT)
+    assert [name for name, _ in calls] == ["double", "triple"]
+    assert calls[0][1][0] is FLOAT
 
 
 def test_the_device_is_that_of_the_first_tensor_also_inside_lists():
@@ -198,49 +326,6 @@ def test_the_device_is_that_of_the_first_tensor_also_inside_lists():
         ((1, [2]), "meta"),
     ):
         assert dispatch._device(args) == torch.device(device), args
-
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-
-
-def green(file):
-    """Whether gpu_suite.sh wrote this file, its GPU tests passed and its single ops agreed with their references."""
-    parts = json.loads(file.read_text()).get("suite", {}).get("parts", {})
-    return all(parts.get(name, {}).get("exit_code") == 0 for name in ("gpu_tests", "ops"))
-
-
-def unsound(choices, results=RESULTS):
-    """Rows that name no op, no implementation of it, no chip, or no committed result, on a chip a green one."""
-    for op, rows in choices.items():
-        for place, row in rows.items():
-            known = op in names() and row.implementation in ops.implementations(op)
-            there = known and re.fullmatch(r"cpu|sm_\d+", place) and row.result and (results / row.result).is_file()
-            if not there or (place != "cpu" and not green(results / row.result)):
-                yield op, place
-
-
-def test_the_measured_choices_are_sound(tmp_path):
-    assert not list(unsound(measured.CHOICES))
-    result = "a-chip.json"
-
-    def write(**codes):
-        parts = {name: {"exit_code": code} for name, code in codes.items()}
-        (tmp_path / result).write_text(json.dumps({"suite": {"parts": parts}}))
-
-    good = {"self_attention": {"sm_90": Choice("cuda", result), "cpu": Choice("torch", result)}}
-    for codes in ({"gpu_tests": 1, "ops": 0}, {"gpu_tests": 0, "ops": 1}, {"gpu_tests": 0}):
-        write(**codes)
-        assert list(unsound(good, tmp_path)) == [("self_attention", "sm_90")]
-    write(gpu_tests=0, ops=0)
-    assert not list(unsound(good, tmp_path))
-    for op, place, row in (
-        ("attention", "sm_90", Choice("cuda", result)),
-        ("self_attention", "90", Choice("cuda", result)),
-        ("self_attention", "sm_90", Choice("cudas", result)),
-        ("self_attention", "sm_90", Choice("cuda", "none.json")),
-        ("self_attention", "sm_90", Choice("cuda", "")),
-    ):
-        assert list(unsound({op: {place: row}}, tmp_path)) == [(op, place)]
 
 
 def test_explain(op):

@@ -15,7 +15,7 @@ from emulator import needs_compiler
 
 from dit4dit import _C, ops
 from dit4dit.errors import BackendError
-from dit4dit.ops import measured, self_attention
+from dit4dit.ops import self_attention
 from dit4dit.ops.self_attention import _refuse_cuda, queries_a_block, reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -255,9 +255,8 @@ def as_if_on_a_gpu(x, address):
 @pytest.mark.gpu
 def test_cuda_is_not_chosen_by_itself_on_a_gpu():
     (found,) = ops.explain("self_attention", "cuda")
-    measured_here = measured.choice("self_attention", torch.device("cuda")) == "cuda"
-    assert (found.chosen == "cuda") == measured_here
-    assert measured_here or "no committed measurement chooses it on sm_" in found.refused["cuda"]
+    assert found.chosen != "cuda"
+    assert found.refused["cuda"].startswith("no measurement here chooses it: run dit4dit tune")
 
 
 def tensor(*shape, dtype="bfloat16", address=4096, device="cuda:0", strides=None):

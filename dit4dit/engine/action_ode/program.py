@@ -21,7 +21,7 @@ from dit4dit.engine.fold import fold_head
 from dit4dit.errors import BackendError, ConfigError, OutputError, shown
 from dit4dit.model.action_head import ActionHead
 from dit4dit.model.flow import GuidanceTensors
-from dit4dit.ops import device_tables, measured, native
+from dit4dit.ops import device_tables, native
 from dit4dit.ops.action_ode import FoldedHead
 from dit4dit.ops.dispatch import set_example
 
@@ -61,8 +61,8 @@ class OneLaunchHead:
     the matrices in the same way share one copy of the weights.
     """
 
-    backend = "cuda"
-    """Which implementation of the op the engine asks for."""
+    backend: str | None = "cuda"
+    """Which implementation of the op the engine asks for; None: the one that a verdict names, else its loop."""
 
     def __init__(self, folded: FoldedHead, config: HeadConfig, steps: int, *, fp8: bool = False) -> None:
         """fp8: the blocks' weights in e4m3 with a scale for each row; changes the result."""
@@ -86,13 +86,21 @@ class OneLaunchHead:
         self._start()
 
     @property
+    def call_text(self) -> str:
+        """What a verdict says of this head (`ops.verdicts.call_text`)."""
+        config = self.config
+        size = f"{config.num_layers} layers of {config.width}, {config.num_heads} heads"
+        dtype = str(self.folded.decode_out.weight.dtype).removeprefix("torch.")
+        return f"head of {size}, {self.steps} steps, {dtype}{', blocks in fp8' if self.fp8 else ''}"
+
+    @property
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, in which nothing can be read."""
         return self.folded.decode_out.weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def refuse(self, noise: Tensor, context: Tensor, prefix: Tensor | None) -> str | None:
         """Why the kernel cannot run this request, or None, after which it is ready to be launched."""
-        reason = self._unsuitable(noise.device, context.dtype)
+        reason = self.unsuitable(noise.device, context.dtype)
         if reason is not None:
             return reason
         given = {"noise": noise, "context": context, "prefix": prefix}
@@ -108,7 +116,7 @@ class OneLaunchHead:
     def refuse_any(self) -> str | None:
         """Why the kernel could not run a single sample where the weights are, or None. Prepares nothing."""
         weight = self.folded.decode_out.weight
-        reason = self._unsuitable(weight.device, weight.dtype)
+        reason = self.unsuitable(weight.device, weight.dtype)
         if reason is not None:
             return reason
         try:
@@ -118,7 +126,8 @@ class OneLaunchHead:
             return str(error)
         return None
 
-    def _unsuitable(self, device: torch.device, context: torch.dtype) -> str | None:
+    def unsuitable(self, device: torch.device, context: torch.dtype) -> str | None:
+        """Why no request of this kind could be launched, by device, dtype and build alone, or None."""
         dtype = self.folded.decode_out.weight.dtype
         if device.type != "cuda":
             return f"it is on {device}: load with device='cuda', or take head='library'"
@@ -254,24 +263,24 @@ def expect_residency(schedule: Schedule, device: torch.device) -> None:
 def choose_head(
     choice: HeadChoice, folded: FoldedHead, config: HeadConfig, steps: int, fp8: bool = False
 ) -> OneLaunchHead | None:
-    """What the engine's option `head` asks for; None is the engine's own loop over library calls.
+    """What the engine's option `head` asks for; None is the engine's own loop over library calls, and nothing else ever.
 
+    With "auto" each plan's verdict decides, where the kernel could run at all.
     ConfigError: no such choice, or a head without tiles. BackendError: "one_launch" where the kernel cannot run.
     """
     if choice not in CHOICES:
         raise ConfigError(f"engine head: expected one of {', '.join(CHOICES)}, got {shown(choice)}")
-    weight = folded.decode_out.weight
-    # float32, the default of a head, is a wish for exactness that the kernel does not meet: nothing to warn of
-    takes = weight.dtype == torch.bfloat16 and measured.choice("action_ode", weight.device) == "cuda"
-    if choice == "library" or (choice == "auto" and not takes):
+    if choice == "library":
         return None
     head = OneLaunchHead(folded, config, steps, fp8=fp8)
+    if choice == "auto":
+        head.backend = None
+        weight = folded.decode_out.weight
+        # float32, the default of a head, is a wish for exactness that the kernel does not meet: nothing to warn of
+        return head if head.unsuitable(weight.device, weight.dtype) is None else None
     reason = head.refuse_any()
-    if reason is not None and choice == "one_launch":
-        raise BackendError(f"engine head: 'one_launch' refused: {reason}")
     if reason is not None:
-        log.warning("engine head: running 'library' because 'one_launch' refused: %s", reason)
-        return None
+        raise BackendError(f"engine head: 'one_launch' refused: {reason}")
     return head
 
 

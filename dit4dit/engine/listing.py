@@ -1,0 +1,77 @@
+"""The op calls of a plan, without running it: the engine and the plan of a configuration on tensors without data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit4dit import ops
+from dit4dit.config import ModelConfig
+from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.engine.engine import Engine
+from dit4dit.engine.fp8 import Fp8Matrix
+from dit4dit.engine.plan import Plan, RequestShape
+from dit4dit.model.dit4dit import DiT4DiT
+from dit4dit.ops import launch
+from dit4dit.ops.verdicts import call_text
+
+
+class _ChannelsLast(TorchDispatchMode):
+    """Convolutions leave their result channels last, as libraries do where the weights are; without data torch forgets it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and isinstance(out, Tensor) and out.dim() == 4:
+            return out.contiguous(memory_format=torch.channels_last)
+        return out
+
+
+def engine_without_data(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dtype: torch.dtype = torch.float32,
+    fp8: bool = False,
+    steps: int | None = None,
+) -> Engine:
+    """The engine of a model on the meta device.
+
+    dtype: of VAE and backbone. fp8: the backbone's matrices in e4m3. steps: as of `Engine`.
+    """
+    with torch.device("meta"):
+        model = DiT4DiT(config, with_text=False).to(dtype).eval()
+        model.backbone.scale.to("meta")
+        assert model.head is not None
+        model.head.to(head_dtype)
+        engine = Engine(model, steps=steps)
+        if fp8:
+            narrow = [b.with_matrices(lambda _, matrix: Fp8Matrix.quantized(matrix, 1.0)) for b in engine.blocks]
+            engine.blocks = tuple(narrow)
+    if head_dtype == torch.bfloat16:  # a call of its own, and those of its loop
+        engine.one_launch = OneLaunchHead(engine.head, config.head, engine.steps, fp8=fp8)
+        engine.one_launch.backend = "loop"
+    return engine
+
+
+def calls(engine: Engine, shape: RequestShape, action_dim: int | None) -> list[ops.Call]:
+    """Every op call of one step, its noise included, in order: (op, arguments on the meta device).
+
+    engine: from `engine_without_data`. action_dim: of the robot; None where only normalised actions are wanted.
+    """
+    table = None if action_dim is None else torch.zeros(5, action_dim, dtype=torch.float64)
+    with launch.without_data(), torch.no_grad(), _ChannelsLast(), ops.listing() as found:
+        Plan(engine, shape, table).compute()
+    return found
+
+
+def distinct(found: list[ops.Call]) -> dict[str, tuple[ops.Call, int]]:
+    """ "op: call" as verdicts have it -> the first such call, and how many there are."""
+    out: dict[str, tuple[ops.Call, int]] = {}
+    for op, args in found:
+        key = f"{op}: {call_text(args)}"
+        first, count = out.get(key, ((op, args), 0))
+        out[key] = first, count + 1
+    return out

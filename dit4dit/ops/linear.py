@@ -1,0 +1,70 @@
+"""A matrix product: the backbone's and the head's projections, most of a chunk's time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit4dit.errors import InputError
+from dit4dit.ops import onednn
+from dit4dit.ops.arguments import Shapes, floating
+from dit4dit.ops.dispatch import Implementation, Op
+
+_Args = tuple[Tensor, Tensor, Tensor | None]
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition: see `linear` for the arguments and the result."""
+    return F.linear(x, weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
+    """x @ weight^T + bias.
+
+    x: [..., K]. weight: [N, K]. bias: [N] or None. All of one dtype and on one device.
+    backend: "onednn" (a packed weight on a CPU, `ops.onednn.pack`) or "torch" (the library that PyTorch calls: cuBLAS on a
+        GPU); None chooses.
+
+    Returns [..., N] in x's dtype.
+    InputError: arguments that do not fit; BackendError: a backend that cannot run them.
+    """
+    # a chunk has hundreds of these: what fits is seen without building the words for what does not
+    if not (
+        x.ndim > 0
+        and x.numel() > 0
+        and weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
+        and x.dtype == weight.dtype
+        and x.is_floating_point()
+        and x.device == weight.device
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.device == x.device))
+    ):
+        _refuse_arguments(x, weight, bias)
+    result: Tensor = _op(x, weight, bias, backend=backend)
+    return result
+
+
+def _refuse_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.ndim < 1 or x.numel() == 0:
+        raise InputError(f"linear: x: expected [..., K] with elements, got {list(x.shape)}")
+    Shapes("linear", K=x.shape[-1]).of("weight", weight, "N K").of("bias", bias, "N")
+    floating("linear", x=x, weight=weight, bias=bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise InputError(f"linear: {name}: expected {x.dtype} as x, got {tensor.dtype}")
+
+
+def _example(device: torch.device) -> _Args:
+    x = torch.zeros(1, 16, 64, dtype=torch.bfloat16, device=device)
+    return x, torch.zeros(128, 64, dtype=torch.bfloat16, device=device), None
+
+
+_op = Op(
+    "linear",
+    [
+        Implementation("onednn", onednn.refuse_product, onednn.linear, prepare=onednn.prepare),
+        Implementation("torch", lambda *_: None, reference),
+    ],
+    _example,
+)
