@@ -1,0 +1,146 @@
+"""What a machine's verdicts do to a policy: other implementations, the same actions, the same bits after a restart."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dit4dit import Policy, ops
+from dit4dit.checkpoints.weights import random_model
+from dit4dit.engine import Engine, Plan, RequestShape
+from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.errors import ConfigError
+from dit4dit.evaluation import parity
+from dit4dit.ops import onednn, verdicts
+from dit4dit.ops.action_ode import loop
+from dit4dit.ops.dispatch import find
+from dit4dit.ops.verdicts import Verdict, call_text
+from dit4dit.presets import preset
+
+TINY = preset("tiny").model
+CPU = torch.device("cpu")
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path))
+    return verdicts.folder(CPU)
+
+
+def write(cache: Path, calls: Iterable[ops.Call], **chosen: str) -> int:
+    """Verdicts for the calls of these ops, as if they had been measured here; how many."""
+    count = 0
+    for op, args in calls:
+        if op in chosen:
+            ms = {chosen[op]: 1.0}
+            verdicts.write(Verdict(op, call_text(args), verdicts.place(CPU), "torch", chosen[op], ms), cache)
+            count += 1
+    return count
+
+
+def listed(policy: Policy, observation) -> list[ops.Call]:
+    """The op calls of one chunk."""
+    with ops.listing() as calls:
+        policy.infer(observation, "go", seed=0)
+    return calls
+
+
+@needs_onednn
+def test_a_plan_runs_what_verdicts_name_and_off_runs_the_defaults(
+    cache: Path, small_libero: Path, observation, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Policy.from_pretrained(small_libero, device="cpu", tune="off")
+    calls = listed(first, observation)
+    plain = first.infer(observation, "go", seed=1)
+    assert write(cache, calls, linear="torch", preprocess="torch")
+
+    tuned, off, again = (
+        Policy.from_pretrained(small_libero, device="cpu", tune=tune) for tune in ("cached", "off", "cached")
+    )
+    ran = {}
+    for name, policy in (("tuned", tuned), ("off", off)):
+        with ops.trace() as seen:
+            policy.infer(observation, "go", seed=1)
+        ran[name] = seen
+    assert (ran["tuned"]["linear"], ran["tuned"]["preprocess"]) == ({"torch"}, {"torch"})
+    assert (ran["off"]["linear"], ran["off"]["preprocess"]) == ({"onednn"}, {"cpp"})
+    assert ran["tuned"]["linear_gelu"] == ran["off"]["linear_gelu"] == {"onednn"}, "has no verdict"
+    assert not onednn.is_packed(tuned.engine.blocks[0].qkv.weight), "a copy that nothing reads"
+    assert onednn.is_packed(off.engine.blocks[0].qkv.weight)
+
+    a, b, c = (policy.infer(observation, "go", seed=1).normalized for policy in (tuned, off, again))
+    assert np.array_equal(a, c), "the same bits after a restart"
+    assert np.array_equal(b, plain.normalized)
+    assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+    assert not caplog.records
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny"])
+def test_a_tuned_engine_agrees_with_the_published_code(cache: Path, golden_dir: Path, name: str) -> None:
+    def check() -> list[parity.Stage]:
+        return parity.check(golden_dir / name, device=CPU, dtype=torch.float32, backend=None, engine=True)
+
+    with ops.listing() as calls:
+        plain = check()
+    assert all("linear: onednn" in s.implementations for s in plain if s.name == "infer.features")
+    write(cache, calls, linear="torch", linear_gelu="torch")
+    tuned = check()
+    assert all(s.ok and s.limit == 1e-5 for s in tuned), parity.show(tuned)
+    assert all("linear: torch" in s.implementations for s in tuned if s.name == "infer.features")
+
+
+def plan(engine: Engine, batch: int = 1) -> Plan:
+    return Plan(engine, RequestShape(batch, ((32, 32),), (32, 32), "cv2_area", True, 9), None)
+
+
+def test_the_head_follows_the_verdict_of_the_plans_own_shape(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch stands in for the kernel, which needs a GPU."""
+    monkeypatch.setattr(OneLaunchHead, "unsuitable", lambda *_: None)
+    monkeypatch.setattr(OneLaunchHead, "refuse", lambda *_: None)
+    monkeypatch.setattr(OneLaunchHead, "launch", lambda self, *args: loop(self.folded, *args))
+    known = find("action_ode").implementations
+    monkeypatch.setitem(known, "cuda", replace(known["cuda"], device="cpu"))
+    model = random_model(TINY, 0, head_dtype=torch.bfloat16, with_text=False)
+
+    def head(batch: int, **options) -> str:
+        made = plan(Engine(model, **options), batch)
+        with torch.no_grad():
+            made.compute()
+        return made.head
+
+    assert head(1) == head(2) == "library", "nothing has been measured"
+    with ops.listing() as calls:
+        assert head(1) == "library"
+    assert write(cache, calls, action_ode="cuda") == 1
+    assert head(1) == "one_launch"
+    assert head(2) == "library", "another shape, of which nothing is known"
+    assert head(1, head="library") == "library"
+    assert head(1, tune="off") == "library"
+    monkeypatch.setattr(OneLaunchHead, "refuse", lambda *_: "no room for all blocks")
+    assert head(1) == "library"
+
+
+def test_an_engine_that_was_pickled_takes_verdicts_too(cache: Path) -> None:
+    engine = Engine(random_model(TINY, 0, with_text=False))
+    made = plan(engine)
+    with torch.no_grad(), ops.listing() as calls:
+        made.compute()
+    write(cache, calls, preprocess="torch")
+    assert made.ran["preprocess"] == {"cpp": 1}
+    copy = plan(pickle.loads(pickle.dumps(engine)))
+    with torch.no_grad():
+        copy.compute()
+    assert copy.ran["preprocess"] == {"torch": 1}
+
+
+def test_a_word_that_is_none(small_libero: Path) -> None:
+    with pytest.raises(ConfigError, match="tune: expected 'cached' or 'off', got 'always'; dit4dit tune measures"):
+        Policy.from_pretrained(small_libero, device="cpu", tune="always")
