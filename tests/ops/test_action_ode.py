@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_it_is_never_chosen_by_itself() -> None:
     (found,) = ops.explain("action_ode")
     wanted = {"cuda": "it is on cpu: load with device='cuda', or take head='library'"}
-    assert (found.chosen, found.refused) == ("torch", wanted)
+    assert (found.chosen, found.refused) == ("loop", wanted)
 
 
 def test_a_head_can_be_copied_and_sent() -> None:

@@ -82,7 +82,7 @@ class Chip:
 def refusal(monkeypatch: pytest.MonkeyPatch, chip: Chip, **change) -> str | None:
     """What a head says on a GPU like this, its kernel and its tensors taken for granted."""
     monkeypatch.setattr(_C, "action_ode_facts", chip, raising=False)
-    monkeypatch.setattr(OneLaunchHead, "_unsuitable", lambda *_: None)
+    monkeypatch.setattr(OneLaunchHead, "unsuitable", lambda *_: None)
     case = Case(tiny())
     head = OneLaunchHead(case.folded, replace(case.config, **change), case.steps)
     noise, context, prefix = case.given()
@@ -119,7 +119,7 @@ def test_a_head_without_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_schedule_that_is_not_sound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_C, "action_ode_facts", Chip(), raising=False)
-    monkeypatch.setattr(OneLaunchHead, "_unsuitable", lambda *_: None)
+    monkeypatch.setattr(OneLaunchHead, "unsuitable", lambda *_: None)
     right = program.plan
 
     def broken(*args: Any) -> Schedule:
