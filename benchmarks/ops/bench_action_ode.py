@@ -72,11 +72,12 @@ def _capture(fn: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def candidates(head: OneLaunchHead, args: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]:
-    """name -> call: the reference, its graph, and the kernel and its graph where it takes the arguments."""
-    eager = partial(ops.action_ode, head, *args, backend="torch")
+    """name -> call: the reference, the engine's loop, and the kernel where it takes the arguments; on a GPU their graphs too."""
+    eager, loop = (partial(ops.action_ode, head, *args, backend=name) for name in ("torch", "loop"))
+    found: dict[str, Callable[[], Tensor]] = {"eager": eager, "loop": loop}
     if args[0].device.type != "cuda":
-        return {"eager": eager}
-    found: dict[str, Callable[[], Tensor]] = {"eager": eager, "eager graph": graph_of(eager)}
+        return found
+    found |= {"eager graph": graph_of(eager), "loop graph": graph_of(loop)}
     if head.refuse(*args[:3]) is None:
         kernel = partial(ops.action_ode, head, *args, backend="cuda")
         found |= {"cuda": kernel, "cuda graph": graph_of(kernel)}

@@ -61,11 +61,13 @@ def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -
     assert {r["op"] for r in timed if r["flops"]} == {
         "self_attention",
         "cross_attention",
+        "linear",
         "linear_gelu",
         "linear_fp8",
         "action_ode",
     }
-    assert {(r["op"], r["implementation"]) for r in timed} >= {("preprocess", "cpp"), ("linear_gelu", "onednn")}
+    wanted = {("preprocess", "cpp"), ("linear", "onednn"), ("linear_gelu", "onednn"), ("action_ode", "loop")}
+    assert {(r["op"], r["implementation"]) for r in timed} >= wanted
     shown = capsys.readouterr().out
     assert "GFLOP/s" in shown
     assert re.search(r"triton: x is on cpu, where Triton runs only with TRITON_INTERPRET=1 \(.*adaln", shown)
