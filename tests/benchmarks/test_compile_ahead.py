@@ -20,10 +20,7 @@ from dit4dit.ops import launch
 from dit4dit.ops.dispatch import find
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile"),
-]
+pytestmark = pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
 
 LAUNCHES = """
 import importlib, json, pickle, sys
@@ -48,15 +45,19 @@ class Driver:
     def get_current_device(self): return 0
     def get_current_stream(self, device): return 0
 
-driver.set_active(Driver())
+device, capability = sys.argv[1:]
+if device == "cpu":
+    driver.set_active(Driver())
 
 def heard(*, src, cache_hit, **_): hits.setdefault(src.name, []).append(cache_hit)
 
 knobs.compilation.listener = heard
 for op, args in pickle.load(sys.stdin.buffer):
-    real = [torch.zeros_like(x, device="cpu") if isinstance(x, torch.Tensor) else x for x in args]
-    for step in importlib.import_module(f"dit4dit.ops.{op}").launches(tuple(real), "90")[0]:
+    real = [torch.zeros_like(x, device=device) if isinstance(x, torch.Tensor) else x for x in args]
+    for step in importlib.import_module(f"dit4dit.ops.{op}").launches(tuple(real), capability)[0]:
         step()
+if device == "cuda":
+    torch.cuda.synchronize()
 print(json.dumps([launched, hits]))
 """
 
@@ -76,9 +77,13 @@ def adaln(width: int, dtype: torch.dtype) -> ops.Call:
     return "adaln", (x, x, table, table, table, 1e-6, torch.bfloat16)
 
 
-def launched(calls: list[ops.Call], folder: Path) -> tuple[list[str], dict[str, list[bool]]]:
-    """The calls in another process, by Triton's own launch: kernels that ran, and per kernel whether its cache had it."""
-    command, given = [sys.executable, "-c", LAUNCHES], pickle.dumps(calls)
+def launched(
+    calls: list[ops.Call], device: str, capability: str, folder: Path
+) -> tuple[list[str], dict[str, list[bool]]]:
+    """The calls in another process, by Triton's own launch: per kernel whether its cache had it; first, on a CPU, what the
+    driver was to launch.
+    """
+    command, given = [sys.executable, "-c", LAUNCHES, device, capability], pickle.dumps(calls)
     # from another folder, where the source tree would be taken for the package
     done = subprocess.run(command, input=given, stdout=subprocess.PIPE, check=True, cwd=folder)
     names, hits = json.loads(done.stdout)
@@ -88,6 +93,7 @@ def launched(calls: list[ops.Call], folder: Path) -> tuple[list[str], dict[str, 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIT4DIT_CUBINS", "off")
     # what another test's compiler may have left in this process is no part of a launch
     monkeypatch.delenv("TRITON_DISABLE_LINE_INFO", raising=False)
     return tmp_path / "cache"
@@ -98,11 +104,18 @@ def entries(cache: Path) -> set[str]:
     return {path.parent.name for path in cache.glob("*/*.cubin")}
 
 
-@pytest.mark.slow
-def test_a_launch_in_another_process_finds_everything_compiled(cache: Path) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=[pytest.mark.kernels, pytest.mark.slow]),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_launch_in_another_process_finds_everything_compiled(device: str, cache: Path) -> None:
+    capability = "90" if device == "cpu" else launch.architecture(torch.device(device))
     calls = [euler_step(1, False), euler_step(3, True), adaln(64, torch.float32), adaln(72, torch.bfloat16)]
-    calls += [("linear", (meta(1, 4, 64), meta(8, 64), None))]  # no kernel of Triton's
-    found = ahead.compile_ahead([*calls, euler_step(1, False)], "90", jobs=2)
+    other = ("linear", (meta(1, 4, 64), meta(8, 64), None))  # no kernel of Triton's
+    found = ahead.compile_ahead([*calls, other, euler_step(1, False)], capability, jobs=2)
     assert found.refused == {}
     assert (found.kernels, found.compiled, found.shipped) == (4, 4, 0)
     assert 1 <= found.processes <= 2
@@ -110,8 +123,8 @@ def test_a_launch_in_another_process_finds_everything_compiled(cache: Path) -> N
     before = entries(cache)
     assert len(before) == 4
     # the last one was not asked for: that it is compiled would be seen
-    names, hits = launched([*calls[:-1], adaln(80, torch.float32)], cache.parent)
-    assert names == ["euler_step", "euler_step", "adaln", "adaln", "adaln"]
+    names, hits = launched([*calls, adaln(80, torch.float32)], device, capability, cache.parent)
+    assert device == "cuda" or names == ["euler_step", "euler_step", "adaln", "adaln", "adaln"]
     assert hits == {"euler_step": [True, True], "adaln": [True, True, False]}
     assert len(entries(cache) - before) == 1
 
@@ -130,6 +143,7 @@ def assembler(folder: Path, does: dict[str, str]) -> str:
     return str(script)
 
 
+@pytest.mark.kernels
 @pytest.mark.slow
 def test_a_kernel_that_hangs_or_ends_its_compiler_costs_itself_alone(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +177,7 @@ def commands() -> list[str]:
     return found
 
 
+@pytest.mark.kernels
 def test_compile_processes_that_do_not_start_end_the_work(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multiprocessing.spawn._python_exe", os.fsencode("/bin/false"))
     calls = [adaln(64, torch.float32), euler_step(1, False), euler_step(3, True)]
@@ -171,6 +186,7 @@ def test_compile_processes_that_do_not_start_end_the_work(cache: Path, monkeypat
     assert (len(found.refused), found.processes) == (3, 1)
 
 
+@pytest.mark.kernels
 def test_what_cannot_be_compiled_here_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong: list[dict[str, Any]] = [{"jobs": 0}, {"limit": 0.0}, {"limit": float("nan")}]
     for options in wrong:

@@ -96,12 +96,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def decide(device: torch.device, found: list[ops.Call], op: str, chosen: str) -> int:
+def decide(device: torch.device, found: list[ops.Call], op: str, chosen: str, default: str) -> int:
     """A verdict for each call of an op that was made, as `dit4dit tune` writes it; how many there are."""
     keys = [key for key, ((name, _), _) in distinct(found).items() if name == op]
     for key in keys:
         call = key.removeprefix(f"{op}: ")
-        default = ops.implementations(op)[-1]
         verdict = verdicts.Verdict(op, call, verdicts.place(device), default, chosen, {chosen: 1.0, default: 2.0})
         verdicts.write(verdict, verdicts.folder(device))
     return len(keys)
@@ -137,7 +136,8 @@ def test_a_verdict_decides_what_a_plan_runs(
     before = plan.ran[op]
     assert chosen not in before, "it is no choice where it is the default"
     wanted = chunk(plan)
-    assert decide(device, found, op, chosen) > 0
+    (default,) = before
+    assert decide(device, found, op, chosen, default) > 0
     # a call of one launch makes none of its loop's
     others = {name: count for name, count in plan.ran.items() if name != op} if op != "action_ode" else {}
     plans = [made(Engine(model), shape)[0] for _ in range(2)]
