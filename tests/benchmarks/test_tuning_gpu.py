@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from dit4dit import Noise
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine, Plan, RequestShape
 from dit4dit.engine.listing import calls, distinct, engine_without_data
-from dit4dit.files.json_files import read_json
 from dit4dit.ops import launch, verdicts
 from dit4dit.presets import preset
 
@@ -51,7 +51,7 @@ def test_a_small_model_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     todo = [tuning.Todo(op, args, count) for (op, args), count in listed.values()]
     with Recording(tmp_path / "tune.json") as record:
         result = tuning.tune(todo, device, record=record, limits=tuning.Limits(seconds=0.02))
-    assert read_json(tmp_path / "tune.json")["complete"] is True
+    assert json.loads((tmp_path / "tune.json").read_text())["complete"] is True
     assert result["place"] == verdicts.place(device)
     found = {f"{one['op']}: {one['call']}": one for one in result["calls"]}
     assert found.keys() == listed.keys()
