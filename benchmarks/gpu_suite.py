@@ -97,7 +97,8 @@ class Commands:
             "-m",
             marks,
         )
-        bounds = ("--timeout", "60", "--timeout-method", "thread", "--junitxml", "{xml}")
+        # one of them starts compile processes and a tuning one, each of which imports torch
+        bounds = ("--timeout", "120", "--timeout-method", "thread", "--junitxml", "{xml}")
         # not loadfile: a test that kills its worker would be run again and again, and none behind it
         side_by_side = ("-n", str(processes), "--dist", "worksteal", "--max-worker-restart", "40")
         return (self.settings.python, "-m", "pytest", *given, *bounds, *side_by_side, str(ROOT / "tests"))
@@ -156,7 +157,7 @@ def later_parts(settings: Settings) -> list[Part]:
     return [
         Part("ops", run.ops(*OTHER_OPS), 15, 40),
         *(Part(f"ops_{op}", run.ops(op), 10, 30) for op in OWN_PROCESS),
-        Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 90, **interrupt),
+        Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 120, **interrupt),
         Part("gpu_tests_alone", alone, 20, 60, environment=launches, **interrupt),
         Part(f"latency_fp8_{first}", run.latency(first, "--quantization", "fp8", *ALONE), 30, 60),
         *(Part(f"ratio_{p}", run.latency(p, *BESIDE_PUBLISHED, page=True), 20, 45) for p in others),
