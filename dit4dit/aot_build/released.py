@@ -21,6 +21,7 @@ from dit4dit.ops.dispatch import find, foreign
 from dit4dit.ops.linear_fp8 import LEAST_CAPABILITY
 from dit4dit.presets import preset
 from dit4dit.robots import EMBODIMENTS
+from dit4dit.types import MAX_GUIDANCE
 
 Call = tuple[Launches, tuple[Any, ...]]
 """`launches` of an op, and its arguments on the meta device."""
@@ -51,18 +52,20 @@ VARIANTS = tuple(
 
 
 def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
-    """Every call of a Triton kernel in one chunk, noise and units included, for each batch in turn, each kind once.
+    """Every call of a Triton kernel in one chunk, noise, guidance and units included, for each batch in turn, each kind once.
 
     Pictures come at the model's own size: their kernel is CUDA C++ and takes any.
     """
     engine = variant.engine()
     config, robot = engine.config, EMBODIMENTS[preset(variant.model).embodiment]
     size = (config.image_size[0], config.image_size[1])
-    # with a state there is a token more
-    states = (False,) if config.head.state_dim is None else (False, True)
+    # with a state there is a token more; guidance changes one kernel, whatever the tokens
+    takes_state = config.head.state_dim is not None
+    kinds = [(False, None), *([(True, None)] if takes_state else []), (takes_state, MAX_GUIDANCE)]
     found: dict[Hashable, Call] = {}
-    for batch, state in product(batches, states):
-        shape = RequestShape(batch, (size,) * len(robot.views), None, robot.resize, state, config.text.max_length)
+    for batch, (state, guidance) in product(batches, kinds):
+        views, length = (size,) * len(robot.views), config.text.max_length
+        shape = RequestShape(batch, views, None, robot.resize, state, length, guidance)
         for function, args in by_triton(calls(engine, shape, robot.action_dim)):
             found.setdefault((function, tuple(map(_facts, args))), (function, args))
     return list(found.values())
