@@ -117,7 +117,7 @@ gpu-rehearsal: gpu-bundle
 	@build/rehearsal/bin/python -m pip install -qq torch==2.11.0 triton==3.6.0 transformers==5.17.0 numpy==2.5.2 \
 		matplotlib pytest pytest-xdist pytest-timeout scipy requests pyyaml pillow tqdm packaging zipp
 	@rm -rf build/rehearsed
-	@DEVICE=cpu PRESETS=tiny LIMIT=350 PYTHON=$(abspath build/rehearsal/bin/python) unshare -n benchmarks/gpu_suite.sh build/rehearsed
+	@DEVICE=cpu PRESETS=tiny LIMIT=450 PYTHON=$(abspath build/rehearsal/bin/python) unshare -n benchmarks/gpu_suite.sh build/rehearsed
 	@rm -rf build/rehearsal-site && build/rehearsal/bin/python -m pip install -q --no-deps --no-index --target build/rehearsal-site \
 		dist/gpu-bundle/*.whl
 	@PYTHONPATH=$(abspath build/rehearsal-site) unshare -n build/rehearsal/bin/pytest -q -p no:cacheprovider \

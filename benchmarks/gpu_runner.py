@@ -57,6 +57,7 @@ class Part:
         beside: runs at the same time as the part before it.
         gpu: left out without a GPU.
         stop: the signal that ends it. grace: seconds after which it is killed.
+        needs: a part before it, of which it needs what that leaves in the scratch folder: it runs in the same call.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Part:
     stop: signal.Signals = signal.SIGTERM
     grace: int = GRACE
     environment: dict[str, str] = field(default_factory=dict)
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class Suite:
     def run(self, todo: Sequence[Part]) -> dict[str, Any]:
         """Each part in turn, those marked `beside` with the one before. What there is at the end, earlier calls' included."""
         self.write()
-        for group in side_by_side([part for part in todo if not self._done(part)]):
+        needed = {part.needs for part in todo if not self._done(part)}
+        for group in side_by_side([part for part in todo if part.name in needed or not self._done(part)]):
             running: list[Job] = []
             try:
                 for part in group:
@@ -161,6 +164,9 @@ class Suite:
         allowed = left - (part.grace - GRACE)
         if part.gpu and not self.settings.on_gpu:
             self.suite["parts"][part.name] = {"left_out": f"DEVICE={self.settings.device}: it needs a GPU"}
+            return []
+        if part.needs is not None and "left_out" in self.suite["parts"].get(part.needs, {"left_out": ""}):
+            self.suite["parts"][part.name] = {"left_out": f"it needs {part.needs}, which did not run in this call"}
             return []
         if allowed < part.least:
             why = f"no time was left: {allowed:.0f} s of {self.settings.limit:.0f}, it needs {part.least}"

@@ -5,8 +5,10 @@ python -I benchmarks/gpu_suite.py merge OUT FILE FILE...            put the file
 python -I benchmarks/gpu_suite.py parts                             list the parts with their seconds
 
 Parts run in the order of their value, each in processes of its own: one that fails, hangs or takes the GPU with it costs
-itself. A part begins only where its least useful time is left. At the end of its time it gets SIGTERM, which every benchmark
-answers with its file (pytest gets SIGINT, and writes its XML), and then SIGKILL. The result is written anew after each part.
+itself. A part begins only where its least useful time is left, and where a part that it needs has run in this call (a latency
+with verdicts needs those of its `dit4dit tune`, which go with the call's scratch folder). At the end of its time it gets
+SIGTERM, which every benchmark answers with its file (pytest gets SIGINT, and writes its XML), and then SIGKILL. The result is
+written anew after each part.
 
 OUT gets at most eight files: <machine>.json, <machine>.log (all that the parts printed), <machine>.xml
 (the GPU tests), and one page a preset. Exit code 1 when a part failed. Standard library only: it must run where nothing is
@@ -72,6 +74,8 @@ class Commands:
     def latency(self, preset: str, *options: str, page: bool = False) -> tuple[str, ...]:
         if "--baseline" not in options:
             options = (*options, "--no-roofline")  # it takes seconds on the host; the ratio's part has it
+        if "--tune" not in options:
+            options = (*options, "--tune", "off")  # the defaults, whatever this machine has measured before
         if page:
             options = (*options, "--report", str(self.settings.out / f"latency_{preset}.html"))
         return self.on_device("bench", "latency", "--preset", preset, "--seconds", "{seconds}", *options)
@@ -93,7 +97,8 @@ class Commands:
             "-m",
             marks,
         )
-        bounds = ("--timeout", "60", "--timeout-method", "thread", "--junitxml", "{xml}")
+        # one of them starts compile processes and a tuning one, each of which imports torch
+        bounds = ("--timeout", "120", "--timeout-method", "thread", "--junitxml", "{xml}")
         # not loadfile: a test that kills its worker would be run again and again, and none behind it
         side_by_side = ("-n", str(processes), "--dist", "worksteal", "--max-worker-restart", "40")
         return (self.settings.python, "-m", "pytest", *given, *bounds, *side_by_side, str(ROOT / "tests"))
@@ -106,30 +111,34 @@ def parts(settings: Settings) -> list[Part]:
 
 
 def first_parts(settings: Settings) -> list[Part]:
-    """Is it right, how fast is it: up to the ratio they fit into a call of 270 s."""
+    """Is it right, how fast is it: up to the latency with verdicts they fit into a call of 270 s."""
     run = Commands(settings)
     first, *others = settings.presets
     one_launch = run.parity("gr1_tiny", "--head", "one_launch", "--dtype", "bfloat16")
     engine = ("--chunks", "20", "--engine-chunks", "500")
+    library = run.latency(first, "--head", "library", *BFLOAT16_HEAD, *ALONE)
+    tune = run.on_device("tune", "--preset", first, *BFLOAT16_HEAD, "--seconds", "{seconds}")
+    tuned = run.latency(first, "--head", "auto", *BFLOAT16_HEAD, "--tune", "cached", *ALONE)
+    verdicts = {"DIT4DIT_CACHE": str(settings.scratch / "cache")}
     return [
         Part("doctor", (*run.dit4dit, "doctor", "--json", "{json}"), 5, 30),
         Part("parity_gr1", run.parity("gr1_tiny"), 8, 28),
         Part("parity_libero", run.parity("libero_tiny"), 8, 28, beside=True),
         Part("parity_one_launch", one_launch, 8, 28, beside=True, gpu=True),
         Part(f"latency_{first}", run.latency(first, *engine, page=True), 15, 38),
-        *(Part(f"latency_{preset}", run.latency(preset, *engine, page=True), 15, 32) for preset in others),
-        Part(f"profile_{first}", run.on_device("bench", "profile", "--preset", first), 12, 22),
-        *(
-            Part(
-                f"latency_{head}_{first}",
-                run.latency(first, "--head", head, *BFLOAT16_HEAD, *ALONE),
-                12,
-                28,
-                gpu=head == "one_launch",
-            )
-            for head in ("library", "one_launch")
-        ),
+        Part(f"latency_library_{first}", library, 12, 28),
+        Part(f"tune_{first}", tune, 30, 75, environment=verdicts),
+        Part(f"latency_tuned_{first}", tuned, 12, 28, environment=verdicts, needs=f"tune_{first}"),
         Part(f"ratio_{first}", run.latency(first, *BESIDE_PUBLISHED, page=True), 20, 44),
+        *(Part(f"latency_{preset}", run.latency(preset, *engine, page=True), 15, 32) for preset in others),
+        Part(f"profile_{first}", run.on_device("bench", "profile", "--preset", first), 12, 24),
+        Part(
+            f"latency_one_launch_{first}",
+            run.latency(first, "--head", "one_launch", *BFLOAT16_HEAD, *ALONE),
+            12,
+            32,
+            gpu=True,
+        ),
     ]
 
 
@@ -137,7 +146,7 @@ def later_parts(settings: Settings) -> list[Part]:
     """Why is it so fast, do all kernels do what they must, and what else there is."""
     run = Commands(settings)
     first, *others = settings.presets
-    tune = run.on_device("tune", "--batch", "1", "--samples", "15", "--seconds", "{seconds}")
+    tiles = run.on_device("tune", "--tiles", "{seconds}", "--batch", "1", "--samples", "15")
     sanitize = ("bash", str(ROOT / "benchmarks" / "sanitize.sh"))
     sanitized = {"LIMIT": "60", "TESTS": " ".join(f"tests/ops/test_{op}.py" for op in SANITIZED)}
     # 100 000 launches, as everywhere else, take many minutes
@@ -148,12 +157,12 @@ def later_parts(settings: Settings) -> list[Part]:
     return [
         Part("ops", run.ops(*OTHER_OPS), 15, 40),
         *(Part(f"ops_{op}", run.ops(op), 10, 30) for op in OWN_PROCESS),
-        Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 90, **interrupt),
+        Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 120, **interrupt),
         Part("gpu_tests_alone", alone, 20, 60, environment=launches, **interrupt),
         Part(f"latency_fp8_{first}", run.latency(first, "--quantization", "fp8", *ALONE), 30, 60),
         *(Part(f"ratio_{p}", run.latency(p, *BESIDE_PUBLISHED, page=True), 20, 45) for p in others),
         Part(f"spaced_{first}", run.latency(first, "--at-hz", "30", *ALONE), 15, 40),
-        Part("tune", (*tune, "--out", str(settings.scratch / "tiles.json")), 20, 90, gpu=True),
+        Part("tiles", (*tiles, "--out", str(settings.scratch / "tiles.json")), 20, 90, gpu=True),
         Part(
             "options",
             run.on_device("bench", "options", "--preset", first, "--seeds", "4", "--seconds", "{seconds}"),
@@ -221,7 +230,8 @@ def run(out: Path, before: Path | None, only: Sequence[str], make: Callable[[Set
         if unknown:
             raise ValueError(f"--only: no part {', '.join(unknown)}; known: {', '.join(part.name for part in todo)}")
         suite = Suite(settings, None if before is None else read_result(before))
-        whole = suite.run([part for part in todo if not only or part.name in (*only, "install")])["suite"]
+        wanted = {"install", *only, *(part.needs for part in todo if part.name in only)}
+        whole = suite.run([part for part in todo if not only or part.name in wanted])["suite"]
     failed, left = (", ".join(whole[key]) or "none" for key in ("failed", "left_out"))
     print(f"{suite.seconds():.0f} s; failed: {failed}; left out: {left}")
     return 1 if whole["failed"] else 0

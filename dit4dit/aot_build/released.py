@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit4dit import ops
 from dit4dit.engine import Engine, RequestShape
 from dit4dit.engine.listing import calls, engine_without_data
 from dit4dit.ops import launch
 from dit4dit.ops.aot.launch_record import Launch, Launches
 from dit4dit.ops.aot.specialization import Specialization
-from dit4dit.ops.dispatch import find
+from dit4dit.ops.dispatch import find, foreign
 from dit4dit.ops.linear_fp8 import LEAST_CAPABILITY
 from dit4dit.presets import preset
 from dit4dit.robots import EMBODIMENTS
+from dit4dit.types import MAX_GUIDANCE
 
 Call = tuple[Launches, tuple[Any, ...]]
 """`launches` of an op, and its arguments on the meta device."""
@@ -50,26 +52,35 @@ VARIANTS = tuple(
 
 
 def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
-    """Every call of a Triton kernel in one chunk, noise and units included, for each batch in turn, each kind once.
+    """Every call of a Triton kernel in one chunk, noise, guidance and units included, for each batch in turn, each kind once.
 
     Pictures come at the model's own size: their kernel is CUDA C++ and takes any.
     """
     engine = variant.engine()
     config, robot = engine.config, EMBODIMENTS[preset(variant.model).embodiment]
     size = (config.image_size[0], config.image_size[1])
-    # with a state there is a token more
-    states = (False,) if config.head.state_dim is None else (False, True)
+    # with a state there is a token more; guidance changes one kernel, whatever the tokens
+    takes_state = config.head.state_dim is not None
+    kinds = [(False, None), *([(True, None)] if takes_state else []), (takes_state, MAX_GUIDANCE)]
     found: dict[Hashable, Call] = {}
-    for batch, state in product(batches, states):
-        shape = RequestShape(batch, (size,) * len(robot.views), None, robot.resize, state, config.text.max_length)
-        for op, args in calls(engine, shape, robot.action_dim):
-            triton = find(op).implementations.get("triton")
-            with launch.without_data():
-                if triton is None or triton.refuse(*args) is not None:
-                    continue
-            function = importlib.import_module(f"dit4dit.ops.{op}").launches
+    for batch, (state, guidance) in product(batches, kinds):
+        views, length = (size,) * len(robot.views), config.text.max_length
+        shape = RequestShape(batch, views, None, robot.resize, state, length, guidance)
+        for function, args in by_triton(calls(engine, shape, robot.action_dim)):
             found.setdefault((function, tuple(map(_facts, args))), (function, args))
     return list(found.values())
+
+
+def by_triton(found: Iterable[ops.Call]) -> Iterator[Call]:
+    """Those of the calls, on the meta device, that this package's Triton kernels take on a GPU."""
+    for op, args in found:
+        triton = find(op).implementations.get("triton")
+        if triton is None or foreign(triton) is not None:
+            continue
+        with launch.without_data(), torch.no_grad():
+            reason = triton.refuse(*args)
+        if reason is None:
+            yield importlib.import_module(f"dit4dit.ops.{op}").launches, args
 
 
 def _facts(value: Any) -> Hashable:

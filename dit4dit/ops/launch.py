@@ -119,16 +119,16 @@ def refuser(refuse: Callable[..., str | None], launches: Launches) -> Callable[.
     def refuse_all(*args: Any) -> str | None:
         reason = refuse(*args)
         device = args[0].device
-        if reason is not None or device.type != "cuda" or (no_compiler := _no_compiler()) is None:
+        if reason is not None or device.type != "cuda" or (missing := no_compiler()) is None:
             return reason
         chip = architecture(device)
         late = loader.late(chip)
         if late is not None:
-            return f"{late}, and Triton cannot compile: {no_compiler}"
+            return f"{late}, and Triton cannot compile: {missing}"
         for step in launches(args, chip)[0]:
             found = loader.find(step, chip)
             if isinstance(found, str):
-                return f"{found}, and Triton cannot compile it: {no_compiler}"
+                return f"{found}, and Triton cannot compile it: {missing}"
         return None
 
     return refuse_all
@@ -150,7 +150,7 @@ def _start(step: Launch, device: torch.device, chip: str) -> None:
 _said: set[str] = set()  # kernels that were compiled just in time
 
 
-def _no_compiler() -> str | None:
+def no_compiler() -> str | None:
     """Why Triton cannot compile here, or None. It builds a launcher of its own, in C."""
     if not _has_triton():
         return "triton is not installed"

@@ -45,6 +45,13 @@ def test_float32_heads_leave_products_to_the_library():
     assert forms == [{None, False}, {None, False, True}]
 
 
+def test_chunks_with_guidance_are_among_them():
+    """The first step of real-time chunking must find its kernel compiled."""
+    calls = released.record(released.Variant("tiny"), batches=(2,))
+    steps = [step for step in released.launches(calls, 90) if step.kernel == "euler_step"]
+    assert {step.arguments["previous"] is None for step in steps} == {True, False}
+
+
 def test_fp8_where_the_chip_has_it():
     calls = released.record(released.Variant("tiny", fp8=True), batches=(1,))
     for chip in released.CAPABILITIES:

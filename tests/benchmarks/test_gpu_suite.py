@@ -88,17 +88,89 @@ def test_the_parts_of_most_value_fit_into_one_short_call(bundle: Path | None, tm
     needed = 0
     for group in gpu_runner.side_by_side(parts):
         needed += max(part.most for part in group)
-        if group[-1].name == "ratio_robocasa_gr1":
+        if group[-1].name == "latency_tuned_robocasa_gr1":
             break
     else:
-        pytest.fail("no ratio")
+        pytest.fail("no latency with verdicts")
     if bundle is not None:  # a build takes longer, and what is after it less
         assert needed <= settings.limit - gpu_runner.RESERVE
-    order = ("install", "doctor", "parity_gr1", "latency_robocasa_gr1", "latency_libero", "profile_robocasa_gr1")
-    order += ("latency_library_robocasa_gr1", "latency_one_launch_robocasa_gr1", "ratio_robocasa_gr1", "ops")
+    order = ("install", "doctor", "parity_gr1", "latency_robocasa_gr1", "latency_library_robocasa_gr1")
+    order += ("tune_robocasa_gr1", "latency_tuned_robocasa_gr1", "ratio_robocasa_gr1", "latency_libero")
+    order += ("profile_robocasa_gr1", "latency_one_launch_robocasa_gr1", "ops")
     order += ("ops_self_attention", "ops_action_ode", "gpu_tests", "gpu_tests_alone", "latency_fp8_robocasa_gr1")
-    order += ("ratio_libero", "spaced_robocasa_gr1", "tune", "sanitizer")
+    order += ("ratio_libero", "spaced_robocasa_gr1", "tiles", "sanitizer")
     assert sorted(order, key=names.index) == list(order)
+
+
+def test_verdicts_are_those_of_this_call_and_decide_one_latency_alone(tmp_path: Path) -> None:
+    parts = gpu_suite.parts(gpu_runner.Settings(out=tmp_path, scratch=tmp_path / "scratch"))
+    known = {part.name: part for part in parts}
+    tune, tuned = known["tune_robocasa_gr1"], known["latency_tuned_robocasa_gr1"]
+    assert (tune.least, tune.most) == (30, 75)
+    assert tuned.needs == tune.name
+    assert tuned.environment == tune.environment == {"DIT4DIT_CACHE": str(tmp_path / "scratch" / "cache")}
+    assert not [part.name for part in parts if part.needs and part is not tuned]
+    timed = {part.name: part.command for part in parts if "latency" in part.command}
+    modes = {name: command[command.index("--tune") + 1] for name, command in timed.items()}
+    assert [name for name, mode in modes.items() if mode == "cached"] == [tuned.name]
+    assert set(modes.values()) == {"cached", "off"}
+    # what is compared is the same but for the verdicts, which "auto" follows for the head too
+    both = [[*command] for command in (timed["latency_library_robocasa_gr1"], tuned.command)]
+    for command in both:
+        for option in ("--head", "--tune"):
+            at = command.index(option)
+            del command[at : at + 2]
+    assert sorted(both[0]) == sorted(both[1])
+
+
+def test_a_part_that_needs_another_runs_in_the_same_call_as_that(tmp_path: Path) -> None:
+    """What the other leaves is in the scratch folder, which a call does not keep."""
+    counts, ready = tmp_path / "counts", tmp_path / "ready"
+    leaves = BLOCKS + f"open('left', 'w')\nopen({str(counts)!r}, 'a').write('x')\nwrite(400)"
+    needs = BLOCKS + f"open('left'); open({str(ready)!r}); write(400)"
+
+    def call(name: str, earlier: dict[str, Any] | None = None, least: int = 1) -> dict[str, Any]:
+        scratch = tmp_path / name
+        scratch.mkdir()
+        settings = gpu_runner.Settings(out=tmp_path / f"{name}-out", scratch=scratch, device="cpu", limit=60)
+        command = {code: (sys.executable, "-c", code, "{json}") for code in (leaves, needs)}
+        todo = [
+            gpu_runner.Part("tune", command[leaves], least, least + 30),
+            gpu_runner.Part("tuned", command[needs], 1, 30, needs="tune"),
+        ]
+        done: dict[str, Any] = gpu_runner.Suite(settings, earlier).run(todo)["suite"]
+        return done
+
+    def whole(name: str) -> dict[str, Any]:
+        return result(tmp_path / f"{name}-out")
+
+    assert call("first")["failed"] == ["tuned"]
+    ready.touch()
+    assert call("second", whole("first"))["failed"] == []
+    assert counts.read_text() == "xx"
+    call("third", whole("second"))
+    assert counts.read_text() == "xx"
+    late = call("late", least=100)
+    assert late["left_out"] == ["tune", "tuned"]
+    assert late["parts"]["tuned"]["left_out"] == "it needs tune, which did not run in this call"
+
+
+def test_only_a_part_runs_what_it_needs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"DEVICE": "cpu", "BUILD": "0", "PRESETS": "tiny"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(gpu_suite, "Suite", Listed)
+    assert gpu_suite.main(["run", str(tmp_path / "out"), "--only", "latency_tuned_tiny"]) == 0
+    assert Listed.names == ["tune_tiny", "latency_tuned_tiny"]
+
+
+class Listed(gpu_runner.Suite):  # type: ignore[name-defined,misc]
+    """A suite that runs nothing and keeps the names of what it was to run."""
+
+    names: list[str]
+
+    def run(self, todo: Any) -> dict[str, Any]:
+        Listed.names = [part.name for part in todo]
+        return {"suite": {"failed": [], "left_out": []}}
 
 
 def test_every_program_is_called_by_its_path_and_every_op_is_timed(tmp_path: Path) -> None:
@@ -298,11 +370,11 @@ def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_the_suite_without_a_gpu(tmp_path: Path, only: tuple[str, ...]) -> None:
     begin = time.monotonic()
     words = [word for name in only for word in ("--only", name)]
-    done = suite(tmp_path, *words, LIMIT="350", **({"MEASURE": "2"} if only else {}))
-    assert time.monotonic() - begin < 360
+    done = suite(tmp_path, *words, LIMIT="450", **({"MEASURE": "2"} if only else {}))
+    assert time.monotonic() - begin < 460
     assert done.returncode == 0, done.stdout + done.stderr
     data = result(tmp_path)
-    on_a_gpu = {"parity_one_launch", "latency_one_launch_tiny", "gpu_tests", "gpu_tests_alone", "tune", "sanitizer"}
+    on_a_gpu = {"parity_one_launch", "latency_one_launch_tiny", "gpu_tests", "gpu_tests_alone", "tiles", "sanitizer"}
     assert set(data["suite"]["left_out"]) == (on_a_gpu & set(only) if only else on_a_gpu)
     ran = {name for name, part in data["suite"]["parts"].items() if part.get("exit_code") == 0}
     assert ran == set(data["suite"]["parts"]) - on_a_gpu
@@ -314,6 +386,14 @@ def test_the_suite_without_a_gpu(tmp_path: Path, only: tuple[str, ...]) -> None:
     assert data["latency_tiny"]["engine"]["p50"] > 0
     assert only or data["profile_tiny"]["launches"] > 0
     assert only or data["ratio_tiny"]["ratio"]["total"] > 0
+    if not only:  # the verdicts came home, and decided the latency behind them alone
+        chosen: dict[str, set[str]] = {}
+        for call in data["tune_tiny"]["calls"]:
+            chosen.setdefault(call["op"], set()).add(call["chosen"])
+        assert len(data["tune_tiny"]["calls"]) > 10
+        tuned = data["latency_tuned_tiny"]
+        assert (tuned["tune"], data["latency_library_tiny"]["tune"]) == ("cached", "off")
+        assert all(set(ran) <= chosen[op] for op, ran in tuned["implementations"].items() if op in chosen)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) <= 8
     assert {path.suffix for path in files} == {".json", ".log", ".html"}
