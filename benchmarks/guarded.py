@@ -59,6 +59,10 @@ class Guarded(TorchDispatchMode):
         self._poison, self._band = poison, band
         self._buffers: list[tuple[Tensor, int, str]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call inside imports the compiler, a second in the time of whoever makes it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func not in EMPTY and func not in FILLED:

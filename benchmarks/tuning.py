@@ -150,7 +150,9 @@ def _check(todo: Sequence[Todo], device: torch.device, plugins: Sequence[str]) -
         except Dit4DitError:
             raise
         except Exception as error:
-            raise InputError(f"tune: plugin {shown(module)} cannot be imported ({said(error)}); is it installed?") from error
+            raise InputError(
+                f"tune: plugin {shown(module)} cannot be imported ({said(error)}); is it installed?"
+            ) from error
     return device
 
 

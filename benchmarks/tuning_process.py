@@ -19,8 +19,8 @@ from dit4dit.benchmarks.tuning_child import SCRIPT
 
 STOPPING = 1.0
 """Seconds from SIGTERM to SIGKILL; one that waits for a GPU does not see the first."""
-DYING = 5.0
-"""Seconds to wait for a killed one: what waits inside of a driver does not die."""
+DYING = 10.0
+"""Seconds to wait for the end of one that is killed, or has closed its pipe: what waits inside of a driver does not die."""
 LOG = 12  # lines kept of a process that did not start
 
 At = Callable[[str, str], float]
@@ -107,7 +107,7 @@ class Process:
 
     def _how_it_ended(self) -> str:
         try:
-            code = self._process.wait(STOPPING)
+            code = self._process.wait(DYING)
         except subprocess.TimeoutExpired:
             return "hung: its process closed the pipe and did not end"
         if code == GPU_LOST and self._lost:

@@ -131,7 +131,9 @@ def decide(rounds: Sequence[Round], default: str | None) -> Decision:
             continue
         ratio, ahead = median(ratios), sum(r > 1 for r in ratios)
         if ratio >= FASTER and ahead >= MOST_ROUNDS * len(ratios):
-            return Decision(name, ms, f"{ratio:.2f} times as fast as {default!r}, ahead in {ahead} of {len(ratios)} rounds")
+            return Decision(
+                name, ms, f"{ratio:.2f} times as fast as {default!r}, ahead in {ahead} of {len(ratios)} rounds"
+            )
         if nearest is None:
             nearest = name, ratio, ahead, len(ratios)
     if nearest is None:

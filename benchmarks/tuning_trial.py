@@ -202,7 +202,8 @@ class Case:
             if isinstance(error, failures.GpuLost):
                 raise
             outcome = Outcome(f"raised {failures.reason_of(error)}")
-        failures.check_gpu(f"{outcome.reason}")
+        if self._device.type == "cuda":
+            failures.check_gpu(f"{outcome.reason}")
         if self.changed() is not None:
             self.renew()
         return outcome
@@ -224,9 +225,7 @@ class Case:
         elif not same(bits, self.first[name]):
             raise Wrong(f"call {number} gave other bits than the first")
 
-    def _guarded(
-        self, name: str, implementation: Implementation, number: int, poison: int
-    ) -> tuple[Any, list[Tensor]]:
+    def _guarded(self, name: str, implementation: Implementation, number: int, poison: int) -> tuple[Any, list[Tensor]]:
         with Guarded(poison, BANDS[number % len(BANDS)]) as memory:
             got = self.run(name, implementation)
         self.checked()
