@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,7 @@ class _Tuner:
             ms=decision.ms,
             refused=row["refused"],
             foreign=None if author is None else verdicts.file_hash(author),
-            made=datetime.now(UTC).isoformat(timespec="seconds"),
+            made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         chosen = decision.chosen
         row |= {"default": verdict.default, "chosen": chosen, "runner_up": verdict.runner_up, "ms": decision.ms}

@@ -121,8 +121,8 @@ class Yardstick:
             dtype = head.folded.decode_out.weight.dtype
             given.append((_with(head, mapped(in_fp8(head.folded), lambda t: t.to(dtype))), *args[1:]))
         for each in given:
-            plain = mapped(reference(*each), Tensor.clone)  # a reference may return what it was given
-            pairs.append((plain, reference(*_exact(each))))
+            # copies: a reference may return what it was given
+            pairs.append((mapped(reference(*each), Tensor.clone), mapped(reference(*_exact(each)), Tensor.clone)))
         return cls(tuple(pairs))
 
     def expect(self, got: Any) -> None:
@@ -283,7 +283,7 @@ class Case:
 
 def _memory(tensor: Tensor) -> Tensor:
     """All bytes of the storage that a tensor is in."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _layout(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:

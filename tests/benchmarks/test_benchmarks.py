@@ -61,6 +61,7 @@ def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -
     assert {r["op"] for r in timed if r["flops"]} == {
         "self_attention",
         "cross_attention",
+        "linear",
         "linear_gelu",
         "linear_fp8",
         "action_ode",

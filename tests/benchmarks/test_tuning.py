@@ -346,7 +346,7 @@ def test_one_that_is_found_out_while_it_is_timed(scripted: type[Scripted], monke
     monkeypatch.setattr(scripted, "timing", [changed, {"rounds": [{"torch": 1.0}]}])
     result = tuned([product(8)], plugins=[])
     assert (result["calls"][0]["chosen"], result["children"]) == ("torch", 2), "the rest in a process of its own"
-    both = {name: "its result was another one" for name in ("onednn", "torch")}
+    both = dict.fromkeys(("onednn", "torch"), "its result was another one")
     monkeypatch.setattr(scripted, "timing", [{"rounds": [{}], "out": both}])
     (row,) = tuned([product(8)], plugins=[])["calls"]
     assert (row["chosen"], row["refused"]) == (None, both)

@@ -140,7 +140,7 @@ def prints(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     garbage = b'{"answer": {"reason": null}}\n\xff\x00' * 2000
     os.write(1, garbage)
     os.write(2, garbage)
-    print("garbage", sys.stdin.read())
+    sys.stdout.write("garbage" + sys.stdin.read())
     return right(x, weight, bias)
 
 
