@@ -201,24 +201,42 @@ def assert_no_worse(
     of the largest value: where all sums are in float32, twice a lucky order of adding is no fair bound. Shapes and dtypes
     must agree, and what is finite in the truth must be finite in the result.
     """
-    single = not any(dtype in (torch.bfloat16, torch.float16) for dtype in _dtypes(args))
-    truth = reference(*_with_dtype(args, torch.float64 if single else torch.float32))
-    results = zip(_tensors(fn(*args)), _tensors(reference(*args)), _tensors(truth), strict=True)
-    for i, (got, plain, true) in enumerate(results):
-        if got.shape != plain.shape or got.dtype != plain.dtype:
-            raise AssertionError(
-                f"result {i}: expected {list(plain.shape)} {plain.dtype}, got {list(got.shape)} {got.dtype}"
-            )
-        if not torch.equal(got.isfinite(), true.isfinite()):
-            raise AssertionError(f"result {i}: infinite or NaN where the truth is not, or the other way round")
-        true = true.double()
-        rounding = torch.finfo(got.dtype).eps / 2 * _largest(true) if got.is_floating_point() else 0.0
-        allowed = factor * _largest(plain.double() - true) + rounding
-        if got.dtype == torch.float32:
-            allowed = max(allowed, float32_limit * _largest(true))
-        distance = _largest(got.double() - true)
-        if distance > allowed:
-            raise AssertionError(f"result {i}: expected at most {allowed:.3g} from the truth, got {distance:.3g}")
+    truth = reference(*exact_arguments(args))
+    got = fn(*args)
+    expect_no_worse(got, reference(*args), truth, factor, float32_limit)
+
+
+def exact_arguments(args: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments that the truth of `assert_no_worse` is made with."""
+    single = not any(dtype in (torch.bfloat16, torch.float16) for dtype in _dtypes(list(args)))
+    exact: tuple[Any, ...] = _with_dtype(tuple(args), torch.float64 if single else torch.float32)
+    return exact
+
+
+def expect_no_worse(got: Any, plain: Any, truth: Any, factor: float = 2, float32_limit: float = 0) -> None:
+    """`assert_no_worse` of results that are there: a contender's, the reference's, and the truth. AssertionError, also where
+    the contender has returned something else than tensors.
+    """
+    results, plains = _tensors(got), _tensors(plain)
+    if len(results) != len(plains):
+        raise AssertionError(f"expected {len(plains)} tensors as result, got {len(results)}")
+    for i, (mine, its, true) in enumerate(zip(results, plains, _tensors(truth), strict=True)):
+        _expect_no_worse(f"result {i}", mine, its, true, factor, float32_limit)
+
+
+def _expect_no_worse(name: str, got: Tensor, plain: Tensor, true: Tensor, factor: float, float32_limit: float) -> None:
+    if got.shape != plain.shape or got.dtype != plain.dtype:
+        raise AssertionError(f"{name}: expected {list(plain.shape)} {plain.dtype}, got {list(got.shape)} {got.dtype}")
+    if not torch.equal(got.isfinite(), true.isfinite()):
+        raise AssertionError(f"{name}: infinite or NaN where the truth is not, or the other way round")
+    true = true.double()
+    rounding = torch.finfo(got.dtype).eps / 2 * _largest(true) if got.is_floating_point() else 0.0
+    allowed = factor * _largest(plain.double() - true) + rounding
+    if got.dtype == torch.float32:
+        allowed = max(allowed, float32_limit * _largest(true))
+    distance = _largest(got.double() - true)
+    if distance > allowed:
+        raise AssertionError(f"{name}: expected at most {allowed:.3g} from the truth, got {distance:.3g}")
 
 
 def _largest(x: Tensor) -> float:
@@ -227,7 +245,11 @@ def _largest(x: Tensor) -> float:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+    found = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, (list, tuple)) else [result]
+    for value in found:
+        if not isinstance(value, Tensor):
+            raise AssertionError(f"expected tensors as result, got {type(value).__name__}")
+    return found
 
 
 def _dtypes(arg: Any) -> list[torch.dtype]:

@@ -73,14 +73,17 @@ def fill(args: tuple[Any, ...], device: str, dtype: torch.dtype, generator: torc
             return dtype
         if not isinstance(value, Tensor):
             return value
-        if value.dtype == torch.uint8:
-            return torch.randint(0, 256, value.shape, dtype=torch.uint8, generator=generator).to(device)
-        x = torch.empty_strided(value.shape, value.stride()).copy_(torch.randn(value.shape, generator=generator))
-        if value.dtype == FP8:
-            return (64 * x).to(device, FP8)  # a row of a matrix that fills e4m3's range
-        if x.ndim == 2 and x.shape[0] > 3:  # a weight, not a table of one row a latent frame
+        kind = dtype if value.dtype == torch.bfloat16 else value.dtype
+        if kind == torch.uint8:
+            x = torch.randint(0, 256, value.shape, dtype=torch.uint8, generator=generator)
+        else:
+            x = torch.randn(value.shape, generator=generator)
+        if kind == FP8:
+            x *= 64  # a row of a matrix that fills e4m3's range
+        elif x.ndim == 2 and x.shape[0] > 3 and kind != torch.uint8:  # a weight, not a table of one row a latent frame
             x /= x.shape[1] ** 0.5
-        return x.to(device, dtype if value.dtype == torch.bfloat16 else value.dtype)
+        # not to(): of rows with gaps between them it makes a dense tensor
+        return torch.empty_strided(value.shape, value.stride(), dtype=kind, device=device).copy_(x)
 
     return tuple(map(real, args))
 

@@ -1,0 +1,46 @@
+"""`tune` on a GPU: one that loses it, or hangs on it, costs a process, and the others are measured all the same."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from dit4dit.benchmarks.recording import Recording
+from dit4dit.benchmarks.tuning import Limits, Todo, tune
+
+from dit4dit.ops import verdicts
+from dit4dit.ops.dispatch import find
+
+
+@pytest.fixture
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path))
+    known = find("linear").implementations
+    before = dict(known)
+    yield
+    known.clear()
+    known.update(before)
+    sys.modules.pop("standins_gpu", None)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_faults_on_a_gpu_are_charged(clean: None) -> None:
+    x = torch.empty(1, 17, 64, dtype=torch.bfloat16, device="meta")
+    todo = [Todo("linear", (x, torch.empty(n, 64, dtype=torch.bfloat16, device="meta"), None)) for n in (32, 48)]
+    with Recording(None) as record:
+        result = tune(todo, torch.device("cuda"), record=record, plugins=["standins_gpu"], limits=Limits(trial=8))
+    for row in result["calls"]:
+        refused = row["refused"]
+        assert "then the GPU was lost" in refused["loses_the_gpu"]
+        assert refused["hangs"] == "hung: it was not done after 8 s"
+        assert refused["writes_behind"].startswith("call 1: 2 bytes behind a tensor (bfloat16 [1, 17,")
+        assert refused["leaves_one_unwritten"].startswith("disagrees with the reference")
+        assert row["default"] == "torch"
+        assert row["chosen"] in ("torch", "is_right")
+        assert set(row["ms"]) == {"torch", "is_right"}
+    assert result["children"] == 1 + 2 * 3
+    assert {v.chosen for v in verdicts.known(torch.device(result["device"]))} <= {"torch", "is_right"}

@@ -1,0 +1,189 @@
+"""One call with real arguments: what they are, and what an implementation is held to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dit4dit.benchmarks.ops.bench_action_ode import in_fp8
+from dit4dit.benchmarks.tuning_trial import Case, Yardstick, bits_of, mapped, same, tensors
+from torch import Tensor
+
+from dit4dit.config import HeadConfig
+from dit4dit.engine import RequestShape
+from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.engine.fold import fold_head
+from dit4dit.engine.listing import calls, distinct, engine_without_data
+from dit4dit.model.action_head import ActionHead
+from dit4dit.model.flow import GuidanceTensors
+from dit4dit.ops import verdicts
+from dit4dit.ops.action_ode import reference
+from dit4dit.ops.dispatch import Implementation, find, listing
+from dit4dit.ops.verdicts import Verdict, call_text
+from dit4dit.presets import preset
+from dit4dit.robots import EMBODIMENTS
+
+CPU = torch.device("cpu")
+
+
+def never(*_: object) -> None:
+    return None
+
+
+def trial(case: Case, run: Any, **options: Any) -> str | None:
+    return case.trial("mine", Implementation("mine", never, run, **options)).reason
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path))
+    with torch.no_grad():
+        yield
+
+
+def plan(guidance: float | None, **options: Any) -> dict[str, tuple[tuple[str, tuple[Any, ...]], int]]:
+    """Every distinct call of the smallest model's step."""
+    engine = engine_without_data(preset("tiny").model, **options)
+    size, robot = engine.config.image_size, EMBODIMENTS[preset("tiny").embodiment]
+    views = ((size[0], size[1]),) * len(robot.views)
+    shape = RequestShape(1, views, None, robot.resize, True, engine.config.text.max_length, guidance)
+    return distinct(calls(engine, shape, robot.action_dim))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": torch.float32}, {"head_dtype": torch.bfloat16}, {"head_dtype": torch.bfloat16, "fp8": True}],
+    ids=["float32", "bfloat16", "fp8"],
+)
+@pytest.mark.parametrize("guidance", [None, 5.0])
+def test_the_reference_is_right_on_every_call_of_a_plan(options: dict[str, Any], guidance: float | None) -> None:
+    """So are arguments of each kind filled, kept, and changed for the last call."""
+    for key, ((op, args), _) in plan(guidance, **options).items():
+        case = Case(op, args, CPU, 0)
+        meta, real = tensors(args), tensors(case.args)
+        assert [(t.shape, t.stride(), t.dtype) for t in real] == [(t.shape, t.stride(), t.dtype) for t in meta]
+        assert call_text(case.args) == call_text(args), key
+        case.measure()
+        before = bits_of(case.args)
+        for name in ("torch", "loop"):
+            if name in find(op).implementations:
+                assert case.trial(name, find(op).implementations[name]).reason is None, (key, name)
+                assert same(bits_of(case.args), before)
+
+
+def head_call(fp8: bool = False, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+    config = HeadConfig(num_layers=2, num_heads=1, hidden_size=64, output_dim=64, action_dim=8, context_dim=64)
+    with torch.device("meta"):
+        head = OneLaunchHead(fold_head(ActionHead(config).to(dtype), 2), config, 2, fp8=fp8)
+        noise = torch.empty(1, config.action_horizon, 8)
+        context = torch.empty(1, 16, 2 * 64, dtype=dtype)
+        guidance = GuidanceTensors(torch.empty_like(noise), torch.empty(noise.shape[1]), 5.0)
+        return head, noise, context, torch.empty(1, 64, dtype=dtype), guidance
+
+
+def test_a_seed_is_its_arguments() -> None:
+    one, again, other = (tensors(Case("action_ode", head_call(), CPU, seed).args) for seed in (0, 0, 1))
+    assert same(bits_of(one), bits_of(again))
+    assert len(one) > 30
+    different = [not torch.equal(a, b) for a, b in zip(one, other, strict=True)]
+    assert sum(different) > len(one) / 2
+
+
+def test_a_head_is_held_to_the_house_rule() -> None:
+    case = Case("action_ode", head_call(), CPU, 0)
+    case.measure()
+    reason = trial(case, lambda *args: reference(*args) * 1.05)
+    assert reason is not None
+    assert reason.startswith("disagrees with the reference: result 0: expected at most")
+
+    def spoils(head: OneLaunchHead, *args: Any) -> Tensor:
+        out = reference(head, *args)
+        head.folded.blocks[1].mlp_out.weight[3, 3] += 1
+        return out
+
+    weight = case.args[0].folded.blocks[1].mlp_out.weight.clone()
+    assert (trial(case, spoils) or "").startswith("call 1 changed argument 0 (bfloat16 [64, 256])")
+    assert torch.equal(case.args[0].folded.blocks[1].mlp_out.weight, weight), "the next one has them as they were"
+    assert trial(case, reference) is None
+
+
+def test_a_head_in_fp8_is_held_to_its_own_weights() -> None:
+    """As the kernel rounds them; what keeps them is right as well, and what is off by as much elsewhere is not."""
+    case = Case("action_ode", head_call(fp8=True), CPU, 0)
+    case.measure()
+
+    def narrow(head: OneLaunchHead, *args: Any) -> Tensor:
+        small = mapped(in_fp8(head.folded), Tensor.bfloat16)
+        return reference(OneLaunchHead(small, head.config, head.steps), *args)
+
+    assert trial(case, narrow) is None
+    assert trial(case, reference) is None
+    plain = Case("action_ode", head_call(), CPU, 0)
+    plain.measure()
+    assert "disagrees" in (trial(plain, narrow) or ""), "e4m3 changes the result of a head that is not in fp8"
+    assert len(Yardstick.of(reference, case.args).pairs) == 2
+
+
+def test_calls_inside_of_a_call_are_chosen_as_in_a_plan() -> None:
+    """Prepared, and by the verdicts that were found before."""
+    case = Case("action_ode", head_call(dtype=torch.float32), CPU, 0)
+    case.measure()
+    loop = find("action_ode").implementations["loop"]
+    assert case.trial("loop", loop).reason is None
+    before = case._choices["loop"].ran["linear"]
+    assert set(before) == {"onednn"}
+    with listing() as found:
+        loop.run(*case.args)
+    texts = [call_text(args) for op, args in found if op == "linear"]
+    verdict = Verdict("linear", texts[0], verdicts.place(CPU), "onednn", "torch", {"torch": 1.0})
+    verdicts.write(verdict, verdicts.folder(CPU))
+    again = Case("action_ode", head_call(dtype=torch.float32), CPU, 0)
+    again.measure()
+    assert again.trial("loop", loop).reason is None
+    count = texts.count(texts[0])
+    assert again._choices["loop"].ran["linear"] == {"torch": count, "onednn": before["onednn"] - count}
+
+
+def test_a_result_may_not_be_an_argument_where_the_references_is_not() -> None:
+    x = torch.empty(1, 4, 8, device="meta")
+    weight = torch.empty(8, 8, device="meta")
+    case = Case("linear", (x, weight, None), CPU, 0)
+    case.measure()
+    with_room = case.args[0]
+
+    def in_place(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x
+
+    case._yardstick = Yardstick(((with_room.clone(), with_room.double()),))  # of an op that returns what it is given
+    assert trial(case, in_place) == "its result is memory of an argument, where the reference's is not"
+    norm = Case("adaln", (x[None], None, None, None, None, 1e-6, torch.float32), CPU, 0)
+    norm.measure()
+    assert norm.trial("torch", find("adaln").implementations["torch"]).reason is None, "which returns x"
+
+
+def test_what_prepare_and_refuse_do_is_charged() -> None:
+    case = Case("linear", (torch.empty(2, 8, device="meta"), torch.empty(4, 8, device="meta"), None), CPU, 0)
+    case.measure()
+    run = find("linear").implementations["torch"].run
+
+    def breaks(*_: object) -> None:
+        raise ValueError("no room to pack")
+
+    assert trial(case, run, prepare=breaks) == "raised ValueError: no room to pack"
+    outcome = case.trial("mine", Implementation("mine", lambda *_: "not today", run))
+    assert (outcome.reason, outcome.refused) == ("not today", True)
+    broken = case.trial("mine", Implementation("mine", breaks, run))
+    assert (broken.reason, broken.refused) == ("raised ValueError: no room to pack", False)
+    packed = find("linear").implementations["onednn"]
+    assert case.trial("onednn", packed).reason is None, "it is prepared"
+    assert trial(case, lambda x, w, b: run(x.t_().t_()[:2], w, b)) is None
+
+    def turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = run(x, weight, bias)
+        x.resize_(1, 8)
+        return out
+
+    assert trial(case, turned) == "call 1 changed argument 0 (float32 [2, 8])"
+    assert case.args[0].shape == (2, 8)
