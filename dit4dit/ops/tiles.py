@@ -1,7 +1,8 @@
 """Block sizes, warps and stages of the Triton kernels: tables that are looked up, never tuned while running.
 
 The committed table is `tiles.json` beside this file. A machine's own (`dit4dit tune --tiles` writes one) is named by
-DIT4DIT_TILES; each of its columns replaces the committed column of the same op and architecture. Both are read once, at the first use.
+DIT4DIT_TILES; each of its columns replaces the committed column of the same op and architecture. Both are read once, at the
+first use.
 """
 
 from __future__ import annotations
