@@ -98,7 +98,7 @@ def _ratio(call: Mapping[str, Any]) -> str:
 def brief(call: str, width: int) -> str:
     """A call's text without what tells a reader least, at most `width` characters: the whole is in the JSON and on the page."""
     text = re.sub(r" strides [\dx]+", " strided", call)
-    text = re.sub(r"(?:, |^)(?:None|float|True|False)(?=,|$)", "", text)
+    text = re.sub(r"(?:, |^)(?:None|float|True|False)(?=[,)]|$)", "", text)
     for long, short in SHORT.items():
         text = re.sub(rf"\b{long}(?=\d*\b)", short, text)
     text = text.removeprefix(", ").replace(", ", " ")

@@ -95,6 +95,7 @@ def tune(
     """
     at_least(1, batch=min(batch, default=1), samples=search.samples)
     check_seed(seed)
+    check_outputs(json=json, table=model.table)
     if search.tiles is not None:
         for name in _given(model):
             raise InputError(
@@ -128,7 +129,6 @@ def _tune(
     from dit4dit.policy.device import pick_device
 
     place = pick_device(device)
-    check_outputs(json=json, table=model.table)
     if model.report is not None:
         latency_report.check_place(model.report)
     for name in model.plugin:
