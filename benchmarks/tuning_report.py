@@ -45,7 +45,7 @@ def show(result: Mapping[str, Any]) -> str:
         lines.append(
             f"all op calls of one step, one after the other: {step[0]:.3f} ms by the defaults, {step[1]:.3f} ms now"
         )
-    lines += [f"{call['op']}: {call['call']}: no implementation is right here" for call in hopeless(calls)]
+    lines += [f"{call['op']}: {call['call']}: {call['why']}" for call in hopeless(calls)]
     return "\n\n".join(lines)
 
 
@@ -75,7 +75,7 @@ def _table(calls: Sequence[Mapping[str, Any]]) -> str:
             call["op"],
             "",
             call["count"] or "-",
-            call["default"],
+            call["default"] or "-",
             call["chosen"] or "none",
             call["runner_up"] or "-",
             number(call["ms"].get(call["chosen"]), ".4f"),
@@ -96,12 +96,22 @@ def _ratio(call: Mapping[str, Any]) -> str:
 
 
 def brief(call: str, width: int) -> str:
-    """A call's text without what tells a reader least, at most `width` characters: the whole is in the JSON and on the page."""
+    """A call's text without what tells a reader least, at most `width` characters: the whole is in the JSON and on the page.
+
+    A dtype is named where it differs from the tensor's before.
+    """
     text = re.sub(r" strides [\dx]+", " strided", call)
     text = re.sub(r"(?:, |^)(?:None|float|True|False)(?=[,)]|$)", "", text)
     for long, short in SHORT.items():
         text = re.sub(rf"\b{long}(?=\d*\b)", short, text)
-    text = text.removeprefix(", ").replace(", ", " ")
+    last = ""
+
+    def named(tensor: re.Match[str]) -> str:
+        nonlocal last
+        before, last = last, tensor[1]
+        return tensor[2] if last == before else f"{last} {tensor[2]}"
+
+    text = re.sub(r"(\w+)\[([\dx]*)\]", named, text.removeprefix(", ")).replace(", ", " ")
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
@@ -130,7 +140,7 @@ def refusals(calls: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def hopeless(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The calls that no implementation is right for."""
+    """The calls for which nothing could be chosen: "why" says whether nothing is right, or nothing could be tried."""
     return [call for call in calls if call["chosen"] not in call["ms"]]
 
 
@@ -154,11 +164,12 @@ def shipped_table(result: Mapping[str, Any]) -> dict[str, Any]:
     """
     place, machine = result["place"], result["machine"]
     found = [call for call in result["calls"] if call["chosen"] in call["ms"] and not _foreign(call)]
-    dit4dit, torch = machine.get("dit4dit"), machine.get("torch")
+    versions = {name: machine.get(name) for name in ("dit4dit", "torch")} | {"driver": place.get("driver")}
+    known = [f"{name} {version}" for name, version in versions.items() if version]
     return {
         "device": place["device"],
         "capability": place.get("capability"),
-        "source": f"dit4dit tune, {result['subject']}, dit4dit {dit4dit}, torch {torch}, driver {place.get('driver')}",
+        "source": f"dit4dit tune, {', '.join([result['subject'], *known])}",
         "chosen": {f"{call['op']}: {call['call']}": call["chosen"] for call in found},
         "ms": {f"{call['op']}: {call['call']}": call["ms"] for call in found},
     }
@@ -186,8 +197,8 @@ def page(result: Mapping[str, Any]) -> str:
     facts = machine_facts(result.get("machine") or {})
     step, cut = step_ms(calls), result.get("cut")
     notes = [
-        f"{facts}; milliseconds are medians; {escape(str(result.get('children', 0)))} child processes, "
-        f"{number(result.get('seconds'), '.0f')} s",
+        f"{facts}; milliseconds are medians; {number(result.get('seconds'), '.0f')} s, "
+        f"child processes: {escape(str(result.get('children', 0)))}",
         f"verdicts: <code>{escape(str(result.get('folder') or 'none written'))}</code>",
     ]
     if step is not None:

@@ -103,7 +103,7 @@ def test_what_is_asked_for_is_listed(asked: dict[str, Any], small_libero: Path) 
 def test_a_call_without_a_right_implementation_is_exit_code_1(asked: dict[str, Any], capsys) -> None:
     asked["calls"] = [*CALLS, call("linear", "float32[3]", 1, {}, {"torch": "differs between two runs"})]
     assert run(*TINY) == 1
-    assert "linear: float32[3]: no implementation is right here" in capsys.readouterr().out
+    assert "linear: float32[3]: nothing is right" in capsys.readouterr().out
 
 
 def test_seconds_that_are_over_are_said(asked: dict[str, Any], capsys) -> None:
