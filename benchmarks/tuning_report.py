@@ -43,7 +43,7 @@ def show(result: Mapping[str, Any]) -> str:
     step = step_ms(calls)
     if step is not None:
         lines.append(
-            f"all op calls of one step, one after the other: {step[0]:.3f} ms by the defaults, {step[1]:.3f} ms now"
+            f"these calls, as often as a step makes them: {step[0]:.3f} ms by the defaults, {step[1]:.3f} ms as chosen"
         )
     lines += [f"{call['op']}: {call['call']}: {call['why']}" for call in hopeless(calls)]
     return "\n\n".join(lines)
@@ -163,7 +163,7 @@ def shipped_table(result: Mapping[str, Any]) -> dict[str, Any]:
     the table must be in the package.
     """
     place, machine = result["place"], result["machine"]
-    found = [call for call in result["calls"] if call["chosen"] in call["ms"] and not _foreign(call)]
+    found = [call for call in result["calls"] if _ships(call["op"], call["chosen"])]
     versions = {name: machine.get(name) for name in ("dit4dit", "torch")} | {"driver": place.get("driver")}
     known = [f"{name} {version}" for name, version in versions.items() if version]
     return {
@@ -171,13 +171,17 @@ def shipped_table(result: Mapping[str, Any]) -> dict[str, Any]:
         "capability": place.get("capability"),
         "source": f"dit4dit tune, {', '.join([result['subject'], *known])}",
         "chosen": {f"{call['op']}: {call['call']}": call["chosen"] for call in found},
-        "ms": {f"{call['op']}: {call['call']}": call["ms"] for call in found},
+        "ms": {
+            f"{call['op']}: {call['call']}": {name: ms for name, ms in call["ms"].items() if _ships(call["op"], name)}
+            for call in found
+        },
     }
 
 
-def _foreign(call: Mapping[str, Any]) -> bool:
-    known = dispatch.find(call["op"]).implementations.get(call["chosen"])
-    return known is None or dispatch.foreign(known) is not None
+def _ships(op: str, name: str | None) -> bool:
+    """Whether it is an implementation of the package's own."""
+    known = dispatch.find(op).implementations.get(name or "")
+    return known is not None and dispatch.foreign(known) is None
 
 
 def write_table(path: Path, result: Mapping[str, Any]) -> None:
@@ -203,7 +207,7 @@ def page(result: Mapping[str, Any]) -> str:
     ]
     if step is not None:
         notes.append(
-            f"All op calls of one step, one after the other: {step[0]:.3f} ms by the defaults, <b>{step[1]:.3f} ms</b> now."
+            f"These calls, as often as a step makes them: {step[0]:.3f} ms by the defaults, <b>{step[1]:.3f} ms</b> as chosen."
         )
     if cut:
         notes.append(

@@ -35,7 +35,7 @@ def test_the_table() -> None:
     reasons = [line for line in lines if "x is on cpu" in line]
     assert reasons == ["  adaln triton (2 calls), adaln cuda: x is on cpu <&>"], "each reason once"
     assert "  action_ode cuda: crashed: signal 11" in lines
-    assert "one after the other: 27.375 ms by the defaults, 13.875 ms now" in text
+    assert "as often as a step makes them: 27.375 ms by the defaults, 13.875 ms as chosen" in text
     assert "nothing is right" not in text
 
 
@@ -136,13 +136,16 @@ def test_the_table_that_ships_is_found_again(tmp_path: Path, monkeypatch: pytest
         *CALLS,
         call("linear", "float32[9]", 1, {"torch": 2.0, "mine": 1.0}),
         call("linear", "float32[8]", 1, {"gone": 1.0}),
+        call("linear", "float32[7]", 1, {"torch": 1.0, "mine": 2.0}),
     ]
     place = {"device": "NVIDIA H200", "capability": "9.0", "driver": "590.1"}
     tuning_report.write_table(tmp_path / "nvidia-h200.json", result(calls, place=place))
     data = json.loads((tmp_path / "nvidia-h200.json").read_text())
     assert (data["device"], data["capability"]) == ("NVIDIA H200", "9.0")
     assert data["source"] == "dit4dit tune, preset tiny, dit4dit 0.1, torch 2.13.0, driver 590.1"
-    assert set(data["chosen"]) == set(data["ms"]) == {f"{one['op']}: {one['call']}" for one in CALLS}
+    shipped = {f"{one['op']}: {one['call']}" for one in (*CALLS, calls[-1])}
+    assert set(data["chosen"]) == set(data["ms"]) == shipped
+    assert data["ms"]["linear: float32[7]"] == {"torch": 1.0}
     assert data["ms"][f"linear: {CALLS[0]['call']}"] == CALLS[0]["ms"]
     monkeypatch.setattr(verdicts, "SHIPPED", tmp_path)
     verdicts.shipped.cache_clear()
