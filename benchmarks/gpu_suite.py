@@ -137,7 +137,7 @@ def later_parts(settings: Settings) -> list[Part]:
     """Why is it so fast, do all kernels do what they must, and what else there is."""
     run = Commands(settings)
     first, *others = settings.presets
-    tune = run.on_device("tune", "--tiles", "{seconds}", "--batch", "1", "--samples", "15")
+    tune = run.on_device("tune", "--batch", "1", "--samples", "15", "--seconds", "{seconds}")
     sanitize = ("bash", str(ROOT / "benchmarks" / "sanitize.sh"))
     sanitized = {"LIMIT": "60", "TESTS": " ".join(f"tests/ops/test_{op}.py" for op in SANITIZED)}
     # 100 000 launches, as everywhere else, take many minutes

@@ -123,8 +123,6 @@ def todo(
     engine = engine_without_data(subject.config, dtype=dtype, head_dtype=head_dtype, fp8=fp8, steps=steps)
     gpu = device.type == "cuda"
     kernel = engine.one_launch if gpu else None
-    if kernel is not None:
-        kernel.backend = None  # as with head="auto"
     found: dict[str, Todo] = {}
     for i, (shape, action_dim) in enumerate(wanted):
         # with head="library" guidance has a row of weights for each sample, with the kernel one for all

@@ -37,6 +37,8 @@ def show(result: Mapping[str, Any]) -> str:
     lines = [heading(result)]
     if calls:
         lines.append(_table(calls))
+    if compiled := result.get("compiled"):
+        lines.append(compiled_text(compiled))
     reasons = refusals(calls)
     if reasons:
         lines.append("refused:\n" + "\n".join(f"  {', '.join(who)}: {reason}" for reason, who in reasons.items()))
@@ -47,6 +49,15 @@ def show(result: Mapping[str, Any]) -> str:
         )
     lines += [f"{call['op']}: {call['call']}: {call['why']}" for call in hopeless(calls)]
     return "\n\n".join(lines)
+
+
+def compiled_text(compiled: Mapping[str, Any]) -> str:
+    """What `compile_ahead` did."""
+    failed = f", {len(compiled['refused'])} do not compile" if compiled["refused"] else ""
+    return (
+        f"{compiled['kernels']} Triton kernels: {compiled['shipped']} came with the package, "
+        f"{compiled['compiled']} were compiled beforehand in {compiled['seconds']:.0f} s{failed}"
+    )
 
 
 def heading(result: Mapping[str, Any]) -> str:
@@ -157,24 +168,24 @@ def step_ms(calls: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
 
 
 def shipped_table(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The verdicts as `dit4dit.ops.verdicts.shipped` reads them: {"device", "capability", "source", "chosen", "ms"}.
+    """The verdicts as `dit4dit.ops.verdicts.shipped` reads them: {"device", "capability", "source", "calls"}.
 
-    A call that no implementation is right for is left out, and one that an implementation of others was chosen for: what is in
-    the table must be in the package.
+    Only what is in the package: implementations of others have no times in it, and a call that one of them was chosen for, or
+    that nothing is right for, is left out.
     """
     place, machine = result["place"], result["machine"]
-    found = [call for call in result["calls"] if _ships(call["op"], call["chosen"])]
     versions = {name: machine.get(name) for name in ("dit4dit", "torch")} | {"driver": place.get("driver")}
     known = [f"{name} {version}" for name, version in versions.items() if version]
+    calls = {}
+    for call in result["calls"]:
+        if _ships(call["op"], call["chosen"]):
+            ms = {name: ms for name, ms in call["ms"].items() if _ships(call["op"], name)}
+            calls[f"{call['op']}: {call['call']}"] = {"chosen": call["chosen"], "ms": ms}
+    facts = {"device": place["device"], "capability": place.get("capability")}
     return {
-        "device": place["device"],
-        "capability": place.get("capability"),
+        **facts,
         "source": f"dit4dit tune, {', '.join([result['subject'], *known])}",
-        "chosen": {f"{call['op']}: {call['call']}": call["chosen"] for call in found},
-        "ms": {
-            f"{call['op']}: {call['call']}": {name: ms for name, ms in call["ms"].items() if _ships(call["op"], name)}
-            for call in found
-        },
+        "calls": dict(sorted(calls.items())),
     }
 
 
@@ -205,6 +216,8 @@ def page(result: Mapping[str, Any]) -> str:
         f"child processes: {escape(str(result.get('children', 0)))}",
         f"verdicts: <code>{escape(str(result.get('folder') or 'none written'))}</code>",
     ]
+    if compiled := result.get("compiled"):
+        notes.append(escape(compiled_text(compiled)))
     if step is not None:
         notes.append(
             f"These calls, as often as a step makes them: {step[0]:.3f} ms by the defaults, <b>{step[1]:.3f} ms</b> as chosen."

@@ -45,7 +45,7 @@ class Model:
     report: Path | None = None
     """Write a page with all candidates, times and reasons into this folder, or to this file if it ends in .html."""
     table: Path | None = None
-    """Also write the verdicts as a table that can ship with the package, in dit4dit/ops/shipped_verdicts."""
+    """Also write a GPU's verdicts as a table for dit4dit/ops/shipped_verdicts: for such GPUs that have not tuned."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,17 @@ def _tune(
     from dit4dit.policy.device import pick_device
 
     place = pick_device(device)
+    if model.table is not None and place.type != "cuda":
+        raise InputError(
+            "--table: tables are for GPUs, and this is a CPU, whose times hang on its threads too; leave it out"
+        )
     if model.report is not None:
         latency_report.check_place(model.report)
     for name in model.plugin:
         load_plugin(name)
-    if model.preset is not None:
+    if model.checkpoint is None:
         subject = tuning_calls.of_preset(model.preset)
     else:
-        assert model.checkpoint is not None
         subject = tuning_calls.of_checkpoint(model.checkpoint, model.backbone, model.embodiment)
     wanted = tuning_calls.requests(subject, batch, tuning_calls.read_images(model.image, subject.robot))
     dtype, head_dtype = dtype_on(place, model.dtype), dtype_of(model.head_dtype) or dtype_of("float32")
@@ -161,6 +164,7 @@ def _tune(
             "images": list(model.image),
             "distinct": tuning_calls.counts(todo),
         }
+        _compile(todo, place, record)
         tuning.tune(todo, place, record=record, plugins=model.plugin, seed=seed)
     result = record.result
     say(tuning_report.show(result) + left_out(result))
@@ -168,11 +172,22 @@ def _tune(
         say(f"wrote {tuning_report.write(model.report, result)}")
     if model.table is not None:
         tuning_report.write_table(model.table, result)
-        say(
-            f"wrote {model.table}; in dit4dit/ops/shipped_verdicts it is for all who have such a device and have not tuned"
-        )
+        say(f"wrote {model.table}; in dit4dit/ops/shipped_verdicts it is for such GPUs that have not tuned")
     say(tuning_report.how_to_use(result))
     return 1 if tuning_report.hopeless(result["calls"]) else 0
+
+
+def _compile(todo: Sequence[Any], device: Any, record: Any) -> None:
+    """On a GPU: the Triton kernels of these calls, on all cores at once, so that no trial waits for one."""
+    from dit4dit.ops import launch
+
+    if device.type != "cuda" or launch.interpreting():
+        return
+    from dit4dit.benchmarks.compile_ahead import compile_ahead
+
+    record.during("compiling kernels", [one.op for one in todo])
+    compiled = compile_ahead([(one.op, one.args) for one in todo], launch.architecture(device))
+    record.result["compiled"] = compiled.data()
 
 
 def _check(model: Model) -> None:

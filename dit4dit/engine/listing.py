@@ -50,9 +50,9 @@ def engine_without_data(
         if fp8:
             narrow = [b.with_matrices(lambda _, matrix: Fp8Matrix.quantized(matrix, 1.0)) for b in engine.blocks]
             engine.blocks = tuple(narrow)
-    if head_dtype == torch.bfloat16:  # a call of its own, and those of its loop
+    if head_dtype == torch.bfloat16:  # as with head="auto" on a GPU: a call of its own, and those of its loop
         engine.one_launch = OneLaunchHead(engine.head, config.head, engine.steps, fp8=fp8)
-        engine.one_launch.backend = "loop"
+        engine.one_launch.backend = None
     return engine
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dit4dit.benchmarks.recording import Recording
 from tuning_results import CALLS, call, result
 
 from dit4dit.cli import main
-from dit4dit.ops import dispatch
+from dit4dit.ops import dispatch, launch
 from dit4dit.ops.verdicts import call_text
 
 
@@ -57,8 +58,8 @@ TINY = ("--preset", "tiny", "--device", "cpu")
 
 
 def test_everything_is_printed_and_written(asked: dict[str, Any], tmp_path: Path, capsys) -> None:
-    out, page, table = tmp_path / "r.json", tmp_path / "p.html", tmp_path / "t.json"
-    assert run(*TINY, "--batch", "1", "3", "--seed", "7", "--json", out, "--report", page, "--table", table) == 0
+    out, page = tmp_path / "r.json", tmp_path / "p.html"
+    assert run(*TINY, "--batch", "1", "3", "--seed", "7", "--json", out, "--report", page) == 0
     assert (asked["device"], asked["seed"], tuple(asked["plugins"])) == (torch.device("cpu"), 7, ())
     texts = [f"{one.op}: {call_text(one.args)}" for one in asked["todo"]]
     assert len(set(texts)) == len(texts) > 60
@@ -75,16 +76,51 @@ def test_everything_is_printed_and_written(asked: dict[str, Any], tmp_path: Path
     )
     assert sum(data["distinct"].values()) == len(texts)
     assert CALLS[0]["call"] in page.read_text()
-    assert json.loads(table.read_text())["chosen"][f"linear: {CALLS[0]['call']}"] == "onednn"
     shown = capsys.readouterr().out
     assert shown.startswith("preset tiny, float32, head float32, batch 1 3; ")
     assert f"{len(texts)} distinct op calls: " in shown
     assert f"wrote {page}" in shown
-    assert f"wrote {table}; " in shown
+    assert "Triton kernels" not in shown, "there are none on a CPU"
     assert shown.splitlines()[-2:] == [
         "4 verdicts in /cache/verdicts/a-cpu",
         "Policy.from_pretrained, serve and bench latency use them: tune='cached' is the default (--tune off runs without)",
     ]
+
+
+def test_on_a_gpu_kernels_are_compiled_first(
+    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    """With a stand-in for the GPU: what is compiled is what is tried then."""
+    compiled: list[Any] = []
+
+    def compile_ahead(calls: list[Any], capability: str) -> SimpleNamespace:
+        assert "todo" not in asked
+        compiled.append((calls, capability))
+        facts = {
+            "kernels": 9,
+            "shipped": 5,
+            "compiled": 3,
+            "refused": {"k": "too slow"},
+            "processes": 2,
+            "seconds": 4.2,
+        }
+        return SimpleNamespace(data=lambda: facts)
+
+    monkeypatch.setitem(sys.modules, "dit4dit.benchmarks.compile_ahead", SimpleNamespace(compile_ahead=compile_ahead))
+    monkeypatch.setattr("dit4dit.policy.device.pick_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(launch, "architecture", lambda device: "90")
+    table, page = tmp_path / "t.json", tmp_path / "p.html"
+    assert run("--preset", "tiny", "--head-dtype", "bfloat16", "--table", table, "--report", page) == 0
+    ((calls, capability),) = compiled
+    assert capability == "90"
+    assert calls == [(one.op, one.args) for one in asked["todo"]]
+    assert {"philox_normal", "action_ode"} <= {op for op, _ in calls}
+    assert json.loads(table.read_text())["calls"][f"linear: {CALLS[0]['call']}"]["chosen"] == "onednn"
+    said = "9 Triton kernels: 5 came with the package, 3 were compiled beforehand in 4 s, 1 do not compile"
+    assert said in page.read_text()
+    shown = capsys.readouterr().out
+    assert said in shown
+    assert f"wrote {table}; " in shown
 
 
 def test_what_is_asked_for_is_listed(asked: dict[str, Any], small_libero: Path) -> None:
@@ -185,6 +221,7 @@ MISTAKES = {
     "--preset tiny --image wrist=3x4": "--image 'wrist=3x4': no such view; did you mean 'wrist_image'?",
     f"--preset tiny --json {GONE}": f"--json {GONE}: cannot be written",
     f"--preset tiny --table {GONE}": f"--table {GONE}: cannot be written",
+    "--preset tiny --device cpu --table x.json": "--table: tables are for GPUs, and this is a CPU",
     f"--preset tiny --report {GONE}.html": "--report /proc/no-such-folder: ",
     "--preset tiny --out x.json": "--out: is for the search for block sizes; give --tiles SECONDS too, or leave it out",
     "--preset tiny --whole": "--whole: is for the search for block sizes",
