@@ -23,11 +23,16 @@ COLOURS = {"engine": "#2a7f62", "baseline": "#b0623c"}
 SPACED = "#3b6ea5"
 
 
-def check(report: Path) -> None:
-    """InputError where the report cannot be written or drawn: before anything is measured."""
+def check_place(report: Path) -> None:
+    """InputError where a report cannot be written: before anything is measured."""
     if report.suffix == ".html" and report.is_dir():
         raise InputError(f"--report {report}: is a folder; give a file to write, or a folder without .html")
     check_folder("--report", report.parent if report.suffix == ".html" else report)
+
+
+def check(report: Path) -> None:
+    """InputError where the report cannot be written or drawn: before anything is measured."""
+    check_place(report)
     try:
         import matplotlib.backends.backend_agg
         import matplotlib.figure  # noqa: F401
@@ -40,12 +45,18 @@ def write(report: Path, result: dict[str, Any]) -> Path:
     alone. Returns the page's path.
     """
     images = {draw.__name__: _drawn(draw, result) for draw, there in IMAGES.items() if there(result)}
-    page = report if report.suffix == ".html" else report / "report.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
+    page = write_page(report, _page(images, result))
     if page != report:
         for name, png in images.items():
             (report / f"{name}.png").write_bytes(png)
-    page.write_text(_page(images, result), encoding="utf-8")
+    return page
+
+
+def write_page(report: Path, text: str) -> Path:
+    """An HTML page at the report's own path where that ends in .html, else as report.html in that folder. Returns its path."""
+    page = report if report.suffix == ".html" else report / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
     return page
 
 
@@ -175,6 +186,19 @@ def _page(images: dict[str, bytes], result: dict[str, Any]) -> str:
     )
     heads = {"p999": "p99.9", "samples": "chunks"}
     header = "".join(f"<th>{heads.get(key, key)}</th>" for key in keys)
+    known = machine_facts(machine)
+    return (
+        f"<!doctype html><meta charset='utf-8'><title>dit4dit latency: {preset}</title>"
+        "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .8em;text-align:right}</style>"
+        f"<h1>{preset}, {html.escape(str(result.get('dtype')))}, {where}</h1>"
+        f"<p>{known}{'; ' if known else ''}milliseconds per chunk, jitter = p99.9 / p50; "
+        "- where there are too few samples to know</p>"
+        f"<table><tr><th></th>{header}</tr>{body}</table>{_notes(result)}{drawn}"
+    )
+
+
+def machine_facts(machine: dict[str, Any]) -> str:
+    """Versions and the like that a number must be read with, as HTML: "torch 2.13.0, threads 2, ..."."""
     named = {
         "torch": "torch",
         "threads": "torch_threads",
@@ -182,14 +206,8 @@ def _page(images: dict[str, bytes], result: dict[str, Any]) -> str:
         "commit": "commit",
         "driver": "gpu_driver",
     }
-    known = [f"{name} {html.escape(str(machine[key]))}" for name, key in named.items() if machine.get(key) is not None]
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>dit4dit latency: {preset}</title>"
-        "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .8em;text-align:right}</style>"
-        f"<h1>{preset}, {html.escape(str(result.get('dtype')))}, {where}</h1>"
-        f"<p>{', '.join(known)}{'; ' if known else ''}milliseconds per chunk, jitter = p99.9 / p50; "
-        "- where there are too few samples to know</p>"
-        f"<table><tr><th></th>{header}</tr>{body}</table>{_notes(result)}{drawn}"
+    return ", ".join(
+        f"{name} {html.escape(str(machine[key]))}" for name, key in named.items() if machine.get(key) is not None
     )
 
 

@@ -29,7 +29,7 @@ for tool in "$@"; do
   # the one-launch head keeps barriers in every block: more than synccheck tracks by itself, which then ends the process
   [[ "$tool" == synccheck ]] && more=(--num-cuda-barriers 65536)
   timeout --kill-after=5 "${LIMIT:-120}" compute-sanitizer --tool "$tool" --error-exitcode 9 "${more[@]}" \
-    "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -x -p no:cacheprovider -m gpu -k "not tune" \
+    "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -x -p no:cacheprovider -m gpu -k "not tiles_search" \
     "${tests[@]/#/$root/}"
   code=$?
   ((code == 0)) || printf 'FAILED (%s): %s\n' "$code" "$tool"

@@ -28,6 +28,7 @@ from dit4dit.commands.shell import (
     read_lines,
     say,
 )
+from dit4dit.commands.tune import tune
 from dit4dit.errors import Dit4DitError, InputError, did_you_mean, shown
 from dit4dit.files.atomic import check_folder
 from dit4dit.progress import bar, waiting
@@ -271,7 +272,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "serve": serving_commands.serve,
     "demo": demo,
     "demo-train": demo_train,
-    "tune": measuring.tune,
+    "tune": tune,
     "data": data,
     "bench": bench,
     "eval": evaluate,

@@ -128,7 +128,9 @@ def _tiles() -> Finding:
 
     path = tiles.own_file()
     if path is None:
-        return Finding("tiles", "ok", "the package's own table (dit4dit tune measures one for this machine's GPU)")
+        return Finding(
+            "tiles", "ok", "the package's own table (dit4dit tune --tiles measures one for this machine's GPU)"
+        )
     try:
         own = tiles.own()
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The commands that measure: `dit4dit bench ...` and `dit4dit tune`, one function each; what they run is `dit4dit.benchmarks`."""
+"""The commands that measure, `dit4dit bench ...`, one function each; what they run is `dit4dit.benchmarks`."""
 
 from __future__ import annotations
 
@@ -256,55 +256,6 @@ def options(
     results = record.result["subjects"]
     say("\n\n".join(module.show(result) for result in results) + left_out(record.result))
     return 1 if module.failed(results) else 0
-
-
-def tune(
-    ops: tuple[str, ...] = (),
-    out: Path = Path("tiles.json"),
-    device: Device = "auto",
-    batch: tuple[int, ...] = (1, 16),
-    samples: int = 30,
-    seconds: float | None = None,
-    seed: int = 0,
-    json: Path | None = None,
-    whole: bool = False,
-) -> int:
-    """Measure block sizes of the Triton kernels on this GPU and write a table that DIT4DIT_TILES can name.
-
-    Nothing else ever tunes. What OUT holds already of other ops and chips stays; files are written after each row.
-
-    Args:
-        ops: some of the ops with tiles; all when not given.
-        out: the table; use it with DIT4DIT_TILES=OUT.
-        device: auto, cuda or cuda:N.
-        batch: requests at a time, all of which a row has to serve.
-        samples: timed calls of each tile.
-        seconds: end the search after about this long; rows that were not reached keep their tiles.
-        seed: of the tensors.
-        json: every timing goes here; OUT with the ending .timings.json when not given.
-        whole: write the package's table with the new columns instead, to replace dit4dit/ops/tiles.json.
-    """
-    import torch
-
-    from dit4dit.benchmarks import tune as module
-    from dit4dit.benchmarks.recording import Recording
-    from dit4dit.ops import launch
-    from dit4dit.policy.device import pick_device
-
-    at_least(1, batch=min(batch, default=0), samples=samples)
-    check_seed(seed)
-    place = pick_device(device)
-    names = module.check(ops, place)
-    files = module.Files(out, json or out.with_suffix(".timings.json"), whole)
-    files.check()
-    found = module.on_gpu(names, place, batch, seed)
-    measure = partial(module.measured, samples=samples)
-    with Recording(files.timings, seconds) as record, torch.no_grad():
-        search = module.tune(launch.architecture(place), found, measure, record=record, write=files.write)
-    files.write(search)
-    use = "replace dit4dit/ops/tiles.json with it" if whole else f"export DIT4DIT_TILES={out.resolve()}"
-    say(f"{module.show(search)}\nwrote {out} and {files.timings}; to use it: {use}")
-    return 0
 
 
 def training(

@@ -1,7 +1,8 @@
 """Block sizes, warps and stages of the Triton kernels: tables that are looked up, never tuned while running.
 
-The committed table is `tiles.json` beside this file. A machine's own (`dit4dit tune` writes one) is named by DIT4DIT_TILES; each
-of its columns replaces the committed column of the same op and architecture. Both are read once, at the first use.
+The committed table is `tiles.json` beside this file. A machine's own (`dit4dit tune --tiles` writes one) is named by
+DIT4DIT_TILES; each of its columns replaces the committed column of the same op and architecture. Both are read once, at the
+first use.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def forget() -> None:
 def read_own(path: Path) -> dict[str, Columns]:
     """A machine's own table, checked. ConfigError: it cannot be read, or says something that no kernel takes."""
     where = f"{path} (own tiles)"
-    again = "make it again with dit4dit tune"
-    data = read_json(path, f"make it with dit4dit tune, or unset {VARIABLE}", error=ConfigError, again=again)
+    again = "make it again with dit4dit tune --tiles"
+    data = read_json(path, f"make it with dit4dit tune --tiles, or unset {VARIABLE}", error=ConfigError, again=again)
     tables = data.get("tiles")
     if not isinstance(tables, dict):
         raise ConfigError(f"{where}: expected an object with 'tiles'; {again}")

@@ -84,7 +84,11 @@ def test_every_command_refuses_seeds_that_are_none(command: str, seed: int, caps
 
 def test_tune_refuses_such_a_seed_and_such_counts(capsys) -> None:
     assert "--seed: expected an integer in 0..2^63-1, got -1" in refused(capsys, "tune", "--seed", "-1")
-    assert "--samples: expected at least 1, got 0" in refused(capsys, "tune", "--samples", "0")
+    assert "--samples: expected at least 1, got 0" in refused(capsys, "tune", "--tiles", "1", "--samples", "0")
+    assert "--tiles: expected seconds above 0, got -1" in refused(capsys, "tune", "--tiles", "-1")
+    assert "--seconds: expected seconds above 0, got nan" in refused(
+        capsys, "tune", "--preset", "tiny", "--device", "cpu", "--seconds", "nan"
+    )
     assert "--batch: expected at least 1, got -2" in refused(capsys, "tune", "--batch", "1", "-2")
 
 

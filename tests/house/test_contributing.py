@@ -11,9 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rooms import ORDER, ROOT
 
 import dit4dit
+from dit4dit import ops
+from dit4dit.commands.tune import load_plugin
+from dit4dit.ops import dispatch
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -49,7 +53,7 @@ def test_the_table_of_rooms_is_the_order_that_is_tested() -> None:
     assert [tuple(re.findall(r"\w+", row)) for row in rows] == [*ORDER]
 
 
-@pytest.mark.parametrize("heading", ["Add a robot", "Add an op", "Add a benchmark"])
+@pytest.mark.parametrize("heading", ["Add a robot", "Add an op", "An implementation of your own", "Add a benchmark"])
 def test_every_example_passes_lint(heading: str) -> None:
     """But for the order of imports, which depends on the files being there."""
     for name, text in blocks(heading).items():
@@ -89,6 +93,22 @@ def test_the_op(tmp_path: Path) -> None:
     said = run(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted", f"tests/ops/test_{op}.py")
     assert "4 passed" in said
     assert "usage:" in run(tmp_path, "-m", f"dit4dit.benchmarks.ops.bench_{op}", "--help")
+
+
+def test_the_implementation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((name, text),) = blocks("An implementation of your own").items()
+    (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    linear = dispatch.find("linear")
+    monkeypatch.setattr(linear, "implementations", dict(linear.implementations))
+    load_plugin("my_products")
+    monkeypatch.delitem(sys.modules, "my_products")
+    x, weight, bias = torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)
+    for given in (None, bias):
+        ours = ops.linear(x, weight, given, backend="mine")
+        assert torch.allclose(ours, ops.linear(x, weight, given, backend="torch"), atol=1e-5)
+    assert "mine" in ops.implementations("linear")
+    assert ops.explain("linear")[0].chosen != "mine", "only where a verdict names it"
 
 
 def test_the_benchmark(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The search for tiles on the GPU at hand (`dit4dit tune`); nothing is ever tuned while a robot runs.
+"""The search for tiles on the GPU at hand (`dit4dit tune --tiles SECONDS`); nothing is ever tuned while a robot runs.
 
 Each row of the table that calls of the released models take is measured with candidates around it, on those calls; the
 row keeps its limits. A candidate that does not agree with the reference, or does not launch, is no candidate.
@@ -79,7 +79,7 @@ class Search:
     left: list[str] = field(default_factory=list)
 
 
-def tune(
+def search_tiles(
     architecture: str,
     found: Sequence[Case],
     measure: Measure,
@@ -187,13 +187,15 @@ def check(names: Sequence[str], device: torch.device) -> list[str]:
     known = list(tiles.committed())
     for name in names:
         if name not in known:
-            raise InputError(f"tune {name!r}: no op with tiles{did_you_mean(name, known)}; known: {', '.join(known)}")
+            raise InputError(f"--ops {name!r}: no op with tiles{did_you_mean(name, known)}; known: {', '.join(known)}")
     if device.type != "cuda":
         sees = "--device is cpu" if torch.cuda.is_available() else f"PyTorch {torch.__version__} sees none"
-        raise BackendError(f"tune: tiles are measured on the GPU that they are for, and {sees}; run it on that machine")
+        raise BackendError(
+            f"--tiles: tiles are measured on the GPU that they are for, and {sees}; run it on that machine"
+        )
     reason = launch.refuse(products=True, x=torch.zeros(1, dtype=torch.bfloat16, device=device))
     if reason is not None:
-        raise BackendError(f"tune: Triton's kernels do not run on {device}: {reason}")
+        raise BackendError(f"--tiles: Triton's kernels do not run on {device}: {reason}")
     return [op for op in ops.names() if op in (names or known)]
 
 
