@@ -23,6 +23,7 @@ from dit4dit.engine import Engine, Plan, PromptPack, RequestShape, StepInputs
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.text import byte_tokenizer, standardize, tokenize
 from dit4dit.noise import STREAMS, Noise
+from dit4dit.robots.embodiment import Embodiment
 
 
 @dataclass
@@ -148,14 +149,14 @@ class Planned:
     The instruction's pack is at hand, as in a control loop.
     """
 
-    def __init__(self, engine: Engine, inputs: Inputs, pictures: list[NDArray[np.uint8]]) -> None:
-        """pictures: one uint8 [h, w, 3] per view; `inputs.frame` is what they become."""
+    def __init__(self, engine: Engine, inputs: Inputs, pictures: list[NDArray[np.uint8]], robot: Embodiment) -> None:
+        """pictures: one uint8 [h, w, 3] per view of the robot; `inputs.frame` is what they become."""
         self.engine, self.config, self.inputs, self.pictures = engine, engine.config, inputs, pictures
         self.pack: PromptPack = engine.pack(inputs.embeds)
         self.state = None if inputs.state is None else inputs.state.cpu().numpy()
         sizes = tuple((int(p.shape[0]), int(p.shape[1])) for p in pictures)
-        shape = RequestShape(1, sizes, self.config.image_size, "cv2_area", self.state is not None, self.pack.length)
-        table = torch.tensor([[torch.nan, -1.0, 1.0, 1.0, 0.0]] * self.config.head.action_dim, dtype=torch.float64)
+        shape = RequestShape(1, sizes, self.config.image_size, robot.resize, self.state is not None, self.pack.length)
+        table = torch.tensor([[torch.nan, -1.0, 1.0, 1.0, 0.0]] * robot.action_dim, dtype=torch.float64)
         self.table = table.T.contiguous().to(engine.device)
         self.plan = Plan(engine, shape, self.table)
         self._stages = {name: self.plan.record(stage) for name, stage in self._functions().items()}
@@ -223,10 +224,10 @@ class Planned:
 
 
 def random_pictures(
-    config: ModelConfig, views: int, seed: int, device: torch.device, dtype: torch.dtype
+    config: ModelConfig, robot: Embodiment, seed: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[NDArray[np.uint8]], Tensor]:
-    """One picture of the model's size per view, and the frame that they become on the device."""
+    """One picture of the model's size per view of the robot, and the frame that they become on the device."""
     generator = np.random.default_rng(seed)
-    pictures = [generator.integers(0, 256, (*config.image_size, 3), dtype=np.uint8) for _ in range(views)]
+    pictures = [generator.integers(0, 256, (*config.image_size, 3), dtype=np.uint8) for _ in robot.views]
     placed = [torch.from_numpy(picture)[None].to(device) for picture in pictures]
-    return pictures, ops.preprocess(placed, config.image_size, "cv2_area", dtype)
+    return pictures, ops.preprocess(placed, config.image_size, robot.resize, dtype)

@@ -168,7 +168,7 @@ class Run:
             self._set_up()
 
     def _set_up(self) -> None:
-        wanted, device, views = self.wanted, self.device, len(EMBODIMENTS[self.preset.embodiment].views)
+        wanted, device, robot = self.wanted, self.device, EMBODIMENTS[self.preset.embodiment]
         config, text = self.preset.model, wanted.text and wanted.baseline
         with self.step("machine"):
             self.result["machine"] = machine()
@@ -177,15 +177,15 @@ class Run:
                 config, wanted.seed, device=device, dtype=self.dtype, head_dtype=wanted.head_dtype, with_text=text
             )
         with self.step("inputs"):
-            inputs = Inputs.random(config, views, wanted.seed, device, text=text)
+            inputs = Inputs.random(config, len(robot.views), wanted.seed, device, text=text)
             if inputs.tokens is not None:
                 inputs = replace(inputs, embeds=model.embed(inputs.tokens))
-            pictures, frame = random_pictures(config, views, wanted.seed, device, self.dtype)
+            pictures, frame = random_pictures(config, robot, wanted.seed, device, self.dtype)
             inputs = replace(inputs, frame=frame)
         exact, calibration = None, None
         if wanted.quantization is not None:
             with self.step("exact engine"):
-                exact = Planned(Engine(model, head="library", tune="off"), inputs, pictures)
+                exact = Planned(Engine(model, head="library", tune="off"), inputs, pictures, robot)
                 calibration = calibrate(exact.engine, [exact.step_inputs()])
         with self.step("engine"):
             engine = Engine(
@@ -196,7 +196,7 @@ class Run:
                 tune=wanted.tune,
             )
         with self.step("plan"):
-            fast = Planned(engine, inputs, pictures)
+            fast = Planned(engine, inputs, pictures, robot)
         with self.step("first chunk"):
             actions = fast.checked()
         self.result |= {"head": fast.plan.head, "implementations": fast.plan.ran}
@@ -229,7 +229,9 @@ class Run:
         if self.published is not None:
             found = against_published(engine, exact or fast, actions, self.published)
         elif fast.plan.head == "one_launch":
-            library = Planned(Engine(model, head="library", tune="off"), inputs, pictures)
+            library = Planned(
+                Engine(model, head="library", tune="off"), inputs, pictures, EMBODIMENTS[self.preset.embodiment]
+            )
             found = {"with": "the engine with head='library'", "features": None}
             found["actions"] = distance(actions, library.checked())
         if found is not None:

@@ -94,10 +94,10 @@ def planned(
     quantization: Literal["fp8"] | None,
 ) -> Planned:
     """The engine's plan on random weights and inputs, as `bench latency` times it."""
-    config, views = preset.model, len(EMBODIMENTS[preset.embodiment].views)
+    config, robot = preset.model, EMBODIMENTS[preset.embodiment]
     model = random_model(config, seed, device=device, dtype=dtype, head_dtype=head_dtype, with_text=False)
-    inputs = Inputs.random(config, views, seed, device, text=False)
-    pictures, frame = random_pictures(config, views, seed, device, dtype)
+    inputs = Inputs.random(config, len(robot.views), seed, device, text=False)
+    pictures, frame = random_pictures(config, robot, seed, device, dtype)
     inputs = Inputs(**{**vars(inputs), "frame": frame})
     calibration = None
     if quantization is not None:
@@ -106,7 +106,8 @@ def planned(
         given = StepInputs(frame, packs, inputs.state, inputs.posterior, inputs.latent, inputs.action)
         calibration = calibrate(exact, [given])
         del exact
-    return Planned(Engine(model, quantization=quantization, calibration=calibration, head=head), inputs, pictures)
+    engine = Engine(model, quantization=quantization, calibration=calibration, head=head)
+    return Planned(engine, inputs, pictures, robot)
 
 
 def _stage(result: dict[str, Any], stage: str, function: Function, device: torch.device) -> None:
