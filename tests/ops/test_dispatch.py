@@ -161,14 +161,11 @@ class Named:
     """Verdicts that name one implementation for every call of an op."""
 
     def __init__(self, **named: str) -> None:
-        self.named, self.asked, self.ignored = named, 0, []
+        self.named, self.asked = named, 0
 
-    def choice(self, op, args):
+    def choice(self, op, args, files):
         self.asked += 1
         return self.named.get(op)
-
-    def ignore(self, op, args, reason):
-        self.ignored.append(reason)
 
 
 @pytest.mark.parametrize("name", ["kernel", "library"])
@@ -196,14 +193,6 @@ def test_what_a_verdict_names_and_refuses_is_warned_about(fast, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "triple: running 'torch' because 'kernel' refused: x is odd"
     ]
-
-
-def test_a_verdict_that_names_what_is_not_here_is_ignored(fast):
-    verdicts = Named(triple="gone")
-    with Choices(verdicts) as choices:
-        fast(FLOAT)
-    assert choices.ran == {"triple": {"torch": 1}}
-    assert verdicts.ignored == ["there is no implementation 'gone' of triple here"]
 
 
 def counting(op, name):

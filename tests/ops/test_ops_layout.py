@@ -19,6 +19,8 @@ NOT_OPS = {
     "launch",
     "native",
     "onednn",
+    "sources",
+    "survey",
     "tiles",
     "verdicts",
 }
