@@ -99,7 +99,9 @@ class Verdict:
         if not all(text.isprintable() for text in (data["op"], data["call"], data["default"], data["made"], *ms)):
             raise ValueError("expected names and a call that can be printed")
         if not all(type(one) in (int, float) and 0 <= one < 1e9 for one in ms.values()) or data["chosen"] not in ms:
-            raise ValueError("ms: expected milliseconds of each implementation that was timed, the chosen one among them")
+            raise ValueError(
+                "ms: expected milliseconds of each implementation that was timed, the chosen one among them"
+            )
         if not all(isinstance(reason, str) for reason in data["refused"].values()):
             raise ValueError("refused: expected a reason for each implementation")
         if not isinstance(data.get("foreign"), (str, type(None))):
@@ -129,8 +131,9 @@ def call_text(args: Sequence[Any]) -> str:
 
 def _argument(value: Any) -> str:
     if isinstance(value, Tensor):
-        dense = value.is_contiguous()
-        layout = "" if dense else f" strides {'x'.join(map(str, value.stride()))}"
+        # where there is but one, how far it is to the next is no layout
+        strides = [str(step) if size > 1 else "*" for size, step in zip(value.shape, value.stride(), strict=True)]
+        layout = "" if value.is_contiguous() else f" strides {'x'.join(strides)}"
         return f"{str(value.dtype).removeprefix('torch.')}[{'x'.join(map(str, value.shape))}]{layout}"
     if isinstance(value, (list, tuple)):
         return f"({call_text(value)})"
@@ -170,7 +173,8 @@ def device_name(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 @functools.cache
@@ -207,7 +211,7 @@ def write(verdict: Verdict, into: Path) -> Path:
 def read(path: Path) -> Verdict | Unfit:
     """A verdict's file, or why it is none; whatever is there, this neither raises nor waits. FileNotFoundError: nothing is."""
     try:
-        return Verdict.of(json.loads(_content(path)))
+        return Verdict.of(json.loads(_content(path).decode()))
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -247,7 +251,7 @@ def stranger(found: Verdict, files: Files | None) -> Unfit | None:
         return None
     if file is None:
         return Unfit(f"{found.chosen!r} of {found.op} was not dit4dit's own")
-    return Unfit(f"the source of {found.chosen!r} of {found.op}, {shown(file)}, has changed or cannot be read")
+    return Unfit(f"the source of {found.chosen!r} of {found.op} has changed or cannot be read", said(file))
 
 
 def difference(found: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
@@ -258,7 +262,7 @@ def difference(found: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
                 return "made by other kernels or tiles than those of this dit4dit"
             return f"made with {name} {shown(found.get(name))}, here it is {shown(value)}"
     gone = [name for name in found if name not in here]
-    return f"made with {shown(gone[0])} {shown(found[gone[0]])}, which is not here" if gone else None
+    return f"made with {said(gone[0])} {shown(found[gone[0]])}, which is not here" if gone else None
 
 
 @functools.cache
