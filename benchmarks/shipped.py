@@ -2,9 +2,9 @@
 
 python -m dit4dit.benchmarks.shipped benchmarks/results/nvidia-h200.json dit4dit/ops/shipped_verdicts
 
-What `dit4dit tune` found there (the parts `tune_*`) goes before rows of `bench ops`, of which the suite times those of RoboCasa-GR1;
-each is for the calls of that model's plans with the same shapes and dtypes. Only parts that ended well count, and only where every
-GPU test passed; an implementation that was wrong or failed has no times.
+What `dit4dit tune` found there (parts `tune_*`) goes before rows of `bench ops`, of which the suite times RoboCasa-GR1's; each is
+for the calls of that model's plans with the same shapes and dtypes. Only parts that ended well count, and only where all GPU
+tests passed; an implementation that was wrong or failed has no times.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ def table(result: Mapping[str, Any], source: str) -> dict[str, Any]:
     rows = dict(_from_bench(result))
     for name, part in result.items():
         if name.startswith("tune_") and _passed(result, name):
-            tuned = {f"{row['op']}: {row['call']}": row for row in part["calls"] if row["chosen"] in row["ms"]}
-            rows |= {key: _row(row["ms"], row["default"]) for key, row in tuned.items()}
+            for row in part["calls"]:
+                ms = {name: one for name, one in row["ms"].items() if _is_ours(row["op"], name)}
+                if ms:
+                    rows[f"{row['op']}: {row['call']}"] = _row(ms, row["default"])
     machine = result["machine"]
     facts = {"device": machine["gpu"], "capability": machine["gpu_capability"], "source": source}
     return {**facts, "calls": dict(sorted(rows.items()))}
@@ -61,6 +63,11 @@ def table(result: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _passed(result: Mapping[str, Any], part: str) -> bool:
     found = result["suite"]["parts"].get(part, {})
     return found.get("exit_code") == 0 and (part in result or part == "gpu_tests")  # tests have a file of their own
+
+
+def _is_ours(op: str, name: str) -> bool:
+    """Whether dit4dit has this implementation, and has it still."""
+    return op in ops.names() and name in ops.implementations(op)
 
 
 def _row(ms: Mapping[str, float], default: str) -> dict[str, Any]:
@@ -75,7 +82,7 @@ def _from_bench(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
     for part in PARTS:
         for row in result[part]["rows"] if _passed(result, part) else ():
             name = "torch" if row["implementation"] == "eager" else row["implementation"]
-            if "ms" in row and row["op"] in ops.names() and name in ops.implementations(row["op"]):
+            if "ms" in row and _is_ours(row["op"], name):
                 measured.setdefault((row["op"], row["case"]), {})[name] = row["ms"]["p50"]
     known = {}
     for op, case, args in cases(ops.names()):
