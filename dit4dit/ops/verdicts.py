@@ -27,7 +27,7 @@ from dit4dit.errors import InputError, said, shown
 from dit4dit.files.atomic import whole_file
 from dit4dit.files.cache import cache_root
 from dit4dit.ops import launch, sources
-from dit4dit.tables import machine
+from dit4dit.tables import cpu_name
 
 log = logging.getLogger("dit4dit.ops")
 
@@ -177,9 +177,7 @@ def device_name(device: torch.device) -> str:
     return f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-@functools.cache
-def _cpu() -> str:
-    return str(machine()["cpu"])
+_cpu = functools.cache(cpu_name)
 
 
 def slug(name: str) -> str:
@@ -223,14 +221,16 @@ def read(path: Path) -> Verdict | Unfit:
 def _content(path: Path) -> bytes:
     """Of a regular file that is not too large. ValueError: it is something else, such as a pipe, which would be waited for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("expected a file")
-        content = b"" if found.st_size > LARGEST else file.read(LARGEST + 1)
-    if len(content) > LARGEST or found.st_size > LARGEST:
-        raise ValueError(f"expected at most {LARGEST} bytes")
-    return content
+        if found.st_size > LARGEST:
+            raise ValueError(f"expected at most {LARGEST} bytes, got {found.st_size}")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(LARGEST)
+    finally:
+        os.close(descriptor)
 
 
 def unfit(found: Verdict, here: Mapping[str, Any]) -> Unfit | None:
