@@ -165,7 +165,7 @@ def _measured() -> list[Finding]:
     import torch
 
     from dit4dit.ops import dispatch, verdicts
-    from dit4dit.ops.survey import survey
+    from dit4dit.ops.explanation import survey
 
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     out: dict[str, Finding] = {}

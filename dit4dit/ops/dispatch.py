@@ -11,17 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from dit4dit.errors import BackendError, did_you_mean
-from dit4dit.ops import launch, tiles
-from dit4dit.ops.aot import loader
-from dit4dit.ops.survey import Measured, measured, survey
-from dit4dit.ops.verdicts import NOT_YET, Files, Verdicts
+from dit4dit.ops.verdicts import Files, Verdicts
 
 log = logging.getLogger("dit4dit.ops")
 
@@ -42,24 +39,6 @@ class Implementation:
     device: str | None = None
     measured_only: bool = False
     prepare: Callable[..., None] | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `op` would run on a device (None: nothing), why each implementation before that would not, and, where a Triton
-    kernel would run, which table its block sizes come from and whether it was compiled ahead of time.
-
-    measured: the calls that a plan chooses for by what was measured, here or (`Measured.shipped`) elsewhere. note: that nothing
-    was measured here, where more than one implementation could run.
-    """
-
-    op: str
-    chosen: str | None
-    refused: dict[str, str] = field(default_factory=dict)
-    tiles: str | None = None
-    kernels: str | None = None
-    measured: tuple[Measured, ...] = ()
-    note: str | None = None
 
 
 # Per thread and per asyncio task: a wish made in one never reaches another.
@@ -371,66 +350,6 @@ def trace() -> Iterator[dict[str, set[str]]]:
         _trace.reset(token)
 
 
-def explain(op: str | None = None, device: str | torch.device = "cpu") -> list[Explanation]:
-    """For `op`, or for every op, what would run on `device` with usual arguments, and why the better ones would not; and what
-    was measured for it.
-
-    Wishes made with `use_backend` count. BackendError: no such op; ConfigError: the table that DIT4DIT_TILES names is broken.
-    """
-    asked, device = [find(name) for name in ([op] if op else list(_ops))], torch.device(device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        reason = f"torch sees {torch.cuda.device_count()} CUDA devices, so not {device}"
-        return [Explanation(one.name, None, dict.fromkeys(one.implementations, reason)) for one in asked]
-    known = measured(device, survey(device, files()))
-    found = []
-    for one in asked:
-        rows = tuple(known.get(one.name, ()))
-        here = any(row.shipped is None for row in rows)
-        note = None if here or not _has_a_choice(one, device) else NOT_YET
-        found.append(replace(_explain(one, device), measured=rows, note=note))
-    return found
-
-
 def files() -> dict[str, Files]:
     """`Op.files` of every op."""
     return {name: op.files() for name, op in _ops.items()}
-
-
-def _has_a_choice(op: Op, device: torch.device) -> bool:
-    """Whether more than one implementation can run its usual arguments on a device."""
-    if op.example is None:
-        return False
-    args, able = op.example(device), 0
-    with torch.no_grad():
-        for implementation in op.implementations.values():
-            if implementation.prepare is not None:
-                implementation.prepare(*args)
-            able += implementation.refuse(*args) is None
-    return able > 1
-
-
-def _explain(op: Op, device: torch.device) -> Explanation:
-    if op.example is None:
-        reason = "unknown: import dit4dit.engine first, which makes an example of the op's arguments"
-        return Explanation(op.name, None, dict.fromkeys(op.implementations, reason))
-    args = op.example(device)
-    wish = op.wish()
-    if wish is not None:
-        refusal = op._find(wish).refuse(*args)
-        if refusal:
-            return Explanation(op.name, None, {wish: refusal})
-        return Explanation(op.name, wish, {}, *_origin(op, wish, device))
-    with torch.no_grad():  # as in a plan
-        chosen, refused = op.choose(args, prepare=True)
-    if chosen is None:
-        return Explanation(op.name, None, refused)
-    return Explanation(op.name, chosen.name, refused, *_origin(op, chosen.name, device))
-
-
-def _origin(op: Op, chosen: str, device: torch.device) -> tuple[str | None, str | None]:
-    """`tiles` and `kernels` of an explanation."""
-    if chosen != "triton":
-        return None, None
-    chip = launch.architecture(device)
-    kernels = "interpreted" if device.type == "cpu" else loader.explain(chip)
-    return tiles.source(op.name, chip), kernels

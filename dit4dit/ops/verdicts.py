@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -265,6 +265,33 @@ def difference(found: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     return f"made with {said(gone[0])} {shown(found[gone[0]])}, which is not here" if gone else None
 
 
+def known(device: torch.device, say: Callable[[Unfit], None] = lambda _: None) -> Iterator[Verdict]:
+    """Every verdict in a device's folder that was made here (`unfit`).
+
+    say: is given why each other file is none, or the folder cannot be read. InputError: no place for caches is known.
+    """
+    where = folder(device)
+    try:
+        names = sorted(name for name in os.listdir(where) if name.endswith(".json") and not name.startswith("."))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        say(Unfit("the folder cannot be read", str(error.strerror)))
+        return
+    here = place(device) if names else {}
+    for name in names:
+        try:
+            found = read(where / name)
+        except FileNotFoundError:  # a link to nothing, or gone at this moment
+            continue
+        if not isinstance(found, Verdict):
+            say(found)
+        elif why := Unfit(MISNAMED, name) if name != found.file else unfit(found, here):
+            say(why)
+        else:
+            yield found
+
+
 @functools.cache
 def shipped(device_slug: str, capability: str | None) -> Mapping[str, Any]:
     """The table of a GPU that came with the package; a GPU without one takes that of one of its compute capability. {}: none.
@@ -325,7 +352,7 @@ class Verdicts:
         except (FileNotFoundError, InputError):
             return None
         except OSError as error:
-            self._say(where, Unfit(f"the folder cannot be read ({error.strerror})"))
+            self._say(where, Unfit("the folder cannot be read", str(error.strerror)))
             return None
         return where
 

@@ -70,6 +70,16 @@ def test_the_implementation_that_is_not_the_default_is_clearly_faster(result: di
     assert (head["chosen"], set(head["ms"])) == ("loop", {"loop", "cuda", "torch"})
 
 
+def test_the_loop_of_chosen_kernels_is_its_own_row_where_there_is_one(result: dict[str, Any]) -> None:
+    like = next(row for row in result["ops_action_ode"]["rows"] if row["implementation"] == "eager graph")
+    result["ops_action_ode"]["rows"].append({**like, "implementation": "loop graph", "ms": {"p50": 5.0}})
+    head = next(row for key, row in calls(result).items() if key.startswith("action_ode"))
+    assert (head["chosen"], head["ms"]["loop"]) == ("torch", 5.0)
+    result["ops_action_ode"]["rows"].pop()
+    result["suite"]["parts"]["latency_library_robocasa_gr1"]["exit_code"] = 1
+    assert not [key for key in calls(result) if key.startswith("action_ode")], "nothing is known of the default"
+
+
 def row_of(result: dict[str, Any], op: str, case: str, implementation: str) -> dict[str, Any]:
     rows = result["ops"]["rows"]
     return next(r for r in rows if (r["op"], r["case"], r["implementation"]) == (op, case, implementation))

@@ -13,7 +13,8 @@ import dit4dit.engine  # noqa: F401  makes the example of `action_ode`
 from dit4dit import ops
 from dit4dit.errors import BackendError
 from dit4dit.ops import dispatch, native
-from dit4dit.ops.dispatch import Choices, Implementation, Op, explain, listing, names, register, trace, use_backend
+from dit4dit.ops.dispatch import Choices, Implementation, Op, listing, names, register, trace, use_backend
+from dit4dit.ops.explanation import explain
 from dit4dit.ops.native import unsupported
 
 

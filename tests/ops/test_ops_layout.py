@@ -16,11 +16,11 @@ NOT_OPS = {
     "attention_libraries",
     "device_tables",
     "dispatch",
+    "explanation",
     "launch",
     "native",
     "onednn",
     "sources",
-    "survey",
     "tiles",
     "verdicts",
 }

@@ -24,7 +24,7 @@ from dit4dit.errors import InputError
 from dit4dit.files.cache import cache_root
 from dit4dit.ops import dispatch, sources, tiles, verdicts
 from dit4dit.ops.dispatch import Choices, Implementation
-from dit4dit.ops.survey import measured, survey
+from dit4dit.ops.explanation import measured, survey
 from dit4dit.ops.verdicts import Verdict, Verdicts, call_text
 
 CPU = torch.device("cpu")
@@ -176,6 +176,20 @@ def test_what_is_no_file_is_ignored_and_not_waited_for(cache: Path, lines, make:
     assert ran() == DEFAULT
     assert len(lines()) == 1
     assert sum(survey(CPU, dispatch.files()).ignored.values()) == 1
+
+
+def test_a_pipe_with_a_verdict_in_it_is_none(cache: Path, lines) -> None:
+    path = put(cache)
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    held = os.open(path, os.O_RDWR)
+    try:
+        os.write(held, content)
+        assert ran() == DEFAULT
+    finally:
+        os.close(held)
+    assert "expected a file" in lines()[0]
 
 
 def test_a_link_to_a_verdict_counts_and_one_to_nothing_is_nothing(cache: Path, tmp_path: Path, lines) -> None:
