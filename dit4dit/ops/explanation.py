@@ -14,6 +14,9 @@ from dit4dit.ops.aot import loader
 from dit4dit.ops.dispatch import Op
 from dit4dit.ops.verdicts import NOT_YET, Files, Unfit, Verdict
 
+REASONS = 6
+"""Kinds of reasons that are shown."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -68,8 +71,10 @@ class Survey:
 
     @property
     def why_ignored(self) -> str:
-        """The reasons and how many files each is for, in one line."""
-        return "; ".join(f"{reason} ({count})" for reason, count in self.ignored.items())
+        """The most frequent reasons and how many files each is for, in one line."""
+        found = [f"{reason} ({count})" for reason, count in self.ignored.items()]
+        more = [f"and {len(found) - REASONS} other reasons"] if len(found) > REASONS else []
+        return "; ".join(found[:REASONS] + more)
 
 
 def survey(device: torch.device, ops: Mapping[str, Files]) -> Survey:

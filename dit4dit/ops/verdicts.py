@@ -244,7 +244,8 @@ def stranger(found: Verdict, files: Files | None) -> Unfit | None:
     if files is None:
         return Unfit(f"there is no op {shown(found.op)} here")
     if found.chosen not in files:
-        return Unfit(f"there is no implementation {shown(found.chosen)} of {found.op} here")
+        what = f"{shown(found.chosen)} of {found.op}"
+        return Unfit(f"there is no implementation {what} here, or the module that registers it was not imported")
     file = files[found.chosen]
     now = None if file is None else file_hash(file)
     if now == found.foreign and now != UNREADABLE:

@@ -87,6 +87,13 @@ def test_what_counts_and_what_does_not(cache: Path) -> None:
         assert reason in found.detail
 
 
+def test_many_reasons_stay_one_line(cache: Path) -> None:
+    for i in range(20):
+        verdicts.write(verdict(f"call {i}", place={"device": f"GPU {i}"}), cache)
+    assert "20 files in" in finding().detail
+    assert finding().detail.endswith("(1); and 14 other reasons; run dit4dit tune")
+
+
 def test_the_command_shows_the_table_and_has_it_in_its_json(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

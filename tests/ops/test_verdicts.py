@@ -489,7 +489,11 @@ def test_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
             raise FileNotFoundError(2, "No such file or directory", str(self))
         return real(self, *args, **kwargs)
 
+    def started() -> str:
+        raise AssertionError("platform.processor starts a process")
+
     monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr("platform.processor", started)
     monkeypatch.setattr(verdicts, "_cpu", verdicts._cpu.__wrapped__)
     assert ran() == DEFAULT
     assert verdicts.place(CPU)["device"].endswith(("thread", "threads"))
@@ -564,6 +568,23 @@ def test_what_a_place_on_a_gpu_says(gpus: list[SimpleNamespace]) -> None:
     assert facts <= set(place) <= facts | set(sources.PACKAGES)
     assert (place["capability"], place["sms"], place["driver"]) == ("12.0", 170, "580.82.07")
     assert json.loads(json.dumps(place)) == place
+
+
+@pytest.mark.gpu
+def test_a_verdict_on_a_gpu(lines) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    here = verdicts.place(device)
+    assert json.loads(json.dumps(here)) == here == verdicts.place(torch.device("cuda"))
+    x, weight = torch.randn(4, 8, device=device), torch.randn(16, 8, device=device)
+    names = ops.implementations("linear")
+    found = Verdict("linear", call_text((x, weight, None)), here, names[0], "torch", {"torch": 1.0})
+    verdicts.write(found, verdicts.folder(device))
+    on_gpu = Verdicts(torch.device("cuda"))
+    assert on_gpu.choice("linear", (x, weight, None), dispatch.find("linear").files) == "torch"
+    with Choices(on_gpu) as choices:
+        ops.linear(x, weight, None)
+    assert choices.ran == {"linear": {"torch": 1}}
+    assert not lines()
 
 
 # Hash of the kernels --------------------------------------------------------------------------------------------------------
