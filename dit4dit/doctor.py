@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dit4dit.errors import ConfigError
-from dit4dit.tables import table
+from dit4dit.tables import number, table
 
 PACKAGES = {
     "torch": "2.10",
@@ -26,6 +26,8 @@ PACKAGES = {
 TEXT_PARAMETERS = 7_070_000_000
 BACKBONE_PARAMETERS = 2_060_000_000 + 54_000_000
 HEAD_PARAMETERS = 163_000_000
+SHOWN = 100
+"""Measured calls in the table that is printed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Finding:
 
 def examine() -> dict[str, Any]:
     """All findings, ready for JSON; "healthy" is False when a problem was found."""
-    findings = [*_packages(), *_extension(), *_devices(), *_memory(), _tiles(), _kernels(), _self_test()]
+    findings = [*_packages(), *_extension(), *_devices(), *_memory(), _tiles(), _kernels(), *_measured(), _self_test()]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -160,6 +162,36 @@ def _kernels() -> Finding:
     )
 
 
+def _measured() -> list[Finding]:
+    """For each kind of device, what `dit4dit tune` has found on it, and what of that does not count."""
+    import torch
+
+    from dit4dit.ops import dispatch, verdicts
+    from dit4dit.ops.explanation import survey
+
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    out: dict[str, Finding] = {}
+    for device in (*gpus, torch.device("cpu")):
+        name, found = verdicts.device_name(device), survey(device, dispatch.files())
+        if name in out or (gpus and device.type == "cpu" and not found.counting and not found.ignored):
+            continue  # two of one kind; or a processor beside a GPU, which runs nothing
+        if found.counting:
+            days = sorted({verdict.made[:10] for verdict in found.counting})
+            made = " to ".join(dict.fromkeys((days[0], days[-1])))
+            ops = len({verdict.op for verdict in found.counting})
+            detail = f"{len(found.counting)} calls of {ops} ops on {name}, made {made}"
+        else:
+            detail = f"{name}: {verdicts.NOT_YET}"
+            if table := verdicts.shipped_for(device):
+                detail += f"; until then {len(table['calls'])} calls as on {table['device']}"
+        level = "ok" if found.counting else "note"
+        if found.ignored:
+            level, count = "note", sum(found.ignored.values())
+            detail += f"; {count} files in {found.folder} are ignored: {found.why_ignored}; run dit4dit tune"
+        out[name] = Finding("kernels measured here", level, detail)
+    return list(out.values())
+
+
 def _self_test() -> Finding:
     """One chunk of a small random model through the text encoder and the engine: do these versions work together?"""
     import torch
@@ -213,11 +245,21 @@ def show(result: dict[str, Any]) -> str:
         for o in result["ops"]
     ]
     verdict = "healthy" if result["healthy"] else "problems found"
-    return "\n\n".join(
-        [
-            f"Python {result['python']} on {result['platform']}",
-            table(["what", "level", "detail"], rows),
-            table(["op", "device", "would run", "tiles", "passed over"], ops_rows),
-            verdict,
-        ]
-    )
+    tables = [
+        f"Python {result['python']} on {result['platform']}",
+        table(["what", "level", "detail"], rows),
+        table(["op", "device", "would run", "tiles", "passed over"], ops_rows),
+    ]
+    if measured := [[o["op"], o["device"], *_row(one)] for o in result["ops"] for one in o["measured"]]:
+        header = ["op", "device", "call", "chosen", "ms", "runner-up", "ms", "measured"]
+        tables.append(table(header, measured[:SHOWN], right=(4, 6)))
+        if len(measured) > SHOWN:
+            tables.append(f"and {len(measured) - SHOWN} more calls: --json FILE has them all")
+    return "\n\n".join([*tables, verdict])
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    """Of a call that was measured."""
+    second = one["runner_up"]
+    times = [number(one["ms"].get(name), ".4f") for name in (one["chosen"], second)]
+    return [one["call"], one["chosen"], times[0], second or "-", times[1], one["shipped"] or "here"]

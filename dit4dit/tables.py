@@ -67,7 +67,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -75,10 +75,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    """As Linux tells it, otherwise what Python knows."""
+def cpu_name() -> str:
+    """As Linux tells it, otherwise the architecture; no process is started for it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
+        lines = []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

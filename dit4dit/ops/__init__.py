@@ -3,9 +3,7 @@
 from dit4dit.ops.dispatch import (
     Call,
     Choices,
-    Explanation,
     Implementation,
-    explain,
     implementations,
     listing,
     names,
@@ -13,6 +11,7 @@ from dit4dit.ops.dispatch import (
     trace,
     use_backend,
 )
+from dit4dit.ops.explanation import Explanation, explain
 
 # isort: off
 # in the order of the data's way through the model, which `names` keeps

@@ -11,16 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from dit4dit.errors import BackendError, did_you_mean
-from dit4dit.ops import launch, tiles
-from dit4dit.ops.aot import loader
-from dit4dit.ops.verdicts import Verdicts
+from dit4dit.ops.verdicts import Files, Verdicts
 
 log = logging.getLogger("dit4dit.ops")
 
@@ -41,19 +39,6 @@ class Implementation:
     device: str | None = None
     measured_only: bool = False
     prepare: Callable[..., None] | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `op` would run on a device (None: nothing), why each implementation before that would not, and, where a Triton
-    kernel would run, which table its block sizes come from and whether it was compiled ahead of time.
-    """
-
-    op: str
-    chosen: str | None
-    refused: dict[str, str] = field(default_factory=dict)
-    tiles: str | None = None
-    kernels: str | None = None
 
 
 # Per thread and per asyncio task: a wish made in one never reaches another.
@@ -154,6 +139,10 @@ class Op:
             )
         return self.implementations[backend]
 
+    def files(self) -> dict[str, str | None]:
+        """Its implementations -> `foreign` of each."""
+        return {name: foreign(implementation) for name, implementation in self.implementations.items()}
+
     def say_why(
         self, chosen: Implementation, refused: dict[str, str], args: tuple, preferred: str | None = None
     ) -> None:
@@ -239,11 +228,7 @@ class Choices:
         return None if wished else self._taken[i][1]
 
     def _choose(self, op: Op, args: tuple[Any, ...]) -> Implementation | None:
-        preferred = None if self._verdicts is None else self._verdicts.choice(op.name, args)
-        if preferred is not None and preferred not in op.implementations:
-            assert self._verdicts is not None
-            self._verdicts.ignore(op.name, args, f"there is no implementation {preferred!r} of {op.name} here")
-            preferred = None
+        preferred = None if self._verdicts is None else self._verdicts.choice(op.name, args, op.files)
         chosen, refused = op.choose(args, preferred=preferred, prepare=True)
         if chosen is not None and refused:
             op.say_why(chosen, refused, args, preferred)
@@ -365,38 +350,6 @@ def trace() -> Iterator[dict[str, set[str]]]:
         _trace.reset(token)
 
 
-def explain(op: str | None = None, device: str | torch.device = "cpu") -> list[Explanation]:
-    """For `op`, or for every op, what would run on `device` with usual arguments, and why the better ones would not.
-
-    Wishes made with `use_backend` count. BackendError: no such op; ConfigError: the table that DIT4DIT_TILES names is broken.
-    """
-    return [_explain(find(name), torch.device(device)) for name in ([op] if op else list(_ops))]
-
-
-def _explain(op: Op, device: torch.device) -> Explanation:
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        reason = f"torch sees {torch.cuda.device_count()} CUDA devices, so not {device}"
-        return Explanation(op.name, None, dict.fromkeys(op.implementations, reason))
-    if op.example is None:
-        reason = "unknown: import dit4dit.engine first, which makes an example of the op's arguments"
-        return Explanation(op.name, None, dict.fromkeys(op.implementations, reason))
-    args = op.example(device)
-    wish = op.wish()
-    if wish is not None:
-        refusal = op._find(wish).refuse(*args)
-        if refusal:
-            return Explanation(op.name, None, {wish: refusal})
-        return Explanation(op.name, wish, {}, *_origin(op, wish, device))
-    chosen, refused = op.choose(args)
-    if chosen is None:
-        return Explanation(op.name, None, refused)
-    return Explanation(op.name, chosen.name, refused, *_origin(op, chosen.name, device))
-
-
-def _origin(op: Op, chosen: str, device: torch.device) -> tuple[str | None, str | None]:
-    """`tiles` and `kernels` of an explanation."""
-    if chosen != "triton":
-        return None, None
-    chip = launch.architecture(device)
-    kernels = "interpreted" if device.type == "cpu" else loader.explain(chip)
-    return tiles.source(op.name, chip), kernels
+def files() -> dict[str, Files]:
+    """`Op.files` of every op."""
+    return {name: op.files() for name, op in _ops.items()}

@@ -68,8 +68,9 @@ def _run_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
 
 
 def _example(device: torch.device) -> _Args:
-    x = torch.zeros(1, 16, 64, dtype=torch.bfloat16, device=device)
-    return x, torch.zeros(128, 64, dtype=torch.bfloat16, device=device), None, "none"
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    x = torch.zeros(1, 16, 64, dtype=dtype, device=device)
+    return x, torch.zeros(128, 64, dtype=dtype, device=device), None, "none"
 
 
 _op = Op(

@@ -2,42 +2,48 @@
 
 One small JSON file a call, in a folder of the device's own below the cache, each written whole. A plan looks its calls up when
 it is built. A file that was made on another device, by other versions or by other kernels says so and is ignored; so is one that
-cannot be read. Where a call has none, the table of this GPU that came with the package may know it (`shipped`). Whatever a
-verdict says, the implementation that it names still refuses what it cannot run.
+cannot be read, or that names an implementation that is not here. Where a call has none, the table of this GPU that came with the
+package may know it (`shipped`). Whatever a verdict says, the implementation that it names still refuses what it cannot run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit4dit.errors import InputError, said
+from dit4dit.errors import InputError, said, shown
 from dit4dit.files.atomic import whole_file
 from dit4dit.files.cache import cache_root
-from dit4dit.ops import launch, native, tiles
-from dit4dit.tables import machine
+from dit4dit.ops import launch, sources
+from dit4dit.tables import cpu_name
 
 log = logging.getLogger("dit4dit.ops")
 
 FORMAT = 1
+LARGEST = 1 << 20
+"""Bytes of a verdict's file; a larger one is none and is not read."""
+LONGEST_REASON = 500
+"""Characters that are kept of why an implementation was refused."""
 SHIPPED = Path(__file__).with_name("shipped_verdicts")
-"""Tables that came with the package: <device>.json, as `dit4dit tune --table` writes them."""
+"""Tables that came with the package: <device>.json, as `python -m dit4dit.benchmarks.shipped` writes them."""
+MISNAMED = "a file is of another call than its name says"
+UNREADABLE = "unreadable"
 NOT_YET = "not yet measured here: run dit4dit tune"
-PACKAGES = ("triton", "flash-attn", "flash-attn-3")
-"""Packages beside torch whose version decides how fast an implementation is."""
+
+Files = Mapping[str, str | None]
+"""Implementations of an op that are here -> the file of one that is not the package's (`dispatch.foreign`), None for ours."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,7 @@ class Verdict:
     @property
     def runner_up(self) -> str | None:
         """The fastest of the others, if any."""
-        others = {name: ms for name, ms in self.ms.items() if name != self.chosen}
-        return min(others, key=others.__getitem__) if others else None
+        return runner_up(self.ms, self.chosen)
 
     @property
     def file(self) -> str:
@@ -77,7 +82,8 @@ class Verdict:
 
     def data(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {"format": FORMAT, **asdict(self)}
+        refused = {name: reason[:LONGEST_REASON] for name, reason in self.refused.items()}
+        return {"format": FORMAT, **asdict(self), "refused": refused}
 
     @classmethod
     def of(cls, data: Any) -> Verdict:
@@ -87,13 +93,33 @@ class Verdict:
         kinds = {"op": str, "call": str, "place": dict, "default": str, "chosen": str, "ms": dict, "refused": dict}
         for name, kind in {**kinds, "made": str}.items():
             if not isinstance(data.get(name), kind):
-                raise ValueError(f"{name}: expected {kind.__name__}, got {type(data.get(name)).__name__}")
-        if not all(type(ms) in (int, float) for ms in data["ms"].values()) or data["chosen"] not in data["ms"]:
-            raise ValueError("ms: expected a number for each implementation that was timed, the chosen one among them")
+                raise ValueError(f"{name}: expected {kind.__name__}, got {shown(data.get(name))}")
+        ms = data["ms"]
+        # what is printed of it must be text, and NaN is below nothing
+        if not all(text.isprintable() for text in (data["op"], data["call"], data["default"], data["made"], *ms)):
+            raise ValueError("expected names and a call that can be printed")
+        if not all(type(one) in (int, float) and 0 <= one < 1e9 for one in ms.values()) or data["chosen"] not in ms:
+            raise ValueError(
+                "ms: expected milliseconds of each implementation that was timed, the chosen one among them"
+            )
+        if not all(isinstance(reason, str) for reason in data["refused"].values()):
+            raise ValueError("refused: expected a reason for each implementation")
         if not isinstance(data.get("foreign"), (str, type(None))):
-            raise ValueError("foreign: expected a hash or null")
+            raise ValueError(f"foreign: expected a hash or null, got {shown(data['foreign'])}")
         facts: dict[str, Any] = {name: data.get(name) for name in cls.__dataclass_fields__}
         return cls(**facts)
+
+
+class Unfit(NamedTuple):
+    """Why a file is no verdict that counts here. reason: the kind, said once; detail: of this file, as an example."""
+
+    reason: str
+    detail: str = ""
+
+
+def runner_up(ms: Mapping[str, float], chosen: str) -> str | None:
+    """The fastest of those that were timed beside the chosen one."""
+    return min((name for name in ms if name != chosen), key=ms.__getitem__, default=None)
 
 
 def call_text(args: Sequence[Any]) -> str:
@@ -105,8 +131,9 @@ def call_text(args: Sequence[Any]) -> str:
 
 def _argument(value: Any) -> str:
     if isinstance(value, Tensor):
-        dense = value.is_contiguous()
-        layout = "" if dense else f" strides {'x'.join(map(str, value.stride()))}"
+        # where there is but one, how far it is to the next is no layout
+        strides = [str(step) if size > 1 else "*" for size, step in zip(value.shape, value.stride(), strict=True)]
+        layout = "" if value.is_contiguous() else f" strides {'x'.join(strides)}"
         return f"{str(value.dtype).removeprefix('torch.')}[{'x'.join(map(str, value.shape))}]{layout}"
     if isinstance(value, (list, tuple)):
         return f"({call_text(value)})"
@@ -125,98 +152,50 @@ def file_name(op: str, call: str) -> str:
     return f"{op}-{hashlib.blake2b(call.encode(), digest_size=10).hexdigest()}.json"
 
 
-@functools.cache
 def place(device: torch.device) -> dict[str, Any]:
-    """What a verdict hangs on beside its call: the device, its driver, versions, and the package's kernels.
+    """What a verdict hangs on beside its call: the device, its driver, versions, and the package's kernels and tiles.
 
     "device" is its name, for a CPU with the number of torch's threads.
     """
-    versions = {name: _version(name) for name in PACKAGES}
     facts: dict[str, Any] = {"device": device_name(device)}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
+        properties = torch.cuda.get_device_properties(device)  # without an index: the current one
         facts |= {"capability": f"{properties.major}.{properties.minor}", "sms": properties.multi_processor_count}
-        facts |= {"driver": _driver(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        facts |= {"driver": sources.driver(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     else:
         facts |= {"capability": torch.backends.cpu.get_cpu_capability(), "interpreted": launch.interpreting()}
-    facts |= {"torch": torch.__version__} | {name: version for name, version in versions.items() if version}
-    return facts | {"kernels": kernels_hash()}
+    return facts | {"torch": str(torch.__version__)} | sources.versions() | {"kernels": sources.kernels_hash()}
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name; a CPU's, with the number of torch's threads, on which its times depend as much."""
+    """A GPU's name, which says of a slice (MIG) that it is one; a CPU's, with the number of torch's threads, on which its times
+    depend as much.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{machine()['cpu']}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+_cpu = functools.cache(cpu_name)
 
 
 def slug(name: str) -> str:
     """A device's name as a file name: "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:100] or "unknown"
 
 
 def folder(device: torch.device) -> Path:
-    """Where the verdicts of a device are."""
+    """Where the verdicts of a device are. InputError: no place for caches is known."""
     return cache_root() / "verdicts" / slug(device_name(device))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _driver() -> str:
-    """The version of NVIDIA's driver, or where the system does not tell it, of the CUDA that the driver is for."""
-    try:
-        found = re.search(r"\d+\.\d+[\d.]*", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        found = None
-    return found.group() if found else f"CUDA {native.driver().version}"
-
-
-@functools.cache
-def kernels_hash() -> str:
-    """Of all that decides what an implementation does: the kernels, the ops, the tables of tiles, the compiled module."""
-    digest = hashlib.blake2b(digest_size=16)
-    ops = Path(__file__).parent
-    own = tiles.own_file()
-    files = [*sorted(ops.rglob("*.py")), tiles.TABLE, *_kernels(), *([] if own is None else [own])]
-    with contextlib.suppress(ImportError):  # a source tree without a build: the references alone run
-        files.append(Path(str(native.compiled().__file__)))
-    for file in files:
-        digest.update(f"{file.name}\n".encode())
-        try:
-            digest.update(file.read_bytes())
-        except OSError as error:
-            digest.update(type(error).__name__.encode())
-    return digest.hexdigest()
-
-
-def _kernels() -> list[Path]:
-    spec = importlib.util.find_spec("dit4dit.kernels")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    return sorted(path for one in folders for path in Path(one).glob("*.py"))
-
-
 def file_hash(path: str) -> str:
-    """Of a file that an implementation of others is in."""
+    """Of the file that an implementation of others is in; UNREADABLE where there is none to read."""
     try:
         return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
     except OSError:
-        return "unreadable"
-
-
-def difference(found: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """In what a verdict's place is another one, in words, or None."""
-    for name in here:
-        if found.get(name) != here[name]:
-            if name == "kernels":
-                return "made by other kernels than those of this dit4dit"
-            return f"made with {name} {found.get(name)}, this is {here[name]}"
-    gone = [name for name in found if name not in here]
-    return f"made with {gone[0]} {found[gone[0]]}, which is not here" if gone else None
+        return UNREADABLE
 
 
 def write(verdict: Verdict, into: Path) -> Path:
@@ -227,45 +206,115 @@ def write(verdict: Verdict, into: Path) -> Path:
     return path
 
 
-def read(path: Path) -> Verdict | str:
-    """A verdict's file, or why it is none. FileNotFoundError: there is no such file."""
+def read(path: Path) -> Verdict | Unfit:
+    """A verdict's file, or why it is none; whatever is there, this neither raises nor waits. FileNotFoundError: nothing is."""
     try:
-        return Verdict.of(json.loads(path.read_text(encoding="utf-8")))
+        return Verdict.of(json.loads(_content(path).decode()))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{path.name} is not a verdict ({said(error)})"
+    except OSError as error:
+        return Unfit("a file cannot be read", f"{path.name}: {error.strerror}")
+    except (ValueError, RecursionError) as error:
+        return Unfit("a file is not a verdict", f"{path.name}: {said(error)}")
 
 
-def known(device: torch.device) -> Iterator[Verdict]:
-    """Every verdict of a device that counts here."""
-    here, where = place(device), folder(device)
-    for path in sorted(where.glob("*.json")) if where.is_dir() else []:
+def _content(path: Path) -> bytes:
+    """Of a regular file that is not too large. ValueError: it is something else, such as a pipe, which would be waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("expected a file")
+        if found.st_size > LARGEST:
+            raise ValueError(f"expected at most {LARGEST} bytes, got {found.st_size}")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(LARGEST)
+    finally:
+        os.close(descriptor)
+
+
+def unfit(found: Verdict, here: Mapping[str, Any]) -> Unfit | None:
+    """Why a verdict does not count where `place` is `here`, or None."""
+    other = difference(found.place, here)
+    return None if other is None else Unfit(other)
+
+
+def stranger(found: Verdict, files: Files | None) -> Unfit | None:
+    """Why what a verdict names is not what is here, or None. files: of its op; None: there is no such op."""
+    if files is None:
+        return Unfit(f"there is no op {shown(found.op)} here")
+    if found.chosen not in files:
+        what = f"{shown(found.chosen)} of {found.op}"
+        return Unfit(f"there is no implementation {what} here, or the module that registers it was not imported")
+    file = files[found.chosen]
+    now = None if file is None else file_hash(file)
+    if now == found.foreign and now != UNREADABLE:
+        return None
+    if file is None:
+        return Unfit(f"{found.chosen!r} of {found.op} was not dit4dit's own")
+    return Unfit(f"the source of {found.chosen!r} of {found.op} has changed or cannot be read", said(file))
+
+
+def difference(found: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """In what a verdict's place is another one, in a few words, or None."""
+    for name, value in here.items():
+        if name not in found or type(found[name]) is not type(value) or found[name] != value:
+            if name == "kernels":
+                return "made by other kernels or tiles than those of this dit4dit"
+            return f"made with {name} {shown(found.get(name))}, here it is {shown(value)}"
+    gone = [name for name in found if name not in here]
+    return f"made with {said(gone[0])} {shown(found[gone[0]])}, which is not here" if gone else None
+
+
+def known(device: torch.device, say: Callable[[Unfit], None] = lambda _: None) -> Iterator[Verdict]:
+    """Every verdict in a device's folder that was made here (`unfit`).
+
+    say: is given why each other file is none, or the folder cannot be read. InputError: no place for caches is known.
+    """
+    where = folder(device)
+    try:
+        names = sorted(name for name in os.listdir(where) if name.endswith(".json") and not name.startswith("."))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        say(Unfit("the folder cannot be read", str(error.strerror)))
+        return
+    here = place(device) if names else {}
+    for name in names:
         try:
-            found = read(path)
-        except FileNotFoundError:  # replaced at this moment
+            found = read(where / name)
+        except FileNotFoundError:  # a link to nothing, or gone at this moment
             continue
-        if isinstance(found, Verdict) and path.name == found.file and difference(found.place, here) is None:
+        if not isinstance(found, Verdict):
+            say(found)
+        elif why := Unfit(MISNAMED, name) if name != found.file else unfit(found, here):
+            say(why)
+        else:
             yield found
 
 
 @functools.cache
-def shipped(device_slug: str, capability: str | None) -> Mapping[str, str]:
-    """ "op: call" -> implementation, from the table of this GPU that came with the package; {} where there is none.
+def shipped(device_slug: str, capability: str | None) -> Mapping[str, Any]:
+    """The table of a GPU that came with the package; a GPU without one takes that of one of its compute capability. {}: none.
 
-    A GPU without a table takes that of one of its compute capability.
+    "device", "capability", "source" (the committed result that it was made from), and "calls": "op: call" -> "chosen" and "ms"
+    (implementation -> median milliseconds).
     """
     tables = {path.stem: path for path in sorted(SHIPPED.glob("*.json"))}
-    path = tables.get(device_slug)
-    if path is not None:
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["chosen"]
-        return found
-    for other in tables.values():
-        data = json.loads(other.read_text(encoding="utf-8"))
-        if capability is not None and data["capability"] == capability:
-            found = data["chosen"]
-            return found
+    named = [tables[device_slug]] if device_slug in tables else tables.values()
+    for path in named if capability is not None else ():
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if device_slug in tables or data["capability"] == capability:
+            return data
     return {}
+
+
+def shipped_for(device: torch.device) -> Mapping[str, Any]:
+    """`shipped` for a device."""
+    if device.type != "cuda":
+        return {}
+    major, minor = torch.cuda.get_device_capability(device)
+    return shipped(slug(device_name(device)), f"{major}.{minor}")
 
 
 class Verdicts:
@@ -273,51 +322,64 @@ class Verdicts:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._known: dict[tuple[str, str], str | None] = {}
+        self._known: dict[tuple[Path | None, str, str], str | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"device": self.device, "_known": {}}
 
-    def choice(self, op: str, args: Sequence[Any]) -> str | None:
-        """The implementation that a verdict names for a call, or None. What cannot count is said once and ignored."""
-        key = op, call_text(args)
+    def choice(self, op: str, args: Sequence[Any], files: Callable[[], Files] | None = None) -> str | None:
+        """The implementation that a verdict names for a call, or None. What cannot count is said once and ignored.
+
+        files: gives the op's `Files`; None leaves out whether the implementation is here, and from the same source.
+        """
+        table = shipped_for(self.device).get("calls", {})
+        where = self._folder()
+        if where is None and not table:
+            return None  # nearly always: nothing was measured, and nothing more is done
+        call = call_text(args)
+        key = where, op, call
         if key not in self._known:
-            self._known[key] = self._look(*key)
+            chosen = None if where is None else self._look(where, op, call, files)
+            if chosen is None and (row := table.get(f"{op}: {call}")) is not None:
+                chosen = str(row["chosen"])
+            self._known[key] = chosen
         return self._known[key]
 
-    def _look(self, op: str, call: str) -> str | None:
-        path = folder(self.device) / file_name(op, call)
+    def _folder(self) -> Path | None:
+        """Where this device's verdicts are; None where there is no such folder. Of a CPU it may change with torch's threads."""
         try:
-            found = read(path)
+            where = folder(self.device)
+            os.stat(where)
+        except (FileNotFoundError, InputError):
+            return None
+        except OSError as error:
+            self._say(where, Unfit("the folder cannot be read", str(error.strerror)))
+            return None
+        return where
+
+    def _look(self, where: Path, op: str, call: str, files: Callable[[], Files] | None) -> str | None:
+        try:
+            found = read(where / file_name(op, call))
         except FileNotFoundError:
-            return self._shipped(op, call)
-        reason = found if isinstance(found, str) else self._unfit(found, op, call)
-        if reason is None:
-            assert isinstance(found, Verdict)
-            return found.chosen
-        self._say(reason)
-        return self._shipped(op, call)
+            return None
+        why: Unfit | None
+        if not isinstance(found, Verdict):
+            why = found
+        elif (found.op, found.call) != (op, call):
+            why = Unfit(MISNAMED, file_name(op, call))
+        else:
+            why = unfit(found, place(self.device)) or (None if files is None else stranger(found, files()))
+            if why is None:
+                return found.chosen
+        self._say(where, why)
+        return None
 
-    def _unfit(self, found: Verdict, op: str, call: str) -> str | None:
-        if (found.op, found.call) != (op, call):
-            return "one is of another call than its name says"
-        return difference(found.place, place(self.device))
-
-    def _shipped(self, op: str, call: str) -> str | None:
-        capability = None
-        if self.device.type == "cuda":
-            capability = "{}.{}".format(*torch.cuda.get_device_capability(self.device))
-        return shipped(slug(device_name(self.device)), capability).get(f"{op}: {call}")
-
-    def ignore(self, op: str, args: Sequence[Any], reason: str) -> None:
-        """From now on there is no verdict of this call."""
-        self._known[op, call_text(args)] = None
-        self._say(reason)
-
-    def _say(self, reason: str) -> None:
-        if (self.device, reason) not in _said:
-            _said.add((self.device, reason))
-            log.warning("verdicts in %s are ignored: %s; run dit4dit tune", folder(self.device), reason)
+    def _say(self, where: Path, why: Unfit) -> None:
+        """Once for a folder and a kind of reason, however many files there are."""
+        if (where, why.reason) not in _said:
+            _said.add((where, why.reason))
+            detail = f" ({why.detail})" if why.detail else ""
+            log.warning("verdicts in %s are ignored where %s%s; run dit4dit tune", where, why.reason, detail)
 
 
-_said: set[tuple[torch.device, str]] = set()
+_said: set[tuple[Path, str]] = set()

@@ -13,7 +13,8 @@ import dit4dit.engine  # noqa: F401  makes the example of `action_ode`
 from dit4dit import ops
 from dit4dit.errors import BackendError
 from dit4dit.ops import dispatch, native
-from dit4dit.ops.dispatch import Choices, Implementation, Op, explain, listing, names, register, trace, use_backend
+from dit4dit.ops.dispatch import Choices, Implementation, Op, listing, names, register, trace, use_backend
+from dit4dit.ops.explanation import explain
 from dit4dit.ops.native import unsupported
 
 
@@ -161,14 +162,11 @@ class Named:
     """Verdicts that name one implementation for every call of an op."""
 
     def __init__(self, **named: str) -> None:
-        self.named, self.asked, self.ignored = named, 0, []
+        self.named, self.asked = named, 0
 
-    def choice(self, op, args):
+    def choice(self, op, args, files):
         self.asked += 1
         return self.named.get(op)
-
-    def ignore(self, op, args, reason):
-        self.ignored.append(reason)
 
 
 @pytest.mark.parametrize("name", ["kernel", "library"])
@@ -196,14 +194,6 @@ def test_what_a_verdict_names_and_refuses_is_warned_about(fast, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "triple: running 'torch' because 'kernel' refused: x is odd"
     ]
-
-
-def test_a_verdict_that_names_what_is_not_here_is_ignored(fast):
-    verdicts = Named(triple="gone")
-    with Choices(verdicts) as choices:
-        fast(FLOAT)
-    assert choices.ran == {"triple": {"torch": 1}}
-    assert verdicts.ignored == ["there is no implementation 'gone' of triple here"]
 
 
 def counting(op, name):

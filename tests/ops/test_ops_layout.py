@@ -16,9 +16,11 @@ NOT_OPS = {
     "attention_libraries",
     "device_tables",
     "dispatch",
+    "explanation",
     "launch",
     "native",
     "onednn",
+    "sources",
     "tiles",
     "verdicts",
 }
