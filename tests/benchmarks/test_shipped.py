@@ -35,7 +35,12 @@ def planned_once(planned: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def result() -> dict[str, Any]:
-    return copy.deepcopy(read_result(RESULTS / H200))
+    """The H200's, with one case as if it had been timed on a quiet machine."""
+    found = copy.deepcopy(read_result(RESULTS / H200))
+    for row in found["ops"]["rows"]:
+        if (row["op"], row["case"]) == ("cross_attention", "17 to features") and "ms" in row:
+            row["ms"]["p95"] = row["ms"]["p50"]
+    return found
 
 
 def calls(result: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def test_a_table_is_what_its_result_gives(path: Path) -> None:
     found = json.loads(path.read_text())
     assert found == shipped.table(read_result(RESULTS / found["source"]), found["source"])
     assert path.stem == verdicts.slug(found["device"])
-    assert len(found["calls"]) >= 20
+    assert len(found["calls"]) >= 10
     for key, row in found["calls"].items():
         known = ops.implementations(key.partition(": ")[0])
         assert row["chosen"] in row["ms"], key
@@ -85,13 +90,27 @@ def row_of(result: dict[str, Any], op: str, case: str, implementation: str) -> d
     return next(r for r in rows if (r["op"], r["case"], r["implementation"]) == (op, case, implementation))
 
 
+def test_a_case_of_which_one_was_timed_unsteadily_is_left_out(result: dict[str, Any]) -> None:
+    """On the machine as it was the host was late: the Triton kernel's 95th percentile is 1.8 and the library's 3.8 medians."""
+    (key,) = [key for key in calls(result) if key.startswith(HEAD)]
+    times = row_of(result, "cross_attention", "17 to features", "cudnn")["ms"]
+    for factor, there in ((1.9, True), (2.1, False)):
+        times["p95"] = factor * times["p50"]
+        assert (key in calls(result)) == there
+    times["p95"] = None  # too few samples
+    assert key not in calls(result)
+    as_it_was = shipped.table(read_result(RESULTS / H200), H200)["calls"]
+    assert key not in as_it_was
+    assert all(row["chosen"] == shipped._default(key.partition(":")[0], row["ms"]) for key, row in as_it_was.items())
+
+
 def test_two_percent_are_needed(result: dict[str, Any]) -> None:
     (key,) = [key for key in calls(result) if key.startswith(HEAD)]
     slow = row_of(result, "cross_attention", "17 to features", "triton")["ms"]
     fast = row_of(result, "cross_attention", "17 to features", "eager")["ms"]
-    slow["p50"] = 1.019 * fast["p50"]
+    slow["p50"] = slow["p95"] = 1.019 * fast["p50"]
     assert calls(result)[key]["chosen"] == "triton"
-    slow["p50"] = 1.03 * fast["p50"]
+    slow["p50"] = slow["p95"] = 1.03 * fast["p50"]
     assert calls(result)[key]["chosen"] == "torch"
 
 
@@ -144,6 +163,8 @@ def test_what_tune_found_goes_first(result: dict[str, Any]) -> None:
     result["suite"]["parts"]["tune_robocasa_gr1"] = {"exit_code": 0}
     made = calls(result)
     assert made[key] == {"chosen": "triton", "ms": {"triton": 1.0, "torch": 2.0}}
+    found["ms"]["torch"] = 0.97
+    assert calls(result)[key]["chosen"] == "triton", "as tune decided, round by round"
     assert made["linear: a call"]["chosen"] == "torch"
     assert not {"linear: none was right", "linear_gated: a call"} & set(made)
 
@@ -174,7 +195,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr("sys.argv", ["shipped", str(RESULTS / H200), str(tmp_path)])
     assert shipped.main() == 0
     assert (tmp_path / H200).read_text() == (verdicts.SHIPPED / H200).read_text()
-    assert "23 calls, of which not the default" in capsys.readouterr().out
+    assert "11 calls, of which not the default" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["shipped", str(tmp_path / "gone"), str(tmp_path)])
     assert shipped.main() == 2
     assert "expected a result of gpu_suite.sh" in capsys.readouterr().err

@@ -172,5 +172,6 @@ def test_each_kind_of_gpu_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     place = verdicts.place(torch.device("cuda", 2))
     verdicts.write(verdict(place=place), verdicts.folder(torch.device("cuda", 2)))
     first, second = doctor._measured()
-    assert first.detail == "NVIDIA H200: not yet measured here: run dit4dit tune; until then 23 calls as on NVIDIA H200"
+    count = len(verdicts.shipped("nvidia-h200", "9.0")["calls"])
+    assert first.detail == f"NVIDIA H200: {verdicts.NOT_YET}; until then {count} calls as on NVIDIA H200"
     assert second.detail == "1 calls of 1 ops on NVIDIA GeForce RTX 5090, made 2026-05-01"
