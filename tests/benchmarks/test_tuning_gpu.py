@@ -9,7 +9,7 @@ import pytest
 import torch
 from dit4dit.benchmarks.recording import Recording
 from dit4dit.benchmarks.tuning import Limits, Todo, tune
-from tuning_calls import clean
+from tuning_calls import clean, head_call
 
 from dit4dit.ops import verdicts
 
@@ -37,3 +37,13 @@ def test_faults_on_a_gpu_are_charged() -> None:
         assert set(row["ms"]) == {"torch", "is_right"}
     assert result["children"] == 1 + 2 * 3
     assert {v.chosen for v in verdicts.known(torch.device(result["device"]))} <= {"torch", "is_right"}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.capture
+def test_a_head_on_a_gpu_is_timed_as_a_graph() -> None:
+    with Recording(None) as record:
+        (row,) = tune([Todo("action_ode", head_call())], torch.device("cuda"), record=record)["calls"]
+    assert {"loop", "torch"} <= set(row["ms"]) <= {"cuda", "loop", "torch"}
+    assert row["default"] == "loop"

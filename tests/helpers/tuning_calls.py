@@ -12,6 +12,11 @@ import torch
 from dit4dit.benchmarks.recording import Recording
 from dit4dit.benchmarks.tuning import Limits, Todo, tune
 
+from dit4dit.config import HeadConfig
+from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.engine.fold import fold_head
+from dit4dit.model.action_head import ActionHead
+from dit4dit.model.flow import GuidanceTensors
 from dit4dit.ops import verdicts
 from dit4dit.ops.dispatch import find, names
 
@@ -57,3 +62,14 @@ def tuned(todo: list[Todo], path: Path | None = None, **options: Any) -> dict[st
 
 def folder() -> Path:
     return verdicts.folder(CPU)
+
+
+def head_call(fp8: bool = False, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+    """Arguments of `action_ode`."""
+    config = HeadConfig(num_layers=2, num_heads=1, hidden_size=64, output_dim=64, action_dim=8, context_dim=64)
+    with torch.device("meta"):
+        head = OneLaunchHead(fold_head(ActionHead(config).to(dtype), 2), config, 2, fp8=fp8)
+        noise = torch.empty(1, config.action_horizon, 8)
+        context = torch.empty(1, 16, 2 * 64, dtype=dtype)
+        guidance = GuidanceTensors(torch.empty_like(noise), torch.empty(noise.shape[1]), 5.0)
+        return head, noise, context, torch.empty(1, 64, dtype=dtype), guidance
