@@ -76,6 +76,8 @@ def test_every_fault_is_charged_and_the_queue_is_finished(tmp_path: Path, capfd:
         assert row["chosen"] in {"onednn", "torch", "prints"}
         assert {"onednn", "torch"} <= set(row["ms"]) <= {"onednn", "torch", "prints"}
         assert row["ratio"] == row["ms"]["onednn"] / row["ms"][row["chosen"]]
+    assert rows["float32[8x64]"]["failed"] == ["segfaults", "hangs", "exits"]
+    assert rows["float32[24x64]"]["failed"] == []
     assert "prints" in rows["float32[24x64]"]["ms"], "what it prints is no fault"
     check_the_right_ones(rows)
     assert rows["float32[16777216x16777216]"]["chosen"] is None

@@ -57,26 +57,31 @@ def test_a_child_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
         tuned([product(48)], plugins=[], limits=Limits(start=0.2))
 
 
-LOSES_THE_GPU = """
+RAW = """
 import json, os, sys
-say = lambda message: os.write({pipe}, json.dumps(message).encode() + b"\\n")
+def say(message):
+    os.write({pipe}, json.dumps(message).encode() + b"\\n")
 say(dict(ready=PLACE))
 name = json.loads(sys.stdin.readline())["name"]
 say(dict(at=name, step="trial"))
 sys.stdin.readline()
-say(dict(lost="illegal address; then the GPU was lost: gone"))
-os._exit(3)
 """
+ENDS = {
+    "illegal address; then the GPU was lost: gone": (
+        'say(dict(lost="illegal address; then the GPU was lost: gone")); os._exit(3)'
+    ),
+    "wrote to its process's pipe, which is not its own": "os.write({pipe}, b'garbage\\n'); sys.stdin.readline()",
+    "ended its process with exit code 3": "os._exit(3)",
+    "crashed: its process was ended by SIGABRT": "os.abort()",
+}
 
 
-def test_a_gpu_that_is_lost_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `failures.check_gpu` ends a child."""
+@pytest.mark.parametrize("reason", ENDS)
+def test_however_a_child_ends_it_is_charged(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place = repr(verdicts.place(CPU)).replace("{", "{{").replace("}", "}}")
-    monkeypatch.setattr(tuning_process, "SCRIPT", LOSES_THE_GPU.replace("PLACE", place))
+    monkeypatch.setattr(tuning_process, "SCRIPT", RAW.replace("PLACE", place) + ENDS[reason])
     result = tuned([product(8), STEP], plugins=[])
-    assert result["calls"][0]["refused"] == dict.fromkeys(
-        ("onednn", "torch"), "illegal address; then the GPU was lost: gone"
-    )
+    assert result["calls"][0]["refused"] == dict.fromkeys(("onednn", "torch"), reason)
     assert [row["chosen"] for row in result["calls"]] == [None, None]
     assert result["children"] == 4
 
