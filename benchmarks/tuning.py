@@ -95,7 +95,8 @@ def tune(
     Returns record.result:
         machine, device, place (`verdicts.place`), folder (None without `write`), children (processes that were started),
         seconds, and calls, one entry for each: op, call, count, default, chosen, runner_up, ms, ratio (default's ms over the
-        chosen one's), refused, why, verdict (name of its file). chosen is None where nothing is right.
+        chosen one's), refused (name -> reason), failed (those of them that do not refuse by themselves), why, verdict (name of
+        its file). chosen is None where nothing is right.
 
     Raises:
         InputError: nothing to do, arguments with data, a plugin that cannot be imported, a folder that cannot be written.
@@ -207,7 +208,8 @@ class _Tuner:
         op, call = todo.key
         found = _Found(list(find(op).implementations))
         row: dict[str, Any] = {"op": op, "call": call, "count": todo.count, "default": None, "chosen": None}
-        row |= {"runner_up": None, "ms": {}, "ratio": None, "refused": found.refused, "why": "", "verdict": None}
+        row |= {"runner_up": None, "ms": {}, "ratio": None, "refused": found.refused, "failed": []}
+        row |= {"why": "", "verdict": None}
         try:
             self._trials(number, todo.key, found)
             default, note = self._default(op, found)
@@ -215,7 +217,7 @@ class _Tuner:
         except _Impossible as error:
             row["why"] = f"not tuned: its arguments or its reference cannot be made here: {error}"
             return row
-        row["default"] = default
+        row |= {"default": default, "failed": [name for name in found.refused if name not in found.cannot]}
         if not found.right:
             row["why"] = "nothing is right here, so there is no verdict, and the default stays"
             if self._folder is not None:

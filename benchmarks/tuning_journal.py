@@ -56,7 +56,7 @@ class Journal:
         self._open: dict[str, Any] | None = None
         if folder is None:
             return
-        path = folder / JOURNAL
+        path = self._path = folder / JOURNAL
         for op, call, name in _unfinished(path):
             self.unfinished.setdefault((op, call), set()).add(name)
         with whole_file(path, InputError, HINT) as partial:  # only what counts still
@@ -99,9 +99,17 @@ class Journal:
             self._file.close()
 
     def _write(self, what: str, entry: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(_line(what, **entry))
-            self._file.flush()
+        file = self._file
+        if file is None:
+            return
+        try:
+            file.write(_line(what, **entry))
+            file.flush()
+        except OSError as error:
+            self._file = None  # what is full now is so at the end of the run too
+            with contextlib.suppress(OSError):
+                file.close()
+            raise InputError(f"tune: {self._path}: cannot be written ({error.strerror}); {HINT}") from None
 
 
 def _line(what: str, op: str, call: str, name: str) -> str:

@@ -39,6 +39,8 @@ class Process:
         """log: gets what is printed. start: seconds that the child has to become ready. Died: it does not."""
         self._buffer, self._lost = b"", ""
         self._read, write = os.pipe()
+        self._poll = select.poll()
+        self._poll.register(self._read, select.POLLIN)
         try:
             script = SCRIPT.format(parent=os.getpid(), path=sys.path, pipe=write, tasks=str(tasks))
             with log.open("wb") as out:
@@ -92,13 +94,12 @@ class Process:
             line, newline, rest = self._buffer.partition(b"\n")
             if newline:
                 self._buffer = rest
-                message: dict[str, Any] = json.loads(line)
+                message = _read(line)
                 if "lost" not in message:
                     return message
-                self._lost = message["lost"]
+                self._lost = str(message["lost"])
                 continue
-            ready, _, _ = select.select([self._read], [], [], max(end - time.monotonic(), 0))
-            if not ready:
+            if not self._poll.poll(1000 * max(end - time.monotonic(), 0)):
                 raise Died(f"hung: it was not done after {limit:.3g} s")
             data = os.read(self._read, 1 << 16)
             if not data:
@@ -134,6 +135,18 @@ class Process:
         if self._read >= 0:
             os.close(self._read)
             self._read = -1
+
+
+def _read(line: bytes) -> dict[str, Any]:
+    """A message. Died: it is none, so something else writes to the child's pipe."""
+    try:
+        message = json.loads(line)
+        if {"ready", "at", "answer", "lost"} & message.keys():
+            found: dict[str, Any] = message
+            return found
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise Died("wrote to its process's pipe, which is not its own")
 
 
 def last_lines(log: Path) -> str:

@@ -186,6 +186,8 @@ class Case:
                 implementation.prepare(*self.args)
             reason = implementation.refuse(*self.args)
             failures.settle()
+            if (changed := self.changed()) is not None:
+                raise Wrong(f"getting ready changed {changed}")
             if reason is not None:
                 return Outcome(said(reason, 400), refused=True)
             for number, poison in enumerate(POISONS, 1):
@@ -202,6 +204,7 @@ class Case:
             if isinstance(error, failures.GpuLost):
                 raise
             outcome = Outcome(f"raised {failures.reason_of(error)}")
+        self.first.pop(name, None)
         if self._device.type == "cuda":
             failures.check_gpu(f"{outcome.reason}")
         if self.changed() is not None:
@@ -218,10 +221,7 @@ class Case:
     def _call(self, name: str, implementation: Implementation, number: int, poison: int) -> None:
         got, bits = self._guarded(name, implementation, number, poison)
         if number == 1:
-            self._agrees(got, self._yardstick)
-            if not self._aliased(got) <= self._aliases:
-                raise Wrong("its result is memory of an argument, where the reference's is not")
-            self.first[name] = bits
+            self.expect(name, got)
         elif not same(bits, self.first[name]):
             raise Wrong(f"call {number} gave other bits than the first")
 
@@ -237,6 +237,14 @@ class Case:
         if changed is not None:
             raise Wrong(f"call {number} changed {changed}")
         return got, bits_of(got)
+
+    def expect(self, name: str, got: Any) -> None:
+        """Wrong unless a first result is right; those after it will have to have its bits."""
+        self.checked()
+        self._agrees(got, self._yardstick)
+        if not self._aliased(got) <= self._aliases:
+            raise Wrong("its result is memory of an argument, where the reference's is not")
+        self.first[name] = bits_of(got)
 
     def checked(self) -> None:
         """Wait for the GPU; raise what a head's launches have to say."""

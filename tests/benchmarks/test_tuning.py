@@ -7,66 +7,26 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from dit4dit.benchmarks import tuning, tuning_process
-from dit4dit.benchmarks.recording import TERMINATED, Recording
-from dit4dit.benchmarks.tuning import Limits, Todo, tune
+from dit4dit.benchmarks.recording import TERMINATED
 from dit4dit.benchmarks.tuning_journal import JOURNAL, Journal, locked
-from dit4dit.benchmarks.tuning_process import Died
+from tuning_calls import CPU, GELU, HUGE, NORM, QUICK, STEP, clean, folder, product, tuned, units
 from waiting import WAIT, eventually
 
 from dit4dit.errors import BackendError, InputError
 from dit4dit.ops import verdicts
-from dit4dit.ops.dispatch import find, names
+from dit4dit.ops.dispatch import find
 from dit4dit.ops.verdicts import Verdict
-
-CPU = torch.device("cpu")
-QUICK = Limits(trial=3, timing=20, seconds=0.05)
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def product(rows: int) -> Todo:
-    return Todo("linear", (meta(1, 5, 64), meta(rows, 64), meta(rows)))
-
-
-def units(actions: int) -> Todo:
-    return Todo("unnormalize", (meta(1, 16, actions), meta(5, actions, dtype=torch.float64)))
-
-
-STEP = Todo("euler_step", (meta(1, 8, 8), meta(1, 8, 8), 0.25, None, None, None, None), 4)
-GELU = Todo("linear_gelu", (meta(1, 2, 8, 64), meta(96, 64), None, "none"))
-NORM = Todo("adaln", (meta(1, 2, 8, 64), None, None, None, None, 1e-6, torch.float32))
-HUGE = Todo("linear", (meta(1, 1 << 24), meta(1 << 24, 1 << 24), None))
 
 
 @pytest.fixture(autouse=True)
-def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Verdicts in a folder of the test's own, and no stand-in after it."""
-    monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path / "cache"))
-    before = {op: dict(find(op).implementations) for op in names()}
-    yield
-    for op, implementations in before.items():
-        find(op).implementations.clear()
-        find(op).implementations.update(implementations)
-    sys.modules.pop("standins", None)
-
-
-def tuned(todo: list[Todo], path: Path | None = None, **options: Any) -> dict[str, Any]:
-    options = {"limits": QUICK, "plugins": ["standins"], **options}
-    with Recording(path) as record:
-        return tune(todo, CPU, record=record, **options)
-
-
-def folder() -> Path:
-    return verdicts.folder(CPU)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from clean(tmp_path, monkeypatch)
 
 
 REASONS = {
@@ -96,7 +56,8 @@ def test_every_fault_is_charged_and_the_queue_is_finished(tmp_path: Path, capfd:
     todo = [product(8), product(16), product(24), units(8192), units(2048), HUGE]
     begin = time.monotonic()
     result = tuned(todo, tmp_path / "r.json")
-    assert time.monotonic() - begin < 90
+    taken, most = time.monotonic() - begin, result["children"] * 20 + len(todo) * QUICK.timing
+    assert taken < most, "bounded by its limits, whatever implementations do"
     assert json.loads((tmp_path / "r.json").read_text())["calls"] == result["calls"]
     assert "garbage" not in "".join(capfd.readouterr())
     rows = {row["call"].split(", ")[1]: row for row in result["calls"]}
@@ -115,6 +76,8 @@ def test_every_fault_is_charged_and_the_queue_is_finished(tmp_path: Path, capfd:
         assert row["chosen"] in {"onednn", "torch", "prints"}
         assert {"onednn", "torch"} <= set(row["ms"]) <= {"onednn", "torch", "prints"}
         assert row["ratio"] == row["ms"]["onednn"] / row["ms"][row["chosen"]]
+    assert rows["float32[8x64]"]["failed"] == ["segfaults", "hangs", "exits"]
+    assert rows["float32[24x64]"]["failed"] == []
     assert "prints" in rows["float32[24x64]"]["ms"], "what it prints is no fault"
     check_the_right_ones(rows)
     assert rows["float32[16777216x16777216]"]["chosen"] is None
@@ -266,139 +229,3 @@ def test_a_folder_that_may_only_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "open", denied)
     with pytest.raises(InputError, match="cannot be written there"), locked(tmp_path):
         pass
-
-
-def test_a_child_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning_process, "SCRIPT", "raise SystemExit('no such library')")
-    with pytest.raises(BackendError, match=r"does not start: ended its process with exit code 1\nno such library"):
-        tuned([product(48)], plugins=[])
-    monkeypatch.setattr(tuning_process, "SCRIPT", "import threading; threading.Event().wait()")
-    with pytest.raises(BackendError, match=r"does not start: hung: it was not done after 0.2 s"):
-        tuned([product(48)], plugins=[], limits=Limits(start=0.2))
-
-
-class Scripted:
-    """A child that is made up: what it answers to a trial by its implementation and to a timing, or how it dies."""
-
-    trials: ClassVar[dict[str, Any]] = {}
-    timing: ClassVar[list[Any]] = []
-    started: ClassVar[list[Scripted]] = []
-
-    def __init__(self, *_: object) -> None:
-        self.place, self.ended = verdicts.place(CPU), False
-        self.started.append(self)
-
-    def ask(self, task: dict[str, Any], at: Callable[[str, str], float], first: float) -> dict[str, Any]:
-        assert not self.ended
-        if task["do"] == "trial":
-            at(task["name"], "trial")
-            reason = self.trials.get(task["name"])
-            if isinstance(reason, Died):
-                raise reason
-            return {"reason": reason, "refused": False, "unsound": False}
-        answer = self.timing.pop(0)
-        if isinstance(answer, tuple):
-            name, error = answer
-            at(name, "timing")
-            raise error
-        return {"out": {}, "unsound": False, **answer}
-
-    def end(self) -> None:
-        self.ended = True
-
-
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
-    monkeypatch.setattr(Scripted, "started", [])
-    monkeypatch.setattr(tuning, "Process", Scripted)
-    return Scripted
-
-
-ROUNDS: list[Any] = [{"onednn": 2.0, "torch": 1.0}] * 9
-
-
-def test_after_three_crashes_it_is_left_out(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripted, "trials", {"onednn": Died("crashed")})
-    monkeypatch.setattr(scripted, "timing", [{"rounds": [{"torch": 1.0}]}] * 5)
-    result = tuned([product(rows) for rows in (8, 16, 24, 40, 48)], plugins=[])
-    reasons = [row["refused"]["onednn"] for row in result["calls"]]
-    assert reasons == ["crashed"] * 3 + ["left out: it crashed or hung on 3 calls of this run"] * 2
-    assert result["children"] == 1 + 3
-    assert [row["chosen"] for row in result["calls"]] == ["torch"] * 5
-    assert scripted.started[-1].ended
-
-
-def test_one_that_hangs_while_it_is_timed(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripted, "timing", [("onednn", Died("hung")), {"rounds": [{"torch": 1.0}] * 3}])
-    (row,) = tuned([product(8)], plugins=[])["calls"]
-    assert (row["default"], row["chosen"], row["refused"]) == ("torch", "torch", {"onednn": "hung"})
-    assert row["why"] == (
-        "'onednn', which runs without a verdict, is not right here: hung; 'torch' takes its place as default; "
-        "'torch': the only one that is right"
-    )
-
-
-def test_one_that_is_found_out_while_it_is_timed(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripted, "timing", [{"rounds": ROUNDS, "out": {"torch": "its result was another one"}}])
-    (row,) = tuned([product(8)], plugins=[])["calls"]
-    assert (row["chosen"], row["ms"]) == ("onednn", {"onednn": 2000})
-    changed = {"rounds": [], "out": {"onednn": "changed argument 1"}, "unsound": True}
-    monkeypatch.setattr(scripted, "timing", [changed, {"rounds": [{"torch": 1.0}]}])
-    result = tuned([product(8)], plugins=[])
-    assert (result["calls"][0]["chosen"], result["children"]) == ("torch", 2), "the rest in a process of its own"
-    both = dict.fromkeys(("onednn", "torch"), "its result was another one")
-    monkeypatch.setattr(scripted, "timing", [{"rounds": [{}], "out": both}])
-    (row,) = tuned([product(8)], plugins=[])["calls"]
-    assert (row["chosen"], row["refused"]) == (None, both)
-    assert not list(verdicts.known(CPU)), "nor the verdict that there was"
-
-
-def test_a_child_at_another_place(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning.verdicts, "difference", lambda found, here: "made with torch 1, this is 2")
-    with pytest.raises(BackendError, match="not at the same place as this one: made with torch 1"):
-        tuned([product(8)], plugins=[])
-    assert scripted.started[0].ended
-
-
-def test_bad_arguments_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning_process.subprocess, "Popen", pytest.fail)
-    with pytest.raises(InputError, match="at least one op call"):
-        tuned([])
-    with pytest.raises(BackendError, match="no op is called 'linaer'; did you mean 'linear'"):
-        tuned([Todo("linaer", ())])
-    with pytest.raises(InputError, match="linear: expected arguments on the meta device"):
-        tuned([Todo("linear", (torch.zeros(1, 4), meta(3, 4), None))])
-    with pytest.raises(InputError, match=r"plugin 'no.such_module' cannot be imported \(No module named 'no'\)"):
-        tuned([product(48)], plugins=["no.such_module"])
-    with pytest.raises(InputError, match="expected cpu or cuda, got meta"), Recording(None) as record:
-        tune([product(48)], torch.device("meta"), record=record)
-    if not torch.cuda.is_available():
-        with pytest.raises(BackendError, match="sees no GPU"), Recording(None) as record:
-            tune([product(48)], torch.device("cuda"), record=record)
-
-
-def test_a_time_that_is_over_names_what_it_left_out() -> None:
-    with Recording(None, 1e-6) as record:
-        tune([product(48), STEP], CPU, record=record, limits=QUICK)
-    assert record.result["cut"]["left"] == [": ".join(each.key) for each in (product(48), STEP)]
-    assert (record.result["calls"], record.result["children"]) == ([], 0)
-
-
-# -- the journal --------------------------------------------------------------------------------------------------------
-
-
-def test_a_journal_of_a_run_that_was_killed(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    journal.begin("linear", "a", "one", durable=True)
-    journal.begin("linear", "a", "two", durable=False)
-    with (tmp_path / JOURNAL).open("a") as file:  # as a kill in the middle of a line leaves it
-        file.write('garbage\n[1]\n{"what": "begin", "op": 3, "call": "a", "name": "b"}\n{"what": "begin", "op": "lin')
-    killed = Journal(tmp_path)
-    assert killed.unfinished == {("linear", "a"): {"two"}}
-    killed.begin("linear", "b", "one", durable=True)
-    killed.close()
-    assert Journal(tmp_path).unfinished == {("linear", "a"): {"two"}}, "until its call is done"
-    last = Journal(tmp_path)
-    last.done("linear", "a")
-    last.close()
-    assert not Journal(tmp_path).unfinished

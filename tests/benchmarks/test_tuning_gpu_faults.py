@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,25 +9,19 @@ import pytest
 import torch
 from dit4dit.benchmarks.recording import Recording
 from dit4dit.benchmarks.tuning import Limits, Todo, tune
+from tuning_calls import clean, head_call
 
 from dit4dit.ops import verdicts
-from dit4dit.ops.dispatch import find
 
 
-@pytest.fixture
-def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path))
-    known = find("linear").implementations
-    before = dict(known)
-    yield
-    known.clear()
-    known.update(before)
-    sys.modules.pop("standins_gpu", None)
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from clean(tmp_path, monkeypatch)
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_faults_on_a_gpu_are_charged(clean: None) -> None:
+def test_faults_on_a_gpu_are_charged() -> None:
     x = torch.empty(1, 17, 64, dtype=torch.bfloat16, device="meta")
     todo = [Todo("linear", (x, torch.empty(n, 64, dtype=torch.bfloat16, device="meta"), None)) for n in (32, 48)]
     with Recording(None) as record:
@@ -44,3 +37,13 @@ def test_faults_on_a_gpu_are_charged(clean: None) -> None:
         assert set(row["ms"]) == {"torch", "is_right"}
     assert result["children"] == 1 + 2 * 3
     assert {v.chosen for v in verdicts.known(torch.device(result["device"]))} <= {"torch", "is_right"}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.capture
+def test_a_head_on_a_gpu_is_timed_as_a_graph() -> None:
+    with Recording(None) as record:
+        (row,) = tune([Todo("action_ode", head_call())], torch.device("cuda"), record=record)["calls"]
+    assert {"loop", "torch"} <= set(row["ms"]) <= {"cuda", "loop", "torch"}
+    assert row["default"] == "loop"

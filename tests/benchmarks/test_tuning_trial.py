@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from dit4dit.benchmarks import tuning_child
 from dit4dit.benchmarks.ops.bench_action_ode import in_fp8
-from dit4dit.benchmarks.tuning_trial import Case, Yardstick, bits_of, mapped, same, tensors
+from dit4dit.benchmarks.tuning_trial import Case, Wrong, Yardstick, bits_of, mapped, same, tensors
 from torch import Tensor
+from tuning_calls import head_call
 
-from dit4dit.config import HeadConfig
 from dit4dit.engine import RequestShape
 from dit4dit.engine.action_ode.program import OneLaunchHead
-from dit4dit.engine.fold import fold_head
 from dit4dit.engine.listing import calls, distinct, engine_without_data
-from dit4dit.model.action_head import ActionHead
-from dit4dit.model.flow import GuidanceTensors
 from dit4dit.ops import verdicts
 from dit4dit.ops.action_ode import reference
 from dit4dit.ops.dispatch import Implementation, find, listing
@@ -71,16 +69,6 @@ def test_the_reference_is_right_on_every_call_of_a_plan(options: dict[str, Any],
             if name in find(op).implementations:
                 assert case.trial(name, find(op).implementations[name]).reason is None, (key, name)
                 assert same(bits_of(case.args), before)
-
-
-def head_call(fp8: bool = False, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
-    config = HeadConfig(num_layers=2, num_heads=1, hidden_size=64, output_dim=64, action_dim=8, context_dim=64)
-    with torch.device("meta"):
-        head = OneLaunchHead(fold_head(ActionHead(config).to(dtype), 2), config, 2, fp8=fp8)
-        noise = torch.empty(1, config.action_horizon, 8)
-        context = torch.empty(1, 16, 2 * 64, dtype=dtype)
-        guidance = GuidanceTensors(torch.empty_like(noise), torch.empty(noise.shape[1]), 5.0)
-        return head, noise, context, torch.empty(1, 64, dtype=dtype), guidance
 
 
 def test_a_seed_is_its_arguments() -> None:
@@ -146,6 +134,31 @@ def test_calls_inside_of_a_call_are_chosen_as_in_a_plan() -> None:
     assert again._choices["loop"].ran["linear"] == {"torch": count, "onednn": before["onednn"] - count}
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_head_is_timed_as_the_graph_that_it_is_in_a_plan(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first result is judged anew, and the bits of those after it are held to its."""
+    captured: list[Any] = []
+
+    def graph_of(fn: Any) -> Any:
+        captured.append(fn)
+        return lambda: fn() * factor[0]
+
+    monkeypatch.setattr(tuning_child, "graph_of", graph_of)
+    head = Case("action_ode", head_call(), CPU, 0)
+    head.measure()
+    assert head.trial("torch", find("action_ode").implementations["torch"]).reason is None
+    before, factor, results = head.first["torch"], [1 + 2.0**-20], dict[str, Any]()
+    call = tuning_child._call(head, "torch", results, gpu)
+    for _ in range(2):
+        call()
+        assert same(bits_of(results["torch"]), head.first["torch"])
+    assert (len(captured), same(before, head.first["torch"])) == ((1, False) if gpu else (0, True))
+    factor[0] = 1.05
+    again = tuning_child._call(head, "torch", results, True)
+    with pytest.raises(Wrong, match="disagrees"):
+        again()
+
+
 def test_a_result_may_not_be_an_argument_where_the_references_is_not() -> None:
     x = torch.empty(1, 4, 8, device="meta")
     weight = torch.empty(8, 8, device="meta")
@@ -176,6 +189,13 @@ def test_what_prepare_and_refuse_do_is_charged() -> None:
     assert (outcome.reason, outcome.refused) == ("not today", True)
     broken = case.trial("mine", Implementation("mine", breaks, run))
     assert (broken.reason, broken.refused) == ("raised ValueError: no room to pack", False)
+
+    def spoils(x: Tensor, *_: object) -> str:
+        x.view(-1)[0] += 1
+        return "not today"
+
+    outcome = case.trial("mine", Implementation("mine", spoils, run))
+    assert (outcome.reason, outcome.refused) == ("getting ready changed argument 0 (float32 [2, 8])", False)
     packed = find("linear").implementations["onednn"]
     assert case.trial("onednn", packed).reason is None, "it is prepared"
     assert trial(case, lambda x, w, b: run(x.t_().t_()[:2], w, b)) is None

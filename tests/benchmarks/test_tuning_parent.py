@@ -1,0 +1,194 @@
+"""The process that tunes: children that are made up, its journal, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from dit4dit.benchmarks import tuning, tuning_process
+from dit4dit.benchmarks.recording import Recording
+from dit4dit.benchmarks.tuning import Limits, Todo, tune
+from dit4dit.benchmarks.tuning_journal import JOURNAL, Journal
+from dit4dit.benchmarks.tuning_process import Died
+from tuning_calls import CPU, QUICK, STEP, clean, meta, product, tuned
+
+from dit4dit.errors import BackendError, InputError
+from dit4dit.ops import verdicts
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from clean(tmp_path, monkeypatch)
+
+
+def test_bad_arguments_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_process.subprocess, "Popen", pytest.fail)
+    with pytest.raises(InputError, match="at least one op call"):
+        tuned([])
+    with pytest.raises(BackendError, match="no op is called 'linaer'; did you mean 'linear'"):
+        tuned([Todo("linaer", ())])
+    with pytest.raises(InputError, match="linear: expected arguments on the meta device"):
+        tuned([Todo("linear", (torch.zeros(1, 4), meta(3, 4), None))])
+    with pytest.raises(InputError, match=r"plugin 'no.such_module' cannot be imported \(No module named 'no'\)"):
+        tuned([product(48)], plugins=["no.such_module"])
+    with pytest.raises(InputError, match="expected cpu or cuda, got meta"), Recording(None) as record:
+        tune([product(48)], torch.device("meta"), record=record)
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="sees no GPU"), Recording(None) as record:
+            tune([product(48)], torch.device("cuda"), record=record)
+
+
+def test_a_time_that_is_over_names_what_it_left_out() -> None:
+    with Recording(None, 1e-6) as record:
+        tune([product(48), STEP], CPU, record=record, limits=QUICK)
+    assert record.result["cut"]["left"] == [": ".join(each.key) for each in (product(48), STEP)]
+    assert (record.result["calls"], record.result["children"]) == ([], 0)
+
+
+def test_a_child_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_process, "SCRIPT", "raise SystemExit('no such library')")
+    with pytest.raises(BackendError, match=r"does not start: ended its process with exit code 1\nno such library"):
+        tuned([product(48)], plugins=[])
+    monkeypatch.setattr(tuning_process, "SCRIPT", "import threading; threading.Event().wait()")
+    with pytest.raises(BackendError, match=r"does not start: hung: it was not done after 0.2 s"):
+        tuned([product(48)], plugins=[], limits=Limits(start=0.2))
+
+
+RAW = """
+import json, os, sys
+def say(message):
+    os.write({pipe}, json.dumps(message).encode() + b"\\n")
+say(dict(ready=PLACE))
+name = json.loads(sys.stdin.readline())["name"]
+say(dict(at=name, step="trial"))
+sys.stdin.readline()
+"""
+ENDS = {
+    "illegal address; then the GPU was lost: gone": (
+        'say(dict(lost="illegal address; then the GPU was lost: gone")); os._exit(3)'
+    ),
+    "wrote to its process's pipe, which is not its own": "os.write({pipe}, b'garbage\\n'); sys.stdin.readline()",
+    "ended its process with exit code 3": "os._exit(3)",
+    "crashed: its process was ended by SIGABRT": "os.abort()",
+}
+
+
+@pytest.mark.parametrize("reason", ENDS)
+def test_however_a_child_ends_it_is_charged(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = repr(verdicts.place(CPU)).replace("{", "{{").replace("}", "}}")
+    monkeypatch.setattr(tuning_process, "SCRIPT", RAW.replace("PLACE", place) + ENDS[reason])
+    result = tuned([product(8), STEP], plugins=[])
+    assert result["calls"][0]["refused"] == dict.fromkeys(("onednn", "torch"), reason)
+    assert [row["chosen"] for row in result["calls"]] == [None, None]
+    assert result["children"] == 4
+
+
+class Scripted:
+    """A child that is made up: what it answers to a trial by its implementation and to a timing, or how it dies."""
+
+    trials: ClassVar[dict[str, Any]] = {}
+    timing: ClassVar[list[Any]] = []
+    started: ClassVar[list[Scripted]] = []
+
+    def __init__(self, *_: object) -> None:
+        self.place, self.ended = verdicts.place(CPU), False
+        self.started.append(self)
+
+    def ask(self, task: dict[str, Any], at: Callable[[str, str], float], first: float) -> dict[str, Any]:
+        assert not self.ended
+        if task["do"] == "trial":
+            at(task["name"], "trial")
+            reason = self.trials.get(task["name"])
+            if isinstance(reason, Died):
+                raise reason
+            return {"reason": reason, "refused": False, "unsound": False}
+        answer = self.timing.pop(0)
+        if isinstance(answer, tuple):
+            name, error = answer
+            at(name, "timing")
+            raise error
+        return {"out": {}, "unsound": False, **answer}
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
+    monkeypatch.setattr(Scripted, "started", [])
+    monkeypatch.setattr(tuning, "Process", Scripted)
+    return Scripted
+
+
+ROUNDS: list[Any] = [{"onednn": 2.0, "torch": 1.0}] * 9
+
+
+def test_after_three_crashes_it_is_left_out(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripted, "trials", {"onednn": Died("crashed")})
+    monkeypatch.setattr(scripted, "timing", [{"rounds": [{"torch": 1.0}]}] * 5)
+    result = tuned([product(rows) for rows in (8, 16, 24, 40, 48)], plugins=[])
+    reasons = [row["refused"]["onednn"] for row in result["calls"]]
+    assert reasons == ["crashed"] * 3 + ["left out: it crashed or hung on 3 calls of this run"] * 2
+    assert result["children"] == 1 + 3
+    assert [row["chosen"] for row in result["calls"]] == ["torch"] * 5
+    assert scripted.started[-1].ended
+
+
+def test_one_that_hangs_while_it_is_timed(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripted, "timing", [("onednn", Died("hung")), {"rounds": [{"torch": 1.0}] * 3}])
+    (row,) = tuned([product(8)], plugins=[])["calls"]
+    assert (row["default"], row["chosen"], row["refused"]) == ("torch", "torch", {"onednn": "hung"})
+    assert row["why"] == (
+        "'onednn', which runs without a verdict, is not right here: hung; 'torch' takes its place as default; "
+        "'torch': the only one that is right"
+    )
+
+
+def test_one_that_is_found_out_while_it_is_timed(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripted, "timing", [{"rounds": ROUNDS, "out": {"torch": "its result was another one"}}])
+    (row,) = tuned([product(8)], plugins=[])["calls"]
+    assert (row["chosen"], row["ms"]) == ("onednn", {"onednn": 2000})
+    changed = {"rounds": [], "out": {"onednn": "changed argument 1"}, "unsound": True}
+    monkeypatch.setattr(scripted, "timing", [changed, {"rounds": [{"torch": 1.0}]}])
+    result = tuned([product(8)], plugins=[])
+    assert (result["calls"][0]["chosen"], result["children"]) == ("torch", 2), "the rest in a process of its own"
+    both = dict.fromkeys(("onednn", "torch"), "its result was another one")
+    monkeypatch.setattr(scripted, "timing", [{"rounds": [{}], "out": both}])
+    (row,) = tuned([product(8)], plugins=[])["calls"]
+    assert (row["chosen"], row["refused"]) == (None, both)
+    assert not list(verdicts.known(CPU)), "nor the verdict that there was"
+
+
+def test_a_child_at_another_place(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning.verdicts, "difference", lambda found, here: "made with torch 1, this is 2")
+    with pytest.raises(BackendError, match="not at the same place as this one: made with torch 1"):
+        tuned([product(8)], plugins=[])
+    assert scripted.started[0].ended
+
+
+# -- the journal --------------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin("linear", "a", "one", durable=True)
+    journal.begin("linear", "a", "two", durable=False)
+    with (tmp_path / JOURNAL).open("a") as file:  # as a kill in the middle of a line leaves it
+        file.write('garbage\n[1]\n{"what": "begin", "op": 3, "call": "a", "name": "b"}\n{"what": "begin", "op": "lin')
+    killed = Journal(tmp_path)
+    assert killed.unfinished == {("linear", "a"): {"two"}}
+    killed.begin("linear", "b", "one", durable=True)
+    killed.close()
+    assert Journal(tmp_path).unfinished == {("linear", "a"): {"two"}}, "until its call is done"
+    last = Journal(tmp_path)
+    full = rf"{JOURNAL}: cannot be written \(No space left on device\); set DIT4DIT_CACHE"
+    with Path("/dev/full").open("a") as last._file, pytest.raises(InputError, match=full):
+        last.begin("linear", "b", "one", durable=True)
+    last.close()
+    last = Journal(tmp_path)
+    last.done("linear", "a")
+    last.close()
+    assert not Journal(tmp_path).unfinished
