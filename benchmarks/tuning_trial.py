@@ -244,6 +244,11 @@ class Case:
         self._agrees(got, self._yardstick)
         if not self._aliased(got) <= self._aliases:
             raise Wrong("its result is memory of an argument, where the reference's is not")
+        for mine, plain in zip(tensors(got), tensors(self._yardstick.pairs[0][0]), strict=True):
+            for layout in (torch.contiguous_format, torch.channels_last):  # what comes behind may rely on it
+                dense = plain.ndim == 4 or layout is torch.contiguous_format
+                if dense and plain.is_contiguous(memory_format=layout) and not mine.is_contiguous(memory_format=layout):
+                    raise Wrong(f"its result has strides {mine.stride()}, where the reference's has {plain.stride()}")
         self.first[name] = bits_of(got)
 
     def checked(self) -> None:

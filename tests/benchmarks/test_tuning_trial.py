@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,31 @@ def test_the_reference_is_right_on_every_call_of_a_plan(options: dict[str, Any],
             if name in find(op).implementations:
                 assert case.trial(name, find(op).implementations[name]).reason is None, (key, name)
                 assert same(bits_of(case.args), before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "reason"),
+    [
+        ((2, 9, 32), torch.contiguous_format, r"its result has strides \(32, 64, 1\), where the reference's has"),
+        ((1, 8, 4, 4), torch.channels_last, r"its result has strides \(128, 16, 4, 1\), where the reference's has"),
+    ],
+)
+def test_a_result_lies_in_memory_as_the_references_does(shape: Any, layout: Any, reason: str) -> None:
+    """What comes behind takes views of it, and has a verdict for its strides."""
+    x = torch.empty(shape, device="meta").contiguous(memory_format=layout)
+    if layout is torch.channels_last:
+        case = Case("rms_norm_silu", (x, torch.empty(8, 1, 1, device="meta"), True), CPU, 0)
+    else:
+        case = Case("linear", (x, torch.empty(32, 32, device="meta"), None), CPU, 0)
+    case.measure()
+    right = find(case.op).implementations["torch"].run
+    assert trial(case, right) is None
+
+    def elsewhere(*args: Any) -> Tensor:
+        got = right(*args)
+        return got.contiguous() if got.ndim == 4 else got.transpose(0, 1).contiguous().transpose(0, 1)
+
+    assert re.match(reason, trial(case, elsewhere) or "")
 
 
 def test_a_seed_is_its_arguments() -> None:
