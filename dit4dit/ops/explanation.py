@@ -140,9 +140,7 @@ def _has_a_choice(op: Op, device: torch.device) -> bool:
     args, able = op.example(device), 0
     with torch.no_grad():
         for implementation in op.implementations.values():
-            if implementation.prepare is not None:
-                implementation.prepare(*args)
-            able += implementation.refuse(*args) is None
+            able += implementation.ask(args, prepare=True) is None
     return able > 1
 
 
@@ -153,11 +151,12 @@ def _explain(op: Op, device: torch.device) -> Explanation:
     args = op.example(device)
     wish = op.wish()
     if wish is not None:
-        refusal = op._find(wish).refuse(*args)
+        with torch.no_grad():  # as in a plan
+            refusal = op._find(wish).ask(args, prepare=True)
         if refusal:
             return Explanation(op.name, None, {wish: refusal})
         return Explanation(op.name, wish, {}, *_origin(op, wish, device))
-    with torch.no_grad():  # as in a plan
+    with torch.no_grad():
         chosen, refused = op.choose(args, prepare=True)
     if chosen is None:
         return Explanation(op.name, None, refused)

@@ -124,8 +124,28 @@ def test_the_head_follows_the_verdict_of_the_plans_own_shape(cache: Path, monkey
     assert head(2) == "library", "another shape, of which nothing is known"
     assert head(1, head="library") == "library"
     assert head(1, tune="off") == "library"
+    with ops.use_backend("torch"):
+        assert head(1) == "library", "no launch is one of the reference's"
     monkeypatch.setattr(OneLaunchHead, "refuse", lambda *_: "no room for all blocks")
     assert head(1) == "library"
+
+
+@needs_onednn
+def test_what_a_plan_is_asked_to_run_by_ends_with_the_context(cache: Path, small_libero: Path, observation) -> None:
+    """A first chunk that was wished to be PyTorch's, as to compare, leaves later ones as fast as ever."""
+    policy = Policy.from_pretrained(small_libero, device="cpu")
+
+    def ran(backend: str | None = None, **by_op: str) -> set[str]:
+        with ops.use_backend(backend, **by_op), ops.trace() as seen:
+            policy.infer(observation, "go", seed=0)
+        return seen["linear"] | seen["linear_gelu"]
+
+    assert ran("torch") == {"torch"}
+    assert not onednn.is_packed(policy.engine.blocks[0].qkv.weight)
+    assert ran() == ran(linear="onednn") == {"onednn"}
+    fresh = Policy.from_pretrained(small_libero, device="cpu")
+    with ops.use_backend(linear="onednn", linear_gelu="onednn"):
+        fresh.infer(observation, "go", seed=0)
 
 
 def test_an_engine_that_was_pickled_takes_verdicts_too(cache: Path) -> None:
