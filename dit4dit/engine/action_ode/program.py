@@ -89,7 +89,7 @@ class OneLaunchHead:
     def call_text(self) -> str:
         """What a verdict says of this head (`ops.verdicts.call_text`)."""
         config = self.config
-        size = f"{config.num_layers} layers of {config.width}, {config.num_heads} heads"
+        size = f"{config.num_layers} layers of {config.width}, {config.num_heads} heads, {config.hidden_size} hidden"
         dtype = str(self.folded.decode_out.weight.dtype).removeprefix("torch.")
         return f"head of {size}, {self.steps} steps, {dtype}{', blocks in fp8' if self.fp8 else ''}"
 
