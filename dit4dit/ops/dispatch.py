@@ -28,7 +28,7 @@ class Implementation:
     """One way to run an op. `refuse` and `run` take the op's arguments; `refuse` says why not, or None.
 
     `device` is the kind of device ("cuda", "cpu") that it was written for, None for any: refusing there is worth a
-    warning, refusing elsewhere is not. `measured_only`: without a wish it runs only where a verdict names it. `prepare` takes
+    warning, refusing elsewhere is not. `measured_only`: unless requested, it runs only where a verdict names it. `prepare` takes
     the op's arguments too: what has to be done once for them before `refuse` is asked, such as laying out a weight. It is
     called inside of `Choices`, where a call is one of many, and does nothing where the implementation could not run.
     """
@@ -105,7 +105,7 @@ class Op:
         """The implementation for these arguments, and the reasons of those before it.
 
         preferred: goes before all others. prepare: prepare each (`Implementation.prepare`) before it is asked.
-        BackendError: a refused wish.
+        BackendError: what is requested refuses.
         """
         wish = backend or self.wish()
         reason: str | None
@@ -176,9 +176,10 @@ class Choices:
             function()
 
     The first run that ends well looks a verdict up for each call, prepares what is chosen, and keeps the implementations in
-    the order of the calls; later runs look nothing up, ask nobody, and open no file. What a wish decides stays the wish's: such
-    a call is chosen for in the first run without it. For one function that makes the same calls in each run, in one thread at a
-    time; where it does not, the calls that differ are chosen anew, and so is everything in the run after it.
+    the order of the calls; later runs look nothing up, ask nobody, and open no file. A request (`backend=`, `use_backend`) is
+    met where it is made; such a call is chosen for in the first run without one. For one function that makes the same calls in
+    each run, in one thread at a time; where it does not, the calls that differ are chosen anew, and so is everything in the run
+    after it.
     """
 
     def __init__(self, verdicts: Verdicts | None = None) -> None:
@@ -215,7 +216,7 @@ class Choices:
         return run
 
     def take(self, op: Op, args: tuple[Any, ...], backend: str | None) -> Implementation | None:
-        """The implementation of the next call; None leaves it to the call itself, as a wish does."""
+        """The implementation of the next call; None leaves it to the call itself, as where one is requested."""
         wished = backend is not None or op.wish() is not None
         if self._taken is None:
             chosen = None if wished else self._choose(op, args)
@@ -228,7 +229,7 @@ class Choices:
         if wished:
             return None
         chosen = self._taken[i][1]
-        if chosen is None:  # a wish decided it until now
+        if chosen is None:  # it was requested until now
             chosen = self._choose(op, args)
             self._taken[i] = op, chosen
         return chosen
@@ -248,7 +249,7 @@ class Choices:
 
 def register(op: str, implementation: Implementation) -> None:
     """Add an implementation of one's own to an op: `dit4dit tune --plugin MODULE` tries it, and where it is right and the
-    fastest, plans of processes that have registered it too run it there. Without a verdict only a wish runs it.
+    fastest, plans of processes that have registered it too run it there. Without a verdict it runs only where it is requested.
 
     BackendError: no such op, or it has an implementation of this name from elsewhere.
     """

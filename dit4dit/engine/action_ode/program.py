@@ -276,7 +276,7 @@ def choose_head(
     if choice == "auto":
         head.backend = None
         weight = folded.decode_out.weight
-        # float32, the default of a head, is a wish for exactness that the kernel does not meet: nothing to warn of
+        # float32, the default of a head, asks for exactness that the kernel does not have: nothing to warn of
         return head if head.unsuitable(weight.device, weight.dtype) is None else None
     reason = head.refuse_any()
     if reason is not None:
