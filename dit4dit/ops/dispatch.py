@@ -178,8 +178,9 @@ class Choices:
     The first run that ends well looks a verdict up for each call, prepares what is chosen, and keeps the implementations in
     the order of the calls; later runs look nothing up, ask nobody, and open no file. A request (`backend=`, `use_backend`) is
     met where it is made; such a call is chosen for in the first run without one. For one function that makes the same calls in
-    each run, in one thread at a time; where it does not, the calls that differ are chosen anew, and so is everything in the run
-    after it.
+    each run, of arguments with the same shapes, dtypes, layouts and weights, as a plan of fixed buffers does, in one thread at
+    a time. Where the ops differ, these calls are chosen for anew, and so is everything in the run after it; arguments are not
+    looked at again.
     """
 
     def __init__(self, verdicts: Verdicts | None = None) -> None:
