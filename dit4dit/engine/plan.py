@@ -109,7 +109,7 @@ class Plan:
     @property
     def head(self) -> Literal["library", "one_launch"]:
         """What runs the action head in a step, after the first one."""
-        return "one_launch" if "cuda" in self.ran.get("action_ode", ()) else "library"
+        return "library" if set(self.ran.get("action_ode", ())) <= {"loop", "torch"} else "one_launch"
 
     @property
     def bytes(self) -> int:

@@ -14,7 +14,8 @@ import torch
 from dit4dit import Policy, ops
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine, Plan, RequestShape
-from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.engine.action_ode.program import OneLaunchHead, choose_head
+from dit4dit.engine.fold import fold_head
 from dit4dit.engine.listing import calls, engine_without_data
 from dit4dit.errors import ConfigError
 from dit4dit.evaluation import parity
@@ -149,6 +150,18 @@ def test_heads_of_other_sizes_are_other_calls(cache: Path) -> None:
     assert len(set(texts)) == len(texts), texts
     steps = text(num_inference_timesteps=8)
     assert steps not in texts
+
+
+def test_what_was_measured_never_makes_a_head_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That changes the result: only who asks for the kernel gets it."""
+    found = calls(engine_without_data(TINY, head_dtype=torch.bfloat16, fp8=True), plan_shape(1), None)
+    (head,) = (args[0] for op, args in found if op == "action_ode")
+    assert not head.fp8, "of a policy in fp8 the same head is measured as of others"
+    monkeypatch.setattr(OneLaunchHead, "unsuitable", lambda *_: None)
+    monkeypatch.setattr(OneLaunchHead, "refuse_any", lambda _: None)
+    folded = fold_head(random_model(TINY, 0, head_dtype=torch.bfloat16, with_text=False).head, 1)
+    made = [choose_head(choice, folded, TINY.head, 1, fp8=True) for choice in ("auto", "one_launch")]
+    assert [(head.fp8, head.backend) for head in made if head] == [(False, None), (True, "cuda")]
 
 
 @needs_onednn

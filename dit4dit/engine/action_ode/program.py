@@ -265,14 +265,15 @@ def choose_head(
 ) -> OneLaunchHead | None:
     """What the engine's option `head` asks for; None is the engine's own loop over library calls, and nothing else ever.
 
-    With "auto" each plan's verdict decides, where the kernel could run at all.
+    With "auto" each plan's verdict decides, where the kernel could run at all; its weights are then the loop's, as what was
+    measured must not change the result. fp8: with "one_launch", the blocks' weights in e4m3.
     ConfigError: no such choice, or a head without tiles. BackendError: "one_launch" where the kernel cannot run.
     """
     if choice not in CHOICES:
         raise ConfigError(f"engine head: expected one of {', '.join(CHOICES)}, got {shown(choice)}")
     if choice == "library":
         return None
-    head = OneLaunchHead(folded, config, steps, fp8=fp8)
+    head = OneLaunchHead(folded, config, steps, fp8=fp8 and choice == "one_launch")
     if choice == "auto":
         head.backend = None
         weight = folded.decode_out.weight
