@@ -99,7 +99,7 @@ def _from_bench(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
     head = _head(result)
     for op, args, key in _planned():
         ms = known.get((op, _shapes(op, args)))
-        if op == "action_ode" and args[4] is None and not args[0].fp8:
+        if op == "action_ode" and args[4] is None:
             ms = head
         if ms:
             yield key, _row(ms, _default(op, ms))

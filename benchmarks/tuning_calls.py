@@ -51,19 +51,19 @@ def of_checkpoint(path: str, backbone: str | None, embodiment: str | None) -> Su
     return Subject(f"checkpoint {path}", checkpoint.model, for_checkpoint(checkpoint, embodiment).embodiment)
 
 
-def read_images(words: Sequence[str], robot: Embodiment) -> dict[str, Size]:
+def read_images(options: Sequence[str], robot: Embodiment) -> dict[str, Size]:
     """["VIEW=HxW", ...] -> view -> height and width. InputError: no such view, given twice, or no size."""
     found: dict[str, Size] = {}
-    for word in words:
-        view, _, size = word.partition("=")
+    for option in options:
+        view, _, size = option.partition("=")
         numbers = size.split("x")
         if not size or len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
             raise InputError(
-                f"--image {shown(word)}: expected VIEW=HEIGHTxWIDTH in pixels, {robot.views[0]}=480x640 say"
+                f"--image {shown(option)}: expected VIEW=HEIGHTxWIDTH in pixels, {robot.views[0]}=480x640 say"
             )
         if view not in robot.views:
             known = ", ".join(robot.views)
-            raise InputError(f"--image {shown(word)}: no such view{did_you_mean(view, robot.views)}; views: {known}")
+            raise InputError(f"--image {shown(option)}: no such view{did_you_mean(view, robot.views)}; views: {known}")
         if view in found:
             raise InputError(f"--image {view}: given twice; give one size for a view")
         found[view] = checked_size(f"--image {view}", (int(numbers[0][:9]), int(numbers[1][:9])))

@@ -51,7 +51,7 @@ def engine_without_data(
             narrow = [b.with_matrices(lambda _, matrix: Fp8Matrix.quantized(matrix, 1.0)) for b in engine.blocks]
             engine.blocks = tuple(narrow)
     if head_dtype == torch.bfloat16:  # as with head="auto" on a GPU: a call of its own, and those of its loop
-        engine.one_launch = OneLaunchHead(engine.head, config.head, engine.steps, fp8=fp8)
+        engine.one_launch = OneLaunchHead(engine.head, config.head, engine.steps)
         engine.one_launch.backend = None
     return engine
 

@@ -103,13 +103,13 @@ class Plan:
 
     @property
     def ran(self) -> dict[str, dict[str, int]]:
-        """op -> implementation -> number of calls in a step; {} before the first one."""
+        """op -> implementation -> number of calls in the last step; {} before the first one."""
         return self._choices.ran
 
     @property
     def head(self) -> Literal["library", "one_launch"]:
         """What runs the action head in a step, after the first one."""
-        return "library" if set(self.ran.get("action_ode", ())) <= {"loop"} else "one_launch"
+        return "library" if set(self.ran.get("action_ode", ())) <= {"loop", "torch"} else "one_launch"
 
     @property
     def bytes(self) -> int:

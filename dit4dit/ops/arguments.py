@@ -45,3 +45,14 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             raise InputError(f"{op}: {name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.device != leader.device:
             raise InputError(f"{op}: {name}: expected device {leader.device} as {first}, got {tensor.device}")
+
+
+def product(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """InputError unless x [..., K] has elements, weight is [N, K] and bias [N] or None, all of one dtype and on one device."""
+    if x.ndim < 1 or x.numel() == 0:
+        raise InputError(f"{op}: x: expected [..., K] with elements, got {list(x.shape)}")
+    Shapes(op, K=x.shape[-1]).of("weight", weight, "N K").of("bias", bias, "N")
+    floating(op, x=x, weight=weight, bias=bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise InputError(f"{op}: {name}: expected {x.dtype} as x, got {tensor.dtype}")

@@ -28,9 +28,9 @@ class Implementation:
     """One way to run an op. `refuse` and `run` take the op's arguments; `refuse` says why not, or None.
 
     `device` is the kind of device ("cuda", "cpu") that it was written for, None for any: refusing there is worth a
-    warning, refusing elsewhere is not. `measured_only`: without a wish it runs only where a verdict names it. `prepare` takes
+    warning, refusing elsewhere is not. `measured_only`: unless requested, it runs only where a verdict names it. `prepare` takes
     the op's arguments too: what has to be done once for them before `refuse` is asked, such as laying out a weight. It is
-    called where a call is chosen for once and for all (`Choices`), and does nothing where the implementation could not run.
+    called inside of `Choices`, where a call is one of many, and does nothing where the implementation could not run.
     """
 
     name: str
@@ -39,6 +39,12 @@ class Implementation:
     device: str | None = None
     measured_only: bool = False
     prepare: Callable[..., None] | None = None
+
+    def ask(self, args: tuple[Any, ...], *, prepare: bool) -> str | None:
+        """Why it cannot run these arguments, or None; prepare: they are prepared before."""
+        if prepare and self.prepare is not None:
+            self.prepare(*args)
+        return self.refuse(*args)
 
 
 # Per thread and per asyncio task: a wish made in one never reaches another.
@@ -76,7 +82,7 @@ class Op:
         choices = _choices.get()
         chosen = None if choices is None else choices.take(self, args, backend)
         if chosen is None:
-            chosen = self._choose_now(args, backend)
+            chosen = self._choose_now(args, backend, prepare=choices is not None)
         if choices is not None:
             choices.note(self.name, chosen.name)
         trace = _trace.get()
@@ -84,8 +90,8 @@ class Op:
             trace.setdefault(self.name, set()).add(chosen.name)
         return chosen.run(*args)
 
-    def _choose_now(self, args: tuple, backend: str | None) -> Implementation:
-        chosen, refused = self.choose(args, backend)
+    def _choose_now(self, args: tuple, backend: str | None, *, prepare: bool) -> Implementation:
+        chosen, refused = self.choose(args, backend, prepare=prepare)
         if chosen is None:
             reasons = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
             raise BackendError(f"{self.name}: every implementation refused: {reasons}")
@@ -99,15 +105,16 @@ class Op:
         """The implementation for these arguments, and the reasons of those before it.
 
         preferred: goes before all others. prepare: prepare each (`Implementation.prepare`) before it is asked.
-        BackendError: a refused wish.
+        BackendError: what is requested refuses.
         """
         wish = backend or self.wish()
         reason: str | None
         if wish is not None:
-            reason = self._find(wish).refuse(*args)
+            wished = self._find(wish)
+            reason = wished.ask(args, prepare=prepare)
             if reason is not None:
                 raise BackendError(f"{self.name}: {wish!r} refused: {reason}")
-            return self.implementations[wish], {}
+            return wished, {}
         refused: dict[str, str] = {}
         device = _device(args)
         in_order = list(self.implementations.values())
@@ -117,9 +124,7 @@ class Op:
             if _waits(implementation, preferred, device):
                 reason = f"no measurement here chooses it: run dit4dit tune; backend={implementation.name!r} runs it"
             else:
-                if prepare and implementation.prepare is not None:
-                    implementation.prepare(*args)
-                reason = implementation.refuse(*args)
+                reason = implementation.ask(args, prepare=prepare)
             if reason is None:
                 return implementation, refused
             refused[implementation.name] = reason
@@ -159,15 +164,8 @@ class Op:
 
 def _waits(implementation: Implementation, preferred: str | None, device: torch.device) -> bool:
     """Whether it may only run where a verdict names it, and none does."""
-    return (
-        implementation.measured_only
-        and implementation.name != preferred
-        and implementation.device
-        in (
-            None,
-            device.type,
-        )
-    )
+    here = implementation.device in (None, device.type)
+    return implementation.measured_only and implementation.name != preferred and here
 
 
 class Choices:
@@ -178,9 +176,11 @@ class Choices:
             function()
 
     The first run that ends well looks a verdict up for each call, prepares what is chosen, and keeps the implementations in
-    the order of the calls; later runs look nothing up, ask nobody, and open no file. What a wish decides stays the wish's. For
-    one function that makes the same calls in each run, in one thread at a time; where it does not, the calls that differ are
-    chosen anew, and so is everything in the run after it.
+    the order of the calls; later runs look nothing up, ask nobody, and open no file. A request (`backend=`, `use_backend`) is
+    met where it is made; such a call is chosen for in the first run without one. For one function that makes the same calls in
+    each run, of arguments with the same shapes, dtypes, layouts and weights, as a plan of fixed buffers does, in one thread at
+    a time. Where the ops differ, these calls are chosen for anew, and so is everything in the run after it; arguments are not
+    looked at again.
     """
 
     def __init__(self, verdicts: Verdicts | None = None) -> None:
@@ -188,18 +188,20 @@ class Choices:
         self._verdicts = verdicts
         self._taken: list[tuple[Op, Implementation | None]] | None = None  # None until a run has ended well
         self.ran: dict[str, dict[str, int]] = {}
-        """op -> implementation -> number of calls, of the first run."""
+        """op -> implementation -> number of calls, of the last run that ended well."""
 
     def __enter__(self) -> Choices:
         self._first, self._position, self._same = self._taken is None, 0, True
         if self._taken is None:
             self._writing: list[tuple[Op, Implementation | None]] = []
-            self.ran = {}
+        self._counts: dict[str, dict[str, int]] = {}
         self._token = _choices.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         _choices.reset(self._token)
+        if kind is None:
+            self.ran = self._counts
         if self._first:
             self._taken = self._writing if kind is None else None
         elif not self._same or (kind is None and self._position != len(self._taken or ())):
@@ -215,7 +217,7 @@ class Choices:
         return run
 
     def take(self, op: Op, args: tuple[Any, ...], backend: str | None) -> Implementation | None:
-        """The implementation of the next call; None leaves it to the call itself, as a wish does."""
+        """The implementation of the next call; None leaves it to the call itself, as where one is requested."""
         wished = backend is not None or op.wish() is not None
         if self._taken is None:
             chosen = None if wished else self._choose(op, args)
@@ -225,7 +227,13 @@ class Choices:
         if not self._same or i >= len(self._taken) or self._taken[i][0] is not op:
             self._same = False
             return None
-        return None if wished else self._taken[i][1]
+        if wished:
+            return None
+        chosen = self._taken[i][1]
+        if chosen is None:  # it was requested until now
+            chosen = self._choose(op, args)
+            self._taken[i] = op, chosen
+        return chosen
 
     def _choose(self, op: Op, args: tuple[Any, ...]) -> Implementation | None:
         preferred = None if self._verdicts is None else self._verdicts.choice(op.name, args, op.files)
@@ -236,14 +244,13 @@ class Choices:
 
     def note(self, op: str, implementation: str) -> None:
         """What a call is run by."""
-        if self._first:
-            counts = self.ran.setdefault(op, {})
-            counts[implementation] = counts.get(implementation, 0) + 1
+        counts = self._counts.setdefault(op, {})
+        counts[implementation] = counts.get(implementation, 0) + 1
 
 
 def register(op: str, implementation: Implementation) -> None:
     """Add an implementation of one's own to an op: `dit4dit tune --plugin MODULE` tries it, and where it is right and the
-    fastest, plans of processes that have registered it too run it there. Without a verdict only a wish runs it.
+    fastest, plans of processes that have registered it too run it there. Without a verdict it runs only where it is requested.
 
     BackendError: no such op, or it has an implementation of this name from elsewhere.
     """

@@ -117,7 +117,7 @@ def explain(op: str | None = None, device: str | torch.device = "cpu") -> list[E
     """For `op`, or for every op, what would run on `device` with usual arguments, and why the better ones would not; and what
     was measured for it.
 
-    Wishes made with `use_backend` count. BackendError: no such op; ConfigError: the table that DIT4DIT_TILES names is broken.
+    What `use_backend` asks for counts. BackendError: no such op; ConfigError: the table that DIT4DIT_TILES names is broken.
     """
     asked, device = [dispatch.find(name) for name in ([op] if op else dispatch.names())], torch.device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -140,9 +140,7 @@ def _has_a_choice(op: Op, device: torch.device) -> bool:
     args, able = op.example(device), 0
     with torch.no_grad():
         for implementation in op.implementations.values():
-            if implementation.prepare is not None:
-                implementation.prepare(*args)
-            able += implementation.refuse(*args) is None
+            able += implementation.ask(args, prepare=True) is None
     return able > 1
 
 
@@ -153,11 +151,12 @@ def _explain(op: Op, device: torch.device) -> Explanation:
     args = op.example(device)
     wish = op.wish()
     if wish is not None:
-        refusal = op._find(wish).refuse(*args)
+        with torch.no_grad():  # as in a plan
+            refusal = op._find(wish).ask(args, prepare=True)
         if refusal:
             return Explanation(op.name, None, {wish: refusal})
         return Explanation(op.name, wish, {}, *_origin(op, wish, device))
-    with torch.no_grad():  # as in a plan
+    with torch.no_grad():
         chosen, refused = op.choose(args, prepare=True)
     if chosen is None:
         return Explanation(op.name, None, refused)
@@ -168,6 +167,6 @@ def _origin(op: Op, chosen: str, device: torch.device) -> tuple[str | None, str 
     """`tiles` and `kernels` of an explanation."""
     if chosen != "triton":
         return None, None
-    chip = launch.architecture(device)
-    kernels = "interpreted" if device.type == "cpu" else loader.explain(chip)
-    return tiles.source(op.name, chip), kernels
+    architecture = launch.architecture(device)
+    kernels = "interpreted" if device.type == "cpu" else loader.explain(architecture)
+    return tiles.source(op.name, architecture), kernels

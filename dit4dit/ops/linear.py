@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit4dit.errors import InputError
-from dit4dit.ops import onednn
-from dit4dit.ops.arguments import Shapes, floating
+from dit4dit.ops import arguments, onednn
 from dit4dit.ops.dispatch import Implementation, Op
 
 _Args = tuple[Tensor, Tensor, Tensor | None]
@@ -29,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | Non
     Returns [..., N] in x's dtype.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
-    # a chunk has hundreds of these: what fits is seen without building the words for what does not
+    # a chunk has hundreds of these: what fits is seen without building the message for what does not
     if not (
         x.ndim > 0
         and x.numel() > 0
@@ -40,19 +38,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | Non
         and x.device == weight.device
         and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.device == x.device))
     ):
-        _refuse_arguments(x, weight, bias)
+        arguments.product("linear", x, weight, bias)
     result: Tensor = _op(x, weight, bias, backend=backend)
     return result
-
-
-def _refuse_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.ndim < 1 or x.numel() == 0:
-        raise InputError(f"linear: x: expected [..., K] with elements, got {list(x.shape)}")
-    Shapes("linear", K=x.shape[-1]).of("weight", weight, "N K").of("bias", bias, "N")
-    floating("linear", x=x, weight=weight, bias=bias)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise InputError(f"linear: {name}: expected {x.dtype} as x, got {tensor.dtype}")
 
 
 def _example(device: torch.device) -> _Args:

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit4dit.errors import InputError, shown
-from dit4dit.ops import launch, onednn, tiles
+from dit4dit.ops import arguments, launch, onednn, tiles
 from dit4dit.ops.aot.launch_record import Launch
-from dit4dit.ops.arguments import Shapes, floating
 from dit4dit.ops.dispatch import Implementation, Op
 
 _Args = tuple[Tensor, Tensor, Tensor | None, str]
@@ -36,13 +35,7 @@ def linear_gelu(
     """
     if approximate not in APPROXIMATE:
         raise InputError(f"linear_gelu: approximate: expected 'none' or 'tanh', got {shown(approximate)}")
-    if x.ndim < 1 or x.numel() == 0:
-        raise InputError(f"linear_gelu: x: expected [..., K] with elements, got {list(x.shape)}")
-    Shapes("linear_gelu", K=x.shape[-1]).of("weight", weight, "N K").of("bias", bias, "N")
-    floating("linear_gelu", x=x, weight=weight, bias=bias)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise InputError(f"linear_gelu: {name}: expected {x.dtype} as x, got {tensor.dtype}")
+    arguments.product("linear_gelu", x, weight, bias)
     result: Tensor = _op(x, weight, bias, approximate, backend=backend)
     return result
 

@@ -16,6 +16,10 @@ from dit4dit.ops.aot import manifest
 PACKAGES = ("triton", "flash-attn", "flash-attn-3")
 """Packages beside torch whose version decides how fast an implementation is."""
 DRIVER = Path("/proc/driver/nvidia/version")
+FOLDERS = ("ops", "engine/action_ode")
+"""Folders of the package whose code counts: the second plans what the head's kernel does, block by block."""
+MODEL = ("model/flow.py", "model/vae.py")
+"""Where the ops have references from."""
 
 
 @functools.cache
@@ -46,8 +50,9 @@ def driver() -> str:
 
 
 def kernels_hash() -> str:
-    """Of all that decides what an implementation does: the kernels, the ops, the compiled module, what was compiled ahead of time
-    and the tables of tiles. The same wherever and by whomever the same files were installed.
+    """Of all that decides what an implementation does: the kernels, the ops and what they take from elsewhere in the package, the
+    compiled module, what was compiled ahead of time and the tables of tiles. The same wherever and by whomever the same files
+    were installed.
     """
     digest = hashlib.blake2b(_package().encode(), digest_size=16)
     own = tiles.own_file()
@@ -67,8 +72,9 @@ def _package() -> str:
 
 def _files() -> Iterator[tuple[str, Path]]:
     """(a name that does not depend on the place, file) of the package's files that count, in a fixed order."""
-    ops = Path(__file__).parent
-    yield from sorted((f"ops/{path.relative_to(ops).as_posix()}", path) for path in ops.rglob("*.py"))
+    package = Path(__file__).parent.parent
+    python = (path for folder in FOLDERS for path in (package / folder).rglob("*.py"))
+    yield from sorted((path.relative_to(package).as_posix(), path) for path in (*python, *(package / f for f in MODEL)))
     yield tiles.TABLE.name, tiles.TABLE
     kernels = importlib.util.find_spec("dit4dit.kernels")
     folders = [] if kernels is None else list(kernels.submodule_search_locations or [])

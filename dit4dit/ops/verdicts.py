@@ -123,7 +123,7 @@ def runner_up(ms: Mapping[str, float], chosen: str) -> str | None:
 
 
 def call_text(args: Sequence[Any]) -> str:
-    """What tells one call of an op from another: shapes, dtypes and strides of tensors, whole numbers and words, and whether
+    """What tells one call of an op from another: shapes, dtypes and strides of tensors, whole numbers and strings, and whether
     something is absent. Not addresses, nor numbers such as an epsilon, which change no speed.
     """
     return ", ".join(map(_argument, args))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from dit4dit.checkpoints.weights import random_model
 from dit4dit.cli import main
 from dit4dit.engine import Engine
 from dit4dit.errors import OutputError
+from dit4dit.ops.action_ode import reference
+from dit4dit.ops.dispatch import find
 from dit4dit.presets import preset
 
 CPU = torch.device("cpu")
@@ -157,14 +160,13 @@ def test_actions_that_are_no_numbers_are_written_as_such(monkeypatch: pytest.Mon
     assert data["cut"]["by"].startswith("WrongActions: actions: expected finite numbers")
 
 
-def one_launch_head(choice, folded, config, steps, fp8=False):
-    """A head in one launch whose op runs its reference, as no kernel runs here."""
-    from dit4dit.engine.action_ode.program import OneLaunchHead
-
-    head = OneLaunchHead(folded, config, steps, fp8=fp8) if choice == "one_launch" else None
-    if head is not None:
-        head.backend = "torch"
-    return head
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference in the place of the kernel of a head in one launch, which needs a GPU."""
+    known = find("action_ode").implementations
+    stand_in = replace(known["cuda"], refuse=lambda *_: None, run=reference)
+    monkeypatch.setitem(known, "cuda", stand_in)
+    monkeypatch.setattr("dit4dit.engine.action_ode.program.OneLaunchHead.refuse_any", lambda _: None)
 
 
 def measure_one_launch(**changes):
@@ -172,8 +174,9 @@ def measure_one_launch(**changes):
     return measure(**options)
 
 
-def test_one_launch_is_held_to_the_library_where_there_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dit4dit.engine.engine.choose_head", one_launch_head)
+def test_one_launch_is_held_to_the_library_where_there_is_no_baseline(
+    kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert measure_one_launch()["head"] == "one_launch"
     right = Engine._one_launch
     monkeypatch.setattr(Engine, "_one_launch", lambda *given: right(*given) * 1.5)
@@ -184,9 +187,8 @@ def test_one_launch_is_held_to_the_library_where_there_is_no_baseline(monkeypatc
         measure_one_launch()
 
 
-def test_no_times_where_a_launch_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_times_where_a_launch_failed(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a graph nobody reads the flag but the benchmark, after all launches."""
-    monkeypatch.setattr("dit4dit.engine.engine.choose_head", one_launch_head)
     monkeypatch.setattr("dit4dit.engine.action_ode.program.OneLaunchHead.capturing", True)
 
     def failed(_self):

@@ -14,7 +14,9 @@ import torch
 from dit4dit import Policy, ops
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine, Plan, RequestShape
-from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.engine.action_ode.program import OneLaunchHead, choose_head
+from dit4dit.engine.fold import fold_head
+from dit4dit.engine.listing import calls, engine_without_data
 from dit4dit.errors import ConfigError
 from dit4dit.evaluation import parity
 from dit4dit.ops import onednn, verdicts
@@ -34,10 +36,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return verdicts.folder(CPU)
 
 
-def write(cache: Path, calls: Iterable[ops.Call], **chosen: str) -> int:
+def write(cache: Path, made: Iterable[ops.Call], **chosen: str) -> int:
     """Verdicts for the calls of these ops, as if they had been measured here; how many."""
     count = 0
-    for op, args in calls:
+    for op, args in made:
         if op in chosen:
             ms = {chosen[op]: 1.0}
             verdicts.write(Verdict(op, call_text(args), verdicts.place(CPU), "torch", chosen[op], ms), cache)
@@ -47,9 +49,9 @@ def write(cache: Path, calls: Iterable[ops.Call], **chosen: str) -> int:
 
 def listed(policy: Policy, observation) -> list[ops.Call]:
     """The op calls of one chunk."""
-    with ops.listing() as calls:
+    with ops.listing() as made:
         policy.infer(observation, "go", seed=0)
-    return calls
+    return made
 
 
 @needs_onednn
@@ -57,9 +59,9 @@ def test_a_plan_runs_what_verdicts_name_and_off_runs_the_defaults(
     cache: Path, small_libero: Path, observation, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = Policy.from_pretrained(small_libero, device="cpu", tune="off")
-    calls = listed(first, observation)
+    made = listed(first, observation)
     plain = first.infer(observation, "go", seed=1)
-    assert write(cache, calls, linear="torch", preprocess="torch")
+    assert write(cache, made, linear="torch", preprocess="torch")
 
     tuned, off, again = (
         Policy.from_pretrained(small_libero, device="cpu", tune=tune) for tune in ("cached", "off", "cached")
@@ -88,17 +90,21 @@ def test_a_tuned_engine_agrees_with_the_published_code(cache: Path, golden_dir: 
     def check() -> list[parity.Stage]:
         return parity.check(golden_dir / name, device=CPU, dtype=torch.float32, backend=None, engine=True)
 
-    with ops.listing() as calls:
+    with ops.listing() as made:
         plain = check()
     assert all("linear: onednn" in s.implementations for s in plain if s.name == "infer.features")
-    write(cache, calls, linear="torch", linear_gelu="torch")
+    write(cache, made, linear="torch", linear_gelu="torch")
     tuned = check()
     assert all(s.ok and s.limit == 1e-5 for s in tuned), parity.show(tuned)
     assert all("linear: torch" in s.implementations for s in tuned if s.name == "infer.features")
 
 
+def plan_shape(batch: int) -> RequestShape:
+    return RequestShape(batch, ((32, 32),), (32, 32), "cv2_area", True, 9)
+
+
 def plan(engine: Engine, batch: int = 1) -> Plan:
-    return Plan(engine, RequestShape(batch, ((32, 32),), (32, 32), "cv2_area", True, 9), None)
+    return Plan(engine, plan_shape(batch), None)
 
 
 def test_the_head_follows_the_verdict_of_the_plans_own_shape(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,23 +123,71 @@ def test_the_head_follows_the_verdict_of_the_plans_own_shape(cache: Path, monkey
         return made.head
 
     assert head(1) == head(2) == "library", "nothing has been measured"
-    with ops.listing() as calls:
+    with ops.listing() as found:
         assert head(1) == "library"
-    assert write(cache, calls, action_ode="cuda") == 1
+    assert write(cache, found, action_ode="cuda") == 1
     assert head(1) == "one_launch"
     assert head(2) == "library", "another shape, of which nothing is known"
     assert head(1, head="library") == "library"
     assert head(1, tune="off") == "library"
+    with ops.use_backend("torch"):
+        assert head(1) == "library", "no launch is one of the reference's"
     monkeypatch.setattr(OneLaunchHead, "refuse", lambda *_: "no room for all blocks")
     assert head(1) == "library"
+
+
+def test_heads_of_other_sizes_are_other_calls(cache: Path) -> None:
+    """Each size that the kernel's work depends on is in the head's text, or in its arguments'."""
+
+    def text(**changed: int) -> str:
+        config = replace(TINY, head=replace(TINY.head, **changed))
+        found = calls(engine_without_data(config, head_dtype=torch.bfloat16), plan_shape(1), None)
+        (one,) = (call_text(args) for op, args in found if op == "action_ode")
+        return one
+
+    sizes = ("num_layers", "num_heads", "head_dim", "hidden_size", "action_dim", "action_horizon")
+    texts = [text(), *(text(**{size: 2 * getattr(TINY.head, size)}) for size in sizes)]
+    assert len(set(texts)) == len(texts), texts
+    steps = text(num_inference_timesteps=8)
+    assert steps not in texts
+
+
+def test_what_was_measured_never_makes_a_head_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That changes the result: only who asks for the kernel gets it."""
+    found = calls(engine_without_data(TINY, head_dtype=torch.bfloat16, fp8=True), plan_shape(1), None)
+    (head,) = (args[0] for op, args in found if op == "action_ode")
+    assert not head.fp8, "of a policy in fp8 the same head is measured as of others"
+    monkeypatch.setattr(OneLaunchHead, "unsuitable", lambda *_: None)
+    monkeypatch.setattr(OneLaunchHead, "refuse_any", lambda _: None)
+    folded = fold_head(random_model(TINY, 0, head_dtype=torch.bfloat16, with_text=False).head, 1)
+    made = [choose_head(choice, folded, TINY.head, 1, fp8=True) for choice in ("auto", "one_launch")]
+    assert [(head.fp8, head.backend) for head in made if head] == [(False, None), (True, "cuda")]
+
+
+@needs_onednn
+def test_what_a_plan_is_asked_to_run_by_ends_with_the_context(cache: Path, small_libero: Path, observation) -> None:
+    """A first chunk that was wished to be PyTorch's, as to compare, leaves later ones as fast as ever."""
+    policy = Policy.from_pretrained(small_libero, device="cpu")
+
+    def ran(backend: str | None = None, **by_op: str) -> set[str]:
+        with ops.use_backend(backend, **by_op), ops.trace() as seen:
+            policy.infer(observation, "go", seed=0)
+        return seen["linear"] | seen["linear_gelu"]
+
+    assert ran("torch") == {"torch"}
+    assert not onednn.is_packed(policy.engine.blocks[0].qkv.weight)
+    assert ran() == ran(linear="onednn") == {"onednn"}
+    fresh = Policy.from_pretrained(small_libero, device="cpu")
+    with ops.use_backend(linear="onednn", linear_gelu="onednn"):
+        fresh.infer(observation, "go", seed=0)
 
 
 def test_an_engine_that_was_pickled_takes_verdicts_too(cache: Path) -> None:
     engine = Engine(random_model(TINY, 0, with_text=False))
     made = plan(engine)
-    with torch.no_grad(), ops.listing() as calls:
+    with torch.no_grad(), ops.listing() as found:
         made.compute()
-    write(cache, calls, preprocess="torch")
+    write(cache, found, preprocess="torch")
     assert made.ran["preprocess"] == {"cpp": 1}
     copy = plan(pickle.loads(pickle.dumps(engine)))
     with torch.no_grad():

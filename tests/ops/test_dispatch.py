@@ -248,16 +248,23 @@ def test_other_calls_than_in_the_first_run_are_chosen_for_themselves(op, fast):
 
 
 def test_a_wish_is_no_choice_and_ends_with_its_context(op, fast):
-    choices = Choices(Named(triple="kernel"))
+    verdicts = Named(triple="kernel")
+    choices = Choices(verdicts)
     with use_backend("torch"), choices:
         fast(op(FLOAT))
     assert choices.ran == {"double": {"torch": 1}, "triple": {"torch": 1}}
-    with choices, trace() as ran:
-        fast(op(FLOAT))
-    assert ran == {"double": {"cpp"}, "triple": {"torch"}}
-    with choices, trace() as ran, use_backend(double="torch"):
-        fast(op(FLOAT))
-    assert ran == {"double": {"torch"}, "triple": {"torch"}}
+    for _ in range(2):
+        with choices, trace() as ran:
+            fast(op(FLOAT))
+        assert ran == {"double": {"cpp"}, "triple": {"kernel"}}
+        assert choices.ran == {"double": {"cpp": 1}, "triple": {"kernel": 1}}
+        with choices, trace() as ran, use_backend(double="torch"):
+            fast(op(FLOAT))
+        assert ran == {"double": {"torch"}, "triple": {"kernel"}}
+    assert verdicts.asked == 2, "each call once, and not while a wish decides it"
+    with pytest.raises(BackendError, match="no implementation is called 'none'"), choices:
+        fast(op(FLOAT), backend="none")
+    assert choices.ran == {"double": {"torch": 1}, "triple": {"kernel": 1}}, "of the last run that ended well"
 
 
 def test_prepared_where_chosen_for_good_and_nowhere_else(fast):
@@ -276,6 +283,22 @@ def test_prepared_where_chosen_for_good_and_nowhere_else(fast):
     assert not ready, "what is not chosen is not prepared"
     with Choices(None) as choices:
         fast(FLOAT)
+    assert choices.ran == {"triple": {"kernel": 1}}
+
+
+def test_a_wish_is_prepared_too(fast):
+    ready = []
+    fast.implementations["kernel"] = replace(
+        fast.implementations["kernel"],
+        prepare=lambda x: ready.append(x),
+        refuse=lambda x: None if ready else "not ready",
+    )
+    with use_backend(triple="kernel"):
+        with pytest.raises(BackendError, match="triple: 'kernel' refused: not ready"):
+            fast(FLOAT)
+        with Choices(None) as choices:
+            fast(FLOAT)
+        assert explain("triple")[0].chosen == "kernel"
     assert choices.ran == {"triple": {"kernel": 1}}
 
 

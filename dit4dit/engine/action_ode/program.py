@@ -89,7 +89,7 @@ class OneLaunchHead:
     def call_text(self) -> str:
         """What a verdict says of this head (`ops.verdicts.call_text`)."""
         config = self.config
-        size = f"{config.num_layers} layers of {config.width}, {config.num_heads} heads"
+        size = f"{config.num_layers} layers of {config.width}, {config.num_heads} heads, {config.hidden_size} hidden"
         dtype = str(self.folded.decode_out.weight.dtype).removeprefix("torch.")
         return f"head of {size}, {self.steps} steps, {dtype}{', blocks in fp8' if self.fp8 else ''}"
 
@@ -265,18 +265,19 @@ def choose_head(
 ) -> OneLaunchHead | None:
     """What the engine's option `head` asks for; None is the engine's own loop over library calls, and nothing else ever.
 
-    With "auto" each plan's verdict decides, where the kernel could run at all.
+    With "auto" each plan's verdict decides, where the kernel could run at all; its weights are then the loop's, as what was
+    measured must not change the result. fp8: with "one_launch", the blocks' weights in e4m3.
     ConfigError: no such choice, or a head without tiles. BackendError: "one_launch" where the kernel cannot run.
     """
     if choice not in CHOICES:
         raise ConfigError(f"engine head: expected one of {', '.join(CHOICES)}, got {shown(choice)}")
     if choice == "library":
         return None
-    head = OneLaunchHead(folded, config, steps, fp8=fp8)
+    head = OneLaunchHead(folded, config, steps, fp8=fp8 and choice == "one_launch")
     if choice == "auto":
         head.backend = None
         weight = folded.decode_out.weight
-        # float32, the default of a head, is a wish for exactness that the kernel does not meet: nothing to warn of
+        # float32, the default of a head, asks for exactness that the kernel does not have: nothing to warn of
         return head if head.unsuitable(weight.device, weight.dtype) is None else None
     reason = head.refuse_any()
     if reason is not None:
