@@ -38,7 +38,7 @@ REASONS = {
     "is_wrong_on_the_third_call": "call 3 gave other bits than the first",
     "is_wrong": "disagrees with the reference: result 0: expected at most",
     "has_another_shape": "disagrees with the reference: result 0: expected [1, 5, 16]",
-    "returns_no_tensor": "disagrees with the reference: expected tensors as result, got NoneType",
+    "returns_no_tensor": "its result is a NoneType, the reference's a Tensor",
     "writes_behind": "call 1: 4 bytes behind a tensor (float32 [1, 5, 16]) were written",
     "writes_before": "call 1: 4 bytes before a tensor (float32 [1, 5, 16]) were written",
     "changes_input": "call 1 changed argument 0 (float32 [1, 5, 64])",
@@ -70,7 +70,7 @@ def test_every_fault_is_charged_and_the_queue_is_finished(tmp_path: Path, capfd:
     }
     assert None not in charged.values(), refused
     # no more than it has to: one child for each crash and each write outside of memory that was asked for
-    assert result["children"] == 1 + 3 + 2
+    assert result["children"] == 1 + 3 + 2 + 1, "and one for what cannot be made: it may be because of those before"
     for row in result["calls"][:3]:
         assert row["default"] == "onednn"
         assert row["chosen"] in {"onednn", "torch", "prints"}
