@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-_gpu, _cudnn, _cpu = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+_gpu: Any = torch.backends.cuda
+_cudnn: Any = torch.backends.cudnn
+_cpu: Any = torch.backends.mkldnn
 SETTINGS: dict[str, Callable[[], object]] = {
     "the number of threads": torch.get_num_threads,
     "the default dtype": torch.get_default_dtype,

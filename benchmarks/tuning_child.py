@@ -226,6 +226,7 @@ def main(pipe: int, tasks: str) -> None:
     torch.set_num_threads(given.threads)
     if given.device.type == "cuda":
         torch.cuda.set_device(given.device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # as in a plan it is not the default one, which others wait for
         torch.zeros(1, device=given.device).item()  # CUDA starts now, in nobody's time
     child = Child(given, commands, answers)
     with open(os.devnull, "w") as nothing:  # what starts can be read in the log; what runs may print without an end

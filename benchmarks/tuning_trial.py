@@ -32,6 +32,10 @@ POISONS = (NAN, 0x5A, NAN, 0x00, NAN, NAN)
 BANDS = (0xA5, 0x3C)
 ALIGNED = 16
 """Bytes of which the address of a result is a multiple, as those of torch's allocators are."""
+LATE = 2_000_000
+"""Clock cycles, about a millisecond, that the stream is busy before a call: work on another one, which does not wait for it, is
+overwritten by the poison.
+"""
 NESTING = ("action_ode",)
 """Ops that call others, which are to be tuned first."""
 
@@ -83,7 +87,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 def real(args: Sequence[Any], device: torch.device, seed: int) -> tuple[Any, ...]:
     """Arguments without data -> random ones of the same shapes, strides and dtypes on a device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def filled(tensor: Tensor) -> Tensor:
         made: Tensor = fill((tensor,), str(device), torch.bfloat16, generator)[0]
@@ -239,7 +243,10 @@ class Case:
 
     def _guarded(self, name: str, implementation: Implementation, number: int, poison: int) -> tuple[Any, list[Tensor]]:
         with Guarded(poison, BANDS[number % len(BANDS)]) as memory:
+            if self._device.type == "cuda":
+                torch.cuda._sleep(LATE)
             got = self.run(name, implementation)
+        bits = bits_of(got)  # before the wait below: as what comes behind reads it, in the order of the stream
         self.checked()
         try:
             memory.check()
@@ -248,7 +255,7 @@ class Case:
         changed = self.changed()
         if changed is not None:
             raise Wrong(f"call {number} changed {changed}")
-        return got, bits_of(got)
+        return got, bits
 
     def expect(self, name: str, got: Any) -> None:
         """Wrong unless a first result is right; those after it will have to have its bits."""

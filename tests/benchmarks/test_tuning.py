@@ -90,7 +90,7 @@ def check_the_right_ones(rows: dict[str, dict[str, Any]]) -> None:
     assert (quick["default"], quick["chosen"], other["chosen"]) == ("torch", "by_shape", "torch")
     assert quick["ratio"] > 1.02
     assert "'by_shape': " in quick["why"]
-    assert "in two thirds" not in quick["why"]
+    assert "is asked for" not in quick["why"]
     assert set(other["ms"]) == {"torch", "by_shape", "row_by_row"}
     found = {(v.op, v.call): v for v in verdicts.known(CPU)}
     assert len(found) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 from dit4dit.benchmarks import tuning, tuning_process
 from dit4dit.benchmarks.recording import Recording
 from dit4dit.benchmarks.tuning import Limits, Todo, tune
-from dit4dit.benchmarks.tuning_journal import JOURNAL, Journal
+from dit4dit.benchmarks.tuning_journal import JOURNAL, LOCK, Journal, locked
 from dit4dit.benchmarks.tuning_process import Died
 from tuning_calls import CPU, QUICK, STEP, clean, meta, product, tuned
 
@@ -205,6 +206,16 @@ def test_a_child_at_another_place(scripted: type[Scripted], monkeypatch: pytest.
     with pytest.raises(BackendError, match="not at the same place as this one: made with torch 1"):
         tuned([product(8)], plugins=[])
     assert scripted.started[0].ended
+
+
+def test_a_lock_with_something_else_in_it(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        (tmp_path / LOCK).write_bytes(b"\xff" * 1000)
+        with pytest.raises(BackendError) as error, locked(tmp_path):
+            pass
+    assert len(str(error.value)) < 200
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
 
 
 # -- the journal --------------------------------------------------------------------------------------------------------

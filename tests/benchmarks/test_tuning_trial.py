@@ -244,6 +244,24 @@ def test_a_result_is_its_owners_for_good() -> None:
     assert trial(case, lambda *args: out.copy_(run(*args))) == "its result changed with a later call"
 
 
+def test_a_result_is_there_in_the_order_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only after a wait for the whole GPU, which a plan does not make. What another stream does late is made up."""
+    case, run, late = one_product(), find("linear").implementations["torch"].run, list[Any]()
+
+    def settle() -> None:
+        while late:
+            late.pop()()
+
+    def elsewhere(*args: Any) -> Tensor:
+        out, right = torch.empty(2, 4), run(*args)
+        late.append(lambda: out.copy_(right))
+        return out
+
+    monkeypatch.setattr(tuning_child.failures, "settle", settle)
+    assert trial(case, elsewhere) == "call 2 gave other bits than the first"
+    assert trial(case, run) is None
+
+
 CHANGES: dict[str, tuple[Any, Any, Any]] = {
     "the number of threads": (torch.set_num_threads, torch.get_num_threads(), torch.get_num_threads() + 1),
     "the default dtype": (torch.set_default_dtype, torch.float32, torch.float64),
