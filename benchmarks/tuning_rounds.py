@@ -14,8 +14,8 @@ from dit4dit.benchmarks.harness import time_cpu, time_gpu
 FASTER = 1.02
 """How many times as fast as the default another one has to be."""
 MOST_ROUNDS = 0.85
-"""The share of the rounds in which it has to be faster at all: 8 of 9, all of 3. By noise alone, however large, that comes once in
-50 calls of 9 rounds; two thirds of them would come in every fourth.
+"""The share of the rounds in which it has to be faster at all: 8 of 9, all of 3. By noise alone, however large, that comes
+once in 50 calls of 9 rounds; two thirds of them would come in every fourth.
 """
 FEWEST = 3
 """Rounds of calls that are too slow for more, and of an implementation that is far behind."""
@@ -144,4 +144,6 @@ def decide(rounds: Sequence[Round], default: str | None) -> Decision:
     if ratio < 1:
         return Decision(default, ms, f"the fastest; {name!r} takes {1 / ratio:.2f} times as long")
     short = f"{name!r} is {ratio:.3f} times as fast, ahead in {ahead} of {count} rounds"
-    return Decision(default, ms, f"the default stays: {short}, and {FASTER:g} is asked for, and {MOST_ROUNDS:.0%} of them")
+    return Decision(
+        default, ms, f"the default stays: {short}, and {FASTER:g} is asked for, and {MOST_ROUNDS:.0%} of them"
+    )

@@ -188,6 +188,7 @@ def test_two_at_once_and_one_that_is_killed(hanging: tuple[subprocess.Popen[byte
     process, child = hanging
     with pytest.raises(BackendError, match=f"process {process.pid} is tuning this device already"):
         tuned([product(48)], plugins=[])
+    assert Path(f"/proc/{child}/oom_score_adj").read_text() == "1000\n", "the first to go where memory runs out"
     process.kill()
     process.wait()
     eventually(lambda: gone(child))
@@ -197,6 +198,29 @@ def test_two_at_once_and_one_that_is_killed(hanging: tuple[subprocess.Popen[byte
     assert row["refused"]["hangs"] == "an earlier run was killed while it was at this; not tried in this run"
     assert row["chosen"] is not None
     assert not Journal(folder()).unfinished, "once"
+
+
+LEFT_BEHIND = """
+import atexit, os, pickle, sys
+sys.path[:] = {search!r}
+import torch
+from dit4dit.benchmarks import tuning_child
+
+def serve(child):
+    atexit.register(os._exit, 7)
+    sys.stdout.close()
+    raise ValueError("no op is left")
+
+tuning_child.Child.serve = serve
+with open({tasks!r}, "wb") as file:
+    pickle.dump(tuning_child.Tasks((), torch.device("cpu"), 0, (), 1, 1.0, 1, 1), file)
+tuning_child.main(os.open(os.devnull, os.O_WRONLY), {tasks!r})
+"""
+
+
+def test_a_child_ends_at_once_whatever_was_left_to_be_done(tmp_path: Path) -> None:
+    script = LEFT_BEHIND.format(search=sys.path, tasks=str(tmp_path / "tasks"))
+    assert subprocess.run([sys.executable, "-c", script], stdin=subprocess.DEVNULL, timeout=WAIT).returncode == 1
 
 
 @pytest.mark.slow
