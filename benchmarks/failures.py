@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -72,6 +73,7 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 def leave(code: int) -> None:
     """End this process at once: what would be taken down by the interpreter waits for a GPU that is lost, or aborts."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a contender may have closed it
+            stream.flush()
     os._exit(code)

@@ -64,7 +64,7 @@ def cases(names: Sequence[str], *, batch: int = 1, gr1_only: bool = False) -> li
 
 def fill(args: tuple[Any, ...], device: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
     """Tensors without data -> random ones of the same shapes and strides; bfloat16 becomes `dtype`. Matrices keep the size of
-    rows."""
+    rows. They are drawn on the generator's device."""
 
     def real(value: Any) -> Any:
         if isinstance(value, list):
@@ -75,9 +75,9 @@ def fill(args: tuple[Any, ...], device: str, dtype: torch.dtype, generator: torc
             return value
         kind = dtype if value.dtype == torch.bfloat16 else value.dtype
         if kind == torch.uint8:
-            x = torch.randint(0, 256, value.shape, dtype=torch.uint8, generator=generator)
+            x = torch.randint(0, 256, value.shape, dtype=torch.uint8, generator=generator, device=generator.device)
         else:
-            x = torch.randn(value.shape, generator=generator)
+            x = torch.randn(value.shape, generator=generator, device=generator.device)
         if kind == FP8:
             x *= 64  # a row of a matrix that fills e4m3's range
         elif x.ndim == 2 and x.shape[0] > 3 and kind != torch.uint8:  # a weight, not a table of one row a latent frame

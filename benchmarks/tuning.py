@@ -311,7 +311,7 @@ class _Tuner:
 
     def _ask(self, task: dict[str, Any], key: tuple[str, str]) -> dict[str, Any]:
         """The answer. Died: the child was lost, and the implementation that it was at is charged. _Impossible: it was at none."""
-        process = self._child()
+        used, process = self._process is not None, self._child()
         at, timing = "", 0.0
 
         def announced(name: str, step: str) -> float:
@@ -331,12 +331,17 @@ class _Tuner:
         except Died as error:
             self._process = None
             self._journal.end()
+            if not at and used:  # by what an earlier implementation has left there, maybe
+                return self._ask(task, key)
             if not at:
                 raise _Impossible(str(error)) from None
             self._charged.setdefault(key, {})[at] = str(error)
             self._strikes[key[0], at] = self._strikes.get((key[0], at), 0) + 1
             raise
         self._journal.end()
+        if "impossible" in answer and used:
+            self.end()
+            return self._ask(task, key)
         if "impossible" in answer:
             raise _Impossible(answer["impossible"])
         return answer

@@ -18,6 +18,7 @@ journal by then:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from dit4dit.benchmarks import failures
+from dit4dit.benchmarks import failures, process_state
 from dit4dit.benchmarks.ops.bench_action_ode import graph_of
 from dit4dit.benchmarks.tuning_rounds import Round, timed
 from dit4dit.benchmarks.tuning_trial import NESTING, Case, Outcome, bits_of, same
@@ -79,6 +80,7 @@ class Child:
 
     def __init__(self, given: Tasks, commands: TextIO, answers: TextIO) -> None:
         self._given, self._commands, self._answers = given, commands, answers
+        self._process, self._token = os.getpid(), ""
         self._number = -1
         self._case: Case | None = None
 
@@ -86,10 +88,14 @@ class Child:
         """Until the parent closes its end."""
         self.say({"ready": verdicts.place(self._given.device)})
         while (task := self._hear()) is not None:
+            self._token = task["token"]
             self.say({"answer": self._do(task)})
 
     def say(self, message: dict[str, Any]) -> None:
-        self._answers.write(json.dumps(message) + "\n")
+        """With the task's token, so that what else is written to the pipe is not taken for it."""
+        if os.getpid() != self._process:  # a copy that an implementation has made and let go on
+            os._exit(0)
+        self._answers.write(json.dumps({"token": self._token, **message}) + "\n")
         self._answers.flush()
 
     def _hear(self) -> Any:
@@ -151,7 +157,7 @@ class Child:
             rounds=given.rounds,
             samples=given.samples,
             before=partial(self._announce, step="timing"),
-            after=partial(_sound, case, results, out),
+            after=partial(_sound, case, process_state.settings(), results, out),
         )
 
 
@@ -174,8 +180,18 @@ def _call(case: Case, name: str, results: dict[str, Any], gpu: bool) -> Callable
     return run
 
 
-def _sound(case: Case, results: dict[str, Any], out: dict[str, str], name: str, error: Exception | None) -> bool:
-    """Whether the last result of a block is still the first one; the reason in `out` where it is not. Aborted: see there."""
+def _sound(
+    case: Case,
+    before: dict[str, Any],
+    results: dict[str, Any],
+    out: dict[str, str],
+    name: str,
+    error: Exception | None,
+) -> bool:
+    """Whether the last result of a block is still the first one; the reason in `out` where it is not. Aborted: see there.
+
+    before: `process_state.settings`.
+    """
     try:
         if error is not None:
             raise error
@@ -184,7 +200,7 @@ def _sound(case: Case, results: dict[str, Any], out: dict[str, str], name: str, 
     except Exception as problem:
         reason = f"raised {failures.reason_of(problem)}"
         failures.check_gpu(reason)
-    changed = case.changed()
+    changed = case.changed() or process_state.changed(before)
     if changed is not None:
         reason = f"changed {changed}"
     if reason is not None:
@@ -201,6 +217,8 @@ def main(pipe: int, tasks: str) -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     os.set_inheritable(pipe, False)
+    with contextlib.suppress(OSError):  # where memory runs out, the kernel ends this process and no other
+        Path("/proc/self/oom_score_adj").write_text("1000")
     answers = os.fdopen(pipe, "w", encoding="utf-8")
     given: Tasks = pickle.loads(Path(tasks).read_bytes())
     for module in given.plugins:
@@ -208,12 +226,18 @@ def main(pipe: int, tasks: str) -> None:
     torch.set_num_threads(given.threads)
     if given.device.type == "cuda":
         torch.cuda.set_device(given.device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # as in a plan it is not the default one, which others wait for
         torch.zeros(1, device=given.device).item()  # CUDA starts now, in nobody's time
     child = Child(given, commands, answers)
+    with open(os.devnull, "w") as nothing:  # what starts can be read in the log; what runs may print without an end
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
     try:
         with torch.no_grad():
             child.serve()
     except failures.GpuLost as lost:
         child.say({"lost": str(lost.args[0])})
         failures.leave(failures.GPU_LOST)
+    except BaseException:  # what implementations have left to be done at the end of a process is not waited for
+        failures.leave(1)
     failures.leave(0)

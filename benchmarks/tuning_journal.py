@@ -25,14 +25,15 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = os.fdopen(descriptor, "r+", encoding="ascii", errors="backslashreplace")
     except OSError as error:
         raise InputError(f"tune: {folder}: verdicts cannot be written there ({error.strerror}); {HINT}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = file.read().strip() or "unknown"
+            pid = file.readline(20).strip() or "unknown"
             raise BackendError(f"tune: process {pid} is tuning this device already; wait for it, or end it") from None
         except OSError as error:
             raise InputError(f"tune: {folder}: cannot be locked ({error.strerror}); {HINT}") from None

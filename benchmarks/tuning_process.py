@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -21,6 +22,10 @@ STOPPING = 1.0
 """Seconds from SIGTERM to SIGKILL; one that waits for a GPU does not see the first."""
 DYING = 10.0
 """Seconds to wait for the end of one that is killed, or has closed its pipe: what waits inside of a driver does not die."""
+STRAY = "wrote to its process's pipe, which is not its own"
+ANSWERS = ({"impossible"}, {"reason", "refused", "unsound"}, {"rounds", "out", "unsound"})
+"""Fields of the answers of a child (`tuning_child.Child`)."""
+LONGEST = 1 << 20  # bytes of a message
 LOG = 12  # lines kept of a process that did not start
 
 At = Callable[[str, str], float]
@@ -59,21 +64,28 @@ class Process:
         finally:
             os.close(write)
         try:
-            self.place: dict[str, Any] = self._message(time.monotonic() + start, start)["ready"]
+            first = self._message(time.monotonic() + start, start)
+            if "ready" not in first:
+                raise Died(STRAY)
+            self.place: dict[str, Any] = first["ready"]
         except BaseException:
             self.end()
             raise
 
     def ask(self, task: dict[str, Any], at: At, first: float) -> dict[str, Any]:
         """The answer to a task. first: seconds until it is begun. Died: the child is gone, and ended."""
-        end, limit = time.monotonic() + first, first
+        end, limit, token = time.monotonic() + first, first, secrets.token_hex(8)
         try:
-            self._tell(task)
+            self._tell({**task, "token": token})
             while True:
                 message = self._message(end, limit)
+                if message.get("token") != token:
+                    raise Died(STRAY)
                 if "answer" in message:
                     answer: dict[str, Any] = message["answer"]
                     return answer
+                if message.get("at") not in ("", task.get("name"), *task.get("names", ())):
+                    raise Died(STRAY)
                 begin = time.monotonic()
                 end = at(message["at"], message["step"])
                 limit = end - begin
@@ -95,10 +107,12 @@ class Process:
             if newline:
                 self._buffer = rest
                 message = _read(line)
-                if "lost" not in message:
+                if "lost" not in message or self._lost:
                     return message
                 self._lost = str(message["lost"])
                 continue
+            if len(self._buffer) > LONGEST:  # what writes without an end would never let a limit pass
+                raise Died(STRAY)
             if not self._poll.poll(1000 * max(end - time.monotonic(), 0)):
                 raise Died(f"hung: it was not done after {limit:.3g} s")
             data = os.read(self._read, 1 << 16)
@@ -141,12 +155,21 @@ def _read(line: bytes) -> dict[str, Any]:
     """A message. Died: it is none, so something else writes to the child's pipe."""
     try:
         message = json.loads(line)
-        if {"ready", "at", "answer", "lost"} & message.keys():
+        if isinstance(message, dict) and _known(message):
             found: dict[str, Any] = message
             return found
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         pass
-    raise Died("wrote to its process's pipe, which is not its own")
+    raise Died(STRAY)
+
+
+def _known(message: dict[str, Any]) -> bool:
+    """Whether it is of a kind that a child sends, with all that it has."""
+    if "at" in message:
+        return isinstance(message["at"], str) and isinstance(message.get("step"), str)
+    if "answer" in message:
+        return isinstance(message["answer"], dict) and any(keys <= message["answer"].keys() for keys in ANSWERS)
+    return isinstance(message.get("ready"), dict) or isinstance(message.get("lost"), str)
 
 
 def last_lines(log: Path) -> str:

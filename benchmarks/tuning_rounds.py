@@ -13,8 +13,10 @@ from dit4dit.benchmarks.harness import time_cpu, time_gpu
 
 FASTER = 1.02
 """How many times as fast as the default another one has to be."""
-MOST_ROUNDS = 2 / 3
-"""The share of the rounds in which it has to be faster at all."""
+MOST_ROUNDS = 0.85
+"""The share of the rounds in which it has to be faster at all: 8 of 9, all of 3. By noise alone, however large, that comes
+once in 50 calls of 9 rounds; two thirds of them would come in every fourth.
+"""
 FEWEST = 3
 """Rounds of calls that are too slow for more, and of an implementation that is far behind."""
 FAR = 1.5
@@ -110,8 +112,8 @@ class Decision:
 
 
 def decide(rounds: Sequence[Round], default: str | None) -> Decision:
-    """The fastest that is 2 % faster than the default by the median of the rounds' ratios, and faster in two thirds of the
-    rounds; else the default. Without a default the fastest.
+    """The fastest that is 2 % faster than the default by the median of the rounds' ratios, and faster in nearly all of
+    them (`MOST_ROUNDS`); else the default. Without a default the fastest.
 
     rounds: with a time of at least one implementation, and of the default where there is one.
     """
@@ -142,4 +144,6 @@ def decide(rounds: Sequence[Round], default: str | None) -> Decision:
     if ratio < 1:
         return Decision(default, ms, f"the fastest; {name!r} takes {1 / ratio:.2f} times as long")
     short = f"{name!r} is {ratio:.3f} times as fast, ahead in {ahead} of {count} rounds"
-    return Decision(default, ms, f"the default stays: {short}, and {FASTER:g} in two thirds of them is asked for")
+    return Decision(
+        default, ms, f"the default stays: {short}, and {FASTER:g} is asked for, and {MOST_ROUNDS:.0%} of them"
+    )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from dit4dit.benchmarks import failures
+from dit4dit.benchmarks import failures, process_state
 from dit4dit.benchmarks.guarded import NAN, Guarded, OutOfBounds
 from dit4dit.benchmarks.harness import exact_arguments, expect_no_worse
 from dit4dit.benchmarks.op_bench import exact, fill
@@ -30,6 +30,12 @@ FLOAT32_LIMIT = 1e-5
 POISONS = (NAN, 0x5A, NAN, 0x00, NAN, NAN)
 """Of one call each: memory that is never written must not agree by luck, whatever was there."""
 BANDS = (0xA5, 0x3C)
+ALIGNED = 16
+"""Bytes of which the address of a result is a multiple, as those of torch's allocators are."""
+LATE = 2_000_000
+"""Clock cycles, about a millisecond, that the stream is busy before a call: work on another one, which does not wait for it, is
+overwritten by the poison.
+"""
 NESTING = ("action_ode",)
 """Ops that call others, which are to be tuned first."""
 
@@ -81,7 +87,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 def real(args: Sequence[Any], device: torch.device, seed: int) -> tuple[Any, ...]:
     """Arguments without data -> random ones of the same shapes, strides and dtypes on a device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def filled(tensor: Tensor) -> Tensor:
         made: Tensor = fill((tensor,), str(device), torch.bfloat16, generator)[0]
@@ -181,6 +187,21 @@ class Case:
 
     def trial(self, name: str, implementation: Implementation) -> Outcome:
         """Whether it is right on this call."""
+        before = process_state.settings()
+        outcome = self._outcome(name, implementation)
+        moved = process_state.changed(before)
+        if moved is not None:  # others would run, and be timed, with what it has left behind
+            outcome = Outcome(f"changed {moved}, for all of the process", unsound=True)
+        if outcome.reason is None or outcome.refused:
+            return outcome
+        self.first.pop(name, None)
+        if self._device.type == "cuda":
+            failures.check_gpu(f"{outcome.reason}")
+        if not outcome.unsound and self.changed() is not None:
+            self.renew()
+        return outcome
+
+    def _outcome(self, name: str, implementation: Implementation) -> Outcome:
         try:
             if implementation.prepare is not None:
                 implementation.prepare(*self.args)
@@ -191,25 +212,19 @@ class Case:
             if reason is not None:
                 return Outcome(said(reason, 400), refused=True)
             for number, poison in enumerate(POISONS, 1):
-                self._call(name, implementation, number, poison)
+                got = self._call(name, implementation, number, poison)
             with self._other_contents():
-                got, _ = self._guarded(name, implementation, len(POISONS) + 1, NAN)
-                self._agrees(got, self._other_yardstick, "with other values in its first tensor, ")
+                other, _ = self._guarded(name, implementation, len(POISONS) + 1, NAN)
+                self._agrees(other, self._other_yardstick, "with other values in its first tensor, ")
+            if not same(bits_of(got), self.first[name]):
+                raise Wrong("its result changed with a later call")
             return Outcome()
         except Wrong as error:
-            outcome = Outcome(str(error), unsound=error.unsound)
-        except Exception as error:  # what Triton and CUDA raise has no common base
-            outcome = Outcome(f"raised {failures.reason_of(error)}")
-        except BaseException as error:  # it has no business to end this process
-            if isinstance(error, failures.GpuLost):
-                raise
-            outcome = Outcome(f"raised {failures.reason_of(error)}")
-        self.first.pop(name, None)
-        if self._device.type == "cuda":
-            failures.check_gpu(f"{outcome.reason}")
-        if self.changed() is not None:
-            self.renew()
-        return outcome
+            return Outcome(str(error), unsound=error.unsound)
+        except failures.GpuLost:
+            raise
+        except BaseException as error:  # what Triton and CUDA raise has no common base; nothing may end this process
+            return Outcome(f"raised {failures.reason_of(error)}")
 
     def run(self, name: str, implementation: Implementation) -> Any:
         """One call. The ops that it calls itself are chosen as in a plan: by the verdicts that there are by now."""
@@ -218,16 +233,20 @@ class Case:
         with self._choices.setdefault(name, Choices(Verdicts(self._device))):
             return implementation.run(*self.args)
 
-    def _call(self, name: str, implementation: Implementation, number: int, poison: int) -> None:
+    def _call(self, name: str, implementation: Implementation, number: int, poison: int) -> Any:
         got, bits = self._guarded(name, implementation, number, poison)
         if number == 1:
             self.expect(name, got)
         elif not same(bits, self.first[name]):
             raise Wrong(f"call {number} gave other bits than the first")
+        return got
 
     def _guarded(self, name: str, implementation: Implementation, number: int, poison: int) -> tuple[Any, list[Tensor]]:
         with Guarded(poison, BANDS[number % len(BANDS)]) as memory:
+            if self._device.type == "cuda":
+                torch.cuda._sleep(LATE)
             got = self.run(name, implementation)
+        bits = bits_of(got)  # before the wait below: as what comes behind reads it, in the order of the stream
         self.checked()
         try:
             memory.check()
@@ -236,19 +255,24 @@ class Case:
         changed = self.changed()
         if changed is not None:
             raise Wrong(f"call {number} changed {changed}")
-        return got, bits_of(got)
+        return got, bits
 
     def expect(self, name: str, got: Any) -> None:
         """Wrong unless a first result is right; those after it will have to have its bits."""
         self.checked()
+        plain = self._yardstick.pairs[0][0]
+        if isinstance(got, Tensor) != isinstance(plain, Tensor):
+            raise Wrong(f"its result is a {type(got).__name__}, the reference's a {type(plain).__name__}")
         self._agrees(got, self._yardstick)
         if not self._aliased(got) <= self._aliases:
             raise Wrong("its result is memory of an argument, where the reference's is not")
-        for mine, plain in zip(tensors(got), tensors(self._yardstick.pairs[0][0]), strict=True):
+        for mine, its in zip(tensors(got), tensors(plain), strict=True):
+            if (kind := _kind(mine)) != (wanted := _kind(its)):
+                raise Wrong(f"its result is {kind}, the reference's {wanted}")
             for layout in (torch.contiguous_format, torch.channels_last):  # what comes behind may rely on it
-                dense = plain.ndim == 4 or layout is torch.contiguous_format
-                if dense and plain.is_contiguous(memory_format=layout) and not mine.is_contiguous(memory_format=layout):
-                    raise Wrong(f"its result has strides {mine.stride()}, where the reference's has {plain.stride()}")
+                dense = its.ndim == 4 or layout is torch.contiguous_format
+                if dense and its.is_contiguous(memory_format=layout) and not mine.is_contiguous(memory_format=layout):
+                    raise Wrong(f"its result has strides {mine.stride()}, where the reference's has {its.stride()}")
         self.first[name] = bits_of(got)
 
     def checked(self) -> None:
@@ -301,6 +325,16 @@ def _memory(tensor: Tensor) -> Tensor:
 
 def _layout(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
     return tensor.untyped_storage().data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _kind(tensor: Tensor) -> str:
+    """What decides beside values and strides what may be done with a result: kernels get its address, and rely on it."""
+    kind = [type(tensor).__name__, str(tensor.device), str(tensor.layout).removeprefix("torch.")]
+    kind += ["with a gradient"] * tensor.requires_grad + ["of inference mode"] * tensor.is_inference()
+    kind += ["negated"] * tensor.is_neg() + ["conjugate"] * tensor.is_conj()
+    if tensor.layout == torch.strided and tensor.data_ptr() % ALIGNED:
+        kind.append(f"at an address that is no multiple of {ALIGNED}")
+    return ", ".join(kind)
 
 
 def bits_of(result: Any) -> list[Tensor]:

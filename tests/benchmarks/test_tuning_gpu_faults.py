@@ -32,6 +32,7 @@ def test_faults_on_a_gpu_are_charged() -> None:
         assert refused["hangs"] == "hung: it was not done after 8 s"
         assert refused["writes_behind"].startswith("call 1: 2 bytes behind a tensor (bfloat16 [1, 17,")
         assert refused["leaves_one_unwritten"].startswith("disagrees with the reference")
+        assert refused["runs_on_another_stream"].startswith("disagrees with the reference")
         assert row["default"] == "torch"
         assert row["chosen"] in ("torch", "is_right")
         assert set(row["ms"]) == {"torch", "is_right"}

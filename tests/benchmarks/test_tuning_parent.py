@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 from dit4dit.benchmarks import tuning, tuning_process
 from dit4dit.benchmarks.recording import Recording
 from dit4dit.benchmarks.tuning import Limits, Todo, tune
-from dit4dit.benchmarks.tuning_journal import JOURNAL, Journal
+from dit4dit.benchmarks.tuning_journal import JOURNAL, LOCK, Journal, locked
 from dit4dit.benchmarks.tuning_process import Died
 from tuning_calls import CPU, QUICK, STEP, clean, meta, product, tuned
 
@@ -62,24 +63,40 @@ import json, os, sys
 def say(message):
     os.write({pipe}, json.dumps(message).encode() + b"\\n")
 say(dict(ready=PLACE))
-name = json.loads(sys.stdin.readline())["name"]
-say(dict(at=name, step="trial"))
+task = json.loads(sys.stdin.readline())
+name, token = task["name"], task["token"]
+say(dict(at=name, step="trial", token=token))
 sys.stdin.readline()
 """
 ENDS = {
     "illegal address; then the GPU was lost: gone": (
         'say(dict(lost="illegal address; then the GPU was lost: gone")); os._exit(3)'
     ),
-    "wrote to its process's pipe, which is not its own": "os.write({pipe}, b'garbage\\n'); sys.stdin.readline()",
     "ended its process with exit code 3": "os._exit(3)",
     "crashed: its process was ended by SIGABRT": "os.abort()",
 }
 
 
-@pytest.mark.parametrize("reason", ENDS)
-def test_however_a_child_ends_it_is_charged(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+NOT_ITS_OWN = "wrote to its process's pipe, which is not its own"
+STRAYS = {
+    "garbage": "os.write({pipe}, b'garbage\\n')",
+    "without an end": "while True: os.write({pipe}, b'a' * 65536)",
+    "number": "say(5)",
+    "no step": "say(dict(at=name, token=token))",
+    "another name": "say(dict(at='x', step='trial', token=token))",
+    "half an answer": "say(dict(answer=dict(reason=None), token=token))",
+    "an answer to something else": "say(dict(answer=dict(reason=None, refused=False, unsound=False), token='x'))",
+    "a start": "say(dict(ready=dict(), token=token))",
+    "a loss, again and again": "while True: say(dict(lost='x'))",
+}
+CASES = list(ENDS.items())
+CASES += [(NOT_ITS_OWN, f"{script}\nsys.stdin.readline()") for script in STRAYS.values()]
+
+
+@pytest.mark.parametrize(("reason", "script"), CASES, ids=[*ENDS, *STRAYS])
+def test_however_a_child_ends_it_is_charged(reason: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place = repr(verdicts.place(CPU)).replace("{", "{{").replace("}", "}}")
-    monkeypatch.setattr(tuning_process, "SCRIPT", RAW.replace("PLACE", place) + ENDS[reason])
+    monkeypatch.setattr(tuning_process, "SCRIPT", RAW.replace("PLACE", place) + script)
     result = tuned([product(8), STEP], plugins=[])
     assert result["calls"][0]["refused"] == dict.fromkeys(("onednn", "torch"), reason)
     assert [row["chosen"] for row in result["calls"]] == [None, None]
@@ -91,6 +108,7 @@ class Scripted:
 
     trials: ClassVar[dict[str, Any]] = {}
     timing: ClassVar[list[Any]] = []
+    making: ClassVar[list[Any]] = []  # how a call's arguments fail, task by task; None: they do not
     started: ClassVar[list[Scripted]] = []
 
     def __init__(self, *_: object) -> None:
@@ -99,6 +117,12 @@ class Scripted:
 
     def ask(self, task: dict[str, Any], at: Callable[[str, str], float], first: float) -> dict[str, Any]:
         assert not self.ended
+        trouble = self.making.pop(0) if self.making else None
+        if isinstance(trouble, Died):
+            at("", "arguments")
+            raise trouble
+        if trouble is not None:
+            return {"impossible": trouble}
         if task["do"] == "trial":
             at(task["name"], "trial")
             reason = self.trials.get(task["name"])
@@ -162,11 +186,36 @@ def test_one_that_is_found_out_while_it_is_timed(scripted: type[Scripted], monke
     assert not list(verdicts.known(CPU)), "nor the verdict that there was"
 
 
+@pytest.mark.parametrize("trouble", [Died("crashed"), "ValueError: no op is left"], ids=["died", "raised"])
+def test_a_call_that_cannot_be_made_is_tried_in_a_process_of_its_own(
+    trouble: Any, scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was run before in the old one may be at fault; in a new one it is the call itself."""
+    monkeypatch.setattr(scripted, "timing", [{"rounds": ROUNDS}])
+    monkeypatch.setattr(scripted, "making", [None, trouble])
+    result = tuned([product(8)], plugins=[])
+    assert (result["calls"][0]["chosen"], result["children"]) == ("torch", 2)
+    monkeypatch.setattr(scripted, "making", [trouble])
+    result = tuned([product(8)], plugins=[])
+    assert result["calls"][0]["why"].startswith("not tuned: its arguments or its reference cannot be made here")
+    assert (result["calls"][0]["chosen"], result["children"]) == (None, 1)
+
+
 def test_a_child_at_another_place(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning.verdicts, "difference", lambda found, here: "made with torch 1, this is 2")
     with pytest.raises(BackendError, match="not at the same place as this one: made with torch 1"):
         tuned([product(8)], plugins=[])
     assert scripted.started[0].ended
+
+
+def test_a_lock_with_something_else_in_it(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        (tmp_path / LOCK).write_bytes(b"\xff" * 1000)
+        with pytest.raises(BackendError) as error, locked(tmp_path):
+            pass
+    assert len(str(error.value)) < 200
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
 
 
 # -- the journal --------------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dit4dit.benchmarks import tuning_child
+from dit4dit.benchmarks import process_state, tuning_child
 from dit4dit.benchmarks.ops.bench_action_ode import in_fp8
 from dit4dit.benchmarks.tuning_trial import Case, Wrong, Yardstick, bits_of, mapped, same, tensors
 from torch import Tensor
@@ -200,6 +201,123 @@ def test_a_result_may_not_be_an_argument_where_the_references_is_not() -> None:
     norm = Case("adaln", (x[None], None, None, None, None, 1e-6, torch.float32), CPU, 0)
     norm.measure()
     assert norm.trial("torch", find("adaln").implementations["torch"]).reason is None, "which returns x"
+
+
+def inferred(out: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return out.clone()
+
+
+def shifted(out: Tensor) -> Tensor:
+    return torch.empty(out.numel() + 1)[1:].view(out.shape).copy_(out)
+
+
+def one_product() -> Case:
+    case = Case("linear", (torch.empty(2, 8, device="meta"), torch.empty(4, 8, device="meta"), None), CPU, 0)
+    case.measure()
+    return case
+
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "tuple": (lambda out: (out,), "a tuple, the reference's a Tensor"),
+    "list": (lambda out: [out], "a list, the reference's a Tensor"),
+    "nothing": (lambda _: None, "a NoneType, the reference's a Tensor"),
+    "parameter": (torch.nn.Parameter, "Parameter, cpu, strided, with a gradient, the reference's"),
+    "gradient": (Tensor.requires_grad_, "Tensor, cpu, strided, with a gradient, the reference's"),
+    "negated": (lambda out: torch._neg_view(-out), "Tensor, cpu, strided, negated, the reference's"),
+    "inference": (inferred, "Tensor, cpu, strided, of inference mode, the reference's"),
+    "shifted": (shifted, "Tensor, cpu, strided, at an address that is no multiple of 16, the reference's"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_result_is_of_the_references_kind(kind: str) -> None:
+    """What comes behind would raise, or read its address as it is."""
+    change, reason = KINDS[kind]
+    case, run = one_product(), find("linear").implementations["torch"].run
+    assert (trial(case, lambda *args: change(run(*args))) or "").startswith(f"its result is {reason}")
+    assert trial(case, run) is None
+
+
+def test_a_result_is_its_owners_for_good() -> None:
+    case, run, out = one_product(), find("linear").implementations["torch"].run, torch.empty(2, 4)
+    assert trial(case, lambda *args: out.copy_(run(*args))) == "its result changed with a later call"
+
+
+def test_a_result_is_there_in_the_order_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only after a wait for the whole GPU, which a plan does not make. What another stream does late is made up."""
+    case, run, late = one_product(), find("linear").implementations["torch"].run, list[Any]()
+
+    def settle() -> None:
+        while late:
+            late.pop()()
+
+    def elsewhere(*args: Any) -> Tensor:
+        out, right = torch.empty(2, 4), run(*args)
+        late.append(lambda: out.copy_(right))
+        return out
+
+    monkeypatch.setattr(tuning_child.failures, "settle", settle)
+    assert trial(case, elsewhere) == "call 2 gave other bits than the first"
+    assert trial(case, run) is None
+
+
+CHANGES: dict[str, tuple[Any, Any, Any]] = {
+    "the number of threads": (torch.set_num_threads, torch.get_num_threads(), torch.get_num_threads() + 1),
+    "the default dtype": (torch.set_default_dtype, torch.float32, torch.float64),
+    "the mode of gradients": (torch.set_grad_enabled, False, True),
+    "autocast": (lambda on: torch.set_autocast_enabled("cpu", on), False, True),
+    "the modes that are entered": (torch.set_default_device, None, "cpu"),
+    "deterministic algorithms": (torch.set_deterministic_debug_mode, "default", "warn"),
+    "float32's precision": (torch.set_float32_matmul_precision, "highest", "medium"),
+    "what attention may use": (torch.backends.cuda.enable_math_sdp, True, False),
+    "the rounding of small numbers to zero": (torch.set_flush_denormal, False, True),
+}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_what_is_left_behind_in_the_process_is_charged(setting: str) -> None:
+    """Others would run with it; so the process in which it was done is used no more."""
+    change, before, other = CHANGES[setting]
+    case, run = one_product(), find("linear").implementations["torch"].run
+
+    def changes(*args: Any) -> Tensor:
+        out = run(*args)
+        change(other)
+        return out
+
+    try:
+        outcome = case.trial("mine", Implementation("mine", never, changes))
+        timed, out = dict[str, Any](mine=run(*case.args)), dict[str, str]()
+        case.first["mine"] = bits_of(timed["mine"])
+        change(before)
+        settings = process_state.settings()
+        change(other)
+        with pytest.raises(tuning_child.Aborted):
+            tuning_child._sound(case, settings, timed, out, "mine", None)
+    finally:
+        change(before)
+    assert outcome.unsound
+    assert f"changed {setting}" in (outcome.reason or "")
+    assert out == {"mine": f"changed {setting}, while it was timed"}
+    assert trial(case, run) is None
+
+
+def test_a_copy_of_the_process_says_nothing() -> None:
+    """An implementation forks and lets both go on: only one of them answers."""
+    given = tuning_child.Tasks((), CPU, 0, (), 1, 1.0, 1, 1)
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as answers, open(os.devnull) as commands, os.fdopen(read) as said:
+        child = tuning_child.Child(given, commands, answers)
+        copy = os.fork()
+        if copy == 0:
+            try:
+                child.say({"answer": {}})
+            finally:
+                os._exit(9)
+        assert os.waitpid(copy, 0)[1] == 0
+        child.say({"lost": "mine"})
+        assert '"lost": "mine"' in said.readline()
 
 
 def test_what_prepare_and_refuse_do_is_charged() -> None:

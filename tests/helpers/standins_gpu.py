@@ -46,6 +46,13 @@ def loses_the_gpu(x: Tensor, *args: Tensor) -> Tensor:
     return copied(x, *args)
 
 
+def runs_on_another_stream(*args: Tensor) -> Tensor:
+    out = torch.empty_like(F.linear(*args))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out.copy_(F.linear(*args))
+    return out
+
+
 def hangs(*args: Tensor) -> Tensor:
     torch.cuda._sleep(1 << 60)
     return copied(*args)
@@ -55,6 +62,13 @@ def refuse(x: Tensor, *_: object) -> str | None:
     return None if x.is_cuda else "it is for a GPU"
 
 
-FAULTS: tuple[Callable[..., Tensor], ...] = (loses_the_gpu, writes_behind, leaves_one_unwritten, hangs, is_right)
+FAULTS: tuple[Callable[..., Tensor], ...] = (
+    loses_the_gpu,
+    writes_behind,
+    leaves_one_unwritten,
+    runs_on_another_stream,
+    hangs,
+    is_right,
+)
 for _fault in FAULTS:
     register("linear", Implementation(_fault.__name__, refuse, _fault, device="cuda"))
