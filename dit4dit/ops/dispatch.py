@@ -94,20 +94,28 @@ class Op:
         return chosen
 
     def choose(
-        self, args: tuple, backend: str | None = None, *, preferred: str | None = None, prepare: bool = False
+        self, args: tuple, backend: str | None = None, *, prepare: bool = False
     ) -> tuple[Implementation | None, dict[str, str]]:
-        """The implementation for these arguments, and the reasons of those before it.
+        """The implementation for these arguments, and the reasons of those before it. BackendError: a refused wish.
 
-        preferred: goes before all others. prepare: prepare each (`Implementation.prepare`) before it is asked.
-        BackendError: a refused wish.
+        prepare: as in `first_fit`.
         """
         wish = backend or self.wish()
-        reason: str | None
         if wish is not None:
             reason = self._find(wish).refuse(*args)
             if reason is not None:
                 raise BackendError(f"{self.name}: {wish!r} refused: {reason}")
             return self.implementations[wish], {}
+        return self.first_fit(args, prepare=prepare)
+
+    def first_fit(
+        self, args: tuple, preferred: str | None = None, *, prepare: bool = False
+    ) -> tuple[Implementation | None, dict[str, str]]:
+        """What `choose` returns where nothing is requested.
+
+        preferred: goes before all others. prepare: prepare each (`Implementation.prepare`) before it is asked.
+        """
+        reason: str | None
         refused: dict[str, str] = {}
         device = _device(args)
         in_order = list(self.implementations.values())
@@ -178,9 +186,10 @@ class Choices:
             function()
 
     The first run that ends well looks a verdict up for each call, prepares what is chosen, and keeps the implementations in
-    the order of the calls; later runs look nothing up, ask nobody, and open no file. What a wish decides stays the wish's. For
-    one function that makes the same calls in each run, in one thread at a time; where it does not, the calls that differ are
-    chosen anew, and so is everything in the run after it.
+    the order of the calls; later runs look nothing up, ask nobody, and open no file. What `use_backend` requests holds for the
+    runs inside of it and changes nothing in those after, even if the first run was one of them. For one function that makes
+    the same calls in each run, in one thread at a time; where it does not, the calls that differ are chosen anew, and so is
+    everything in the run after it.
     """
 
     def __init__(self, verdicts: Verdicts | None = None) -> None:
@@ -218,19 +227,20 @@ class Choices:
         """The implementation of the next call; None leaves it to the call itself, as a wish does."""
         wished = backend is not None or op.wish() is not None
         if self._taken is None:
-            chosen = None if wished else self._choose(op, args)
+            # the same argument comes in each run, and use_backend may be gone in the next one
+            chosen = None if backend is not None else self._choose(op, args, quiet=wished)
             self._writing.append((op, chosen))
-            return chosen
+            return None if wished else chosen
         i, self._position = self._position, self._position + 1
         if not self._same or i >= len(self._taken) or self._taken[i][0] is not op:
             self._same = False
             return None
         return None if wished else self._taken[i][1]
 
-    def _choose(self, op: Op, args: tuple[Any, ...]) -> Implementation | None:
+    def _choose(self, op: Op, args: tuple[Any, ...], *, quiet: bool) -> Implementation | None:
         preferred = None if self._verdicts is None else self._verdicts.choice(op.name, args, op.files)
-        chosen, refused = op.choose(args, preferred=preferred, prepare=True)
-        if chosen is not None and refused:
+        chosen, refused = op.first_fit(args, preferred, prepare=True)
+        if chosen is not None and refused and not quiet:
             op.say_why(chosen, refused, args, preferred)
         return chosen
 
