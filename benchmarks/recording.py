@@ -1,4 +1,4 @@
-"""A benchmark's result, whole in its file at any moment: after each block of samples, at its time's end, when it is told to stop.
+"""A benchmark's result, whole in its file at any moment: after each block of samples, at its time's end, when asked to stop.
 
     with Recording(path, seconds) as record:
         record.result |= {"machine": machine(), "rows": []}
@@ -26,8 +26,10 @@ from dit4dit.files.atomic import check_file
 from dit4dit.files.json_files import strict, write_json
 
 T = TypeVar("T")
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+"""What asks a command to end; the second comes when its terminal or connection is closed, and not with nohup."""
 TERMINATED = 128 + signal.SIGTERM
-"""Exit code of a command that SIGTERM ended, after it has written its file."""
+"""Exit code of a command that SIGTERM ended, after it has written its file; other signals likewise."""
 
 
 def left_out(result: dict[str, Any]) -> str:
@@ -36,11 +38,15 @@ def left_out(result: dict[str, Any]) -> str:
 
 
 class Terminated(SystemExit):
-    """SIGTERM; no `except Exception` of a single measurement keeps it."""
+    """SIGTERM or SIGHUP; no `except Exception` of a single measurement keeps it."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(128 + number)
+        self.signal = number
 
 
 class Recording:
-    """One result and its file. Only the main thread's is written on SIGTERM.
+    """One result and its file. Only the main thread's is written on a signal (`STOPPING`).
 
     Attributes:
         result: ready for JSON at any time; "complete" and "cut" are this class's.
@@ -61,12 +67,15 @@ class Recording:
         self._during, self._left = "start", list[str]()
         self._undone: Callable[[], list[str]] = list
         self._over: dict[str, Any] | None = None
-        self._writing = self._stopped = False
+        self._writing = False
+        self._stopped: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Recording:
-        self._handles = threading.current_thread() is threading.main_thread()
-        if self._handles:
-            self._before = signal.signal(signal.SIGTERM, self._terminate)
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._terminate)
         return self
 
     def __exit__(
@@ -76,8 +85,10 @@ class Recording:
         try:
             if error is not None:
                 # what a signal interrupts may fail in its own way, as the capture of a CUDA graph does
-                stopped = self._stopped or isinstance(error, Terminated)  # the latter by a recording within this one
-                self._over = self._ended("SIGTERM" if stopped else f"{type(error).__name__}: {error}")
+                stopped = self._stopped
+                if isinstance(error, Terminated):  # maybe by a recording within this one
+                    stopped = error.signal
+                self._over = self._ended(stopped.name if stopped else f"{type(error).__name__}: {error}")
             self.result |= {"complete": self._over is None, "cut": self._over}
             self._write()
         except Exception as failure:
@@ -86,10 +97,10 @@ class Recording:
             if str(failure) != str(error):  # where the path is wrong, it is what ended the measurement
                 sys.stderr.write(f"not written: {failure}\n")
         finally:
-            if self._handles:
-                signal.signal(signal.SIGTERM, self._before)
+            for number, before in self._before.items():
+                signal.signal(number, before)
         if self._stopped and not isinstance(error, Terminated):
-            raise Terminated(TERMINATED) from error
+            raise Terminated(self._stopped) from error
 
     def limit(self, seconds: float | None) -> None:
         """The time begins now: what came before, as making a model, is not counted. None leaves it as it is."""
@@ -149,10 +160,10 @@ class Recording:
         return {"by": by, "during": self._during, "left": [*earlier, *self._undone(), *self._left]}
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
-        self._stopped = True
+        self._stopped = signal.Signals(number)
         if not self._writing:  # a second one must not end the writing that the first one caused
             self._writing = True
-            raise Terminated(TERMINATED)
+            raise Terminated(self._stopped)
 
     def _write(self) -> None:
         if self._path is None:
@@ -164,4 +175,4 @@ class Recording:
             self._writing = before
         if self._stopped and not before:
             self._writing = True
-            raise Terminated(TERMINATED)
+            raise Terminated(self._stopped)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def show(result: Mapping[str, Any]) -> str:
             f"these calls, as often as a step makes them: {step[0]:.3f} ms by the defaults, {step[1]:.3f} ms as chosen"
         )
     lines += [f"{call['op']}: {call['call']}: {call['why']}" for call in hopeless(calls)]
+    if cut := result.get("cut"):
+        lines.append(cut_text(cut))
     return "\n\n".join(lines)
 
 
@@ -58,6 +61,14 @@ def compiled_text(compiled: Mapping[str, Any]) -> str:
         f"{compiled['kernels']} Triton kernels: {compiled['shipped']} came with the package, "
         f"{compiled['compiled']} were compiled beforehand in {compiled['seconds']:.0f} s{failed}"
     )
+
+
+def cut_text(cut: Mapping[str, Any]) -> str:
+    """What ended the run before all was measured, and how many calls of which op it left out."""
+    left = Counter(name.partition(":")[0] for name in cut["left"])
+    counted = ", ".join(f"{count} {op}" for op, count in left.items())
+    by = "--seconds" if cut["by"] == "seconds" else cut["by"]
+    return f"Cut short by {by}; calls left out, which keep what they have: {counted or 'none'}"
 
 
 def heading(result: Mapping[str, Any]) -> str:
@@ -130,7 +141,7 @@ def how_to_use(result: Mapping[str, Any]) -> str:
     """Where the verdicts are and who follows them: a line."""
     written = sum(call["verdict"] is not None for call in result.get("calls", []))
     if not written:
-        return "no verdicts were written: policies run the defaults"
+        return "no verdicts were written: policies run what earlier ones name, else the defaults"
     return (
         f"{written} verdicts in {result['folder']}\nPolicy.from_pretrained, serve and bench latency use them: tune='cached' is "
         "the default (--tune off runs without)"
@@ -223,9 +234,7 @@ def page(result: Mapping[str, Any]) -> str:
             f"These calls, as often as a step makes them: {step[0]:.3f} ms by the defaults, <b>{step[1]:.3f} ms</b> as chosen."
         )
     if cut:
-        notes.append(
-            f"<b>Cut short</b> by {escape(str(cut['by']))}; left out: {escape(', '.join(cut['left']) or 'nothing')}"
-        )
+        notes.append(f"<b>{escape(cut_text(cut))}</b>")
     return (
         f"<!doctype html><meta charset='utf-8'><title>dit4dit tune: {subject}</title><style>{STYLE}</style>"
         f"<h1>{escape(heading(result)).replace(chr(10), '</h1><p>', 1)}</p>"

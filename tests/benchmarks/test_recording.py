@@ -32,8 +32,9 @@ COMMANDS = {
 }
 
 
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def terminate(number: signal.Signals = signal.SIGTERM) -> None:
+    assert signal.getsignal(number) is not signal.SIG_DFL, "it would end the tests"
+    os.kill(os.getpid(), number)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -96,12 +97,28 @@ def test_a_batch_of_nothing_is_refused(capsys) -> None:
     assert "--batch: expected at least 1, got 0" in refused(capsys, "bench", "rollout", "--batch", "0")
 
 
-def test_one_recording_within_another_says_what_ended_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, TERMINATED), (signal.SIGHUP, 129)])
+def test_one_recording_within_another_says_what_ended_both(tmp_path: Path, number: signal.Signals, code: int) -> None:
     outer, inner = tmp_path / "outer.json", tmp_path / "inner.json"
-    with pytest.raises(Terminated) as end, Recording(outer), Recording(inner):
-        terminate()
-    assert end.value.code == TERMINATED
-    assert [json.loads(path.read_text())["cut"]["by"] for path in (outer, inner)] == ["SIGTERM"] * 2
+    before = signal.signal(number, signal.SIG_DFL)  # of a test that runs with nohup
+    try:
+        with pytest.raises(Terminated) as end, Recording(outer), Recording(inner):
+            terminate(number)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert end.value.code == code
+    assert [json.loads(path.read_text())["cut"]["by"] for path in (outer, inner)] == [number.name] * 2
+
+
+def test_a_closed_terminal_does_not_end_what_runs_with_nohup(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Recording(tmp_path / "r.json"):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert json.loads((tmp_path / "r.json").read_text())["complete"]
 
 
 def test_a_file_that_cannot_be_written_does_not_hide_what_happened(

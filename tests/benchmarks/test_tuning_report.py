@@ -54,12 +54,14 @@ def test_a_call_without_a_right_implementation() -> None:
 
 @pytest.mark.parametrize("calls", [[], None])
 def test_of_a_run_that_was_cut_at_once(calls: list | None) -> None:
-    found = result([], cut={"by": "seconds", "during": "calls", "left": ["linear"]})
+    left = ["linear: float32[1], None", "linear: float32[2], None", "adaln: float32[1x2], None"]
+    found = result([], cut={"by": "seconds", "during": "calls", "left": left})
     if calls is None:
         del found["calls"]
-    assert show(found).count("\n") == 1
-    assert "<b>Cut short</b> by seconds; left out: linear" in tuning_report.page(found)
-    assert tuning_report.how_to_use(found) == "no verdicts were written: policies run the defaults"
+    said = "Cut short by --seconds; calls left out, which keep what they have: 2 linear, 1 adaln"
+    assert show(found).splitlines()[2:] == ["", said]
+    assert f"<b>{said}</b>" in tuning_report.page(found)
+    assert tuning_report.how_to_use(found).startswith("no verdicts were written: policies run what earlier ones name")
 
 
 def test_a_call_in_few_letters() -> None:

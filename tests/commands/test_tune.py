@@ -146,8 +146,8 @@ def test_seconds_that_are_over_are_said(asked: dict[str, Any], capsys) -> None:
     asked["calls"] = []
     assert run(*TINY, "--seconds", "1e-9", "--ops", "unnormalize") == 0
     shown = capsys.readouterr().out
-    assert "\n--seconds left out: unnormalize\n" in shown
-    assert shown.endswith("no verdicts were written: policies run the defaults\n")
+    assert "\nCut short by --seconds; calls left out, which keep what they have: 1 unnormalize\n" in shown
+    assert shown.endswith("no verdicts were written: policies run what earlier ones name, else the defaults\n")
 
 
 @pytest.fixture
@@ -200,6 +200,11 @@ def test_plugins_that_are_none(asked: dict[str, Any], plugins: Path, text: str |
     assert run(*TINY, "--plugin", "plugin_a", "--plugin", "plugin_c") == 2
     assert message in capsys.readouterr().err
     assert "todo" not in asked
+
+
+def test_a_module_that_is_there_already_and_registers_nothing(asked: dict[str, Any], plugins: Path, capsys) -> None:
+    assert run(*TINY, "--plugin", "json") == 2
+    assert "--plugin json: registers no implementation" in capsys.readouterr().err
 
 
 GONE = "/proc/no-such-folder/x"  # no user, root neither, can make it

@@ -85,6 +85,20 @@ def test_a_plan_runs_what_verdicts_name_and_off_runs_the_defaults(
 
 
 @needs_onednn
+def test_a_plan_that_first_ran_inside_of_use_backend_runs_as_others_behind_it(
+    cache: Path, small_libero: Path, observation
+) -> None:
+    write(cache, listed(Policy.from_pretrained(small_libero, device="cpu"), observation), preprocess="torch")
+    usual, requested = (Policy.from_pretrained(small_libero, device="cpu") for _ in range(2))
+    with ops.use_backend("torch"):
+        requested.infer(observation, "go", seed=1)
+    with ops.trace() as ran:
+        after = requested.infer(observation, "go", seed=1)
+    assert (ran["preprocess"], ran["linear"]) == ({"torch"}, {"onednn"}), "the verdict, and the default"
+    assert np.array_equal(after.normalized, usual.infer(observation, "go", seed=1).normalized)
+
+
+@needs_onednn
 @pytest.mark.parametrize("name", ["libero_tiny", "gr1_tiny"])
 def test_a_tuned_engine_agrees_with_the_published_code(cache: Path, golden_dir: Path, name: str) -> None:
     def check() -> list[parity.Stage]:
