@@ -93,7 +93,7 @@ class Child:
 
     def say(self, message: dict[str, Any]) -> None:
         """With the task's token, so that what else is written to the pipe is not taken for it."""
-        if os.getpid() != self._process:  # a copy that an implementation has made and let go on
+        if os.getpid() != self._process:  # a copy that an implementation has made, and that runs
             os._exit(0)
         self._answers.write(json.dumps({"token": self._token, **message}) + "\n")
         self._answers.flush()

@@ -29,7 +29,7 @@ LONGEST = 1 << 20  # bytes of a message
 LOG = 12  # lines kept of a process that did not start
 
 At = Callable[[str, str], float]
-"""Is told what comes next (an implementation or "", and the step), before it is begun; returns when it has to be over, by
+"""Gets what comes next (an implementation or "", and the step), before it is begun; returns when it has to be over, by
 `time.monotonic`."""
 
 

@@ -1,4 +1,4 @@
-"""What `dit4dit tune` found: as text, as one HTML page, and as the table that can ship with the package.
+"""What `dit4dit tune` found: as text, and as one HTML page.
 
 Of a result that was cut short each makes what it has: `python -m dit4dit.benchmarks.tuning_report RESULT.json PAGE.html`.
 """
@@ -16,9 +16,7 @@ from typing import Any
 from dit4dit.benchmarks.latency_report import machine_facts, write_page
 
 from dit4dit.errors import InputError
-from dit4dit.files.json_files import write_json
 from dit4dit.files.keys import read_json
-from dit4dit.ops import dispatch
 from dit4dit.tables import number, table
 
 WIDTH = 100
@@ -176,39 +174,6 @@ def step_ms(calls: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
         return None
     before, now = (sum(call["count"] * call["ms"][call[key]] for call in step) for key in ("default", "chosen"))
     return before, now
-
-
-def shipped_table(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The verdicts as `dit4dit.ops.verdicts.shipped` reads them: {"device", "capability", "source", "calls"}.
-
-    Only what is in the package: implementations of others have no times in it, and a call that one of them was chosen for, or
-    that nothing is right for, is left out.
-    """
-    place, machine = result["place"], result["machine"]
-    versions = {name: machine.get(name) for name in ("dit4dit", "torch")} | {"driver": place.get("driver")}
-    known = [f"{name} {version}" for name, version in versions.items() if version]
-    calls = {}
-    for call in result["calls"]:
-        if _ships(call["op"], call["chosen"]):
-            ms = {name: ms for name, ms in call["ms"].items() if _ships(call["op"], name)}
-            calls[f"{call['op']}: {call['call']}"] = {"chosen": call["chosen"], "ms": ms}
-    facts = {"device": place["device"], "capability": place.get("capability")}
-    return {
-        **facts,
-        "source": f"dit4dit tune, {', '.join([result['subject'], *known])}",
-        "calls": dict(sorted(calls.items())),
-    }
-
-
-def _ships(op: str, name: str | None) -> bool:
-    """Whether it is an implementation of the package's own."""
-    known = dispatch.find(op).implementations.get(name or "")
-    return known is not None and dispatch.foreign(known) is None
-
-
-def write_table(path: Path, result: Mapping[str, Any]) -> None:
-    """`shipped_table` as a file."""
-    write_json(path, shipped_table(result), allow_nan=False)
 
 
 def write(report: Path, result: Mapping[str, Any]) -> Path:

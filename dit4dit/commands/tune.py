@@ -44,9 +44,6 @@ class Model:
     """Module that registers implementations of your own (dit4dit.ops.register); may be given several times."""
     report: Path | None = None
     """Write a page with all candidates, times and reasons into this folder, or to this file if it ends in .html."""
-    table: Path | None = None
-    """Also write a GPU's verdicts as a table, for your own machines with such a GPU that have not tuned: a copy of it in
-    dit4dit/ops/shipped_verdicts of the installed package is read there."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def tune(
     """
     at_least(1, batch=min(batch, default=1), samples=search.samples)
     check_seed(seed)
-    check_outputs(json=json, table=model.table)
+    check_outputs(json=json)
     if search.tiles is not None:
         for name in _given(model):
             raise InputError(
@@ -131,10 +128,6 @@ def _tune(
     from dit4dit.policy.device import pick_device
 
     place = pick_device(device)
-    if model.table is not None and place.type != "cuda":
-        raise InputError(
-            "--table: tables are for GPUs, and this is a CPU, whose times hang on its threads too; leave it out"
-        )
     if model.report is not None:
         latency_report.check_place(model.report)
     for name in model.plugin:
@@ -172,9 +165,6 @@ def _tune(
     say(tuning_report.show(result))
     if model.report is not None:
         say(f"wrote {tuning_report.write(model.report, result)}")
-    if model.table is not None:
-        tuning_report.write_table(model.table, result)
-        say(f"wrote {model.table}; a copy in dit4dit/ops/shipped_verdicts is for such GPUs that have not tuned")
     say(tuning_report.how_to_use(result))
     return 1 if tuning_report.hopeless(result["calls"]) else 0
 

@@ -14,9 +14,6 @@ from dit4dit.benchmarks import tuning_report
 from dit4dit.benchmarks.tuning_report import brief, hopeless, refusals, show, step_ms
 from tuning_results import CALLS, call, result
 
-from dit4dit import ops
-from dit4dit.ops import dispatch
-
 
 def test_the_table() -> None:
     text = show(result())
@@ -49,7 +46,6 @@ def test_a_call_without_a_right_implementation() -> None:
     assert "linear: float32[3]: nothing is right" in text
     assert "by the defaults" not in text
     assert "nothing is right" in tuning_report.page(found)
-    assert "linear: float32[3]" not in tuning_report.shipped_table(found)["calls"]
 
 
 @pytest.mark.parametrize("calls", [[], None])
@@ -128,24 +124,3 @@ def test_the_page_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     runpy.run_module("dit4dit.benchmarks.tuning_report", run_name="__main__")
     assert capsys.readouterr().out.strip() == str(page)
     assert page.read_text() == tuning_report.page(result())
-
-
-def test_the_table_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in it is in the package: an implementation of others is not."""
-    monkeypatch.setattr(dispatch.find("linear"), "implementations", dict(dispatch.find("linear").implementations))
-    ops.register("linear", ops.Implementation("mine", lambda *_: None, lambda x, w, b: x @ w.T))
-    calls = [
-        *CALLS,
-        call("linear", "float32[9]", 1, {"torch": 2.0, "mine": 1.0}),
-        call("linear", "float32[8]", 1, {"gone": 1.0}),
-        call("linear", "float32[7]", 1, {"torch": 1.0, "mine": 2.0}),
-    ]
-    place = {"device": "NVIDIA H200", "capability": "9.0", "driver": "590.1"}
-    tuning_report.write_table(tmp_path / "nvidia-h200.json", result(calls, place=place))
-    data = json.loads((tmp_path / "nvidia-h200.json").read_text())
-    assert (data["device"], data["capability"]) == ("NVIDIA H200", "9.0")
-    assert data["source"] == "dit4dit tune, preset tiny, dit4dit 0.1, torch 2.13.0, driver 590.1"
-    key = f"linear: {CALLS[0]['call']}"
-    assert list(data["calls"]) == sorted(f"{one['op']}: {one['call']}" for one in (*CALLS, calls[-1]))
-    assert data["calls"][key] == {"chosen": "onednn", "ms": CALLS[0]["ms"]}
-    assert data["calls"]["linear: float32[7]"] == {"chosen": "torch", "ms": {"torch": 1.0}}
