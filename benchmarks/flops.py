@@ -35,14 +35,18 @@ Counter = Callable[[Callable[[], Any]], dict[str, float]]
 
 
 def schedules(preset: Preset) -> dict[str, Callable[[], dict[str, float]]]:
-    """{"published" | "executed" | "first_chunk": what counts it, as {stage: GFLOP, "total": GFLOP}} for batch 1."""
+    """{"published" | "executed" | "first_chunk": what counts it, as {stage: GFLOP, "total": GFLOP}} for batch 1.
+
+    Without "published" for a model that the published code has no layers for (learned positions).
+    """
     views = len(EMBODIMENTS[preset.embodiment].views)
 
     def total(count: Callable[[ModelConfig, int], dict[str, float]]) -> dict[str, float]:
         stages = count(preset.model, views)
         return {**stages, "total": sum(stages.values())}
 
-    return {f.__name__: partial(total, f) for f in (published, executed, first_chunk)}
+    counted = (executed, first_chunk) if preset.model.dit.learned_positions else (published, executed, first_chunk)
+    return {f.__name__: partial(total, f) for f in counted}
 
 
 def count(preset: Preset) -> dict[str, dict[str, float]]:
@@ -51,15 +55,14 @@ def count(preset: Preset) -> dict[str, dict[str, float]]:
 
 
 def moved(preset: Preset) -> dict[str, dict[str, float]]:
-    """{"published" | "executed": {stage: numbers moved, in 1e9}} for batch 1, see `operands`.
+    """{"published" | "executed": {stage: numbers moved, in 1e9}} for batch 1, see `operands`; as `schedules`, without
+    "published" for a model that the published code has no layers for.
 
     The published text projection is part of its backbone here.
     """
     views = len(EMBODIMENTS[preset.embodiment].views)
-    return {
-        "published": published(preset.model, views, operands),
-        "executed": executed(preset.model, views, operands),
-    }
+    functions = {f.__name__: f for f in (published, executed) if f.__name__ in schedules(preset)}
+    return {name: function(preset.model, views, operands) for name, function in functions.items()}
 
 
 class Operands(TorchFunctionMode):

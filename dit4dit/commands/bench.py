@@ -46,7 +46,7 @@ def flops(preset: str = "robocasa_gr1", json: Path | None = None) -> int:
             record.result[name] = counts[name] = count()
             shown.update()
     rows = [[stage, *(f"{counts[s][stage]:,.2f}" for s in counts)] for stage in (*module.STAGES, "total")]
-    say(table(["GFLOP", *counts], rows, right=(1, 2, 3)))
+    say(table(["GFLOP", *counts], rows, right=range(1, 1 + len(counts))))
     return 0
 
 

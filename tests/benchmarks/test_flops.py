@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit4dit.benchmarks import flops
+from dit4dit.benchmarks import flops, latency, roofline
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit4dit.cli import main
@@ -44,6 +44,18 @@ def test_without_the_early_exit_the_count_rises() -> None:
     all_blocks = replace(model, extract_layer=model.dit.num_layers - 1)
     counts = [flops.executed(config, 1)["backbone"] for config in (model, all_blocks)]
     assert counts[1] / counts[0] == pytest.approx(28 / 18, rel=0.01)
+
+
+def test_a_model_that_the_published_code_has_no_layers_for() -> None:
+    """Its own work is counted all the same, also for the roofline of a latency that was measured."""
+    tabletop = preset("tabletop")
+    counts = flops.count(tabletop)
+    assert set(counts) == {"executed", "first_chunk"}
+    assert set(latency.shares({"engine": [10.0]}, counts, 100.0, text=False)) == {"matrix_gflops", "engine"}
+    kinds = {"dtype": torch.float32, "head_dtype": torch.float32, "text": False}
+    stages = {"engine": {"backbone": 2.0}}
+    found = roofline.points(tabletop, counts, stages, matrix_gflops=100.0, memory_gb_per_s=10.0, **kinds)
+    assert [(point["who"], point["stage"]) for point in found["points"]] == [("engine", "backbone")]
 
 
 def test_command_writes_every_stage(tmp_path: Path, capsys) -> None:
