@@ -18,11 +18,12 @@ import torch
 
 from dit4dit import doctor, ops
 from dit4dit.errors import BackendError, CudaError
-from dit4dit.ops import launch, native
+from dit4dit.ops import explanation, launch, native
 from dit4dit.ops.aot import loader
 from dit4dit.ops.aot import manifest as manifests
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.aot.specialization import Specialization
+from dit4dit.ops.dispatch import find
 
 
 class OnGpu(torch.Tensor):
@@ -219,8 +220,7 @@ def test_explain_and_doctor_say_where_kernels_come_from(machine, monkeypatch):
     text = loader.explain("90")
     assert text.startswith(f"{len(machine.build.kernels['sm_90'])} ahead of time for sm_90 (Triton ")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    (found,) = (e for e in [ops.dispatch._origin(ops.dispatch._ops["adaln"], "triton", torch.device("cuda", 0))])
-    assert found[1] == text
+    assert explanation._origin(find("adaln"), "triton", torch.device("cuda", 0))[1] == text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     finding = doctor._kernels()
