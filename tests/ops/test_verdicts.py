@@ -168,7 +168,6 @@ def device_there(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("make", [fifo, loop, folder_there, device_there])
 def test_what_is_no_file_is_ignored_and_not_waited_for(cache: Path, lines, make: Callable[[Path], None]) -> None:
     cache.mkdir(parents=True)
