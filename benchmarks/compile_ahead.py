@@ -178,8 +178,9 @@ class _Process:
     def end(self) -> None:
         """With all that it has started."""
         self.pipe.close()
+        assert self._process.pid is not None  # of a process group 0, this one would be ended
         try:
-            os.killpg(self._process.pid or 0, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:  # before its first line, or after its last
             self._process.kill()
         self._process.join()

@@ -144,17 +144,17 @@ class Published:
 
 
 class Planned:
-    """The engine's plan for one request: uint8 pictures and a seed in, actions in robot units out, on the host.
+    """The engine's plan for one request: uint8 images and a seed in, actions in robot units out, on the host.
 
     The instruction's pack is at hand, as in a control loop.
     """
 
-    def __init__(self, engine: Engine, inputs: Inputs, pictures: list[NDArray[np.uint8]], robot: Embodiment) -> None:
-        """pictures: one uint8 [h, w, 3] per view of the robot; `inputs.frame` is what they become."""
-        self.engine, self.config, self.inputs, self.pictures = engine, engine.config, inputs, pictures
+    def __init__(self, engine: Engine, inputs: Inputs, images: list[NDArray[np.uint8]], robot: Embodiment) -> None:
+        """images: one uint8 [h, w, 3] per view of the robot; `inputs.frame` is what they become."""
+        self.engine, self.config, self.inputs, self.images = engine, engine.config, inputs, images
         self.pack: PromptPack = engine.pack(inputs.embeds)
         self.state = None if inputs.state is None else inputs.state.cpu().numpy()
-        sizes = tuple((int(p.shape[0]), int(p.shape[1])) for p in pictures)
+        sizes = tuple((int(p.shape[0]), int(p.shape[1])) for p in images)
         shape = RequestShape(1, sizes, self.config.image_size, robot.resize, self.state is not None, self.pack.length)
         table = torch.tensor([[torch.nan, -1.0, 1.0, 1.0, 0.0]] * robot.action_dim, dtype=torch.float64)
         self.table = table.T.contiguous().to(engine.device)
@@ -163,7 +163,7 @@ class Planned:
 
     def chunk(self, noise: Noise) -> NDArray[np.float32]:
         """Normalised actions [1, K, A_model] of one request."""
-        return self.plan.run([self.pictures], self.state, [noise], [self.pack])[0]
+        return self.plan.run([self.images], self.state, [noise], [self.pack])[0]
 
     def checked(self) -> Tensor:
         """The same with the noise of `inputs`, for comparing."""
@@ -209,7 +209,7 @@ class Planned:
         """Each stage from fixed buffers to fixed buffers."""
         inputs, engine, batch = self.inputs, self.engine, PromptPack(self.pack.keys[None], self.pack.values[None])
         latents = inputs.latent.clone()
-        features = torch.zeros(1, self.config.tokens(len(self.pictures)), self.config.dit.width, device=latents.device)
+        features = torch.zeros(1, self.config.tokens(len(self.images)), self.config.dit.width, device=latents.device)
 
         def vae() -> None:
             latents[:, :, :1].copy_(engine.condition(inputs.frame, inputs.posterior))
@@ -223,11 +223,11 @@ class Planned:
         return {"vae": vae, "backbone": backbone, "action_head": action_head}
 
 
-def random_pictures(
+def random_images(
     config: ModelConfig, robot: Embodiment, seed: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[NDArray[np.uint8]], Tensor]:
-    """One picture of the model's size per view of the robot, and the frame that they become on the device."""
+    """One image of the model's size per view of the robot, and the frame that they become on the device."""
     generator = np.random.default_rng(seed)
-    pictures = [generator.integers(0, 256, (*config.image_size, 3), dtype=np.uint8) for _ in robot.views]
-    placed = [torch.from_numpy(picture)[None].to(device) for picture in pictures]
-    return pictures, ops.preprocess(placed, config.image_size, robot.resize, dtype)
+    images = [generator.integers(0, 256, (*config.image_size, 3), dtype=np.uint8) for _ in robot.views]
+    placed = [torch.from_numpy(image)[None].to(device) for image in images]
+    return images, ops.preprocess(placed, config.image_size, robot.resize, dtype)

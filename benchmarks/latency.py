@@ -1,6 +1,6 @@
 """Latency of one action chunk: the engine, and beside it the published schedule in the same process on the same weights.
 
-The engine is timed as a policy runs it, from uint8 pictures on the host to actions on the host; the published schedule starts
+The engine is timed as a policy runs it, from uint8 images on the host to actions on the host; the published schedule starts
 with everything on the device. Random weights at true sizes need no download; before anything is timed the two must agree on
 the very tensors that will be.
 
@@ -28,7 +28,7 @@ from dit4dit.benchmarks.agreement import (
     finite,
     known,
 )
-from dit4dit.benchmarks.contenders import Clock, Inputs, Planned, Published, random_pictures
+from dit4dit.benchmarks.contenders import Clock, Inputs, Planned, Published, random_images
 from dit4dit.benchmarks.harness import clocks, machine
 from dit4dit.benchmarks.recording import Recording, Terminated, left_out
 from dit4dit.benchmarks.sampling import Sampler, Samples, rounded, slowest
@@ -140,6 +140,7 @@ class Run:
         self, preset: Preset, wanted: Wanted, device: torch.device, dtype: torch.dtype, record: Recording
     ) -> None:
         self.preset, self.wanted, self.device, self.dtype, self.record = preset, wanted, device, dtype, record
+        self.robot = EMBODIMENTS[preset.embodiment]
         self.result = record.result
         self.result |= {"setup_seconds": {}, "clocks": {"before": None, "after": None}, "agreement": None}
         self.steps = [*SETUP, *wanted.counts(), *(["roofline"] if wanted.roofline else [])]
@@ -168,7 +169,7 @@ class Run:
             self._set_up()
 
     def _set_up(self) -> None:
-        wanted, device, robot = self.wanted, self.device, EMBODIMENTS[self.preset.embodiment]
+        wanted, device, robot = self.wanted, self.device, self.robot
         config, text = self.preset.model, wanted.text and wanted.baseline
         with self.step("machine"):
             self.result["machine"] = machine()
@@ -180,12 +181,12 @@ class Run:
             inputs = Inputs.random(config, len(robot.views), wanted.seed, device, text=text)
             if inputs.tokens is not None:
                 inputs = replace(inputs, embeds=model.embed(inputs.tokens))
-            pictures, frame = random_pictures(config, robot, wanted.seed, device, self.dtype)
+            images, frame = random_images(config, robot, wanted.seed, device, self.dtype)
             inputs = replace(inputs, frame=frame)
         exact, calibration = None, None
         if wanted.quantization is not None:
             with self.step("exact engine"):
-                exact = Planned(Engine(model, head="library", tune="off"), inputs, pictures, robot)
+                exact = Planned(Engine(model, head="library", tune="off"), inputs, images, robot)
                 calibration = calibrate(exact.engine, [exact.step_inputs()])
         with self.step("engine"):
             engine = Engine(
@@ -196,7 +197,7 @@ class Run:
                 tune=wanted.tune,
             )
         with self.step("plan"):
-            fast = Planned(engine, inputs, pictures, robot)
+            fast = Planned(engine, inputs, images, robot)
         with self.step("first chunk"):
             actions = fast.checked()
         self.result |= {"head": fast.plan.head, "implementations": fast.plan.ran}
@@ -206,7 +207,7 @@ class Run:
         self.sampler = Sampler(fast, wanted.seed, self.record, self._keep)
         with self.step("check"):
             self.published = Published(model) if wanted.baseline else None
-            self._check(model, fast, exact, actions, pictures)
+            self._check(model, fast, exact, actions, images)
         with self.step("warm-up"):
             count = self.sampler.warm_up(WARM_UP[device.type])
             self.result["warm_up_chunks"] = count
@@ -214,9 +215,7 @@ class Run:
         if device.type == "cuda":
             self.result["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
 
-    def _check(
-        self, model: DiT4DiT, fast: Planned, exact: Planned | None, actions: Tensor, pictures: list[Any]
-    ) -> None:
+    def _check(self, model: DiT4DiT, fast: Planned, exact: Planned | None, actions: Tensor, images: list[Any]) -> None:
         """Nothing wrong is timed: RuntimeError, after how wrong it is stands in the result."""
         engine, inputs = fast.engine, fast.inputs
         if exact is not None:
@@ -229,9 +228,7 @@ class Run:
         if self.published is not None:
             found = against_published(engine, exact or fast, actions, self.published)
         elif fast.plan.head == "one_launch":
-            library = Planned(
-                Engine(model, head="library", tune="off"), inputs, pictures, EMBODIMENTS[self.preset.embodiment]
-            )
+            library = Planned(Engine(model, head="library", tune="off"), inputs, images, self.robot)
             found = {"with": "the engine with head='library'", "features": None}
             found["actions"] = distance(actions, library.checked())
         if found is not None:

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from dit4dit.benchmarks.contenders import Inputs, Planned, random_pictures
+from dit4dit.benchmarks.contenders import Inputs, Planned, random_images
 from dit4dit.benchmarks.harness import machine
 from dit4dit.benchmarks.recording import Recording
 from torch.profiler import ProfilerActivity, profile
@@ -97,7 +97,7 @@ def planned(
     config, robot = preset.model, EMBODIMENTS[preset.embodiment]
     model = random_model(config, seed, device=device, dtype=dtype, head_dtype=head_dtype, with_text=False)
     inputs = Inputs.random(config, len(robot.views), seed, device, text=False)
-    pictures, frame = random_pictures(config, robot, seed, device, dtype)
+    images, frame = random_images(config, robot, seed, device, dtype)
     inputs = Inputs(**{**vars(inputs), "frame": frame})
     calibration = None
     if quantization is not None:
@@ -107,7 +107,7 @@ def planned(
         calibration = calibrate(exact, [given])
         del exact
     engine = Engine(model, quantization=quantization, calibration=calibration, head=head)
-    return Planned(engine, inputs, pictures, robot)
+    return Planned(engine, inputs, images, robot)
 
 
 def _stage(result: dict[str, Any], stage: str, function: Function, device: torch.device) -> None:

@@ -7,32 +7,24 @@ import json
 import logging
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from verdict_files import ARGS, CPU, DEFAULT, OTHER, put, ran, verdict
 
 from dit4dit import ops
 from dit4dit.errors import InputError
 from dit4dit.files.cache import cache_root
-from dit4dit.ops import dispatch, sources, verdicts
-from dit4dit.ops.dispatch import Choices, Implementation
-from dit4dit.ops.explanation import measured, survey
+from dit4dit.ops import dispatch, verdicts
+from dit4dit.ops.dispatch import Choices
+from dit4dit.ops.explanation import survey
 from dit4dit.ops.verdicts import Verdict, Verdicts, call_text
-
-CPU = torch.device("cpu")
-VIEW = torch.arange(2 * 6 * 6 * 3, dtype=torch.uint8).view(2, 6, 6, 3)
-ARGS = ([VIEW], (3, 3), "bilinear", torch.float32)
-CALL = call_text((*ARGS, None))
-"""As the op gives its arguments on: no `out`."""
-DEFAULT, OTHER = "cpp", "torch"
 
 
 @pytest.fixture(autouse=True)
@@ -48,39 +40,6 @@ def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What the logger of the ops has said."""
     caplog.set_level(logging.WARNING, logger="dit4dit.ops")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "dit4dit.ops"]
-
-
-def verdict(**changes: Any) -> Verdict:
-    """That OTHER, which is not the default, is the fastest for `ARGS` here."""
-    found = Verdict(
-        "preprocess",
-        CALL,
-        verdicts.place(CPU),
-        DEFAULT,
-        OTHER,
-        {OTHER: 1.0, DEFAULT: 2.0},
-        made="2026-01-01",
-    )
-    return replace(found, **changes)
-
-
-def ran(device_verdicts: Verdicts | None = None) -> str:
-    """What a plan runs `ARGS` by; right whatever it is."""
-    with Choices(device_verdicts or Verdicts(CPU)) as choices:
-        out = ops.preprocess(*ARGS)
-    torch.testing.assert_close(out, ops.preprocess(*ARGS, backend="torch"))
-    (name,) = choices.ran["preprocess"]
-    return name
-
-
-def put(cache: Path, content: str | bytes | None = None, **changes: Any) -> Path:
-    """A file at the place of the call's verdict: this content, or a verdict with changes in its JSON."""
-    path = cache / verdict().file
-    cache.mkdir(parents=True, exist_ok=True)
-    if content is None:
-        content = json.dumps({**verdict().data(), **changes})
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def test_a_verdict_that_counts_decides_and_says_nothing(cache: Path, lines) -> None:
@@ -435,274 +394,3 @@ def test_a_folder_that_cannot_be_written(cache: Path, monkeypatch: pytest.Monkey
 def test_a_long_reason_is_cut(cache: Path) -> None:
     path = verdicts.write(verdict(refused={"cuda": "x" * 10 * verdicts.LARGEST}), cache)
     assert len(verdicts.read(path).refused["cuda"]) == verdicts.LONGEST_REASON
-
-
-def test_another_number_of_threads_is_another_device(cache: Path) -> None:
-    verdicts.write(verdict(), cache)
-    one = Verdicts(CPU)
-    assert ran(one) == OTHER
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
-        assert f"{threads + 1} threads" in verdicts.place(CPU)["device"]
-        assert verdicts.folder(CPU) != cache
-        assert ran(one) == DEFAULT
-        shutil.copytree(cache, verdicts.folder(CPU))
-        assert ran() == DEFAULT, "copied there by hand"
-    finally:
-        torch.set_num_threads(threads)
-    assert ran(one) == OTHER
-
-
-def test_without_a_folder_next_to_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked(*_: Any) -> None:
-        raise AssertionError("asked")
-
-    for module, names in (
-        (verdicts, ("place", "read", "call_text")),
-        (sources, ("kernels_hash", "driver", "versions")),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, asked)
-    assert ran() == DEFAULT
-
-
-def test_the_place_is_asked_for_only_where_there_is_a_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.mkdir(parents=True)
-
-    def asked(*_: Any) -> None:
-        raise AssertionError("asked")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "_package", asked)
-        assert ran() == DEFAULT
-    verdicts.write(verdict(), cache)
-    assert ran() == OTHER
-
-
-def test_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Path.read_text
-
-    def read_text(self: Path, *args: Any, **kwargs: Any) -> str:
-        if str(self).startswith("/proc"):
-            raise FileNotFoundError(2, "No such file or directory", str(self))
-        return real(self, *args, **kwargs)
-
-    def started() -> str:
-        raise AssertionError("platform.processor starts a process")
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr("platform.processor", started)
-    monkeypatch.setattr(verdicts, "_cpu", verdicts._cpu.__wrapped__)
-    assert ran() == DEFAULT
-    assert verdicts.place(CPU)["device"].endswith(("thread", "threads"))
-    monkeypatch.setattr(verdicts.sources.native, "driver", lambda: SimpleNamespace(version=13000))
-    assert sources.driver.__wrapped__() == "CUDA 13000"
-
-    def none() -> None:
-        raise RuntimeError("no driver")
-
-    monkeypatch.setattr(verdicts.sources.native, "driver", none)
-    assert sources.driver.__wrapped__() == "unknown"
-
-
-# GPUs, by a stub of what torch says of them ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
-    """Two GPUs of a machine, of which the first is a slice of one."""
-    two = [
-        SimpleNamespace(name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", major=9, minor=0, multi_processor_count=16),
-        SimpleNamespace(name="NVIDIA GeForce RTX 5090", major=12, minor=0, multi_processor_count=170),
-    ]
-    current = [0]
-
-    def properties(device: torch.device) -> SimpleNamespace:
-        return two[current[0] if device.index is None else device.index]
-
-    cuda = torch.cuda
-    monkeypatch.setattr(cuda, "get_device_properties", properties)
-    monkeypatch.setattr(cuda, "get_device_name", lambda device: properties(device).name)
-    monkeypatch.setattr(cuda, "get_device_capability", lambda d: (properties(d).major, properties(d).minor))
-    monkeypatch.setattr(cuda, "set_device", lambda index: current.__setitem__(0, index))
-    monkeypatch.setattr(sources, "driver", lambda: "580.82.07")
-    return two
-
-
-def gpu(index: int | None) -> torch.device:
-    return torch.device("cuda") if index is None else torch.device("cuda", index)
-
-
-def test_each_gpu_of_a_machine_has_its_own_verdicts(gpus: list[SimpleNamespace], lines) -> None:
-    args = tuple(torch.zeros(2, device="meta") for _ in range(2))
-    for i in range(2):
-        found = Verdict("linear", call_text(args), verdicts.place(gpu(i)), "torch", f"of {i}", {f"of {i}": 1.0})
-        verdicts.write(found, verdicts.folder(gpu(i)))
-    assert verdicts.folder(gpu(0)).name == "nvidia-h100-80gb-hbm3-mig-1g-10gb"
-    assert [Verdicts(gpu(i)).choice("linear", args) for i in range(2)] == ["of 0", "of 1"]
-    unnamed = Verdicts(gpu(None))
-    assert unnamed.choice("linear", args) == "of 0"
-    torch.cuda.set_device(1)
-    assert unnamed.choice("linear", args) == "of 1"
-    assert not lines()
-    gpus[1].multi_processor_count = 168  # the same name
-    assert Verdicts(gpu(1)).choice("linear", args) is None
-    assert "made with sms 170, here it is 168" in lines()[0]
-
-
-def test_what_a_place_on_a_gpu_says(gpus: list[SimpleNamespace]) -> None:
-    place = verdicts.place(gpu(1))
-    facts = {"device", "capability", "sms", "driver", "cuda", "cudnn", "torch", "kernels"}
-    assert facts <= set(place) <= facts | set(sources.PACKAGES)
-    assert (place["capability"], place["sms"], place["driver"]) == ("12.0", 170, "580.82.07")
-    assert json.loads(json.dumps(place)) == place
-
-
-@pytest.mark.gpu
-def test_a_verdict_on_a_gpu(lines) -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    here = verdicts.place(device)
-    assert json.loads(json.dumps(here)) == here == verdicts.place(torch.device("cuda"))
-    x, weight = torch.randn(4, 8, device=device), torch.randn(16, 8, device=device)
-    names = ops.implementations("linear")
-    found = Verdict("linear", call_text((x, weight, None)), here, names[0], "torch", {"torch": 1.0})
-    verdicts.write(found, verdicts.folder(device))
-    on_gpu = Verdicts(torch.device("cuda"))
-    assert on_gpu.choice("linear", (x, weight, None), dispatch.find("linear").files) == "torch"
-    with Choices(on_gpu) as choices:
-        ops.linear(x, weight, None)
-    assert choices.ran == {"linear": {"torch": 1}}
-    assert not lines()
-
-
-# Call texts -----------------------------------------------------------------------------------------------------------------
-
-
-def test_what_tells_one_call_from_another() -> None:
-    x = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
-    texts = [
-        call_text(args)
-        for args in (
-            (x,),
-            (x.float(),),
-            (x.transpose(1, 2).contiguous(),),
-            (x.transpose(1, 2),),
-            (x, None),
-            (x, x),
-            ([x, x],),
-            (x, "none"),
-            (x, "tanh"),
-            (x, 1),
-            (x, True),
-            (x, torch.float32),
-        )
-    ]
-    assert len(set(texts)) == len(texts)
-    assert call_text((x, 1e-5)) == call_text((x, 1e-6)) == "bfloat16[2x3x4], float"
-    assert call_text((torch.zeros(10, 4)[2:],)) == call_text((torch.zeros(8, 4),)), "not offsets"
-    assert call_text((torch.zeros(4, 4, device="meta"),)) == call_text((torch.zeros(4, 4),))
-
-
-def test_the_stride_of_a_dimension_of_one_is_no_layout() -> None:
-    wide = torch.zeros(1, 3, 8)[:, :, :4]
-    odd = wide.as_strided((1, 3, 4), (7, 8, 1))
-    assert call_text((wide,)) == call_text((odd,)) == "float32[1x3x4] strides *x8x1"
-
-
-# In an engine ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def opened() -> Iterator[list[str]]:
-    """Files that are opened while `counting` has a list in it."""
-    files: list[list[str]] = []
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event in ("open", "os.listdir", "os.scandir") and files and files[0] is not None:
-            files[0].append(str(args[0]))
-
-    sys.addaudithook(hook)  # stays as long as the process
-    found: list[str] = []
-    files.append(found)
-    yield found
-    files.clear()
-
-
-def test_after_a_plans_first_run_no_file_is_opened_and_nothing_looked_up(
-    cache: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dit4dit.checkpoints.weights import random_model
-    from dit4dit.engine import Engine, Plan, RequestShape
-    from dit4dit.presets import preset
-
-    engine = Engine(random_model(preset("tiny").model, 0))
-    plan = Plan(engine, RequestShape(1, ((40, 40),), (32, 32), "cv2_area", True, 9), None)
-    with ops.listing() as calls, torch.no_grad():
-        plan.compute()
-    op, args = next(call for call in calls if call[0] == "preprocess")
-    put(cache, op=op, call=call_text(args)).rename(cache / verdicts.file_name(op, call_text(args)))
-
-    plan = Plan(engine, RequestShape(1, ((40, 40),), (32, 32), "cv2_area", True, 9), None)
-    opened.clear()
-    with torch.no_grad():
-        plan.rehearse()
-    read = [name for name in opened if name.startswith(str(cache))]
-    assert len(read) == len({(op, call_text(args)) for op, args in calls if op != "philox_normal"}), (
-        "once for each call"
-    )
-    assert plan.ran["preprocess"] == {OTHER: 1}
-    opened.clear()
-    for name in ("choice", "_look", "_folder"):
-        monkeypatch.setattr(Verdicts, name, None)
-    monkeypatch.setattr(verdicts, "call_text", None)
-    with torch.no_grad():
-        for _ in range(3):
-            plan.rehearse()
-    assert opened == []
-
-
-# Shown ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_explain_shows_what_was_measured_or_that_nothing_was(cache: Path) -> None:
-    (found,) = ops.explain("preprocess")
-    assert (found.measured, found.note) == ((), "not yet measured here: run dit4dit tune")
-    (found,) = ops.explain("philox_normal")
-    assert found.note is None, "one implementation can run here"
-    verdicts.write(verdict(), cache)
-    (cache / "linear-0.json").write_text("{}")
-    (found,) = ops.explain("preprocess")
-    (row,) = found.measured
-    assert found.note is None
-    assert (row.call, row.chosen, row.runner_up) == (CALL, OTHER, DEFAULT)
-    assert (row.ms, row.made, row.shipped) == ({OTHER: 1.0, DEFAULT: 2.0}, "2026-01-01", None)
-    (found,) = ops.explain("linear")
-    assert found.measured == ()
-
-
-def test_implementations_of_ones_own_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = dispatch.find("philox_normal").implementations
-    monkeypatch.setitem(known, "mine", Implementation("mine", lambda *_: None, lambda *_: None, measured_only=True))
-    assert ops.explain("philox_normal")[0].note == verdicts.NOT_YET
-
-
-def test_verdicts_go_before_the_shipped_table(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {
-        f"preprocess: {CALL}": {"chosen": OTHER, "ms": {OTHER: 0.5}},
-        "linear: x": {"chosen": "torch", "ms": {}},
-    }
-    monkeypatch.setattr(verdicts, "shipped_for", lambda device: {"source": "a.json", "calls": rows})
-    assert ran() == OTHER
-    (found,) = ops.explain("preprocess")
-    assert (found.measured[0].shipped, found.measured[0].runner_up, found.note) == ("a.json", None, verdicts.NOT_YET)
-    verdicts.write(verdict(chosen=DEFAULT), cache)
-    assert ran() == DEFAULT
-    assert {
-        op: [row.shipped for row in found] for op, found in measured(CPU, survey(CPU, dispatch.files())).items()
-    } == {
-        "preprocess": [None],
-        "linear": ["a.json"],
-    }
-    put(cache, "broken")
-    assert ran() == OTHER, "the table is what is left"
