@@ -85,6 +85,10 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for channels, side in ((96, 224), (192, 112), (384, 28)):
         x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
         yield f"gr1 {channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
+    for into, out, side in ((96, 96, 224), (192, 192, 112), (384, 384, 56), (384, 384, 28)):
+        x = _empty(batch, into, side, side).contiguous(memory_format=torch.channels_last)
+        weight = _empty(out, into, 3, 3).contiguous(memory_format=torch.channels_last)
+        yield f"gr1 {out} {side}", "conv2d", (x, weight, None, 1, 1)
     a, left = f32(batch, 16, 32), f32(batch, 16, 32)
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)

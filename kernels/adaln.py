@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from dit4dit.kernels.common import narrow
+from dit4dit.kernels.common import narrow, wait_for_inputs
 
 
 @triton.jit
@@ -22,6 +22,7 @@ def adaln(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]

@@ -3,10 +3,30 @@
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Triton's interpreter (3.7) multiplies bfloat16 as the integers that hold it, cuts where it should round to bfloat16, and
 # rounds to e4m3 without carrying into the exponent; it knows no NaN there.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@tl.core.builtin
+def _wait(_semantic=None):
+    """Nothing where the architecture has no such instructions. Known at compile time, without a GPU."""
+    if int("".join(filter(str.isdigit, _semantic.builder.options.arch))) >= 90:
+        gdc_launch_dependents(_semantic=_semantic)
+        gdc_wait(_semantic=_semantic)
+
+
+@triton.jit
+def wait_for_inputs():
+    """The first line of every kernel: nothing before it may read or write memory.
+
+    On Hopper and later a kernel may be started while the one before it still runs (programmatic dependent launch); here it
+    waits for that one's results, and lets the next one be started. Without such a launch it does nothing.
+    """
+    if not INTERPRETED:
+        _wait()
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from dit4dit.kernels.attention import attend
-from dit4dit.kernels.common import narrow
+from dit4dit.kernels.common import narrow, wait_for_inputs
 
 
 @triton.jit
@@ -33,6 +33,7 @@ def cross_attention(
     KEYS: tl.constexpr,
     SPAN: tl.constexpr,  # keys of one thread block; 0: all
 ):
+    wait_for_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) % HEADS
     batch = tl.program_id(1) // HEADS
@@ -76,6 +77,7 @@ def combine(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) % HEADS
     batch = tl.program_id(1) // HEADS

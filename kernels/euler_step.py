@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from dit4dit.kernels.common import wait_for_inputs
 
 
 @triton.jit
@@ -19,6 +20,7 @@ def euler_step(
     strength,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     here = tl.load(x + i, mask=inside, other=0.0)

@@ -2,13 +2,14 @@
 
 import triton
 import triton.language as tl
-from dit4dit.kernels.common import narrow, to_e4m3
+from dit4dit.kernels.common import narrow, to_e4m3, wait_for_inputs
 from dit4dit.kernels.products import block, halves, product
 
 
 @triton.jit
 def quantize(x, out, count, inverse, BLOCK: tl.constexpr):
     """out = e4m3(x * inverse), count elements of both."""
+    wait_for_inputs()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < count, other=0.0)
     tl.store(out + at, to_e4m3(value.to(tl.float32) * inverse), mask=at < count)
@@ -44,6 +45,7 @@ def linear_fp8(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    wait_for_inputs()
     i, j = block(tl.cdiv(columns, COLUMNS), tl.cdiv(rows, ROWS), GROUP)
     row = i * ROWS + tl.arange(0, ROWS)
     column = j * COLUMNS + tl.arange(0, COLUMNS)

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from dit4dit.kernels.common import narrow
+from dit4dit.kernels.common import narrow, wait_for_inputs
 from dit4dit.kernels.products import block, halves, product
 
 
@@ -40,6 +40,7 @@ def linear_gelu(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    wait_for_inputs()
     i, j = block(tl.cdiv(columns, COLUMNS), tl.cdiv(rows, ROWS), GROUP)
     row = i * ROWS + tl.arange(0, ROWS)
     column = j * COLUMNS + tl.arange(0, COLUMNS)

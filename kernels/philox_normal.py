@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from dit4dit.kernels.common import wait_for_inputs
 
 TWO_PI = tl.constexpr(6.283185307179586)
 
@@ -14,6 +15,7 @@ def philox_normal(
     draw,  # which of a request's draws
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     sample = tl.program_id(1)
     seed = tl.load(requests + 2 * sample)
     chunk = tl.load(requests + 2 * sample + 1)

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from dit4dit.kernels.common import narrow
+from dit4dit.kernels.common import narrow, wait_for_inputs
 
 
 @triton.jit
@@ -21,6 +21,7 @@ def qk_norm_rope(
     HALF: tl.constexpr,  # power of two, at least DIM / 2
     ROWS: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) % HEADS
     which = tl.program_id(1) // HEADS  # 0: q, 1: k

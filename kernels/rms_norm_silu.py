@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from dit4dit.kernels.common import narrow
+from dit4dit.kernels.common import narrow, wait_for_inputs
 
 
 @triton.jit
@@ -17,6 +17,7 @@ def rms_norm_silu(
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < CHANNELS)[None, :]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from dit4dit.kernels.attention import attend
-from dit4dit.kernels.common import narrow
+from dit4dit.kernels.common import narrow, wait_for_inputs
 
 
 @triton.jit
@@ -29,6 +29,7 @@ def self_attention(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
+    wait_for_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) % HEADS
     batch = tl.program_id(1) // HEADS

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from dit4dit.kernels.common import wait_for_inputs
 
 
 @triton.jit
@@ -14,6 +15,7 @@ def unnormalize(
     size,
     BLOCK: tl.constexpr,
 ):
+    wait_for_inputs()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     column = i % size

@@ -245,8 +245,10 @@ class Engine:
     @torch.no_grad()
     def features(self, frame: Tensor, pack: PromptPack, posterior: Tensor, latent: Tensor) -> Tensor:
         """Backbone features, float32 [B, S, D]; the pack is a batch's (`stack`)."""
-        condition = self.condition(frame, posterior)
-        return self.backbone(torch.cat([condition, latent[:, :, 1:]], dim=2), pack)
+        with ops.stage("vae"):
+            condition = self.condition(frame, posterior)
+        with ops.stage("backbone"):
+            return self.backbone(torch.cat([condition, latent[:, :, 1:]], dim=2), pack)
 
     def condition(self, frame: Tensor, posterior: Tensor) -> Tensor:
         """The frame's normalised latent, float32 [B, z, 1, h, w]."""

@@ -161,20 +161,26 @@ class Plan:
                 self._compute()
 
     def _draw_noise(self) -> None:
-        for name, stream in STREAMS.items():
-            self.noise.device[name].copy_(ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name]))
+        with ops.stage("noise"):
+            for name, stream in STREAMS.items():
+                self.noise.device[name].copy_(
+                    ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name])
+                )
 
     def _compute(self) -> None:
         given, noise = self.inputs.device, self.noise.device
         views = [given[f"view{i}"] for i in range(len(self.shape.views))]
-        frame = ops.preprocess(views, self.shape.size, self.shape.resize, self._pack.keys.dtype)
+        with ops.stage("preprocess"):
+            frame = ops.preprocess(views, self.shape.size, self.shape.resize, self._pack.keys.dtype)
         features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"])
         most = self.shape.max_guidance
         guidance = None if most is None else GuidanceTensors(given["previous"], given["weights"], most)
-        normalized = self.engine.actions(features, given.get("state"), noise["action"], guidance)
-        self.outputs.device["normalized"].copy_(normalized)
-        if self._table is not None:
-            self.outputs.device["actions"].copy_(ops.unnormalize(normalized, self._table))
+        with ops.stage("action_head"):
+            normalized = self.engine.actions(features, given.get("state"), noise["action"], guidance)
+        with ops.stage("outputs"):
+            self.outputs.device["normalized"].copy_(normalized)
+            if self._table is not None:
+                self.outputs.device["actions"].copy_(ops.unnormalize(normalized, self._table))
 
     def compute(self) -> None:
         """All that the device does for one pass, on whatever the buffers hold."""

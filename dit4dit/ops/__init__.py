@@ -12,11 +12,13 @@ from dit4dit.ops.dispatch import (
     use_backend,
 )
 from dit4dit.ops.explanation import Explanation, explain
+from dit4dit.ops.stages import stage
 
 # isort: off
 # in the order of the data's way through the model, which `names` keeps
 from dit4dit.ops.preprocess import preprocess
 from dit4dit.ops.philox_normal import philox_normal
+from dit4dit.ops.conv2d import conv2d
 from dit4dit.ops.rms_norm_silu import rms_norm_silu
 from dit4dit.ops.adaln import adaln
 from dit4dit.ops.qk_norm_rope import qk_norm_rope
@@ -37,6 +39,7 @@ __all__ = [
     "Implementation",
     "action_ode",
     "adaln",
+    "conv2d",
     "cross_attention",
     "euler_step",
     "explain",
@@ -52,6 +55,7 @@ __all__ = [
     "register",
     "rms_norm_silu",
     "self_attention",
+    "stage",
     "trace",
     "unnormalize",
     "use_backend",

@@ -21,6 +21,7 @@ NOT_OPS = {
     "native",
     "onednn",
     "sources",
+    "stages",
     "tiles",
     "verdicts",
 }
