@@ -46,12 +46,13 @@ else:
 OWN_PROCESS = ("self_attention", "action_ode")
 """Ops that are timed in a process each: ours among them keep a whole GPU busy, or wait for each other's blocks."""
 OTHER_OPS = (
-    *("adaln", "cross_attention", "euler_step", "linear", "linear_fp8", "linear_gelu", "philox_normal"),
+    *("adaln", "conv2d", "cross_attention", "euler_step", "linear", "linear_fp8", "linear_gelu", "philox_normal"),
     *("preprocess", "qk_norm_rope", "rms_norm_silu", "unnormalize"),
 )
-BFLOAT16_HEAD = ("--head-dtype", "bfloat16")
+BFLOAT16_HEAD, FLOAT32_HEAD = ("--head-dtype", "bfloat16"), ("--head-dtype", "float32")
+"""The second is the published choice. Parts of one name time the same in every result, so both are said."""
 ALONE = ("--chunks", "10", "--engine-chunks", "300")
-BESIDE_PUBLISHED = ("--baseline", "--chunks", "20", "--engine-chunks", "100")
+BESIDE_PUBLISHED = ("--baseline", "--chunks", "20", "--engine-chunks", "100", *FLOAT32_HEAD)
 MOST_PRESETS = 5
 """With a page each, and the result, the log and the XML: eight files, which is what some machines send back."""
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -115,7 +116,7 @@ def first_parts(settings: Settings) -> list[Part]:
     run = Commands(settings)
     first, *others = settings.presets
     one_launch = run.parity("gr1_tiny", "--head", "one_launch", "--dtype", "bfloat16")
-    engine = ("--chunks", "20", "--engine-chunks", "500")
+    engine = ("--chunks", "20", "--engine-chunks", "500", *FLOAT32_HEAD)
     library = run.latency(first, "--head", "library", *BFLOAT16_HEAD, *ALONE)
     tune = run.on_device("tune", "--preset", first, *BFLOAT16_HEAD, "--seconds", "{seconds}")
     tuned = run.latency(first, "--head", "auto", *BFLOAT16_HEAD, "--tune", "cached", *ALONE)
@@ -131,7 +132,7 @@ def first_parts(settings: Settings) -> list[Part]:
         Part(f"latency_tuned_{first}", tuned, 12, 28, environment=verdicts, needs=f"tune_{first}"),
         Part(f"ratio_{first}", run.latency(first, *BESIDE_PUBLISHED, page=True), 20, 44),
         *(Part(f"latency_{preset}", run.latency(preset, *engine, page=True), 15, 32) for preset in others),
-        Part(f"profile_{first}", run.on_device("bench", "profile", "--preset", first), 12, 24),
+        Part(f"profile_{first}", run.on_device("bench", "profile", "--preset", first, *BFLOAT16_HEAD), 12, 24),
         Part(
             f"latency_one_launch_{first}",
             run.latency(first, "--head", "one_launch", *BFLOAT16_HEAD, *ALONE),
@@ -159,9 +160,9 @@ def later_parts(settings: Settings) -> list[Part]:
         *(Part(f"ops_{op}", run.ops(op), 10, 30) for op in OWN_PROCESS),
         Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 120, **interrupt),
         Part("gpu_tests_alone", alone, 20, 60, environment=launches, **interrupt),
-        Part(f"latency_fp8_{first}", run.latency(first, "--quantization", "fp8", *ALONE), 30, 60),
+        Part(f"latency_fp8_{first}", run.latency(first, "--quantization", "fp8", *FLOAT32_HEAD, *ALONE), 30, 60),
         *(Part(f"ratio_{p}", run.latency(p, *BESIDE_PUBLISHED, page=True), 20, 45) for p in others),
-        Part(f"spaced_{first}", run.latency(first, "--at-hz", "30", *ALONE), 15, 40),
+        Part(f"spaced_{first}", run.latency(first, "--at-hz", "30", *FLOAT32_HEAD, *ALONE), 15, 40),
         Part("tiles", (*tiles, "--out", str(settings.scratch / "tiles.json")), 20, 90, gpu=True),
         Part(
             "options",

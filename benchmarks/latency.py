@@ -69,7 +69,7 @@ class Wanted:
         chunks: of engine and published schedule in turns, for the ratio and the stages.
         baseline, text: time the published schedule; with its text encoder.
         seed: of weights and inputs.
-        head, head_dtype, quantization: of the engine.
+        head, quantization: of the engine. head_dtype: of the action head, on both sides; the model's dtype when None.
         engine_chunks: of the engine alone, for its percentiles.
         at_hz: also time the engine at this rate, as many chunks as of the engine alone.
         seconds: for all samples together; set-up and roofline are not counted.
@@ -82,7 +82,7 @@ class Wanted:
     text: bool
     seed: int
     head: HeadChoice = "auto"
-    head_dtype: torch.dtype = torch.float32
+    head_dtype: torch.dtype | None = None
     quantization: Literal["fp8"] | None = None
     engine_chunks: int = 0
     at_hz: float | None = None
@@ -122,7 +122,7 @@ def measure(
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "quantization": wanted.quantization,
-        "head_dtype": str(wanted.head_dtype).removeprefix("torch."),
+        "head_dtype": str(wanted.head_dtype or dtype).removeprefix("torch."),
         "tune": wanted.tune,
         "error": None,
         "text_encoder_in_baseline": wanted.text and wanted.baseline,
@@ -223,7 +223,7 @@ class Run:
             self.result["error"] = errors(exact.engine, engine, [exact.step_inputs()])
             check_quantised(self.result["error"], fast)
             engine, actions = exact.engine, exact.checked()
-        limit = AGREE[min(self.dtype, self.wanted.head_dtype, key=lambda kind: kind.itemsize)]
+        limit = AGREE[min(self.dtype, self.wanted.head_dtype or self.dtype, key=lambda kind: kind.itemsize)]
         found: dict[str, Any] | None = None
         if self.published is not None:
             found = against_published(engine, exact or fast, actions, self.published)

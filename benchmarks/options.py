@@ -56,6 +56,9 @@ OPTIONS = (
     Option('posterior="mean"', {"posterior": "mean"}),
     *(Option(f"steps={steps}", {"steps": steps}) for steps in STEPS),
     Option("head_dtype=bfloat16", {"head_dtype": torch.bfloat16}),
+    # what a GPU runs by default, and the same with the published code's head
+    Option("dtype=bfloat16", {"dtype": torch.bfloat16, "head_dtype": torch.bfloat16}),
+    Option("dtype=bfloat16, head_dtype=float32", {"dtype": torch.bfloat16, "head_dtype": torch.float32}),
     Option("quantization=fp8", {"quantization": "fp8"}),
 )
 CALIBRATION_REQUESTS = 4
@@ -93,7 +96,7 @@ def of_preset(name: str, preset: Preset, *, device: torch.device, dtype: torch.d
 
     def load(arguments: Mapping[str, Any]) -> Engine:
         options = dict(arguments)
-        kinds = {"dtype": dtype, "head_dtype": options.pop("head_dtype", torch.float32)}
+        kinds = {"dtype": options.pop("dtype", dtype), "head_dtype": options.pop("head_dtype", torch.float32)}
         return Engine(
             random_model(config, seed, device=device, with_text=False, vae_weights=trained, **kinds), **options
         )
@@ -120,9 +123,8 @@ def of_checkpoint(path: str, backbone: str | None, *, device: torch.device, dtyp
     embeds = first.embed_prompts([INSTRUCTION])
 
     def load(arguments: Mapping[str, Any]) -> Engine:
-        policy = Policy.from_pretrained(
-            path, backbone, device=device, dtype=dtype, prompt_embeds=embeds, **dict(arguments)
-        )
+        given = {"dtype": dtype, "head_dtype": torch.float32, **arguments}
+        policy = Policy.from_pretrained(path, backbone, device=device, prompt_embeds=embeds, **given)
         assert policy.engine is not None
         return policy.engine
 

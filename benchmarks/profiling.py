@@ -47,11 +47,12 @@ def measure(
     seed: int,
     record: Recording,
     head: HeadChoice = "auto",
-    head_dtype: torch.dtype = torch.float32,
+    head_dtype: torch.dtype | None = None,
     quantization: Literal["fp8"] | None = None,
 ) -> None:
     """The profile of one step on random weights into `record`, stage after stage."""
     result = record.result
+    head_dtype = dtype if head_dtype is None else head_dtype
     result |= {"preset": name, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "head": head}
     result |= {"head_dtype": str(head_dtype).removeprefix("torch."), "quantization": quantization, "machine": machine()}
     result |= {"unit": "us per step", "steps": STEPS, "profiler": None, "stages": {}, "stage_us": {}, "replay_us": {}}

@@ -103,7 +103,7 @@ def todo(
     device: torch.device,
     *,
     dtype: torch.dtype,
-    head_dtype: torch.dtype = torch.float32,
+    head_dtype: torch.dtype | None = None,
     fp8: bool = False,
     steps: int | None = None,
     only: Sequence[str] = (),
@@ -113,7 +113,8 @@ def todo(
     `count` is the number of such calls in one step for the first request, 0 for a call that only others make: times count,
     times can be added up to one step.
 
-    dtype: of VAE and backbone. steps: as of `Engine`. only: these ops; all when empty.
+    dtype: of VAE and backbone. head_dtype: of the head; `dtype` when None. steps: as of `Engine`. only: these ops;
+        all when empty.
     InputError: a name in `only` that is no op, or an op that is not called. ConfigError: as of `Engine`.
     """
     for name in only:

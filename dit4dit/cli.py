@@ -108,7 +108,7 @@ def predict(
         state: JSON object, state key -> number or list of numbers, in robot units.
         seed: of the noise; same seed and input, same bits.
         head: one_launch runs the action head as one CUDA kernel; auto does where dit4dit tune found it the faster one.
-        head_dtype: of the action head; auto is float32, and bfloat16 for one_launch.
+        head_dtype: of the action head; auto is the model's dtype, and bfloat16 for one_launch.
         quantization: fp8 multiplies the backbone's matrices in 8-bit floats; changes the result.
         calibration: file of dit4dit calibrate, for and only for fp8.
         json: write the chunk to this file.
@@ -123,7 +123,7 @@ def predict(
         raise InputError(f"--instruction: expected what to do, in words, got {instruction!r}")
     seen = module.read(list(image), state)
     module.check_views(policy.robot(), len(image))
-    kind = head_dtype_of(head_dtype, head)
+    kind = head_dtype_of(head_dtype, head, None)
     loaded = policy.load(head=head, head_dtype=kind, quantization=quantization, calibration=calibration)
     result = module.predict(loaded, seen, instruction, seed)
     module.save(result, json, plot)

@@ -198,7 +198,7 @@ def from_cosmos(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    head_dtype: torch.dtype = torch.float32,
+    head_dtype: torch.dtype | None = None,
     with_text: bool = True,
     with_video_vae: bool = True,
 ) -> DiT4DiT:
@@ -208,7 +208,7 @@ def from_cosmos(
         folder: the folder in diffusers' layout, with weights.
         base: everything that the folder does not say: head, frames, picture size, loss. Sizes of the folder's own
             parts are taken from the folder.
-        seed: fixes the head's weights. The others: as in `build`.
+        seed: fixes the head's weights. head_dtype: `dtype` when None. The others: as in `build`.
 
     Raises:
         CheckpointError: no folder, no weights in it, or weights that do not fit its configuration.
@@ -221,14 +221,14 @@ def from_cosmos(
         str(folder),
         device=torch.device(device),
         dtype=dtype,
-        head_dtype=head_dtype,
+        head_dtype=head_dtype or dtype,
         with_text=with_text,
         with_video_vae=with_video_vae,
         with_head=False,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.head = ActionHead(config.head).to(device=device, dtype=head_dtype).eval()
+        model.head = ActionHead(config.head).to(device=device, dtype=head_dtype or dtype).eval()
     return model
 
 
@@ -238,7 +238,7 @@ def random_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    head_dtype: torch.dtype = torch.float32,
+    head_dtype: torch.dtype | None = None,
     with_text: bool = True,
     vae_weights: Mapping[str, Tensor] | None = None,
 ) -> DiT4DiT:
@@ -248,7 +248,8 @@ def random_model(
     and a CPU draw other ones.
 
     Args:
-        config: sizes. seed: fixes every weight. device, dtype, head_dtype, with_text: as in `build`.
+        config: sizes. seed: fixes every weight. device, dtype, with_text: as in `build`.
+        head_dtype: of the action head; `dtype` when None.
         vae_weights: trained VAE weights under diffusers' names; fresh ones when None.
 
     Returns:
@@ -262,7 +263,7 @@ def random_model(
     if vae_weights is not None:
         model.video_vae.wan.load_state_dict(dict(vae_weights))
     model.backbone.frame_encoder.load_state_dict(FrameEncoder.convert(model.video_vae.wan.state_dict()))
-    for part in parts_of(model, dtype, head_dtype):
+    for part in parts_of(model, dtype, head_dtype or dtype):
         part.module.to(device=device)
         if any(p.dtype != part.dtype for p in part.module.parameters()):
             part.module.to(dtype=part.dtype)

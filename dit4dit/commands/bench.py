@@ -83,7 +83,8 @@ def latency(
         text: the baseline encodes its instruction in each chunk, as published; --no-text leaves that out.
         head: how the engine runs the action head; one_launch is one CUDA kernel, auto takes it where dit4dit tune
             found it to be the faster one, with --head-dtype bfloat16.
-        head_dtype: of the action head, on both sides; auto is float32, and bfloat16 for one_launch.
+        head_dtype: of the action head, on both sides; auto is dtype, and bfloat16 for one_launch. The published
+            code runs the head in float32.
         quantization: fp8 in the engine, calibrated on the inputs that are timed; its errors are reported.
         engine_chunks: before that, so many chunks of the engine alone, for its percentiles.
         at_hz: as many chunks again, each begun at a control step of a robot at this rate, with the GPU's clocks.
@@ -108,12 +109,13 @@ def latency(
     place, chosen = pick_device(device), find(preset)
     if report is not None:
         latency_report.check(report)
-    kind = head_dtype_of(head_dtype, head)
+    model_dtype = dtype_on(place, dtype)
+    kind = head_dtype_of(head_dtype, head, model_dtype)
     wanted = module.Wanted(
         chunks, baseline, text, seed, head, kind, quantization, engine_chunks, at_hz, seconds, roofline, tune
     )
     with Recording(json, seconds) as record:
-        module.measure(chosen, preset, wanted, device=place, dtype=dtype_on(place, dtype), record=record)
+        module.measure(chosen, preset, wanted, device=place, dtype=model_dtype, record=record)
     say(module.show(record.result))
     if report is not None:
         say(f"wrote {latency_report.write(report, record.result)}")
@@ -138,7 +140,7 @@ def profile(
         device: auto, cpu, cuda or cuda:N; on a CPU operators take the kernels' place.
         dtype: auto is bfloat16 on a GPU and float32 on a CPU.
         head: library, one_launch or auto, as in bench latency.
-        head_dtype: of the action head; auto is float32, and bfloat16 for one_launch.
+        head_dtype: of the action head; auto is dtype, and bfloat16 for one_launch.
         quantization: fp8 in the engine, calibrated on the inputs that are profiled.
         seed: of weights and inputs.
         seconds: end after about this long; stages that were not reached are named in the result.
@@ -151,9 +153,12 @@ def profile(
 
     check_seed(seed)
     place, chosen = pick_device(device), find(preset)
-    measure = partial(module.measure, head=head, head_dtype=head_dtype_of(head_dtype, head), quantization=quantization)
+    kind = dtype_on(place, dtype)
+    measure = partial(
+        module.measure, head=head, head_dtype=head_dtype_of(head_dtype, head, kind), quantization=quantization
+    )
     with Recording(json, seconds) as record:
-        measure(chosen, preset, device=place, dtype=dtype_on(place, dtype), seed=seed, record=record)
+        measure(chosen, preset, device=place, dtype=kind, seed=seed, record=record)
     say(module.show(record.result) + left_out(record.result))
     return 0
 

@@ -78,7 +78,7 @@ def parity(
             checkpoint=checkpoint,
             engine=engine,
             head=head,
-            head_dtype=head_dtype_of("auto", head),
+            head_dtype=head_dtype_of("auto", head, dtype_of("float32")),  # as published
         )
     finish(module.show(lines), module.as_json(lines, device=place, dtype=kind), json)
     return 0 if all(line.ok for line in lines) else 1

@@ -25,9 +25,9 @@ def dtype_of(name: str) -> Any:
     return None if name == "auto" else getattr(torch, name)
 
 
-def head_dtype_of(name: str, head: str) -> Any:
-    """The torch dtype of the action head; "auto" is float32, as published, and bfloat16 for the kernel, which takes no other."""
-    return dtype_of(name) or dtype_of("bfloat16" if head == "one_launch" else "float32")
+def head_dtype_of(name: str, head: str, dtype: Any) -> Any:
+    """The torch dtype of the action head; "auto" is `dtype`, the model's, and bfloat16 for the kernel, which takes no other."""
+    return dtype_of(name) or (dtype_of("bfloat16") if head == "one_launch" else dtype)
 
 
 def dtype_on(device: Any, name: str) -> Any:

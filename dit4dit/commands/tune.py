@@ -33,7 +33,7 @@ class Model:
     dtype: Dtype = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU."""
     head_dtype: Dtype = "auto"
-    """Of the action head; auto is float32. With bfloat16 on a GPU, the head in one launch is a candidate too."""
+    """Of the action head; auto is dtype. With bfloat16 on a GPU, the head in one launch is a candidate too."""
     quantization: Literal["fp8"] | None = None
     """The calls of a policy in fp8."""
     steps: int | None = None
@@ -137,7 +137,8 @@ def _tune(
     else:
         subject = tuning_calls.of_checkpoint(model.checkpoint, model.backbone, model.embodiment)
     wanted = tuning_calls.requests(subject, batch, tuning_calls.read_images(model.image, subject.robot))
-    dtype, head_dtype = dtype_on(place, model.dtype), dtype_of(model.head_dtype) or dtype_of("float32")
+    dtype = dtype_on(place, model.dtype)
+    head_dtype = dtype_of(model.head_dtype) or dtype
     todo = tuning_calls.todo(
         subject,
         wanted,

@@ -33,14 +33,16 @@ def engine_without_data(
     config: ModelConfig,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    head_dtype: torch.dtype = torch.float32,
+    head_dtype: torch.dtype | None = None,
     fp8: bool = False,
     steps: int | None = None,
 ) -> Engine:
     """The engine of a model on the meta device.
 
-    dtype: of VAE and backbone. fp8: the backbone's matrices in e4m3. steps: as of `Engine`.
+    dtype: of VAE and backbone. head_dtype: of the head; `dtype` when None. fp8: the backbone's
+        matrices in e4m3. steps: as of `Engine`.
     """
+    head_dtype = dtype if head_dtype is None else head_dtype
     with torch.device("meta"):
         model = DiT4DiT(config, with_text=False).to(dtype).eval()
         model.backbone.scale.to("meta")

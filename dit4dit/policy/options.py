@@ -35,8 +35,8 @@ def check_tune(tune: object) -> None:
 
 
 def check_dtypes(dtype: object, head_dtype: object) -> None:
-    for name, kind, none in (("dtype", dtype, True), ("head_dtype", head_dtype, False)):
-        if not (kind in DTYPES or (kind is None and none)):
+    for name, kind in (("dtype", dtype), ("head_dtype", head_dtype)):
+        if kind is not None and kind not in DTYPES:
             written = "; give the torch.dtype, not its name" if isinstance(kind, str) else ""
             raise ConfigError(f"{name}: expected torch.float32, bfloat16 or float16, got {shown(kind)}{written}")
 

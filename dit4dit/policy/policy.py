@@ -77,7 +77,7 @@ class Policy:
         *,
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
-        head_dtype: torch.dtype = torch.float32,
+        head_dtype: torch.dtype | None = None,
         embodiment: str | Embodiment | None = None,
         engine: Literal["auto", "off"] = "auto",
         steps: int | None = None,
@@ -98,7 +98,7 @@ class Policy:
                 without it DIT4DIT_BACKBONE, then a `cosmos` folder inside the run, then the released model on the hub.
             device: "auto", "cpu", "cuda" or "cuda:N".
             dtype: of text encoder, VAE and backbone; bfloat16 on a GPU and float32 on a CPU when None.
-            head_dtype: of the action head; the published code runs it in float32.
+            head_dtype: of the action head; `dtype` when None. The published code runs the head in float32.
             embodiment: an `Embodiment`, its name, or the statistics tag to use; what the checkpoint implies when None.
             engine: "auto", the latency path (`dit4dit.engine`); "off", the plain model.
             steps: Euler steps (1, 2, 4, 8) instead of the checkpoint's number. Changes the result; engine only.
@@ -106,7 +106,7 @@ class Policy:
             quantization: "fp8" multiplies the backbone's matrices in 8-bit floats, with `calibration`; the model is then
                 left without its own (`Policy.model` cannot be run). Changes the result; engine only.
             calibration: file of `dit4dit calibrate`, or what `calibrate` returned, for this checkpoint in this dtype.
-            head: how the engine runs the action head (`Engine`); "one_launch" needs a GPU and head_dtype=torch.bfloat16.
+            head: how the engine runs the action head (`Engine`); "one_launch" needs a GPU and a head in bfloat16.
             tune: "cached" runs each call of a plan by the implementation that `dit4dit tune` found to be the fastest on this
                 machine, where it has been run; "off" by the default. Nothing is ever measured here.
             prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
@@ -125,6 +125,7 @@ class Policy:
         options.check_tune(tune)
         options.check_kinds(embodiment=embodiment, calibration=calibration, packs=packs, text_encoder=text_encoder)
         place = pick_device(device)
+        dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
         if isinstance(calibration, (str, os.PathLike)):
             calibration = Calibration.load(calibration)
         checkpoint = open_checkpoint(path, backbone)
@@ -134,8 +135,8 @@ class Policy:
             checkpoint.tensors,
             str(checkpoint.path),
             device=place,
-            dtype=dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32),
-            head_dtype=head_dtype,
+            dtype=dtype,
+            head_dtype=dtype if head_dtype is None else head_dtype,
             with_text=text_encoder and prompt_embeds is None,
         )
         tokenizer = load_tokenizer(checkpoint.tokenizer) if model.text is not None else None

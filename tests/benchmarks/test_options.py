@@ -36,6 +36,7 @@ def test_command_measures_every_option_of_presets_and_checkpoints(small_libero: 
     first, second = json.loads(out.read_text())["subjects"]
     assert (first["subject"], first["weights"]) == ("preset tiny", "random")
     assert (second["subject"], second["weights"]) == (f"checkpoint {small_libero}", "the checkpoint's")
+    changes_features = {'posterior="mean"', "quantization=fp8", "dtype=bfloat16", "dtype=bfloat16, head_dtype=float32"}
     for result in (first, second):
         rows = {row["option"]: row for row in result["options"]}
         assert list(rows) == [option.name for option in options.OPTIONS]
@@ -44,7 +45,7 @@ def test_command_measures_every_option_of_presets_and_checkpoints(small_libero: 
         for name, row in rows.items():
             assert len(row["actions"]["per_seed"]) == 2
             assert row["actions"]["max"] == max(row["actions"]["per_seed"])
-            assert (row["features"] is not None) == (name in ('posterior="mean"', "quantization=fp8"))
+            assert (row["features"] is not None) == (name in changes_features)
             if name != "steps=4":
                 assert 0 < row["actions"]["mean"] <= row["actions"]["max"]
         assert rows["head_dtype=bfloat16"]["arguments"] == {"head_dtype": "bfloat16"}

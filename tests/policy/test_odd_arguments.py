@@ -254,7 +254,6 @@ LOADS: dict[str, tuple[dict[str, Any], type[Dit4DitError], tuple[str, ...]]] = {
     "short dtype": ({"dtype": "bf16"}, ConfigError, ("dtype: expected torch.float32", "got 'bf16'")),
     "NumPy's dtype": ({"dtype": np.float32}, ConfigError, ("dtype: expected torch.float32", "got the class float32")),
     "head's dtype": ({"head_dtype": "float32"}, ConfigError, ("head_dtype: expected torch.float32",)),
-    "no dtype of the head": ({"head_dtype": None}, ConfigError, ("head_dtype: expected torch.float32", "got None")),
     "device None": ({"device": None}, BackendError, ("device None: expected auto, cpu, cuda or cuda:N",)),
     "device number": ({"device": 0}, BackendError, ("device 0: expected auto, cpu, cuda or cuda:N",)),
     "devices": ({"device": ["cpu"]}, BackendError, ("device ['cpu']: expected auto, cpu, cuda or cuda:N",)),

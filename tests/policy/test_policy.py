@@ -265,6 +265,24 @@ def test_nan_never_reaches_the_robot(small_libero: Path, observation: Observatio
         policy.infer(observation, "open", seed=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, (torch.float32, torch.float32)),
+        ({"dtype": torch.bfloat16}, (torch.bfloat16, torch.bfloat16)),
+        ({"dtype": torch.bfloat16, "head_dtype": torch.float32}, (torch.bfloat16, torch.float32)),
+        ({"head_dtype": torch.bfloat16}, (torch.float32, torch.bfloat16)),
+    ],
+)
+def test_the_head_has_the_models_dtype_where_nothing_else_is_said(
+    small_libero: Path, observation, options, wanted
+) -> None:
+    policy = Policy.from_pretrained(small_libero, device="cpu", **options)
+    assert policy.model.head is not None
+    assert (policy.model.dtype, policy.model.head.dtype) == wanted
+    assert np.isfinite(policy.infer(observation, "open the drawer", seed=1).actions).all()
+
+
 def test_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(BackendError, match="expected auto, cpu, cuda"):
