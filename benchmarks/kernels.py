@@ -8,7 +8,6 @@ The launches are those that the ops would make at the released models' sizes, wi
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -20,8 +19,10 @@ from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
 from dit4dit.aot_build.compiler import compiled, resources
+from dit4dit.ops import launch
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.aot.specialization import Specialization
+from dit4dit.ops.dispatch import find
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY
 
 # compute capability -> bytes of shared memory that one thread block can have
@@ -103,9 +104,19 @@ def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
     for case, op, args in calls(batch):
         if op == "linear_fp8" and capability < LEAST_CAPABILITY:
             continue
-        module = importlib.import_module(f"dit4dit.ops.{op}")
-        for step in module.launches(args, str(capability))[0] if hasattr(module, "launches") else ():
-            yield f"{op} {case}", step
+        for implementation in find(op).implementations.values():
+            launches = launch.launches_of(implementation.run)
+            if launches is None:
+                continue
+            with launch.without_data(), torch.no_grad():
+                unsupported = implementation.refuse(*args)
+            for step in () if unsupported else launches(args, str(capability))[0]:
+                yield f"{op} {case}{_named(implementation.name)}", step
+
+
+def _named(implementation: str) -> str:
+    """Behind a case: the implementation, where it is another than "triton"."""
+    return "" if implementation == "triton" else f", {implementation}"
 
 
 def products(ptx: str) -> str | None:

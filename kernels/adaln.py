@@ -21,19 +21,25 @@ def adaln(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SHARED: tl.constexpr,  # all rows of a block are of one frame (ROWS divides tokens), whose tables are read once
 ):
     wait_for_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
     at = row[:, None] * WIDTH + column[None, :]
-    table = ((row // tokens) % frames)[:, None] * WIDTH + column[None, :]
+    if SHARED:
+        table = (((tl.program_id(0) * ROWS) // tokens) % frames) * WIDTH + column[None, :]
+        of_table = (column < WIDTH)[None, :]
+    else:
+        table = ((row // tokens) % frames)[:, None] * WIDTH + column[None, :]
+        of_table = inside
 
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if y is not None:
         branch = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         if gate is not None:
-            branch *= tl.load(gate + table, mask=inside, other=0.0)
+            branch *= tl.load(gate + table, mask=of_table, other=0.0)
         # the norm sees what later parts will read, so the sum is rounded first
         stored = narrow(value + branch, x.dtype.element_ty)
         tl.store(x_new + at, stored, mask=inside)
@@ -44,6 +50,6 @@ def adaln(
     variance = tl.sum(centred * centred, axis=1) / WIDTH
     result = centred * tl.rsqrt(variance + eps)[:, None]
     if scale is not None:
-        result *= 1.0 + tl.load(scale + table, mask=inside, other=0.0)
-        result += tl.load(shift + table, mask=inside, other=0.0)
+        result *= 1.0 + tl.load(scale + table, mask=of_table, other=0.0)
+        result += tl.load(shift + table, mask=of_table, other=0.0)
     tl.store(h + at, narrow(result, h.dtype.element_ty), mask=inside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -74,13 +73,14 @@ def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
 def by_triton(found: Iterable[ops.Call]) -> Iterator[Call]:
     """Those of the calls, on the meta device, that this package's Triton kernels take on a GPU."""
     for op, args in found:
-        triton = find(op).implementations.get("triton")
-        if triton is None or foreign(triton) is not None:
-            continue
-        with launch.without_data(), torch.no_grad():
-            reason = triton.refuse(*args)
-        if reason is None:
-            yield importlib.import_module(f"dit4dit.ops.{op}").launches, args
+        for implementation in find(op).implementations.values():
+            launches = launch.launches_of(implementation.run)
+            if launches is None or foreign(implementation) is not None:
+                continue
+            with launch.without_data(), torch.no_grad():
+                reason = implementation.refuse(*args)
+            if reason is None:
+                yield launches, args
 
 
 def _facts(value: Any) -> Hashable:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,7 +58,7 @@ def adaln(
     shift, scale: float32 [T, D] both, or both None: a plain layer norm.
     eps: of the layer norm, which has no weights of its own.
     out_dtype: of h. The arithmetic is in float32; the norm sees x_new as rounded to x's dtype.
-    backend: "triton" or "torch"; None chooses.
+    backend: "triton", "rows" (Triton, several rows of one frame a thread block) or "torch"; None chooses.
 
     Returns x_new in x's dtype (x itself where y is None) and h, both [B, T, N, D].
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -71,12 +74,17 @@ def adaln(
     return result
 
 
-def launches(args: _Args, architecture: str) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The kernels to run, and the tensors they will have written. Tensors may be on the meta device."""
+def launches(args: _Args, architecture: str, *, shared: bool = False) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The kernels to run, and the tensors they will have written. Tensors may be on the meta device.
+
+    shared: a thread block takes rows of one frame only, and reads its gate, shift and scale once for all of them.
+    """
     x, y, gate, shift, scale, eps, out_dtype = args
     _, frames, tokens, width = x.shape
     rows = x.numel() // width
-    tile = tiles.lookup("adaln", architecture, rows=rows, width=width)
+    tile = tiles.lookup("adaln", architecture, rows=rows, width=width, shared=int(shared))
+    if shared:
+        tile["ROWS"] = _shared_rows(tokens, tile["ROWS"])
     h = torch.empty_like(x, dtype=out_dtype)
     x_new = None if y is None else torch.empty_like(x)
     arguments = dict(
@@ -92,11 +100,16 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], tuple[Tensor
         tokens=tokens,
         eps=eps,
     )
-    constants = dict(WIDTH=width, COLUMNS=launch.power_of_2(width))
+    constants = dict(WIDTH=width, COLUMNS=launch.power_of_2(width), SHARED=shared)
     return [Launch("adaln", (launch.blocks(rows, tile["ROWS"]),), arguments, constants, tile)], (
         x if x_new is None else x_new,
         h,
     )
+
+
+def _shared_rows(tokens: int, most: int) -> int:
+    """The largest power of two up to `most` that divides the tokens of a frame."""
+    return min(most, tokens & -tokens)
 
 
 def _refuse(
@@ -112,6 +125,12 @@ def _refuse(
     return launch.refuse(x=x, y=y, gate=gate, shift=shift, scale=scale)
 
 
+def _refuse_rows(x: Tensor, *rest: Any) -> str | None:
+    if x.shape[2] % 2:
+        return f"{x.shape[2]} tokens in a frame, an odd number, which no two rows divide"
+    return _refuse(x, *rest)
+
+
 _WIDEST = 8192  # a row stays in the registers of one thread block
 
 
@@ -121,10 +140,20 @@ def _example(device: torch.device) -> _Args:
     return x, x.bfloat16(), table, table, table, 1e-6, torch.bfloat16
 
 
+_launches_rows = partial(launches, shared=True)
+
 _op = Op(
     "adaln",
     [
         Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
+        # by counting, 6 KB of tables a row instead of 24 of a backbone's 48 KB; not measured
+        Implementation(
+            "rows",
+            launch.refuser(_refuse_rows, _launches_rows),
+            launch.runner(_launches_rows),
+            device="cuda",
+            measured_only=True,
+        ),
         Implementation("torch", lambda *_: None, reference),
     ],
     _example,

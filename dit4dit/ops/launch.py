@@ -110,7 +110,14 @@ def runner(launches: Launches) -> Callable[..., Any]:
                     step()
         return results
 
+    run.launches = launches  # type: ignore[attr-defined]
     return run
+
+
+def launches_of(run: Callable[..., Any]) -> Launches | None:
+    """What an implementation's `run` launches, where it is one of `runner`'s."""
+    found: Launches | None = getattr(run, "launches", None)
+    return found
 
 
 def refuser(refuse: Callable[..., str | None], launches: Launches) -> Callable[..., str | None]:

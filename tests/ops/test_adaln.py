@@ -9,8 +9,9 @@ import torch
 from dit4dit.benchmarks.harness import assert_no_worse
 
 from dit4dit.errors import InputError
-from dit4dit.ops import adaln
+from dit4dit.ops import adaln, launch
 from dit4dit.ops.adaln import reference
+from dit4dit.ops.dispatch import find
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -44,6 +45,31 @@ def make(shape, x_dtype, y_dtype, out_dtype, *, y=True, gate=True, modulate=True
 def test_triton(triton_op, shape, parts, dtypes):
     args = make(shape, *dtypes, **parts)
     assert_no_worse(partial(triton_op, "adaln"), reference, args, float32_limit=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, BF16, BF16), (F16, F16, F16)])
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((2, 3, 4, 96), {}),
+        ((3, 2, 6, 33), {}),
+        ((2, 2, 128, 64), dict(gate=False)),
+        ((1, 2, 12, 2048), dict(y=False)),
+        ((1, 3, 2, 130), dict(modulate=False)),
+    ],
+)
+def test_rows_of_one_frame_share_its_tables(triton_op, shape, parts, dtypes):
+    """Tokens that 64 divides, or 4, or 2 alone: a block never crosses into the next frame."""
+    args = make(shape, *dtypes, **parts)
+    assert_no_worse(partial(triton_op, "adaln", backend="rows"), reference, args, float32_limit=1e-5)
+
+
+def test_rows_take_no_odd_number_of_tokens():
+    args = make((1, 2, 7, 64), F32, BF16, BF16)
+    with launch.without_data():
+        given = tuple(x.to("meta") if isinstance(x, torch.Tensor) else x for x in args)
+        reason = find("adaln").implementations["rows"].refuse(*given)
+    assert reason == "7 tokens in a frame, an odd number, which no two rows divide"
 
 
 def test_without_a_branch_the_residual_is_itself():
