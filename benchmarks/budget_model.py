@@ -11,6 +11,8 @@ from dit4dit.benchmarks.budget_trace import Step
 
 TB = 1e6
 """Bytes a microsecond at 1 TB/s."""
+FEW = 64
+"""Rows of a product that its weights' bytes and latency decide."""
 LARGEST_TILE = 40960
 """Sums that one block of a library's product keeps in registers: 256 x 160."""
 FUNCTIONS = ("gelu", "silu", "sigmoid", "exp", "tanh", "_softmax")
@@ -61,7 +63,8 @@ def _product(step: Step, gpu: Gpu) -> float:
     if f["dtype"] in ("float32", "float64"):
         return _plain_product(step, gpu)
     least = step.bytes / (gpu["memory"] * TB)
-    return float(gpu["library"] + max(least, _library_tiles(gpu, f["n"], f["m"], f["k"], f["count"], f["dtype"])))
+    begin = gpu["library_few" if f["m"] * f["count"] <= FEW else "library"]
+    return float(begin + max(least, _library_tiles(gpu, f["n"], f["m"], f["k"], f["count"], f["dtype"])))
 
 
 def _library_tiles(gpu: Gpu, wide: int, rows: int, depth: int, count: int, dtype: str) -> float:

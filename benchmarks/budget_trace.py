@@ -72,10 +72,18 @@ class Trace:
         flops = call_flops(module or f"dit4dit.ops.{steps[0].kernel.partition('.')[0]}", args) if many else 0.0
         for step in steps:
             tensors = [x for x in step.arguments.values() if isinstance(x, Tensor)]
+            moved = distinct_bytes(tensors)
+            for (kernel, name), share in PARTLY.items():
+                part = step.arguments.get(name) if kernel == step.kernel else None
+                moved -= int((1 - share) * distinct_bytes([part])) if isinstance(part, Tensor) else 0
             facts = {"grid": list(step.grid), "tile": dict(step.tile), "constants": dict(step.constants)}
             facts |= {"dtype": _dtype(tensors), "lengths": _lengths(step)}
             kind = "cuda" if step.kernel.endswith(".cu") else "triton"
-            self.add(kind, step.kernel, flops / len(many) if step in many else 0.0, distinct_bytes(tensors), **facts)
+            self.add(kind, step.kernel, flops / len(many) if step in many else 0.0, moved, **facts)
+
+
+PARTLY = {("qk_norm_rope", "qkv"): 2 / 3}
+"""(kernel, argument) -> which share of it is read: values are neither normed nor rotated."""
 
 
 def _lengths(step: Launch) -> dict[str, int]:
