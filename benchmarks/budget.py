@@ -19,8 +19,9 @@ from dit4dit.benchmarks.budget_model import gap_us, time_us
 from dit4dit.benchmarks.budget_trace import Step, Trace, recording
 
 from dit4dit import ops
+from dit4dit.config import ModelConfig
 from dit4dit.engine import Engine
-from dit4dit.engine.action_ode.program import HeadChoice
+from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead
 from dit4dit.engine.listing import engine_without_data
 from dit4dit.engine.plan import GRAPHS, Plan
 from dit4dit.ops import dispatch
@@ -103,8 +104,10 @@ def measure(wanted: Wanted) -> dict[str, Any]:
     result |= {"head_dtype": str(wanted.head_dtype).removeprefix("torch."), "programmatic": wanted.programmatic}
     result |= {"constants": dict(gpu.constants), "launches": {}, "stages": {}, "totals": {}, "chosen": {}}
     cheapest = Cheapest(gpu, wanted.programmatic)
+    subject = tuning_calls.of_preset(wanted.preset)
+    engine = engine_of(wanted, subject.config)
     for total, verdicts in (("today", Shipped(gpu)), ("as_if_chosen", cheapest)):
-        trace, ran = steps_of(wanted, verdicts)
+        trace, ran = steps_of(wanted, subject, engine, verdicts)
         programmatic = wanted.programmatic and total == "as_if_chosen"
         rows = [row(step, gpu, programmatic) for step in trace.steps]
         result["launches"][total] = rows
@@ -115,11 +118,14 @@ def measure(wanted: Wanted) -> dict[str, Any]:
     return result
 
 
-def steps_of(wanted: Wanted, verdicts: Verdicts) -> tuple[Trace, dict[str, dict[str, int]]]:
-    """One request's launches as a plan makes them, and op -> implementation -> calls."""
-    subject = tuning_calls.of_preset(wanted.preset)
+def steps_of(
+    wanted: Wanted, subject: tuning_calls.Subject, engine: Engine, verdicts: Verdicts
+) -> tuple[Trace, dict[str, dict[str, int]]]:
+    """The launches for one request as a plan makes them, and op -> implementation -> calls.
+
+    engine: of `engine_of`. verdicts: by which the plan chooses.
+    """
     shape, action_dim = tuning_calls.requests(subject, [wanted.batch], {})[0]
-    engine = engine_of(wanted, subject.config)
     engine._verdicts = verdicts
     units = None if action_dim is None else torch.zeros(5, action_dim, dtype=torch.float64)
     with recording(wanted.gpu.stand_in):
@@ -136,16 +142,13 @@ def steps_of(wanted: Wanted, verdicts: Verdicts) -> tuple[Trace, dict[str, dict[
     return trace, plan.ran
 
 
-def engine_of(wanted: Wanted, config: Any) -> Engine:
+def engine_of(wanted: Wanted, config: ModelConfig) -> Engine:
     """The engine on tensors without data, with the head that is asked for."""
     engine = engine_without_data(config, head_dtype=wanted.head_dtype)
     if wanted.head == "library":
         engine.one_launch = None
     elif wanted.head == "one_launch":
-        if engine.one_launch is None:
-            from dit4dit.engine.action_ode.program import OneLaunchHead
-
-            engine.one_launch = OneLaunchHead(engine.head, config.head, engine.steps)
+        engine.one_launch = OneLaunchHead(engine.head, config.head, engine.steps)
         engine.one_launch.backend = "cuda"
     return engine
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dit4dit.errors import InputError, did_you_mean, shown
 from dit4dit.files.keys import is_finite, read_json
 from dit4dit.ops.launch import StandIn
@@ -45,9 +47,13 @@ class Gpu:
 def read(named: str) -> Gpu:
     """A GPU by name ("h200", "h100"), or of a JSON file: {"name", "like": a name, "constants": {name: {"value", "unit", "source"}}}.
 
+    "auto" is the GPU that is here, an H200 where there is none.
+
     InputError: no such GPU or file, or the file says something else.
     """
     known = json.loads(BUILT_IN.read_text(encoding="utf-8"))["gpus"]
+    if named == "auto":
+        named = _here(known)
     if named in known:
         return _made(known[named], known, "gpus.json")
     path = Path(named)
@@ -55,6 +61,16 @@ def read(named: str) -> Gpu:
         names = ", ".join(known)
         raise InputError(f"--gpu {shown(named)}: no such GPU{did_you_mean(named, list(known))}; known: {names}, or a JSON file")
     return _made(read_json(path, HINT, error=InputError), known, str(path))
+
+
+def _here(known: Mapping[str, Any]) -> str:
+    if not torch.cuda.is_available():
+        return next(iter(known))
+    name = torch.cuda.get_device_name()
+    for short, data in known.items():
+        if data["name"] == name:
+            return short
+    raise InputError(f"--gpu auto: {name} has no constants; give one of {', '.join(known)}, or a JSON file of its own")
 
 
 def _made(data: Any, known: Mapping[str, Any], where: str) -> Gpu:

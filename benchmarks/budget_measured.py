@@ -13,11 +13,14 @@ HINT = "give a result of dit4dit bench profile, bench latency, or benchmarks/gpu
 STAGES = ("vae", "backbone", "action_head")
 """Stages that are replayed as graphs of their own."""
 
+HEADLESS = ("copies", "noise", "preprocess", "vae", "backbone", "outputs")
+"""Stages that are the same whatever runs the head."""
+
 
 def read(path: Path, preset: str, head: str, head_dtype: str) -> dict[str, Any]:
     """{"source", "stages": stage -> microseconds, "total": microseconds of a chunk by the host's clock, or None}.
 
-    Of a suite's parts those with this head come first; the VAE and the backbone are taken of other heads where it has none.
+    Of several parts the shortest time of each stage; of other heads all stages but the head's own.
     InputError: no such file, or it has nothing of this preset.
     """
     data = read_json(path, HINT, error=InputError)
@@ -29,15 +32,15 @@ def read(path: Path, preset: str, head: str, head_dtype: str) -> dict[str, Any]:
         there = ", ".join(sorted({shown(part.get("preset")) for part in parts.values()}))
         raise InputError(f"--measured {path}: nothing of {preset} in it, only of {there}; {HINT}")
     found: dict[str, Any] = {"source": path.name, "stages": {}, "total": None}
-    ordered = sorted(fitting.items(), key=lambda item: (not _same_head(item[1], head, head_dtype), _late(item[0])))
-    for _, part in ordered:
+    for part in fitting.values():
         same = _same_head(part, head, head_dtype)
         for stage, us in _stages(part):
-            if same or stage in ("vae", "backbone", "preprocess", "outputs"):
-                found["stages"].setdefault(stage, us)
-        p50 = (part.get("engine") or {}).get("p50") if isinstance(part.get("engine"), dict) else None
-        if same and found["total"] is None and is_finite(p50):
-            found["total"] = float(p50) * 1e3
+            if same or stage in HEADLESS:
+                found["stages"][stage] = min(us, found["stages"].get(stage, us))
+        engine = part.get("engine")
+        p50 = engine.get("p50") if isinstance(engine, dict) else None
+        if same and is_finite(p50):
+            found["total"] = min(float(p50) * 1e3, found["total"] or float("inf"))
     return found
 
 
@@ -49,11 +52,6 @@ def _same_head(part: Mapping[str, Any], head: str, head_dtype: str) -> bool:
     return part.get("head_dtype") == head_dtype and (head == "auto" or part.get("head") == head)
 
 
-def _late(name: str) -> bool:
-    """Parts that time something besides: the published schedule in turns, or a robot's rate."""
-    return name.startswith(("ratio", "spaced"))
-
-
 def _stages(part: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Stage -> microseconds: of a latency's engine, of a profile's replays, of a profile's kernels where there is no replay."""
     engine = (part.get("stages") or {}).get("engine") if "stage_us" not in part else None
@@ -63,6 +61,19 @@ def _stages(part: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for stage, us in (part.get("replay_us") or {}).items():
         if stage in STAGES and is_finite(us):
             yield stage, float(us)
-    for stage, of in (part.get("stage_us") or {}).items():
-        if stage not in STAGES and isinstance(of, dict) and is_finite(of.get("kernels")):
-            yield stage, float(of["kernels"])
+    kernels = part.get("stages") if "stage_us" in part else None
+    for stage, us in _around(kernels or {}).items():
+        yield stage, us
+
+
+def _around(kernels: Mapping[str, Any]) -> dict[str, float]:
+    """What a profile has in its first and last stage, by the stages of a step: its noise is drawn in the first one."""
+    found: dict[str, float] = {}
+    for stage in ("preprocess", "outputs"):
+        for one in kernels.get(stage) or ():
+            name = str(one.get("kernel"))
+            of = "copies" if "HtoD" in name or "DtoH" in name else stage
+            if stage == "preprocess" and ("philox" in name or "DtoD" in name):
+                of = "noise"
+            found[of] = found.get(of, 0.0) + float(one.get("us") or 0.0)
+    return found

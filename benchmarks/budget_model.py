@@ -191,7 +191,8 @@ def _triton_product(step: Step, gpu: Gpu) -> float:
     turns = math.ceil(inner / depth)
     waiting = turns * max(gpu["memory_latency"] / max(1, stages - 1), moved / (gpu["sm_read"] * 1e3))
     arithmetic = waves_us(gpu, blocks, resident, max(alone, waiting), full)
-    return float(gpu["triton"] + max(arithmetic, step.bytes / (gpu["memory"] * TB)))
+    rate = gpu["triton_few_rate" if rows <= FEW // 2 else "memory"]
+    return float(gpu["triton"] + max(arithmetic, step.bytes / (rate * TB)))
 
 
 def _inner(step: Step, results: int) -> int:

@@ -124,7 +124,7 @@ def budget(
     preset: str = "robocasa_gr1",
     head: Head = "auto",
     head_dtype: Dtype = "auto",
-    gpu: str = "h200",
+    gpu: str = "auto",
     batch: int = 1,
     measured: Path | None = None,
     json: Path | None = None,
@@ -138,7 +138,8 @@ def budget(
         preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
         head: library, one_launch or auto, as in bench latency.
         head_dtype: of the action head; auto is float32, and bfloat16 for one_launch.
-        gpu: h200, h100, or a JSON file with the constants of another (benchmarks/gpus.json shows the form).
+        gpu: h200, h100, or a JSON file with the constants of another (benchmarks/gpus.json shows the form); auto is the one
+            that is here, h200 where there is none.
         batch: requests in one pass.
         measured: show the times of this result of bench profile, of bench latency or of the GPU suite beside the predictions.
         json: also write every launch to this file.
@@ -148,6 +149,7 @@ def budget(
     from dit4dit.benchmarks import budget_gpu, budget_measured, budget_report, latency_report
     from dit4dit.files.json_files import write_json
 
+    at_least(1, batch=batch)
     check_outputs(json=json)
     if report is not None:
         latency_report.check_place(report)
