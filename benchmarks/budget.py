@@ -165,7 +165,9 @@ def stages_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Stage -> launches (graph launches are none of the GPU's own), gflop, mb, us with gaps, and what it runs beside."""
     found: dict[str, dict[str, Any]] = {}
     for one in rows:
-        of = found.setdefault(one["stage"], {"launches": 0, "gflop": 0.0, "mb": 0.0, "us": 0.0, "beside": one["beside"]})
+        of = found.setdefault(
+            one["stage"], {"launches": 0, "gflop": 0.0, "mb": 0.0, "us": 0.0, "beside": one["beside"]}
+        )
         of["launches"] += one["kind"] != "graph"
         for name in ("gflop", "mb"):
             of[name] += one[name]
@@ -189,7 +191,16 @@ def show(result: Mapping[str, Any]) -> str:
         f"{result['preset']} on {result['gpu']}, head {result['head']} {result['head_dtype']}, batch {result['batch']}; predicted"
     ]
     measured = result.get("measured") or {}
-    header = ["stage", "launches", "as if chosen", "GFLOP", "MB", "us", "as if chosen", *(["measured us"] if measured else [])]
+    header = [
+        "stage",
+        "launches",
+        "as if chosen",
+        "GFLOP",
+        "MB",
+        "us",
+        "as if chosen",
+        *(["measured us"] if measured else []),
+    ]
     rows = []
     today, chosen = (result["stages"][total] for total in TOTALS)
     names = list(dict.fromkeys([*today, *chosen]))

@@ -40,12 +40,19 @@ class Gpu:
 
     def tensor_rate(self, dtype: str) -> float:
         """FLOP a microsecond of one SM's tensor cores; float32 runs without them."""
-        name = "plain_32_bit" if dtype in ("float32", "float64") else "tensor_8_bit" if "float8" in dtype else "tensor_16_bit"
+        name = (
+            "plain_32_bit"
+            if dtype in ("float32", "float64")
+            else "tensor_8_bit"
+            if "float8" in dtype
+            else "tensor_16_bit"
+        )
         return float(self[name] * self["clock"] * 1e3)
 
 
 def read(named: str) -> Gpu:
-    """A GPU by name ("h200", "h100"), or of a JSON file: {"name", "like": a name, "constants": {name: {"value", "unit", "source"}}}.
+    """A GPU by name ("h200", "h100"), or of a JSON file: "name", "like" (a GPU by name, may be left out), and "constants", each
+    with "value", "unit" and "source".
 
     "auto" is the GPU that is here, an H200 where there is none.
 
@@ -59,7 +66,9 @@ def read(named: str) -> Gpu:
     path = Path(named)
     if not path.suffix and not path.exists():
         names = ", ".join(known)
-        raise InputError(f"--gpu {shown(named)}: no such GPU{did_you_mean(named, list(known))}; known: {names}, or a JSON file")
+        raise InputError(
+            f"--gpu {shown(named)}: no such GPU{did_you_mean(named, list(known))}; known: {names}, or a JSON file"
+        )
     return _made(read_json(path, HINT, error=InputError), known, str(path))
 
 
@@ -75,7 +84,11 @@ def _here(known: Mapping[str, Any]) -> str:
 
 def _made(data: Any, known: Mapping[str, Any], where: str) -> Gpu:
     full: dict[str, Any] = {name: one["value"] for name, one in known["h200"]["constants"].items()}
-    if not isinstance(data, dict) or not isinstance(data.get("constants"), dict) or not isinstance(data.get("name"), str):
+    if (
+        not isinstance(data, dict)
+        or not isinstance(data.get("constants"), dict)
+        or not isinstance(data.get("name"), str)
+    ):
         raise InputError(f"{where}: expected an object with 'name' and 'constants'; {HINT}")
     if other := sorted(set(data) - {"name", "like", "constants", "note"}):
         raise InputError(f"{where}: {shown(other[0])}: no such key; {HINT}")

@@ -27,7 +27,9 @@ def read(path: Path, preset: str, head: str, head_dtype: str) -> dict[str, Any]:
     parts = {"": data} if _is_part(data) else {k: v for k, v in data.items() if _is_part(v)}
     if not parts:
         raise InputError(f"--measured {path}: no times of stages in it; {HINT}")
-    fitting = {name: part for name, part in parts.items() if part.get("preset") == preset and not part.get("quantization")}
+    fitting = {
+        name: part for name, part in parts.items() if part.get("preset") == preset and not part.get("quantization")
+    }
     if not fitting:
         there = ", ".join(sorted({shown(part.get("preset")) for part in parts.values()}))
         raise InputError(f"--measured {path}: nothing of {preset} in it, only of {there}; {HINT}")
@@ -39,7 +41,7 @@ def read(path: Path, preset: str, head: str, head_dtype: str) -> dict[str, Any]:
                 found["stages"][stage] = min(us, found["stages"].get(stage, us))
         engine = part.get("engine")
         p50 = engine.get("p50") if isinstance(engine, dict) else None
-        if same and is_finite(p50):
+        if same and p50 is not None and is_finite(p50):
             found["total"] = min(float(p50) * 1e3, found["total"] or float("inf"))
     return found
 

@@ -99,7 +99,9 @@ def _plain_product(step: Step, gpu: Gpu) -> float:
 def _convolution(step: Step, gpu: Gpu) -> float:
     f = step.facts
     if f["dtype"] == "float32":
-        return float(gpu["convolution"] + step.flops / (gpu["multiprocessors"] * gpu.tensor_rate("float32") * gpu["simt"]))
+        return float(
+            gpu["convolution"] + step.flops / (gpu["multiprocessors"] * gpu.tensor_rate("float32") * gpu["simt"])
+        )
     if f["window"] == 1:
         tiles = _library_tiles(gpu, f["out"], f["pixels"], f["k"], 1, f["dtype"])
         return float(gpu["library"] - 1 + max(tiles, moving_us(gpu, step.bytes, "rows_rate")))
@@ -108,7 +110,8 @@ def _convolution(step: Step, gpu: Gpu) -> float:
     depth = f["window"] * (-(-f["into"] // 8) * 8)
     alone, full = gpu[f"convolution_{m}x{n}"]
     one = 2.0 * m * n * depth / gpu.tensor_rate(f["dtype"])
-    return float(gpu["convolution"] + max(waves_us(gpu, blocks, 2, one / alone, one / full), moving_us(gpu, step.bytes, "rows_rate")))
+    arithmetic = waves_us(gpu, blocks, 2, one / alone, one / full)
+    return float(gpu["convolution"] + max(arithmetic, moving_us(gpu, step.bytes, "rows_rate")))
 
 
 def convolution_tile(pixels: int, out: int, stride: int) -> tuple[int, int]:
@@ -217,7 +220,9 @@ def _triton_attention(step: Step, gpu: Gpu) -> float:
     few, many = gpu["triton_attention"]
     one = 4.0 * rows * padded * dim / gpu.tensor_rate(f["dtype"])
     alone = one / min(many, few * warps / 4)
-    return float(gpu["triton"] + max(waves_us(gpu, blocks, resident, alone, one / many), moving_us(gpu, step.bytes, "rows_rate")))
+    return float(
+        gpu["triton"] + max(waves_us(gpu, blocks, resident, alone, one / many), moving_us(gpu, step.bytes, "rows_rate"))
+    )
 
 
 def _cuda(step: Step, gpu: Gpu) -> float:

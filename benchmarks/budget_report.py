@@ -37,7 +37,8 @@ def page(result: Mapping[str, Any]) -> str:
     bars = "".join(_stage(result, stage, most) for stage in stages)
     legend = " ".join(f"<span style='background:{colour}'>&emsp;</span> {name}" for name, colour in COLOURS.items())
     totals = ", ".join(
-        f"{NAMES[name]} <b>{of['us'] / 1e3:.2f} ms</b> in {of['launches']} launches" for name, of in result["totals"].items()
+        f"{NAMES[name]} <b>{of['us'] / 1e3:.2f} ms</b> in {of['launches']} launches"
+        for name, of in result["totals"].items()
     )
     return (
         f"<!doctype html><meta charset='utf-8'><title>{title}</title>"
@@ -80,7 +81,9 @@ def _launches(result: Mapping[str, Any]) -> str:
     """The launches of "as if chosen" that take the longest, equal ones together."""
     sums: dict[tuple[str, str, str], list[float]] = {}
     for one in result["launches"]["as_if_chosen"]:
-        facts = {k: v for k, v in one.items() if k in ("m", "n", "k", "pixels", "out", "grid", "shape", "length", "keys")}
+        facts = {
+            k: v for k, v in one.items() if k in ("m", "n", "k", "pixels", "out", "grid", "shape", "length", "keys")
+        }
         key = one["stage"], one["name"], ", ".join(f"{k} {v}" for k, v in facts.items())
         of = sums.setdefault(key, [0.0, 0.0, 0.0])
         of[0] += 1

@@ -233,7 +233,19 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
-FILLS = ("fill_", "zero_", "zeros", "zeros_like", "new_zeros", "new_full", "new_ones", "full", "ones", "full_like", "ones_like")
+FILLS = (
+    "fill_",
+    "zero_",
+    "zeros",
+    "zeros_like",
+    "new_zeros",
+    "new_full",
+    "new_ones",
+    "full",
+    "ones",
+    "full_like",
+    "ones_like",
+)
 
 
 def record(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -288,7 +300,7 @@ def _dense(x: Tensor) -> bool:
 
 def _product(trace: Trace, name: str, given: list[Tensor], out: Tensor, flops: float, moved: int) -> None:
     """A product by the library. facts: m rows, n columns, k, count of them; in float32 also what its split sums launch."""
-    left, right = [x for x in given if x.dim() >= 2][-2:]
+    left = [x for x in given if x.dim() >= 2][-2]
     count = math.prod(out.shape[:-2])
     m, n, k = out.shape[-2], out.shape[-1], left.shape[-1]
     bias = name in ("addmm", "baddbmm")
@@ -321,7 +333,9 @@ def _convolution(trace: Trace, args: Any, out: Tensor, flops: float) -> None:
     with outside():
         if padded:  # cuDNN's kernels take multiples of 8 channels
             trace.add("elementwise", "pad channels", 0.0, 4 * distinct_bytes([x]), dtype=facts["dtype"], form="strided")
-            trace.add("elementwise", "pad channels", 0.0, 4 * distinct_bytes([weight]), dtype=facts["dtype"], form="flat")
+            trace.add(
+                "elementwise", "pad channels", 0.0, 4 * distinct_bytes([weight]), dtype=facts["dtype"], form="flat"
+            )
         if padded or (facts["window"] == 1 and facts["dtype"] != "float32"):
             trace.add("memset", "memset", 0.0, 0)
         trace.add("convolution", "convolution", flops, distinct_bytes([x, weight, out]), **facts)

@@ -153,7 +153,18 @@ def later_parts(settings: Settings) -> list[Part]:
     launches = {"DIT4DIT_LAUNCHES": "2000"}
     alone = run.tests("gpu and alone", 1)
     # pytest-xdist waits 10 s for a worker that is in the middle of a test before it writes the XML
-    budget = (*run.dit4dit, "bench", "budget", "--head", "library", *BFLOAT16_HEAD, "--measured", "{result}", "--json", "{json}")
+    budget = (
+        *run.dit4dit,
+        "bench",
+        "budget",
+        "--head",
+        "library",
+        *BFLOAT16_HEAD,
+        "--measured",
+        "{result}",
+        "--json",
+        "{json}",
+    )
     interrupt: dict[str, Any] = {"gpu": True, "stop": signal.SIGINT, "grace": 14}
     return [
         Part("ops", run.ops(*OTHER_OPS), 15, 40),

@@ -51,7 +51,7 @@ def driver() -> _C.Driver:
 
 
 def no_cuda_kernels(device: torch.device) -> str | None:
-    """Why this build has no compiled kernel for the GPU `device`, or None; for tensors that stand for a GPU's, as a release has."""
+    """Why this build has no compiled kernel for the GPU `device`, or None; None where tensors only stand for a GPU's."""
     if launch.stand_in(device) is not None:
         return None
     built = tuple(compiled().cuda_architectures)
