@@ -154,6 +154,18 @@ def later_parts(settings: Settings) -> list[Part]:
     launches = {"DIT4DIT_LAUNCHES": "2000"}
     alone = run.tests("gpu and alone", 1)
     # pytest-xdist waits 10 s for a worker that is in the middle of a test before it writes the XML
+    budget = (
+        *run.dit4dit,
+        "bench",
+        "budget",
+        "--head",
+        "library",
+        *BFLOAT16_HEAD,
+        "--measured",
+        "{result}",
+        "--json",
+        "{json}",
+    )
     interrupt: dict[str, Any] = {"gpu": True, "stop": signal.SIGINT, "grace": 14}
     return [
         Part("ops", run.ops(*OTHER_OPS), 15, 40),
@@ -161,6 +173,7 @@ def later_parts(settings: Settings) -> list[Part]:
         Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 120, **interrupt),
         Part("gpu_tests_alone", alone, 20, 60, environment=launches, **interrupt),
         Part(f"latency_fp8_{first}", run.latency(first, "--quantization", "fp8", *FLOAT32_HEAD, *ALONE), 30, 60),
+        *(Part(f"budget_{p}", (*budget, "--preset", p), 10, 40, gpu=True) for p in settings.presets),
         *(Part(f"ratio_{p}", run.latency(p, *BESIDE_PUBLISHED, page=True), 20, 45) for p in others),
         Part(f"spaced_{first}", run.latency(first, "--at-hz", "30", *FLOAT32_HEAD, *ALONE), 15, 40),
         Part("tiles", (*tiles, "--out", str(settings.scratch / "tiles.json")), 20, 90, gpu=True),

@@ -122,6 +122,55 @@ def latency(
     return 0
 
 
+def budget(
+    preset: str = "robocasa_gr1",
+    head: Head = "auto",
+    head_dtype: Dtype = "auto",
+    gpu: str = "auto",
+    batch: int = 1,
+    measured: Path | None = None,
+    json: Path | None = None,
+    report: Path | None = None,
+) -> int:
+    """Every launch of one chunk on a GPU, counted and predicted, on any machine; no weights and no GPU are needed.
+
+    Two totals: as a plan chooses there today, and as if each call had the implementation with the smallest prediction.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
+        head: library, one_launch or auto, as in bench latency.
+        head_dtype: of the action head; auto is float32, and bfloat16 for one_launch.
+        gpu: h200, h100, or a JSON file with the constants of another (benchmarks/gpus.json shows the form); auto is the one
+            that is here, h200 where there is none.
+        batch: requests in one pass.
+        measured: show the times of this result of bench profile, of bench latency or of the GPU suite beside the predictions.
+        json: also write every launch to this file.
+        report: write a page with a bar for each stage into this folder, or to this file if it ends in .html.
+    """
+    from dit4dit.benchmarks import budget as module
+    from dit4dit.benchmarks import budget_gpu, budget_measured, budget_report, latency_report
+    from dit4dit.files.json_files import write_json
+
+    at_least(1, batch=batch)
+    check_outputs(json=json)
+    if report is not None:
+        latency_report.check_place(report)
+    kind = head_dtype_of(head_dtype, head)
+    wanted = module.Wanted(preset, head, kind, budget_gpu.read(gpu), batch)
+    beside = None
+    if measured is not None:
+        beside = budget_measured.read(measured, preset, head, str(kind).removeprefix("torch."))
+    with bar("budget", 1) as shown, shown.ticking():
+        result = module.measure(wanted)
+    result["measured"] = beside
+    say(module.show(result))
+    if json is not None:
+        write_json(json, result)
+    if report is not None:
+        say(f"wrote {budget_report.write(report, result)}")
+    return 0
+
+
 def profile(
     preset: str = "robocasa_gr1",
     device: Device = "auto",
@@ -338,6 +387,7 @@ def rollout(
 BENCHMARKS: dict[str, Callable[..., int]] = {
     "flops": flops,
     "latency": latency,
+    "budget": budget,
     "profile": profile,
     "ops": ops,
     "options": options,

@@ -119,9 +119,9 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
 
 def _no_tensor_cores(x: Tensor) -> str | None:
     """Why no GPU instruction multiplies e4m3 here, or None."""
-    if x.device.type != "cuda":
+    if not launch.on_gpu(x.device):
         return None
-    major, minor = torch.cuda.get_device_capability(x.device)
+    major, minor = launch.capability(x.device)
     if 10 * major + minor < LEAST_CAPABILITY:
         return f"fp8 needs compute capability 8.9 or later, this is {major}.{minor}; leave the quantization out here"
     return None
@@ -152,12 +152,12 @@ def _refuse_scaled_mm(
     activation: str,
     out_dtype: torch.dtype,
 ) -> str | None:
-    if x.device.type != "cuda":
+    if not launch.on_gpu(x.device):
         return f"x is on {x.device.type}"
     reason = _no_tensor_cores(x)
     if reason is not None:
         return reason
-    capability = torch.cuda.get_device_capability(x.device)
+    capability = launch.capability(x.device)
     if capability not in ((8, 9), (9, 0), (10, 0)):
         # cuBLAS answers CUBLAS_STATUS_NOT_SUPPORTED on 12.0 (torch 2.10); others are unknown
         return f"PyTorch has no row-wise scales for compute capability {capability[0]}.{capability[1]}"
