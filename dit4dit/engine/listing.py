@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit4dit import ops
 from dit4dit.config import ModelConfig
 from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.engine.encoder import fold_encoder
 from dit4dit.engine.engine import Engine
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.plan import Plan, RequestShape
@@ -36,10 +37,11 @@ def engine_without_data(
     head_dtype: torch.dtype = torch.float32,
     fp8: bool = False,
     steps: int | None = None,
+    device: str = "cuda",
 ) -> Engine:
     """The engine of a model on the meta device.
 
-    dtype: of VAE and backbone. fp8: the backbone's matrices in e4m3. steps: as of `Engine`.
+    dtype: of VAE and backbone. fp8: the backbone's matrices in e4m3. steps: as of `Engine`. device: the kind whose calls it makes.
     """
     with torch.device("meta"):
         model = DiT4DiT(config, with_text=False).to(dtype).eval()
@@ -47,6 +49,7 @@ def engine_without_data(
         assert model.head is not None
         model.head.to(head_dtype)
         engine = Engine(model, steps=steps)
+        engine.encoder = fold_encoder(model.backbone, apart=device != "cpu")
         if fp8:
             narrow = [b.with_matrices(lambda _, matrix: Fp8Matrix.quantized(matrix, 1.0)) for b in engine.blocks]
             engine.blocks = tuple(narrow)

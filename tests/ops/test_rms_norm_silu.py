@@ -82,7 +82,10 @@ def test_reference_is_torchs_normalize(silu):
 def test_what_is_not_asked_for_is_not_written():
     """norm2 of every residual block: a store of the sum would be half of the kernel's traffic again."""
     args = given(96, torch.bfloat16, bias=True, residual=True)
-    assert [launches((*args, True, keep), "90")[0][0].arguments["x_new"] is None for keep in (False, True)] == [True, False]
+    assert [launches((*args, True, keep), "90")[0][0].arguments["x_new"] is None for keep in (False, True)] == [
+        True,
+        False,
+    ]
     (plain,), results = launches((args[0], None, None, args[3], True, True), "90")
     assert plain.arguments["x_new"] is None
     assert results[1] is args[0]
