@@ -1,4 +1,4 @@
-"""What is to be added up, root mean square norm over the channels of each pixel, and swish, in one pass: images are channels last."""
+"""A sum, its root mean square norm over the channels of each pixel, and swish, in one pass: images are channels last."""
 
 import triton
 import triton.language as tl

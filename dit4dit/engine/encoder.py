@@ -96,7 +96,8 @@ class Residual:
             (conv1, bias1), (conv2, bias2) = conv1.apart(), conv2.apart()
             if shortcut is not None:
                 shortcut, bias = shortcut.apart()
-                assert bias2 is not None and bias is not None
+                assert bias2 is not None
+                assert bias is not None
                 bias2 = (bias2.double() + bias.double()).to(bias2.dtype)
         return cls(_gamma(block.norm1), conv1, bias1, _gamma(block.norm2), conv2, shortcut, bias2)
 
@@ -215,7 +216,8 @@ def _gamma(norm: ChannelRmsNorm) -> Tensor:
 
 def _product(after: nn.Conv2d, before: nn.Conv2d) -> Convolution:
     """after(before(x)) as one convolution, `after` being of one pixel; formed in float64, rounded once."""
-    assert after.bias is not None and before.bias is not None
+    assert after.bias is not None
+    assert before.bias is not None
     map_ = after.weight.detach().double().flatten(1)
     weight = (map_ @ before.weight.detach().double().flatten(1)).view_as(before.weight)
     bias = map_ @ before.bias.detach().double() + after.bias.detach().double()

@@ -41,7 +41,8 @@ def engine_without_data(
 ) -> Engine:
     """The engine of a model on the meta device.
 
-    dtype: of VAE and backbone. fp8: the backbone's matrices in e4m3. steps: as of `Engine`. device: the kind whose calls it makes.
+    dtype: of VAE and backbone. fp8: the backbone's matrices in e4m3. steps: as of `Engine`.
+    device: the kind of device whose calls it makes.
     """
     with torch.device("meta"):
         model = DiT4DiT(config, with_text=False).to(dtype).eval()

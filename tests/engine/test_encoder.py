@@ -167,7 +167,7 @@ def test_a_copy_encodes_the_same() -> None:
 
 
 @pytest.mark.kernels
-def test_with_its_kernels_interpreted(interprets: None) -> None:
+def test_with_its_kernels_interpreted(interprets: None, tmp_path: Path) -> None:
     """The path of a GPU with this package's own kernels, whatever memory held before: content of an earlier frame, or NaN."""
     script = """
 import torch
@@ -189,14 +189,15 @@ for dtype in (F32, BF16):
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
     }
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", script]  # from elsewhere: the source tree has no kernels as the package has them
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 class Kernels(TorchDispatchMode):
-    """Counts what a GPU would run: every operation that is no view and makes no empty tensor, a convolution's bias as one more."""
+    """Counts what a GPU would run: each operation that is no view and makes no empty tensor; a convolution's bias is one more."""
 
     def __init__(self) -> None:
         super().__init__()
