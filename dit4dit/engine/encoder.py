@@ -55,23 +55,34 @@ class Convolution:
         return replace(self, bias=None), self.bias
 
 
-@dataclass(frozen=True)
 class Pending:
-    """An image that is x + bias + residual: what comes behind adds it up."""
+    """An image that is x + bias + residual: what comes behind adds it up, once. The memory of x and residual is then free."""
 
-    x: Tensor
-    bias: Tensor | None = None
-    residual: Tensor | None = None
+    def __init__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> None:
+        """x is the image's own, and may be written."""
+        if bias is None and residual is not None:
+            # on a CPU, where a norm is several passes: one more that holds nothing is less than memory that waits for them
+            x, residual = x.add_(residual), None
+        self._parts: tuple[Tensor, Tensor | None, Tensor | None] | None = x, bias, residual
 
-    def norm(self, gamma: Tensor, *, silu: bool = True) -> Tensor:
-        """The norm of the image."""
-        (y,) = ops.rms_norm_silu(self.x, self.bias, self.residual, gamma, silu, False)
+    def _take(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        assert self._parts is not None
+        parts, self._parts = self._parts, None
+        return parts
+
+    def norm(self, gamma: Tensor) -> Tensor:
+        """The norm of the image, with the swish."""
+        (y,) = ops.rms_norm_silu(*self._take(), gamma, True, False)
         return y
 
     def norm_and_sum(self, gamma: Tensor, *, silu: bool = True) -> tuple[Tensor, Tensor]:
         """The norm of the image, and the image."""
-        y, total = ops.rms_norm_silu(self.x, self.bias, self.residual, gamma, silu, True)
+        y, total = ops.rms_norm_silu(*self._take(), gamma, silu, True)
         return y, total
+
+    def padded(self) -> Tensor:
+        """The image with zeros on the right and below."""
+        return ops.add_pad(*self._take())
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ class Half:
         return cls(*conv.apart()) if apart else cls(conv, None)
 
     def __call__(self, given: Pending) -> Pending:
-        return Pending(self.conv(ops.add_pad(given.x, given.bias, given.residual)), self.bias)
+        return Pending(self.conv(given.padded()), self.bias)
 
 
 @dataclass(frozen=True)

@@ -55,15 +55,15 @@ def check(op: str, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> N
             raise InputError(f"{op}: {name}: expected {x.dtype} as x, got {tensor.dtype}")
 
 
-def refuse_sum(x: Tensor, bias: Tensor | None, residual: Tensor | None, **more: Tensor) -> str | None:
-    """Why a Triton kernel that reads pixel after pixel cannot take these, or None. more: other tensors, contiguous."""
+def refuse_sum(x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor | None = None) -> str | None:
+    """Why a Triton kernel that reads pixel after pixel cannot take these, or None."""
     for name, image in (("x", x), ("residual", residual)):
         if image is not None and not image.is_contiguous(memory_format=torch.channels_last):
             return f"{name} is not channels last in memory"
     if x.shape[1] > WIDEST:
         return f"{x.shape[1]} channels, it takes at most {WIDEST}"
     rows = None if residual is None else residual.permute(0, 2, 3, 1)
-    return launch.refuse(x=x.permute(0, 2, 3, 1), bias=bias, residual=rows, **more)
+    return launch.refuse(x=x.permute(0, 2, 3, 1), bias=bias, residual=rows, gamma=gamma)
 
 
 def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:

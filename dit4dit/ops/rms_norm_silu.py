@@ -76,7 +76,7 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], _Result]:
 
 
 def _refuse(x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, *_: bool) -> str | None:
-    return refuse_sum(x, bias, residual, gamma=gamma)
+    return refuse_sum(x, bias, residual, gamma)
 
 
 def _example(device: torch.device) -> _Args:
