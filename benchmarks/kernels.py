@@ -85,7 +85,14 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"{tokens} feed-forward out", "linear", (x, _empty(width, 4 * width), _empty(width))
     for channels, side in ((96, 224), (192, 112), (384, 28)):
         x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
-        yield f"gr1 {channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
+        bias, gamma = _empty(channels), _empty(channels, 1, 1)
+        yield f"gr1 {channels} bias", "rms_norm_silu", (x, bias, None, gamma, True, False)
+        yield f"gr1 {channels} sum", "rms_norm_silu", (x, bias, x, gamma, True, True)
+    yield "gr1 384 attention", "rms_norm_silu", (x, bias, x, gamma, False, True)
+    yield "gr1 384 last", "rms_norm_silu", (x, bias, x, gamma, True, False)
+    for channels, side in ((96, 224), (192, 112), (384, 56)):
+        x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+        yield f"gr1 {channels} {side}", "add_pad", (x, _empty(channels), x)
     for into, out, side in ((96, 96, 224), (192, 192, 112), (384, 384, 56), (384, 384, 28)):
         x = _empty(batch, into, side, side).contiguous(memory_format=torch.channels_last)
         weight = _empty(out, into, 3, 3).contiguous(memory_format=torch.channels_last)

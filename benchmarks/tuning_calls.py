@@ -121,7 +121,9 @@ def todo(
         if name not in dispatch.names():
             known = ", ".join(dispatch.names())
             raise InputError(f"--ops {shown(name)}: no such op{did_you_mean(name, dispatch.names())}; known: {known}")
-    engine = engine_without_data(subject.config, dtype=dtype, head_dtype=head_dtype, fp8=fp8, steps=steps)
+    engine = engine_without_data(
+        subject.config, dtype=dtype, head_dtype=head_dtype, fp8=fp8, steps=steps, device=device.type
+    )
     gpu = device.type == "cuda"
     kernel = engine.one_launch if gpu else None
     found: dict[str, Todo] = {}

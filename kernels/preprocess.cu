@@ -15,7 +15,7 @@ constexpr int kViews = 8;  // travel as a kernel argument
 
 struct Arguments {
     ViewPlan views[kViews];
-    int count, out_height, out_width;
+    int count, out_channels, out_height, out_width;
     std::int64_t out_strides[4];  // batch, channel, row, column
 };
 
@@ -97,6 +97,7 @@ __global__ void preprocess_kernel(const __grid_constant__ Arguments a, T* __rest
     }
     T* to = out + blockIdx.z * a.out_strides[0] + y * a.out_strides[2] + out_x * a.out_strides[3];
     for (int c = 0; c < C; ++c) store(to_unit(value[c]), to + c * a.out_strides[1]);
+    for (int c = C; c < a.out_channels; ++c) store(0.f, to + c * a.out_strides[1]);
 }
 
 template <class T>
@@ -119,6 +120,7 @@ void preprocess_cuda(const std::vector<TensorView>& views, const std::vector<std
     Arguments arguments{};
     for (std::size_t i = 0; i < plan.views.size(); ++i) arguments.views[i] = plan.views[i];
     arguments.count = static_cast<int>(plan.views.size());
+    arguments.out_channels = plan.out_channels;
     arguments.out_height = plan.out_height;
     arguments.out_width = plan.out_width;
     for (int d = 0; d < 4; ++d) arguments.out_strides[d] = out.strides[d];

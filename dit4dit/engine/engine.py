@@ -20,7 +20,8 @@ from dit4dit import ops
 from dit4dit.config import VideoDitConfig
 from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead, choose_head
 from dit4dit.engine.calibration import Calibration
-from dit4dit.engine.fold import BackboneBlock, Head, fold_backbone, fold_encoder, fold_head
+from dit4dit.engine.encoder import fold_encoder, mean_and_deviation
+from dit4dit.engine.fold import BackboneBlock, Head, fold_backbone, fold_head
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
@@ -251,9 +252,9 @@ class Engine:
             return self.backbone(torch.cat([condition, latent[:, :, 1:]], dim=2), pack)
 
     def condition(self, frame: Tensor, posterior: Tensor) -> Tensor:
-        """The frame's normalised latent, float32 [B, z, 1, h, w]."""
+        """The frame's normalised latent, float32 [B, z, 1, h, w]. frame: as `Encoder` takes it."""
         noise = torch.zeros_like(posterior) if self.posterior == "mean" else posterior
-        mean, std = self.encoder(frame.contiguous(memory_format=torch.channels_last))
+        mean, std = mean_and_deviation(self.encoder(frame))
         return self.model.backbone.posterior(mean, std, noise)
 
     def backbone(self, latents: Tensor, pack: PromptPack) -> Tensor:

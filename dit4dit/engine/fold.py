@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dit4dit import ops
 from dit4dit.model import flow
 from dit4dit.model.action_head import ActionHead, Attention, Block, sinusoid
-from dit4dit.model.vae import ChannelRmsNorm, FrameEncoder
 from dit4dit.model.video_backbone import VideoBackbone
 from dit4dit.model.video_dit import AdaNorm
 
@@ -137,21 +136,6 @@ class Head:
     out_norms: tuple[Modulation, ...]
     decode_in: Matrix
     decode_out: Matrix
-
-
-def fold_encoder(backbone: VideoBackbone) -> FrameEncoder:
-    """The frame encoder with its weights channels last, which the model's own then share, and its norms as one op."""
-    source = backbone.frame_encoder
-    for parameter in source.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    with torch.device("meta"):
-        encoder = FrameEncoder(backbone.config.vae)
-    encoder.load_state_dict(source.state_dict(), assign=True)
-    for module in encoder.modules():
-        if isinstance(module, ChannelRmsNorm):
-            module.compute = ops.rms_norm_silu
-    return encoder.requires_grad_(False).eval()
 
 
 @torch.no_grad()

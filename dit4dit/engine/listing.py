@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit4dit import ops
 from dit4dit.config import ModelConfig
 from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.engine.encoder import fold_encoder
 from dit4dit.engine.engine import Engine
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.plan import Plan, RequestShape
@@ -36,11 +37,12 @@ def engine_without_data(
     head_dtype: torch.dtype | None = None,
     fp8: bool = False,
     steps: int | None = None,
+    device: str = "cuda",
 ) -> Engine:
     """The engine of a model on the meta device.
 
     dtype: of VAE and backbone. head_dtype: of the head; `dtype` when None. fp8: the backbone's
-        matrices in e4m3. steps: as of `Engine`.
+        matrices in e4m3. steps: as of `Engine`. device: the kind of device whose calls it makes.
     """
     head_dtype = dtype if head_dtype is None else head_dtype
     with torch.device("meta"):
@@ -49,6 +51,7 @@ def engine_without_data(
         assert model.head is not None
         model.head.to(head_dtype)
         engine = Engine(model, steps=steps)
+        engine.encoder = fold_encoder(model.backbone, apart=device != "cpu")
         if fp8:
             narrow = [b.with_matrices(lambda _, matrix: Fp8Matrix.quantized(matrix, 1.0)) for b in engine.blocks]
             engine.blocks = tuple(narrow)

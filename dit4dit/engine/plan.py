@@ -173,7 +173,13 @@ class Plan:
         given, noise = self.inputs.device, self.noise.device
         views = [given[f"view{i}"] for i in range(len(self.shape.views))]
         with ops.stage("preprocess"):
-            frame = ops.preprocess(views, self.shape.size, self.shape.resize, self._pack.keys.dtype)
+            frame = ops.preprocess(
+                views,
+                self.shape.size,
+                self.shape.resize,
+                self._pack.keys.dtype,
+                channels=self.engine.encoder.channels,
+            )
         features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"])
         most = self.shape.max_guidance
         guidance = None if most is None else GuidanceTensors(given["previous"], given["weights"], most)

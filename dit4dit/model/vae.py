@@ -7,7 +7,7 @@ the temporal down-samplings skipped. It agrees with `AutoencoderKLWan` on the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -37,19 +37,15 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
 
 
 class ChannelRmsNorm(nn.Module):
-    """Root-mean-square norm over the channels of [B, C, H, W], with a swish behind it where `silu`.
-
-    `compute` is what does it; the engine puts its op there.
-    """
+    """Root-mean-square norm over the channels of [B, C, H, W], with a swish behind it where `silu`."""
 
     def __init__(self, channels: int, *, silu: bool = True) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
         self.silu = silu
-        self.compute: Callable[[Tensor, Tensor, bool], Tensor] = rms_norm_silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, self.gamma, self.silu)
+        return rms_norm_silu(x, self.gamma, self.silu)
 
 
 class ResidualBlock(nn.Module):

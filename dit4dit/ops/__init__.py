@@ -20,6 +20,7 @@ from dit4dit.ops.preprocess import preprocess
 from dit4dit.ops.philox_normal import philox_normal
 from dit4dit.ops.conv2d import conv2d
 from dit4dit.ops.rms_norm_silu import rms_norm_silu
+from dit4dit.ops.add_pad import add_pad
 from dit4dit.ops.adaln import adaln
 from dit4dit.ops.qk_norm_rope import qk_norm_rope
 from dit4dit.ops.self_attention import self_attention
@@ -39,6 +40,7 @@ __all__ = [
     "Implementation",
     "action_ode",
     "adaln",
+    "add_pad",
     "conv2d",
     "cross_attention",
     "euler_step",

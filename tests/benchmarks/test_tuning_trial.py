@@ -77,14 +77,14 @@ def test_the_reference_is_right_on_every_call_of_a_plan(options: dict[str, Any],
     ("shape", "layout", "reason"),
     [
         ((2, 9, 32), torch.contiguous_format, r"its result has strides \(32, 64, 1\), where the reference's has"),
-        ((1, 8, 4, 4), torch.channels_last, r"its result has strides \(128, 16, 4, 1\), where the reference's has"),
+        ((1, 8, 4, 4), torch.channels_last, r"its result has strides \(200, 25, 5, 1\), where the reference's has"),
     ],
 )
 def test_a_result_lies_in_memory_as_the_references_does(shape: Any, layout: Any, reason: str) -> None:
     """What comes behind takes views of it, and has a verdict for its strides."""
     x = torch.empty(shape, device="meta").contiguous(memory_format=layout)
     if layout is torch.channels_last:
-        case = Case("rms_norm_silu", (x, torch.empty(8, 1, 1, device="meta"), True), CPU, 0)
+        case = Case("add_pad", (x, None, None), CPU, 0)
     else:
         case = Case("linear", (x, torch.empty(32, 32, device="meta"), None), CPU, 0)
     case.measure()

@@ -66,7 +66,7 @@ def made(engine: Engine, shape: RequestShape) -> tuple[Plan, list[ops.Call]]:
 def test_the_listed_calls_are_those_of_a_real_plan(device: torch.device, head: str, kind: str) -> None:
     options = KINDS[kind]
     real = real_engine(device, head=head, tune="off", **options)
-    engine = engine_without_data(TINY, dtype=BF16, **options)
+    engine = engine_without_data(TINY, dtype=BF16, device=device.type, **options)
     if head == "library":
         engine.one_launch = None
     for name, shape in SHAPES.items():
