@@ -12,10 +12,8 @@ namespace {
 
 using attention::Request;
 
-// Two blocks of 64 queries a multiprocessor where its shared memory has room for them, so that one works on the tensor cores
-// while the other makes weights or waits.
 template <int kQueries>
-__global__ void __launch_bounds__(kQueries * 2, 128 / kQueries) self_attention_kernel(const __grid_constant__ Request request) {
+__global__ void __launch_bounds__(kQueries * 2) self_attention_kernel(const __grid_constant__ Request request) {
     attention::Block<kQueries>(request).run();
 }
 

@@ -56,7 +56,7 @@ class AttentionEmulator:
         batch, length = qkv.shape[:2]
         out = torch.full((batch, length + 2, heads * DIM + 16), NAN, dtype=torch.uint16).view(torch.bfloat16)
         inner = out[:, 1:-1, 8:-8]
-        given = [_padded(x) for x in norm_rope(qkv, norm_q, norm_k, rotary, heads, eps)]
+        given = [_padded(x, 8 * (i + 1)) for i, x in enumerate(norm_rope(qkv, norm_q, norm_k, rotary, heads, eps))]
         q, k, v = (OperandRecord(x.data_ptr(), *x.stride()[:3]) for x in given)
         strides = dict(out_batch=inner.stride(0), out_row=inner.stride(1))
         record = RequestRecord(q=q, k=k, v=v, out=inner.data_ptr(), heads=heads, length=length, **strides)
@@ -70,10 +70,12 @@ class AttentionEmulator:
         return inner.contiguous()
 
 
-def _padded(x: Tensor) -> Tensor:
-    """x [B, H, S, d] as a part of a larger tensor that is NaN elsewhere, token after token as qk_norm_rope leaves it; rows
-    stay at multiples of 16 bytes."""
+def _padded(x: Tensor, columns: int) -> Tensor:
+    """x [B, H, S, d] as a part of a larger tensor that is NaN elsewhere, token after token as qk_norm_rope leaves it.
+
+    columns: how many more a row has; a multiple of 8, so that rows begin at multiples of 16 bytes.
+    """
     batch, heads, length, dim = x.shape
-    larger = torch.full((batch, length + 130, heads * dim + 8), float("nan"), dtype=x.dtype)
+    larger = torch.full((batch, length + 130, heads * dim + columns), float("nan"), dtype=x.dtype)
     inner = larger[:, :length, : heads * dim].unflatten(2, (heads, dim)).transpose(1, 2)
     return inner.copy_(x)
