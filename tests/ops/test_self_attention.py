@@ -192,6 +192,9 @@ def test_cuda_same_bits_in_any_order_and_for_any_block(emulated):
     assert torch.equal(emulated(*args, queries=128, seed=2), want)
 
 
+SUMMED = "            finish<0>(sums.values);\n"
+FADED = "            sums.catch_up();\n            weights.round(scores);\n"
+NEXT = "            next(tile);\n"
 MUTANTS = {
     "copies: the first tiles are read before they are there": ("arrive<1>();", "arrive<2>();"),
     "copies: a tile is read before it is there": (
@@ -224,14 +227,8 @@ MUTANTS = {
         "row(j * 16, 0), kGroupBytes, 128)",
     ),
     "warpgroups: scores are read while they are made": ("finish<1>(scores)", "finish<2>(scores)"),
-    "warpgroups: values fade while they are summed": (
-        "            finish<0>(sums.values);\n            sums.catch_up();",
-        "            finish<1>(sums.values);\n            sums.catch_up();",
-    ),
-    "warpgroups: values are filled in while they are summed": (
-        "            finish<0>(sums.values);\n            sums.catch_up();\n            weights.round(scores);\n            next(tile);",
-        "            next(tile);\n            finish<0>(sums.values);\n            sums.catch_up();\n            weights.round(scores);",
-    ),
+    "warpgroups: values fade while they are summed": (f"{SUMMED}{FADED}", f"{SUMMED.replace('0', '1')}{FADED}"),
+    "warpgroups: values are filled in while they are summed": (f"{SUMMED}{FADED}{NEXT}", f"{NEXT}{SUMMED}{FADED}"),
 }
 
 
