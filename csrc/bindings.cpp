@@ -86,21 +86,13 @@ std::map<std::string, int> action_ode_facts_of(Given device, Given shared_bytes)
     return action_ode_facts(whole<int>(device, "device", 0), whole<int>(shared_bytes, "shared_bytes", 0));
 }
 
-void self_attention_on_cuda(Given qkv, Given norm_q, Given norm_k, Given rotary, Given out, Given heads, Given eps,
-                            Given queries, Given stream) {
+void self_attention_on_cuda(Given q, Given k, Given v, Given out, Given queries, Given stream) {
     Buffers lent;
-    const auto optional = [&](Given tensor, const char* name) {
-        return tensor.is_none() ? std::nullopt : std::optional(view_from(tensor, name, lent));
-    };
-    const auto qkv_view = view_from(qkv, "qkv", lent), out_view = view_from(out, "out", lent);
-    const auto norm_q_view = optional(norm_q, "norm_q"), norm_k_view = optional(norm_k, "norm_k");
-    const auto rotary_view = optional(rotary, "rotary");
-    const auto head_count = whole<int>(heads, "heads"), query_count = whole<int>(queries, "queries");
-    const auto epsilon = real(eps, "eps");
+    const auto q_view = view_from(q, "q", lent), k_view = view_from(k, "k", lent), v_view = view_from(v, "v", lent);
+    const auto out_view = view_from(out, "out", lent);
+    const auto query_count = whole<int>(queries, "queries");
     const auto on = whole<std::uintptr_t>(stream, "stream");
-    without_gil([&] {
-        self_attention_cuda(qkv_view, norm_q_view, norm_k_view, rotary_view, out_view, head_count, epsilon, query_count, on);
-    });
+    without_gil([&] { self_attention_cuda(q_view, k_view, v_view, out_view, query_count, on); });
 }
 #endif
 
@@ -207,7 +199,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("action_ode_cuda", &action_ode_on_cuda, "tensors"_a, "numbers"_a, "buffers"_a, "max_guidance"_a, "limit_ns"_a,
           "stream"_a);
     m.def("action_ode_facts", &action_ode_facts_of, "device"_a, "shared_bytes"_a);
-    m.def("self_attention_cuda", &self_attention_on_cuda, "qkv"_a, "norm_q"_a, "norm_k"_a, "rotary"_a, "out"_a, "heads"_a,
-          "eps"_a, "queries"_a, "stream"_a);
+    m.def("self_attention_cuda", &self_attention_on_cuda, "q"_a, "k"_a, "v"_a, "out"_a, "queries"_a, "stream"_a);
 #endif
 }

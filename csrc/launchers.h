@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <map>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -28,8 +27,7 @@ void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
 std::map<std::string, int> action_ode_facts(int device, int shared_bytes);
 
 // queries: 64 or 128 a block; the result does not depend on it.
-void self_attention_cuda(const TensorView& qkv, const std::optional<TensorView>& norm_q,
-                         const std::optional<TensorView>& norm_k, const std::optional<TensorView>& rotary,
-                         const TensorView& out, int heads, float eps, int queries, std::uintptr_t stream);
+void self_attention_cuda(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, int queries,
+                         std::uintptr_t stream);
 
 }  // namespace dit4dit

@@ -40,15 +40,5 @@ def action_ode_cuda(
     limit_ns: int,
     stream: int,
 ) -> None: ...
-def self_attention_cuda(
-    qkv: _View,
-    norm_q: _View | None,
-    norm_k: _View | None,
-    rotary: _View | None,
-    out: _View,
-    heads: int,
-    eps: float,
-    queries: int,
-    stream: int,
-) -> None: ...
+def self_attention_cuda(q: _View, k: _View, v: _View, out: _View, queries: int, stream: int) -> None: ...
 def action_ode_facts(device: int, shared_bytes: int) -> dict[str, int]: ...

@@ -119,6 +119,12 @@ DEVICE float power_of_two(float x) {
     asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// 0 where that is below 2^-126: one instruction, where the other takes four.
+DEVICE float power_of_two_or_zero(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 DEVICE float inverse_root(float x) { return rsqrtf(x); }
 DEVICE float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }  // one rounding; the build fuses none by itself
 DEVICE std::uint32_t pack_bf16(float low, float high) {
@@ -192,9 +198,15 @@ DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b
 // What this thread stored in shared memory is seen by warpgroup products after the next sync_block.
 DEVICE void fence_shared_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// The products since the last one are a group that runs on by itself; what it writes must not be touched until it is over.
+DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+DEVICE void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 DEVICE void products_end() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    products_commit();
+    products_wait<0>();
 }
 
 #define ODE_D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
@@ -209,7 +221,7 @@ DEVICE void products_end() {
 #define ODE_COMMA ,
 
 // d += a b: a is 64 x 16 from the registers of four warps, each with the fragments of `multiply`; b, 16 x kTokens, lies in
-// shared memory, described by `describe_tokens`. Between products_begin and products_end.
+// shared memory, described by `describe_tokens`. After products_begin; over when products_end or products_wait says so.
 template <int kTokens>
 DEVICE void multiply_warpgroup(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t tokens);
 
@@ -240,7 +252,7 @@ DEVICE void multiply_warpgroup_transposed(float (&d)[16][4], const std::uint32_t
           ODE_D4(10), ODE_D4(11), ODE_D4(12), ODE_D4(13), ODE_D4(14), ODE_D4(15)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-// Nothing that writes the sums may be moved to behind products_begin, nothing that reads them to before products_end.
+// Nothing that writes the sums may be moved to behind products_begin, nothing that reads them to before products_wait.
 template <int kCount>
 DEVICE void settle(float (&d)[kCount][4]) {
 #pragma unroll

@@ -115,18 +115,8 @@ def preprocess_cuda(world: World, rng: random.Random) -> dict[str, Any]:
 
 
 def self_attention_cuda(world: World, rng: random.Random) -> dict[str, Any]:
-    norms = [dense(i, (128,), "bfloat16") if rng.random() < 0.7 else None for i in (2,)] * 2
-    return dict(
-        qkv=dense(1, (2, 9, 768), "bfloat16"),
-        norm_q=norms[0],
-        norm_k=norms[1],
-        rotary=dense(3, (2, 9, 64), "float32"),
-        out=dense(4, (2, 9, 256), "bfloat16"),
-        heads=2,
-        eps=1e-5,
-        queries=rng.choice((64, 128)),
-        stream=0,
-    )
+    q, k, v = (dense(i + 1, (2, 2, 9, 128), "bfloat16") for i in range(3))
+    return dict(q=q, k=k, v=v, out=dense(4, (2, 9, 256), "bfloat16"), queries=rng.choice((64, 128)), stream=0)
 
 
 def action_ode_cuda(world: World, rng: random.Random) -> dict[str, Any]:
