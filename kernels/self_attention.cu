@@ -15,17 +15,17 @@ using attention::Request;
 // Two blocks of 64 queries a multiprocessor, so that one works on its tensor cores while the other norms or waits.
 template <int kQueries>
 __global__ void __launch_bounds__(kQueries * 2, 128 / kQueries) self_attention_kernel(const __grid_constant__ Request request) {
+    target::wait_for_inputs();
     attention::Block<kQueries>(request).run();
 }
 
 template <int kQueries>
-void launch(const Request& request, std::int64_t blocks, cudaStream_t stream) {
+void launch(const Request& request, std::int64_t blocks, cudaStream_t stream, bool programmatic) {
     check_cuda(cudaFuncSetAttribute(self_attention_kernel<kQueries>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     attention::kSharedBytes),
                "self_attention: " + std::to_string(attention::kSharedBytes) + " bytes of shared memory");
-    self_attention_kernel<kQueries>
-        <<<static_cast<unsigned>(blocks), kQueries * 2, attention::kSharedBytes, stream>>>(request);
-    check_cuda(cudaGetLastError(), "self_attention: launch");
+    launch_kernel("self_attention", self_attention_kernel<kQueries>, static_cast<unsigned>(blocks), kQueries * 2,
+                  attention::kSharedBytes, stream, programmatic, request);
 }
 
 void expect_aligned(const TensorView& t) {
@@ -93,7 +93,8 @@ Request request_of(const TensorView& qkv, const std::optional<TensorView>& norm_
 
 void self_attention_cuda(const TensorView& qkv, const std::optional<TensorView>& norm_q,
                          const std::optional<TensorView>& norm_k, const std::optional<TensorView>& rotary,
-                         const TensorView& out, int heads, float eps, int queries, std::uintptr_t stream) {
+                         const TensorView& out, int heads, float eps, int queries, std::uintptr_t stream,
+                         bool programmatic) {
     const Request request = request_of(qkv, norm_q, norm_k, rotary, out, heads, eps);
     if (queries != 64 && queries != 128) refuse("queries", "64 or 128", std::to_string(queries));
     const std::int64_t tiles = (std::int64_t{request.length} + queries - 1) / queries, pairs = qkv.shape[0] * heads;
@@ -102,8 +103,8 @@ void self_attention_cuda(const TensorView& qkv, const std::optional<TensorView>&
         expect_apart(out, *read);
     const DeviceGuard guard(out);
     const auto on = reinterpret_cast<cudaStream_t>(stream);
-    if (queries == 64) return launch<64>(request, pairs * tiles, on);
-    launch<128>(request, pairs * tiles, on);
+    if (queries == 64) return launch<64>(request, pairs * tiles, on, programmatic);
+    launch<128>(request, pairs * tiles, on, programmatic);
 }
 
 }  // namespace dit4dit

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit4dit.errors import InputError, did_you_mean, shown
-from dit4dit.ops import native
+from dit4dit.ops import native, programmatic
 from dit4dit.ops.device_tables import DeviceTable
 from dit4dit.ops.dispatch import Implementation, Op
 
@@ -251,9 +251,9 @@ def _run_cpp(views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, 
 
 def _run_cuda(views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     out = _result(views, size, dtype, out)
-    stream = native.stream(out.device)
+    stream, early = native.stream(out.device), programmatic.cuda_kernels(out.device)
     native.compiled().preprocess_cuda(
-        [native.view(v) for v in views], _widths(views, size), native.view(out), resize, stream
+        [native.view(v) for v in views], _widths(views, size), native.view(out), resize, stream, early
     )
     return out
 
