@@ -65,6 +65,7 @@ def latency(
     seconds: float | None = None,
     roofline: bool = True,
     tune: Literal["cached", "off"] = "cached",
+    programmatic_launch: Literal["cached", "on", "off"] = "cached",
     seed: int = 0,
     json: Path | None = None,
     report: Path | None = None,
@@ -90,6 +91,8 @@ def latency(
         seconds: how long all samples together may take; the counts are then the most. Set-up comes on top.
         roofline: last, count the operations and measure the device's own rates, which takes some seconds.
         tune: cached runs each kernel that dit4dit tune found to be the fastest on this machine, off the defaults.
+        programmatic_launch: on Hopper and later, on launches the engine's kernels while the ones before them still run; cached
+            where dit4dit tune found that faster on this machine.
         seed: of weights and inputs.
         json: also write every number to this file.
         report: write an HTML report and its images into this folder, or as one page to this file if it ends in .html.
@@ -110,7 +113,19 @@ def latency(
         latency_report.check(report)
     kind = head_dtype_of(head_dtype, head)
     wanted = module.Wanted(
-        chunks, baseline, text, seed, head, kind, quantization, engine_chunks, at_hz, seconds, roofline, tune
+        chunks,
+        baseline,
+        text,
+        seed,
+        head,
+        kind,
+        quantization,
+        engine_chunks,
+        at_hz,
+        seconds,
+        roofline,
+        tune,
+        programmatic_launch,
     )
     with Recording(json, seconds) as record:
         module.measure(chosen, preset, wanted, device=place, dtype=dtype_on(place, dtype), record=record)
