@@ -139,13 +139,47 @@ def multiplies_fp8(ptx: str) -> bool:
     return re.search(r"mma\S*(e4m3\.e4m3|kind::f8f6f4)", ptx) is not None
 
 
+# of PTX: what reads or writes memory that others see, and what leaves the straight line from a kernel's beginning
+_ACCESS = re.compile(
+    r"(ld|ldu|st|red|atom|cp|prefetch|prefetchu|discard|applypriority|multimem|tensormap|bra|brx|call|ret|exit)\b"
+)
+_OWN = re.compile(r"\.(param|const|shared|local)\b")
+
+
+def waits(ptx: str) -> str:
+    """Whether each kernel in it begins with `wait_for_inputs`: "first", before anything is read or written, or "late", or "no".
+
+    Before it a block may take tensor memory, which others then cannot have, if it lets the next kernel begin only after that.
+    """
+    found = {_waits(body) for body in ptx.split(".entry ")[1:]}
+    return found.pop() if len(found) == 1 else "late"
+
+
+def _waits(body: str) -> str:
+    if "griddepcontrol" not in body:
+        return "no"
+    before, _, after = body.partition("griddepcontrol.wait;")
+    lines = [re.sub(r"^@!?%\w+\s+", "", line.strip()) for line in before.splitlines()]
+    accesses = any(_ACCESS.match(line) and (".global" in line or not _OWN.search(line)) for line in lines)
+    jumps = any(re.match(r"\$?\w+:$", line) for line in lines)
+    whole = "griddepcontrol.launch_dependents;" in before and bool(after) and "tcgen05.alloc" not in after
+    ready = "tcgen05.alloc" not in before.partition("griddepcontrol.launch_dependents;")[2]
+    return "first" if whole and ready and not accesses and not jumps else "late"
+
+
 def report(capability: int, batch: int = 1) -> Iterator[dict[str, Any]]:
-    """One row a launch: case, kernel, tile, registers, stack, local, shared bytes, tensor core instructions, in fp8 or not."""
+    """One row a launch: case, kernel, tile, registers, stack, local, shared bytes, tensor core instructions, in fp8 or not, and
+    `waits`."""
     for case, step in launches(capability, batch):
         kernel = compiled(Specialization.of(step), capability)
         row = {"case": case, "kernel": step.kernel, "capability": capability, "tile": dict(step.tile)}
         ptx = kernel.asm["ptx"]
-        row |= {"shared": kernel.metadata.shared, "products": products(ptx), "fp8": multiplies_fp8(ptx)}
+        row |= {
+            "shared": kernel.metadata.shared,
+            "products": products(ptx),
+            "fp8": multiplies_fp8(ptx),
+            "waits": waits(ptx),
+        }
         yield {**row, **resources(kernel.asm["cubin"])}
 
 

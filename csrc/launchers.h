@@ -1,5 +1,5 @@
 // One launcher per op and device. Each checks what it is given, allocates nothing on the device, and returns without
-// waiting for the device. Python docstrings live in dit4dit/ops.
+// waiting for the device. Python docstrings live in dit4dit/ops. programmatic: as of Kernel::launch.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace dit4dit {
 void preprocess_cpu(const std::vector<TensorView>& views, const std::vector<std::int64_t>& widths,
                     const TensorView& out, const std::string& filter);
 void preprocess_cuda(const std::vector<TensorView>& views, const std::vector<std::int64_t>& widths,
-                     const TensorView& out, const std::string& filter, std::uintptr_t stream);
+                     const TensorView& out, const std::string& filter, std::uintptr_t stream, bool programmatic);
 
 // The names are those of `Launch` in kernels/action_ode_tiles.cuh; buffers by Space.
 using NamedViews = std::map<std::string, TensorView>;
@@ -28,6 +28,6 @@ std::map<std::string, int> action_ode_facts(int device, int shared_bytes);
 
 // queries: 64 or 128 a block; the result does not depend on it.
 void self_attention_cuda(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, int queries,
-                         std::uintptr_t stream);
+                         std::uintptr_t stream, bool programmatic);
 
 }  // namespace dit4dit

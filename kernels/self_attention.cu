@@ -14,17 +14,17 @@ using attention::Request;
 
 template <int kQueries>
 __global__ void __launch_bounds__(kQueries * 2) self_attention_kernel(const __grid_constant__ Request request) {
+    target::wait_for_inputs();
     attention::Block<kQueries>(request).run();
 }
 
 template <int kQueries>
-void launch(const Request& request, std::int64_t blocks, cudaStream_t stream) {
+void launch(const Request& request, std::int64_t blocks, cudaStream_t stream, bool programmatic) {
     check_cuda(cudaFuncSetAttribute(self_attention_kernel<kQueries>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     attention::kSharedBytes),
                "self_attention: " + std::to_string(attention::kSharedBytes) + " bytes of shared memory");
-    self_attention_kernel<kQueries>
-        <<<static_cast<unsigned>(blocks), kQueries * 2, attention::kSharedBytes, stream>>>(request);
-    check_cuda(cudaGetLastError(), "self_attention: launch");
+    launch_kernel("self_attention", self_attention_kernel<kQueries>, static_cast<unsigned>(blocks), kQueries * 2,
+                  attention::kSharedBytes, stream, programmatic, request);
 }
 
 void expect_aligned(const TensorView& t) {
@@ -71,7 +71,7 @@ Request request_of(const TensorView& q, const TensorView& k, const TensorView& v
 }  // namespace
 
 void self_attention_cuda(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, int queries,
-                         std::uintptr_t stream) {
+                         std::uintptr_t stream, bool programmatic) {
     const Request request = request_of(q, k, v, out);
     if (queries != 64 && queries != 128) refuse("queries", "64 or 128", std::to_string(queries));
     const std::int64_t tiles = (std::int64_t{request.length} + queries - 1) / queries;
@@ -80,8 +80,8 @@ void self_attention_cuda(const TensorView& q, const TensorView& k, const TensorV
     const DeviceGuard guard(out);
     const auto on = reinterpret_cast<cudaStream_t>(stream);
     const std::int64_t blocks = q.shape[0] * request.heads * tiles;
-    if (queries == 64) return launch<64>(request, blocks, on);
-    launch<128>(request, blocks, on);
+    if (queries == 64) return launch<64>(request, blocks, on, programmatic);
+    launch<128>(request, blocks, on, programmatic);
 }
 
 }  // namespace dit4dit

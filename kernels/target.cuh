@@ -1,5 +1,5 @@
 // Every instruction of the chip that action_ode and self_attention use, and nothing else: the kernels themselves are plain C++
-// over these functions.
+// over these functions. Of preprocess it is wait_for_inputs alone.
 // tests/cuda_emulation has a second set for the host, with which the very same kernel runs on a CPU.
 #pragma once
 
@@ -47,6 +47,15 @@ DEVICE std::uint8_t* shared_memory() {
     return memory;
 }
 DEVICE std::uint32_t shared_address(const void* p) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(p)); }
+
+// The first call of every kernel that may be launched programmatically (dit4dit/ops/programmatic.py): lets the next one be
+// started, and waits until all before it have ended and what they wrote is seen. Before sm_90 it is nothing.
+DEVICE void wait_for_inputs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // -- global memory: what other blocks write is read from the second-level cache, never from this multiprocessor's own --------
 

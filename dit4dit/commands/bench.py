@@ -65,6 +65,7 @@ def latency(
     seconds: float | None = None,
     roofline: bool = True,
     tune: Literal["cached", "off"] = "cached",
+    programmatic_launch: Literal["cached", "on", "off"] = "cached",
     seed: int = 0,
     json: Path | None = None,
     report: Path | None = None,
@@ -91,6 +92,8 @@ def latency(
         seconds: how long all samples together may take; the counts are then the most. Set-up comes on top.
         roofline: last, count the operations and measure the device's own rates, which takes some seconds.
         tune: cached runs each kernel that dit4dit tune found to be the fastest on this machine, off the defaults.
+        programmatic_launch: on Hopper and later, on launches the engine's kernels while the ones before them still run; cached
+            where dit4dit tune found that faster on this machine.
         seed: of weights and inputs.
         json: also write every number to this file.
         report: write an HTML report and its images into this folder, or as one page to this file if it ends in .html.
@@ -112,7 +115,19 @@ def latency(
     model_dtype = dtype_on(place, dtype)
     kind = head_dtype_of(head_dtype, head, model_dtype)
     wanted = module.Wanted(
-        chunks, baseline, text, seed, head, kind, quantization, engine_chunks, at_hz, seconds, roofline, tune
+        chunks,
+        baseline,
+        text,
+        seed,
+        head,
+        kind,
+        quantization,
+        engine_chunks,
+        at_hz,
+        seconds,
+        roofline,
+        tune,
+        programmatic_launch,
     )
     with Recording(json, seconds) as record:
         module.measure(chosen, preset, wanted, device=place, dtype=model_dtype, record=record)

@@ -25,6 +25,7 @@ from dit4dit.engine.fold import BackboneBlock, Head, fold_backbone, fold_head
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
+from dit4dit.engine.programmatic import PROGRAMMATIC, ProgrammaticLaunch
 from dit4dit.engine.slots import Slots
 from dit4dit.errors import BackendError, ConfigError, shown
 from dit4dit.model.dit4dit import DiT4DiT
@@ -62,6 +63,7 @@ class Engine:
         release: bool = False,
         head: HeadChoice = "auto",
         tune: Tune = "cached",
+        programmatic_launch: ProgrammaticLaunch = "cached",
     ) -> None:
         """Fold `model`, which must have an action head; its weights are shared, not copied, where nothing changes.
 
@@ -77,6 +79,9 @@ class Engine:
                 on an H200 slower than the library), "auto" takes the kernel in the plans whose shape a verdict chooses it for.
             tune: "cached" takes, for each call of a plan, the implementation that was the fastest here (`ops.verdicts`);
                 "off" the default of its op. Nothing is measured by an engine: `dit4dit tune` does.
+            programmatic_launch: on Hopper and later, whether the kernels of a plan are launched while the ones before them still
+                run (`ops.programmatic`); the same bits. "cached": where a verdict has found a plan of that shape faster so, with
+                tune="cached".
 
         Raises:
             ConfigError: an option has another value. CheckpointError: the calibration is another model's. BackendError: the
@@ -91,8 +96,12 @@ class Engine:
             raise ConfigError(f"engine posterior: expected sample or mean, got {shown(posterior)}")
         if tune not in TUNE:
             raise ConfigError(f"engine tune: expected cached or off, got {shown(tune)}")
+        if programmatic_launch not in PROGRAMMATIC:
+            raise ConfigError(
+                f"engine programmatic_launch: expected cached, on or off, got {shown(programmatic_launch)}"
+            )
         self.model, self.config, self.posterior = model, model.config, posterior
-        self.tune = tune
+        self.tune, self.programmatic_launch = tune, programmatic_launch
         self.steps = model.config.head.num_inference_timesteps if steps is None else steps
         if self.steps > model.config.head.num_timestep_buckets:
             raise ConfigError(
@@ -129,6 +138,11 @@ class Engine:
     def choices(self) -> ops.Choices:
         """New choices for one function of this engine: inside, each op call is run as a plan would run it."""
         return ops.Choices(self._verdicts)
+
+    @property
+    def verdicts(self) -> Verdicts | None:
+        """Of this engine's device; None where none are to be followed."""
+        return self._verdicts
 
     @property
     def graph_pool(self) -> GraphPool:

@@ -21,10 +21,11 @@ from dit4dit.engine.capture import capture
 from dit4dit.engine.engine import Engine
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack
+from dit4dit.engine.programmatic import chosen as launched_early
 from dit4dit.engine.staging import Fields, Staging
 from dit4dit.model.flow import GuidanceTensors, guidance_arrays
 from dit4dit.noise import STREAMS, Noise
-from dit4dit.ops import device_tables
+from dit4dit.ops import device_tables, programmatic
 from dit4dit.types import Guidance
 
 GRAPHS = 2
@@ -96,6 +97,8 @@ class Plan:
         self._tables: list[device_tables.Sized] = []
         self._done = torch.cuda.Event() if device.type == "cuda" else None
         self._choices = engine.choices()
+        self.programmatic = self._stream is not None and launched_early(engine, shape)
+        """Whether its kernels are launched programmatically (`ops.programmatic`)."""
         self._graphs: tuple[Callable[[], None], ...] = ()
         if self._stream is not None:
             self._graphs = (
@@ -135,6 +138,7 @@ class Plan:
         function = (self.engine.choices() if choices is None else choices).around(function)
         if self._stream is None:
             return function
+        function = programmatic.around(self.programmatic, function)
         self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))
         with torch.cuda.stream(self._stream), torch.no_grad():
             for _ in range(_WARM_UPS):

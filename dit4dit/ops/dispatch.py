@@ -19,7 +19,7 @@ import torch
 
 from dit4dit.errors import BackendError, did_you_mean
 from dit4dit.ops import launch
-from dit4dit.ops.verdicts import Files, Verdicts
+from dit4dit.ops.verdicts import SWITCHES, Files, Verdicts
 
 log = logging.getLogger("dit4dit.ops")
 
@@ -359,5 +359,5 @@ def trace() -> Iterator[dict[str, set[str]]]:
 
 
 def files() -> dict[str, Files]:
-    """`Op.files` of every op."""
-    return {name: op.files() for name, op in _ops.items()}
+    """`Op.files` of every op, and of what else has verdicts."""
+    return {**{name: op.files() for name, op in _ops.items()}, **SWITCHES}

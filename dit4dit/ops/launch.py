@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit4dit.ops import programmatic
 from dit4dit.ops.aot import loader
 from dit4dit.ops.aot.launch_record import Launch, Launches
 
@@ -191,7 +192,8 @@ def refuser(refuse: Callable[..., str | None], launches: Launches) -> Callable[.
 
 def _start(step: Launch, device: torch.device, chip: str) -> None:
     """Launch what was compiled ahead of time, or through Triton, which compiles at the first time."""
-    reason = loader.start(step, device.index, torch.cuda.current_stream(device).cuda_stream, chip)
+    overlapping = programmatic.triton_kernels(chip)
+    reason = loader.start(step, device.index, torch.cuda.current_stream(device).cuda_stream, chip, overlapping)
     if reason is None:
         return
     if step.kernel not in _said:
@@ -199,7 +201,8 @@ def _start(step: Launch, device: torch.device, chip: str) -> None:
         # where nothing was compiled ahead of time at all, `explain` and the doctor say so
         level = logging.DEBUG if isinstance(loader.usable(chip), str) else logging.WARNING
         log.log(level, "%s: compiled just in time: %s", step.kernel, reason)
-    step()
+    # told to compile for another GPU, Triton may leave the wait out
+    step(programmatic=overlapping and "TRITON_OVERRIDE_ARCH" not in os.environ)
 
 
 _said: set[str] = set()  # kernels that were compiled just in time

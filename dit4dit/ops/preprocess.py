@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit4dit.errors import InputError, did_you_mean, shown
-from dit4dit.ops import launch, native
+from dit4dit.ops import launch, native, programmatic
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.device_tables import DeviceTable
 from dit4dit.ops.dispatch import Implementation, Op
@@ -279,9 +279,9 @@ def _run_cuda(
     out = _result(views, size, dtype, channels, out)
     if launch.recorded(out.device, [_launch(views, out)], None, (views, size, resize, dtype, channels, out)):
         return out
-    stream = native.stream(out.device)
+    stream, early = native.stream(out.device), programmatic.cuda_kernels(out.device)
     native.compiled().preprocess_cuda(
-        [native.view(v) for v in views], _widths(views, size), native.view(out), resize, stream
+        [native.view(v) for v in views], _widths(views, size), native.view(out), resize, stream, early
     )
     return out
 

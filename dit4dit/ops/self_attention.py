@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit4dit.ops import attention_libraries as libraries
-from dit4dit.ops import launch, native, tiles
+from dit4dit.ops import launch, native, programmatic, tiles
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import Implementation, Op
 from dit4dit.ops.qk_norm_rope import best, check, example
@@ -122,8 +122,8 @@ def _run_cuda(
     out = torch.empty(batch, length, heads * CUDA_DIM, dtype=qkv.dtype, device=qkv.device)
     multiprocessors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
     queries = queries_a_block(length, batch * heads, multiprocessors)
-    stream = native.stream(qkv.device)
-    native.compiled().self_attention_cuda(*(native.view(x) for x in (q, k, v, out)), queries, stream)
+    stream, early = native.stream(qkv.device), programmatic.cuda_kernels(qkv.device)
+    native.compiled().self_attention_cuda(*(native.view(x) for x in (q, k, v, out)), queries, stream, early)
     return out
 
 

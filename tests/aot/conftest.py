@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,19 @@ def samples(chip: int) -> list[Launch]:
     ]
 
 
+@pytest.fixture(name="launches_for")
+def _launches_for() -> Callable[[int], list[Launch]]:
+    """Capability -> those launches."""
+    return samples
+
+
 @pytest.fixture(name="samples")
 def _samples() -> list[Launch]:
     """Those of sm_90."""
     return samples(90)
 
 
-@pytest.fixture(scope="session")
-def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compile_fake(out: Path, *options: str) -> Path:
     """fake_driver.c compiled with NVIDIA's cuda.h, from the toolkit or out of Triton's wheel."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     headers = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
@@ -76,10 +82,20 @@ def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = [folder for folder in headers if (folder / "cuda.h").is_file()]
     if compiler is None or not found:
         pytest.skip("needs a C compiler and cuda.h (of the CUDA toolkit, or of Triton)")
-    out = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
     source = Path(__file__).with_name("fake_driver.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-I", found[0], "-o", out, source], check=True)
+    subprocess.run([compiler, "-shared", "-fPIC", *options, "-I", found[0], "-o", out, source], check=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_fake(tmp_path_factory.mktemp("driver") / "libcuda.so.1")
+
+
+@pytest.fixture(scope="session")
+def old_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As of a driver before CUDA 11.8."""
+    return compile_fake(tmp_path_factory.mktemp("driver") / "libcuda.so.1", "-DBEFORE_11_8")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ NOT_OPS = {
     "launch",
     "native",
     "onednn",
+    "programmatic",
     "sources",
     "stages",
     "tiles",

@@ -80,6 +80,7 @@ def test_compiles_without_spills(capability, rows):
         where = f"{row['kernel']} for {capability}, {row['case']}, {row['tile']}"
         spilled = row["stack"] + row["local"]
         assert not spilled or (row["kernel"], capability) in MAY_SPILL, f"{where}: {spilled} bytes spilled"
+        assert row["waits"] == ("first" if capability >= 90 else "no"), where
         limit = kernels.SHARED_MEMORY[capability]
         assert row["shared"] <= limit, f"{where}: {row['shared']} bytes of shared memory of {limit}"
         if row["kernel"] in PRODUCTS:

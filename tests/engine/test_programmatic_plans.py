@@ -1,0 +1,168 @@
+"""Programmatic launches in plans: as asked for, or where a verdict of this machine names that very plan; never leaked."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+
+from dit4dit import Policy
+from dit4dit.checkpoints.weights import random_model
+from dit4dit.engine import Engine, Plan, RequestShape
+from dit4dit.engine.programmatic import chosen, step_text
+from dit4dit.errors import BackendError, ConfigError
+from dit4dit.ops import dispatch, programmatic, verdicts
+from dit4dit.ops.explanation import survey
+from dit4dit.ops.verdicts import PROGRAMMATIC_LAUNCH, Verdict, call_text
+from dit4dit.presets import preset
+
+TINY = preset("tiny").model
+CPU = torch.device("cpu")
+SHAPE = RequestShape(1, ((40, 50), (30, 30)), (32, 32), "bilinear", True, 9)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIT4DIT_CACHE", str(tmp_path))
+    return verdicts.folder(CPU)
+
+
+def engine(**options: Any) -> Engine:
+    return Engine(random_model(TINY, 1, with_text=False), **options)
+
+
+def found(text: str, choice: str, cache: Path, **changes: Any) -> None:
+    """A verdict as if it had been made here."""
+    ms = {"off": 2.0, "on": 1.0}
+    verdict = Verdict(PROGRAMMATIC_LAUNCH, call_text((text,)), verdicts.place(CPU), "off", choice, ms)
+    verdicts.write(replace(verdict, **changes), cache)
+
+
+def test_off_unless_asked_for_or_measured(cache: Path) -> None:
+    assert not chosen(engine(), SHAPE)
+    assert chosen(engine(programmatic_launch="on"), SHAPE)
+    assert chosen(engine(programmatic_launch="on", tune="off"), SHAPE)
+    found(step_text(engine(), SHAPE), "on", cache)
+    assert chosen(engine(), SHAPE)
+    assert not chosen(engine(programmatic_launch="off"), SHAPE)
+    assert not chosen(engine(tune="off"), SHAPE)
+    for other in (
+        replace(SHAPE, batch=2),
+        replace(SHAPE, views=((40, 50), (30, 31))),
+        replace(SHAPE, size=None),
+        replace(SHAPE, resize="cv2_area"),
+        replace(SHAPE, state=False),
+        replace(SHAPE, text_length=10),
+        replace(SHAPE, max_guidance=5.0),
+    ):
+        assert not chosen(engine(), other), other
+    assert not chosen(engine(steps=2), SHAPE)
+    assert not chosen(engine(posterior="mean"), SHAPE)
+    assert chosen(engine(), replace(SHAPE))
+
+
+def test_another_model_and_other_numbers_are_other_steps() -> None:
+    texts = {step_text(engine(), SHAPE)}
+    texts.add(step_text(Engine(random_model(replace(TINY, extract_layer=0), 1, with_text=False)), SHAPE))
+    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, dtype=torch.bfloat16)), SHAPE))
+    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, head_dtype=torch.bfloat16)), SHAPE))
+    assert len(texts) == 4
+    assert step_text(Engine(random_model(TINY, 2, with_text=False)), SHAPE) in texts, "other weights are no other step"
+
+
+def test_what_was_found_elsewhere_or_before_does_not_count(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = step_text(engine(), SHAPE)
+    found(text, "on", cache, place={**verdicts.place(CPU), "kernels": "others"})
+    assert not chosen(engine(), SHAPE)
+    found(text, "off", cache)
+    assert not chosen(engine(), SHAPE)
+    found(text, "sideways", cache, ms={"sideways": 1.0})
+    assert not chosen(engine(), SHAPE)
+    (cache / verdicts.file_name(PROGRAMMATIC_LAUNCH, call_text((text,)))).unlink()
+    row = {"chosen": "on", "ms": {"off": 2.0, "on": 1.0}}
+    table = {"calls": {f"{PROGRAMMATIC_LAUNCH}: {call_text((text,))}": row}}
+    monkeypatch.setattr(verdicts, "shipped_for", lambda device: table)
+    assert not chosen(engine(), SHAPE), "another machine's"
+
+
+def test_a_survey_counts_it(cache: Path) -> None:
+    found("a step", "on", cache)
+    seen = survey(CPU, dispatch.files())
+    assert ([v.op for v in seen.counting], dict(seen.ignored)) == ([PROGRAMMATIC_LAUNCH], {})
+
+
+def test_the_option_is_checked_and_kept(small_libero: Path) -> None:
+    for wrong in (True, "always", None):
+        with pytest.raises(ConfigError, match="programmatic_launch: expected"):
+            engine(programmatic_launch=wrong)
+        with pytest.raises(ConfigError, match="programmatic_launch: expected"):
+            Policy.from_pretrained("/nowhere", programmatic_launch=wrong)
+    with pytest.raises(ConfigError, match="programmatic_launch='on' are options of the engine"):
+        Policy.from_pretrained("/nowhere", engine="off", programmatic_launch="on")
+    policy = Policy.from_pretrained(small_libero, device="cpu", programmatic_launch="on")
+    assert policy.engine is not None
+    assert policy.engine.programmatic_launch == "on"
+    assert pickle.loads(pickle.dumps(policy.engine)).programmatic_launch == "on"
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    return fake
+
+
+def recorded(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, fails: bool = False, **options: Any
+) -> tuple[Any, set[bool]]:
+    """A plan on a stand-in for a GPU, and how kernels would have been launched in all runs of its step, captures among them."""
+    seen: set[bool] = set()
+    actions = Engine.actions
+
+    def watched(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        seen.add(programmatic.triton_kernels("90"))
+        if fails and torch.cuda.is_current_stream_capturing():
+            raise ValueError("planted")
+        return actions(self, *args, **kwargs)
+
+    made = engine(**options)
+    seen.clear()
+    monkeypatch.setattr(Engine, "actions", watched)
+    made._stream = cuda.stream
+    return Plan(made, SHAPE, None), seen
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_plan_records_all_of_its_runs_so_and_leaves_nothing_behind(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    plan, seen = recorded(cuda, monkeypatch, programmatic_launch="on" if on else "off")
+    assert (plan.programmatic, seen) == (on, {on})
+    inside: list[bool] = []
+    plan.record(lambda: inside.append(programmatic.triton_kernels("90")))
+    assert set(inside) == {on}, "stages too, which are timed beside the step"
+    assert not programmatic.triton_kernels("90")
+
+
+def test_a_capture_that_fails_leaves_nothing_behind(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="planted"):
+        recorded(cuda, monkeypatch, fails=True, programmatic_launch="on")
+    assert not programmatic.triton_kernels("90")
+
+
+def test_a_verdict_turns_it_on_in_a_plan(cuda: FakeCuda, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found(step_text(engine(), SHAPE), "on", cache)
+    plan, seen = recorded(cuda, monkeypatch)
+    assert (plan.programmatic, seen) == (True, {True})
+
+
+def test_on_a_processor_a_plan_has_none() -> None:
+    plan = Plan(engine(programmatic_launch="on"), SHAPE, None)
+    seen: list[bool] = []
+    plan.record(lambda: seen.append(programmatic.triton_kernels("90")))()
+    assert (plan.programmatic, seen) == (False, [False])
