@@ -22,6 +22,8 @@ from torch import Tensor
 from dit4dit.aot_build.compiler import compiled, resources
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.aot.specialization import Specialization
+from dit4dit.ops.dispatch import find
+from dit4dit.ops.launch import without_data
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY
 
 # compute capability -> bytes of shared memory that one thread block can have
@@ -29,7 +31,7 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120
 
 BF16, F32 = torch.bfloat16, torch.float32
 WIDTH, HEADS, DIM = 2048, 16, 128  # the backbone
-HEAD_WIDTH, HEAD_HEADS, HEAD_DIM = 768, 12, 64  # the action head
+HEAD_WIDTH, HEAD_HEADS, HEAD_DIM, HEAD_HIDDEN = 768, 12, 64, 2560  # the action head
 FRAMES = {588: 3, 784: 2}  # backbone tokens -> latent frames
 ACTION_TOKENS = (9, 17, 51)
 
@@ -77,9 +79,15 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         cross = (_empty(batch, tokens, width), features, features, None, HEAD_HEADS, 0.0)
         yield f"{tokens} to features", "cross_attention", cross
         yield f"{tokens}", "linear_gelu", (h, _empty(4 * width, width), _empty(4 * width), "tanh")
-        for what, inner, columns in (("qkv", width, 3 * width), ("attention", width, width)):
-            x = _empty(batch, tokens, inner)
-            yield f"{tokens} {what}", "linear", (x, _empty(columns, inner), _empty(columns))
+        for what, columns in (("qkv", 3 * width), ("attention", width)):
+            flat, weight = _empty(batch, tokens, width), _empty(columns, width)
+            yield f"{tokens} {what}", "linear", (flat, weight, _empty(columns))
+            norm_linear = (x, h, table, table, 1e-5, weight, _empty(columns), None)
+            yield f"{tokens} {what}", "norm_linear", norm_linear
+        weight, bias = _empty(4 * width, width), _empty(4 * width)
+        yield f"{tokens} feed-forward in", "norm_linear", (x, h, None, None, 1e-5, weight, bias, "gelu_tanh")
+        decode = (_empty(HEAD_HIDDEN, width), _empty(HEAD_HIDDEN), "relu")
+        yield f"{tokens} decoder", "norm_linear", (x, h, table, table, 1e-6, *decode)
         x = _empty(batch, 1, tokens, 4 * width)
         yield f"{tokens} feed-forward out", "linear", (x, _empty(width, 4 * width), _empty(width))
     for channels, side in ((96, 224), (192, 112), (384, 28)):
@@ -103,8 +111,12 @@ def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
     for case, op, args in calls(batch):
         if op == "linear_fp8" and capability < LEAST_CAPABILITY:
             continue
+        triton = find(op).implementations.get("triton")
+        with without_data():
+            if triton is None or triton.refuse(*args) is not None:
+                continue
         module = importlib.import_module(f"dit4dit.ops.{op}")
-        for step in module.launches(args, str(capability))[0] if hasattr(module, "launches") else ():
+        for step in module.launches(args, str(capability))[0]:
             yield f"{op} {case}", step
 
 
