@@ -1,4 +1,5 @@
-"""norm_linear: residual, layer norm, modulation and the product behind them, every implementation against the reference, at the released sizes.
+"""norm_linear: residual, norm, modulation and the product behind them, every implementation against the reference,
+at the released sizes.
 
 python -m dit4dit.benchmarks.ops.bench_norm_linear --device cuda --compile --json result.json
 """

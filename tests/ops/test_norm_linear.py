@@ -185,7 +185,7 @@ def test_what_the_kernel_does_not_take(monkeypatch, args, reason):
         (dict(y=torch.zeros(1, 1, 2, 4)), r"y: expected \[B, 1, N, W\] = \[1, 1, 3, 4\], got \[1, 1, 2, 4\]"),
         (dict(shift=torch.zeros(4)), r"shift: expected \[1, W\] = \[1, 4\], got \[4\]"),
         (dict(scale=None), "expected shift and scale both or neither, got one of them"),
-        (dict(weight=torch.zeros(5, 3)), r"weight: expected \[O, W\] = \[O, 4\], got \[5, 3\]"),
+        (dict(weight=torch.zeros(5, 3)), r"weight: expected \[O, W\] = \[5, 4\], got \[5, 3\]"),
         (dict(weight=torch.zeros(5, 4, device="meta")), "weight: expected device cpu as x, got meta"),
         (dict(bias=torch.zeros(4)), r"bias: expected \[O\] = \[5\], got \[4\]"),
         (dict(bias=torch.zeros(5).half()), "bias: expected torch.float32 as weight, got torch.float16"),
