@@ -30,7 +30,7 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120
 
 BF16, F32 = torch.bfloat16, torch.float32
 WIDTH, HEADS, DIM = 2048, 16, 128  # the backbone
-HEAD_WIDTH, HEAD_HEADS, HEAD_DIM = 768, 12, 64  # the action head
+HEAD_WIDTH, HEAD_HEADS, HEAD_DIM, HEAD_HIDDEN = 768, 12, 64, 2560  # the action head
 FRAMES = {588: 3, 784: 2}  # backbone tokens -> latent frames
 ACTION_TOKENS = (9, 17, 51)
 
@@ -78,9 +78,15 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         cross = (_empty(batch, tokens, width), features, features, None, HEAD_HEADS, 0.0)
         yield f"{tokens} to features", "cross_attention", cross
         yield f"{tokens}", "linear_gelu", (h, _empty(4 * width, width), _empty(4 * width), "tanh")
-        for what, inner, columns in (("qkv", width, 3 * width), ("attention", width, width)):
-            x = _empty(batch, tokens, inner)
-            yield f"{tokens} {what}", "linear", (x, _empty(columns, inner), _empty(columns))
+        for what, columns in (("qkv", 3 * width), ("attention", width)):
+            flat, weight = _empty(batch, tokens, width), _empty(columns, width)
+            yield f"{tokens} {what}", "linear", (flat, weight, _empty(columns))
+            norm_linear = (x, h, table, table, 1e-5, weight, _empty(columns), None)
+            yield f"{tokens} {what}", "norm_linear", norm_linear
+        weight, bias = _empty(4 * width, width), _empty(4 * width)
+        yield f"{tokens} feed-forward in", "norm_linear", (x, h, None, None, 1e-5, weight, bias, "gelu_tanh")
+        decode = (_empty(HEAD_HIDDEN, width), _empty(HEAD_HIDDEN), "relu")
+        yield f"{tokens} decoder", "norm_linear", (x, h, table, table, 1e-6, *decode)
         x = _empty(batch, 1, tokens, 4 * width)
         yield f"{tokens} feed-forward out", "linear", (x, _empty(width, 4 * width), _empty(width))
     for channels, side in ((96, 224), (192, 112), (384, 28)):

@@ -28,6 +28,7 @@ from dit4dit.ops.cross_attention import cross_attention
 from dit4dit.ops.linear import linear
 from dit4dit.ops.linear_gelu import linear_gelu
 from dit4dit.ops.linear_fp8 import linear_fp8
+from dit4dit.ops.norm_linear import norm_linear
 from dit4dit.ops.euler_step import euler_step
 from dit4dit.ops.action_ode import action_ode
 from dit4dit.ops.unnormalize import unnormalize
@@ -51,6 +52,7 @@ __all__ = [
     "linear_gelu",
     "listing",
     "names",
+    "norm_linear",
     "philox_normal",
     "preprocess",
     "qk_norm_rope",

@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit4dit.ops import arguments, onednn
+from dit4dit.ops import arguments, launch, onednn, tiles
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import Implementation, Op
 
 _Args = tuple[Tensor, Tensor, Tensor | None]
+
+MOST_ROWS = 256
+"""Rows that the Triton kernel takes: with more of them a library's larger tiles are what a product needs."""
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -21,8 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | Non
     """x @ weight^T + bias.
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. All of one dtype and on one device.
-    backend: "onednn" (a packed weight on a CPU, `ops.onednn.pack`) or "torch" (the library that PyTorch calls: cuBLAS on a
-        GPU); None chooses.
+    backend: "triton" (few rows), "onednn" (a packed weight on a CPU, `ops.onednn.pack`) or "torch" (the library that PyTorch
+        calls: cuBLAS on a GPU); None chooses.
 
     Returns [..., N] in x's dtype.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -43,6 +47,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | Non
     return result
 
 
+def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
+    """The kernels to run, and the tensor they will have written. Tensors may be on the meta device."""
+    x, weight, bias = args
+    columns, inner = weight.shape
+    rows = x.numel() // inner
+    tile = tiles.lookup("linear", architecture, rows=rows, columns=columns, inner=inner)
+    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    arguments = dict(x=x, weight=weight, bias=bias, out=out, rows=rows, columns=columns)
+    grid = (launch.blocks(columns, tile["COLUMNS"]), launch.blocks(rows, tile["ROWS"]))
+    return [Launch("linear", grid, arguments, dict(INNER=inner), tile)], out
+
+
+def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    rows = x.numel() // x.shape[-1]
+    if rows > MOST_ROWS:
+        return f"x has {rows} rows, it takes at most {MOST_ROWS}"
+    return launch.refuse(products=True, x=x, weight=weight, bias=bias)
+
+
 def _example(device: torch.device) -> _Args:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     x = torch.zeros(1, 16, 64, dtype=dtype, device=device)
@@ -52,6 +75,9 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "linear",
     [
+        Implementation(
+            "triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda", measured_only=True
+        ),
         Implementation("onednn", onednn.refuse_product, onednn.linear, prepare=onednn.prepare),
         Implementation("torch", lambda *_: None, reference),
     ],

@@ -112,7 +112,7 @@ def test_fp8_quantised_inside_the_product_compiles(capability, rows):
 
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-PRODUCTS = ("self_attention", "cross_attention", "linear_gelu", "linear_fp8")
+PRODUCTS = ("self_attention", "cross_attention", "linear", "linear_gelu", "linear_fp8", "norm_linear")
 SHARED = {"attention", "common", "products"}  # functions that kernels call
 
 
