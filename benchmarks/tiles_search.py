@@ -38,6 +38,7 @@ CHOICES = {
     "DEPTH": (32, 64, 128),
     "KEYS": (16, 32, 64, 128),
     "FUSED": (0, 1),
+    "WIDER": (0, 1),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
 }
