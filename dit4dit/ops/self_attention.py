@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit4dit.ops import attention_libraries as libraries
 from dit4dit.ops import launch, native, tiles
+from dit4dit.ops import wide_attention as wide
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import Implementation, Op
 from dit4dit.ops.qk_norm_rope import best, check, example
@@ -42,7 +43,7 @@ def self_attention(
 
     qkv: [B, S, 3 * H * d]. norm_q, norm_k: [d] both or both None. rotary: float32 [2, S, d/2 or d] or None.
     backend: "cuda" (bfloat16, heads of 128, rotary [2, S, d/2]; on an H200 half as fast as "triton"), "triton",
-        "cudnn", "flash" (needs flash-attn 2 or 3) or "torch"; None chooses.
+        "split" and "product" (heads wider than 128, neither norms nor positions), "cudnn", "flash" (needs flash-attn 2 or 3) or "torch"; None chooses.
 
     Returns [B, S, H * d] in qkv's dtype.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -144,6 +145,14 @@ _op = Op(
     "self_attention",
     [
         Implementation("cuda", _refuse_cuda, _run_cuda, device="cuda", measured_only=True),
+        Implementation(
+            "split",
+            launch.refuser(wide.refuse_split, wide.launches),
+            launch.runner(wide.launches),
+            device="cuda",
+            measured_only=True,
+        ),
+        Implementation("product", wide.refuse_product, wide.product, measured_only=True),
         # the fastest on an H200: 27 us where cuDNN takes 28 and our CUDA kernel 56, at 588 tokens
         Implementation("triton", launch.refuser(_refuse_triton, launches), launch.runner(launches), device="cuda"),
         Implementation(

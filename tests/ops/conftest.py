@@ -54,11 +54,14 @@ def interpreter(interprets: None) -> Iterator[Interpreter]:
     params=[pytest.param("interpreted", marks=pytest.mark.kernels), pytest.param("gpu", marks=pytest.mark.gpu)]
 )
 def triton_op(request: pytest.FixtureRequest) -> Run:
-    """triton_op("adaln", *args): its Triton implementation, results on the CPU, memory NaN before it is written."""
+    """triton_op("adaln", *args): its Triton implementation, results on the CPU, memory NaN before it is written.
+
+    backend: the implementation's name where it is another one.
+    """
     if request.param == "interpreted":
         return request.getfixturevalue("interpreter")
 
-    def run(op: str, *args: Any, tiles: str | None = None, **kwargs: Any) -> Any:
+    def run(op: str, *args: Any, tiles: str | None = None, backend: str = "triton", **kwargs: Any) -> Any:
         def to(device: str, value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)(to(device, inner) for inner in value)
@@ -67,12 +70,12 @@ def triton_op(request: pytest.FixtureRequest) -> Run:
             return value.to(device) if isinstance(value, torch.Tensor) else value
 
         given = to("cuda", args)
-        if not kwargs and (reason := dispatch._ops[op].implementations["triton"].refuse(*given)):
+        if not kwargs and (reason := dispatch._ops[op].implementations[backend].refuse(*given)):
             pytest.skip(reason)
         torch.use_deterministic_algorithms(True)
         try:
             with torch.no_grad():
-                return to("cpu", getattr(ops, op)(*given, **to("cuda", kwargs), backend="triton"))
+                return to("cpu", getattr(ops, op)(*given, **to("cuda", kwargs), backend=backend))
         finally:
             torch.use_deterministic_algorithms(False)
 

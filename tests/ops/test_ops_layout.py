@@ -24,6 +24,7 @@ NOT_OPS = {
     "stages",
     "tiles",
     "verdicts",
+    "wide_attention",
 }
 
 
