@@ -22,6 +22,7 @@ from torch import Tensor
 from dit4dit.aot_build.compiler import compiled, resources
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.aot.specialization import Specialization
+from dit4dit.ops.attention_libraries import WIDEST_HEAD
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY
 
 # compute capability -> bytes of shared memory that one thread block can have
@@ -32,6 +33,18 @@ WIDTH, HEADS, DIM = 2048, 16, 128  # the backbone
 HEAD_WIDTH, HEAD_HEADS, HEAD_DIM = 768, 12, 64  # the action head
 FRAMES = {588: 3, 784: 2}  # backbone tokens -> latent frames
 ACTION_TOKENS = (9, 17, 51)
+CONVOLUTIONS = (  # channels, channels out, side of a view
+    (8, 96, 224),  # three colours and zeros
+    (96, 96, 224),
+    (96, 192, 112),
+    (192, 192, 112),
+    (192, 384, 56),
+    (384, 384, 56),
+    (384, 384, 28),
+    (384, 32, 28),
+)
+SHORTCUTS = ((96, 192), (192, 384))
+DOWN = ((96, 224), (192, 112), (384, 56))  # channels, side
 
 
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -85,10 +98,7 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for channels, side in ((96, 224), (192, 112), (384, 28)):
         x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
         yield f"gr1 {channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
-    for into, out, side in ((96, 96, 224), (192, 192, 112), (384, 384, 56), (384, 384, 28)):
-        x = _empty(batch, into, side, side).contiguous(memory_format=torch.channels_last)
-        weight = _empty(out, into, 3, 3).contiguous(memory_format=torch.channels_last)
-        yield f"gr1 {out} {side}", "conv2d", (x, weight, None, 1, 1)
+    yield from _vae(batch)
     a, left = f32(batch, 16, 32), f32(batch, 16, 32)
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
@@ -98,12 +108,32 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield robot, "unnormalize", (a, _empty(5, size, dtype=torch.float64))
 
 
+def _vae(batch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Convolutions and attention of the image encoder; LIBERO's two views are side by side."""
+
+    def last(*shape: int) -> Tensor:
+        return _empty(*shape).contiguous(memory_format=torch.channels_last)
+
+    for robot, views in (("gr1", 1), ("libero", 2)):
+        for into, out, side in CONVOLUTIONS:
+            x = last(batch, into, side, side * views)
+            yield f"{robot} {into} to {out} at {side}", "conv2d", (x, last(out, into, 3, 3), None, 1, 1)
+            if (into, out) in SHORTCUTS:
+                yield f"{robot} {into} to {out} at {side}, 1 x 1", "conv2d", (x, last(out, into, 1, 1), None, 1, 0)
+        for channels, side in DOWN:  # zeros below and to the right are part of the buffer
+            x = last(batch, channels, side + 1, side * views + 1)
+            yield f"{robot} {channels} down from {side}", "conv2d", (x, last(channels, channels, 3, 3), None, 2, 0)
+        qkv = _empty(batch, 28 * 28 * views, 3 * 384)
+        yield f"{robot} one head of 384", "self_attention", (qkv, None, None, None, 1, 1e-5)
+
+
 def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of every call that a capability such as 90 can run, with its tiles."""
     for case, op, args in calls(batch):
         if op == "linear_fp8" and capability < LEAST_CAPABILITY:
             continue
-        module = importlib.import_module(f"dit4dit.ops.{op}")
+        wide = op == "self_attention" and args[0].shape[-1] > 3 * args[4] * WIDEST_HEAD
+        module = importlib.import_module(f"dit4dit.ops.{'wide_attention' if wide else op}")
         for step in module.launches(args, str(capability))[0] if hasattr(module, "launches") else ():
             yield f"{op} {case}", step
 

@@ -88,8 +88,7 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
 def _size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
     """Height and width of the result."""
     height, width = (
-        (size + 2 * padding - side) // stride + 1
-        for size, side in zip(x.shape[2:], weight.shape[2:], strict=True)
+        (size + 2 * padding - side) // stride + 1 for size, side in zip(x.shape[2:], weight.shape[2:], strict=True)
     )
     return height, width
 
@@ -99,7 +98,9 @@ def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
         if tensor.stride(1) != 1:
             return f"{name} is not channels last in memory: its channels have stride {tensor.stride(1)}, not 1"
     if min(_size(x, weight, stride, padding)) < 1:
-        return f"the kernel is larger than the image: {list(weight.shape[2:])} against {list(x.shape[2:])} and {padding}"
+        return (
+            f"the kernel is larger than the image: {list(weight.shape[2:])} against {list(x.shape[2:])} and {padding}"
+        )
     # the last element's offset, where x is part of a larger buffer
     if sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) >= 2**31:
         return "x: the buffer that it is part of has more elements than offsets of 31 bits reach"

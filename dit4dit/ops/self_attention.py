@@ -43,7 +43,8 @@ def self_attention(
 
     qkv: [B, S, 3 * H * d]. norm_q, norm_k: [d] both or both None. rotary: float32 [2, S, d/2 or d] or None.
     backend: "cuda" (bfloat16, heads of 128, rotary [2, S, d/2]; on an H200 half as fast as "triton"), "triton",
-        "split" and "product" (heads wider than 128, neither norms nor positions), "cudnn", "flash" (needs flash-attn 2 or 3) or "torch"; None chooses.
+        "split" or "product" (heads wider than 128, without norms and positions), "cudnn", "flash" (needs flash-attn 2 or 3)
+        or "torch"; None chooses.
 
     Returns [B, S, H * d] in qkv's dtype.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.

@@ -54,7 +54,7 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     qkv, _, _, _, heads, _ = args
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     batch, _, length, dim = q.shape
-    tile = tiles.lookup("wide_attention", architecture, length=length, heads=batch * heads)
+    tile = tiles.lookup("wide_attention", architecture, length=length, dim=dim, heads=batch * heads)
     splits = launch.blocks(length, tile["SPAN"]) if tile["SPAN"] else 1
     split = splits > 1 and splits * q.numel() < 2**31
     tile["SPAN"] = tile["SPAN"] if split else 0
