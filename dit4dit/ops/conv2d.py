@@ -65,8 +65,8 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     span = launch.blocks(tile["SPAN"], tile["DEPTH"])
     parts = launch.blocks(depth, span) if span else 1
     split = parts > 1 and parts * rows * columns < 2**31
-    kept = dict(device=x.device, memory_format=torch.channels_last)
-    out = torch.empty(batch, columns, out_height, out_width, dtype=x.dtype, **kept)
+    shape = (batch, columns, out_height, out_width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     partial = torch.empty(parts, rows, columns, dtype=torch.float32, device=x.device) if split else None
     arguments: dict[str, Any] = dict(x=x, weight=weight, bias=None if split else bias, out=None if split else out)
     arguments |= dict(partial=partial, rows=rows, columns=columns, height=height, width=width)

@@ -68,8 +68,10 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     arguments: dict[str, Any] = dict(q=q, k=k, v=v, out=None if split else out, partial=partial)
     arguments |= dict(largest_out=largest, total_out=total, length=length, scale=math.log2(math.e) / math.sqrt(dim))
     arguments |= dict(x_batch=q.stride(0) if batch > 1 else 0, x_head=dim, x_row=q.stride(2))
-    grid = (launch.blocks(length, tile["ROWS"]), batch * heads, splits if split else 1)
-    first = Launch("wide_attention", grid, arguments, dict(HEADS=heads, DIM=dim, SLICE=SLICE), tile)
+    grid = (launch.blocks(length, tile["ROWS"]), batch * heads)
+    first = Launch(
+        "wide_attention", (*grid, splits if split else 1), arguments, dict(HEADS=heads, DIM=dim, SLICE=SLICE), tile
+    )
     if not split:
         return [first], out
     arguments = dict(partial=partial, largest_in=largest, total_in=total, out=out, length=length, splits=splits)
