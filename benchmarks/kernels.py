@@ -33,6 +33,18 @@ WIDTH, HEADS, DIM = 2048, 16, 128  # the backbone
 HEAD_WIDTH, HEAD_HEADS, HEAD_DIM, HEAD_HIDDEN = 768, 12, 64, 2560  # the action head
 FRAMES = {588: 3, 784: 2}  # backbone tokens -> latent frames
 ACTION_TOKENS = (9, 17, 51)
+CONVOLUTIONS = (  # channels, channels out, side of a view
+    (8, 96, 224),  # three colours and zeros
+    (96, 96, 224),
+    (96, 192, 112),
+    (192, 192, 112),
+    (192, 384, 56),
+    (384, 384, 56),
+    (384, 384, 28),
+    (384, 32, 28),
+)
+SHORTCUTS = ((96, 192), (192, 384))
+DOWN = ((96, 224), (192, 112), (384, 56))  # channels, side
 
 
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -99,10 +111,7 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for channels, side in ((96, 224), (192, 112), (384, 56)):
         x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
         yield f"gr1 {channels} {side}", "add_pad", (x, _empty(channels), x)
-    for into, out, side in ((96, 96, 224), (192, 192, 112), (384, 384, 56), (384, 384, 28)):
-        x = _empty(batch, into, side, side).contiguous(memory_format=torch.channels_last)
-        weight = _empty(out, into, 3, 3).contiguous(memory_format=torch.channels_last)
-        yield f"gr1 {out} {side}", "conv2d", (x, weight, None, 1, 1)
+    yield from _vae(batch)
     a, left = f32(batch, 16, 32), f32(batch, 16, 32)
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
@@ -110,6 +119,25 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for robot, latent, size in (("gr1", (16, 3, 28, 28), 29), ("libero", (16, 2, 28, 56), 7)):
         yield robot, "philox_normal", (requests, 1, latent)
         yield robot, "unnormalize", (a, _empty(5, size, dtype=torch.float64))
+
+
+def _vae(batch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Convolutions and attention of the image encoder; LIBERO's two views are side by side."""
+
+    def last(*shape: int) -> Tensor:
+        return _empty(*shape).contiguous(memory_format=torch.channels_last)
+
+    for robot, views in (("gr1", 1), ("libero", 2)):
+        for into, out, side in CONVOLUTIONS:
+            x = last(batch, into, side, side * views)
+            yield f"{robot} {into} to {out} at {side}", "conv2d", (x, last(out, into, 3, 3), None, 1, 1)
+            if (into, out) in SHORTCUTS:
+                yield f"{robot} {into} to {out} at {side}, 1 x 1", "conv2d", (x, last(out, into, 1, 1), None, 1, 0)
+        for channels, side in DOWN:  # zeros below and to the right are part of the buffer
+            x = last(batch, channels, side + 1, side * views + 1)
+            yield f"{robot} {channels} down from {side}", "conv2d", (x, last(channels, channels, 3, 3), None, 2, 0)
+        qkv = _empty(batch, 28 * 28 * views, 3 * 384)
+        yield f"{robot} one head of 384", "self_attention", (qkv, None, None, None, 1, 1e-5)
 
 
 def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:

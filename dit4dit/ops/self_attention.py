@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit4dit.ops import attention_libraries as libraries
 from dit4dit.ops import launch, native, programmatic, tiles
+from dit4dit.ops import wide_attention as wide
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import Implementation, Op
 from dit4dit.ops.qk_norm_rope import best, check, example
@@ -41,7 +42,8 @@ def self_attention(
     """softmax(q k^T / sqrt(d)) v, every token to every token, with q, k, v as `qk_norm_rope` makes them.
 
     qkv: [B, S, 3 * H * d]. norm_q, norm_k: [d] both or both None. rotary: float32 [2, S, d/2 or d] or None.
-    backend: "cuda" (bfloat16, heads of 128), "triton", "cudnn", "flash" (needs flash-attn 2 or 3) or "torch"; None chooses.
+    backend: "cuda" (bfloat16, heads of 128), "triton", "split" or "product" (heads wider than 128, without norms and positions),
+        "cudnn", "flash" (needs flash-attn 2 or 3) or "torch"; None chooses.
 
     Returns [B, S, H * d] in qkv's dtype.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -133,8 +135,16 @@ _op = Op(
         # not measured yet. Predicted for an H100 at 588 tokens: 8 us behind norm and rotation, from 10 tiles of keys at 1024
         # cycles of tensor cores for two times 64 queries, and 480 instructions a warp beside them; 24 MB of second-level cache
         Implementation("cuda", _refuse_cuda, _run_cuda, device="cuda", measured_only=True),
-        # the fastest on an H200: 27 us where cuDNN took 28, at 588 tokens; then with q and k head after head, so that cuDNN's
-        # result had to be copied
+        Implementation(
+            "split",
+            launch.refuser(wide.refuse_split, wide.launches),
+            launch.runner(wide.launches),
+            device="cuda",
+            measured_only=True,
+        ),
+        Implementation("product", wide.refuse_product, wide.product, measured_only=True),
+        # the fastest on an H200: 27 us where cuDNN took 28, at 588 tokens; then with q and k head after head, so that the result of
+        # cuDNN had to be copied
         Implementation("triton", launch.refuser(_refuse_triton, launches), launch.runner(launches), device="cuda"),
         Implementation(
             "cudnn",

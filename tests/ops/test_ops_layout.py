@@ -25,6 +25,7 @@ NOT_OPS = {
     "stages",
     "tiles",
     "verdicts",
+    "wide_attention",
 }
 
 

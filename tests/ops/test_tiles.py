@@ -19,7 +19,8 @@ OPS = [op for op in ops.names() if "triton" in ops.implementations(op)]
 
 
 def test_the_table_has_the_ops_that_have_triton_kernels():
-    assert set(tiles.table()) == set(OPS)
+    wide = {"wide_attention"}  # of an implementation of self_attention that is not called triton
+    assert set(tiles.table()) == set(OPS) | wide
 
 
 @pytest.mark.parametrize("op", OPS)
