@@ -20,6 +20,7 @@ from dit4dit.ops.preprocess import preprocess
 from dit4dit.ops.philox_normal import philox_normal
 from dit4dit.ops.conv2d import conv2d
 from dit4dit.ops.rms_norm_silu import rms_norm_silu
+from dit4dit.ops.posterior_patches import posterior_patches
 from dit4dit.ops.adaln import adaln
 from dit4dit.ops.qk_norm_rope import qk_norm_rope
 from dit4dit.ops.self_attention import self_attention
@@ -50,6 +51,7 @@ __all__ = [
     "listing",
     "names",
     "philox_normal",
+    "posterior_patches",
     "preprocess",
     "qk_norm_rope",
     "register",
