@@ -218,7 +218,7 @@ class Planned:
 
         def backbone() -> None:
             first = engine.first_block(inputs.latent)
-            engine.put_noise(first, inputs.latent)
+            engine.add_noise(first, inputs.latent)
             kept["features"] = engine.from_moments(first, kept["moments"], batch, inputs.posterior)
 
         def action_head() -> None:

@@ -134,6 +134,8 @@ class Engine:
         self._slots: WeakValueDictionary[tuple[int, int], Slots] = WeakValueDictionary()
         make_tables = partial(_tables, self.config.dit, self.config.latent_frames, self.embedding)
         self._tables = DeviceTable(make_tables, kept=GRIDS)
+        # without data the tensors are a GPU's, unless whoever lists a CPU's calls says otherwise
+        self.branches = self.device.type != "cpu"
         self._stream: torch.cuda.Stream | None = None
         self._branch: torch.cuda.Stream | None = None
         self._pool: GraphPool | None = None
@@ -283,7 +285,7 @@ class Engine:
             with ops.stage("noise", beside="vae"):
                 if draw is not None:
                     draw()
-                self.put_noise(first, latent)
+                self.add_noise(first, latent)
                 return first
 
         def encoded() -> Tensor:
@@ -312,27 +314,28 @@ class Engine:
         patch = self.config.dit.patch
         rows, columns = latent.shape[3] // patch, latent.shape[4] // patch
         _, begin = self._tables(rows, columns, latent.device)
-        return FirstBlock.empty(self.embedding, self.blocks[0], begin, latent.shape[0], rows * columns)
+        batch, tokens = latent.shape[0], rows * columns
+        return FirstBlock(self.embedding, self.blocks[0], begin, batch, tokens, apart=self.branches)
 
-    def put_noise(self, first: FirstBlock, latent: Tensor) -> None:
+    def add_noise(self, first: FirstBlock, latent: Tensor) -> None:
         """The part of all frames of the latents [B, z, T, h, w] but the conditioning one."""
         if latent.shape[2] > 1:
-            first.put(1, patch_rows(latent[:, :, 1:], self.config.dit.patch, self.model.dtype))
+            first.add_noise(patch_rows(latent[:, :, 1:], self.config.dit.patch, self.model.dtype))
 
     def from_moments(self, first: FirstBlock, moments: Tensor, pack: PromptPack, posterior: Tensor) -> Tensor:
         """Features as of `features`, from the part of the noise and the VAE's posterior."""
         with ops.stage("latents"):
             rows = self._sample(moments, posterior, self.config.dit.patch, self.model.dtype)
         with ops.stage("backbone"):
-            first.put(0, rows[:, None])
+            first.add_condition(rows)
             return self._blocks(first, pack, self._rotary_for(posterior))
 
     @torch.no_grad()
     def backbone(self, latents: Tensor, pack: PromptPack) -> Tensor:
         """Latents [B, z, T, h, w], frame 0 conditioning, and a batch's pack -> features, float32 [B, S, D]."""
         first = self.first_block(latents)
-        self.put_noise(first, latents)
-        first.put(0, patch_rows(latents[:, :, :1], self.config.dit.patch, self.model.dtype))
+        self.add_noise(first, latents)
+        first.add_condition(patch_rows(latents[:, :, :1], self.config.dit.patch, self.model.dtype)[:, 0])
         return self._blocks(first, pack, self._rotary_for(latents))
 
     def _blocks(self, first: FirstBlock, pack: PromptPack, rotary: Tensor) -> Tensor:

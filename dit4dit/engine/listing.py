@@ -36,10 +36,12 @@ def engine_without_data(
     head_dtype: torch.dtype = torch.float32,
     fp8: bool = False,
     steps: int | None = None,
+    gpu: bool = True,
 ) -> Engine:
     """The engine of a model on the meta device.
 
-    dtype: of VAE and backbone. fp8: the backbone's matrices in e4m3. steps: as of `Engine`.
+    dtype: of VAE and backbone. fp8: the backbone's matrices in e4m3. steps: as of `Engine`. gpu: whether its plans make the
+    calls of a GPU, which draws the noise and works on it beside the VAE, or a CPU's.
     """
     with torch.device("meta"):
         model = DiT4DiT(config, with_text=False).to(dtype).eval()
@@ -47,6 +49,7 @@ def engine_without_data(
         assert model.head is not None
         model.head.to(head_dtype)
         engine = Engine(model, steps=steps)
+        engine.branches = gpu
         if fp8:
             narrow = [b.with_matrices(lambda _, matrix: Fp8Matrix.quantized(matrix, 1.0)) for b in engine.blocks]
             engine.blocks = tuple(narrow)
@@ -57,7 +60,7 @@ def engine_without_data(
 
 
 def calls(engine: Engine, shape: RequestShape, action_dim: int | None) -> list[ops.Call]:
-    """Every op call of one step, its noise included, in order: (op, arguments on the meta device).
+    """Every op call of one step, on a GPU its noise included, in order: (op, arguments on the meta device).
 
     engine: from `engine_without_data`. action_dim: of the robot; None where only normalised actions are wanted.
     """

@@ -94,8 +94,6 @@ class Plan:
         self._tables: list[device_tables.Sized] = []
         self._done = torch.cuda.Event() if device.type == "cuda" else None
         self._choices = engine.choices()
-        # on a CPU NumPy draws the noise; without data a GPU's step is listed
-        self._draws = self._stream is not None or device.type == "meta"
         self._graph: Callable[[], None] | None = None
         if self._stream is not None:
             self._graph = self.record(self._compute, "the step", self._choices)
@@ -151,7 +149,7 @@ class Plan:
 
     def draw_noise(self) -> None:
         """Draw the noise of all requests but those that have brought theirs; nothing on a CPU, where NumPy has drawn it."""
-        if not self._draws:
+        if not self.engine.branches:
             return
         for name, stream in STREAMS.items():
             ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name], out=self.noise.device[name])
@@ -227,7 +225,7 @@ class Plan:
 
     def _stage_noise(self, noise: Sequence[Noise]) -> list[bool]:
         """Per request, whether its noise is to be drawn on the device from its seed; the others' is drawn or copied here."""
-        drawn = [self._draws and not one.given for one in noise]
+        drawn = [self.engine.branches and not one.given for one in noise]
         for i, one in enumerate(noise):
             request = (one.seed, one.chunk, 0) if drawn[i] else (0, 0, 1)
             self.inputs.host["requests"][i] = np.array(request, dtype=np.uint64).view(np.int64)

@@ -213,8 +213,8 @@ class PositionEmbed(nn.Module):
 
 def patches(latents: Tensor, patch: int) -> Tensor:
     """[B, C, T, h, w] -> a view of it, [B, T, h/patch, w/patch, C, patch, patch]: a token's vector is (channel, row, column)."""
-    rows, columns = latents.shape[3:]
-    x = latents.unflatten(3, (rows // patch, patch)).unflatten(5, (columns // patch, patch))
+    batch, channels, frames, rows, columns = latents.shape
+    x = latents.view(batch, channels, frames, rows // patch, patch, columns // patch, patch)
     return x.permute(0, 2, 3, 5, 1, 4, 6)
 
 

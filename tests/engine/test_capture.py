@@ -38,7 +38,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture
 def engine(cuda: FakeCuda) -> Engine:
     engine = Engine(random_model(TINY, 1, with_text=False))
-    engine._stream, engine._branch = cuda.stream, cuda.branch
+    engine._stream, engine._branch, engine.branches = cuda.stream, cuda.branch, True
     return engine
 
 
@@ -51,7 +51,7 @@ def cuda_error(cuda: FakeCuda) -> None:
     raise torch.AcceleratorError("CUDA error: planted\nCUDA kernel errors might be reported later")
 
 
-WHERE = {"on the branch": "put_noise", "beside the branch": "moments", "behind it": "actions"}
+WHERE = {"on the branch": "add_noise", "beside the branch": "moments", "behind it": "actions"}
 """Part of a step -> a function of the engine that runs there."""
 
 

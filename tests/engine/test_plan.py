@@ -138,7 +138,7 @@ def test_a_step_never_looks_at_the_host(resize, picture) -> None:
     with use_backend("torch"):
         plan.run(*requests(plan, 0))
     with torch.no_grad(), use_backend("torch"), NoLookAtTheHost() as watch:
-        plan._draws = True  # as on a GPU
+        engine.branches = True  # as on a GPU
         plan.compute()
     assert {"convolution", "copy_"} <= watch.seen
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoLookAtTheHost():
