@@ -64,6 +64,9 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         shape = (batch, frames, tokens // frames)
         x, table, h = f32(*shape, WIDTH), f32(frames, WIDTH), _empty(*shape, WIDTH)
         yield f"{tokens}", "adaln", (x, None, None, table, table, 1e-6, BF16)
+        # the first of a step: the residual stream starts as what the mask channels add, a row for each frame
+        first = f32(frames, 1, WIDTH).expand(*shape, WIDTH)
+        yield f"{tokens} noise", "adaln", (first[:, 1:], h[:, 1:].contiguous(), None, table[1:], table[1:], 1e-6, BF16)
         yield f"{tokens} gated", "adaln", (x, h, table, table, table, 1e-6, BF16)
         attention = (_empty(batch, tokens, 3 * WIDTH), norm, norm, f32(2, tokens, DIM // 2), HEADS, 1e-5)
         yield f"{tokens}", "qk_norm_rope", attention
@@ -115,9 +118,13 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     a, left = f32(batch, 16, 32), f32(batch, 16, 32)
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
-    requests = _empty(batch, 2, dtype=torch.int64)
+    requests = _empty(batch, 3, dtype=torch.int64)
     for robot, latent, size in (("gr1", (16, 3, 28, 28), 29), ("libero", (16, 2, 28, 56), 7)):
         yield robot, "philox_normal", (requests, 1, latent)
+        channels, _, rows, columns = latent
+        moments = _empty(batch, 2 * channels, rows, columns).contiguous(memory_format=torch.channels_last)
+        noise = f32(batch, channels, 1, rows, columns)
+        yield robot, "posterior_patches", (moments, noise, f32(channels), f32(channels), 2, BF16)
         yield robot, "unnormalize", (a, _empty(5, size, dtype=torch.float64))
 
 

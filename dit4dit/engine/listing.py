@@ -37,12 +37,13 @@ def engine_without_data(
     head_dtype: torch.dtype | None = None,
     fp8: bool = False,
     steps: int | None = None,
-    device: str = "cuda",
+    gpu: bool = True,
 ) -> Engine:
     """The engine of a model on the meta device.
 
     dtype: of VAE and backbone. head_dtype: of the head; `dtype` when None. fp8: the backbone's
-        matrices in e4m3. steps: as of `Engine`. device: the kind of device whose calls it makes.
+        matrices in e4m3. steps: as of `Engine`. gpu: whether its plans make the calls of a GPU, which draws the noise and works on it
+        beside the VAE, or a CPU's.
     """
     head_dtype = dtype if head_dtype is None else head_dtype
     with torch.device("meta"):
@@ -51,7 +52,8 @@ def engine_without_data(
         assert model.head is not None
         model.head.to(head_dtype)
         engine = Engine(model, steps=steps)
-        engine.encoder = fold_encoder(model.backbone, apart=device != "cpu")
+        engine.encoder = fold_encoder(model.backbone, apart=gpu)
+        engine.branches = gpu
         if fp8:
             narrow = [b.with_matrices(lambda _, matrix: Fp8Matrix.quantized(matrix, 1.0)) for b in engine.blocks]
             engine.blocks = tuple(narrow)
@@ -62,7 +64,7 @@ def engine_without_data(
 
 
 def calls(engine: Engine, shape: RequestShape, action_dim: int | None) -> list[ops.Call]:
-    """Every op call of one step, its noise included, in order: (op, arguments on the meta device).
+    """Every op call of one step, on a GPU its noise included, in order: (op, arguments on the meta device).
 
     engine: from `engine_without_data`. action_dim: of the robot; None where only normalised actions are wanted.
     """

@@ -76,7 +76,7 @@ class Plan:
         self._table = None if table is None else table.to(device)
         batch, head = shape.batch, config.head
         inputs: Fields = {f"view{i}": ((batch, *size, 3), torch.uint8) for i, size in enumerate(shape.views)}
-        inputs["requests"] = ((batch, 2), torch.int64)
+        inputs["requests"] = ((batch, 3), torch.int64)
         if shape.state:
             assert head.state_dim is not None
             inputs["state"] = ((batch, 1, head.state_dim), torch.float32)
@@ -99,12 +99,9 @@ class Plan:
         self._choices = engine.choices()
         self.programmatic = self._stream is not None and launched_early(engine, shape)
         """Whether its kernels are launched programmatically (`ops.programmatic`)."""
-        self._graphs: tuple[Callable[[], None], ...] = ()
+        self._graph: Callable[[], None] | None = None
         if self._stream is not None:
-            self._graphs = (
-                self.record(self._draw_noise, "drawing the noise"),
-                self.record(self._compute, "the step", self._choices),
-            )
+            self._graph = self.record(self._compute, "the step", self._choices)
 
     @property
     def ran(self) -> dict[str, dict[str, int]]:
@@ -124,7 +121,7 @@ class Plan:
         text length share, are not.
         """
         staged = self.inputs.bytes + self.noise.bytes + self.outputs.bytes
-        tables = {id(table): table.nbytes for table in self._tables}  # both graphs may read one
+        tables = {id(table): table.nbytes for table in self._tables}  # several graphs may read one
         return staged + sum(tables.values()) + sum(pool.share for pool in self._pools)
 
     def record(
@@ -156,22 +153,12 @@ class Plan:
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def _draw(self) -> None:
-        (self._graphs[0] if self._graphs else self._draw_noise)()
-
-    def _step(self) -> None:
-        if self._graphs:
-            self._graphs[1]()
-        else:
-            with self._choices:
-                self._compute()
-
-    def _draw_noise(self) -> None:
-        with ops.stage("noise"):
-            for name, stream in STREAMS.items():
-                self.noise.device[name].copy_(
-                    ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name])
-                )
+    def draw_noise(self) -> None:
+        """Draw the noise of all requests but those that have brought theirs; nothing on a CPU, where NumPy has drawn it."""
+        if not self.engine.branches:
+            return
+        for name, stream in STREAMS.items():
+            ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name], out=self.noise.device[name])
 
     def _compute(self) -> None:
         given, noise = self.inputs.device, self.noise.device
@@ -184,7 +171,7 @@ class Plan:
                 self._pack.keys.dtype,
                 channels=self.engine.encoder.channels,
             )
-        features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"])
+        features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"], self.draw_noise)
         most = self.shape.max_guidance
         guidance = None if most is None else GuidanceTensors(given["previous"], given["weights"], most)
         with ops.stage("action_head"):
@@ -196,8 +183,11 @@ class Plan:
 
     def compute(self) -> None:
         """All that the device does for one pass, on whatever the buffers hold."""
-        self._draw()
-        self._step()
+        if self._graph is not None:
+            self._graph()
+        else:
+            with self._choices:
+                self._compute()
 
     @torch.no_grad()
     def run(
@@ -241,18 +231,17 @@ class Plan:
 
     def rehearse(self) -> None:
         """Run the step once on whatever the buffers hold, so that its memory and its kernels are there."""
-        if self._stream is None:  # on a GPU recording has done so, and has replayed each graph
+        if self._stream is None:  # on a GPU recording has done so, and has replayed the graph
             with torch.no_grad():
-                self._step()
+                self.compute()
 
     def _stage_noise(self, noise: Sequence[Noise]) -> list[bool]:
         """Per request, whether its noise is to be drawn on the device from its seed; the others' is drawn or copied here."""
-        drawn = [self._stream is not None and not one.given for one in noise]
+        drawn = [self.engine.branches and not one.given for one in noise]
         for i, one in enumerate(noise):
-            if drawn[i]:
-                assert one.seed is not None
-                self.inputs.host["requests"][i] = np.array([one.seed, one.chunk], dtype=np.uint64).view(np.int64)
-            else:
+            request = (one.seed, one.chunk, 0) if drawn[i] else (0, 0, 1)
+            self.inputs.host["requests"][i] = np.array(request, dtype=np.uint64).view(np.int64)
+            if not drawn[i]:
                 for name, array in one.draw(self.draws).items():
                     self.noise.host[name][i] = array
         return drawn
@@ -261,10 +250,8 @@ class Plan:
         self.inputs.upload()
         self._slots.fill(packs)
         if any(drawn):
-            self._draw()
-        if not any(drawn):
-            self.noise.upload()
-        else:
             self.noise.upload_rows([i for i, here in enumerate(drawn) if not here])
-        self._step()
+        else:
+            self.noise.upload()
+        self.compute()
         self.outputs.download()

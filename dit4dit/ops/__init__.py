@@ -21,6 +21,7 @@ from dit4dit.ops.philox_normal import philox_normal
 from dit4dit.ops.conv2d import conv2d
 from dit4dit.ops.rms_norm_silu import rms_norm_silu
 from dit4dit.ops.add_pad import add_pad
+from dit4dit.ops.posterior_patches import posterior_patches
 from dit4dit.ops.adaln import adaln
 from dit4dit.ops.qk_norm_rope import qk_norm_rope
 from dit4dit.ops.self_attention import self_attention
@@ -54,6 +55,7 @@ __all__ = [
     "names",
     "norm_linear",
     "philox_normal",
+    "posterior_patches",
     "preprocess",
     "qk_norm_rope",
     "register",

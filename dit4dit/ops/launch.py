@@ -140,18 +140,21 @@ def refuse(
 
 
 def runner(launches: Launches) -> Callable[..., Any]:
-    """The `run` of an op's Triton implementation; its first argument is a tensor on the device that is meant."""
+    """The `run` of an op's Triton implementation; its first argument is a tensor on the device that is meant.
 
-    def run(*args: Any) -> Any:
+    `out`, where given, is passed to `launches` (`Implementation.into`).
+    """
+
+    def run(*args: Any, **out: Any) -> Any:
         device = args[0].device
         if (stands := stand_in(device)) is not None:
-            todo, results = launches(args, stands.architecture)
+            todo, results = launches(args, stands.architecture, **out)
             recorded(device, todo, launches, args)
             return results
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here:
             chip = architecture(device)
-            todo, results = launches(args, chip)
+            todo, results = launches(args, chip, **out)
             for step in todo:
                 if device.type == "cuda":
                     _start(step, device, chip)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit4dit.errors import InputError
 from dit4dit.ops import arguments, launch, onednn, tiles
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import Implementation, Op
@@ -16,15 +17,25 @@ MOST_ROWS = 256
 """Rows that the Triton kernel takes: with more of them a library's larger tiles are what a product needs."""
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The definition: see `linear` for the arguments and the result."""
-    return F.linear(x, weight, bias)
+    if out is None:
+        return F.linear(x, weight, bias)
+    rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(rows, weight.T, out=flat)
+    else:
+        torch.addmm(bias, rows, weight.T, out=flat)
+    return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """x @ weight^T + bias.
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. All of one dtype and on one device.
+    out: [..., N] in x's dtype, to write the result to; not where a gradient is needed. None: to a new tensor.
     backend: "triton" (few rows), "onednn" (a packed weight on a CPU, `ops.onednn.pack`) or "torch" (the library that PyTorch
         calls: cuBLAS on a GPU); None chooses.
 
@@ -43,7 +54,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | Non
         and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.device == x.device))
     ):
         arguments.product("linear", x, weight, bias)
-    result: Tensor = _op(x, weight, bias, backend=backend)
+    if out is not None and (out.shape != (*x.shape[:-1], len(weight)) or out.dtype != x.dtype):
+        wanted = [*x.shape[:-1], len(weight)]
+        raise InputError(f"linear: out: expected {x.dtype} {wanted}, got {out.dtype} {list(out.shape)}")
+    result: Tensor = _op(x, weight, bias, backend=backend, out=out)
     return result
 
 
@@ -79,7 +93,7 @@ _op = Op(
             "triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda", measured_only=True
         ),
         Implementation("onednn", onednn.refuse_product, onednn.linear, prepare=onednn.prepare),
-        Implementation("torch", lambda *_: None, reference),
+        Implementation("torch", lambda *_: None, reference, into=True),
     ],
     _example,
 )

@@ -30,8 +30,9 @@ class Launch:
         function(self.kernel)[self.grid](**self.arguments, **self.constants, **self.tile, **options)
 
 
-Launches = Callable[[Any, str], tuple[list[Launch], Any]]
-"""An op's arguments and an architecture -> the kernels to run, and what they will have written."""
+Launches = Callable[..., tuple[list[Launch], Any]]
+"""(an op's arguments, an architecture) -> the kernels to run, and what they will have written; where the op's Triton
+implementation is `into`, `out=` too."""
 
 
 @functools.cache
