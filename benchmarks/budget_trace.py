@@ -257,7 +257,9 @@ def record(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     with outside():
         moved = distinct_bytes([x for x in [*given, *made] if x.device.type == "meta"])
         counter = flop_registry.get(func._overloadpacket)
-        flops = 0.0 if counter is None else float(counter(*args, **kwargs, out_val=out))
+        # torch's counters know no dtype of the result among the arguments
+        counted = [x for x in args if not isinstance(x, torch.dtype)]
+        flops = 0.0 if counter is None else float(counter(*counted, **kwargs, out_val=out))
     facts = {"dtype": _dtype(made), "shape": list(made[0].shape) if made else []}
     if any(x.device.type == "cpu" and x.dim() > 0 for x in given) and name in ("copy_", "_to_copy"):
         trace.add("host_copy", f"{name} from the host", 0.0, moved, **facts)

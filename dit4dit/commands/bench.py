@@ -16,6 +16,7 @@ from dit4dit.commands.shell import (
     at_least,
     check_outputs,
     check_seed,
+    dtype_of,
     dtype_on,
     head_dtype_of,
     say,
@@ -154,7 +155,7 @@ def budget(
     Args:
         preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
         head: library, one_launch or auto, as in bench latency.
-        head_dtype: of the action head; auto is float32, and bfloat16 for one_launch.
+        head_dtype: of the action head; auto is bfloat16, as of the rest of the model.
         gpu: h200, h100, or a JSON file with the constants of another (benchmarks/gpus.json shows the form); auto is the one
             that is here, h200 where there is none.
         batch: requests in one pass.
@@ -170,7 +171,7 @@ def budget(
     check_outputs(json=json)
     if report is not None:
         latency_report.check_place(report)
-    kind = head_dtype_of(head_dtype, head)
+    kind = head_dtype_of(head_dtype, head, dtype_of("bfloat16"))
     wanted = module.Wanted(preset, head, kind, budget_gpu.read(gpu), batch)
     beside = None
     if measured is not None:
