@@ -26,6 +26,7 @@ void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
 // multiprocessors, shared_memory (bytes of one block), capability (90), blocks_per_multiprocessor with shared_bytes
 std::map<std::string, int> action_ode_facts(int device, int shared_bytes);
 
+// q, k, v: bfloat16 [B, H, S, 128], normed and turned, of any strides that are multiples of 8, the last one 1; out: [B, S, H * 128].
 // queries: 64 or 128 a block; the result does not depend on it.
 void self_attention_cuda(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, int queries,
                          std::uintptr_t stream, bool programmatic);

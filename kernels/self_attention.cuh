@@ -194,8 +194,8 @@ public:
         score(scores, q, keys_of(0));
         finish<0>(scores);
         sums.soften(scores, request_.length, scale);
-        // Weights are made while the values of the tile before are summed. Their end is waited for at the beginning of a turn:
-        // behind the weights in one and the same turn, the compiler moves the wait to before them.
+        // A tile's weights are made while the values of the tile before are summed. The wait for those sums opens the next turn:
+        // at the end of the same one, the compiler moves it to before the weights.
 #pragma unroll 1
         for (int tile = 0;; ++tile) {
             finish<0>(sums.values);

@@ -133,7 +133,7 @@ _op = Op(
     "self_attention",
     [
         # not measured yet. Predicted for an H100 at 588 tokens: 8 us behind norm and rotation, from 10 tiles of keys at 1024
-        # cycles of tensor cores for two times 64 queries, and 480 instructions a warp beside them; 24 MB of second-level cache
+        # cycles of tensor cores for two times 64 queries, beside 430 instructions a warp; 27 MB from the second-level cache
         Implementation("cuda", _refuse_cuda, _run_cuda, device="cuda", measured_only=True),
         Implementation(
             "split",
