@@ -140,10 +140,7 @@ def test_product_bounds_its_scores(batch, length, fits):
     reason = refuse_product(qkv, None, None, None, 1, 1e-5)
     assert (reason is None) == fits
     if not fits:
-        assert (
-            reason
-            == f"{batch * length**2} scores; it takes at most {MOST_SCORES}, which stay in the second-level cache"
-        )
+        assert reason == f"{batch * length**2} scores; it takes at most {MOST_SCORES}, which stay in the L2 cache"
 
 
 def test_product_multiplies_in_the_dtype_that_it_is_given_where_the_library_can():
