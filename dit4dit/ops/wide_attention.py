@@ -21,7 +21,7 @@ SLICE = 128
 """Columns of a head that the kernel holds in one piece."""
 WIDEST = 4 * SLICE
 MOST_SCORES = 2**23
-"""Of `product`: in float32 and again as weights in 2 bytes they are 48 MiB, about what the second-level cache of an H100
+"""Of `product`: in float32 and again as weights in 2 bytes they are 48 MiB, about what the L2 cache of an H100
 holds; more would go through memory four times. One image of 28 x 56 latents has 2.5 million, of 28 x 28 a quarter of that."""
 
 
@@ -90,7 +90,7 @@ def refuse_product(
         return reason
     scores = qkv.shape[0] * heads * qkv.shape[1] ** 2
     if scores > MOST_SCORES:
-        return f"{scores} scores; it takes at most {MOST_SCORES}, which stay in the second-level cache"
+        return f"{scores} scores; it takes at most {MOST_SCORES}, which stay in the L2 cache"
     if qkv.requires_grad and torch.is_grad_enabled():
         return "qkv needs a gradient"
     return None

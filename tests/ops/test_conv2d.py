@@ -9,8 +9,10 @@ import torch
 from dit4dit.benchmarks.harness import assert_no_worse
 
 from dit4dit import ops
+from dit4dit.aot_build.compiler import compiled
 from dit4dit.errors import BackendError, InputError
 from dit4dit.ops import conv2d, launch, tiles
+from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.conv2d import launches, reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -161,6 +163,18 @@ def test_triton_takes_no_buffer_that_its_offsets_do_not_reach():
     _, *rest = meta((1, 16, 8, 8), 16, 3)
     with launch.without_data(), pytest.raises(BackendError, match="more elements than offsets of 31 bits reach"):
         conv2d(x, *rest, 1, 1, backend="triton")
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
+@pytest.mark.parametrize(("channels", "out", "side"), [(8, 96, 224), (96, 96, 224), (96, 192, 112), (384, 384, 28)])
+def test_pixels_are_copied_ahead_and_16_bytes_at_a_time(channels, out, side):
+    """Where the compiler loses sight of the alignment it reads two bytes at a time, and waits for each."""
+    pytest.importorskip("triton")
+    step = launches((*meta((1, channels, side, side), out, 3), 1, 1), "90")[0][0]
+    ptx = compiled(Specialization.of(step), 90).asm["ptx"]
+    assert "cp.async.cg.shared.global" in ptx
+    assert "ld.global" not in ptx
 
 
 def test_gradients():
