@@ -24,7 +24,8 @@ Why results stay the same:
 In a CUDA graph the dependency becomes an edge of the programmatic type, which CUDA documents between kernels alone. What it makes
 of the attribute behind a copy or a memset, or in a stream that has just waited for another one's event, it does not say. Results
 do not hang on that: the wait is for all that the kernel depends on. A capture may fail, which `dit4dit tune` finds out and leaves
-the step without; the first kernel after a join of two streams is launched `plainly`.
+the step without. Where a step runs on two streams, the first kernel of one that has waited for the other, at the fork and at the
+join, is launched `plainly`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def launches(on: bool) -> Iterator[None]:
 
 
 def plainly() -> AbstractContextManager[None]:
-    """`launches(False)`, for the first kernel after a join of two streams."""
+    """`launches(False)`, for the first kernel of a stream that has just waited for another one."""
     return launches(False)
 
 

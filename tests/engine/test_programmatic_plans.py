@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from dit4dit import Policy
+from dit4dit import Noise, Policy, ops
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine, Plan, RequestShape
 from dit4dit.engine.programmatic import chosen, step_text
@@ -166,3 +166,71 @@ def test_on_a_processor_a_plan_has_none() -> None:
     seen: list[bool] = []
     plan.record(lambda: seen.append(programmatic.triton_kernels("90")))()
     assert (plan.programmatic, seen) == (False, [False])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_same_bits_either_way(dtype: torch.dtype) -> None:
+    """Again and again, as a kernel that does not wait is not always too early."""
+    model = random_model(TINY, 1, device="cuda", with_text=False, dtype=dtype, head_dtype=dtype)
+    results = []
+    for choice in ("off", "on", "off"):
+        made = Engine(model, programmatic_launch=choice, tune="off")
+        plan = Plan(made, SHAPE, None)
+        generator = torch.Generator().manual_seed(0)
+        pack = made.pack(torch.randn(1, SHAPE.text_length, TINY.dit.text_in, generator=generator).cuda())
+        pictures = [[torch.randint(0, 256, (*size, 3), generator=generator).byte().numpy() for size in SHAPE.views]]
+        state = torch.randn(1, 1, TINY.head.state_dim, generator=generator).numpy()
+        results += [plan.run(pictures, state, [Noise.from_seed(3, 0)], [pack])[0].tobytes() for _ in range(100)]
+        results += [(plan.compute(), plan.outputs.device["normalized"].cpu().numpy().tobytes())[1] for _ in range(100)]
+    assert len(set(results)) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("before", ["kernel", "copy", "memset", "fork and join", "ours"])
+def test_a_gpu_waits_for_whatever_is_before(before: str, graph: bool) -> None:
+    """A slow kernel, then what writes the input, then ours: it must not read what was there, nor may its result be overtaken."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    source, x = torch.full((1, 1, 512, 256), 2.0, device=device), torch.empty(1, 1, 512, 256, device=device)
+    out, stream, side = torch.empty_like(x), torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return ops.adaln(x, x.bfloat16(), None, None, None, 1e-6, torch.bfloat16, backend="triton")[0]
+
+    def step() -> None:
+        x.fill_(7.0)
+        torch.cuda._sleep(1_000_000)
+        if before == "kernel":
+            torch.mul(source, 1.0, out=x)
+        elif before == "copy":
+            x.copy_(source)
+        elif before == "memset":
+            x.zero_()
+        elif before == "ours":
+            torch.mul(source, 0.5, out=x)
+            x.copy_(add(x))
+        else:
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side), programmatic.plainly():
+                torch.cuda._sleep(1_000_000)
+                x.copy_(add(source) / 2)
+            torch.cuda.current_stream(device).wait_stream(side)
+            with programmatic.plainly():
+                add(source)
+        out.copy_(add(x))
+
+    wanted = 0.0 if before == "memset" else 4.0
+    with programmatic.launches(True), torch.no_grad(), torch.cuda.stream(stream):
+        step()
+        run: Any = step
+        if graph:
+            stream.synchronize()
+            run = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(run, stream=stream):
+                step()
+        for _ in range(50):
+            out.fill_(-1.0)
+            run.replay() if graph else run()
+            stream.synchronize()
+            assert out.eq(wanted).all()
