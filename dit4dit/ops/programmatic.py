@@ -35,11 +35,15 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import Literal
 
 import torch
 
 from dit4dit.ops import native
 
+ProgrammaticLaunch = Literal["cached", "on", "off"]
+CHOICES = ("cached", "on", "off")
+"""Of an engine: "cached" is where a verdict says so."""
 LEAST_CAPABILITY = 90
 """Compute capability, without its dot."""
 

@@ -184,7 +184,7 @@ def test_the_plans_of_a_model_and_the_verdicts_that_they_find(
         assert row["chosen"] == ("on" if shape.max_guidance is None else "off"), row["why"]
     args = (CPU, torch.float32, torch.float32, False, None, 4)
     engine = programmatic.make_engine(subject, *args)
-    assert [chosen(engine, shape) for shape, _ in wanted] == [row["chosen"] == "on" for row in rows]
+    assert [chosen(engine, shape.text) for shape, _ in wanted] == [row["chosen"] == "on" for row in rows]
     text = tuning_report.show({**record.result, "distinct": {}})
     assert "programmatic_launch" in text
     assert tuning_report.step_ms(rows) is None

@@ -44,13 +44,13 @@ def found(text: str, choice: str, cache: Path, **changes: Any) -> None:
 
 
 def test_off_unless_asked_for_or_measured(cache: Path) -> None:
-    assert not chosen(engine(), SHAPE)
-    assert chosen(engine(programmatic_launch="on"), SHAPE)
-    assert chosen(engine(programmatic_launch="on", tune="off"), SHAPE)
-    found(step_text(engine(), SHAPE), "on", cache)
-    assert chosen(engine(), SHAPE)
-    assert not chosen(engine(programmatic_launch="off"), SHAPE)
-    assert not chosen(engine(tune="off"), SHAPE)
+    assert not chosen(engine(), SHAPE.text)
+    assert chosen(engine(programmatic_launch="on"), SHAPE.text)
+    assert chosen(engine(programmatic_launch="on", tune="off"), SHAPE.text)
+    found(step_text(engine(), SHAPE.text), "on", cache)
+    assert chosen(engine(), SHAPE.text)
+    assert not chosen(engine(programmatic_launch="off"), SHAPE.text)
+    assert not chosen(engine(tune="off"), SHAPE.text)
     for other in (
         replace(SHAPE, batch=2),
         replace(SHAPE, views=((40, 50), (30, 31))),
@@ -60,34 +60,36 @@ def test_off_unless_asked_for_or_measured(cache: Path) -> None:
         replace(SHAPE, text_length=10),
         replace(SHAPE, max_guidance=5.0),
     ):
-        assert not chosen(engine(), other), other
-    assert not chosen(engine(steps=2), SHAPE)
-    assert not chosen(engine(posterior="mean"), SHAPE)
-    assert chosen(engine(), replace(SHAPE))
+        assert not chosen(engine(), other.text), other
+    assert not chosen(engine(steps=2), SHAPE.text)
+    assert not chosen(engine(posterior="mean"), SHAPE.text)
+    assert chosen(engine(), replace(SHAPE, max_guidance=None).text)
 
 
 def test_another_model_and_other_numbers_are_other_steps() -> None:
-    texts = {step_text(engine(), SHAPE)}
-    texts.add(step_text(Engine(random_model(replace(TINY, extract_layer=0), 1, with_text=False)), SHAPE))
-    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, dtype=torch.bfloat16)), SHAPE))
-    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, head_dtype=torch.bfloat16)), SHAPE))
+    texts = {step_text(engine(), SHAPE.text)}
+    texts.add(step_text(Engine(random_model(replace(TINY, extract_layer=0), 1, with_text=False)), SHAPE.text))
+    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, dtype=torch.bfloat16)), SHAPE.text))
+    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, head_dtype=torch.bfloat16)), SHAPE.text))
     assert len(texts) == 4
-    assert step_text(Engine(random_model(TINY, 2, with_text=False)), SHAPE) in texts, "other weights are no other step"
+    assert step_text(Engine(random_model(TINY, 2, with_text=False)), SHAPE.text) in texts, (
+        "other weights are no other step"
+    )
 
 
 def test_what_was_found_elsewhere_or_before_does_not_count(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = step_text(engine(), SHAPE)
+    text = step_text(engine(), SHAPE.text)
     found(text, "on", cache, place={**verdicts.place(CPU), "kernels": "others"})
-    assert not chosen(engine(), SHAPE)
+    assert not chosen(engine(), SHAPE.text)
     found(text, "off", cache)
-    assert not chosen(engine(), SHAPE)
+    assert not chosen(engine(), SHAPE.text)
     found(text, "sideways", cache, ms={"sideways": 1.0})
-    assert not chosen(engine(), SHAPE)
+    assert not chosen(engine(), SHAPE.text)
     (cache / verdicts.file_name(PROGRAMMATIC_LAUNCH, call_text((text,)))).unlink()
     row = {"chosen": "on", "ms": {"off": 2.0, "on": 1.0}}
     table = {"calls": {f"{PROGRAMMATIC_LAUNCH}: {call_text((text,))}": row}}
     monkeypatch.setattr(verdicts, "shipped_for", lambda device: table)
-    assert not chosen(engine(), SHAPE), "another machine's"
+    assert not chosen(engine(), SHAPE.text), "another machine's"
 
 
 def test_a_survey_counts_it(cache: Path) -> None:
@@ -156,7 +158,7 @@ def test_a_capture_that_fails_leaves_nothing_behind(cuda: FakeCuda, monkeypatch:
 
 
 def test_a_verdict_turns_it_on_in_a_plan(cuda: FakeCuda, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found(step_text(engine(), SHAPE), "on", cache)
+    found(step_text(engine(), SHAPE.text), "on", cache)
     plan, seen = recorded(cuda, monkeypatch)
     assert (plan.programmatic, seen) == (True, {True})
 
