@@ -39,10 +39,10 @@ from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine, calibrate, errors
 from dit4dit.engine.action_ode.program import HeadChoice
 from dit4dit.engine.engine import Tune
-from dit4dit.engine.programmatic import ProgrammaticLaunch
 from dit4dit.errors import OutputError
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.ops import onednn
+from dit4dit.ops.programmatic import ProgrammaticLaunch
 from dit4dit.presets import Preset
 from dit4dit.robots import EMBODIMENTS
 from dit4dit.tables import backed, number, quantiles, quantiles_ms, table

@@ -103,7 +103,7 @@ def tune(
     """
     record.during("programmatic launches", [f"{PROGRAMMATIC_LAUNCH}: model"])
     engine, folder = make_engine(subject, device, dtype, head_dtype, fp8, steps, seed), verdicts.folder(device)
-    names = [f"{PROGRAMMATIC_LAUNCH}: {step_text(engine, shape)}" for shape, _ in wanted]
+    names = [f"{PROGRAMMATIC_LAUNCH}: {step_text(engine, shape.text)}" for shape, _ in wanted]
     todo = list(dict(zip(names, wanted, strict=True)).items())
     with locked(folder), progress.bar("programmatic launches", len(todo), unit="plan") as bar, on_stream(engine):
         for i, (_, (shape, action_dim)) in enumerate(
@@ -114,7 +114,7 @@ def tune(
                 engine.programmatic_launch = "on" if on else "off"
                 return Replayed(engine, shape, action_dim, seed)
 
-            row = judge(step_text(engine, shape), build, gpu=device.type == "cuda")
+            row = judge(step_text(engine, shape.text), build, gpu=device.type == "cuda")
             row["count"] = int(i == 0)
             row["verdict"] = conclude(row, device, folder)
             record.result["calls"].append(row)

@@ -27,7 +27,6 @@ from dit4dit.engine.fold import BackboneBlock, Embedding, Head, fold_backbone, f
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
-from dit4dit.engine.programmatic import PROGRAMMATIC, ProgrammaticLaunch
 from dit4dit.engine.slots import Slots
 from dit4dit.errors import BackendError, ConfigError, shown
 from dit4dit.model.dit4dit import DiT4DiT
@@ -35,6 +34,7 @@ from dit4dit.model.flow import GuidanceTensors
 from dit4dit.model.video_dit import rotary_table
 from dit4dit.ops.action_ode import loop
 from dit4dit.ops.device_tables import DeviceTable
+from dit4dit.ops.programmatic import CHOICES, ProgrammaticLaunch
 from dit4dit.ops.verdicts import Verdicts
 
 Posterior = Literal["sample", "mean"]
@@ -98,7 +98,7 @@ class Engine:
             raise ConfigError(f"engine posterior: expected sample or mean, got {shown(posterior)}")
         if tune not in TUNE:
             raise ConfigError(f"engine tune: expected cached or off, got {shown(tune)}")
-        if programmatic_launch not in PROGRAMMATIC:
+        if programmatic_launch not in CHOICES:
             raise ConfigError(
                 f"engine programmatic_launch: expected cached, on or off, got {shown(programmatic_launch)}"
             )

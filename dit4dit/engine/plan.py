@@ -62,6 +62,14 @@ class RequestShape:
         sizes = [self.size or view for view in self.views]
         return sizes[0][0], sum(width for _, width in sizes)
 
+    @property
+    def text(self) -> str:
+        """What tells it from others in a verdict; not the bound of the guidance, which changes no speed."""
+        views = " ".join(f"{height}x{width}" for height, width in self.views)
+        to = "" if self.size is None else f" by {self.resize} to {self.size[0]}x{self.size[1]}"
+        kinds = ["state"] * self.state + ["guided"] * (self.max_guidance is not None)
+        return ", ".join([f"batch {self.batch}", f"views {views}{to}", f"text {self.text_length}", *kinds])
+
 
 class Plan:
     """The engine's step for one `RequestShape`. Not for two threads at a time: the buffers are the plan's own."""
@@ -97,7 +105,7 @@ class Plan:
         self._tables: list[device_tables.Sized] = []
         self._done = torch.cuda.Event() if device.type == "cuda" else None
         self._choices = engine.choices()
-        self.programmatic = self._stream is not None and launched_early(engine, shape)
+        self.programmatic = self._stream is not None and launched_early(engine, shape.text)
         """Whether its kernels are launched programmatically (`ops.programmatic`)."""
         self._graph: Callable[[], None] | None = None
         if self._stream is not None:

@@ -24,7 +24,8 @@ Why results stay the same:
 In a CUDA graph the dependency becomes an edge of the programmatic type, which CUDA documents between kernels alone. What it makes
 of the attribute behind a copy or a memset, or in a stream that has just waited for another one's event, it does not say. Results
 do not hang on that: the wait is for all that the kernel depends on. A capture may fail, which `dit4dit tune` finds out and leaves
-the step without; the first kernel after a join of two streams is launched `plainly`.
+the step without. Where a step runs on two streams, the first kernel of one that has waited for the other, at the fork and at the
+join, is launched `plainly`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import Literal
 
 import torch
 
 from dit4dit.ops import native
 
+ProgrammaticLaunch = Literal["cached", "on", "off"]
+CHOICES = ("cached", "on", "off")
+"""Of an engine: "cached" is where a verdict says so."""
 LEAST_CAPABILITY = 90
 """Compute capability, without its dot."""
 
@@ -57,7 +62,7 @@ def launches(on: bool) -> Iterator[None]:
 
 
 def plainly() -> AbstractContextManager[None]:
-    """`launches(False)`, for the first kernel after a join of two streams."""
+    """`launches(False)`, for the first kernel of a stream that has just waited for another one."""
     return launches(False)
 
 

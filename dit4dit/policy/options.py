@@ -10,9 +10,9 @@ import torch
 
 from dit4dit.engine import Calibration
 from dit4dit.engine.engine import TUNE
-from dit4dit.engine.programmatic import PROGRAMMATIC
 from dit4dit.errors import ConfigError, shown
 from dit4dit.files.folders import no_folder
+from dit4dit.ops.programmatic import CHOICES
 from dit4dit.robots.embodiment import Embodiment
 
 ENGINES = ("auto", "off")
@@ -36,9 +36,9 @@ def check_tune(tune: object) -> None:
 
 
 def check_programmatic(programmatic_launch: object) -> None:
-    if programmatic_launch not in PROGRAMMATIC:
+    if programmatic_launch not in CHOICES:
         raise ConfigError(
-            f"programmatic_launch: expected {', '.join(map(repr, PROGRAMMATIC))}, got {shown(programmatic_launch)}; dit4dit "
+            f"programmatic_launch: expected {', '.join(map(repr, CHOICES))}, got {shown(programmatic_launch)}; dit4dit "
             "tune measures"
         )
 

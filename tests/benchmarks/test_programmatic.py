@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from dit4dit.benchmarks import harness, programmatic, tuning_calls, tuning_report, tuning_rounds
+from dit4dit.benchmarks import harness, latency, programmatic, tuning_calls, tuning_report, tuning_rounds
 from dit4dit.benchmarks.recording import Recording
 
+from dit4dit.cli import main
 from dit4dit.engine import Engine
 from dit4dit.engine.programmatic import chosen
 from dit4dit.errors import BackendError, DeviceError
@@ -102,7 +103,8 @@ def test_other_bits_are_never_chosen_however_fast(clock: Clock, wrong: int) -> N
     """From the first replay on, or only while it is timed; -0 for 0 counts, and NaN is no difference."""
     row = judged(Step(clock, 5.0), Step(clock, 1.0, wrong))
     assert row["chosen"] == "off"
-    assert "bits" in row["refused"]["on"]
+    before = "gave other bits than without it"
+    assert row["refused"] == {"on": before if wrong <= 2 else "its bits were others, while it was timed"}
     assert (list(row["ms"]), row["failed"]) == (["off"], ["on"])
 
 
@@ -182,7 +184,7 @@ def test_the_plans_of_a_model_and_the_verdicts_that_they_find(
         assert row["chosen"] == ("on" if shape.max_guidance is None else "off"), row["why"]
     args = (CPU, torch.float32, torch.float32, False, None, 4)
     engine = programmatic.make_engine(subject, *args)
-    assert [chosen(engine, shape) for shape, _ in wanted] == [row["chosen"] == "on" for row in rows]
+    assert [chosen(engine, shape.text) for shape, _ in wanted] == [row["chosen"] == "on" for row in rows]
     text = tuning_report.show({**record.result, "distinct": {}})
     assert "programmatic_launch" in text
     assert tuning_report.step_ms(rows) is None
@@ -197,6 +199,21 @@ def test_without_time_what_is_left_is_named(folder: Path) -> None:
     assert record.result["calls"] == []
     assert len(record.result["cut"]["left"]) == 3
     assert all(name.startswith("programmatic_launch: model ") for name in record.result["cut"]["left"])
+
+
+@pytest.mark.parametrize("choice", ["cached", "on", "off"])
+def test_bench_latency_hands_it_to_the_engine(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
+    made: list[str] = []
+
+    def engine(model: Any, *, programmatic_launch: str = "cached", **options: Any) -> Engine:
+        made.append(programmatic_launch)
+        raise BackendError("far enough")
+
+    monkeypatch.setattr(latency, "Engine", engine)
+    words = () if choice == "cached" else ("--programmatic-launch", choice)
+    with pytest.raises(SystemExit):
+        main(["bench", "latency", "--preset", "tiny", "--device", "cpu", "--no-roofline", *words])
+    assert made == [choice]
 
 
 @pytest.mark.parametrize(("architecture", "has"), [("80", False), ("89", False), ("90", True), ("120", True)])

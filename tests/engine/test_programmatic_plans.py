@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from dit4dit import Policy
+from dit4dit import Noise, Policy, ops
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.engine import Engine, Plan, RequestShape
 from dit4dit.engine.programmatic import chosen, step_text
@@ -44,13 +44,13 @@ def found(text: str, choice: str, cache: Path, **changes: Any) -> None:
 
 
 def test_off_unless_asked_for_or_measured(cache: Path) -> None:
-    assert not chosen(engine(), SHAPE)
-    assert chosen(engine(programmatic_launch="on"), SHAPE)
-    assert chosen(engine(programmatic_launch="on", tune="off"), SHAPE)
-    found(step_text(engine(), SHAPE), "on", cache)
-    assert chosen(engine(), SHAPE)
-    assert not chosen(engine(programmatic_launch="off"), SHAPE)
-    assert not chosen(engine(tune="off"), SHAPE)
+    assert not chosen(engine(), SHAPE.text)
+    assert chosen(engine(programmatic_launch="on"), SHAPE.text)
+    assert chosen(engine(programmatic_launch="on", tune="off"), SHAPE.text)
+    found(step_text(engine(), SHAPE.text), "on", cache)
+    assert chosen(engine(), SHAPE.text)
+    assert not chosen(engine(programmatic_launch="off"), SHAPE.text)
+    assert not chosen(engine(tune="off"), SHAPE.text)
     for other in (
         replace(SHAPE, batch=2),
         replace(SHAPE, views=((40, 50), (30, 31))),
@@ -60,34 +60,36 @@ def test_off_unless_asked_for_or_measured(cache: Path) -> None:
         replace(SHAPE, text_length=10),
         replace(SHAPE, max_guidance=5.0),
     ):
-        assert not chosen(engine(), other), other
-    assert not chosen(engine(steps=2), SHAPE)
-    assert not chosen(engine(posterior="mean"), SHAPE)
-    assert chosen(engine(), replace(SHAPE))
+        assert not chosen(engine(), other.text), other
+    assert not chosen(engine(steps=2), SHAPE.text)
+    assert not chosen(engine(posterior="mean"), SHAPE.text)
+    assert chosen(engine(), replace(SHAPE, max_guidance=None).text)
 
 
 def test_another_model_and_other_numbers_are_other_steps() -> None:
-    texts = {step_text(engine(), SHAPE)}
-    texts.add(step_text(Engine(random_model(replace(TINY, extract_layer=0), 1, with_text=False)), SHAPE))
-    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, dtype=torch.bfloat16)), SHAPE))
-    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, head_dtype=torch.bfloat16)), SHAPE))
+    texts = {step_text(engine(), SHAPE.text)}
+    texts.add(step_text(Engine(random_model(replace(TINY, extract_layer=0), 1, with_text=False)), SHAPE.text))
+    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, dtype=torch.bfloat16)), SHAPE.text))
+    texts.add(step_text(Engine(random_model(TINY, 1, with_text=False, head_dtype=torch.bfloat16)), SHAPE.text))
     assert len(texts) == 4
-    assert step_text(Engine(random_model(TINY, 2, with_text=False)), SHAPE) in texts, "other weights are no other step"
+    assert step_text(Engine(random_model(TINY, 2, with_text=False)), SHAPE.text) in texts, (
+        "other weights are no other step"
+    )
 
 
 def test_what_was_found_elsewhere_or_before_does_not_count(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = step_text(engine(), SHAPE)
+    text = step_text(engine(), SHAPE.text)
     found(text, "on", cache, place={**verdicts.place(CPU), "kernels": "others"})
-    assert not chosen(engine(), SHAPE)
+    assert not chosen(engine(), SHAPE.text)
     found(text, "off", cache)
-    assert not chosen(engine(), SHAPE)
+    assert not chosen(engine(), SHAPE.text)
     found(text, "sideways", cache, ms={"sideways": 1.0})
-    assert not chosen(engine(), SHAPE)
+    assert not chosen(engine(), SHAPE.text)
     (cache / verdicts.file_name(PROGRAMMATIC_LAUNCH, call_text((text,)))).unlink()
     row = {"chosen": "on", "ms": {"off": 2.0, "on": 1.0}}
     table = {"calls": {f"{PROGRAMMATIC_LAUNCH}: {call_text((text,))}": row}}
     monkeypatch.setattr(verdicts, "shipped_for", lambda device: table)
-    assert not chosen(engine(), SHAPE), "another machine's"
+    assert not chosen(engine(), SHAPE.text), "another machine's"
 
 
 def test_a_survey_counts_it(cache: Path) -> None:
@@ -156,7 +158,7 @@ def test_a_capture_that_fails_leaves_nothing_behind(cuda: FakeCuda, monkeypatch:
 
 
 def test_a_verdict_turns_it_on_in_a_plan(cuda: FakeCuda, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found(step_text(engine(), SHAPE), "on", cache)
+    found(step_text(engine(), SHAPE.text), "on", cache)
     plan, seen = recorded(cuda, monkeypatch)
     assert (plan.programmatic, seen) == (True, {True})
 
@@ -166,3 +168,71 @@ def test_on_a_processor_a_plan_has_none() -> None:
     seen: list[bool] = []
     plan.record(lambda: seen.append(programmatic.triton_kernels("90")))()
     assert (plan.programmatic, seen) == (False, [False])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_same_bits_either_way(dtype: torch.dtype) -> None:
+    """Again and again, as a kernel that does not wait is not always too early."""
+    model = random_model(TINY, 1, device="cuda", with_text=False, dtype=dtype, head_dtype=dtype)
+    results = []
+    for choice in ("off", "on", "off"):
+        made = Engine(model, programmatic_launch=choice, tune="off")
+        plan = Plan(made, SHAPE, None)
+        generator = torch.Generator().manual_seed(0)
+        pack = made.pack(torch.randn(1, SHAPE.text_length, TINY.dit.text_in, generator=generator).cuda())
+        pictures = [[torch.randint(0, 256, (*size, 3), generator=generator).byte().numpy() for size in SHAPE.views]]
+        state = torch.randn(1, 1, TINY.head.state_dim, generator=generator).numpy()
+        results += [plan.run(pictures, state, [Noise.from_seed(3, 0)], [pack])[0].tobytes() for _ in range(100)]
+        results += [(plan.compute(), plan.outputs.device["normalized"].cpu().numpy().tobytes())[1] for _ in range(100)]
+    assert len(set(results)) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("before", ["kernel", "copy", "memset", "fork and join", "ours"])
+def test_a_gpu_waits_for_whatever_is_before(before: str, graph: bool) -> None:
+    """A slow kernel, then what writes the input, then ours: it must not read what was there, nor may its result be overtaken."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    source, x = torch.full((1, 1, 512, 256), 2.0, device=device), torch.empty(1, 1, 512, 256, device=device)
+    out, stream, side = torch.empty_like(x), torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return ops.adaln(x, x.bfloat16(), None, None, None, 1e-6, torch.bfloat16, backend="triton")[0]
+
+    def step() -> None:
+        x.fill_(7.0)
+        torch.cuda._sleep(1_000_000)
+        if before == "kernel":
+            torch.mul(source, 1.0, out=x)
+        elif before == "copy":
+            x.copy_(source)
+        elif before == "memset":
+            x.zero_()
+        elif before == "ours":
+            torch.mul(source, 0.5, out=x)
+            x.copy_(add(x))
+        else:
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side), programmatic.plainly():
+                torch.cuda._sleep(1_000_000)
+                x.copy_(add(source) / 2)
+            torch.cuda.current_stream(device).wait_stream(side)
+            with programmatic.plainly():
+                add(source)
+        out.copy_(add(x))
+
+    wanted = 0.0 if before == "memset" else 4.0
+    with programmatic.launches(True), torch.no_grad(), torch.cuda.stream(stream):
+        step()
+        run: Any = step
+        if graph:
+            stream.synchronize()
+            run = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(run, stream=stream):
+                step()
+        for _ in range(50):
+            out.fill_(-1.0)
+            run.replay() if graph else run()
+            stream.synchronize()
+            assert out.eq(wanted).all()
