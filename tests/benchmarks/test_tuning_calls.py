@@ -145,7 +145,7 @@ def test_on_a_gpu_the_noise_is_a_call_and_the_head_one_more() -> None:
     subject = of_preset("robocasa_gr1")
     plain = todo(subject, requests(subject, (1,), {}), GPU, dtype=torch.bfloat16)
     counted = counts([one for one in plain if one.count])
-    assert (counted["philox_normal"], counted["linear"], counted["rms_norm_silu"]) == (3, 11, 7)
+    assert (counted["philox_normal"], counted["linear"], counted["rms_norm_silu"]) == (3, 12, 7)
     assert "action_ode" not in counted
     # what is guided adds a call of euler_step, and joined images one of preprocess
     assert len(plain) == sum(counted.values()) + 2
