@@ -1,4 +1,4 @@
-"""Matrix product for few rows: as many thread blocks as read the weights at the memory's rate, each weight read once."""
+"""Matrix product for few rows: narrow blocks of columns, so that many multiprocessors read weights, each weight once."""
 
 import triton
 import triton.language as tl

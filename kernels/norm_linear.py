@@ -17,7 +17,7 @@ def _activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu_tanh":
         return gelu(x, True)
     if ACTIVATION == "relu":
-        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return tl.where(x < 0.0, 0.0, x)  # what is not a number stays so
     return x
 
 

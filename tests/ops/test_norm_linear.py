@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -96,6 +99,32 @@ def test_what_is_not_a_number_stays_in_its_row(triton_op, activation):
     assert torch.equal(x_new[:, :, others], clean[0][:, :, others])
     assert torch.equal(out[:, :, others], clean[1][:, :, others])
     assert out[0, 0, [3, 16]].isnan().all()
+
+
+GUARDED = """
+import torch
+from dit4dit import ops
+from dit4dit.benchmarks.guarded import Guarded
+from dit4dit.ops import launch
+launch.architecture = lambda device: "90"
+x, weight, bias = torch.randn(1, 1, 17, 100), torch.randn(33, 100), torch.randn(33)
+with torch.no_grad(), Guarded(poison=0xFF) as memory:
+    x_new, out = ops.norm_linear(x, x, None, None, 1e-5, weight, bias, None, backend="triton")
+    product = ops.linear(x_new, weight, bias, backend="triton")
+memory.check()
+assert all(bool(t.isfinite().all()) for t in (x_new, out, product))
+"""
+
+
+@pytest.mark.kernels
+@pytest.mark.usefixtures("interprets")
+def test_nothing_is_written_beside_the_results(tmp_path):
+    """Rows and columns past the end of the last tile: those of this kernel and of the product of few rows."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    script = tmp_path / "guarded.py"
+    script.write_text(GUARDED)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["parts", "torch"])
