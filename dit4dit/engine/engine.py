@@ -19,8 +19,8 @@ from torch import Tensor
 from dit4dit import ops
 from dit4dit.config import VideoDitConfig
 from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead, choose_head
-from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.branch import beside
+from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.first_block import FirstBlock, patch_rows
 from dit4dit.engine.fold import (
     BackboneBlock,
