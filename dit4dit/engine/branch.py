@@ -32,7 +32,9 @@ def beside(
             first = branch()
         second = main()
     except BaseException:
-        with contextlib.suppress(RuntimeError):  # of a capture that is invalid; the error that came first is the one to report
+        with contextlib.suppress(
+            RuntimeError
+        ):  # of a capture that is invalid; the error that came first is the one to report
             here.wait_stream(stream)
         raise
     here.wait_stream(stream)

@@ -19,8 +19,8 @@ from torch import Tensor
 from dit4dit import ops
 from dit4dit.config import VideoDitConfig
 from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead, choose_head
-from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.branch import beside
+from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.encoder import fold_encoder
 from dit4dit.engine.first_block import FirstBlock, patch_rows
 from dit4dit.engine.fold import BackboneBlock, Embedding, Head, fold_backbone, fold_embedding, fold_head
@@ -288,19 +288,18 @@ class Engine:
             VAE, as does all that needs the noise alone.
         """
 
-        def noisy() -> FirstBlock:
+        def noisy() -> None:
             with ops.stage("noise", beside="vae"):
                 if draw is not None:
                     draw()
                 self.add_noise(first, latent)
-                return first
 
         def encoded() -> Tensor:
             with ops.stage("vae"):
                 return self.moments(frame)
 
-        first = self.first_block(latent)  # of the current stream, which has it for longest
-        first, moments = beside(self.branch, noisy, encoded)
+        first = self.first_block(latent)  # here, as its memory must be of the stream that has it for longest
+        _, moments = beside(self.branch, noisy, encoded)
         return self.from_moments(first, moments, pack, posterior)
 
     def moments(self, frame: Tensor) -> Tensor:
@@ -330,7 +329,7 @@ class Engine:
             first.add_noise(patch_rows(latent[:, :, 1:], self.config.dit.patch, self.model.dtype))
 
     def from_moments(self, first: FirstBlock, moments: Tensor, pack: PromptPack, posterior: Tensor) -> Tensor:
-        """Features as of `features`, from the part of the noise and the VAE's posterior."""
+        """Features as of `features`, from block 0's input with the noise in it (`add_noise`) and the VAE's posterior."""
         with ops.stage("latents"):
             rows = self._sample(moments, posterior, self.config.dit.patch, self.model.dtype)
         with ops.stage("backbone"):

@@ -187,7 +187,7 @@ class Plan:
         with ops.stage("outputs"):
             self.outputs.device["normalized"].copy_(normalized)
             if self._table is not None:
-                self.outputs.device["actions"].copy_(ops.unnormalize(normalized, self._table))
+                ops.unnormalize(normalized, self._table, out=self.outputs.device["actions"])
 
     def compute(self) -> None:
         """All that the device does for one pass, on whatever the buffers hold."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     channels, tokens = twice // 2, (rows // patch) * (columns // patch)
     out = torch.empty(batch, tokens, channels * patch**2, dtype=dtype, device=moments.device)
     tile = tiles.lookup("posterior_patches", architecture)
-    arguments = dict(moments=moments, noise=noise, mean=mean, std=std, out=out)
+    arguments: dict[str, Any] = dict(moments=moments, noise=noise, mean=mean, std=std, out=out)
     strides = zip(("sample", "channel", "row", "column"), moments.stride(), strict=True)
     arguments |= {f"{name}_stride": stride for name, stride in strides}
     arguments |= dict(channels=channels, rows=rows, columns=columns)

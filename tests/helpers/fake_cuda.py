@@ -13,7 +13,10 @@ HIDDEN = "operation failed due to a previous error during capture"
 
 
 class FakeStream:
-    """A stream on the CPU: everything on it has run already. One that waits for a capture is part of it until it is waited for."""
+    """A stream on the CPU: everything on it has run already.
+
+    One that waits for a capture is part of it until it is waited for.
+    """
 
     device, device_index = torch.device("cpu"), 0
 
@@ -74,7 +77,8 @@ class FakeCuda:
     """Stands for `torch.cuda` once `install` has run. `stream` is a plan's, `branch` another one.
 
     Attributes:
-        capturing: the graph that is being captured. forked: streams that are in it beside the plan's. invalid: whether an operation has made this capture invalid.
+        capturing: the graph that is being captured. forked: streams that are in it beside the plan's.
+        invalid: whether an operation has made this capture invalid.
         allocating: pools that the allocator believes to be captured into. released: those given back.
         segments: sizes of what each pool has.
         generator_captured: whether the random generator believes to be captured. broken: whether replays fail.

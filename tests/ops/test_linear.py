@@ -127,3 +127,23 @@ def test_refuses_what_does_not_fit(change, message):
     given = dict(x=torch.zeros(2, 4), weight=torch.zeros(5, 4), bias=torch.zeros(5))
     with pytest.raises(InputError, match=message):
         linear(**{**given, **change})
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["torch", "onednn"])
+def test_writes_to_rows_of_a_larger_result(name, bias, batch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(batch, 5, 24, generator=generator), torch.randn(40, 24, generator=generator)
+    offset = torch.randn(40, generator=generator) if bias else None
+    onednn.pack(weight, 5)
+    whole = torch.full((batch, 9, 40), torch.nan)
+    with torch.no_grad():
+        wanted = linear(x, weight, offset, backend=name)
+        got = linear(x, weight, offset, out=whole[:, 3:8], backend=name)
+    assert torch.equal(got, wanted)
+    assert got.data_ptr() == whole[:, 3:].data_ptr()
+    assert whole[:, :3].isnan().all()
+    assert whole[:, 8:].isnan().all()
+    with pytest.raises(InputError, match=r"linear: out: expected torch.float32 \[\d, 5, 40\]"):
+        linear(x, weight, offset, out=whole)

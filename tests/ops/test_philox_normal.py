@@ -50,7 +50,10 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_what_is_given_stays(triton_op, given):
     """And what is drawn beside it has the bits of a draw alone."""
     requests, shape = tensor(REQUESTS), (3, 7)
-    fresh = {"torch": philox_normal(requests, 1, shape, backend="torch"), "triton": triton_op("philox_normal", requests, 1, shape)}
+    fresh = {
+        "torch": philox_normal(requests, 1, shape, backend="torch"),
+        "triton": triton_op("philox_normal", requests, 1, shape),
+    }
     requests[:, 2] = torch.tensor(given)
     brought = torch.randn(len(given), *shape, generator=torch.Generator().manual_seed(0))
     brought[1, 0, 0] = torch.nan

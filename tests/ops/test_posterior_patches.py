@@ -54,7 +54,10 @@ def test_nan_is_not_hidden(triton_op) -> None:
     """By the bounds of the variance: what spoils a chunk is to be seen in its actions."""
     moments, noise, mean, std = make(1, 4, 2, 4, F32, layout="channels last")
     moments[0, 5, 1, 2] = torch.nan  # the variance of channel 1, row 1, column 2: token 1
-    for got in (posterior_patches(moments, noise, mean, std, 2, F32), triton_op("posterior_patches", moments, noise, mean, std, 2, F32)):
+    for got in (
+        posterior_patches(moments, noise, mean, std, 2, F32),
+        triton_op("posterior_patches", moments, noise, mean, std, 2, F32),
+    ):
         assert got.isnan().nonzero().tolist() == [[0, 1, 1 * 4 + 2]]
 
 
