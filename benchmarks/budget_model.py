@@ -167,6 +167,11 @@ def _rows(step: Step, gpu: Gpu) -> float:
     return float(gpu["rows"] + max(moving_us(gpu, step.bytes, "rows_rate"), reading))
 
 
+def _narrow(rows: int) -> float:
+    """What a tile of fewer rows than one warpgroup's instruction has costs: it runs by the instructions of older GPUs."""
+    return 2.0 if rows < 64 else 1.0
+
+
 def _itemsize(dtype: str) -> int:
     return 1 if "float8" in dtype else 4 if dtype == "float32" else 2
 
@@ -188,7 +193,7 @@ def _triton_product(step: Step, gpu: Gpu) -> float:
     resident = residents(gpu, stages * moved, warps, rows * columns)
     inner = _inner(step, rows * columns * blocks)
     lost = (1 + gpu["triton_tile"] * (1 / rows + 1 / columns)) / (1 + gpu["triton_tile"] * 2 / 128)
-    one = 2.0 * rows * columns * inner / gpu.tensor_rate(f["dtype"]) * lost
+    one = 2.0 * rows * columns * inner / gpu.tensor_rate(f["dtype"]) * lost * _narrow(rows)
     alone, full = (one / share for share in gpu["triton_product"])
     # each turn waits for what was asked for some turns before
     turns = math.ceil(inner / depth)
@@ -218,7 +223,7 @@ def _triton_attention(step: Step, gpu: Gpu) -> float:
     shared = (rows + 2 * keys * tile.get("num_stages", 2)) * dim * _itemsize(f["dtype"])
     resident = residents(gpu, shared, warps, rows * dim + rows * keys)
     few, many = gpu["triton_attention"]
-    one = 4.0 * rows * padded * dim / gpu.tensor_rate(f["dtype"])
+    one = 4.0 * rows * padded * dim / gpu.tensor_rate(f["dtype"]) * _narrow(rows)
     alone = one / min(many, few * warps / 4)
     return float(
         gpu["triton"] + max(waves_us(gpu, blocks, resident, alone, one / many), moving_us(gpu, step.bytes, "rows_rate"))

@@ -1,6 +1,6 @@
 """Every launch of a function that runs on tensors without data, in order: our kernels, library calls, copies, memsets.
 
-Our kernels record themselves (`ops.launch.StandIn`). Of everything else the calls that PyTorch's dispatcher sees are recorded:
+Our kernels record themselves (`ops.stand_in.StandIn`). Of everything else the calls that PyTorch's dispatcher sees are recorded:
 each is a kernel, but for views and allocations; attention is one call, whichever library runs it.
 """
 
@@ -11,7 +11,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from dit4dit.ops import launch, stages
+from dit4dit.ops import stages, stand_in
 from dit4dit.ops.aot.launch_record import Launch, Launches
 from dit4dit.ops.verdicts import call_text
 
@@ -139,7 +139,7 @@ def outside() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(stand_in: launch.StandIn) -> Iterator[Trace]:
+def recording(gpu: stand_in.StandIn) -> Iterator[Trace]:
     """Record what runs inside; tensors on the meta device stand for those of a GPU. May be nested; the innermost records."""
     trace = Trace()
 
@@ -148,8 +148,8 @@ def recording(stand_in: launch.StandIn) -> Iterator[Trace]:
             with outside():
                 trace.kernels(steps, launches, args)
 
-    here = launch.StandIn(stand_in.architecture, stand_in.multiprocessors, stand_in.shared_memory, record)
-    with launch.without_data(here), torch.no_grad(), _Calls(trace), _Attention(trace):
+    here = replace(gpu, record=record)
+    with stand_in.without_data(here), torch.no_grad(), _Calls(trace), _Attention(trace):
         yield trace
 
 

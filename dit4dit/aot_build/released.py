@@ -14,7 +14,7 @@ from torch import Tensor
 from dit4dit import ops
 from dit4dit.engine import Engine, RequestShape
 from dit4dit.engine.listing import calls, engine_without_data
-from dit4dit.ops import launch
+from dit4dit.ops import stand_in
 from dit4dit.ops.aot.launch_record import Launch, Launches
 from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.dispatch import find, foreign
@@ -77,7 +77,7 @@ def by_triton(found: Iterable[ops.Call]) -> Iterator[Call]:
         triton = find(op).implementations.get("triton")
         if triton is None or foreign(triton) is not None:
             continue
-        with launch.without_data(), torch.no_grad():
+        with stand_in.without_data(), torch.no_grad():
             reason = triton.refuse(*args)
         if reason is None:
             yield importlib.import_module(f"dit4dit.ops.{op}").launches, args

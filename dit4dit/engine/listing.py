@@ -15,7 +15,7 @@ from dit4dit.engine.engine import Engine
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.plan import Plan, RequestShape
 from dit4dit.model.dit4dit import DiT4DiT
-from dit4dit.ops import launch
+from dit4dit.ops import stand_in
 from dit4dit.ops.verdicts import call_text
 
 
@@ -62,7 +62,7 @@ def calls(engine: Engine, shape: RequestShape, action_dim: int | None) -> list[o
     engine: from `engine_without_data`. action_dim: of the robot; None where only normalised actions are wanted.
     """
     table = None if action_dim is None else torch.zeros(5, action_dim, dtype=torch.float64)
-    with launch.without_data(), torch.no_grad(), _ChannelsLast(), ops.listing() as found:
+    with stand_in.without_data(), torch.no_grad(), _ChannelsLast(), ops.listing() as found:
         Plan(engine, shape, table).compute()
     return found
 

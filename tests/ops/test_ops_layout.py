@@ -22,6 +22,7 @@ NOT_OPS = {
     "onednn",
     "sources",
     "stages",
+    "stand_in",
     "tiles",
     "verdicts",
 }
