@@ -29,7 +29,7 @@ from dit4dit.ops.verdicts import Verdicts, call_text, shipped, slug
 from dit4dit.tables import number, table
 
 PROGRAMMATIC = False
-"""Whether our Triton kernels are launched before the kernel in front of them has ended, in "as if chosen"."""
+"""Whether our kernels are launched before the one in front of them has ended, in "as if chosen"."""
 TOTALS = ("today", "as_if_chosen")
 Total = Literal["today", "as_if_chosen"]
 
@@ -67,7 +67,7 @@ class Cheapest(Verdicts):
             if dispatch.foreign(implementation) is not None or implementation.refuse(*args) is not None:
                 continue
             for _ in range(2):  # tables that are made once are there the second time
-                with recording(self.gpu.stand_in) as trace, ops.Choices(self):
+                with recording(self.gpu.stand_in, (op.name, args)) as trace, ops.Choices(self):
                     implementation.run(*args)
             yield implementation.name, sum(launch_us(step, self.gpu, self.programmatic) for step in trace.steps)
 

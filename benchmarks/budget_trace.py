@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from dit4dit.ops import stages, stand_in
-from dit4dit.ops.aot.launch_record import Launch, Launches
+from dit4dit import ops
+from dit4dit.ops import dispatch, stages, stand_in
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.verdicts import call_text
 
 KINDS = ("triton", "cuda", "product", "convolution", "attention", "elementwise", "copy", "memset", "host_copy", "graph")
@@ -63,13 +63,10 @@ class Trace:
         name_of, beside = ("", None) if stage is None else (stage.name, stage.beside)
         self.steps.append(Step(kind, name, name_of, beside, flops, moved, facts))
 
-    def kernels(self, steps: Sequence[Launch], launches: Launches | None, args: Any) -> None:
-        """Our own kernels, `StandIn.record`; the call's FLOPs belong to those of them that multiply."""
-        if not steps:
-            return
-        module = "" if launches is None else getattr(launches, "__module__", "")
+    def kernels(self, steps: Sequence[Launch], call: ops.Call | None) -> None:
+        """Our own kernels of one op's call, whose FLOPs belong to those of them that multiply."""
         many = [step for step in steps if multiplies(step)]
-        flops = call_flops(module or f"dit4dit.ops.{steps[0].kernel.partition('.')[0]}", args) if many else 0.0
+        flops = call_flops(*call) if many and call is not None else 0.0
         for step in steps:
             tensors = [x for x in step.arguments.values() if isinstance(x, Tensor)]
             moved = distinct_bytes(tensors)
@@ -111,15 +108,12 @@ def distinct_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(seen.values())
 
 
-def call_flops(module: str, args: Any) -> float:
-    """FLOPs of an op's call, counted while its reference runs on tensors without data. 0.0: the module has no reference."""
-    key = (module, call_text(args))
+def call_flops(op: str, args: tuple[Any, ...]) -> float:
+    """FLOPs of an op's call, counted while its reference runs on tensors without data."""
+    key = op, call_text(args)
     if key not in _counted:
-        reference = getattr(importlib.import_module(module), "reference", None)
-        if reference is None:
-            return 0.0
-        with outside(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            reference(*args)
+        with outside(), ops.use_backend("torch"), FlopCounterMode(display=False) as counter:
+            dispatch.find(op).implementations["torch"].run(*args)
         _counted[key] = float(counter.get_total_flops())
     return _counted[key]
 
@@ -139,18 +133,24 @@ def outside() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(gpu: stand_in.StandIn) -> Iterator[Trace]:
-    """Record what runs inside; tensors on the meta device stand for those of a GPU. May be nested; the innermost records."""
+def recording(gpu: stand_in.StandIn, call: ops.Call | None = None) -> Iterator[Trace]:
+    """Record what runs inside; tensors on the meta device stand for those of a GPU. May be nested; the innermost records.
+
+    call: what an implementation that runs by itself is run for.
+    """
     trace = Trace()
+    with ops.listing() as calls:
+        calls += [] if call is None else [call]
 
-    def record(steps: Sequence[Launch], launches: Launches | None, args: Any) -> None:
-        if not _muted[0]:
-            with outside():
-                trace.kernels(steps, launches, args)
+        def record(steps: Sequence[Launch]) -> None:
+            if not _muted[0]:
+                made = calls[-1] if calls else None  # the op that is running: kernels are launched by the innermost
+                with outside():
+                    trace.kernels(steps, made)
 
-    here = replace(gpu, record=record)
-    with stand_in.without_data(here), torch.no_grad(), _Calls(trace), _Attention(trace):
-        yield trace
+        here = replace(gpu, record=record)
+        with stand_in.without_data(here), torch.no_grad(), _Calls(trace), _Attention(trace):
+            yield trace
 
 
 class _Attention(TorchFunctionMode):
@@ -163,25 +163,17 @@ class _Attention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         q = args[0] if args else kwargs.get("query")
-        if func is not F.scaled_dot_product_attention or not isinstance(q, Tensor) or q.device.type != "meta":
+        meta = isinstance(q, Tensor) and q.device.type == "meta"
+        if _muted[0] or func is not F.scaled_dot_product_attention or not meta:
             return func(*args, **kwargs)
         _, k, v = args[:3]
+        batch, heads, length, dim = q.shape
         with outside():
-            batch, heads, length, dim = q.shape
             out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
-            moved = distinct_bytes([q, k, v, out])
-        if not _muted[0]:
-            flops = 2.0 * batch * heads * length * k.shape[2] * (dim + v.shape[-1])
-            facts = {"heads": batch * heads, "length": length, "keys": k.shape[2], "dim": dim}
-            self.trace.add("attention", _library(q), flops, moved, dtype=_dtype([q]), **facts)
-        elif (counter := _counter()) is not None:
-            return counter(func, args, kwargs)
+        flops = 2.0 * batch * heads * length * k.shape[2] * (dim + v.shape[-1])
+        facts = {"heads": batch * heads, "length": length, "keys": k.shape[2], "dim": dim, "dtype": _dtype([q])}
+        self.trace.add("attention", _library(q), flops, distinct_bytes([q, k, v, out]), **facts)
         return out
-
-
-def _counter() -> Callable[..., Any] | None:
-    """Where FLOPs are counted, attention must be seen in its parts."""
-    return (lambda func, args, kwargs: func(*args, **kwargs)) if _muted[0] else None
 
 
 def _library(q: Tensor) -> str:

@@ -85,7 +85,7 @@ def runner(launches: Launches) -> Callable[..., Any]:
         device = args[0].device
         if (stands := stand_in.of(device)) is not None:
             todo, results = launches(args, stands.architecture)
-            stand_in.recorded(device, todo, launches, args)
+            stand_in.recorded(device, todo)
             return results
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here:

@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from dit4dit.ops.aot.launch_record import Launch, Launches
+from dit4dit.ops.aot.launch_record import Launch
 
 
 @dataclass(frozen=True)
@@ -20,14 +19,13 @@ class StandIn:
     Attributes:
         architecture: "90" for compute capability 9.0.
         multiprocessors, shared_memory: how many there are, and bytes of shared memory that one block may have.
-        record: is given every kernel of ours in the place of its launch, with the op's `launches` that made it (None for a CUDA
-            kernel) and the arguments of the call.
+        record: is given the kernels of ours in the place of their launches.
     """
 
     architecture: str = "90"
     multiprocessors: int = 132
     shared_memory: int = 227 << 10
-    record: Callable[[Sequence[Launch], Launches | None, Any], None] | None = None
+    record: Callable[[Sequence[Launch]], None] | None = None
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -64,9 +62,9 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if stands is None else stands.capability
 
 
-def recorded(device: torch.device, steps: Sequence[Launch], launches: Launches | None, args: Any) -> bool:
+def recorded(device: torch.device, steps: Sequence[Launch]) -> bool:
     """Whether tensors on this device only stand for a GPU's, in which case the launches are recorded and must not run."""
     stands = of(device)
     if stands is not None and stands.record is not None:
-        stands.record(steps, launches, args)
+        stands.record(steps)
     return stands is not None

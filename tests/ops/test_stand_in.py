@@ -19,7 +19,7 @@ BF16 = torch.bfloat16
 
 def recorded(gpu: StandIn, call: Any) -> list[Launch]:
     found: list[Launch] = []
-    with without_data(StandIn(gpu.architecture, gpu.multiprocessors, record=lambda steps, *_: found.extend(steps))):
+    with without_data(StandIn(gpu.architecture, gpu.multiprocessors, record=found.extend)):
         call()
     return found
 

@@ -184,7 +184,7 @@ class OneLaunchHead:
     def launch(self, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None) -> Tensor:
         """`ops.action_ode` on a GPU, whose arguments these are. Returns at once; `check` tells how it went."""
         if stand_in.of(noise.device) is not None:
-            return self._recorded(noise, context, prefix, guidance)
+            return self._recorded(noise, context, prefix)
         ready = self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         out = torch.empty(noise.shape, dtype=torch.float32, device=noise.device)  # dense, whatever the noise is
         given = {"noise": noise.float().contiguous(), "context": context.contiguous(), "out": out}
@@ -202,9 +202,7 @@ class OneLaunchHead:
         )
         return out
 
-    def _recorded(
-        self, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None
-    ) -> Tensor:
+    def _recorded(self, noise: Tensor, context: Tensor, prefix: Tensor | None) -> Tensor:
         """`launch` of tensors without data: what it does there, for whoever records launches."""
         schedule = self._plan(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         given, out = noise.float().contiguous(), torch.empty(noise.shape, dtype=torch.float32, device=noise.device)
@@ -214,7 +212,7 @@ class OneLaunchHead:
             arguments["prefix"] = prefix.float().contiguous()
         facts = {"stages": schedule.stages, "steps": schedule.shape.steps, "slots": schedule.slots}
         one = Launch("action_ode.cu", (schedule.device.workers,), arguments, facts, {"num_warps": THREADS // 32})
-        stand_in.recorded(noise.device, [one], None, (self, noise, context, prefix, guidance))
+        stand_in.recorded(noise.device, [one])
         return out
 
     def check(self) -> None:
