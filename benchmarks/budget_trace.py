@@ -74,7 +74,7 @@ class Trace:
                 part = step.arguments.get(name) if kernel == step.kernel else None
                 moved -= int((1 - share) * distinct_bytes([part])) if isinstance(part, Tensor) else 0
             facts = {"grid": list(step.grid), "tile": dict(step.tile), "constants": dict(step.constants)}
-            facts |= {"dtype": _dtype(tensors), "lengths": _lengths(step)}
+            facts |= {"dtype": _operands(tensors), "lengths": _lengths(step)}
             kind = "cuda" if step.kernel.endswith(".cu") else "triton"
             self.add(kind, step.kernel, flops / len(many) if step in many else 0.0, moved, **facts)
 
@@ -97,6 +97,12 @@ def _dtype(tensors: Sequence[Tensor]) -> str:
     """Of the largest tensor."""
     largest = max(tensors, key=lambda x: x.numel(), default=None)
     return "" if largest is None else str(largest.dtype).removeprefix("torch.")
+
+
+def _operands(tensors: Sequence[Tensor]) -> str:
+    """What a kernel of ours multiplies: the narrowest of its floating dtypes, as sums and residuals are wider."""
+    floating = [x for x in tensors if x.is_floating_point()]
+    return _dtype([x for x in floating if x.element_size() == min(y.element_size() for y in floating)])
 
 
 def distinct_bytes(tensors: Sequence[Tensor]) -> int:
@@ -168,11 +174,15 @@ class _Attention(TorchFunctionMode):
             return func(*args, **kwargs)
         _, k, v = args[:3]
         batch, heads, length, dim = q.shape
+        library = _library(q)
         with outside():
-            out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
+            if library == "cudnn" and q.stride(1) > q.stride(2):  # its result lies as q does, head after head
+                out = q.new_empty(batch, heads, length, v.shape[-1])
+            else:
+                out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
         flops = 2.0 * batch * heads * length * k.shape[2] * (dim + v.shape[-1])
         facts = {"heads": batch * heads, "length": length, "keys": k.shape[2], "dim": dim, "dtype": _dtype([q])}
-        self.trace.add("attention", _library(q), flops, distinct_bytes([q, k, v, out]), **facts)
+        self.trace.add("attention", library, flops, distinct_bytes([q, k, v, out]), **facts)
         return out
 
 
@@ -248,13 +258,13 @@ def record(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     name = func._schema.name.removeprefix("aten::")
     with outside():
         moved = distinct_bytes([x for x in [*given, *made] if x.device.type == "meta"])
-        counter = flop_registry.get(func._overloadpacket)
+        counter = None if name in PRODUCTS else flop_registry.get(func._overloadpacket)
         flops = 0.0 if counter is None else float(counter(*args, **kwargs, out_val=out))
     facts = {"dtype": _dtype(made), "shape": list(made[0].shape) if made else []}
     if any(x.device.type == "cpu" and x.dim() > 0 for x in given) and name in ("copy_", "_to_copy"):
         trace.add("host_copy", f"{name} from the host", 0.0, moved, **facts)
     elif name in PRODUCTS:
-        _product(trace, name, given, made[0], flops, moved)
+        _product(trace, name, given, made[0], moved)
     elif name == "convolution":
         _convolution(trace, args, made[0], flops)
     elif name == "constant_pad_nd":
@@ -290,7 +300,7 @@ def _dense(x: Tensor) -> bool:
     return any(x.is_contiguous(memory_format=form) for form in formats)
 
 
-def _product(trace: Trace, name: str, given: list[Tensor], out: Tensor, flops: float, moved: int) -> None:
+def _product(trace: Trace, name: str, given: list[Tensor], out: Tensor, moved: int) -> None:
     """A product by the library. facts: m rows, n columns, k, count of them; in float32 also what its split sums launch."""
     left = [x for x in given if x.dim() >= 2][-2]
     count = math.prod(out.shape[:-2])
@@ -301,7 +311,7 @@ def _product(trace: Trace, name: str, given: list[Tensor], out: Tensor, flops: f
     before, after = _split_sums(m, n, k, bias) if _dtype([left]) == "float32" and count == 1 else ((), ())
     for extra in before:
         trace.add("memset" if extra == "memset" else "elementwise", extra, 0.0, result, dtype="float32", form="flat")
-    trace.add("product", name, flops, moved, **facts)
+    trace.add("product", name, 2.0 * count * m * n * k, moved, **facts)
     for extra in after:
         trace.add("elementwise", extra, 0.0, 2 * result, dtype="float32", form="flat")
 
