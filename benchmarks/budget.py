@@ -24,12 +24,13 @@ from dit4dit.engine import Engine
 from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead
 from dit4dit.engine.listing import engine_without_data
 from dit4dit.engine.plan import GRAPHS, Plan
+from dit4dit.errors import said
 from dit4dit.ops import dispatch
 from dit4dit.ops.verdicts import Verdicts, call_text, shipped, slug
 from dit4dit.tables import number, table
 
 PROGRAMMATIC = False
-"""Whether our Triton kernels are launched before the kernel in front of them has ended, in "as if chosen"."""
+"""Whether our kernels are launched before the one in front of them has ended, in "as if chosen"."""
 TOTALS = ("today", "as_if_chosen")
 Total = Literal["today", "as_if_chosen"]
 
@@ -54,6 +55,8 @@ class Cheapest(Verdicts):
         self.gpu, self.programmatic = gpu, programmatic
         self.found: dict[str, dict[str, float]] = {}
         """ "op: call" -> implementation -> predicted microseconds."""
+        self.failed: dict[str, str] = {}
+        """ "op: implementation" -> why it cannot be run on tensors without data."""
 
     def choice(self, op: str, args: Sequence[Any], files: Any = None) -> str | None:
         key = f"{op}: {call_text(args)}"
@@ -66,9 +69,13 @@ class Cheapest(Verdicts):
         for implementation in op.implementations.values():
             if dispatch.foreign(implementation) is not None or implementation.refuse(*args) is not None:
                 continue
-            for _ in range(2):  # tables that are made once are there the second time
-                with recording(self.gpu.stand_in) as trace, ops.Choices(self):
-                    implementation.run(*args)
+            try:
+                for _ in range(2):  # tables that are made once are there the second time
+                    with recording(self.gpu.stand_in, (op.name, args)) as trace, ops.Choices(self):
+                        implementation.run(*args)
+            except Exception as error:  # one that needs its tensors' data must not cost all others their prediction
+                self.failed[f"{op.name}: {implementation.name}"] = f"{type(error).__name__}: {said(error)}"
+                continue
             yield implementation.name, sum(launch_us(step, self.gpu, self.programmatic) for step in trace.steps)
 
 
@@ -114,7 +121,7 @@ def measure(wanted: Wanted) -> dict[str, Any]:
         result["stages"][total] = stages_of(rows)
         result["totals"][total] = total_of(result["stages"][total])
         result["chosen"][total] = ran
-    result["candidates"] = cheapest.found
+    result |= {"candidates": cheapest.found, "failed": cheapest.failed}
     return result
 
 
@@ -213,6 +220,7 @@ def show(result: Mapping[str, Any]) -> str:
     rows.append(["total", *_cells(*(result["totals"][total] for total in TOTALS))])
     rows[-1] += [number(measured.get("total"), ",.1f")] if measured else []
     lines.append(table(header, rows, right=range(1, len(header))))
+    lines += [f"not predicted: {name}: {why}" for name, why in result["failed"].items()]
     if measured:
         lines.append(f"measured: {measured['source']}; its total has the host's time in it")
     return "\n".join(lines)

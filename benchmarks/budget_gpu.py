@@ -12,7 +12,7 @@ import torch
 
 from dit4dit.errors import InputError, did_you_mean, shown
 from dit4dit.files.keys import is_finite, read_json
-from dit4dit.ops.launch import StandIn
+from dit4dit.ops.stand_in import StandIn
 
 BUILT_IN = Path(__file__).with_name("gpus.json")
 HINT = "benchmarks/gpus.json of dit4dit shows the form"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from dit4dit.benchmarks.budget_gpu import Gpu
 from dit4dit.benchmarks.budget_trace import Step
@@ -24,15 +23,17 @@ def time_us(step: Step, gpu: Gpu) -> float:
 
 
 def gap_us(step: Step, gpu: Gpu, programmatic: bool) -> float:
-    """From the end of a launch to the beginning of the next one in a graph.
+    """From the end of the launch before to the beginning of this one in a graph.
 
-    programmatic: our Triton kernels begin before the one before them has ended (programmatic dependent launch).
+    programmatic: our kernels are launched before the one before them has ended (programmatic dependent launch); the one-launch
+    head, whose blocks wait for each other, is not.
     """
     if step.kind in ("host_copy", "graph"):
         return 0.0
     if step.kind in ("memset", "copy"):
         return float(gpu["memset_gap" if step.kind == "memset" else "gap"])
-    return float(gpu["gap_programmatic" if programmatic and step.kind == "triton" else "gap"])
+    early = programmatic and step.kind in ("triton", "cuda") and step.name != "action_ode.cu"
+    return float(gpu["gap_programmatic" if early else "gap"])
 
 
 def moving_us(gpu: Gpu, moved: float, rate: str) -> float:
@@ -167,6 +168,11 @@ def _rows(step: Step, gpu: Gpu) -> float:
     return float(gpu["rows"] + max(moving_us(gpu, step.bytes, "rows_rate"), reading))
 
 
+def _narrow(rows: int) -> float:
+    """What a tile of fewer rows than one warpgroup's instruction has costs: it runs by the instructions of older GPUs."""
+    return 2.0 if rows < 64 else 1.0
+
+
 def _itemsize(dtype: str) -> int:
     return 1 if "float8" in dtype else 4 if dtype == "float32" else 2
 
@@ -180,6 +186,7 @@ def residents(gpu: Gpu, shared: int, warps: int, sums: int) -> int:
 def _triton_product(step: Step, gpu: Gpu) -> float:
     f, tile = step.facts, step.facts["tile"]
     rows, columns, depth = tile.get("ROWS", 16), tile.get("COLUMNS", 16), tile["DEPTH"]
+    columns += tile.get("WIDER", 0) * columns // 2  # half as many again, which are no power of two
     blocks = math.prod(f["grid"])
     if blocks == 0 or step.flops == 0:
         return float(gpu["triton"])
@@ -188,7 +195,7 @@ def _triton_product(step: Step, gpu: Gpu) -> float:
     resident = residents(gpu, stages * moved, warps, rows * columns)
     inner = _inner(step, rows * columns * blocks)
     lost = (1 + gpu["triton_tile"] * (1 / rows + 1 / columns)) / (1 + gpu["triton_tile"] * 2 / 128)
-    one = 2.0 * rows * columns * inner / gpu.tensor_rate(f["dtype"]) * lost
+    one = 2.0 * rows * columns * inner / gpu.tensor_rate(f["dtype"]) * lost * _narrow(rows)
     alone, full = (one / share for share in gpu["triton_product"])
     # each turn waits for what was asked for some turns before
     turns = math.ceil(inner / depth)
@@ -199,12 +206,14 @@ def _triton_product(step: Step, gpu: Gpu) -> float:
 
 
 def _inner(step: Step, results: int) -> int:
-    """Length of one block's sum: a constant of the kernel, else by the FLOPs of the call."""
-    constants = step.facts["constants"]
-    splits = max(1, step.facts["tile"].get("SPLITS", constants.get("SPLITS", 1)))
-    if "INNER" in constants:
-        return math.ceil(constants["INNER"] / splits)
-    return max(1, math.ceil(step.flops / (2.0 * results)))
+    """Length of one block's sum: of the kernel's constants, or of the part that its tile takes; else by the FLOPs of the call."""
+    constants, span = step.facts["constants"], step.facts["tile"].get("SPAN", 0)
+    inner = constants.get("INNER", 0)
+    if "CHANNELS" in constants:  # a convolution
+        inner = constants["CHANNELS"] * constants.get("KERNEL_HEIGHT", 1) * constants.get("KERNEL_WIDTH", 1)
+    if not inner:
+        return max(1, math.ceil(step.flops / (2.0 * results)))
+    return int(min(inner, span) if span else inner)
 
 
 def _triton_attention(step: Step, gpu: Gpu) -> float:
@@ -218,7 +227,7 @@ def _triton_attention(step: Step, gpu: Gpu) -> float:
     shared = (rows + 2 * keys * tile.get("num_stages", 2)) * dim * _itemsize(f["dtype"])
     resident = residents(gpu, shared, warps, rows * dim + rows * keys)
     few, many = gpu["triton_attention"]
-    one = 4.0 * rows * padded * dim / gpu.tensor_rate(f["dtype"])
+    one = 4.0 * rows * padded * dim / gpu.tensor_rate(f["dtype"]) * _narrow(rows)
     alone = one / min(many, few * warps / 4)
     return float(
         gpu["triton"] + max(waves_us(gpu, blocks, resident, alone, one / many), moving_us(gpu, step.bytes, "rows_rate"))
@@ -255,8 +264,3 @@ _PREDICTIONS: dict[str, Callable[[Step, Gpu], float]] = {
     "host_copy": _host_copy,
     "graph": lambda step, gpu: float(gpu["graph"]),
 }
-
-
-def facts_of(step: Step) -> dict[str, Any]:
-    """What a table shows of a launch's shape."""
-    return {name: value for name, value in step.facts.items() if name not in ("lengths",)}

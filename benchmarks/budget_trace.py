@@ -1,6 +1,6 @@
 """Every launch of a function that runs on tensors without data, in order: our kernels, library calls, copies, memsets.
 
-Our kernels record themselves (`ops.launch.StandIn`). Of everything else the calls that PyTorch's dispatcher sees are recorded:
+Our kernels record themselves (`ops.stand_in.StandIn`). Of everything else the calls that PyTorch's dispatcher sees are recorded:
 each is a kernel, but for views and allocations; attention is one call, whichever library runs it.
 """
 
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from dit4dit.ops import launch, stages
-from dit4dit.ops.aot.launch_record import Launch, Launches
+from dit4dit import ops
+from dit4dit.ops import dispatch, stages, stand_in
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.verdicts import call_text
 
 KINDS = ("triton", "cuda", "product", "convolution", "attention", "elementwise", "copy", "memset", "host_copy", "graph")
@@ -63,13 +63,10 @@ class Trace:
         name_of, beside = ("", None) if stage is None else (stage.name, stage.beside)
         self.steps.append(Step(kind, name, name_of, beside, flops, moved, facts))
 
-    def kernels(self, steps: Sequence[Launch], launches: Launches | None, args: Any) -> None:
-        """Our own kernels, `StandIn.record`; the call's FLOPs belong to those of them that multiply."""
-        if not steps:
-            return
-        module = "" if launches is None else getattr(launches, "__module__", "")
+    def kernels(self, steps: Sequence[Launch], call: ops.Call | None) -> None:
+        """Our own kernels of one op's call, whose FLOPs belong to those of them that multiply."""
         many = [step for step in steps if multiplies(step)]
-        flops = call_flops(module or f"dit4dit.ops.{steps[0].kernel.partition('.')[0]}", args) if many else 0.0
+        flops = call_flops(*call) if many and call is not None else 0.0
         for step in steps:
             tensors = [x for x in step.arguments.values() if isinstance(x, Tensor)]
             moved = distinct_bytes(tensors)
@@ -77,7 +74,7 @@ class Trace:
                 part = step.arguments.get(name) if kernel == step.kernel else None
                 moved -= int((1 - share) * distinct_bytes([part])) if isinstance(part, Tensor) else 0
             facts = {"grid": list(step.grid), "tile": dict(step.tile), "constants": dict(step.constants)}
-            facts |= {"dtype": _dtype(tensors), "lengths": _lengths(step)}
+            facts |= {"dtype": _operands(tensors), "lengths": _lengths(step)}
             kind = "cuda" if step.kernel.endswith(".cu") else "triton"
             self.add(kind, step.kernel, flops / len(many) if step in many else 0.0, moved, **facts)
 
@@ -102,6 +99,12 @@ def _dtype(tensors: Sequence[Tensor]) -> str:
     return "" if largest is None else str(largest.dtype).removeprefix("torch.")
 
 
+def _operands(tensors: Sequence[Tensor]) -> str:
+    """What a kernel of ours multiplies: the narrowest of its floating dtypes, as sums and residuals are wider."""
+    floating = [x for x in tensors if x.is_floating_point()]
+    return _dtype([x for x in floating if x.element_size() == min(y.element_size() for y in floating)])
+
+
 def distinct_bytes(tensors: Sequence[Tensor]) -> int:
     """What these tensors take, each once; an expanded dimension is not there twice."""
     seen: dict[tuple[Any, ...], int] = {}
@@ -111,15 +114,12 @@ def distinct_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(seen.values())
 
 
-def call_flops(module: str, args: Any) -> float:
-    """FLOPs of an op's call, counted while its reference runs on tensors without data. 0.0: the module has no reference."""
-    key = (module, call_text(args))
+def call_flops(op: str, args: tuple[Any, ...]) -> float:
+    """FLOPs of an op's call, counted while its reference runs on tensors without data."""
+    key = op, call_text(args)
     if key not in _counted:
-        reference = getattr(importlib.import_module(module), "reference", None)
-        if reference is None:
-            return 0.0
-        with outside(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            reference(*args)
+        with outside(), ops.use_backend("torch"), FlopCounterMode(display=False) as counter:
+            dispatch.find(op).implementations["torch"].run(*args)
         _counted[key] = float(counter.get_total_flops())
     return _counted[key]
 
@@ -139,18 +139,24 @@ def outside() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(stand_in: launch.StandIn) -> Iterator[Trace]:
-    """Record what runs inside; tensors on the meta device stand for those of a GPU. May be nested; the innermost records."""
+def recording(gpu: stand_in.StandIn, call: ops.Call | None = None) -> Iterator[Trace]:
+    """Record what runs inside; tensors on the meta device stand for those of a GPU. May be nested; the innermost records.
+
+    call: what an implementation that runs by itself is run for.
+    """
     trace = Trace()
+    with ops.listing() as calls:
+        calls += [] if call is None else [call]
 
-    def record(steps: Sequence[Launch], launches: Launches | None, args: Any) -> None:
-        if not _muted[0]:
-            with outside():
-                trace.kernels(steps, launches, args)
+        def record(steps: Sequence[Launch]) -> None:
+            if not _muted[0]:
+                made = calls[-1] if calls else None  # the op that is running: kernels are launched by the innermost
+                with outside():
+                    trace.kernels(steps, made)
 
-    here = launch.StandIn(stand_in.architecture, stand_in.multiprocessors, stand_in.shared_memory, record)
-    with launch.without_data(here), torch.no_grad(), _Calls(trace), _Attention(trace):
-        yield trace
+        here = replace(gpu, record=record)
+        with stand_in.without_data(here), torch.no_grad(), _Calls(trace), _Attention(trace):
+            yield trace
 
 
 class _Attention(TorchFunctionMode):
@@ -163,25 +169,21 @@ class _Attention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         q = args[0] if args else kwargs.get("query")
-        if func is not F.scaled_dot_product_attention or not isinstance(q, Tensor) or q.device.type != "meta":
+        meta = isinstance(q, Tensor) and q.device.type == "meta"
+        if _muted[0] or func is not F.scaled_dot_product_attention or not meta:
             return func(*args, **kwargs)
         _, k, v = args[:3]
+        batch, heads, length, dim = q.shape
+        library = _library(q)
         with outside():
-            batch, heads, length, dim = q.shape
-            out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
-            moved = distinct_bytes([q, k, v, out])
-        if not _muted[0]:
-            flops = 2.0 * batch * heads * length * k.shape[2] * (dim + v.shape[-1])
-            facts = {"heads": batch * heads, "length": length, "keys": k.shape[2], "dim": dim}
-            self.trace.add("attention", _library(q), flops, moved, dtype=_dtype([q]), **facts)
-        elif (counter := _counter()) is not None:
-            return counter(func, args, kwargs)
+            if library == "cudnn" and q.stride(1) > q.stride(2):  # its result lies as q does, head after head
+                out = q.new_empty(batch, heads, length, v.shape[-1])
+            else:
+                out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
+        flops = 2.0 * batch * heads * length * k.shape[2] * (dim + v.shape[-1])
+        facts = {"heads": batch * heads, "length": length, "keys": k.shape[2], "dim": dim, "dtype": _dtype([q])}
+        self.trace.add("attention", library, flops, distinct_bytes([q, k, v, out]), **facts)
         return out
-
-
-def _counter() -> Callable[..., Any] | None:
-    """Where FLOPs are counted, attention must be seen in its parts."""
-    return (lambda func, args, kwargs: func(*args, **kwargs)) if _muted[0] else None
 
 
 def _library(q: Tensor) -> str:
@@ -256,15 +258,13 @@ def record(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     name = func._schema.name.removeprefix("aten::")
     with outside():
         moved = distinct_bytes([x for x in [*given, *made] if x.device.type == "meta"])
-        counter = flop_registry.get(func._overloadpacket)
-        # torch's counters know no dtype of the result among the arguments
-        counted = [x for x in args if not isinstance(x, torch.dtype)]
-        flops = 0.0 if counter is None else float(counter(*counted, **kwargs, out_val=out))
+        counter = None if name in PRODUCTS else flop_registry.get(func._overloadpacket)
+        flops = 0.0 if counter is None else float(counter(*args, **kwargs, out_val=out))
     facts = {"dtype": _dtype(made), "shape": list(made[0].shape) if made else []}
     if any(x.device.type == "cpu" and x.dim() > 0 for x in given) and name in ("copy_", "_to_copy"):
         trace.add("host_copy", f"{name} from the host", 0.0, moved, **facts)
     elif name in PRODUCTS:
-        _product(trace, name, given, made[0], flops, moved)
+        _product(trace, name, given, made[0], moved)
     elif name == "convolution":
         _convolution(trace, args, made[0], flops)
     elif name == "constant_pad_nd":
@@ -300,7 +300,7 @@ def _dense(x: Tensor) -> bool:
     return any(x.is_contiguous(memory_format=form) for form in formats)
 
 
-def _product(trace: Trace, name: str, given: list[Tensor], out: Tensor, flops: float, moved: int) -> None:
+def _product(trace: Trace, name: str, given: list[Tensor], out: Tensor, moved: int) -> None:
     """A product by the library. facts: m rows, n columns, k, count of them; in float32 also what its split sums launch."""
     left = [x for x in given if x.dim() >= 2][-2]
     count = math.prod(out.shape[:-2])
@@ -311,7 +311,7 @@ def _product(trace: Trace, name: str, given: list[Tensor], out: Tensor, flops: f
     before, after = _split_sums(m, n, k, bias) if _dtype([left]) == "float32" and count == 1 else ((), ())
     for extra in before:
         trace.add("memset" if extra == "memset" else "elementwise", extra, 0.0, result, dtype="float32", form="flat")
-    trace.add("product", name, flops, moved, **facts)
+    trace.add("product", name, 2.0 * count * m * n * k, moved, **facts)
     for extra in after:
         trace.add("elementwise", extra, 0.0, 2 * result, dtype="float32", form="flat")
 

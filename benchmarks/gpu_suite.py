@@ -46,7 +46,17 @@ else:
 OWN_PROCESS = ("self_attention", "action_ode")
 """Ops that are timed in a process each: ours among them keep a whole GPU busy, or wait for each other's blocks."""
 OTHER_OPS = (
-    *("adaln", "add_pad", "conv2d", "cross_attention", "euler_step", "linear", "linear_fp8", "linear_gelu", "norm_linear"),
+    *(
+        "adaln",
+        "add_pad",
+        "conv2d",
+        "cross_attention",
+        "euler_step",
+        "linear",
+        "linear_fp8",
+        "linear_gelu",
+        "norm_linear",
+    ),
     *("philox_normal", "posterior_patches", "preprocess", "qk_norm_rope", "rms_norm_silu", "unnormalize"),
 )
 BFLOAT16_HEAD, FLOAT32_HEAD = ("--head-dtype", "bfloat16"), ("--head-dtype", "float32")

@@ -19,7 +19,7 @@ from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
 from dit4dit.aot_build.compiler import compiled, resources
-from dit4dit.ops import launch
+from dit4dit.ops import launch, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.dispatch import find
@@ -156,7 +156,7 @@ def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
             launches = launch.launches_of(implementation.run)
             if launches is None:
                 continue
-            with launch.without_data(), torch.no_grad():
+            with stand_in.without_data(), torch.no_grad():
                 unsupported = implementation.refuse(*args)
             for step in () if unsupported else launches(args, str(capability))[0]:
                 yield f"{op} {case}{_named(implementation.name)}", step

@@ -16,7 +16,7 @@ from dit4dit.engine.engine import Engine
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.plan import Plan, RequestShape
 from dit4dit.model.dit4dit import DiT4DiT
-from dit4dit.ops import launch
+from dit4dit.ops import stand_in
 from dit4dit.ops.verdicts import call_text
 
 
@@ -42,8 +42,8 @@ def engine_without_data(
     """The engine of a model on the meta device.
 
     dtype: of VAE and backbone. head_dtype: of the head; `dtype` when None. fp8: the backbone's
-        matrices in e4m3. steps: as of `Engine`. gpu: whether its plans make the calls of a GPU, which draws the noise and works on it
-        beside the VAE, or a CPU's.
+        matrices in e4m3. steps: as of `Engine`. gpu: whether its plans make the calls of a GPU, which draws the noise and works on
+        it beside the VAE, or a CPU's.
     """
     head_dtype = dtype if head_dtype is None else head_dtype
     with torch.device("meta"):
@@ -69,7 +69,7 @@ def calls(engine: Engine, shape: RequestShape, action_dim: int | None) -> list[o
     engine: from `engine_without_data`. action_dim: of the robot; None where only normalised actions are wanted.
     """
     table = None if action_dim is None else torch.zeros(5, action_dim, dtype=torch.float64)
-    with launch.without_data(), torch.no_grad(), _ChannelsLast(), ops.listing() as found:
+    with stand_in.without_data(), torch.no_grad(), _ChannelsLast(), ops.listing() as found:
         Plan(engine, shape, table).compute()
     return found
 

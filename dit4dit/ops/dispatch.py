@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dit4dit.errors import BackendError, did_you_mean
-from dit4dit.ops import launch
+from dit4dit.ops import stand_in
 from dit4dit.ops.verdicts import SWITCHES, Files, Verdicts
 
 log = logging.getLogger("dit4dit.ops")
@@ -187,7 +187,7 @@ class Op:
 
 def _waits(implementation: Implementation, preferred: str | None, device: torch.device) -> bool:
     """Whether it may only run where a verdict names it, and none does."""
-    here = implementation.device in (None, "cuda" if launch.on_gpu(device) else device.type)
+    here = implementation.device in (None, "cuda" if stand_in.on_gpu(device) else device.type)
     return implementation.measured_only and implementation.name != preferred and here
 
 

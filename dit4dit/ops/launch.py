@@ -8,15 +8,13 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit4dit.ops import programmatic
+from dit4dit.ops import programmatic, stand_in
 from dit4dit.ops.aot import loader
 from dit4dit.ops.aot.launch_record import Launch, Launches
 
@@ -34,70 +32,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """The GPU that tensors on the meta device stand for.
-
-    Attributes:
-        architecture: "90" for compute capability 9.0.
-        multiprocessors, shared_memory: how many there are, and bytes of shared memory that one block may have.
-        record: is given every kernel of ours in the place of its launch, with the op's `launches` that made it (None for a CUDA
-            kernel) and the arguments of the call.
-    """
-
-    architecture: str = "90"
-    multiprocessors: int = 132
-    shared_memory: int = 227 << 10
-    record: Callable[[Sequence[Launch], Launches | None, Any], None] | None = None
-
-    @property
-    def capability(self) -> tuple[int, int]:
-        major, minor = divmod(int(self.architecture), 10)
-        return major, minor
-
-
-_stand_in: ContextVar[StandIn | None] = ContextVar("dit4dit_stand_in", default=None)
-
-
-@contextlib.contextmanager
-def without_data(stand_in: StandIn | None = None) -> Iterator[None]:
-    """Inside, tensors on the meta device stand for a GPU's, and our implementations give what they would have written."""
-    token = _stand_in.set(stand_in or StandIn())
-    try:
-        yield
-    finally:
-        _stand_in.reset(token)
-
-
-def stand_in(device: torch.device) -> StandIn | None:
-    """The GPU that tensors on this device stand for, if any."""
-    return _stand_in.get() if device.type == "meta" else None
-
-
-def on_gpu(device: torch.device) -> bool:
-    """Whether tensors on this device are a GPU's, or stand for one's (`without_data`)."""
-    return device.type == "cuda" or stand_in(device) is not None
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU, or of the one that tensors on this device stand for."""
-    stands = stand_in(device)
-    return torch.cuda.get_device_capability(device) if stands is None else stands.capability
-
-
-def recorded(device: torch.device, steps: Sequence[Launch], launches: Launches | None, args: Any) -> bool:
-    """Whether tensors on this device only stand for a GPU's, in which case the launches are recorded and must not run."""
-    stands = stand_in(device)
-    if stands is not None and stands.record is not None:
-        stands.record(steps, launches, args)
-    return stands is not None
-
-
 def architecture(device: torch.device) -> str:
     """Name of the tile table's column: "90" for compute capability 9.0, "interpreter" for the CPU."""
-    if not on_gpu(device):
+    if not stand_in.on_gpu(device):
         return "interpreter"
-    major, minor = capability(device)
+    major, minor = stand_in.capability(device)
     return f"{major}{minor}"
 
 
@@ -116,11 +55,11 @@ def refuse(
     name, first = next(iter(given.items()))
     if first.device.type == "cpu" and not interpreting():
         return f"{name} is on cpu, where Triton runs only with TRITON_INTERPRET=1"
-    if first.device.type != "cpu" and not on_gpu(first.device):
+    if first.device.type != "cpu" and not stand_in.on_gpu(first.device):
         return f"{name} is on {first.device.type}"
     if first.device.type == "cpu" and not _has_triton():
         return "triton is not installed"
-    if on_gpu(first.device) and capability(first.device) < (8, 0):
+    if stand_in.on_gpu(first.device) and stand_in.capability(first.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
     if products and first.dtype == torch.float32 and first.device.type != "cpu":
         return "float32 products run without tensor cores, where the library's are faster"
@@ -147,9 +86,9 @@ def runner(launches: Launches) -> Callable[..., Any]:
 
     def run(*args: Any, **out: Any) -> Any:
         device = args[0].device
-        if (stands := stand_in(device)) is not None:
+        if (stands := stand_in.of(device)) is not None:
             todo, results = launches(args, stands.architecture, **out)
-            recorded(device, todo, launches, args)
+            stand_in.recorded(device, todo)
             return results
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit4dit.errors import InputError, shown
-from dit4dit.ops import launch, tiles
+from dit4dit.ops import launch, stand_in, tiles
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes, floating
 from dit4dit.ops.dispatch import Implementation, Op
@@ -124,9 +124,9 @@ def launches(args: _Args, architecture: str, out: Tensor | None = None) -> tuple
 
 def _no_tensor_cores(x: Tensor) -> str | None:
     """Why no GPU instruction multiplies e4m3 here, or None."""
-    if not launch.on_gpu(x.device):
+    if not stand_in.on_gpu(x.device):
         return None
-    major, minor = launch.capability(x.device)
+    major, minor = stand_in.capability(x.device)
     if 10 * major + minor < LEAST_CAPABILITY:
         return f"fp8 needs compute capability 8.9 or later, this is {major}.{minor}; leave the quantization out here"
     return None
@@ -157,12 +157,12 @@ def _refuse_scaled_mm(
     activation: str,
     out_dtype: torch.dtype,
 ) -> str | None:
-    if not launch.on_gpu(x.device):
+    if not stand_in.on_gpu(x.device):
         return f"x is on {x.device.type}"
     reason = _no_tensor_cores(x)
     if reason is not None:
         return reason
-    capability = launch.capability(x.device)
+    capability = stand_in.capability(x.device)
     if capability not in ((8, 9), (9, 0), (10, 0)):
         # cuBLAS answers CUBLAS_STATUS_NOT_SUPPORTED on 12.0 (torch 2.10); others are unknown
         return f"PyTorch has no row-wise scales for compute capability {capability[0]}.{capability[1]}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit4dit.errors import DeviceError
-from dit4dit.ops import launch
+from dit4dit.ops import stand_in
 
 if TYPE_CHECKING:
     from dit4dit import _C
@@ -52,7 +52,7 @@ def driver() -> _C.Driver:
 
 def no_cuda_kernels(device: torch.device) -> str | None:
     """Why this build has no compiled kernel for the GPU `device`, or None; None where tensors only stand for a GPU's."""
-    if launch.stand_in(device) is not None:
+    if stand_in.of(device) is not None:
         return None
     built = tuple(compiled().cuda_architectures)
     if not built:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit4dit.errors import InputError, did_you_mean, shown
-from dit4dit.ops import launch, native, programmatic
+from dit4dit.ops import launch, native, programmatic, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.device_tables import DeviceTable
 from dit4dit.ops.dispatch import Implementation, Op
@@ -277,7 +277,7 @@ def _run_cuda(
     views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, channels: int | None, out: Tensor | None
 ) -> Tensor:
     out = _result(views, size, dtype, channels, out)
-    if launch.recorded(out.device, [_launch(views, out)], None, (views, size, resize, dtype, channels, out)):
+    if stand_in.recorded(out.device, [_launch(views, out)]):
         return out
     stream, early = native.stream(out.device), programmatic.cuda_kernels(out.device)
     native.compiled().preprocess_cuda(
@@ -299,7 +299,7 @@ def _refuse_cpp(views: list[Tensor], *_: object) -> str | None:
 
 
 def _refuse_cuda(views: list[Tensor], *_: object) -> str | None:
-    if not launch.on_gpu(views[0].device):
+    if not stand_in.on_gpu(views[0].device):
         return f"views[0] is on {views[0].device.type}"
     if len(views) > _MOST_VIEWS_CUDA:
         return f"{len(views)} views, it takes at most {_MOST_VIEWS_CUDA}"

@@ -143,8 +143,8 @@ _op = Op(
             measured_only=True,
         ),
         Implementation("product", wide.refuse_product, wide.product, measured_only=True),
-        # the fastest on an H200: 27 us where cuDNN took 28, at 588 tokens; then with q and k head after head, so that the result of
-        # cuDNN had to be copied
+        # the fastest on an H200: 27 us where cuDNN took 28, at 588 tokens; then with q and k head after head, so that the
+        # result of cuDNN had to be copied
         Implementation("triton", launch.refuser(_refuse_triton, launches), launch.runner(launches), device="cuda"),
         Implementation(
             "cudnn",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dit4dit import ops
 from dit4dit.cli import main
 from dit4dit.engine import plan as plans
 from dit4dit.engine.action_ode.plan import Device, head_shape, plan
-from dit4dit.ops import launch, tiles
+from dit4dit.ops import dispatch, stand_in, tiles
 from dit4dit.presets import preset
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -171,7 +171,8 @@ def test_the_one_launch_head_costs_its_stages() -> None:
     schedule = plan(shape, Device(132, 227 << 10, 90))
     assert one["constants"]["stages"] == schedule.stages
     assert one["us"] == pytest.approx(schedule.stages * budget_gpu.read("h200")["one_launch_stage"])
-    assert one["grid"] == [132] and one["mb"] * 1e6 > schedule.weight_bytes
+    assert one["grid"] == [132]
+    assert one["mb"] * 1e6 > schedule.weight_bytes
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_another_tile_is_another_total(op: str, tile: dict[str, int]) -> None:
     us = [budget.total_of(budget.stages_of(found))["us"] for found in (before, after)]
     changed = [r["name"] for r, other in zip(before, after, strict=True) if r != other]
     assert set(changed) == {op}
-    assert us[1] > 1.01 * us[0]
+    assert us[1] > 1.005 * us[0]
 
 
 def test_a_tile_of_a_product_changes_its_waves() -> None:
@@ -201,9 +202,35 @@ def test_a_tile_of_a_product_changes_its_waves() -> None:
     assert times[64] != times[128]
 
 
+def test_candidates_of_attention_are_as_far_apart_as_they_were_measured() -> None:
+    norm, rotary = torch.empty(128, dtype=BF16, device="meta"), torch.empty(2, 588, 64, device="meta")
+    qkv = torch.empty(1, 588, 6144, dtype=BF16, device="meta")
+    args = (qkv, norm, norm, rotary, 16, 1e-5)
+    events = 4.0  # us of `bench ops` that are not the kernels'
+    for row in measured("h200")["ops_self_attention"]["rows"]:
+        name = {"eager": "torch"}.get(row["implementation"], row["implementation"])
+        if row["case"] == "588" and name in ("torch", "triton", "cudnn"):
+            assert cost("self_attention", name, args) == pytest.approx(1e3 * row["ms"] - events, rel=0.25), name
+
+
+def test_one_that_needs_data_is_named_and_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no data")
+
+    op = dispatch.find("unnormalize")
+    other = dispatch.Implementation("other", lambda *_: None, partial(broken))
+    monkeypatch.setattr(dispatch, "foreign", lambda _: None)
+    monkeypatch.setitem(op.implementations, "other", other)
+    result = budget.measure(budget.Wanted("tiny", "library", BF16, budget_gpu.read("h200")))
+    assert result["failed"] == {"unnormalize: other": "RuntimeError: no data"}
+    assert "not predicted: unnormalize: other: RuntimeError: no data" in budget.show(result)
+    (times,) = [times for key, times in result["candidates"].items() if key.startswith("unnormalize")]
+    assert set(times) == {"triton", "torch"}
+
+
 def cost(op: str, backend: str, args: tuple[Any, ...]) -> float:
     cheapest = budget.Cheapest(budget_gpu.read("h200"), False)
-    with launch.without_data(cheapest.gpu.stand_in):
+    with stand_in.without_data(cheapest.gpu.stand_in):
         cheapest.choice(op, args)
     (found,) = cheapest.found.values()
     return found[backend]
@@ -243,13 +270,13 @@ def test_a_branch_costs_what_it_takes_longer() -> None:
 def test_both_totals_and_what_they_chose() -> None:
     result = tiny()
     assert result["totals"]["as_if_chosen"]["us"] <= result["totals"]["today"]["us"]
-    assert set(result["candidates"]) >= {key for key in result["candidates"] if key.startswith("action_ode")}
     for key, times in result["candidates"].items():
         assert min(times.values()) > 0, key
     (ode,) = [times for key, times in result["candidates"].items() if key.startswith("action_ode")]
     assert set(ode) == {"cuda", "loop", "torch"}, "what runs only where it was measured is among the candidates"
     assert set(result["chosen"]["as_if_chosen"]["action_ode"]) == {min(ode, key=lambda name: ode[name])}
     assert result["chosen"]["today"]["action_ode"] == {"loop": 1}, "and does not run without a verdict"
+    assert result["failed"] == {}
     for total in budget.TOTALS:
         assert result["totals"][total]["launches"] == sum(r["kind"] != "graph" for r in result["launches"][total])
 
@@ -263,7 +290,8 @@ def test_every_released_model_without_a_gpu(name: str, tmp_path: Path, capsys: p
     assert (result["preset"], result["gpu"]) == (name, "NVIDIA H100 80GB HBM3")
     printed = capsys.readouterr().out
     for stage in ("copies", "noise", "preprocess", "vae", "backbone", "action_head", "outputs"):
-        assert f"\n{stage} " in printed and result["stages"]["today"][stage]["launches"] > 0
+        assert f"\n{stage} " in printed
+        assert result["stages"]["today"][stage]["launches"] > 0
     assert all(row["us"] > 0 and row["stage"] for rows in result["launches"].values() for row in rows)
     assert not torch.cuda.is_initialized()
 
@@ -305,7 +333,8 @@ def test_a_wrong_gpu_file_says_where(change: Callable[[Any], Any], said: str, tm
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps(data))
     line = refused(capsys, "--gpu", file)
-    assert str(file) in line and said in line
+    assert str(file) in line
+    assert said in line
 
 
 def test_no_such_gpu(tmp_path: Path, capsys: Any) -> None:
@@ -359,7 +388,7 @@ def test_measured_times_stand_beside(tmp_path: Path, capsys: Any) -> None:
     ):
         (line,) = [line for line in printed.splitlines() if line.startswith(f"{stage} ")]
         assert line.endswith(f" {us}"), line
-    assert [line for line in printed.splitlines() if line.startswith("total")][0].endswith("3,000.0")
+    assert next(line for line in printed.splitlines() if line.startswith("total")).endswith("3,000.0")
     assert "measured: 1,250.0 us" in page.read_text()
 
 

@@ -24,7 +24,7 @@ from dit4dit.engine import Engine
 from dit4dit.engine.encoder import Encoder, Half, Residual, SelfAttention, mean_and_deviation
 from dit4dit.engine.listing import engine_without_data
 from dit4dit.model.vae import FrameEncoder
-from dit4dit.ops import launch
+from dit4dit.ops import stand_in
 from dit4dit.presets import preset
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -219,7 +219,7 @@ def kernels(run: Any, *args: Any) -> Counter[str]:
     """What `run` launches on a GPU: library calls by name, and this package's kernels. Attention counts as one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
-        with launch.without_data(), torch.no_grad(), Kernels() as found, ops.listing() as calls:
+        with stand_in.without_data(), torch.no_grad(), Kernels() as found, ops.listing() as calls:
             run(*args)
     for op, given in calls:
         module = sys.modules[f"dit4dit.ops.{op}"]

@@ -20,7 +20,7 @@ from dit4dit.engine.first_block import patch_rows
 from dit4dit.engine.fold import fold_embedding
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.listing import engine_without_data
-from dit4dit.ops import launch, stages
+from dit4dit.ops import stages, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.presets import preset
 from dit4dit.robots import EMBODIMENTS
@@ -202,7 +202,7 @@ def test_launches_around_a_step(name: str, batch: int, copies: int, monkeypatch:
     views = (config.image_size,) * len(robot.views)
     shape = RequestShape(batch, views, None, robot.resize, False, config.text.max_length)
     plan = Plan(engine, shape, torch.zeros(5, robot.action_dim, dtype=torch.float64))
-    with launch.without_data(), torch.no_grad():
+    with stand_in.without_data(), torch.no_grad():
         plan.compute()  # which makes tables
         with Launches(monkeypatch) as counted:
             plan.compute()

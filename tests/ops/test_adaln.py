@@ -9,7 +9,7 @@ import torch
 from dit4dit.benchmarks.harness import assert_no_worse
 
 from dit4dit.errors import InputError
-from dit4dit.ops import adaln, launch
+from dit4dit.ops import adaln, stand_in
 from dit4dit.ops.adaln import reference
 from dit4dit.ops.dispatch import find
 
@@ -66,7 +66,7 @@ def test_rows_of_one_frame_share_its_tables(triton_op, shape, parts, dtypes):
 
 def test_rows_take_no_odd_number_of_tokens():
     args = make((1, 2, 7, 64), F32, BF16, BF16)
-    with launch.without_data():
+    with stand_in.without_data():
         given = tuple(x.to("meta") if isinstance(x, torch.Tensor) else x for x in args)
         reason = find("adaln").implementations["rows"].refuse(*given)
     assert reason == "7 tokens in a frame, an odd number, which no two rows divide"

@@ -11,7 +11,7 @@ from dit4dit.benchmarks.harness import assert_no_worse
 from dit4dit import ops
 from dit4dit.aot_build.compiler import compiled
 from dit4dit.errors import BackendError, InputError
-from dit4dit.ops import conv2d, launch, tiles
+from dit4dit.ops import conv2d, launch, stand_in, tiles
 from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.conv2d import launches, reference
 
@@ -154,14 +154,14 @@ def test_what_triton_refuses(monkeypatch):
 
 
 def test_triton_takes_no_float32_on_a_gpu():
-    with launch.without_data(), pytest.raises(BackendError, match="float32 products run without tensor cores"):
+    with stand_in.without_data(), pytest.raises(BackendError, match="float32 products run without tensor cores"):
         conv2d(*meta((1, 16, 8, 8), 16, 3, F32), 1, 1, backend="triton")
 
 
 def test_triton_takes_no_buffer_that_its_offsets_do_not_reach():
     x = torch.empty_strided((2, 16, 8, 8), (2**31, 1, 128, 16), dtype=BF16, device="meta")
     _, *rest = meta((1, 16, 8, 8), 16, 3)
-    with launch.without_data(), pytest.raises(BackendError, match="more elements than offsets of 31 bits reach"):
+    with stand_in.without_data(), pytest.raises(BackendError, match="more elements than offsets of 31 bits reach"):
         conv2d(x, *rest, 1, 1, backend="triton")
 
 

@@ -23,6 +23,7 @@ NOT_OPS = {
     "programmatic",
     "sources",
     "stages",
+    "stand_in",
     "tiles",
     "verdicts",
     "wide_attention",

@@ -12,7 +12,7 @@ from dit4dit.benchmarks.harness import assert_no_worse
 from dit4dit import ops
 from dit4dit.aot_build.compiler import compiled, resources
 from dit4dit.errors import BackendError
-from dit4dit.ops import launch, self_attention, tiles
+from dit4dit.ops import launch, self_attention, stand_in, tiles
 from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.self_attention import reference
 from dit4dit.ops.wide_attention import MOST_SCORES, launches, refuse_product
@@ -128,7 +128,7 @@ def test_what_split_does_not_take(monkeypatch):
         self_attention(*make(1, 8, 1, 514, BF16), backend="split")
     with pytest.raises(BackendError, match=r"qkv is torch\.float64"):
         self_attention(*make(1, 8, 1, 384, torch.float64), backend="split")
-    with launch.without_data(), pytest.raises(BackendError, match="float32 products run without tensor cores"):
+    with stand_in.without_data(), pytest.raises(BackendError, match="float32 products run without tensor cores"):
         self_attention(*meta(1, 8, 1, 384, dtype=F32), backend="split")
 
 

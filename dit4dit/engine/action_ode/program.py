@@ -21,7 +21,7 @@ from dit4dit.engine.fold import fold_head
 from dit4dit.errors import BackendError, ConfigError, OutputError, shown
 from dit4dit.model.action_head import ActionHead
 from dit4dit.model.flow import GuidanceTensors
-from dit4dit.ops import device_tables, launch, native
+from dit4dit.ops import device_tables, native, stand_in
 from dit4dit.ops.action_ode import FoldedHead
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import set_example
@@ -109,7 +109,7 @@ class OneLaunchHead:
             if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
                 return f"{name} needs a gradient"
         try:
-            if launch.stand_in(noise.device) is not None:
+            if stand_in.of(noise.device) is not None:
                 self._plan(noise.device, noise.shape[0], context.shape[1], prefix is not None)
             else:
                 self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
@@ -133,7 +133,7 @@ class OneLaunchHead:
     def unsuitable(self, device: torch.device, context: torch.dtype) -> str | None:
         """Why no request of this kind could be launched, by device, dtype and build alone, or None."""
         dtype = self.folded.decode_out.weight.dtype
-        if not launch.on_gpu(device):
+        if not stand_in.on_gpu(device):
             return f"it is on {device}: load with device='cuda', or take head='library'"
         if context != torch.bfloat16 or dtype != torch.bfloat16:
             return f"context is {context} and the head {dtype}, not bfloat16 (head_dtype=torch.bfloat16)"
@@ -183,8 +183,8 @@ class OneLaunchHead:
 
     def launch(self, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None) -> Tensor:
         """`ops.action_ode` on a GPU, whose arguments these are. Returns at once; `check` tells how it went."""
-        if launch.stand_in(noise.device) is not None:
-            return self._recorded(noise, context, prefix, guidance)
+        if stand_in.of(noise.device) is not None:
+            return self._recorded(noise, context, prefix)
         ready = self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         out = torch.empty(noise.shape, dtype=torch.float32, device=noise.device)  # dense, whatever the noise is
         given = {"noise": noise.float().contiguous(), "context": context.contiguous(), "out": out}
@@ -202,9 +202,7 @@ class OneLaunchHead:
         )
         return out
 
-    def _recorded(
-        self, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None
-    ) -> Tensor:
+    def _recorded(self, noise: Tensor, context: Tensor, prefix: Tensor | None) -> Tensor:
         """`launch` of tensors without data: what it does there, for whoever records launches."""
         schedule = self._plan(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         given, out = noise.float().contiguous(), torch.empty(noise.shape, dtype=torch.float32, device=noise.device)
@@ -214,7 +212,7 @@ class OneLaunchHead:
             arguments["prefix"] = prefix.float().contiguous()
         facts = {"stages": schedule.stages, "steps": schedule.shape.steps, "slots": schedule.slots}
         one = Launch("action_ode.cu", (schedule.device.workers,), arguments, facts, {"num_warps": THREADS // 32})
-        launch.recorded(noise.device, [one], None, (self, noise, context, prefix, guidance))
+        stand_in.recorded(noise.device, [one])
         return out
 
     def check(self) -> None:
@@ -265,7 +263,7 @@ def buffers(schedule: Schedule) -> list[tuple[int, int, int]]:
 
 def device_of(device: torch.device) -> Device:
     """What the planner needs to know of a GPU. Under MPS the multiprocessors are those of this process's share."""
-    stands = launch.stand_in(device)
+    stands = stand_in.of(device)
     if stands is not None:
         return Device(stands.multiprocessors, stands.shared_memory, int(stands.architecture))
     facts = native.compiled().action_ode_facts(device.index or 0, 0)
