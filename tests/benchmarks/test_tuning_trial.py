@@ -351,3 +351,24 @@ def test_what_prepare_and_refuse_do_is_charged() -> None:
 
     assert trial(case, turned) == "call 1 changed argument 0 (float32 [2, 8])"
     assert case.args[0].shape == (2, 8)
+
+
+def test_a_residual_that_is_one_row_for_many_tokens() -> None:
+    """It can be filled, and written anew with other values, as what it is."""
+    x = torch.empty(2, 1, 64, device="meta")[:, :, None].expand(2, 2, 8, 64)
+    y, table = torch.empty(2, 2, 8, 64, device="meta"), torch.empty(2, 64, device="meta")
+    case = Case("adaln", (x, y, None, table, table, 1e-6, torch.float32), CPU, 0)
+    case.measure()
+    assert case.args[0].stride() == x.stride()
+    assert case.trial("torch", find("adaln").implementations["torch"]).reason is None
+    plain = find("adaln").implementations["torch"].run
+    swapped = Implementation("swapped", lambda *_: None, lambda x, *rest: plain(x.flip(0), *rest))
+    assert case.trial("swapped", swapped).reason is not None
+
+
+def test_noise_that_is_compared_is_drawn() -> None:
+    case = Case("philox_normal", (torch.empty(4, 3, dtype=torch.int64, device="meta"), 1, (3, 4)), CPU, 0)
+    case.measure()
+    assert case.args[0][:, 2].tolist() == [0, 0, 0, 0]
+    assert case.trial("torch", find("philox_normal").implementations["torch"]).reason is None
+    assert (find("philox_normal").implementations["torch"].run(*case.args) != 0).all()
