@@ -22,7 +22,7 @@ from dit4dit.config import ModelConfig
 from dit4dit.engine import Engine, Plan, PromptPack, RequestShape, StepInputs
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.text import byte_tokenizer, standardize, tokenize
-from dit4dit.noise import STREAMS, Noise
+from dit4dit.noise import Noise
 from dit4dit.robots.embodiment import Embodiment
 
 
@@ -159,7 +159,8 @@ class Planned:
         table = torch.tensor([[torch.nan, -1.0, 1.0, 1.0, 0.0]] * robot.action_dim, dtype=torch.float64)
         self.table = table.T.contiguous().to(engine.device)
         self.plan = Plan(engine, shape, self.table)
-        self._stages = {name: self.plan.record(stage) for name, stage in self._functions().items()}
+        self._kept: dict[str, Tensor] = {}
+        self._stages = {name: self.plan.record(stage) for name, stage in self._functions(self._kept).items()}
 
     def chunk(self, noise: Noise) -> NDArray[np.float32]:
         """Normalised actions [1, K, A_model] of one request."""
@@ -183,14 +184,13 @@ class Planned:
 
     def eager(self) -> dict[str, Callable[[], None]]:
         """One step in five stages with the kernels of the plan, called one by one: no graph. Copies to and from the GPU count."""
-        plan, shape, stages = self.plan, self.plan.shape, self._functions()
+        plan, shape, stages = self.plan, self.plan.shape, self._functions({})
         given, results = plan.inputs.device, plan.outputs.device
         dtype = self.engine.model.dtype
 
         def preprocess() -> None:
             plan.inputs.upload()
-            for name, stream in STREAMS.items():
-                plan.noise.device[name].copy_(ops.philox_normal(given["requests"], stream, plan.draws[name]))
+            plan.draw_noise()
             ops.preprocess([given[f"view{i}"] for i in range(len(shape.views))], shape.size, shape.resize, dtype)
 
         def outputs() -> None:
@@ -205,20 +205,24 @@ class Planned:
         """Likewise as they are replayed: "step" the whole, and the stages that have a graph of their own."""
         return {"step": self.plan.compute, **self._stages}
 
-    def _functions(self) -> dict[str, Callable[[], None]]:
-        """Each stage from fixed buffers to fixed buffers."""
+    def _functions(self, kept: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
+        """The stages of `Engine.features` and the head, to be run in this order; the backbone's has the part of the noise.
+
+        kept: where each leaves its result for the next. A recorded stage reads it where it was when that one was recorded, so
+        `kept` must live as long.
+        """
         inputs, engine, batch = self.inputs, self.engine, PromptPack(self.pack.keys[None], self.pack.values[None])
-        latents = inputs.latent.clone()
-        features = torch.zeros(1, self.config.tokens(len(self.images)), self.config.dit.width, device=latents.device)
 
         def vae() -> None:
-            latents[:, :, :1].copy_(engine.condition(inputs.frame, inputs.posterior))
+            kept["moments"] = engine.moments(inputs.frame)
 
         def backbone() -> None:
-            features.copy_(engine.backbone(latents, batch))
+            first = engine.first_block(inputs.latent)
+            engine.add_noise(first, inputs.latent)
+            kept["features"] = engine.from_moments(first, kept["moments"], batch, inputs.posterior)
 
         def action_head() -> None:
-            engine.actions(features, inputs.state, inputs.action)
+            engine.actions(kept["features"], inputs.state, inputs.action)
 
         return {"vae": vae, "backbone": backbone, "action_head": action_head}
 

@@ -79,7 +79,8 @@ class Operands(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in self.products:
             given = [*args, *(kwargs or {}).values(), result]
-            self.numbers += sum(x.numel() for x in given if isinstance(x, Tensor))
+            # a result that was written to `out` is there twice
+            self.numbers += sum(x.numel() for x in {id(x): x for x in given}.values() if isinstance(x, Tensor))
         return result
 
 
@@ -187,8 +188,9 @@ def head_steps(model: DiT4DiT, config: ModelConfig, views: int, measure: Counter
 def executed(config: ModelConfig, views: int, measure: Counter = measure) -> dict[str, float]:
     """One chunk of a known instruction, counted while the engine's own step runs on its reference ops."""
     with torch.device("meta"):
-        engine = Engine(DiT4DiT(config, with_text=False))
-        engine.model.backbone.scale.to("meta")
+        model = DiT4DiT(config, with_text=False)
+        model.backbone.scale.to("meta")
+        engine = Engine(model)
         head, dit = config.head, config.dit
         rows, columns = config.latent_size(*frame_of(config, views))
         frame = torch.zeros(1, 3, *frame_of(config, views))

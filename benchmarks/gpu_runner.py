@@ -52,7 +52,8 @@ class Part:
 
     Attributes:
         name: its key in the result; a part that writes JSON has it under that name.
-        command: what to run; "{json}", "{xml}" stand for its files, "{seconds}" for most of its time.
+        command: what to run; "{json}", "{xml}" stand for its files, "{seconds}" for most of its time, "{result}" for the
+            suite's own file with what has been written so far.
         least, most: seconds; it does not begin with less, and is ended after `most`.
         beside: runs at the same time as the part before it.
         gpu: left out without a GPU.
@@ -175,7 +176,7 @@ class Suite:
         most = min(float(part.most), allowed)
         print(f"== {part.name} ({self.seconds():.0f}s, at most {most:.0f}s)", flush=True)
         try:
-            return [Job(part, self.settings, most, self.commit)]
+            return [Job(part, self.settings, most, self.commit, self.json)]
         except OSError as error:
             self.suite["parts"][part.name] = {"command": " ".join(part.command), "exit_code": 127, "log": [str(error)]}
             return []
@@ -214,11 +215,12 @@ class Suite:
 class Job:
     """A part that runs, in a process group of its own."""
 
-    def __init__(self, part: Part, settings: Settings, most: float, of: str | None) -> None:
+    def __init__(self, part: Part, settings: Settings, most: float, of: str | None, result: Path) -> None:
         self.part, self.settings = part, settings
         self.json, self.xml = (settings.scratch / f"{part.name}.{kind}" for kind in ("json", "xml"))
         self.output = settings.scratch / f"{part.name}.log"
-        places = {"{json}": str(self.json), "{xml}": str(self.xml), "{seconds}": f"{settings.measure or 0.6 * most:g}"}
+        places = {"{json}": str(self.json), "{xml}": str(self.xml), "{result}": str(result)}
+        places["{seconds}"] = f"{settings.measure or 0.6 * most:g}"
         self.command = [places.get(word, word) for word in part.command]
         self.begin, self.most = time.monotonic(), most
         self.end = self.begin + most

@@ -46,8 +46,18 @@ else:
 OWN_PROCESS = ("self_attention", "action_ode")
 """Ops that are timed in a process each: ours among them keep a whole GPU busy, or wait for each other's blocks."""
 OTHER_OPS = (
-    *("adaln", "conv2d", "cross_attention", "euler_step", "linear", "linear_fp8", "linear_gelu", "philox_normal"),
-    *("preprocess", "qk_norm_rope", "rms_norm_silu", "unnormalize"),
+    *(
+        "adaln",
+        "add_pad",
+        "conv2d",
+        "cross_attention",
+        "euler_step",
+        "linear",
+        "linear_fp8",
+        "linear_gelu",
+        "norm_linear",
+    ),
+    *("philox_normal", "posterior_patches", "preprocess", "qk_norm_rope", "rms_norm_silu", "unnormalize"),
 )
 BFLOAT16_HEAD, FLOAT32_HEAD = ("--head-dtype", "bfloat16"), ("--head-dtype", "float32")
 """The second is the published choice. Parts of one name time the same in every result, so both are said."""
@@ -154,6 +164,18 @@ def later_parts(settings: Settings) -> list[Part]:
     launches = {"DIT4DIT_LAUNCHES": "2000"}
     alone = run.tests("gpu and alone", 1)
     # pytest-xdist waits 10 s for a worker that is in the middle of a test before it writes the XML
+    budget = (
+        *run.dit4dit,
+        "bench",
+        "budget",
+        "--head",
+        "library",
+        *BFLOAT16_HEAD,
+        "--measured",
+        "{result}",
+        "--json",
+        "{json}",
+    )
     interrupt: dict[str, Any] = {"gpu": True, "stop": signal.SIGINT, "grace": 14}
     return [
         Part("ops", run.ops(*OTHER_OPS), 15, 40),
@@ -161,6 +183,7 @@ def later_parts(settings: Settings) -> list[Part]:
         Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 120, **interrupt),
         Part("gpu_tests_alone", alone, 20, 60, environment=launches, **interrupt),
         Part(f"latency_fp8_{first}", run.latency(first, "--quantization", "fp8", *FLOAT32_HEAD, *ALONE), 30, 60),
+        *(Part(f"budget_{p}", (*budget, "--preset", p), 10, 40, gpu=True) for p in settings.presets),
         *(Part(f"ratio_{p}", run.latency(p, *BESIDE_PUBLISHED, page=True), 20, 45) for p in others),
         Part(f"spaced_{first}", run.latency(first, "--at-hz", "30", *FLOAT32_HEAD, *ALONE), 15, 40),
         Part("tiles", (*tiles, "--out", str(settings.scratch / "tiles.json")), 20, 90, gpu=True),

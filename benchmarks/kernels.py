@@ -19,7 +19,7 @@ from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
 from dit4dit.aot_build.compiler import compiled, resources
-from dit4dit.ops import launch
+from dit4dit.ops import launch, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.dispatch import find
@@ -30,9 +30,21 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120
 
 BF16, F32 = torch.bfloat16, torch.float32
 WIDTH, HEADS, DIM = 2048, 16, 128  # the backbone
-HEAD_WIDTH, HEAD_HEADS, HEAD_DIM = 768, 12, 64  # the action head
+HEAD_WIDTH, HEAD_HEADS, HEAD_DIM, HEAD_HIDDEN = 768, 12, 64, 2560  # the action head
 FRAMES = {588: 3, 784: 2}  # backbone tokens -> latent frames
 ACTION_TOKENS = (9, 17, 51)
+CONVOLUTIONS = (  # channels, channels out, side of a view
+    (8, 96, 224),  # three colours and zeros
+    (96, 96, 224),
+    (96, 192, 112),
+    (192, 192, 112),
+    (192, 384, 56),
+    (384, 384, 56),
+    (384, 384, 28),
+    (384, 32, 28),
+)
+SHORTCUTS = ((96, 192), (192, 384))
+DOWN = ((96, 224), (192, 112), (384, 56))  # channels, side
 
 
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -52,6 +64,9 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         shape = (batch, frames, tokens // frames)
         x, table, h = f32(*shape, WIDTH), f32(frames, WIDTH), _empty(*shape, WIDTH)
         yield f"{tokens}", "adaln", (x, None, None, table, table, 1e-6, BF16)
+        # the first of a step: the residual stream starts as what the mask channels add, a row for each frame
+        first = f32(frames, 1, WIDTH).expand(*shape, WIDTH)
+        yield f"{tokens} noise", "adaln", (first[:, 1:], h[:, 1:].contiguous(), None, table[1:], table[1:], 1e-6, BF16)
         yield f"{tokens} gated", "adaln", (x, h, table, table, table, 1e-6, BF16)
         attention = (_empty(batch, tokens, 3 * WIDTH), norm, norm, f32(2, tokens, DIM // 2), HEADS, 1e-5)
         yield f"{tokens}", "qk_norm_rope", attention
@@ -78,25 +93,58 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         cross = (_empty(batch, tokens, width), features, features, None, HEAD_HEADS, 0.0)
         yield f"{tokens} to features", "cross_attention", cross
         yield f"{tokens}", "linear_gelu", (h, _empty(4 * width, width), _empty(4 * width), "tanh")
-        for what, inner, columns in (("qkv", width, 3 * width), ("attention", width, width)):
-            x = _empty(batch, tokens, inner)
-            yield f"{tokens} {what}", "linear", (x, _empty(columns, inner), _empty(columns))
+        for what, columns in (("qkv", 3 * width), ("attention", width)):
+            flat, weight = _empty(batch, tokens, width), _empty(columns, width)
+            yield f"{tokens} {what}", "linear", (flat, weight, _empty(columns))
+            norm_linear = (x, h, table, table, 1e-5, weight, _empty(columns), None)
+            yield f"{tokens} {what}", "norm_linear", norm_linear
+        weight, bias = _empty(4 * width, width), _empty(4 * width)
+        yield f"{tokens} feed-forward in", "norm_linear", (x, h, None, None, 1e-5, weight, bias, "gelu_tanh")
+        decode = (_empty(HEAD_HIDDEN, width), _empty(HEAD_HIDDEN), "relu")
+        yield f"{tokens} decoder", "norm_linear", (x, h, table, table, 1e-6, *decode)
         x = _empty(batch, 1, tokens, 4 * width)
         yield f"{tokens} feed-forward out", "linear", (x, _empty(width, 4 * width), _empty(width))
     for channels, side in ((96, 224), (192, 112), (384, 28)):
         x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
-        yield f"gr1 {channels}", "rms_norm_silu", (x, _empty(channels, 1, 1), True)
-    for into, out, side in ((96, 96, 224), (192, 192, 112), (384, 384, 56), (384, 384, 28)):
-        x = _empty(batch, into, side, side).contiguous(memory_format=torch.channels_last)
-        weight = _empty(out, into, 3, 3).contiguous(memory_format=torch.channels_last)
-        yield f"gr1 {out} {side}", "conv2d", (x, weight, None, 1, 1)
+        bias, gamma = _empty(channels), _empty(channels, 1, 1)
+        yield f"gr1 {channels} bias", "rms_norm_silu", (x, bias, None, gamma, True, False)
+        yield f"gr1 {channels} sum", "rms_norm_silu", (x, bias, x, gamma, True, True)
+    yield "gr1 384 attention", "rms_norm_silu", (x, bias, x, gamma, False, True)
+    yield "gr1 384 last", "rms_norm_silu", (x, bias, x, gamma, True, False)
+    for channels, side in ((96, 224), (192, 112), (384, 56)):
+        x = _empty(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+        yield f"gr1 {channels} {side}", "add_pad", (x, _empty(channels), x)
+    yield from _vae(batch)
     a, left = f32(batch, 16, 32), f32(batch, 16, 32)
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
-    requests = _empty(batch, 2, dtype=torch.int64)
+    requests = _empty(batch, 3, dtype=torch.int64)
     for robot, latent, size in (("gr1", (16, 3, 28, 28), 29), ("libero", (16, 2, 28, 56), 7)):
         yield robot, "philox_normal", (requests, 1, latent)
+        channels, _, rows, columns = latent
+        moments = _empty(batch, 2 * channels, rows, columns).contiguous(memory_format=torch.channels_last)
+        noise = f32(batch, channels, 1, rows, columns)
+        yield robot, "posterior_patches", (moments, noise, f32(channels), f32(channels), 2, BF16)
         yield robot, "unnormalize", (a, _empty(5, size, dtype=torch.float64))
+
+
+def _vae(batch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Convolutions and attention of the image encoder; LIBERO's two views are side by side."""
+
+    def last(*shape: int) -> Tensor:
+        return _empty(*shape).contiguous(memory_format=torch.channels_last)
+
+    for robot, views in (("gr1", 1), ("libero", 2)):
+        for into, out, side in CONVOLUTIONS:
+            x = last(batch, into, side, side * views)
+            yield f"{robot} {into} to {out} at {side}", "conv2d", (x, last(out, into, 3, 3), None, 1, 1)
+            if (into, out) in SHORTCUTS:
+                yield f"{robot} {into} to {out} at {side}, 1 x 1", "conv2d", (x, last(out, into, 1, 1), None, 1, 0)
+        for channels, side in DOWN:  # zeros below and to the right are part of the buffer
+            x = last(batch, channels, side + 1, side * views + 1)
+            yield f"{robot} {channels} down from {side}", "conv2d", (x, last(channels, channels, 3, 3), None, 2, 0)
+        qkv = _empty(batch, 28 * 28 * views, 3 * 384)
+        yield f"{robot} one head of 384", "self_attention", (qkv, None, None, None, 1, 1e-5)
 
 
 def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
@@ -108,7 +156,7 @@ def launches(capability: int, batch: int = 1) -> Iterator[tuple[str, Launch]]:
             launches = launch.launches_of(implementation.run)
             if launches is None:
                 continue
-            with launch.without_data(), torch.no_grad():
+            with stand_in.without_data(), torch.no_grad():
                 unsupported = implementation.refuse(*args)
             for step in () if unsupported else launches(args, str(capability))[0]:
                 yield f"{op} {case}{_named(implementation.name)}", step
@@ -132,13 +180,47 @@ def multiplies_fp8(ptx: str) -> bool:
     return re.search(r"mma\S*(e4m3\.e4m3|kind::f8f6f4)", ptx) is not None
 
 
+# of PTX: what reads or writes memory that others see, and what leaves the straight line from a kernel's beginning
+_ACCESS = re.compile(
+    r"(ld|ldu|st|red|atom|cp|prefetch|prefetchu|discard|applypriority|multimem|tensormap|bra|brx|call|ret|exit)\b"
+)
+_OWN = re.compile(r"\.(param|const|shared|local)\b")
+
+
+def waits(ptx: str) -> str:
+    """Whether each kernel in it begins with `wait_for_inputs`: "first", before anything is read or written, or "late", or "no".
+
+    Before it a block may take tensor memory, which others then cannot have, if it lets the next kernel begin only after that.
+    """
+    found = {_waits(body) for body in ptx.split(".entry ")[1:]}
+    return found.pop() if len(found) == 1 else "late"
+
+
+def _waits(body: str) -> str:
+    if "griddepcontrol" not in body:
+        return "no"
+    before, _, after = body.partition("griddepcontrol.wait;")
+    lines = [re.sub(r"^@!?%\w+\s+", "", line.strip()) for line in before.splitlines()]
+    accesses = any(_ACCESS.match(line) and (".global" in line or not _OWN.search(line)) for line in lines)
+    jumps = any(re.match(r"\$?\w+:$", line) for line in lines)
+    whole = "griddepcontrol.launch_dependents;" in before and bool(after) and "tcgen05.alloc" not in after
+    ready = "tcgen05.alloc" not in before.partition("griddepcontrol.launch_dependents;")[2]
+    return "first" if whole and ready and not accesses and not jumps else "late"
+
+
 def report(capability: int, batch: int = 1) -> Iterator[dict[str, Any]]:
-    """One row a launch: case, kernel, tile, registers, stack, local, shared bytes, tensor core instructions, in fp8 or not."""
+    """One row a launch: case, kernel, tile, registers, stack, local, shared bytes, tensor core instructions, in fp8 or not, and
+    `waits`."""
     for case, step in launches(capability, batch):
         kernel = compiled(Specialization.of(step), capability)
         row = {"case": case, "kernel": step.kernel, "capability": capability, "tile": dict(step.tile)}
         ptx = kernel.asm["ptx"]
-        row |= {"shared": kernel.metadata.shared, "products": products(ptx), "fp8": multiplies_fp8(ptx)}
+        row |= {
+            "shared": kernel.metadata.shared,
+            "products": products(ptx),
+            "fp8": multiplies_fp8(ptx),
+            "waits": waits(ptx),
+        }
         yield {**row, **resources(kernel.asm["cubin"])}
 
 

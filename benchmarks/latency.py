@@ -42,6 +42,7 @@ from dit4dit.engine.engine import Tune
 from dit4dit.errors import OutputError
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.ops import onednn
+from dit4dit.ops.programmatic import ProgrammaticLaunch
 from dit4dit.presets import Preset
 from dit4dit.robots import EMBODIMENTS
 from dit4dit.tables import backed, number, quantiles, quantiles_ms, table
@@ -74,7 +75,7 @@ class Wanted:
         at_hz: also time the engine at this rate, as many chunks as of the engine alone.
         seconds: for all samples together; set-up and roofline are not counted.
         roofline: also count the operations and measure the device's own rates.
-        tune: as of `Engine`.
+        tune, programmatic_launch: as of `Engine`.
     """
 
     chunks: int
@@ -89,6 +90,7 @@ class Wanted:
     seconds: float | None = None
     roofline: bool = True
     tune: Tune = "cached"
+    programmatic_launch: ProgrammaticLaunch = "cached"
 
     def counts(self) -> dict[str, int]:
         """Chunks of each part that is timed, in order."""
@@ -195,12 +197,14 @@ class Run:
                 calibration=calibration,
                 head=wanted.head,
                 tune=wanted.tune,
+                programmatic_launch=wanted.programmatic_launch,
             )
         with self.step("plan"):
             fast = Planned(engine, inputs, images, robot)
         with self.step("first chunk"):
             actions = fast.checked()
         self.result |= {"head": fast.plan.head, "implementations": fast.plan.ran}
+        self.result["programmatic_launch"] = fast.plan.programmatic
         taken = self.result["setup_seconds"]
         cold = {"fold": taken["engine"], "plan": taken["plan"], "first_chunk": taken["first chunk"]}
         self.result["cold_start_seconds"] = cold

@@ -82,10 +82,19 @@ def fill(args: tuple[Any, ...], device: str, dtype: torch.dtype, generator: torc
             x *= 64  # a row of a matrix that fills e4m3's range
         elif x.ndim == 2 and x.shape[0] > 3 and kind != torch.uint8:  # a weight, not a table of one row a latent frame
             x /= x.shape[1] ** 0.5
+        if kind == torch.int64:
+            x[..., -1] = 0  # requests: of one whose noise is given nothing would be drawn
         # not to(): of rows with gaps between them it makes a dense tensor
-        return torch.empty_strided(value.shape, value.stride(), dtype=kind, device=device).copy_(x)
+        few = unexpanded(x, value)
+        made = torch.empty_strided(few.shape, value.stride(), dtype=kind, device=device).copy_(few)
+        return made.expand(value.shape)
 
     return tuple(map(real, args))
+
+
+def unexpanded(x: Tensor, like: Tensor) -> Tensor:
+    """One of each in the dimensions in which all elements of `like` are the same memory: what can be written."""
+    return x[tuple(slice(0, 1 if step == 0 else None) for step in like.stride())]
 
 
 def contenders(

@@ -25,6 +25,7 @@ from dit4dit import ops, progress
 from dit4dit.errors import BackendError, InputError, did_you_mean
 from dit4dit.files.atomic import write_text
 from dit4dit.ops import launch, tiles
+from dit4dit.ops.dispatch import find
 from dit4dit.tables import quantiles
 from dit4dit.tables import table as text_table
 
@@ -38,6 +39,7 @@ CHOICES = {
     "DEPTH": (32, 64, 128),
     "KEYS": (16, 32, 64, 128),
     "FUSED": (0, 1),
+    "WIDER": (0, 1),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
 }
@@ -184,7 +186,7 @@ def measured(case: Case, samples: int) -> float | str:
 
 def check(names: Sequence[str], device: torch.device) -> list[str]:
     """The ops to tune. BackendError: no GPU here, or one that Triton does not run on. InputError: no op with tiles."""
-    known = list(tiles.committed())
+    known = [op for op in tiles.committed() if op in ops.names()]
     for name in names:
         if name not in known:
             raise InputError(f"--ops {name!r}: no op with tiles{did_you_mean(name, known)}; known: {', '.join(known)}")
@@ -200,13 +202,14 @@ def check(names: Sequence[str], device: torch.device) -> list[str]:
 
 
 def on_gpu(names: Sequence[str], device: torch.device, batches: Sequence[int], seed: int) -> list[Case]:
-    """The calls of these ops with random bfloat16 arguments."""
+    """The calls of these ops that their Triton kernels take, with random bfloat16 arguments."""
     generator = torch.Generator().manual_seed(seed)
-    return [
+    found = [
         (op, f"{case} batch {batch}", fill(args, str(device), torch.bfloat16, generator))
         for batch in batches
         for op, case, args in cases(names, batch=batch)
     ]
+    return [(op, case, args) for op, case, args in found if find(op).implementations["triton"].refuse(*args) is None]
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ def todo(
         if name not in dispatch.names():
             known = ", ".join(dispatch.names())
             raise InputError(f"--ops {shown(name)}: no such op{did_you_mean(name, dispatch.names())}; known: {known}")
-    engine = engine_without_data(subject.config, dtype=dtype, head_dtype=head_dtype, fp8=fp8, steps=steps)
     gpu = device.type == "cuda"
+    engine = engine_without_data(subject.config, dtype=dtype, head_dtype=head_dtype, fp8=fp8, steps=steps, gpu=gpu)
     kernel = engine.one_launch if gpu else None
     found: dict[str, Todo] = {}
     for i, (shape, action_dim) in enumerate(wanted):
@@ -130,8 +130,7 @@ def todo(
         for head in (kernel,) if kernel is None or shape.max_guidance is None else (kernel, None):
             engine.one_launch = head
             for key, ((op, args), count) in distinct(calls(engine, shape, action_dim)).items():
-                if gpu or op != "philox_normal":  # on a CPU NumPy draws the noise
-                    found.setdefault(key, Todo(op, args, count if i == 0 else 0))
+                found.setdefault(key, Todo(op, args, count if i == 0 else 0))
     ops = list(dict.fromkeys(one.op for one in found.values()))
     for name in only:
         if name not in ops:

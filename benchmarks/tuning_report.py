@@ -17,6 +17,7 @@ from dit4dit.benchmarks.latency_report import machine_facts, write_page
 
 from dit4dit.errors import InputError
 from dit4dit.files.keys import read_json
+from dit4dit.ops.verdicts import SWITCHES
 from dit4dit.tables import number, table
 
 WIDTH = 100
@@ -161,15 +162,15 @@ def refusals(calls: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 def hopeless(calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The calls for which nothing could be chosen: "why" says whether nothing is right, or nothing could be tried."""
-    return [call for call in calls if call["chosen"] not in call["ms"]]
+    return [call for call in calls if call["chosen"] not in call["ms"] and call["op"] not in SWITCHES]
 
 
 def step_ms(calls: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
     """Milliseconds of all op calls in a step, by the defaults and as chosen; None where one of them has no time.
 
-    The head as a whole (action_ode) is not among them: its loop's own calls are.
+    The head as a whole (action_ode) is not among them: its loop's own calls are; nor is how the kernels are launched.
     """
-    step = [call for call in calls if call["count"] and call["op"] != "action_ode"]
+    step = [call for call in calls if call["count"] and call["op"] not in ("action_ode", *SWITCHES)]
     if not step or any(name not in call["ms"] for call in step for name in (call["default"], call["chosen"])):
         return None
     before, now = (sum(call["count"] * call["ms"][call[key]] for call in step) for key in ("default", "chosen"))

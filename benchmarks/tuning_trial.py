@@ -14,7 +14,7 @@ import torch
 from dit4dit.benchmarks import failures, process_state
 from dit4dit.benchmarks.guarded import NAN, Guarded, OutOfBounds
 from dit4dit.benchmarks.harness import exact_arguments, expect_no_worse
-from dit4dit.benchmarks.op_bench import exact, fill
+from dit4dit.benchmarks.op_bench import exact, fill, unexpanded
 from dit4dit.benchmarks.ops.bench_action_ode import in_fp8
 from torch import Tensor
 
@@ -309,7 +309,8 @@ class Case:
         """Inside, the first tensor has its values in another order."""
         first = next(t for arg in self.args if not isinstance(arg, OneLaunchHead) for t in tensors(arg))
         memory, kept = self._kept[first.untyped_storage().data_ptr()]
-        first.copy_(first.flip(-1) if first.ndim else first)
+        once = unexpanded(first, first)
+        once.copy_(once.flip(-1) if once.ndim else once)
         self._kept[memory.data_ptr()] = memory, memory.clone()
         try:
             yield

@@ -100,6 +100,12 @@ inline float real(const py::handle& object, const std::string& name) {
     return static_cast<float>(value);
 }
 
+// True or False itself.
+inline bool truth(const py::handle& object, const std::string& name) {
+    if (!PyBool_Check(object.ptr())) refuse_type(name, "True or False", object);
+    return object.ptr() == Py_True;
+}
+
 inline std::string text(const py::handle& object, const std::string& name, std::size_t most = 128) {
     if (!PyUnicode_Check(object.ptr())) refuse_type(name, "a str", object);
     Py_ssize_t size = 0;

@@ -52,10 +52,11 @@ py::dict build_info() {
 }
 
 #ifdef DIT4DIT_WITH_CUDA
-void preprocess_on_cuda(Given views, Given widths, Given out, Given filter, Given stream) {
+void preprocess_on_cuda(Given views, Given widths, Given out, Given filter, Given stream, Given programmatic) {
     with_views(views, widths, out, filter, [&](const auto&... all) {
         const auto on = whole<std::uintptr_t>(stream, "stream");
-        without_gil([&] { preprocess_cuda(all..., on); });
+        const bool early = truth(programmatic, "programmatic");
+        without_gil([&] { preprocess_cuda(all..., on, early); });
     });
 }
 
@@ -86,21 +87,14 @@ std::map<std::string, int> action_ode_facts_of(Given device, Given shared_bytes)
     return action_ode_facts(whole<int>(device, "device", 0), whole<int>(shared_bytes, "shared_bytes", 0));
 }
 
-void self_attention_on_cuda(Given qkv, Given norm_q, Given norm_k, Given rotary, Given out, Given heads, Given eps,
-                            Given queries, Given stream) {
+void self_attention_on_cuda(Given q, Given k, Given v, Given out, Given queries, Given stream, Given programmatic) {
     Buffers lent;
-    const auto optional = [&](Given tensor, const char* name) {
-        return tensor.is_none() ? std::nullopt : std::optional(view_from(tensor, name, lent));
-    };
-    const auto qkv_view = view_from(qkv, "qkv", lent), out_view = view_from(out, "out", lent);
-    const auto norm_q_view = optional(norm_q, "norm_q"), norm_k_view = optional(norm_k, "norm_k");
-    const auto rotary_view = optional(rotary, "rotary");
-    const auto head_count = whole<int>(heads, "heads"), query_count = whole<int>(queries, "queries");
-    const auto epsilon = real(eps, "eps");
+    const auto q_view = view_from(q, "q", lent), k_view = view_from(k, "k", lent), v_view = view_from(v, "v", lent);
+    const auto out_view = view_from(out, "out", lent);
+    const auto query_count = whole<int>(queries, "queries");
     const auto on = whole<std::uintptr_t>(stream, "stream");
-    without_gil([&] {
-        self_attention_cuda(qkv_view, norm_q_view, norm_k_view, rotary_view, out_view, head_count, epsilon, query_count, on);
-    });
+    const bool early = truth(programmatic, "programmatic");
+    without_gil([&] { self_attention_cuda(q_view, k_view, v_view, out_view, query_count, on, early); });
 }
 #endif
 
@@ -139,12 +133,13 @@ std::vector<Value> values_from(Given arguments) {
     return values;
 }
 
-void launch(Given self, Given grid, Given stream, Given arguments) {
+void launch(Given self, Given grid, Given stream, Given arguments, Given programmatic) {
     const auto launched = kernel(self);
     const auto blocks = whole_numbers(grid, "grid", kMostDimensions);
     const auto on = whole<std::uintptr_t>(stream, "stream");
     const auto values = values_from(arguments);
-    without_gil([&] { launched->launch(blocks, on, values); });
+    const bool early = truth(programmatic, "programmatic");
+    without_gil([&] { launched->launch(blocks, on, values, early); });
 }
 
 std::pair<std::string, std::string> parameter_from(Given argument, const std::string& name) {
@@ -175,12 +170,14 @@ void add_driver(py::module_& m) {
     py::class_<Kernel, std::shared_ptr<Kernel>>(m, "Kernel", "A kernel on a device, out of machine code.", py::is_final())
         .def_property_readonly("entry", [](Given self) { return kernel(self)->entry(); },
                                "The kernel's name in the machine code.")
-        .def("launch", &launch, "grid"_a, "stream"_a, "arguments"_a);
+        .def("launch", &launch, "grid"_a, "stream"_a, "arguments"_a, "programmatic"_a = false);
     py::class_<Driver, std::shared_ptr<Driver>>(m, "Driver", "The CUDA driver, loaded when this is made.", py::is_final())
         .def(py::init([](Given library) { return std::make_shared<Driver>(text(library, "library", kMostText)); }),
              "library"_a = "libcuda.so.1")
         .def_property_readonly("version", [](Given self) { return driver(self)->version(); },
                                "13000 for CUDA 13.0: the newest that this driver runs.")
+        .def_property_readonly("programmatic", [](Given self) { return driver(self)->programmatic(); },
+                               "Whether it can launch a kernel while the one before it runs (since 11.8).")
         .def("load", &load, "image"_a, "entry"_a, "device"_a, "threads"_a, "shared"_a, "arguments"_a, "scratch"_a);
 }
 
@@ -203,11 +200,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("build_info", &build_info, "compiler, cuda (version, empty without), architectures");
     m.def("preprocess", &preprocess, "views"_a, "widths"_a, "out"_a, "filter"_a);
 #ifdef DIT4DIT_WITH_CUDA
-    m.def("preprocess_cuda", &preprocess_on_cuda, "views"_a, "widths"_a, "out"_a, "filter"_a, "stream"_a);
+    m.def("preprocess_cuda", &preprocess_on_cuda, "views"_a, "widths"_a, "out"_a, "filter"_a, "stream"_a,
+          "programmatic"_a = false);
     m.def("action_ode_cuda", &action_ode_on_cuda, "tensors"_a, "numbers"_a, "buffers"_a, "max_guidance"_a, "limit_ns"_a,
           "stream"_a);
     m.def("action_ode_facts", &action_ode_facts_of, "device"_a, "shared_bytes"_a);
-    m.def("self_attention_cuda", &self_attention_on_cuda, "qkv"_a, "norm_q"_a, "norm_k"_a, "rotary"_a, "out"_a, "heads"_a,
-          "eps"_a, "queries"_a, "stream"_a);
+    m.def("self_attention_cuda", &self_attention_on_cuda, "q"_a, "k"_a, "v"_a, "out"_a, "queries"_a, "stream"_a,
+          "programmatic"_a = false);
 #endif
 }

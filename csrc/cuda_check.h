@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <string>
+#include <utility>
 
 #include "tensor_view.h"
 
@@ -56,6 +57,23 @@ inline int allow_dynamic_shared(const void* kernel, int device, const std::strin
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
                where + ": " + std::to_string(most) + " bytes of shared memory");
     return most;
+}
+
+// Starts a kernel, which begins with target::wait_for_inputs() where `programmatic` (Kernel::launch) may be true.
+template <class... Parameters, class... Arguments>
+void launch_kernel(const std::string& where, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared,
+                   cudaStream_t stream, bool programmatic, Arguments&&... arguments) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = programmatic ? 1 : 0;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), where + ": launch");
 }
 
 }  // namespace dit4dit

@@ -13,8 +13,8 @@
 namespace dit4dit {
 namespace {
 
-// of CUfunction_attribute, CUdevice_attribute and CUfunc_cache; a test holds them to cuda.h
-constexpr int kSharedSize = 1, kMaxDynamicShared = 8, kSharedOptIn = 97, kPreferShared = 1;
+// of CUfunction_attribute, CUdevice_attribute, CUfunc_cache and CUlaunchAttributeID; a test holds them to cuda.h
+constexpr int kSharedSize = 1, kMaxDynamicShared = 8, kSharedOptIn = 97, kPreferShared = 1, kProgrammatic = 6;
 constexpr std::int64_t kSharedWithoutAsking = 48 << 10;
 constexpr std::int64_t kGrid[] = {(std::int64_t{1} << 31) - 1, 65535, 65535};
 
@@ -76,6 +76,7 @@ Driver::Driver(const std::string& library) {
     find(set_attribute_, "cuFuncSetAttribute");
     find(set_cache_, "cuFuncSetCacheConfig");
     find(launch_, "cuLaunchKernel");
+    if (void* symbol = dlsym(handle, "cuLaunchKernelEx")) std::memcpy(&launch_ex_, &symbol, sizeof symbol);
     check(driver_version_(&version_), "cuDriverGetVersion");
 }
 
@@ -182,7 +183,8 @@ std::uint64_t Kernel::packed(const Parameter& p, const Value& value) const {
     return p.type == 'i' ? bits & 0xffffffff : bits;
 }
 
-void Kernel::launch(const std::vector<std::int64_t>& grid, std::uintptr_t stream, const std::vector<Value>& arguments) const {
+void Kernel::launch(const std::vector<std::int64_t>& grid, std::uintptr_t stream, const std::vector<Value>& arguments,
+                    bool programmatic) const {
     if (grid.empty() || grid.size() > 3) refuse(entry_ + ": grid", "1 to 3 numbers", to_string(grid));
     unsigned blocks[3] = {1, 1, 1};
     for (std::size_t i = 0; i < grid.size(); ++i) {
@@ -199,6 +201,14 @@ void Kernel::launch(const std::vector<std::int64_t>& grid, std::uintptr_t stream
     for (auto& value : bits) addresses.push_back(&value);
 
     const Driver::Current current(*driver_, context_, entry_);
+    if (programmatic && driver_->programmatic()) {
+        LaunchAttribute attribute{kProgrammatic, 0, {}};
+        attribute.value.programmatic = 1;
+        const LaunchConfig config{{blocks[0], blocks[1], blocks[2]}, {threads_, 1, 1}, shared_,
+                                  reinterpret_cast<void*>(stream), &attribute, 1};
+        driver_->check(driver_->launch_ex_(&config, function_, addresses.data(), nullptr), entry_ + ": cuLaunchKernelEx");
+        return;
+    }
     driver_->check(driver_->launch_(function_, blocks[0], blocks[1], blocks[2], threads_, 1, 1, shared_,
                                     reinterpret_cast<void*>(stream), addresses.data(), nullptr),
                    entry_ + ": cuLaunchKernel");

@@ -16,6 +16,22 @@ namespace dit4dit {
 
 class Kernel;
 
+// CUlaunchAttribute and CUlaunchConfig; a test holds them to cuda.h.
+struct LaunchAttribute {
+    int id;
+    int unused;
+    union {
+        char bytes[64];
+        int programmatic;  // programmaticStreamSerializationAllowed
+    } value;
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    void* stream;
+    LaunchAttribute* attributes;
+    unsigned attribute_count;
+};
+
 // Of one kernel, null pointers behind them included: 32 KiB of 8 bytes, the most that any GPU takes.
 constexpr unsigned kMostParameters = 4096;
 
@@ -28,6 +44,9 @@ public:
 
     // 13000 for CUDA 13.0: the newest that this driver runs.
     int version() const { return version_; }
+
+    // Whether it has cuLaunchKernelEx (since 11.8), without which every launch is a plain one.
+    bool programmatic() const { return launch_ex_ != nullptr; }
 
     // A kernel out of machine code (ELF, whole), on one device, whose primary context (PyTorch's) it lives in. shared: bytes.
     // arguments: name and kind ("*bf16:16", "i32", "fp32") of each; scratch: null pointers to pass behind them.
@@ -72,6 +91,7 @@ private:
     int (*set_cache_)(Handle, int) = nullptr;
     int (*launch_)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**,
                    void**) = nullptr;
+    int (*launch_ex_)(const LaunchConfig*, Handle, void**, void**) = nullptr;
     int version_ = 0;
     std::mutex mutex_;
     std::map<int, Handle> contexts_;  // retained once and for good, as PyTorch does
@@ -90,7 +110,10 @@ public:
 
     // Enqueue on `stream` of the kernel's device, without waiting. std::invalid_argument or DtypeError: an argument is not
     // what the kernel was compiled for. CudaError: the driver refuses, or reports what an earlier kernel did.
-    void launch(const std::vector<std::int64_t>& grid, std::uintptr_t stream, const std::vector<Value>& arguments) const;
+    // programmatic: it may be started while the kernel before it in the stream runs, and must itself wait for that one's
+    // results (dit4dit/ops/programmatic.py); a plain launch where the driver has none such.
+    void launch(const std::vector<std::int64_t>& grid, std::uintptr_t stream, const std::vector<Value>& arguments,
+                bool programmatic) const;
 
 private:
     friend class Driver;

@@ -1,10 +1,9 @@
 // One launcher per op and device. Each checks what it is given, allocates nothing on the device, and returns without
-// waiting for the device. Python docstrings live in dit4dit/ops.
+// waiting for the device. Python docstrings live in dit4dit/ops. programmatic: as of Kernel::launch.
 #pragma once
 
 #include <cstdint>
 #include <map>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,7 +15,7 @@ namespace dit4dit {
 void preprocess_cpu(const std::vector<TensorView>& views, const std::vector<std::int64_t>& widths,
                     const TensorView& out, const std::string& filter);
 void preprocess_cuda(const std::vector<TensorView>& views, const std::vector<std::int64_t>& widths,
-                     const TensorView& out, const std::string& filter, std::uintptr_t stream);
+                     const TensorView& out, const std::string& filter, std::uintptr_t stream, bool programmatic);
 
 // The names are those of `Launch` in kernels/action_ode_tiles.cuh; buffers by Space.
 using NamedViews = std::map<std::string, TensorView>;
@@ -27,9 +26,9 @@ void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
 // multiprocessors, shared_memory (bytes of one block), capability (90), blocks_per_multiprocessor with shared_bytes
 std::map<std::string, int> action_ode_facts(int device, int shared_bytes);
 
+// q, k, v: bfloat16 [B, H, S, 128], normed and turned, of any strides that are multiples of 8, the last one 1; out: [B, S, H * 128].
 // queries: 64 or 128 a block; the result does not depend on it.
-void self_attention_cuda(const TensorView& qkv, const std::optional<TensorView>& norm_q,
-                         const std::optional<TensorView>& norm_k, const std::optional<TensorView>& rotary,
-                         const TensorView& out, int heads, float eps, int queries, std::uintptr_t stream);
+void self_attention_cuda(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, int queries,
+                         std::uintptr_t stream, bool programmatic);
 
 }  // namespace dit4dit

@@ -180,6 +180,8 @@ void run(const PreprocessPlan& plan, const TensorView& out) {
                 for (int c = 0; c < C; ++c)
                     for (int x = 0; x < view.out_width; ++x)
                         store(to_unit(resizer.values[x * C + c]), to + c * s[1] + x * s[3]);
+                for (int c = C; c < plan.out_channels; ++c)
+                    for (int x = 0; x < view.out_width; ++x) store(0.f, to + c * s[1] + x * s[3]);
             }
         }
 }

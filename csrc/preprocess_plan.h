@@ -1,6 +1,7 @@
 // What both implementations of preprocess check and decide before they touch a pixel.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -23,7 +24,7 @@ struct ViewPlan {
 };
 
 struct PreprocessPlan {
-    int batch, out_height, out_width;
+    int batch, out_channels, out_height, out_width;
     std::vector<ViewPlan> views;
 };
 
@@ -42,7 +43,8 @@ inline void expect_extents(const TensorView& t) {
             refuse(t.name, "extents up to " + std::to_string(kLargestExtent), to_string(t.shape));
 }
 
-// views uint8 [B, H_i, W_i, 3], out [B, 3, h, sum of widths]; view i fills widths[i] columns, from left to right.
+// views uint8 [B, H_i, W_i, 3], out [B, 3 or more, h, sum of widths]; view i fills widths[i] columns, from left to right.
+// Channels of out beyond the third get zeros.
 inline PreprocessPlan plan_preprocess(const std::vector<TensorView>& views, const std::vector<std::int64_t>& widths,
                                       const TensorView& out, const std::string& filter, const std::string& device) {
     if (filter != "cv2_area" && filter != "bilinear") refuse("filter", "'cv2_area' or 'bilinear'", "'" + filter + "'");
@@ -56,12 +58,16 @@ inline PreprocessPlan plan_preprocess(const std::vector<TensorView>& views, cons
         total = plus("widths", total, width);
     }
     expect_dtype(out, {"float32", "bfloat16", "float16"});
-    expect_shape(out, {-1, 3, -1, total});
+    expect_shape(out, {-1, out.shape.size() > 1 ? std::max<std::int64_t>(3, out.shape[1]) : 3, -1, total});
     expect_device(out, device);
     expect_writable(out);
     expect_extents(out);
 
-    PreprocessPlan plan{static_cast<int>(out.shape[0]), static_cast<int>(out.shape[2]), static_cast<int>(total), {}};
+    PreprocessPlan plan{static_cast<int>(out.shape[0]),
+                        static_cast<int>(out.shape[1]),
+                        static_cast<int>(out.shape[2]),
+                        static_cast<int>(total),
+                        {}};
     int column = 0;
     for (std::size_t i = 0; i < views.size(); ++i) {
         const TensorView& view = views[i];

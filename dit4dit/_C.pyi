@@ -12,12 +12,16 @@ cuda_architectures: tuple[str, ...]
 class Kernel:
     @property
     def entry(self) -> str: ...
-    def launch(self, grid: Sequence[int], stream: int, arguments: Sequence[int | float]) -> None: ...
+    def launch(
+        self, grid: Sequence[int], stream: int, arguments: Sequence[int | float], programmatic: bool = False
+    ) -> None: ...
 
 class Driver:
     def __init__(self, library: str = "libcuda.so.1") -> None: ...
     @property
     def version(self) -> int: ...
+    @property
+    def programmatic(self) -> bool: ...
     def load(
         self,
         image: bytes,
@@ -31,7 +35,9 @@ class Driver:
 
 def build_info() -> dict[str, object]: ...
 def preprocess(views: _Views, widths: Sequence[int], out: _View | Buffer, filter: str) -> None: ...
-def preprocess_cuda(views: Sequence[_View], widths: Sequence[int], out: _View, filter: str, stream: int) -> None: ...
+def preprocess_cuda(
+    views: Sequence[_View], widths: Sequence[int], out: _View, filter: str, stream: int, programmatic: bool = False
+) -> None: ...
 def action_ode_cuda(
     tensors: Mapping[str, _View],
     numbers: Mapping[str, int],
@@ -41,14 +47,6 @@ def action_ode_cuda(
     stream: int,
 ) -> None: ...
 def self_attention_cuda(
-    qkv: _View,
-    norm_q: _View | None,
-    norm_k: _View | None,
-    rotary: _View | None,
-    out: _View,
-    heads: int,
-    eps: float,
-    queries: int,
-    stream: int,
+    q: _View, k: _View, v: _View, out: _View, queries: int, stream: int, programmatic: bool = False
 ) -> None: ...
 def action_ode_facts(device: int, shared_bytes: int) -> dict[str, int]: ...

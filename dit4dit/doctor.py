@@ -175,11 +175,13 @@ def _measured() -> list[Finding]:
         name, found = verdicts.device_name(device), survey(device, dispatch.files())
         if name in out or (gpus and device.type == "cpu" and not found.counting and not found.ignored):
             continue  # two of one kind; or a processor beside a GPU, which runs nothing
+        calls = [verdict for verdict in found.counting if verdict.op not in verdicts.SWITCHES]
+        early = [v.chosen == "on" for v in found.counting if v.op == verdicts.PROGRAMMATIC_LAUNCH]
         if found.counting:
             days = sorted({verdict.made[:10] for verdict in found.counting})
             made = " to ".join(dict.fromkeys((days[0], days[-1])))
-            ops = len({verdict.op for verdict in found.counting})
-            detail = f"{len(found.counting)} calls of {ops} ops on {name}, made {made}"
+            detail = f"{len(calls)} calls of {len({verdict.op for verdict in calls})} ops on {name}, made {made}"
+            detail += f"; programmatic launches in {sum(early)} of {len(early)} plans" if early else ""
         else:
             detail = f"{name}: {verdicts.NOT_YET}"
             if table := verdicts.shipped_for(device):

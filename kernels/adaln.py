@@ -7,17 +7,20 @@ from dit4dit.kernels.common import narrow, wait_for_inputs
 
 @triton.jit
 def adaln(
-    x,  # [rows, WIDTH]; rows are (batch, frame, token)
-    y,  # likewise, or None
+    x,  # rows of WIDTH; a row is (sample, frame, token)
+    y,  # [rows, WIDTH], or None
     gate,  # float32 [frames, WIDTH], or None
     shift,  # float32 [frames, WIDTH], or None
     scale,
-    x_new,  # like x; None where y is
+    x_new,  # [rows, WIDTH] in x's dtype; None where y is
     h,  # [rows, WIDTH]
     rows,
     frames,
     tokens,
     eps,
+    sample_stride,  # of x; None, as the two below, where x is [rows, WIDTH]
+    frame_stride,
+    token_stride,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -35,7 +38,12 @@ def adaln(
         table = ((row // tokens) % frames)[:, None] * WIDTH + column[None, :]
         of_table = inside
 
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if sample_stride is None:
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        frame = row // tokens
+        begin = frame // frames * sample_stride + frame % frames * frame_stride + row % tokens * token_stride
+        value = tl.load(x + begin[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if y is not None:
         branch = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         if gate is not None:

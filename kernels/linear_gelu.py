@@ -3,16 +3,7 @@
 import triton
 import triton.language as tl
 from dit4dit.kernels.common import narrow, wait_for_inputs
-from dit4dit.kernels.products import block, halves, product
-
-
-@triton.jit
-def _gelu(x, TANH: tl.constexpr):
-    if TANH:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        # tanh(z) / 2 + 1 / 2 is the logistic function of 2 z
-        return x * tl.sigmoid(2.0 * inner)
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+from dit4dit.kernels.products import block, gelu, halves, product
 
 
 @triton.jit
@@ -22,7 +13,7 @@ def _store(result, bias, out, row, column, rows, columns, TANH: tl.constexpr):
         result += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = out + row[:, None] * columns + column[None, :]
-    tl.store(at, narrow(_gelu(result, TANH), out.dtype.element_ty), mask=inside)
+    tl.store(at, narrow(gelu(result, TANH), out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ TWO_PI = tl.constexpr(6.283185307179586)
 
 @triton.jit
 def philox_normal(
-    requests,  # int64 [batch, 2]: seed, chunk
+    requests,  # int64 [batch, 3]: seed, chunk, whether the sample is given and stays as it is
     out,  # float32 [batch, count]
     count,
     draw,  # which of a request's draws
@@ -17,8 +17,10 @@ def philox_normal(
 ):
     wait_for_inputs()
     sample = tl.program_id(1)
-    seed = tl.load(requests + 2 * sample)
-    chunk = tl.load(requests + 2 * sample + 1)
+    seed = tl.load(requests + 3 * sample)
+    chunk = tl.load(requests + 3 * sample + 1)
+    # of a given sample nothing is inside
+    inside = tl.where(tl.load(requests + 3 * sample + 2) == 0, count, 0)
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
@@ -36,8 +38,8 @@ def philox_normal(
         k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
     to = out + sample * count + 4 * position
-    _pair(c0, c1, to, 4 * position, count)
-    _pair(c2, c3, to + 2, 4 * position + 2, count)
+    _pair(c0, c1, to, 4 * position, inside)
+    _pair(c2, c3, to + 2, 4 * position + 2, inside)
 
 
 @triton.jit

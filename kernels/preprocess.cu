@@ -6,6 +6,7 @@
 #include "cuda_check.h"
 #include "launchers.h"
 #include "preprocess_plan.h"
+#include "target.cuh"
 
 namespace dit4dit {
 namespace {
@@ -15,7 +16,7 @@ constexpr int kViews = 8;  // travel as a kernel argument
 
 struct Arguments {
     ViewPlan views[kViews];
-    int count, out_height, out_width;
+    int count, out_channels, out_height, out_width;
     std::int64_t out_strides[4];  // batch, channel, row, column
 };
 
@@ -75,6 +76,7 @@ __device__ void bilinear(const Source& at, const ViewPlan& view, int out_height,
 
 template <class T>
 __global__ void preprocess_kernel(const __grid_constant__ Arguments a, T* __restrict__ out) {
+    target::wait_for_inputs();
     const int out_x = blockIdx.x * blockDim.x + threadIdx.x;
     const int y = blockIdx.y * blockDim.y + threadIdx.y;
     if (out_x >= a.out_width || y >= a.out_height) return;
@@ -97,21 +99,21 @@ __global__ void preprocess_kernel(const __grid_constant__ Arguments a, T* __rest
     }
     T* to = out + blockIdx.z * a.out_strides[0] + y * a.out_strides[2] + out_x * a.out_strides[3];
     for (int c = 0; c < C; ++c) store(to_unit(value[c]), to + c * a.out_strides[1]);
+    for (int c = C; c < a.out_channels; ++c) store(0.f, to + c * a.out_strides[1]);
 }
 
 template <class T>
-void launch(const Arguments& arguments, const TensorView& out, int batch, cudaStream_t stream) {
+void launch(const Arguments& arguments, const TensorView& out, int batch, cudaStream_t stream, bool programmatic) {
     const dim3 block(32, 8);
     const dim3 grid((arguments.out_width + block.x - 1) / block.x, (arguments.out_height + block.y - 1) / block.y,
                     batch);
-    preprocess_kernel<T><<<grid, block, 0, stream>>>(arguments, out.data<T>());
-    check_cuda(cudaGetLastError(), "preprocess: launch");
+    launch_kernel("preprocess", preprocess_kernel<T>, grid, block, 0, stream, programmatic, arguments, out.data<T>());
 }
 
 }  // namespace
 
 void preprocess_cuda(const std::vector<TensorView>& views, const std::vector<std::int64_t>& widths,
-                     const TensorView& out, const std::string& filter, std::uintptr_t stream) {
+                     const TensorView& out, const std::string& filter, std::uintptr_t stream, bool programmatic) {
     const PreprocessPlan plan = plan_preprocess(views, widths, out, filter, expect_cuda(out));
     if (plan.views.size() > kViews)
         refuse("views", "at most " + std::to_string(kViews) + " on cuda", std::to_string(plan.views.size()));
@@ -119,15 +121,16 @@ void preprocess_cuda(const std::vector<TensorView>& views, const std::vector<std
     Arguments arguments{};
     for (std::size_t i = 0; i < plan.views.size(); ++i) arguments.views[i] = plan.views[i];
     arguments.count = static_cast<int>(plan.views.size());
+    arguments.out_channels = plan.out_channels;
     arguments.out_height = plan.out_height;
     arguments.out_width = plan.out_width;
     for (int d = 0; d < 4; ++d) arguments.out_strides[d] = out.strides[d];
 
     const DeviceGuard guard(out);
     const auto on = reinterpret_cast<cudaStream_t>(stream);
-    if (out.dtype == "float32") return launch<float>(arguments, out, plan.batch, on);
-    if (out.dtype == "bfloat16") return launch<__nv_bfloat16>(arguments, out, plan.batch, on);
-    launch<__half>(arguments, out, plan.batch, on);
+    if (out.dtype == "float32") return launch<float>(arguments, out, plan.batch, on, programmatic);
+    if (out.dtype == "bfloat16") return launch<__nv_bfloat16>(arguments, out, plan.batch, on, programmatic);
+    launch<__half>(arguments, out, plan.batch, on, programmatic);
 }
 
 }  // namespace dit4dit

@@ -1,4 +1,4 @@
-"""x @ weight^T, the loop that the linear kernels share: operands as they are, sums in float32."""
+"""x @ weight^T, the loop that the linear kernels share: operands as they are, sums in float32; and GELU."""
 
 import triton
 import triton.language as tl
@@ -52,3 +52,13 @@ def product(
 def halves(x):
     """[ROWS, COLUMNS] -> its left and its right half, for the work behind a product: done half at a time it leaves registers."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def gelu(x, TANH: tl.constexpr):
+    """GELU of float32 x, by tanh or by the error function."""
+    if TANH:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        # tanh(z) / 2 + 1 / 2 is the logistic function of 2 z
+        return x * tl.sigmoid(2.0 * inner)
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))

@@ -11,7 +11,7 @@ def qk_norm_rope(
     norm_q,  # [DIM], or None
     norm_k,
     rotary,  # float32 [2, length, ANGLES], or None
-    qk,  # [2, batch, HEADS, length, DIM]; one tensor, because a choice between two pointers forgets their alignment
+    qk,  # [2, batch, length, HEADS, DIM]; one tensor, because a choice between two pointers forgets their alignment
     length,
     batches,
     eps,
@@ -50,6 +50,6 @@ def qk_norm_rope(
             sin = tl.load(sin_at + DIM // 2, mask=inside, other=0.0)
         second = second * cos + first * sin
         first = turned
-    at = qk + (((which * batches + batch) * HEADS + head) * length + row)[:, None] * DIM + column[None, :]
+    at = qk + (((which * batches + batch) * length + row) * HEADS + head)[:, None] * DIM + column[None, :]
     tl.store(at, narrow(first, qk.dtype.element_ty), mask=inside)
     tl.store(at + DIM // 2, narrow(second, qk.dtype.element_ty), mask=inside)

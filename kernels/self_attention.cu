@@ -1,4 +1,4 @@
-// self_attention on CUDA: norm, rotation and attention in one launch, out of the qkv matrix.
+// self_attention on CUDA, of q and k that qk_norm_rope has normed and turned, and v where it lies in the qkv matrix.
 // On a CPU it runs by tests/cuda_emulation.
 #include "self_attention.cuh"
 
@@ -12,20 +12,19 @@ namespace {
 
 using attention::Request;
 
-// Two blocks of 64 queries a multiprocessor, so that one works on its tensor cores while the other norms or waits.
 template <int kQueries>
-__global__ void __launch_bounds__(kQueries * 2, 128 / kQueries) self_attention_kernel(const __grid_constant__ Request request) {
+__global__ void __launch_bounds__(kQueries * 2) self_attention_kernel(const __grid_constant__ Request request) {
+    target::wait_for_inputs();
     attention::Block<kQueries>(request).run();
 }
 
 template <int kQueries>
-void launch(const Request& request, std::int64_t blocks, cudaStream_t stream) {
+void launch(const Request& request, std::int64_t blocks, cudaStream_t stream, bool programmatic) {
     check_cuda(cudaFuncSetAttribute(self_attention_kernel<kQueries>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     attention::kSharedBytes),
                "self_attention: " + std::to_string(attention::kSharedBytes) + " bytes of shared memory");
-    self_attention_kernel<kQueries>
-        <<<static_cast<unsigned>(blocks), kQueries * 2, attention::kSharedBytes, stream>>>(request);
-    check_cuda(cudaGetLastError(), "self_attention: launch");
+    launch_kernel("self_attention", self_attention_kernel<kQueries>, static_cast<unsigned>(blocks), kQueries * 2,
+                  attention::kSharedBytes, stream, programmatic, request);
 }
 
 void expect_aligned(const TensorView& t) {
@@ -41,69 +40,48 @@ void expect_rows(const TensorView& t, std::int64_t each) {
         refuse(t.name, "strides that are multiples of " + std::to_string(each) + ", the last one 1", to_string(t.strides));
 }
 
-const void* norm_of(const std::optional<TensorView>& t, const std::string& dtype, const std::string& device) {
-    if (!t) return nullptr;
-    expect_dtype(*t, {dtype});
-    expect_shape(*t, {attention::kDim});
-    expect_device(*t, device);
-    expect_contiguous(*t);
-    return t->data<void>();
+attention::Operand operand_of(const TensorView& t, const TensorView& q, const std::string& device) {
+    expect_dtype(t, {"bfloat16"});
+    expect_shape(t, {q.shape[0], q.shape[1], q.shape[2], attention::kDim});
+    expect_device(t, device);
+    expect_rows(t, 8);
+    return {t.data<const std::uint16_t>(), t.strides[0], t.strides[1], t.strides[2]};
 }
 
-Request request_of(const TensorView& qkv, const std::optional<TensorView>& norm_q, const std::optional<TensorView>& norm_k,
-                   const std::optional<TensorView>& rotary, const TensorView& out, int heads, float eps) {
+Request request_of(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out) {
     const std::string device = expect_cuda(out);
-    if (heads < 1 || heads > INT_MAX / (3 * attention::kDim)) refuse("heads", "at least 1", std::to_string(heads));
-    expect_dtype(qkv, {"bfloat16"});
-    expect_shape(qkv, {-1, -1, std::int64_t{3} * heads * attention::kDim});
-    expect_device(qkv, device);
-    expect_rows(qkv, 8);
-    if (qkv.shape[1] > INT_MAX - 128) refuse("qkv", "less than 2^31 - 128 tokens", to_string(qkv.shape));
+    expect_shape(q, {-1, -1, -1, attention::kDim});
+    const std::int64_t heads = q.shape[1], length = q.shape[2];
+    if (heads > INT_MAX / attention::kDim) refuse("q", "fewer heads", to_string(q.shape));
+    if (length > INT_MAX - 256) refuse("q", "less than 2^31 - 256 tokens", to_string(q.shape));
     expect_dtype(out, {"bfloat16"});
-    expect_shape(out, {qkv.shape[0], qkv.shape[1], std::int64_t{heads} * attention::kDim});
+    expect_shape(out, {q.shape[0], length, heads * attention::kDim});
     expect_rows(out, 8);
     expect_writable(out);
-    if (norm_q.has_value() != norm_k.has_value()) refuse("norm_k", "norm_q and norm_k, or neither", "one");
-    if (norm_q) expect_dtype(*norm_q, {"float32", "bfloat16"});
-    const std::string norm_dtype = norm_q ? norm_q->dtype : "";
 
     Request r{};
-    r.qkv = qkv.data<const std::uint16_t>();
-    r.norm_q = norm_of(norm_q, norm_dtype, device);
-    r.norm_k = norm_of(norm_k, norm_dtype, device);
-    if (rotary) {
-        expect_dtype(*rotary, {"float32"});
-        expect_shape(*rotary, {2, qkv.shape[1], attention::kDim / 2});
-        expect_device(*rotary, device);
-        expect_contiguous(*rotary);
-        expect_aligned(*rotary);
-        r.rotary = rotary->data<const float>();
-    }
+    r.q = operand_of(q, q, device), r.k = operand_of(k, q, device), r.v = operand_of(v, q, device);
     r.out = out.data<std::uint16_t>();
-    r.qkv_batch = qkv.strides[0], r.qkv_row = qkv.strides[1];
     r.out_batch = out.strides[0], r.out_row = out.strides[1];
-    r.heads = heads;
-    r.length = static_cast<int>(qkv.shape[1]);
-    r.norm_is_float32 = norm_dtype == "float32";
-    r.eps = eps;
+    r.heads = static_cast<int>(heads);
+    r.length = static_cast<int>(length);
     return r;
 }
 
 }  // namespace
 
-void self_attention_cuda(const TensorView& qkv, const std::optional<TensorView>& norm_q,
-                         const std::optional<TensorView>& norm_k, const std::optional<TensorView>& rotary,
-                         const TensorView& out, int heads, float eps, int queries, std::uintptr_t stream) {
-    const Request request = request_of(qkv, norm_q, norm_k, rotary, out, heads, eps);
+void self_attention_cuda(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, int queries,
+                         std::uintptr_t stream, bool programmatic) {
+    const Request request = request_of(q, k, v, out);
     if (queries != 64 && queries != 128) refuse("queries", "64 or 128", std::to_string(queries));
-    const std::int64_t tiles = (std::int64_t{request.length} + queries - 1) / queries, pairs = qkv.shape[0] * heads;
-    if (pairs > INT_MAX / tiles) refuse("qkv", "fewer than 2^31 blocks of queries", to_string(qkv.shape));
-    for (const auto* read : {&qkv, norm_q ? &*norm_q : &qkv, norm_k ? &*norm_k : &qkv, rotary ? &*rotary : &qkv})
-        expect_apart(out, *read);
+    const std::int64_t tiles = (std::int64_t{request.length} + queries - 1) / queries;
+    if (q.shape[0] > INT_MAX / tiles / request.heads) refuse("q", "fewer than 2^31 blocks of queries", to_string(q.shape));
+    for (const auto* read : {&q, &k, &v}) expect_apart(out, *read);
     const DeviceGuard guard(out);
     const auto on = reinterpret_cast<cudaStream_t>(stream);
-    if (queries == 64) return launch<64>(request, pairs * tiles, on);
-    launch<128>(request, pairs * tiles, on);
+    const std::int64_t blocks = q.shape[0] * request.heads * tiles;
+    if (queries == 64) return launch<64>(request, blocks, on, programmatic);
+    launch<128>(request, blocks, on, programmatic);
 }
 
 }  // namespace dit4dit

@@ -1,5 +1,5 @@
-// Self-attention straight out of the qkv matrix: a block takes kQueries queries of one head past all of its keys.
-// q and k are normed and turned in shared memory once they have landed; scores, weights and sums stay in registers.
+// Self-attention over q, k and v as qk_norm_rope leaves them: a block takes kQueries queries of one head past all of its keys.
+// Scores, weights and sums stay in registers. While a tile's values are summed, the scores of the next one are on their way.
 // Plain C++ over target.cuh, so that tests/cuda_emulation runs it on a CPU.
 #pragma once
 
@@ -14,29 +14,26 @@ using namespace target;
 
 constexpr int kDim = 128;
 constexpr int kRows = 64;  // of a tile: queries, keys or values
-constexpr int kTiles = 3;  // in shared memory: one in use, two on their way
+constexpr int kTiles = 4;  // in shared memory: keys and values in use, and those of the next step on their way
 // A tile: groups of eight columns, in each 16 bytes a row, and 16 bytes more. Eight rows of a group, which is what ldmatrix and
 // warpgroup products read at once, and the eight pieces of a row that threads write at once, meet every bank once.
 constexpr int kGroupBytes = kRows * 16 + 16;
 constexpr int kTileBytes = kDim / 8 * kGroupBytes;
 constexpr int kSharedBytes = kTiles * kTileBytes;
-static_assert(2 * (kSharedBytes + 1024) <= 100 << 10, "two blocks a multiprocessor, also on sm_89 and sm_120");
+static_assert(kSharedBytes + 1024 <= 100 << 10, "a block on every multiprocessor, also of sm_89 and sm_120");
 constexpr float kLog2E = 1.4426950408889634f;
 
-// The caller's tensors, as device addresses. Strides in elements; columns are dense.
-struct Request {
-    const std::uint16_t* qkv;  // bf16 [batch, length, 3 * heads * 128]
-    const void* norm_q;        // [128], float32 or bf16, or null: no norm
-    const void* norm_k;
-    const float* rotary;       // [2, length, 64]: cosines, sines; or null: no rotation
-    std::uint16_t* out;        // bf16 [batch, length, heads * 128]
-    std::int64_t qkv_batch, qkv_row, out_batch, out_row;
-    int heads, length, norm_is_float32;
-    float eps;
+// bf16 [batch, heads, length, 128] as a device address; strides in elements, columns are dense.
+struct Operand {
+    const std::uint16_t* at;
+    std::int64_t batch, head, row;
 };
 
-struct alignas(8) Pair {
-    std::uint32_t v[2];
+struct Request {
+    Operand q, k, v;
+    std::uint16_t* out;  // bf16 [batch, length, heads * 128]
+    std::int64_t out_batch, out_row;
+    int heads, length;
 };
 
 struct Tile {
@@ -45,66 +42,14 @@ struct Tile {
     DEVICE std::uint8_t* row(int r, int column) const { return at + column / 8 * kGroupBytes + r * 16; }
 };
 DEVICE Tile tile_of(int index) { return {shared_memory() + index % kTiles * kTileBytes}; }
-
-// A thread's part of a row, while it is normed and turned: four columns, and those that turn with them.
-struct Eight {
-    float v[8];
-
-    DEVICE static Eight of_weight(const void* weight, int column, bool is_float32) {
-        Eight w;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int at = column + i / 4 * (kDim / 2) + i % 4;
-            if (is_float32) w.v[i] = static_cast<const float*>(weight)[at];
-            else w.v[i] = as_float(static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(weight)[at]) << 16);
-        }
-        return w;
-    }
-    DEVICE void load(const std::uint8_t* low, const std::uint8_t* high) {
-        const Pair a = *reinterpret_cast<const Pair*>(low), b = *reinterpret_cast<const Pair*>(high);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            v[2 * i] = low_half(a.v[i]), v[2 * i + 1] = high_half(a.v[i]);
-            v[4 + 2 * i] = low_half(b.v[i]), v[5 + 2 * i] = high_half(b.v[i]);
-        }
-    }
-    DEVICE void store(std::uint8_t* low, std::uint8_t* high) const {
-        *reinterpret_cast<Pair*>(low) = {{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])}};
-        *reinterpret_cast<Pair*>(high) = {{pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])}};
-    }
-    DEVICE void turn(const Float4& cosine, const Float4& sine) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float first = v[i], second = v[4 + i];
-            v[i] = first * cosine.v[i] - second * sine.v[i];
-            v[4 + i] = second * cosine.v[i] + first * sine.v[i];
-        }
-    }
-};
-
-// RMS norm of rows, each held by 16 threads; the rows' sums take turns, so that none waits for its own.
-template <int kCount>
-DEVICE void norm(Eight (&x)[kCount], const Eight& weight, float eps) {
-    float squares[kCount] = {};
-#pragma unroll
-    for (int u = 0; u < kCount; ++u)
-        for (int i = 0; i < 8; ++i) squares[u] += x[u].v[i] * x[u].v[i];
-#pragma unroll
-    for (int mask = 1; mask < 16; mask <<= 1)
-#pragma unroll
-        for (int u = 0; u < kCount; ++u) squares[u] += shuffle_xor(squares[u], mask);
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-        const float scale = inverse_root(squares[u] / kDim + eps);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[u].v[i] = x[u].v[i] * scale * weight.v[i];
-    }
-}
+DEVICE Tile keys_of(int tile) { return tile_of(2 * tile); }
+DEVICE Tile values_of(int tile) { return tile_of(2 * tile + 1); }
 
 // What a warp knows of its 16 queries; this thread of the queries lane / 4 and eight further.
 struct Sums {
     float values[16][4] = {};
     float most[2] = {-INFINITY, -INFINITY}, total[2] = {};  // largest score so far; sum of this thread's weights
+    float fade[2] = {};  // what `values` still have to be multiplied by, since `most` has grown
 
     // Scores -> weights 2^(score - most); keys from `count` on count for nothing. `scale` includes log2(e).
     DEVICE void soften(float (&scores)[8][4], int count, float scale) {
@@ -120,21 +65,36 @@ struct Sums {
 #pragma unroll
             for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
             for (int mask = 1; mask < 4; mask <<= 1) largest = fmaxf(largest, shuffle_xor(largest, mask));
-            const float fade = power_of_two((most[half] - largest) * scale), base = -largest * scale;
+            const float base = -largest * scale;
+            fade[half] = power_of_two_or_zero((most[half] - largest) * scale);
             most[half] = largest;
-            total[half] *= fade;
-#pragma unroll
-            for (int j = 0; j < 16; ++j)
-                for (int e = 0; e < 2; ++e) values[j][2 * half + e] *= fade;
+            total[half] *= fade[half];
 #pragma unroll
             for (int j = 0; j < 8; ++j)
                 for (int e = 0; e < 2; ++e) {
                     // scaled here, not in q, which would round it a second time; it costs nothing
                     float& score = scores[j][2 * half + e];
-                    score = power_of_two(multiply_add(score, scale, base));
+                    score = power_of_two_or_zero(multiply_add(score, scale, base));
                     total[half] += score;
                 }
         }
+    }
+    DEVICE void catch_up() {
+#pragma unroll
+        for (int j = 0; j < 16; ++j)
+            for (int i = 0; i < 4; ++i) values[j][i] *= fade[i / 2];
+    }
+};
+
+// Weights of 64 keys as the left operand of products.
+struct Weights {
+    std::uint32_t v[kRows / 16][4];
+
+    DEVICE void round(const float (&weights)[8][4]) {
+#pragma unroll
+        for (int j = 0; j < kRows / 16; ++j)
+            for (int i = 0; i < 4; ++i)
+                v[j][i] = pack_bf16(weights[2 * j + i / 2][i % 2 * 2], weights[2 * j + i / 2][i % 2 * 2 + 1]);
     }
 };
 
@@ -144,7 +104,17 @@ DEVICE std::uint64_t describe(const std::uint8_t* at, std::uint64_t along_k, std
 }
 #endif
 
-// q, fragments of 16 queries a warp, times the keys of a tile.
+// `score` and `gather` only begin where a chip has warpgroup products: until `finish`, nothing may touch what they write.
+// kLater: how many of those begun later may still run.
+template <int kLater, int kCount>
+DEVICE void finish([[maybe_unused]] float (&sums)[kCount][4]) {
+#if DIT4DIT_WARPGROUPS
+    products_wait<kLater>();
+    settle(sums);
+#endif
+}
+
+// scores = q, fragments of 16 queries a warp, times the keys of a tile.
 DEVICE void score(float (&scores)[8][4], const std::uint32_t (&q)[8][4], const Tile& keys) {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
@@ -155,8 +125,7 @@ DEVICE void score(float (&scores)[8][4], const std::uint32_t (&q)[8][4], const T
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step)
         multiply_warpgroup<kRows>(scores, q[step], describe(keys.row(0, step * 16), kGroupBytes, 128));
-    products_end();
-    settle(scores);
+    products_commit();
 #else
     const int lane = thread_index() % 32;
 #pragma unroll
@@ -172,19 +141,14 @@ DEVICE void score(float (&scores)[8][4], const std::uint32_t (&q)[8][4], const T
 }
 
 // sums += weights times the values of a tile.
-DEVICE void gather(float (&sums)[16][4], const float (&weights)[8][4], const Tile& values) {
-    std::uint32_t a[kRows / 16][4];
-#pragma unroll
-    for (int j = 0; j < kRows / 16; ++j)
-        for (int i = 0; i < 4; ++i) a[j][i] = pack_bf16(weights[2 * j + i / 2][i % 2 * 2], weights[2 * j + i / 2][i % 2 * 2 + 1]);
+DEVICE void gather(float (&sums)[16][4], const Weights& weights, const Tile& values) {
 #if DIT4DIT_WARPGROUPS
     settle(sums);
     products_begin();
 #pragma unroll
     for (int j = 0; j < kRows / 16; ++j)
-        multiply_warpgroup_transposed(sums, a[j], describe(values.row(j * 16, 0), 128, kGroupBytes));
-    products_end();
-    settle(sums);
+        multiply_warpgroup_transposed(sums, weights.v[j], describe(values.row(j * 16, 0), 128, kGroupBytes));
+    products_commit();
 #else
     const int lane = thread_index() % 32;
 #pragma unroll
@@ -193,8 +157,8 @@ DEVICE void gather(float (&sums)[16][4], const float (&weights)[8][4], const Til
         for (int n = 0; n < kDim / 16; ++n) {
             std::uint32_t b[4];
             load_matrices_transposed(b, values.row(j * 16 + lane % 16, n * 16 + lane / 16 * 8));
-            multiply(sums[2 * n], a[j], b[0], b[1]);
-            multiply(sums[2 * n + 1], a[j], b[2], b[3]);
+            multiply(sums[2 * n], weights.v[j], b[0], b[1]);
+            multiply(sums[2 * n + 1], weights.v[j], b[2], b[3]);
         }
 #endif
 }
@@ -207,132 +171,105 @@ public:
     DEVICE explicit Block(const Request& request)
         : request_(request), query_tiles_((request.length + kQueries - 1) / kQueries),
           first_(block_index() % query_tiles_ * kQueries), head_(block_index() / query_tiles_ % request.heads),
-          batch_(block_index() / query_tiles_ / request.heads), column_(thread_index() % 16 * 4) {}
+          batch_(block_index() / query_tiles_ / request.heads), keys_(first_of(request.k)), values_(first_of(request.v)) {}
 
     DEVICE void run() {
-        const int warp = thread_index() / 32, lane = thread_index() % 32, mine = warp % 4 * 16;
         const float scale = kLog2E * inverse_root(static_cast<float>(kDim));
+        const int last = (request_.length - 1) / kRows;
+        const std::uint16_t* const queries = first_of(request_.q);
         std::uint32_t q[8][4];
-        fetch(0);
-        fetch(1);
-        const Eight norm_q = weight(request_.norm_q);
-        Angles angles;
-        for (int part = 0; part < kParts; ++part) {
-            load(angles, first_ + part * kRows);
-            next(part);
-            prepare(tile_of(part), norm_q, angles, first_ + part * kRows);
-            if (warp / 4 == part)
-#pragma unroll
-                for (int step = 0; step < 8; ++step)
-                    load_matrices(q[step], tile_of(part).row(mine + lane % 16, step * 16 + lane / 16 * 8));
-        }
-        const Eight norm_k = weight(request_.norm_k);
+        float scores[8][4];
+        Weights weights;
         Sums sums;
-        load(angles, 0);
-        for (int key = 0, index = kParts; key < request_.length; key += kRows, index += 2) {
-            float scores[8][4];
-            next(index);
-            prepare(tile_of(index), norm_k, angles, key);
-            score(scores, q, tile_of(index));
-            sums.soften(scores, request_.length - key, scale);
-            load(angles, key + kRows);  // on their way while the values are summed
-            next(index + 1);
-            gather(sums.values, scores, tile_of(index + 1));
+        for (int part = 0; part < kParts; ++part) fetch(queries_of(part), queries, request_.q.row, first_ + part * kRows);
+        fetch_keys(0);
+        commit_copies();
+        fetch_values(0);
+        commit_copies();
+        arrive<1>();
+        load(q);
+        sync_block();  // all have their queries: the next keys take their place
+        fetch_keys(1);
+        commit_copies();
+        score(scores, q, keys_of(0));
+        finish<0>(scores);
+        sums.soften(scores, request_.length, scale);
+        // A tile's weights are made while the values of the tile before are summed. The wait for those sums opens the next turn:
+        // at the end of the same one, the compiler moves it to before the weights.
+#pragma unroll 1
+        for (int tile = 0;; ++tile) {
+            finish<0>(sums.values);
+            sums.catch_up();
+            weights.round(scores);
+            next(tile);
+            if (tile == last) break;
+            score(scores, q, keys_of(tile + 1));
+            gather(sums.values, weights, values_of(tile));
+            finish<1>(scores);
+            sums.soften(scores, request_.length - (tile + 1) * kRows, scale);
         }
-        finish(sums);
+        gather(sums.values, weights, values_of(last));
+        finish<0>(sums.values);
+        store(sums);
     }
 
 private:
-    static constexpr int kParts = kQueries / kRows;        // tiles of queries
-    static constexpr int kPasses = kRows * 16 / kThreads;  // rows of a tile that one thread norms and turns
-    static constexpr int kAtOnce = kPasses < 4 ? kPasses : 4;
+    static constexpr int kParts = kQueries / kRows;  // tiles of queries
 
-    struct Angles {
-        Float4 cosine[kAtOnce] = {}, sine[kAtOnce] = {};
-    };
+    // Where keys_of(1) and values_of(1) come later.
+    DEVICE static Tile queries_of(int part) { return tile_of(2 + part); }
 
-    DEVICE Eight weight(const void* of) const {
-        return of == nullptr ? Eight{} : Eight::of_weight(of, column_, request_.norm_is_float32 != 0);
+    // This thread's first 16 bytes of a tile, in global and in shared memory; the others lie kStep rows further each.
+    static constexpr int kStep = kThreads / 16;
+    DEVICE static int row() { return thread_index() / 16; }
+    DEVICE static int column() { return thread_index() % 16 * 8; }
+    DEVICE const std::uint16_t* first_of(const Operand& operand) const {
+        return operand.at + batch_ * operand.batch + head_ * operand.head + row() * operand.row + column();
     }
 
-    // Tiles in the order of their use: the queries', then keys and values in turns. Rows past the end are zeros.
-    DEVICE void fetch(int index) const {
-        const bool query = index < kParts;
-        const int pair = (index - kParts) / 2, length = request_.length;
-        const int part = query ? 0 : 1 + (index - kParts) % 2, begin = query ? first_ + index * kRows : pair * kRows;
-        if (query || begin < length) {
-            const std::uint16_t* from = request_.qkv + batch_ * request_.qkv_batch + (part * request_.heads + head_) * kDim;
-            const Tile to = tile_of(index);
+    // Copies of rows begin.. on their way into a tile, zeros for rows past the end; nothing where all are past it.
+    DEVICE void fetch(const Tile& to, const std::uint16_t* first, std::int64_t stride, int begin) const {
+        if (begin >= request_.length) return;
+        const std::uint16_t* from = first + begin * stride;
+        std::uint8_t* const into = to.row(row(), column());
 #pragma unroll
-            for (int i = 0; i < kRows * 16 / kThreads; ++i) {
-                const int at = i * kThreads + thread_index(), row = at / 16, column = at % 16 * 8;
-                const bool there = begin + row < length;
-                copy_async_or_zeros(to.row(row, column), from + (there ? begin + row : 0) * request_.qkv_row + column, there);
-            }
-        }
-        commit_copies();  // also where there is nothing: `next` counts groups
+        for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride)
+            copy_async_or_zeros(into + i * kStep * 16, from, begin + row() + i * kStep < request_.length);
     }
+    DEVICE void fetch_keys(int tile) const { fetch(keys_of(tile), keys_, request_.k.row, tile * kRows); }
+    DEVICE void fetch_values(int tile) const { fetch(values_of(tile), values_, request_.v.row, tile * kRows); }
 
-    // The tile is there for all, and the one before it is read by nobody any more.
-    DEVICE void next(int index) const {
-        wait_copies<1>();
-#if DIT4DIT_WARPGROUPS
-        fence_shared_for_products();
-#endif
-        sync_block();
-        fetch(index + 2);
-    }
-
-    DEVICE int row_of(int pass) const { return (pass * kThreads + thread_index()) / 16; }
-
-    // Of kAtOnce rows of the tile whose first row is token `first`: long before they are used, because they come from far.
-    DEVICE void load(Angles& angles, int first, int begin = 0) const {
-        if (request_.rotary == nullptr) return;
-        constexpr int kAngles = kDim / 2;
-        const std::int64_t sines = static_cast<std::int64_t>(request_.length) * kAngles;
-        const int last = request_.length - 1;
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-            // tokens past the end are zeros, which any angle leaves
-            const int token = first + row_of(begin + u) < last ? first + row_of(begin + u) : last;
-            const float* at = request_.rotary + static_cast<std::int64_t>(token) * kAngles + column_;
-            angles.cosine[u] = load_constant_float4(at);
-            angles.sine[u] = load_constant_float4(at + sines);
-        }
-    }
-
-    // Norm and rotation of a tile's rows, the first of which is token `first`, in place: float32, rounded once.
-    // `next`: angles of the first rows.
-    DEVICE void prepare(const Tile& tile, const Eight& weight, Angles& next, int first) const {
-        if (request_.norm_q == nullptr && request_.rotary == nullptr) return;
-#pragma unroll
-        for (int begin = 0; begin < kPasses; begin += kAtOnce) {
-            const Angles angles = next;
-            if (begin + kAtOnce < kPasses) load(next, first, begin + kAtOnce);
-            Eight x[kAtOnce];
-#pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) x[u].load(piece(tile, begin + u, 0), piece(tile, begin + u, kDim / 2));
-            if (request_.norm_q != nullptr) norm(x, weight, request_.eps);
-            if (request_.rotary != nullptr)
-#pragma unroll
-                for (int u = 0; u < kAtOnce; ++u) x[u].turn(angles.cosine[u], angles.sine[u]);
-#pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) x[u].store(piece(tile, begin + u, 0), piece(tile, begin + u, kDim / 2));
-        }
+    // All copies but the last kLater groups are there, for all threads and for their products.
+    template <int kLater>
+    DEVICE void arrive() const {
+        wait_copies<kLater>();
 #if DIT4DIT_WARPGROUPS
         fence_shared_for_products();
 #endif
         sync_block();
     }
-    DEVICE std::uint8_t* piece(const Tile& tile, int pass, int half) const {
-        return tile.row(row_of(pass), column_ + half) + column_ % 8 * 2;
+
+    // keys_of(tile + 1) and values_of(tile) are there; what was read in the step before makes room for what comes after them.
+    DEVICE void next(int tile) const {
+        arrive<0>();
+        fetch_keys(tile + 2);
+        fetch_values(tile + 1);
+        commit_copies();
     }
 
-    // Through shared memory, so that rows are written whole.
-    DEVICE void finish(Sums& sums) const {
+    DEVICE void load(std::uint32_t (&q)[8][4]) const {
+        const int warp = thread_index() / 32, lane = thread_index() % 32;
+        const Tile from = queries_of(warp / 4);
+#pragma unroll
+        for (int step = 0; step < 8; ++step)
+            load_matrices(q[step], from.row(warp % 4 * 16 + lane % 16, step * 16 + lane / 16 * 8));
+    }
+
+    // Through shared memory, so that rows are written whole. In the place of keys, which nobody has read since `next`, and
+    // where no copies are on their way.
+    DEVICE void store(Sums& sums) const {
         const int warp = thread_index() / 32, lane = thread_index() % 32, mine = warp % 4 * 16;
-        const Tile to = tile_of(warp / 4);
-        sync_block();  // all have read the last values
+        const Tile to = keys_of(warp / 4);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             for (int mask = 1; mask < 4; mask <<= 1) sums.total[half] += shuffle_xor(sums.total[half], mask);
@@ -355,7 +292,7 @@ private:
 
     const Request& request_;
     int query_tiles_, first_, head_, batch_;
-    int column_;  // of a row, where this thread norms and turns
+    const std::uint16_t *keys_, *values_;
 };
 
 }  // namespace dit4dit::attention

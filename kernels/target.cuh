@@ -1,5 +1,5 @@
 // Every instruction of the chip that action_ode and self_attention use, and nothing else: the kernels themselves are plain C++
-// over these functions.
+// over these functions. Of preprocess it is wait_for_inputs alone.
 // tests/cuda_emulation has a second set for the host, with which the very same kernel runs on a CPU.
 #pragma once
 
@@ -47,6 +47,15 @@ DEVICE std::uint8_t* shared_memory() {
     return memory;
 }
 DEVICE std::uint32_t shared_address(const void* p) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(p)); }
+
+// The first call of every kernel that may be launched programmatically (dit4dit/ops/programmatic.py): lets the next one be
+// started, and waits until all before it have ended and what they wrote is seen. Before sm_90 it is nothing.
+DEVICE void wait_for_inputs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // -- global memory: what other blocks write is read from the second-level cache, never from this multiprocessor's own --------
 
@@ -117,6 +126,12 @@ DEVICE std::uint32_t as_bits(float x) { return __float_as_uint(x); }
 DEVICE float power_of_two(float x) {
     float y;
     asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// 0 where that is below 2^-126: one instruction, where the other takes four.
+DEVICE float power_of_two_or_zero(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 DEVICE float inverse_root(float x) { return rsqrtf(x); }
@@ -192,9 +207,15 @@ DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b
 // What this thread stored in shared memory is seen by warpgroup products after the next sync_block.
 DEVICE void fence_shared_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// The products since the last one are a group that runs on by itself; what it writes must not be touched until it is over.
+DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+DEVICE void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 DEVICE void products_end() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    products_commit();
+    products_wait<0>();
 }
 
 #define ODE_D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
@@ -209,7 +230,7 @@ DEVICE void products_end() {
 #define ODE_COMMA ,
 
 // d += a b: a is 64 x 16 from the registers of four warps, each with the fragments of `multiply`; b, 16 x kTokens, lies in
-// shared memory, described by `describe_tokens`. Between products_begin and products_end.
+// shared memory, described by `describe_tokens`. After products_begin; over when products_end or products_wait says so.
 template <int kTokens>
 DEVICE void multiply_warpgroup(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t tokens);
 
@@ -240,7 +261,7 @@ DEVICE void multiply_warpgroup_transposed(float (&d)[16][4], const std::uint32_t
           ODE_D4(10), ODE_D4(11), ODE_D4(12), ODE_D4(13), ODE_D4(14), ODE_D4(15)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-// Nothing that writes the sums may be moved to behind products_begin, nothing that reads them to before products_end.
+// Nothing that writes the sums may be moved to behind products_begin, nothing that reads them to before products_wait.
 template <int kCount>
 DEVICE void settle(float (&d)[kCount][4]) {
 #pragma unroll

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit4dit import ops
 from dit4dit.engine import Engine, RequestShape
 from dit4dit.engine.listing import calls, engine_without_data
-from dit4dit.ops import launch
+from dit4dit.ops import launch, stand_in
 from dit4dit.ops.aot.launch_record import Launch, Launches
 from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.dispatch import find, foreign
@@ -77,7 +77,7 @@ def by_triton(found: Iterable[ops.Call]) -> Iterator[Call]:
             launches = launch.launches_of(implementation.run)
             if launches is None or foreign(implementation) is not None:
                 continue
-            with launch.without_data(), torch.no_grad():
+            with stand_in.without_data(), torch.no_grad():
                 reason = implementation.refuse(*args)
             if reason is None:
                 yield launches, args

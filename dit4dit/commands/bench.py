@@ -16,6 +16,7 @@ from dit4dit.commands.shell import (
     at_least,
     check_outputs,
     check_seed,
+    dtype_of,
     dtype_on,
     head_dtype_of,
     say,
@@ -65,6 +66,7 @@ def latency(
     seconds: float | None = None,
     roofline: bool = True,
     tune: Literal["cached", "off"] = "cached",
+    programmatic_launch: Literal["cached", "on", "off"] = "cached",
     seed: int = 0,
     json: Path | None = None,
     report: Path | None = None,
@@ -91,6 +93,8 @@ def latency(
         seconds: how long all samples together may take; the counts are then the most. Set-up comes on top.
         roofline: last, count the operations and measure the device's own rates, which takes some seconds.
         tune: cached runs each kernel that dit4dit tune found to be the fastest on this machine, off the defaults.
+        programmatic_launch: on Hopper and later, on launches the engine's kernels while the ones before them still run; cached
+            where dit4dit tune found that faster on this machine.
         seed: of weights and inputs.
         json: also write every number to this file.
         report: write an HTML report and its images into this folder, or as one page to this file if it ends in .html.
@@ -112,13 +116,74 @@ def latency(
     model_dtype = dtype_on(place, dtype)
     kind = head_dtype_of(head_dtype, head, model_dtype)
     wanted = module.Wanted(
-        chunks, baseline, text, seed, head, kind, quantization, engine_chunks, at_hz, seconds, roofline, tune
+        chunks,
+        baseline,
+        text,
+        seed,
+        head,
+        kind,
+        quantization,
+        engine_chunks,
+        at_hz,
+        seconds,
+        roofline,
+        tune,
+        programmatic_launch,
     )
     with Recording(json, seconds) as record:
         module.measure(chosen, preset, wanted, device=place, dtype=model_dtype, record=record)
     say(module.show(record.result))
     if report is not None:
         say(f"wrote {latency_report.write(report, record.result)}")
+    return 0
+
+
+def budget(
+    preset: str = "robocasa_gr1",
+    head: Head = "auto",
+    head_dtype: Dtype = "auto",
+    gpu: str = "auto",
+    batch: int = 1,
+    measured: Path | None = None,
+    json: Path | None = None,
+    report: Path | None = None,
+) -> int:
+    """Every launch of one chunk on a GPU, counted and predicted, on any machine; no weights and no GPU are needed.
+
+    Two totals: as a plan chooses there today, and as if each call had the implementation with the smallest prediction.
+
+    Args:
+        preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
+        head: library, one_launch or auto, as in bench latency.
+        head_dtype: of the action head; auto is bfloat16, as of the rest of the model.
+        gpu: h200, h100, or a JSON file with the constants of another (benchmarks/gpus.json shows the form); auto is the one
+            that is here, h200 where there is none.
+        batch: requests in one pass.
+        measured: show the times of this result of bench profile, of bench latency or of the GPU suite beside the predictions.
+        json: also write every launch to this file.
+        report: write a page with a bar for each stage into this folder, or to this file if it ends in .html.
+    """
+    from dit4dit.benchmarks import budget as module
+    from dit4dit.benchmarks import budget_gpu, budget_measured, budget_report, latency_report
+    from dit4dit.files.json_files import write_json
+
+    at_least(1, batch=batch)
+    check_outputs(json=json)
+    if report is not None:
+        latency_report.check_place(report)
+    kind = head_dtype_of(head_dtype, head, dtype_of("bfloat16"))
+    wanted = module.Wanted(preset, head, kind, budget_gpu.read(gpu), batch)
+    beside = None
+    if measured is not None:
+        beside = budget_measured.read(measured, preset, head, str(kind).removeprefix("torch."))
+    with bar("budget", 1) as shown, shown.ticking():
+        result = module.measure(wanted)
+    result["measured"] = beside
+    say(module.show(result))
+    if json is not None:
+        write_json(json, result)
+    if report is not None:
+        say(f"wrote {budget_report.write(report, result)}")
     return 0
 
 
@@ -338,6 +403,7 @@ def rollout(
 BENCHMARKS: dict[str, Callable[..., int]] = {
     "flops": flops,
     "latency": latency,
+    "budget": budget,
     "profile": profile,
     "ops": ops,
     "options": options,

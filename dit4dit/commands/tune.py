@@ -77,6 +77,7 @@ def tune(
 ) -> int:
     """Find the fastest right implementation of each op call of a model on this machine; policies loaded later use them.
 
+    On Hopper and later, last, whether each plan is faster with programmatic launches, by its whole step on random weights.
     Candidates are tried in child processes: one that crashes, hangs, or is further from the reference than PyTorch allows is
     never chosen. It took 6 s for the demo's policy on two CPU cores, 53 s for robocasa_gr1 in float32 on one; no GPU has run it
     yet. Exit code 1 where a call has no right implementation at all.
@@ -86,7 +87,7 @@ def tune(
         search: the search for block sizes.
         device: auto, cpu, cuda or cuda:N.
         batch: requests in one pass, all numbers that will be asked for; 1 when not given, 1 and 16 with --tiles.
-        ops: some of the ops; all when not given.
+        ops: some of the ops; all, and the launches, when not given.
         seconds: end after about this long; calls that were not reached keep what they have.
         seed: of the tensors.
         json: also write all that is found to this file, as it comes; with --tiles every timing goes there, and when it is not
@@ -123,7 +124,7 @@ def _tune(
     json: Path | None,
 ) -> int:
     _check(model)
-    from dit4dit.benchmarks import latency_report, tuning, tuning_calls, tuning_report
+    from dit4dit.benchmarks import latency_report, programmatic, tuning, tuning_calls, tuning_report
     from dit4dit.benchmarks.recording import Recording
     from dit4dit.policy.device import pick_device
 
@@ -162,6 +163,18 @@ def _tune(
         }
         _compile(todo, place, record)
         tuning.tune(todo, place, record=record, plugins=model.plugin, seed=seed)
+        if not ops and programmatic.applies(place):
+            programmatic.tune(
+                subject,
+                wanted,
+                place,
+                record=record,
+                dtype=dtype,
+                head_dtype=head_dtype,
+                fp8=model.quantization == "fp8",
+                steps=model.steps,
+                seed=seed,
+            )
     result = record.result
     say(tuning_report.show(result))
     if model.report is not None:

@@ -7,7 +7,7 @@ looked up once (`fold`), and every operation goes through `dit4dit.ops`, whose r
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -19,8 +19,11 @@ from torch import Tensor
 from dit4dit import ops
 from dit4dit.config import VideoDitConfig
 from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead, choose_head
+from dit4dit.engine.branch import beside
 from dit4dit.engine.calibration import Calibration
-from dit4dit.engine.fold import BackboneBlock, Head, fold_backbone, fold_encoder, fold_head
+from dit4dit.engine.encoder import fold_encoder
+from dit4dit.engine.first_block import FirstBlock, patch_rows
+from dit4dit.engine.fold import BackboneBlock, Embedding, Head, fold_backbone, fold_embedding, fold_head
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
@@ -31,6 +34,7 @@ from dit4dit.model.flow import GuidanceTensors
 from dit4dit.model.video_dit import rotary_table
 from dit4dit.ops.action_ode import loop
 from dit4dit.ops.device_tables import DeviceTable
+from dit4dit.ops.programmatic import CHOICES, ProgrammaticLaunch
 from dit4dit.ops.verdicts import Verdicts
 
 Posterior = Literal["sample", "mean"]
@@ -61,6 +65,7 @@ class Engine:
         release: bool = False,
         head: HeadChoice = "auto",
         tune: Tune = "cached",
+        programmatic_launch: ProgrammaticLaunch = "cached",
     ) -> None:
         """Fold `model`, which must have an action head; its weights are shared, not copied, where nothing changes.
 
@@ -76,6 +81,9 @@ class Engine:
                 on an H200 slower than the library), "auto" takes the kernel in the plans whose shape a verdict chooses it for.
             tune: "cached" takes, for each call of a plan, the implementation that was the fastest here (`ops.verdicts`);
                 "off" the default of its op. Nothing is measured by an engine: `dit4dit tune` does.
+            programmatic_launch: on Hopper and later, whether the kernels of a plan are launched while the ones before them still
+                run (`ops.programmatic`); the same bits. "cached": where a verdict has found a plan of that shape faster so, with
+                tune="cached".
 
         Raises:
             ConfigError: an option has another value. CheckpointError: the calibration is another model's. BackendError: the
@@ -90,8 +98,12 @@ class Engine:
             raise ConfigError(f"engine posterior: expected sample or mean, got {shown(posterior)}")
         if tune not in TUNE:
             raise ConfigError(f"engine tune: expected cached or off, got {shown(tune)}")
+        if programmatic_launch not in CHOICES:
+            raise ConfigError(
+                f"engine programmatic_launch: expected cached, on or off, got {shown(programmatic_launch)}"
+            )
         self.model, self.config, self.posterior = model, model.config, posterior
-        self.tune = tune
+        self.tune, self.programmatic_launch = tune, programmatic_launch
         self.steps = model.config.head.num_inference_timesteps if steps is None else steps
         if self.steps > model.config.head.num_timestep_buckets:
             raise ConfigError(
@@ -100,6 +112,9 @@ class Engine:
         self.quantization = quantization
         blocks = list(fold_backbone(model.backbone))
         self.blocks: tuple[BackboneBlock, ...] = tuple(blocks)
+        self.embedding: Embedding = fold_embedding(model.backbone)
+        scale = model.backbone.scale
+        self.latent_scale = scale.mean.flatten().float(), scale.std.flatten().float()
         self.head: Head = fold_head(model.head, self.steps)
         self.one_launch: OneLaunchHead | None = None
         self._start()
@@ -119,8 +134,12 @@ class Engine:
     def _start(self) -> None:
         """What belongs to a process, and what all plans of this engine share, as they never run side by side."""
         self._slots: WeakValueDictionary[tuple[int, int], Slots] = WeakValueDictionary()
-        self._rotary = DeviceTable(partial(_rotary, self.config.dit, self.config.latent_frames), kept=GRIDS)
+        make_tables = partial(_tables, self.config.dit, self.config.latent_frames, self.embedding)
+        self._tables = DeviceTable(make_tables, kept=GRIDS)
+        # without data the tensors are a GPU's, unless whoever lists a CPU's calls says otherwise
+        self.branches = self.device.type != "cpu"
         self._stream: torch.cuda.Stream | None = None
+        self._branch: torch.cuda.Stream | None = None
         self._pool: GraphPool | None = None
         # tensors without data have no device to measure on
         self._verdicts = Verdicts(self.device) if self.tune == "cached" and self.device.type != "meta" else None
@@ -128,6 +147,11 @@ class Engine:
     def choices(self) -> ops.Choices:
         """New choices for one function of this engine: inside, each op call is run as a plan would run it."""
         return ops.Choices(self._verdicts)
+
+    @property
+    def verdicts(self) -> Verdicts | None:
+        """Of this engine's device; None where none are to be followed."""
+        return self._verdicts
 
     @property
     def graph_pool(self) -> GraphPool:
@@ -150,6 +174,13 @@ class Engine:
             self._stream = torch.cuda.Stream(self.device, priority=-1)
         return self._stream
 
+    @property
+    def branch(self) -> torch.cuda.Stream | None:
+        """The stream of what runs beside other work in a step (`beside`); None on a CPU."""
+        if self._branch is None and self.device.type == "cuda":
+            self._branch = torch.cuda.Stream(self.device, priority=-1)
+        return self._branch
+
     def slots(self, batch: int, text_length: int) -> Slots:
         """Where plans find the packs of `batch` requests: one slot for single requests, MAX_BATCH for all others.
 
@@ -165,7 +196,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Slots, tables, graph memory and verdicts belong to a process; a copy makes its own."""
-        own = ("_slots", "_rotary", "_stream", "_pool", "_verdicts")
+        own = ("_slots", "_tables", "_stream", "_branch", "_pool", "_verdicts")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -243,32 +274,88 @@ class Engine:
             return self.actions(features, state, action, guidance)
 
     @torch.no_grad()
-    def features(self, frame: Tensor, pack: PromptPack, posterior: Tensor, latent: Tensor) -> Tensor:
-        """Backbone features, float32 [B, S, D]; the pack is a batch's (`stack`)."""
-        with ops.stage("vae"):
-            condition = self.condition(frame, posterior)
-        with ops.stage("backbone"):
-            return self.backbone(torch.cat([condition, latent[:, :, 1:]], dim=2), pack)
+    def features(
+        self,
+        frame: Tensor,
+        pack: PromptPack,
+        posterior: Tensor,
+        latent: Tensor,
+        draw: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Backbone features, float32 [B, S, D]; the pack is a batch's (`stack`).
+
+        draw: what fills `posterior`, `latent` and other noise in place, before any of it is read. On a GPU it runs beside the
+            VAE, as does all that needs the noise alone.
+        """
+
+        def noisy() -> None:
+            with ops.stage("noise", beside="vae"):
+                if draw is not None:
+                    draw()
+                self.add_noise(first, latent)
+
+        def encoded() -> Tensor:
+            with ops.stage("vae"):
+                return self.moments(frame)
+
+        first = self.first_block(latent)  # here, as its memory must be of the stream that has it for longest
+        _, moments = beside(self.branch, noisy, encoded)
+        return self.from_moments(first, moments, pack, posterior)
+
+    def moments(self, frame: Tensor) -> Tensor:
+        """The joined views [B, 3, H, W] in [-1, 1] -> the VAE's posterior, `ops.posterior_patches`' moments [B, 2 z, h, w]."""
+        return self.encoder(frame)
 
     def condition(self, frame: Tensor, posterior: Tensor) -> Tensor:
-        """The frame's normalised latent, float32 [B, z, 1, h, w]."""
-        noise = torch.zeros_like(posterior) if self.posterior == "mean" else posterior
-        mean, std = self.encoder(frame.contiguous(memory_format=torch.channels_last))
-        return self.model.backbone.posterior(mean, std, noise)
+        """The frame's normalised latent, float32 [B, z, 1, h, w]. frame: as `Encoder` takes it."""
+        pixels = self._sample(self.moments(frame), posterior, 1, torch.float32)
+        return pixels.transpose(1, 2).view(posterior.shape)
 
+    def _sample(self, moments: Tensor, posterior: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+        noise = None if self.posterior == "mean" else posterior
+        return ops.posterior_patches(moments, noise, *self.latent_scale, patch, dtype)
+
+    def first_block(self, latent: Tensor) -> FirstBlock:
+        """Buffers for block 0's input, for latents [B, z, T, h, w]."""
+        patch = self.config.dit.patch
+        rows, columns = latent.shape[3] // patch, latent.shape[4] // patch
+        _, begin = self._tables(rows, columns, latent.device)
+        batch, tokens = latent.shape[0], rows * columns
+        return FirstBlock(self.embedding, self.blocks[0], begin, batch, tokens, apart=self.branches)
+
+    def add_noise(self, first: FirstBlock, latent: Tensor) -> None:
+        """The part of all frames of the latents [B, z, T, h, w] but the conditioning one."""
+        if latent.shape[2] > 1:
+            first.add_noise(patch_rows(latent[:, :, 1:], self.config.dit.patch, self.model.dtype))
+
+    def from_moments(self, first: FirstBlock, moments: Tensor, pack: PromptPack, posterior: Tensor) -> Tensor:
+        """Features as of `features`, from block 0's input with the noise in it (`add_noise`) and the VAE's posterior."""
+        with ops.stage("latents"):
+            rows = self._sample(moments, posterior, self.config.dit.patch, self.model.dtype)
+        with ops.stage("backbone"):
+            first.add_condition(rows)
+            return self._blocks(first, pack, self._rotary_for(posterior))
+
+    @torch.no_grad()
     def backbone(self, latents: Tensor, pack: PromptPack) -> Tensor:
         """Latents [B, z, T, h, w], frame 0 conditioning, and a batch's pack -> features, float32 [B, S, D]."""
-        transformer, config = self.model.backbone.transformer, self.config.dit
-        heads, dtype = config.num_heads, transformer.dtype
+        first = self.first_block(latents)
+        self.add_noise(first, latents)
+        first.add_condition(patch_rows(latents[:, :, :1], self.config.dit.patch, self.model.dtype)[:, 0])
+        return self._blocks(first, pack, self._rotary_for(latents))
+
+    def _blocks(self, first: FirstBlock, pack: PromptPack, rotary: Tensor) -> Tensor:
+        heads, dtype = self.config.dit.num_heads, self.model.dtype
         # the residual stream is float32 whatever the weights are: it is small, and it is where rounding adds up
-        x = transformer.embed_latents(latents).float()
-        rotary = self._rotary_for(latents)
+        x, qkv = first.x, first.qkv
         branch: Tensor | None = None
         gate: Tensor | None = None
         for i, block in enumerate(self.blocks):
             norm = block.self_norm
-            x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
-            a = ops.self_attention(block.qkv(h.flatten(1, 2)), block.norm_q, block.norm_k, rotary, heads, 1e-5)
+            if i:
+                x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
+                qkv = block.qkv(h.flatten(1, 2))
+            a = ops.self_attention(qkv, block.norm_q, block.norm_k, rotary, heads, 1e-5)
             branch, gate, norm = block.self_out(a).view_as(x), norm.gate, block.cross_norm
             x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
             q = block.cross_q(h.flatten(1, 2))
@@ -281,7 +368,7 @@ class Engine:
 
     def _rotary_for(self, latents: Tensor) -> Tensor:
         patch = self.config.dit.patch
-        return self._rotary(latents.shape[3] // patch, latents.shape[4] // patch, latents.device)[0]
+        return self._tables(latents.shape[3] // patch, latents.shape[4] // patch, latents.device)[0]
 
     @torch.no_grad()
     def actions(
@@ -326,7 +413,10 @@ class Engine:
         return actions
 
 
-def _rotary(dit: VideoDitConfig, frames: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor]:
-    """The table of `ops.self_attention` for a grid of tokens."""
-    table = rotary_table(dit, frames, rows, columns, device=device)
-    return (table[..., : table.shape[-1] // 2].contiguous(),)  # both halves turn by the same
+def _tables(
+    dit: VideoDitConfig, frames: int, embedding: Embedding, rows: int, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """For a grid of tokens: the table of `ops.self_attention`, and what the residual stream begins with."""
+    rotary = rotary_table(dit, frames, rows, columns, device=device)
+    # both halves turn by the same
+    return rotary[..., : rotary.shape[-1] // 2].contiguous(), embedding.begin(rows, columns)

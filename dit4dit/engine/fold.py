@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from dit4dit import ops
 from dit4dit.model import flow
 from dit4dit.model.action_head import ActionHead, Attention, Block, sinusoid
-from dit4dit.model.vae import ChannelRmsNorm, FrameEncoder
 from dit4dit.model.video_backbone import VideoBackbone
-from dit4dit.model.video_dit import AdaNorm
+from dit4dit.model.video_dit import AdaNorm, PositionEmbed
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,9 @@ class Matrix:
             begin = end
         return joined
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]."""
-        return ops.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N], in `out` where that is given."""
+        return ops.linear(x, self.weight, self.bias, out=out)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The map and the exact GELU behind it, x [..., K] -> [..., N]."""
@@ -68,6 +67,28 @@ class Modulation:
     shift: Tensor
     scale: Tensor
     gate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The patch embedding. Its mask channels are the same in every chunk, so that the product does without them.
+
+    Attributes:
+        matrix: rows of the latents' channels alone [.., z * patch^2] -> tokens.
+        masks: what the mask channels add to a latent frame's tokens, float32 [T, D].
+        positions: the learned positions, or None.
+    """
+
+    matrix: Matrix
+    masks: Tensor
+    positions: PositionEmbed | None
+
+    @torch.no_grad()
+    def begin(self, rows: int, columns: int) -> Tensor:
+        """What is added to the product for a grid of tokens: float32 [T, N, D], or [T, 1, D] without learned positions."""
+        if self.positions is None:
+            return self.masks[:, None]
+        return self.masks[:, None] + self.positions(rows, columns).float()
 
 
 MATRICES = ("qkv", "self_out", "cross_q", "cross_out", "mlp_in", "mlp_out")
@@ -139,19 +160,15 @@ class Head:
     decode_out: Matrix
 
 
-def fold_encoder(backbone: VideoBackbone) -> FrameEncoder:
-    """The frame encoder with its weights channels last, which the model's own then share, and its norms as one op."""
-    source = backbone.frame_encoder
-    for parameter in source.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    with torch.device("meta"):
-        encoder = FrameEncoder(backbone.config.vae)
-    encoder.load_state_dict(source.state_dict(), assign=True)
-    for module in encoder.modules():
-        if isinstance(module, ChannelRmsNorm):
-            module.compute = ops.rms_norm_silu
-    return encoder.requires_grad_(False).eval()
+@torch.no_grad()
+def fold_embedding(backbone: VideoBackbone) -> Embedding:
+    """The patch embedding; the conditioning frame's mask is one everywhere, all other masks are zero."""
+    transformer, config = backbone.transformer, backbone.config.dit
+    weight, patch = transformer.patch_embed.proj.weight.detach(), config.patch**2
+    latents, conditioning, _ = weight.split((config.latent_channels * patch, patch, patch), dim=1)
+    masks = torch.zeros(backbone.config.latent_frames, config.width, dtype=torch.float32, device=weight.device)
+    masks[0] = conditioning.double().sum(dim=1)
+    return Embedding(Matrix(latents.contiguous()), masks, transformer.learnable_pos_embed)
 
 
 @torch.no_grad()

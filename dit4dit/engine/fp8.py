@@ -43,14 +43,15 @@ class Fp8Matrix(Matrix):
         narrow = (weight / scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8)
         return cls(narrow, matrix.bias, weight_scale=scale, x_scale=x_scale(amax))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x, "none")
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._product(x, "none", out)
 
     def gelu(self, x: Tensor) -> Tensor:
         return self._product(x, "gelu")
 
-    def _product(self, x: Tensor, activation: str) -> Tensor:
-        return ops.linear_fp8(x, self.x_scale, self.weight, self.weight_scale, self.bias, activation, x.dtype)
+    def _product(self, x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+        given = (x, self.x_scale, self.weight, self.weight_scale, self.bias, activation, x.dtype)
+        return ops.linear_fp8(*given, out=out)
 
     def __getstate__(self) -> dict[str, Any]:
         """Bytes in the place of e4m3, which torch (2.13) pickles but cannot read back."""

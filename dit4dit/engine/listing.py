@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit4dit import ops
 from dit4dit.config import ModelConfig
 from dit4dit.engine.action_ode.program import OneLaunchHead
+from dit4dit.engine.encoder import fold_encoder
 from dit4dit.engine.engine import Engine
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.plan import Plan, RequestShape
 from dit4dit.model.dit4dit import DiT4DiT
-from dit4dit.ops import launch
+from dit4dit.ops import stand_in
 from dit4dit.ops.verdicts import call_text
 
 
@@ -36,11 +37,13 @@ def engine_without_data(
     head_dtype: torch.dtype | None = None,
     fp8: bool = False,
     steps: int | None = None,
+    gpu: bool = True,
 ) -> Engine:
     """The engine of a model on the meta device.
 
     dtype: of VAE and backbone. head_dtype: of the head; `dtype` when None. fp8: the backbone's
-        matrices in e4m3. steps: as of `Engine`.
+        matrices in e4m3. steps: as of `Engine`. gpu: whether its plans make the calls of a GPU, which draws the noise and works on
+        it beside the VAE, or a CPU's.
     """
     head_dtype = dtype if head_dtype is None else head_dtype
     with torch.device("meta"):
@@ -49,6 +52,8 @@ def engine_without_data(
         assert model.head is not None
         model.head.to(head_dtype)
         engine = Engine(model, steps=steps)
+        engine.encoder = fold_encoder(model.backbone, apart=gpu)
+        engine.branches = gpu
         if fp8:
             narrow = [b.with_matrices(lambda _, matrix: Fp8Matrix.quantized(matrix, 1.0)) for b in engine.blocks]
             engine.blocks = tuple(narrow)
@@ -59,12 +64,12 @@ def engine_without_data(
 
 
 def calls(engine: Engine, shape: RequestShape, action_dim: int | None) -> list[ops.Call]:
-    """Every op call of one step, its noise included, in order: (op, arguments on the meta device).
+    """Every op call of one step, on a GPU its noise included, in order: (op, arguments on the meta device).
 
     engine: from `engine_without_data`. action_dim: of the robot; None where only normalised actions are wanted.
     """
     table = None if action_dim is None else torch.zeros(5, action_dim, dtype=torch.float64)
-    with launch.without_data(), torch.no_grad(), _ChannelsLast(), ops.listing() as found:
+    with stand_in.without_data(), torch.no_grad(), _ChannelsLast(), ops.listing() as found:
         Plan(engine, shape, table).compute()
     return found
 

@@ -25,9 +25,9 @@ class Listener(Matrix):
     name: str = field(kw_only=True)
     seen: dict[str, float] = field(kw_only=True)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         self._note(x)
-        return super().__call__(x)
+        return super().__call__(x, out)
 
     def gelu(self, x: Tensor) -> Tensor:
         self._note(x)

@@ -21,12 +21,15 @@ from dit4dit.engine.capture import capture
 from dit4dit.engine.engine import Engine
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack
+from dit4dit.engine.programmatic import chosen as launched_early
 from dit4dit.engine.staging import Fields, Staging
 from dit4dit.model.flow import GuidanceTensors, guidance_arrays
 from dit4dit.noise import STREAMS, Noise
-from dit4dit.ops import device_tables
+from dit4dit.ops import device_tables, programmatic
 from dit4dit.types import Guidance
 
+GRAPHS = 2
+"""CUDA graphs that are launched for one request: the noise, and all behind it."""
 _WARM_UPS = 3  # before recording: kernels compiled, library handles and workspaces made
 
 
@@ -59,6 +62,14 @@ class RequestShape:
         sizes = [self.size or view for view in self.views]
         return sizes[0][0], sum(width for _, width in sizes)
 
+    @property
+    def text(self) -> str:
+        """What tells it from others in a verdict; not the bound of the guidance, which changes no speed."""
+        views = " ".join(f"{height}x{width}" for height, width in self.views)
+        to = "" if self.size is None else f" by {self.resize} to {self.size[0]}x{self.size[1]}"
+        kinds = ["state"] * self.state + ["guided"] * (self.max_guidance is not None)
+        return ", ".join([f"batch {self.batch}", f"views {views}{to}", f"text {self.text_length}", *kinds])
+
 
 class Plan:
     """The engine's step for one `RequestShape`. Not for two threads at a time: the buffers are the plan's own."""
@@ -73,7 +84,7 @@ class Plan:
         self._table = None if table is None else table.to(device)
         batch, head = shape.batch, config.head
         inputs: Fields = {f"view{i}": ((batch, *size, 3), torch.uint8) for i, size in enumerate(shape.views)}
-        inputs["requests"] = ((batch, 2), torch.int64)
+        inputs["requests"] = ((batch, 3), torch.int64)
         if shape.state:
             assert head.state_dim is not None
             inputs["state"] = ((batch, 1, head.state_dim), torch.float32)
@@ -94,12 +105,11 @@ class Plan:
         self._tables: list[device_tables.Sized] = []
         self._done = torch.cuda.Event() if device.type == "cuda" else None
         self._choices = engine.choices()
-        self._graphs: tuple[Callable[[], None], ...] = ()
+        self.programmatic = self._stream is not None and launched_early(engine, shape.text)
+        """Whether its kernels are launched programmatically (`ops.programmatic`)."""
+        self._graph: Callable[[], None] | None = None
         if self._stream is not None:
-            self._graphs = (
-                self.record(self._draw_noise, "drawing the noise"),
-                self.record(self._compute, "the step", self._choices),
-            )
+            self._graph = self.record(self._compute, "the step", self._choices)
 
     @property
     def ran(self) -> dict[str, dict[str, int]]:
@@ -119,7 +129,7 @@ class Plan:
         text length share, are not.
         """
         staged = self.inputs.bytes + self.noise.bytes + self.outputs.bytes
-        tables = {id(table): table.nbytes for table in self._tables}  # both graphs may read one
+        tables = {id(table): table.nbytes for table in self._tables}  # several graphs may read one
         return staged + sum(tables.values()) + sum(pool.share for pool in self._pools)
 
     def record(
@@ -133,6 +143,7 @@ class Plan:
         function = (self.engine.choices() if choices is None else choices).around(function)
         if self._stream is None:
             return function
+        function = programmatic.around(self.programmatic, function)
         self._stream.wait_stream(torch.cuda.current_stream(self.engine.device))
         with torch.cuda.stream(self._stream), torch.no_grad():
             for _ in range(_WARM_UPS):
@@ -150,29 +161,25 @@ class Plan:
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def _draw(self) -> None:
-        (self._graphs[0] if self._graphs else self._draw_noise)()
-
-    def _step(self) -> None:
-        if self._graphs:
-            self._graphs[1]()
-        else:
-            with self._choices:
-                self._compute()
-
-    def _draw_noise(self) -> None:
-        with ops.stage("noise"):
-            for name, stream in STREAMS.items():
-                self.noise.device[name].copy_(
-                    ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name])
-                )
+    def draw_noise(self) -> None:
+        """Draw the noise of all requests but those that have brought theirs; nothing on a CPU, where NumPy has drawn it."""
+        if not self.engine.branches:
+            return
+        for name, stream in STREAMS.items():
+            ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name], out=self.noise.device[name])
 
     def _compute(self) -> None:
         given, noise = self.inputs.device, self.noise.device
         views = [given[f"view{i}"] for i in range(len(self.shape.views))]
         with ops.stage("preprocess"):
-            frame = ops.preprocess(views, self.shape.size, self.shape.resize, self._pack.keys.dtype)
-        features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"])
+            frame = ops.preprocess(
+                views,
+                self.shape.size,
+                self.shape.resize,
+                self._pack.keys.dtype,
+                channels=self.engine.encoder.channels,
+            )
+        features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"], self.draw_noise)
         most = self.shape.max_guidance
         guidance = None if most is None else GuidanceTensors(given["previous"], given["weights"], most)
         with ops.stage("action_head"):
@@ -180,12 +187,15 @@ class Plan:
         with ops.stage("outputs"):
             self.outputs.device["normalized"].copy_(normalized)
             if self._table is not None:
-                self.outputs.device["actions"].copy_(ops.unnormalize(normalized, self._table))
+                ops.unnormalize(normalized, self._table, out=self.outputs.device["actions"])
 
     def compute(self) -> None:
         """All that the device does for one pass, on whatever the buffers hold."""
-        self._draw()
-        self._step()
+        if self._graph is not None:
+            self._graph()
+        else:
+            with self._choices:
+                self._compute()
 
     @torch.no_grad()
     def run(
@@ -229,18 +239,17 @@ class Plan:
 
     def rehearse(self) -> None:
         """Run the step once on whatever the buffers hold, so that its memory and its kernels are there."""
-        if self._stream is None:  # on a GPU recording has done so, and has replayed each graph
+        if self._stream is None:  # on a GPU recording has done so, and has replayed the graph
             with torch.no_grad():
-                self._step()
+                self.compute()
 
     def _stage_noise(self, noise: Sequence[Noise]) -> list[bool]:
         """Per request, whether its noise is to be drawn on the device from its seed; the others' is drawn or copied here."""
-        drawn = [self._stream is not None and not one.given for one in noise]
+        drawn = [self.engine.branches and not one.given for one in noise]
         for i, one in enumerate(noise):
-            if drawn[i]:
-                assert one.seed is not None
-                self.inputs.host["requests"][i] = np.array([one.seed, one.chunk], dtype=np.uint64).view(np.int64)
-            else:
+            request = (one.seed, one.chunk, 0) if drawn[i] else (0, 0, 1)
+            self.inputs.host["requests"][i] = np.array(request, dtype=np.uint64).view(np.int64)
+            if not drawn[i]:
                 for name, array in one.draw(self.draws).items():
                     self.noise.host[name][i] = array
         return drawn
@@ -249,10 +258,8 @@ class Plan:
         self.inputs.upload()
         self._slots.fill(packs)
         if any(drawn):
-            self._draw()
-        if not any(drawn):
-            self.noise.upload()
-        else:
             self.noise.upload_rows([i for i, here in enumerate(drawn) if not here])
-        self._step()
+        else:
+            self.noise.upload()
+        self.compute()
         self.outputs.download()

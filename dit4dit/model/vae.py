@@ -7,7 +7,7 @@ the temporal down-samplings skipped. It agrees with `AutoencoderKLWan` on the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SMALLEST_NORM = 1e-12
 """A pixel's channel vector is divided by no less."""
+LOGVAR_BOUNDS = (-30.0, 20.0)
+"""The logarithm of a posterior's variance is taken for no less and no more."""
 
 
 def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
@@ -36,20 +38,22 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
     return (F.silu(y, inplace=not y.requires_grad) if silu else y).to(x.dtype)
 
 
-class ChannelRmsNorm(nn.Module):
-    """Root-mean-square norm over the channels of [B, C, H, W], with a swish behind it where `silu`.
+def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and logarithms of variances [B, 2 z, ...] -> posterior mean and standard deviation, float32 [B, z, ...]."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return mean, torch.exp(0.5 * logvar.clamp(*LOGVAR_BOUNDS))
 
-    `compute` is what does it; the engine puts its op there.
-    """
+
+class ChannelRmsNorm(nn.Module):
+    """Root-mean-square norm over the channels of [B, C, H, W], with a swish behind it where `silu`."""
 
     def __init__(self, channels: int, *, silu: bool = True) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
         self.silu = silu
-        self.compute: Callable[[Tensor, Tensor, bool], Tensor] = rms_norm_silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, self.gamma, self.silu)
+        return rms_norm_silu(x, self.gamma, self.silu)
 
 
 class ResidualBlock(nn.Module):
@@ -121,13 +125,17 @@ class FrameEncoder(nn.Module):
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor]:
         """frame [B, 3, H, W] in [-1, 1] -> posterior mean and standard deviation, float32 [B, z, H/8, W/8]."""
+        return mean_and_std(self.moments(frame))
+
+    def moments(self, frame: Tensor) -> Tensor:
+        """frame [B, 3, H, W] in [-1, 1] -> mean and logarithm of the variance, one after the other, [B, 2 z, H/8, W/8]."""
         with full_precision():
             x = self.conv_in(frame.to(self.conv_in.weight.dtype))
             for layer in self.down_blocks:
                 x = layer(x)
             x = self.conv_out(self.norm_out(self.mid_block(x)))
-            mean, logvar = self.quant_conv(x).float().chunk(2, dim=1)
-        return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+            moments: Tensor = self.quant_conv(x)
+        return moments
 
     @staticmethod
     def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

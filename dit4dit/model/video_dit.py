@@ -211,6 +211,13 @@ class PositionEmbed(nn.Module):
         return (self.pos_emb_h[:rows, None] + self.pos_emb_w[None, :columns]).flatten(0, 1)
 
 
+def patches(latents: Tensor, patch: int) -> Tensor:
+    """[B, C, T, h, w] -> a view of it, [B, T, h/patch, w/patch, C, patch, patch]: a token's vector is (channel, row, column)."""
+    batch, channels, frames, rows, columns = latents.shape
+    x = latents.view(batch, channels, frames, rows // patch, patch, columns // patch, patch)
+    return x.permute(0, 2, 3, 5, 1, 4, 6)
+
+
 class VideoDiT(nn.Module):
     """Noisy latents, their times and the text context -> features after a block, or the velocity of the latents."""
 
@@ -316,10 +323,8 @@ class VideoDiT(nn.Module):
         batch, _, frames, rows, columns = latents.shape
         masks = latents.new_zeros(batch, 2, frames, rows, columns)
         masks[:, 0, 0].fill_(1)
-        x = torch.cat([latents, masks], dim=1)
-        patch = self.config.patch
-        x = x.unflatten(3, (rows // patch, patch)).unflatten(5, (columns // patch, patch))
-        return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4, 6).flatten(2, 3)
+        x = patches(torch.cat([latents, masks], dim=1), self.config.patch)
+        return x.flatten(4, 6).flatten(2, 3)
 
     def embed_times(self, times: Tensor) -> tuple[Tensor, ...]:
         """times [B, T] -> embedded_t [B, T, 1, D] and temb [B, T, 1, 3 D], what every AdaLN starts from."""

@@ -18,12 +18,11 @@ from torch import Tensor
 from dit4dit.config import HeadConfig
 from dit4dit.errors import InputError
 from dit4dit.model.flow import GuidanceTensors
-from dit4dit.ops.adaln import adaln
 from dit4dit.ops.arguments import Shapes, floating
 from dit4dit.ops.cross_attention import cross_attention
 from dit4dit.ops.dispatch import Implementation, Op, use_backend
 from dit4dit.ops.euler_step import euler_step
-from dit4dit.ops.linear_gelu import linear_gelu
+from dit4dit.ops.norm_linear import norm_linear
 from dit4dit.ops.self_attention import self_attention
 
 
@@ -143,14 +142,16 @@ def velocity(head: FoldedHead, actions: Tensor, step: int, context: Tensor, pref
     cross = 0
     for block in head.blocks:
         norm = block.norms[step]
-        x, h = adaln(x, branch, None, norm.shift, norm.scale, 1e-5, dtype)
-        branch = _attend(block, block.project(h[:, 0]), context[2 * cross : 2 * cross + 2], head.heads)[:, None]
+        x, h = norm_linear(x, branch, norm.shift, norm.scale, 1e-5, block.project.weight, block.project.bias, None)
+        branch = _attend(block, h[:, 0], context[2 * cross : 2 * cross + 2], head.heads)[:, None]
         cross += block.cross
-        x, h = adaln(x, branch, None, None, None, 1e-5, dtype)
-        branch = block.mlp_out(linear_gelu(h, block.mlp_in.weight, block.mlp_in.bias, "tanh"))
-    norm = head.out_norms[step]
-    _, h = adaln(x, branch, None, norm.shift, norm.scale, 1e-6, dtype)
-    return head.decode_out(torch.relu(head.decode_in(h[:, 0, -actions.shape[1] :])))
+        x, h = norm_linear(x, branch, None, None, 1e-5, block.mlp_in.weight, block.mlp_in.bias, "gelu_tanh")
+        branch = block.mlp_out(h)
+    norm, last, length = head.out_norms[step], head.decode_in, actions.shape[1]
+    if branch is not None:
+        branch = branch[:, :, -length:]
+    _, h = norm_linear(x[:, :, -length:], branch, norm.shift, norm.scale, 1e-6, last.weight, last.bias, "relu")
+    return head.decode_out(h[:, 0])
 
 
 def _attend(block: Block, projected: Tensor, context: Tensor, heads: int) -> Tensor:

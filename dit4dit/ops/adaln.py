@@ -48,15 +48,18 @@ def adaln(
     eps: float,
     out_dtype: torch.dtype,
     *,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_new = x + gate * y; h = layernorm(x_new) * (1 + scale) + shift.
 
-    x: residual stream [B, T, N, D]: N tokens in each of T latent frames (T = 1 in the action head).
+    x: residual stream [B, T, N, D]: N tokens in each of T latent frames (T = 1 in the action head). Where y is given it may be
+        expanded from fewer samples, frames or tokens.
     y: what the part before adds to it, [B, T, N, D], or None.
     gate: float32 [T, D]; None adds y as it is. It means nothing without y.
     shift, scale: float32 [T, D] both, or both None: a plain layer norm.
     eps: of the layer norm, which has no weights of its own.
+    out: where x_new goes, like it; only with y. None: to a new tensor.
     out_dtype: of h. The arithmetic is in float32; the norm sees x_new as rounded to x's dtype.
     backend: "triton", "rows" (Triton, several rows of one frame a thread block) or "torch"; None chooses.
 
@@ -70,11 +73,16 @@ def adaln(
         raise InputError("adaln: expected shift and scale both or neither, got one of them")
     if gate is not None and y is None:
         raise InputError("adaln: gate: expected None where y is None")
-    result: tuple[Tensor, Tensor] = _op(x, y, gate, shift, scale, eps, out_dtype, backend=backend)
+    if out is not None and (y is None or out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
+        raise InputError(f"adaln: out: expected y and a tensor like x, {list(x.shape)}, got {list(out.shape)}")
+    place = None if out is None else (out, None)
+    result: tuple[Tensor, Tensor] = _op(x, y, gate, shift, scale, eps, out_dtype, backend=backend, out=place)
     return result
 
 
-def launches(args: _Args, architecture: str, *, shared: bool = False) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+def launches(
+    args: _Args, architecture: str, out: tuple[Tensor, None] | None = None, *, shared: bool = False
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
     """The kernels to run, and the tensors they will have written. Tensors may be on the meta device.
 
     shared: a thread block takes rows of one frame only, and reads its gate, shift and scale once for all of them.
@@ -85,8 +93,10 @@ def launches(args: _Args, architecture: str, *, shared: bool = False) -> tuple[l
     tile = tiles.lookup("adaln", architecture, rows=rows, width=width, shared=int(shared))
     if shared:
         tile["ROWS"] = _shared_rows(tokens, tile["ROWS"])
-    h = torch.empty_like(x, dtype=out_dtype)
-    x_new = None if y is None else torch.empty_like(x)
+    h = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    x_new = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out[0]
+    # of a dense residual stream, which all but the first are, the kernel needs no strides
+    strides = (None, None, None) if x.is_contiguous() else x.stride()[:3]
     arguments = dict(
         x=x,
         y=y,
@@ -99,6 +109,9 @@ def launches(args: _Args, architecture: str, *, shared: bool = False) -> tuple[l
         frames=frames,
         tokens=tokens,
         eps=eps,
+        sample_stride=strides[0],
+        frame_stride=strides[1],
+        token_stride=strides[2],
     )
     constants = dict(WIDTH=width, COLUMNS=launch.power_of_2(width), SHARED=shared)
     return [Launch("adaln", (launch.blocks(rows, tile["ROWS"]),), arguments, constants, tile)], (
@@ -122,7 +135,12 @@ def _refuse(
             return f"{name} is {table.dtype}, not float32"
     if x.shape[-1] > _WIDEST:
         return f"rows of {x.shape[-1]}, it takes at most {_WIDEST}"
-    return launch.refuse(x=x, y=y, gate=gate, shift=shift, scale=scale)
+    if not x.is_contiguous():
+        if y is None:
+            return "x is not contiguous, and without y it is one of the results"
+        if max(x.stride()) >= 2**31:
+            return f"x has strides {x.stride()}, its offsets have 31 bits"
+    return launch.refuse(strided=("x",), x=x, y=y, gate=gate, shift=shift, scale=scale)
 
 
 def _refuse_rows(x: Tensor, *rest: Any) -> str | None:
@@ -145,7 +163,7 @@ _launches_rows = partial(launches, shared=True)
 _op = Op(
     "adaln",
     [
-        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda", into=True),
         # by counting, 6 KB of tables a row instead of 24 of a backbone's 48 KB; not measured
         Implementation(
             "rows",
@@ -153,6 +171,7 @@ _op = Op(
             launch.runner(_launches_rows),
             device="cuda",
             measured_only=True,
+            into=True,
         ),
         Implementation("torch", lambda *_: None, reference),
     ],

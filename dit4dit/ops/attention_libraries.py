@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit4dit.ops import stand_in
+
 WIDEST_HEAD = 128
 
 
@@ -21,7 +23,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def refuse_cudnn(x: Tensor, dim: int) -> str | None:
     """x: any of the operands; dim: width of a head."""
     reason = _refuse(x, dim)
-    if reason is None and not torch.backends.cudnn.is_available():
+    if reason is None and stand_in.of(x.device) is None and not torch.backends.cudnn.is_available():
         return "this torch has no cuDNN"
     return reason
 
@@ -35,6 +37,8 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def refuse_flash(x: Tensor, dim: int) -> str | None:
     """x: any of the operands; dim: width of a head."""
     reason = _refuse(x, dim)
+    if reason is None and stand_in.of(x.device) is not None:
+        return "tensors without data: it is not known whether flash-attn is installed there"
     if reason is None and _flash_module(x.device) is None:
         return "flash-attn is not installed (pip install 'dit4dit[flash]')"
     return reason
@@ -51,11 +55,11 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _refuse(x: Tensor, dim: int) -> str | None:
-    if x.device.type != "cuda":
+    if not stand_in.on_gpu(x.device):
         return f"the tensors are on {x.device.type}"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"{x.dtype}; it takes bfloat16 and float16"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if stand_in.capability(x.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
     if dim % 8 or dim > WIDEST_HEAD:
         return f"heads of {dim}; it takes multiples of 8 up to {WIDEST_HEAD}"

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from dit4dit.errors import BackendError, did_you_mean
-from dit4dit.ops.verdicts import Files, Verdicts
+from dit4dit.ops import stand_in
+from dit4dit.ops.verdicts import SWITCHES, Files, Verdicts
 
 log = logging.getLogger("dit4dit.ops")
 
@@ -31,6 +32,9 @@ class Implementation:
     warning, refusing elsewhere is not. `measured_only`: unless requested, it runs only where a verdict names it. `prepare` takes
     the op's arguments too: what has to be done once for them before `refuse` is asked, such as laying out a weight. It is
     called inside of `Choices`, where a call is one of many, and does nothing where the implementation could not run.
+
+    `into`: `run` also takes `out=`, a contiguous tensor (for several results a tuple, None where a result is to be a new tensor)
+    that it writes and returns. What `run` gives otherwise is copied to where the caller wants it.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Implementation:
     device: str | None = None
     measured_only: bool = False
     prepare: Callable[..., None] | None = None
+    into: bool = False
 
     def ask(self, args: tuple[Any, ...], *, prepare: bool) -> str | None:
         """Why it cannot run these arguments, or None; prepare: they are prepared before."""
@@ -63,6 +68,20 @@ _ops: dict[str, Op] = {}
 _said: set[tuple[str, str, str]] = set()  # (op, implementation, reason) that has been warned about
 
 
+Out = torch.Tensor | tuple[torch.Tensor | None, ...] | None
+"""Where a result goes: see `Implementation.into`; None: to a new tensor. A caller's tensors need not be contiguous."""
+
+
+def _run_into(implementation: Implementation, args: tuple[Any, ...], out: Out) -> Any:
+    places = out if isinstance(out, tuple) else (out,)
+    if implementation.into and all(place is None or place.is_contiguous() for place in places):
+        return implementation.run(*args, out=out)
+    result = implementation.run(*args)
+    if not isinstance(out, tuple):
+        return out.copy_(result)  # type: ignore[union-attr]
+    return tuple(one if place is None else place.copy_(one) for place, one in zip(out, result, strict=True))
+
+
 class Op:
     """A named list of implementations, best first. Calling it runs one of them.
 
@@ -75,7 +94,11 @@ class Op:
         self.example = example
         _ops[name] = self
 
-    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+    def __call__(self, *args: Any, backend: str | None = None, out: Out = None) -> Any:
+        """Run it; the results are written to `out` where that is given.
+
+        `out` is not among the arguments that are listed and that decide what runs: the same work is done, elsewhere.
+        """
         listing = _listing.get()
         if listing is not None:
             listing.append((self.name, args))
@@ -88,7 +111,7 @@ class Op:
         trace = _trace.get()
         if trace is not None:
             trace.setdefault(self.name, set()).add(chosen.name)
-        return chosen.run(*args)
+        return chosen.run(*args) if out is None else _run_into(chosen, args, out)
 
     def _choose_now(self, args: tuple, backend: str | None, *, prepare: bool) -> Implementation:
         chosen, refused = self.choose(args, backend, prepare=prepare)
@@ -164,7 +187,7 @@ class Op:
 
 def _waits(implementation: Implementation, preferred: str | None, device: torch.device) -> bool:
     """Whether it may only run where a verdict names it, and none does."""
-    here = implementation.device in (None, device.type)
+    here = implementation.device in (None, "cuda" if stand_in.on_gpu(device) else device.type)
     return implementation.measured_only and implementation.name != preferred and here
 
 
@@ -358,5 +381,5 @@ def trace() -> Iterator[dict[str, set[str]]]:
 
 
 def files() -> dict[str, Files]:
-    """`Op.files` of every op."""
-    return {name: op.files() for name, op in _ops.items()}
+    """`Op.files` of every op, and of what else has verdicts."""
+    return {**{name: op.files() for name, op in _ops.items()}, **SWITCHES}

@@ -8,13 +8,13 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit4dit.ops import programmatic, stand_in
 from dit4dit.ops.aot import loader
 from dit4dit.ops.aot.launch_record import Launch, Launches
 
@@ -32,24 +32,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-_without_data: ContextVar[bool] = ContextVar("dit4dit_without_data", default=False)
-
-
-@contextlib.contextmanager
-def without_data() -> Iterator[None]:
-    """Inside, tensors on the meta device stand for a GPU's, and Triton implementations give what they would have written."""
-    token = _without_data.set(True)
-    try:
-        yield
-    finally:
-        _without_data.reset(token)
-
-
 def architecture(device: torch.device) -> str:
     """Name of the tile table's column: "90" for compute capability 9.0, "interpreter" for the CPU."""
-    if device.type != "cuda":
+    if not stand_in.on_gpu(device):
         return "interpreter"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = stand_in.capability(device)
     return f"{major}{minor}"
 
 
@@ -68,12 +55,11 @@ def refuse(
     name, first = next(iter(given.items()))
     if first.device.type == "cpu" and not interpreting():
         return f"{name} is on cpu, where Triton runs only with TRITON_INTERPRET=1"
-    stands_for_a_gpu = first.device.type == "meta" and _without_data.get()
-    if first.device.type not in ("cpu", "cuda") and not stands_for_a_gpu:
+    if first.device.type != "cpu" and not stand_in.on_gpu(first.device):
         return f"{name} is on {first.device.type}"
     if first.device.type == "cpu" and not _has_triton():
         return "triton is not installed"
-    if first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) < (8, 0):
+    if stand_in.on_gpu(first.device) and stand_in.capability(first.device) < (8, 0):
         return "it needs compute capability 8.0 or later"
     if products and first.dtype == torch.float32 and first.device.type != "cpu":
         return "float32 products run without tensor cores, where the library's are faster"
@@ -93,16 +79,21 @@ def refuse(
 
 
 def runner(launches: Launches) -> Callable[..., Any]:
-    """The `run` of an op's Triton implementation; its first argument is a tensor on the device that is meant."""
+    """The `run` of an op's Triton implementation; its first argument is a tensor on the device that is meant.
 
-    def run(*args: Any) -> Any:
+    `out`, where given, is passed to `launches` (`Implementation.into`).
+    """
+
+    def run(*args: Any, **out: Any) -> Any:
         device = args[0].device
-        if device.type == "meta" and _without_data.get():
-            return launches(args, "90")[1]
+        if (stands := stand_in.of(device)) is not None:
+            todo, results = launches(args, stands.architecture, **out)
+            stand_in.recorded(device, todo)
+            return results
         here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with here:
             chip = architecture(device)
-            todo, results = launches(args, chip)
+            todo, results = launches(args, chip, **out)
             for step in todo:
                 if device.type == "cuda":
                     _start(step, device, chip)
@@ -143,7 +134,8 @@ def refuser(refuse: Callable[..., str | None], launches: Launches) -> Callable[.
 
 def _start(step: Launch, device: torch.device, chip: str) -> None:
     """Launch what was compiled ahead of time, or through Triton, which compiles at the first time."""
-    reason = loader.start(step, device.index, torch.cuda.current_stream(device).cuda_stream, chip)
+    overlapping = programmatic.triton_kernels(chip)
+    reason = loader.start(step, device.index, torch.cuda.current_stream(device).cuda_stream, chip, overlapping)
     if reason is None:
         return
     if step.kernel not in _said:
@@ -151,7 +143,8 @@ def _start(step: Launch, device: torch.device, chip: str) -> None:
         # where nothing was compiled ahead of time at all, `explain` and the doctor say so
         level = logging.DEBUG if isinstance(loader.usable(chip), str) else logging.WARNING
         log.log(level, "%s: compiled just in time: %s", step.kernel, reason)
-    step()
+    # told to compile for another GPU, Triton may leave the wait out
+    step(programmatic=overlapping and "TRITON_OVERRIDE_ARCH" not in os.environ)
 
 
 _said: set[str] = set()  # kernels that were compiled just in time

@@ -6,23 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit4dit.ops import arguments, onednn
+from dit4dit.errors import InputError
+from dit4dit.ops import arguments, launch, onednn, tiles
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import Implementation, Op
 
 _Args = tuple[Tensor, Tensor, Tensor | None]
 
+MOST_ROWS = 256
+"""Rows that the Triton kernel takes: with more of them a library's larger tiles are what a product needs."""
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The definition: see `linear` for the arguments and the result."""
-    return F.linear(x, weight, bias)
+    if out is None:
+        return F.linear(x, weight, bias)
+    rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(rows, weight.T, out=flat)
+    else:
+        torch.addmm(bias, rows, weight.T, out=flat)
+    return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """x @ weight^T + bias.
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. All of one dtype and on one device.
-    backend: "onednn" (a packed weight on a CPU, `ops.onednn.pack`) or "torch" (the library that PyTorch calls: cuBLAS on a
-        GPU); None chooses.
+    out: [..., N] in x's dtype, to write the result to; not where a gradient is needed. None: to a new tensor.
+    backend: "triton" (few rows), "onednn" (a packed weight on a CPU, `ops.onednn.pack`) or "torch" (the library that PyTorch
+        calls: cuBLAS on a GPU); None chooses.
 
     Returns [..., N] in x's dtype.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -39,8 +54,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | Non
         and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.device == x.device))
     ):
         arguments.product("linear", x, weight, bias)
-    result: Tensor = _op(x, weight, bias, backend=backend)
+    if out is not None and (out.shape != (*x.shape[:-1], len(weight)) or out.dtype != x.dtype):
+        wanted = [*x.shape[:-1], len(weight)]
+        raise InputError(f"linear: out: expected {x.dtype} {wanted}, got {out.dtype} {list(out.shape)}")
+    result: Tensor = _op(x, weight, bias, backend=backend, out=out)
     return result
+
+
+def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
+    """The kernels to run, and the tensor they will have written. Tensors may be on the meta device."""
+    x, weight, bias = args
+    columns, inner = weight.shape
+    rows = x.numel() // inner
+    tile = tiles.lookup("linear", architecture, rows=rows, columns=columns, inner=inner)
+    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    arguments = dict(x=x, weight=weight, bias=bias, out=out, rows=rows, columns=columns)
+    grid = (launch.blocks(columns, tile["COLUMNS"]), launch.blocks(rows, tile["ROWS"]))
+    return [Launch("linear", grid, arguments, dict(INNER=inner), tile)], out
+
+
+def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    rows = x.numel() // x.shape[-1]
+    if rows > MOST_ROWS:
+        return f"x has {rows} rows, it takes at most {MOST_ROWS}"
+    return launch.refuse(products=True, x=x, weight=weight, bias=bias)
 
 
 def _example(device: torch.device) -> _Args:
@@ -52,8 +89,11 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "linear",
     [
+        Implementation(
+            "triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda", measured_only=True
+        ),
         Implementation("onednn", onednn.refuse_product, onednn.linear, prepare=onednn.prepare),
-        Implementation("torch", lambda *_: None, reference),
+        Implementation("torch", lambda *_: None, reference, into=True),
     ],
     _example,
 )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit4dit.errors import InputError, shown
-from dit4dit.ops import launch, tiles
+from dit4dit.ops import launch, stand_in, tiles
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes, floating
 from dit4dit.ops.dispatch import Implementation, Op
@@ -57,6 +57,7 @@ def linear_fp8(
     activation: str,
     out_dtype: torch.dtype,
     *,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """activation(e4m3(x / x_scale) @ weight^T * x_scale * weight_scale + bias).
@@ -65,7 +66,7 @@ def linear_fp8(
     x_scale: a power of two, so that dividing by it rounds nothing and every implementation quantises to the same bits.
     weight: float8_e4m3fn [N, K]. weight_scale: float32 [N], one a row of weight. bias: [N] or None.
     activation: "none", or "gelu" (the error function). Sums, scales and activation are in float32.
-    out_dtype: of the result.
+    out_dtype: of the result. out: [..., N] in it, to write the result to; None: to a new tensor.
     backend: "triton", "scaled_mm" (PyTorch's, rounded to bfloat16 before the activation) or "torch"; None chooses.
 
     Returns [..., N] in out_dtype.
@@ -85,11 +86,14 @@ def linear_fp8(
         raise InputError(f"linear_fp8: activation: expected 'none' or 'gelu', got {shown(activation)}")
     if not out_dtype.is_floating_point:
         raise InputError(f"linear_fp8: out_dtype: expected a floating dtype, got {out_dtype}")
-    result: Tensor = _op(x, x_scale, weight, weight_scale, bias, activation, out_dtype, backend=backend)
+    if out is not None and (out.shape != (*x.shape[:-1], len(weight)) or out.dtype != out_dtype):
+        wanted = [*x.shape[:-1], len(weight)]
+        raise InputError(f"linear_fp8: out: expected {out_dtype} {wanted}, got {out.dtype} {list(out.shape)}")
+    result: Tensor = _op(x, x_scale, weight, weight_scale, bias, activation, out_dtype, backend=backend, out=out)
     return result
 
 
-def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
+def launches(args: _Args, architecture: str, out: Tensor | None = None) -> tuple[list[Launch], Tensor]:
     """The kernels to run, and the tensor they will have written. Tensors may be on the meta device.
 
     The table chooses between quantising x inside the product and in a kernel before it, by reasoning.
@@ -102,7 +106,8 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
     rows = x.numel() // inner
     tile = tiles.lookup("linear_fp8", architecture, rows=rows, columns=columns, inner=inner)
     fused = tile.pop("FUSED")
-    out = torch.empty(*x.shape[:-1], columns, dtype=out_dtype, device=x.device)
+    if out is None:
+        out = torch.empty(*x.shape[:-1], columns, dtype=out_dtype, device=x.device)
     todo, given = [], x
     if not fused:
         given = torch.empty_like(x, dtype=FP8)
@@ -119,9 +124,9 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
 
 def _no_tensor_cores(x: Tensor) -> str | None:
     """Why no GPU instruction multiplies e4m3 here, or None."""
-    if x.device.type != "cuda":
+    if not stand_in.on_gpu(x.device):
         return None
-    major, minor = torch.cuda.get_device_capability(x.device)
+    major, minor = stand_in.capability(x.device)
     if 10 * major + minor < LEAST_CAPABILITY:
         return f"fp8 needs compute capability 8.9 or later, this is {major}.{minor}; leave the quantization out here"
     return None
@@ -152,12 +157,12 @@ def _refuse_scaled_mm(
     activation: str,
     out_dtype: torch.dtype,
 ) -> str | None:
-    if x.device.type != "cuda":
+    if not stand_in.on_gpu(x.device):
         return f"x is on {x.device.type}"
     reason = _no_tensor_cores(x)
     if reason is not None:
         return reason
-    capability = torch.cuda.get_device_capability(x.device)
+    capability = stand_in.capability(x.device)
     if capability not in ((8, 9), (9, 0), (10, 0)):
         # cuBLAS answers CUBLAS_STATUS_NOT_SUPPORTED on 12.0 (torch 2.10); others are unknown
         return f"PyTorch has no row-wise scales for compute capability {capability[0]}.{capability[1]}"
@@ -198,7 +203,7 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "linear_fp8",
     [
-        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda", into=True),
         Implementation("scaled_mm", _refuse_scaled_mm, _run_scaled_mm, device="cuda"),
         Implementation("torch", lambda *_: None, reference),
     ],

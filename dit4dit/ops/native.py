@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit4dit.errors import DeviceError
+from dit4dit.ops import stand_in
 
 if TYPE_CHECKING:
     from dit4dit import _C
@@ -50,7 +51,9 @@ def driver() -> _C.Driver:
 
 
 def no_cuda_kernels(device: torch.device) -> str | None:
-    """Why this build has no compiled kernel for the GPU `device`, or None."""
+    """Why this build has no compiled kernel for the GPU `device`, or None; None where tensors only stand for a GPU's."""
+    if stand_in.of(device) is not None:
+        return None
     built = tuple(compiled().cuda_architectures)
     if not built:
         return "this build of dit4dit has no CUDA kernels (reinstall where nvcc is, or use a wheel that has them)"

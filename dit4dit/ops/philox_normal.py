@@ -17,11 +17,11 @@ _WORD = 0xFFFFFFFF
 _Args = tuple[Tensor, int, tuple[int, ...]]
 
 
-def reference(requests: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+def reference(requests: Tensor, stream: int, shape: tuple[int, ...], out: Tensor | None = None) -> Tensor:
     """The definition: see `philox_normal` for the arguments and the result."""
     count = math.prod(shape)
     batch, device = requests.shape[0], requests.device
-    seed, chunk = requests[:, :1], requests[:, 1:]
+    seed, chunk, given = requests[:, :1], requests[:, 1:2], requests[:, 2:] != 0
     position = torch.arange(-(-count // 4), device=device, dtype=torch.int64).expand(batch, -1)
     c0, c1 = position, torch.full_like(position, stream)
     c2, c3 = (chunk & _WORD).expand_as(position), (chunk >> 32 & _WORD).expand_as(position)
@@ -31,42 +31,64 @@ def reference(requests: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
         low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (high >> 32 & _WORD) ^ c1 ^ k0, high & _WORD, (low >> 32 & _WORD) ^ c3 ^ k1, low & _WORD
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    out = []
+    drawn = []
     for first, second in ((c0, c1), (c2, c3)):
         radius = (-2.0 * torch.log((first.double() + 1.0) * 2.0**-32)).sqrt()
         angle = second.double() * (2.0 * math.pi * 2.0**-32)
-        out += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(out, dim=-1).flatten(1)[:, :count].float().view(batch, *shape)
+        drawn += [radius * angle.cos(), radius * angle.sin()]
+    numbers = torch.stack(drawn, dim=-1).flatten(1)[:, :count].float()
+    if out is None:
+        return numbers.masked_fill_(given, 0.0).view(batch, *shape)
+    rows = out.view(batch, count)
+    rows.copy_(torch.where(given, rows, numbers))
+    return out
 
 
-def philox_normal(requests: Tensor, stream: int, shape: tuple[int, ...], *, backend: str | None = None) -> Tensor:
+def philox_normal(
+    requests: Tensor,
+    stream: int,
+    shape: tuple[int, ...],
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Standard normal float32 [B, *shape], each sample a function of its own seed and chunk alone.
 
-    requests: int64 [B, 2], seed and chunk of each request, their 64 bits taken as unsigned.
+    requests: int64 [B, 3]: seed and chunk of each request, their 64 bits taken as unsigned, and whether its noise is given by
+        whoever asks (not 0): nothing is drawn for such a request.
     stream: which of a request's draws (`dit4dit.noise.STREAMS`), 0 to 2^31 - 1.
     shape: of one request's draw.
+    out: contiguous float32 [B, *shape] to draw into; samples of given requests keep what is there. Without it theirs are zeros.
     backend: "triton" or "torch"; None chooses.
 
     The integers are those of `dit4dit.noise.normal` to the bit; the logarithm and the cosine are the device's own in float64,
     which after rounding to float32 differ from the host's in the last bit at most.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
-    Shapes("philox_normal").of("requests", requests, "B 2")
+    sizes = Shapes("philox_normal").of("requests", requests, "B 3")
     if requests.dtype != torch.int64:
         raise InputError(f"philox_normal: requests: expected int64, got {requests.dtype}")
     if not 0 <= stream < 2**31:
         raise InputError(f"philox_normal: stream: expected 0 to 2^31 - 1, got {stream}")
     if math.prod(shape) < 1:
         raise InputError(f"philox_normal: shape: expected at least one element, got {shape}")
-    result: Tensor = _op(requests, stream, tuple(shape), backend=backend)
+    if out is not None:
+        sizes.of("out", out, " ".join(["B", *map(str, shape)]))
+        if out.dtype != torch.float32 or not out.is_contiguous() or out.device != requests.device:
+            raise InputError(
+                f"philox_normal: out: expected contiguous float32 on {requests.device}, got {out.dtype} with strides "
+                f"{out.stride()} on {out.device}"
+            )
+    result: Tensor = _op(requests, stream, tuple(shape), backend=backend, out=out)
     return result
 
 
-def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
+def launches(args: _Args, architecture: str, out: Tensor | None = None) -> tuple[list[Launch], Tensor]:
     """The kernels to run, and the tensor they will have written. Tensors may be on the meta device."""
     requests, stream, shape = args
     batch, count = requests.shape[0], math.prod(shape)
-    out = torch.empty(batch, *shape, dtype=torch.float32, device=requests.device)
+    if out is None:
+        out = torch.zeros(batch, *shape, dtype=torch.float32, device=requests.device)
     tile = tiles.lookup("philox_normal", architecture)
     grid = (launch.blocks(-(-count // 4), tile["BLOCK"]), batch)
     return [Launch("philox_normal", grid, dict(requests=requests, out=out, count=count, draw=stream), {}, tile)], out
@@ -81,8 +103,8 @@ def _refuse(requests: Tensor, _: int, shape: tuple[int, ...]) -> str | None:
 _op = Op(
     "philox_normal",
     [
-        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
-        Implementation("torch", lambda *_: None, reference),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda", into=True),
+        Implementation("torch", lambda *_: None, reference, into=True),
     ],
-    lambda device: (torch.zeros(1, 2, dtype=torch.int64, device=device), 0, (16, 2, 4)),
+    lambda device: (torch.zeros(1, 3, dtype=torch.int64, device=device), 0, (16, 2, 4)),
 )

@@ -11,18 +11,27 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit4dit.errors import InputError, did_you_mean, shown
-from dit4dit.ops import native
+from dit4dit.ops import launch, native, programmatic, stand_in
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.device_tables import DeviceTable
 from dit4dit.ops.dispatch import Implementation, Op
 
+_Size = tuple[int, int] | None
 FILTERS = ("cv2_area", "bilinear")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def reference(views: Sequence[Tensor], size: tuple[int, int] | None, resize: str, dtype: torch.dtype) -> Tensor:
+def reference(
+    views: Sequence[Tensor],
+    size: tuple[int, int] | None,
+    resize: str,
+    dtype: torch.dtype,
+    channels: int | None = None,
+) -> Tensor:
     """The definition: see `preprocess` for the arguments and the result."""
     resized = []
     for view in views:
@@ -34,7 +43,9 @@ def reference(views: Sequence[Tensor], size: tuple[int, int] | None, resize: str
     x = torch.cat(resized, dim=2)  # [B, h, sum w, 3]
     # a tensor, not a number: torch on CUDA would multiply by 1/255 instead of dividing
     x = 2 * (x / torch.full((), 255.0, device=x.device)) - 1
-    return x.permute(0, 3, 1, 2).contiguous().to(dtype)
+    if channels is None:
+        return x.permute(0, 3, 1, 2).contiguous().to(dtype)
+    return F.pad(x, (0, channels - 3)).to(dtype).permute(0, 3, 1, 2)
 
 
 def bilinear(x: Tensor, h: int, w: int) -> Tensor:
@@ -159,6 +170,7 @@ def preprocess(
     resize: str,
     dtype: torch.dtype,
     *,
+    channels: int | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -170,25 +182,34 @@ def preprocess(
     resize: "cv2_area" (the bits of OpenCV's INTER_AREA on uint8: the result is whole numbers before it is scaled) or
         "bilinear" (torch's interpolate on float: no antialias, align_corners=False, no rounding).
     dtype: float32, bfloat16 or float16; computed in float32, cast to nearest even.
+    channels: None for three planes. A number from 3 lays the result out with its channels last in memory, as convolutions on a
+        GPU take it, those beyond the third being zeros: cuDNN takes multiples of 8, and would add them itself.
     backend: "cuda", "cpp" or "torch"; None chooses.
-    out: written and returned if given, [B, 3, h, sum of widths] of that dtype and device, any strides.
+    out: written and returned if given, [B, channels or 3, h, sum of widths] of that dtype and device, any strides.
 
-    Returns [B, 3, h, sum of widths], 2 * (x / 255) - 1. The implementations give the same bits.
+    Returns [B, channels or 3, h, sum of widths], 2 * (x / 255) - 1. The implementations give the same bits.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
     views = list(views)
-    _check(views, size, resize, dtype, out)
-    result: Tensor = _op(views, size, resize, dtype, out, backend=backend)
+    _check(views, size, resize, dtype, channels, out)
+    result: Tensor = _op(views, size, resize, dtype, channels, out, backend=backend)
     return result
 
 
 def _check(
-    views: list[Tensor], size: tuple[int, int] | None, resize: str, dtype: torch.dtype, out: Tensor | None
+    views: list[Tensor],
+    size: tuple[int, int] | None,
+    resize: str,
+    dtype: torch.dtype,
+    channels: int | None,
+    out: Tensor | None,
 ) -> None:
     if resize not in FILTERS:
         raise InputError(f"preprocess: resize: expected {' or '.join(FILTERS)}, got {shown(resize)}{_near(resize)}")
     if dtype not in DTYPES:
         raise InputError(f"preprocess: dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if channels is not None and channels < 3:
+        raise InputError(f"preprocess: channels: expected None or at least 3, got {channels}")
     if not views:
         raise InputError("preprocess: views: expected at least one view, got none")
     if size is not None and (len(size) != 2 or min(size) < 1):
@@ -210,7 +231,7 @@ def _check(
         if view.device != views[0].device:
             raise InputError(f"preprocess: views[{i}]: expected device {views[0].device}, got {view.device}")
     if out is not None:
-        shape = (views[0].shape[0], 3, size[0] if size else views[0].shape[1], sum(_widths(views, size)))
+        shape = (views[0].shape[0], channels or 3, size[0] if size else views[0].shape[1], sum(_widths(views, size)))
         for fact, want, got in [
             ("shape", list(shape), list(out.shape)),
             ("dtype", dtype, out.dtype),
@@ -228,34 +249,49 @@ def _widths(views: list[Tensor], size: tuple[int, int] | None) -> list[int]:
     return [size[1] if size else view.shape[2] for view in views]
 
 
-def _result(views: list[Tensor], size: tuple[int, int] | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+def _result(views: list[Tensor], size: _Size, dtype: torch.dtype, channels: int | None, out: Tensor | None) -> Tensor:
     if out is not None:
         return out
-    h = size[0] if size else views[0].shape[1]
-    return torch.empty(views[0].shape[0], 3, h, sum(_widths(views, size)), dtype=dtype, device=views[0].device)
+    shape = views[0].shape[0], channels or 3, size[0] if size else views[0].shape[1], sum(_widths(views, size))
+    layout = torch.contiguous_format if channels is None else torch.channels_last
+    return torch.empty(shape, dtype=dtype, device=views[0].device, memory_format=layout)
 
 
-_Size = tuple[int, int] | None  # Args of every implementation, as `preprocess` has checked them
-
-
-def _run_torch(views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    x = reference(views, size, resize, dtype)
+# Args of every implementation, as `preprocess` has checked them
+def _run_torch(
+    views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, channels: int | None, out: Tensor | None
+) -> Tensor:
+    x = reference(views, size, resize, dtype, channels)
     return x if out is None else out.copy_(x)
 
 
-def _run_cpp(views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    out = _result(views, size, dtype, out)
+def _run_cpp(
+    views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, channels: int | None, out: Tensor | None
+) -> Tensor:
+    out = _result(views, size, dtype, channels, out)
     native.compiled().preprocess([native.view(v) for v in views], _widths(views, size), native.view(out), resize)
     return out
 
 
-def _run_cuda(views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    out = _result(views, size, dtype, out)
-    stream = native.stream(out.device)
+def _run_cuda(
+    views: list[Tensor], size: _Size, resize: str, dtype: torch.dtype, channels: int | None, out: Tensor | None
+) -> Tensor:
+    out = _result(views, size, dtype, channels, out)
+    if stand_in.recorded(out.device, [_launch(views, out)]):
+        return out
+    stream, early = native.stream(out.device), programmatic.cuda_kernels(out.device)
     native.compiled().preprocess_cuda(
-        [native.view(v) for v in views], _widths(views, size), native.view(out), resize, stream
+        [native.view(v) for v in views], _widths(views, size), native.view(out), resize, stream, early
     )
     return out
+
+
+def _launch(views: list[Tensor], out: Tensor) -> Launch:
+    """The CUDA kernel's launch, as kernels/preprocess.cu makes it: a thread for each pixel of the result."""
+    batch, _, height, width = out.shape
+    grid = (launch.blocks(width, 32), launch.blocks(height, 8), batch)
+    arguments = {f"view{i}": view for i, view in enumerate(views)} | {"out": out}
+    return Launch("preprocess.cu", grid, arguments, {}, {"num_warps": 8})
 
 
 def _refuse_cpp(views: list[Tensor], *_: object) -> str | None:
@@ -263,7 +299,7 @@ def _refuse_cpp(views: list[Tensor], *_: object) -> str | None:
 
 
 def _refuse_cuda(views: list[Tensor], *_: object) -> str | None:
-    if views[0].device.type != "cuda":
+    if not stand_in.on_gpu(views[0].device):
         return f"views[0] is on {views[0].device.type}"
     if len(views) > _MOST_VIEWS_CUDA:
         return f"{len(views)} views, it takes at most {_MOST_VIEWS_CUDA}"
@@ -284,6 +320,7 @@ _op = Op(
         (4, 4),
         "cv2_area",
         torch.float32,
+        None,
         None,
     ),
 )

@@ -18,7 +18,7 @@ def reference(
     qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rotary: Tensor | None, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: see `qk_norm_rope` for the arguments and the result."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # what is computed from them keeps this order
     if rotary is not None and rotary.shape[-1] < q.shape[-1]:
         rotary = torch.cat([rotary, rotary], dim=-1)
     return _norm_rope(q, norm_q, rotary, eps), _norm_rope(k, norm_k, rotary, eps), v
@@ -61,7 +61,10 @@ def qk_norm_rope(
     heads: H. eps: of the RMS norms. Norm and rotation in float32, rounded once.
     backend: "triton" or "torch"; None chooses.
 
-    Returns q, k, v [B, H, S, d] in qkv's dtype; v is a view of qkv, and so are q and k where nothing is done to them.
+    Returns q, k, v [B, H, S, d] in qkv's dtype; v is a view of qkv, and so are q and k where nothing is done to them. All lie
+    token after token, [B, S, H, d] in memory with dense rows of d, which every attention kernel reads where it is:
+    flash-attn, which takes [B, S, H, d] and copies only where the last stride is not 1; cuDNN, which takes any strides and
+    lays its result out as q, so that [B, S, H * d] is a view of it; and ours.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
     check("qk_norm_rope", qkv, norm_q, norm_k, rotary, heads)
@@ -96,12 +99,12 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], tuple[Tensor
         return [], (q, k, v)
     batch, _, length, dim = q.shape
     tile = tiles.lookup("qk_norm_rope", architecture, length=length, dim=dim)
-    qk = torch.empty(2, batch, heads, length, dim, dtype=qkv.dtype, device=qkv.device)
+    qk = torch.empty(2, batch, length, heads, dim, dtype=qkv.dtype, device=qkv.device)
     arguments = dict(qkv=qkv, norm_q=norm_q, norm_k=norm_k, rotary=rotary, qk=qk, length=length, batches=batch, eps=eps)
     columns = dim if rotary is None else rotary.shape[-1]
     constants = dict(HEADS=heads, DIM=dim, ANGLES=columns, HALF=launch.power_of_2(dim // 2))
     grid = (launch.blocks(length, tile["ROWS"]), 2 * heads, batch)
-    return [Launch("qk_norm_rope", grid, arguments, constants, tile)], (qk[0], qk[1], v)
+    return [Launch("qk_norm_rope", grid, arguments, constants, tile)], (qk[0].transpose(1, 2), qk[1].transpose(1, 2), v)
 
 
 def refuse_triton(

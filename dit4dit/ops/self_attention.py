@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dit4dit.ops import attention_libraries as libraries
-from dit4dit.ops import launch, native, tiles
+from dit4dit.ops import launch, native, programmatic, tiles
+from dit4dit.ops import wide_attention as wide
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import Implementation, Op
 from dit4dit.ops.qk_norm_rope import best, check, example
@@ -41,7 +42,7 @@ def self_attention(
     """softmax(q k^T / sqrt(d)) v, every token to every token, with q, k, v as `qk_norm_rope` makes them.
 
     qkv: [B, S, 3 * H * d]. norm_q, norm_k: [d] both or both None. rotary: float32 [2, S, d/2 or d] or None.
-    backend: "cuda" (bfloat16, heads of 128, rotary [2, S, d/2]; on an H200 half as fast as "triton"), "triton",
+    backend: "cuda" (bfloat16, heads of 128), "triton", "split" or "product" (heads wider than 128, without norms and positions),
         "cudnn", "flash" (needs flash-attn 2 or 3) or "torch"; None chooses.
 
     Returns [B, S, H * d] in qkv's dtype.
@@ -57,8 +58,8 @@ def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
 
     Norm and rotation are a pass of their own, and none where there is neither: inside attention every block of queries
     would norm and turn all keys again (10 times at 588 tokens and 64 rows a block), reading rotary tables twice the size
-    of the keys each time, while the pass moves 10 MB, which the second-level cache holds. The CUDA kernel does the former;
-    which is faster only a measurement can tell.
+    of the keys each time, while the pass moves 10 MB, which the second-level cache holds. A CUDA kernel that did the former
+    took 56 us on an H200 where the two kernels took 27.
     """
     todo, (q, k, v) = prologue(args, architecture)
     batch, heads, length, dim = q.shape
@@ -100,20 +101,8 @@ def _refuse_cuda(
     batch, row, column = qkv.stride()
     if column != 1 or row % 8 or (batch % 8 and qkv.shape[0] > 1) or qkv.data_ptr() % 16:
         return f"qkv: its rows do not begin at multiples of 16 bytes, or are not dense: strides {qkv.stride()}"
-    if norm_q is not None and norm_k is not None:
-        dtypes = {norm_q.dtype, norm_k.dtype}
-        if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
-            return f"norm_q is {norm_q.dtype} and norm_k {norm_k.dtype}, not both float32 or both bfloat16"
-    if rotary is not None and rotary.dtype != torch.float32:
-        return f"rotary is {rotary.dtype}, not float32"
-    if rotary is not None and rotary.shape[-1] != CUDA_DIM // 2:
-        return f"rotary has angles for {rotary.shape[-1]} columns; it takes {CUDA_DIM // 2}, by which both halves turn"
     for name, tensor in (("qkv", qkv), ("norm_q", norm_q), ("norm_k", norm_k), ("rotary", rotary)):
-        if tensor is None:
-            continue
-        if name != "qkv" and not tensor.is_contiguous():
-            return f"{name} is not contiguous"
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             return f"{name} needs a gradient"
     return native.no_cuda_kernels(qkv.device)
 
@@ -121,30 +110,41 @@ def _refuse_cuda(
 def queries_a_block(length: int, heads: int, multiprocessors: int) -> int:
     """64 or 128 queries; heads: of all samples. By reasoning, not measured.
 
-    Blocks of 128 norm and turn the keys half as often, and are taken where they fill the chip twice; of 64, two share a
-    multiprocessor, and 588 tokens by 16 heads give 160 blocks instead of 80.
+    64 where that gives no multiprocessor a second block. Beyond that the busiest one has 128 queries either way, and blocks
+    of 128 read keys and values half as often: 24 MB instead of 48 at 588 tokens and 16 heads.
     """
-    return 128 if launch.blocks(length, 128) * heads >= 2 * multiprocessors else 64
+    return 64 if launch.blocks(length, 64) * heads <= multiprocessors else 128
 
 
 def _run_cuda(
     qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rotary: Tensor | None, heads: int, eps: float
 ) -> Tensor:
     batch, length, _ = qkv.shape
+    q, k, v = best(qkv, norm_q, norm_k, rotary, heads, eps)
     out = torch.empty(batch, length, heads * CUDA_DIM, dtype=qkv.dtype, device=qkv.device)
     multiprocessors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
     queries = queries_a_block(length, batch * heads, multiprocessors)
-    q, k, angles = (None if x is None else native.view(x) for x in (norm_q, norm_k, rotary))
-    stream = native.stream(qkv.device)
-    native.compiled().self_attention_cuda(native.view(qkv), q, k, angles, native.view(out), heads, eps, queries, stream)
+    stream, early = native.stream(qkv.device), programmatic.cuda_kernels(qkv.device)
+    native.compiled().self_attention_cuda(*(native.view(x) for x in (q, k, v, out)), queries, stream, early)
     return out
 
 
 _op = Op(
     "self_attention",
     [
+        # not measured yet. Predicted for an H100 at 588 tokens: 8 us behind norm and rotation, from 10 tiles of keys at 1024
+        # cycles of tensor cores for two times 64 queries, beside 430 instructions a warp; 27 MB from the second-level cache
         Implementation("cuda", _refuse_cuda, _run_cuda, device="cuda", measured_only=True),
-        # the fastest on an H200: 27 us where cuDNN takes 28 and our CUDA kernel 56, at 588 tokens
+        Implementation(
+            "split",
+            launch.refuser(wide.refuse_split, wide.launches),
+            launch.runner(wide.launches),
+            device="cuda",
+            measured_only=True,
+        ),
+        Implementation("product", wide.refuse_product, wide.product, measured_only=True),
+        # the fastest on an H200: 27 us where cuDNN took 28, at 588 tokens; then with q and k head after head, so that the
+        # result of cuDNN had to be copied
         Implementation("triton", launch.refuser(_refuse_triton, launches), launch.runner(launches), device="cuda"),
         Implementation(
             "cudnn",

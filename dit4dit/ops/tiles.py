@@ -105,13 +105,13 @@ def _check_column(where: str, op: str, architecture: str, rows: Any) -> None:
                 raise ConfigError(f"{here}: {name}: expected {_WANTED.get(name, 'a power of two')}, got {shown(value)}")
 
 
-_WANTED = {"num_stages": "1 or more", "SPAN": "0 or more", "FUSED": "0 or 1"}
+_WANTED = {"num_stages": "1 or more", "SPAN": "0 or more", "FUSED": "0 or 1", "WIDER": "0 or 1"}
 
 
 def _fits(name: str, value: Any) -> bool:
     if type(value) is not int:
         return False
-    if name == "FUSED":
+    if name in ("FUSED", "WIDER"):
         return value in (0, 1)
     if name in _WANTED:
         return value >= (0 if name == "SPAN" else 1)

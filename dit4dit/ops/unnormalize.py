@@ -25,12 +25,13 @@ def reference(actions: Tensor, table: Tensor) -> Tensor:
     return (y * scale + offset).float()
 
 
-def unnormalize(actions: Tensor, table: Tensor, *, backend: str | None = None) -> Tensor:
+def unnormalize(actions: Tensor, table: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Normalised actions float32 [B, K, A_model] -> robot units float32 [B, K, A].
 
     table: float64 [5, A], rows threshold, low, high, scale, offset (`dit4dit.robots.transforms.inverse_table`). Where the
         threshold is a number the value first becomes 0 (below it) or 1; NaN means no threshold. Then
         clip(value, low, high) * scale + offset in float64. A is at most A_model, the rest of which is padding.
+    out: float32 [B, K, A] to write the result to; None: to a new tensor.
     backend: "triton" or "torch"; None chooses.
 
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -42,16 +43,20 @@ def unnormalize(actions: Tensor, table: Tensor, *, backend: str | None = None) -
         )
     if table.shape[1] > actions.shape[2]:
         raise InputError(f"unnormalize: table: expected at most {actions.shape[2]} dimensions, got {table.shape[1]}")
-    result: Tensor = _op(actions, table, backend=backend)
+    wanted = (*actions.shape[:2], table.shape[1])
+    if out is not None and (out.shape != wanted or out.dtype != torch.float32):
+        raise InputError(f"unnormalize: out: expected float32 {list(wanted)}, got {out.dtype} {list(out.shape)}")
+    result: Tensor = _op(actions, table, backend=backend, out=out)
     return result
 
 
-def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
+def launches(args: _Args, architecture: str, out: Tensor | None = None) -> tuple[list[Launch], Tensor]:
     """The kernels to run, and the tensor they will have written. Tensors may be on the meta device."""
     actions, table = args
     batch, horizon, width = actions.shape
     size = table.shape[1]
-    out = torch.empty(batch, horizon, size, dtype=torch.float32, device=actions.device)
+    if out is None:
+        out = torch.empty(batch, horizon, size, dtype=torch.float32, device=actions.device)
     tile = tiles.lookup("unnormalize", architecture)
     arguments: dict[str, Any] = dict(actions=actions, table=table, out=out, count=out.numel(), width=width, size=size)
     return [Launch("unnormalize", (launch.blocks(out.numel(), tile["BLOCK"]),), arguments, {}, tile)], out
@@ -68,7 +73,7 @@ def _example(device: torch.device) -> _Args:
 _op = Op(
     "unnormalize",
     [
-        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda"),
+        Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda", into=True),
         Implementation("torch", lambda *_: None, reference),
     ],
     _example,

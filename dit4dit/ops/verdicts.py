@@ -44,6 +44,9 @@ NOT_YET = "not yet measured here: run dit4dit tune"
 
 Files = Mapping[str, str | None]
 """Implementations of an op that are here -> the file of one that is not the package's (`dispatch.foreign`), None for ours."""
+PROGRAMMATIC_LAUNCH = "programmatic_launch"
+SWITCHES: Mapping[str, Files] = {PROGRAMMATIC_LAUNCH: {"off": None, "on": None}}
+"""What is no op and is decided by a verdict too, made on the very machine; its choices."""
 
 
 @dataclass(frozen=True)
@@ -332,7 +335,7 @@ class Verdicts:
 
         files: gives the op's `Files`; None leaves out whether the implementation is here, and from the same source.
         """
-        table = shipped_for(self.device).get("calls", {})
+        table = {} if op in SWITCHES else shipped_for(self.device).get("calls", {})
         where = self._folder()
         if where is None and not table:
             return None  # nearly always: nothing was measured, and nothing more is done

@@ -12,6 +12,7 @@ from dit4dit.engine import Calibration
 from dit4dit.engine.engine import TUNE
 from dit4dit.errors import ConfigError, shown
 from dit4dit.files.folders import no_folder
+from dit4dit.ops.programmatic import CHOICES
 from dit4dit.robots.embodiment import Embodiment
 
 ENGINES = ("auto", "off")
@@ -24,14 +25,22 @@ def check_engine(engine: str, with_options: bool) -> None:
         raise ConfigError(f"engine {shown(engine)}: expected {' or '.join(ENGINES)}")
     if engine == "off" and with_options:
         raise ConfigError(
-            "steps, posterior, packs, quantization, calibration and head are options of the engine: leave them out, or use "
-            "engine='auto'"
+            "steps, posterior, packs, quantization, calibration, head and programmatic_launch='on' are options of the engine: "
+            "leave them out, or use engine='auto'"
         )
 
 
 def check_tune(tune: object) -> None:
     if tune not in TUNE:
         raise ConfigError(f"tune: expected {' or '.join(map(repr, TUNE))}, got {shown(tune)}; dit4dit tune measures")
+
+
+def check_programmatic(programmatic_launch: object) -> None:
+    if programmatic_launch not in CHOICES:
+        raise ConfigError(
+            f"programmatic_launch: expected {', '.join(map(repr, CHOICES))}, got {shown(programmatic_launch)}; dit4dit "
+            "tune measures"
+        )
 
 
 def check_dtypes(dtype: object, head_dtype: object) -> None:

@@ -86,6 +86,7 @@ class Policy:
         calibration: str | Path | Calibration | None = None,
         head: Literal["auto", "library", "one_launch"] = "auto",
         tune: Literal["cached", "off"] = "cached",
+        programmatic_launch: Literal["cached", "on", "off"] = "cached",
         prompt_embeds: Mapping[str, Any] | None = None,
         packs: str | Path | None = None,
         text_encoder: bool = True,
@@ -109,6 +110,8 @@ class Policy:
             head: how the engine runs the action head (`Engine`); "one_launch" needs a GPU and a head in bfloat16.
             tune: "cached" runs each call of a plan by the implementation that `dit4dit tune` found to be the fastest on this
                 machine, where it has been run; "off" by the default. Nothing is ever measured here.
+            programmatic_launch: on Hopper and later, "on" launches the kernels of a plan while the ones before them still run,
+                with the same bits; "cached" where `dit4dit tune` found that faster on this machine.
             prompt_embeds: instruction -> embedding [L, text_in]; when given, no text encoder is loaded at all and only
                 these instructions can be used.
             packs: folder where prompt packs are kept between runs (`dit4dit pack`); engine only.
@@ -117,12 +120,20 @@ class Policy:
         Raises:
             Dit4DitError: bad checkpoint, configuration or device; the message says what to do.
         """
-        given = (steps, packs, quantization, calibration, None if head == "auto" else head)
+        given = (
+            steps,
+            packs,
+            quantization,
+            calibration,
+            None if head == "auto" else head,
+            programmatic_launch == "on" or None,
+        )
         options.check_engine(engine, posterior != "sample" or any(option is not None for option in given))
         check_options(quantization, calibration)
         options.check_prompts(packs, prompt_embeds, text_encoder)
         options.check_dtypes(dtype, head_dtype)
         options.check_tune(tune)
+        options.check_programmatic(programmatic_launch)
         options.check_kinds(embodiment=embodiment, calibration=calibration, packs=packs, text_encoder=text_encoder)
         place = pick_device(device)
         dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
@@ -151,6 +162,7 @@ class Policy:
                 release=True,
                 head=head,
                 tune=tune,
+                programmatic_launch=programmatic_launch,
             )
         folder = None if packs is None else PackFolder.of(Path(packs), model)
         return cls(model, codec, tokenizer=tokenizer, prompt_embeds=prompt_embeds, engine=fast, packs=folder)

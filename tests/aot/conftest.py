@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,18 @@ def samples(chip: int) -> list[Launch]:
         ("adaln", (x, empty(1, 1, 9, 64), None, empty(1, 64, dtype=f32), empty(1, 64, dtype=f32), 1e-6, bf16)),
         ("cross_attention", (empty(1, 9, 128), k, k, None, 2, 1e-5)),
         ("linear_gelu", (empty(1, 588, 2048), empty(8192, 2048), None, "none")),
-        ("philox_normal", (empty(2, 2, dtype=torch.int64), 3, (16, 2, 4))),
+        ("philox_normal", (empty(2, 3, dtype=torch.int64), 3, (16, 2, 4))),
         ("unnormalize", (empty(1, 8, 7, dtype=f32), empty(5, 7, dtype=torch.float64))),
     ]
     return [
         step for op, args in calls for step in importlib.import_module(f"dit4dit.ops.{op}").launches(args, str(chip))[0]
     ]
+
+
+@pytest.fixture(name="launches_for")
+def _launches_for() -> Callable[[int], list[Launch]]:
+    """Capability -> those launches."""
+    return samples
 
 
 @pytest.fixture(name="samples")
@@ -65,8 +72,7 @@ def _samples() -> list[Launch]:
     return samples(90)
 
 
-@pytest.fixture(scope="session")
-def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compile_fake(out: Path, *options: str) -> Path:
     """fake_driver.c compiled with NVIDIA's cuda.h, from the toolkit or out of Triton's wheel."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     headers = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
@@ -76,10 +82,20 @@ def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = [folder for folder in headers if (folder / "cuda.h").is_file()]
     if compiler is None or not found:
         pytest.skip("needs a C compiler and cuda.h (of the CUDA toolkit, or of Triton)")
-    out = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
     source = Path(__file__).with_name("fake_driver.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-I", found[0], "-o", out, source], check=True)
+    subprocess.run([compiler, "-shared", "-fPIC", *options, "-I", found[0], "-o", out, source], check=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_fake(tmp_path_factory.mktemp("driver") / "libcuda.so.1")
+
+
+@pytest.fixture(scope="session")
+def old_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As of a driver before CUDA 11.8."""
+    return compile_fake(tmp_path_factory.mktemp("driver") / "libcuda.so.1", "-DBEFORE_11_8")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 /* A CUDA driver without a GPU: writes each call as a line of JSON to the file that FAKE_CUDA_LOG names. Compiled with the real
  * cuda.h, whose prototypes its functions must match. FAKE_CUDA_FAIL="cuLaunchKernel=700" lets a call fail;
- * FAKE_CUDA_VERSION, FAKE_CUDA_OPTIN (bytes of shared memory) and FAKE_CUDA_PARAMETERS ("8 8 4": bytes of the kernel's
+ * BEFORE_11_8, when it is compiled, leaves cuLaunchKernelEx out. FAKE_CUDA_VERSION, FAKE_CUDA_OPTIN (bytes of shared memory) and FAKE_CUDA_PARAMETERS ("8 8 4": bytes of the kernel's
  * parameters, which a real driver reads from the machine code) are the machine. */
 #include <cuda.h>
 #include <stdio.h>
@@ -111,14 +111,16 @@ CUresult CUDAAPI cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) 
     return done("cuFuncSetCacheConfig", config == CU_FUNC_CACHE_PREFER_SHARED ? "\"shared\": true" : "\"shared\": false");
 }
 
-CUresult CUDAAPI cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y,
-                                unsigned block_z, unsigned shared, CUstream stream, void** parameters, void** extra) {
+static CUresult launched(const char* call, int attributes, int programmatic, CUfunction f, unsigned x, unsigned y, unsigned z,
+                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared, CUstream stream,
+                         void** parameters, void** extra) {
     char facts[3000];
     const char* sizes = getenv("FAKE_CUDA_PARAMETERS");
-    int end = snprintf(facts, sizeof facts,
-                       "\"function\": %zu, \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %u, \"stream\": %zu, "
-                       "\"context\": %zu, \"extra\": %s, \"parameters\": [",
-                       (size_t)f, x, y, z, block_x, block_y, block_z, shared, (size_t)stream, (size_t)current,
+    int end = snprintf(facts, sizeof facts, "\"attributes\": %d, \"programmatic\": %d, ", attributes, programmatic);
+    end += snprintf(facts + end, sizeof facts - end,
+                    "\"function\": %zu, \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %u, \"stream\": %zu, "
+                    "\"context\": %zu, \"extra\": %s, \"parameters\": [",
+                    (size_t)f, x, y, z, block_x, block_y, block_z, shared, (size_t)stream, (size_t)current,
                        extra ? "true" : "false");
     for (int i = 0; sizes && *sizes; ++i) {
         size_t size = strtoul(sizes, (char**)&sizes, 10);
@@ -128,5 +130,22 @@ CUresult CUDAAPI cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z
         end += snprintf(facts + end, sizeof facts - end, "\"");
     }
     snprintf(facts + end, sizeof facts - end, "]");
-    return done("cuLaunchKernel", facts);
+    return done(call, facts);
 }
+
+CUresult CUDAAPI cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y,
+                                unsigned block_z, unsigned shared, CUstream stream, void** parameters, void** extra) {
+    return launched("cuLaunchKernel", 0, 0, f, x, y, z, block_x, block_y, block_z, shared, stream, parameters, extra);
+}
+
+#ifndef BEFORE_11_8
+CUresult CUDAAPI cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction f, void** parameters, void** extra) {
+    int programmatic = 0;
+    for (unsigned i = 0; i < config->numAttrs; ++i)
+        if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+            programmatic = config->attrs[i].value.programmaticStreamSerializationAllowed;
+    return launched("cuLaunchKernelEx", (int)config->numAttrs, programmatic, f, config->gridDimX, config->gridDimY,
+                    config->gridDimZ, config->blockDimX, config->blockDimY, config->blockDimZ, config->sharedMemBytes,
+                    config->hStream, parameters, extra);
+}
+#endif

@@ -81,6 +81,34 @@ def test_bits_of_every_kind_of_argument(fake):
     assert unpack("fp32", fake.calls("cuLaunchKernel")[-1]["parameters"][4]) == 2.0
 
 
+def test_a_programmatic_launch_is_the_same_but_for_its_attribute(fake):
+    """By cuda.h's own types on the driver's side: configuration and attribute lie as they do there."""
+    fake.set("PARAMETERS", SIZES)
+    kernel = load(fake, shared=48, device=1)
+    kernel.launch((3, 2, 5), 0xABC, VALUES)
+    kernel.launch((3, 2, 5), 0xABC, VALUES, programmatic=True)
+    kernel.launch((3, 2, 5), 0xABC, VALUES, programmatic=False)
+    (plain, again), (early,) = fake.calls("cuLaunchKernel"), fake.calls("cuLaunchKernelEx")
+    assert (early["attributes"], early["programmatic"]) == (1, 1)
+    assert (early["grid"], early["block"], early["shared"], early["stream"]) == ([3, 2, 5], [128, 1, 1], 48, 0xABC)
+    changed = {"call": "cuLaunchKernel", "attributes": 0, "programmatic": 0}
+    assert early | changed == plain == again
+    with pytest.raises(TypeError, match="programmatic: expected True or False, got 1"):
+        kernel.launch((1,), 0, VALUES, programmatic=1)
+    with pytest.raises(ValueError, match="adaln: x: expected an address, got null"):
+        kernel.launch((1,), 0, [0, *VALUES[1:]], programmatic=True)
+
+
+def test_a_driver_without_such_launches_launches_plainly(fake, old_library):
+    assert fake.open().programmatic
+    fake.library = old_library
+    driver = fake.open()
+    assert not driver.programmatic
+    load(fake).launch((1,), 0, VALUES, programmatic=True)
+    assert len(fake.calls("cuLaunchKernel")) == 1
+    assert not fake.calls("cuLaunchKernelEx")
+
+
 def test_the_devices_own_context_is_current_for_the_call_alone(fake):
     driver = fake.open()
     kernels = [driver.load(ELF, "adaln", device, 32, 0, [], 2) for device in (0, 1, 0)]
@@ -163,18 +191,20 @@ CALLS = [
     "cuFuncSetCacheConfig",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
+    "cuLaunchKernelEx",
 ]
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_no_error_of_the_driver_is_swallowed(fake, call):
+    early = call == "cuLaunchKernelEx"
     fake.set("FAIL", f"{call}=1")
     with pytest.raises(CudaError, match=rf"{call}.*: CUDA_ERROR_INVALID_VALUE \(invalid argument\)$") as caught:
-        load(fake, shared=100_000).launch((1,), 0, VALUES)
+        load(fake, shared=100_000).launch((1,), 0, VALUES, early)
     assert not isinstance(caught.value, DeviceError)
     fake.set("FAIL", f"{call}=700")
     with pytest.raises(DeviceError, match=rf"{call}.*: CUDA_ERROR_ILLEGAL_ADDRESS .*must restart"):
-        load(fake, shared=100_000).launch((1,), 0, VALUES)
+        load(fake, shared=100_000).launch((1,), 0, VALUES, early)
     pushed, popped = len(fake.calls("cuCtxPushCurrent")), len(fake.calls("cuCtxPopCurrent"))
     assert popped == (0 if call == "cuCtxPushCurrent" else pushed), "the caller's context is back"
 

@@ -18,7 +18,7 @@ import torch
 
 from dit4dit import doctor, ops
 from dit4dit.errors import BackendError, CudaError
-from dit4dit.ops import explanation, launch, native
+from dit4dit.ops import explanation, launch, native, programmatic
 from dit4dit.ops.aot import loader
 from dit4dit.ops.aot import manifest as manifests
 from dit4dit.ops.aot.launch_record import Launch
@@ -71,8 +71,16 @@ def machine(small_build, fake, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x57))
     compiled: list[Launch] = []
-    monkeypatch.setattr(Launch, "__call__", lambda step: compiled.append(step))
-    yield SimpleNamespace(fake=fake, compiled=compiled, build=small_build)
+    early: list[bool] = []
+
+    def compile_now(step: Launch, programmatic: bool = False) -> None:
+        compiled.append(step)
+        early.append(programmatic)
+
+    monkeypatch.setattr(Launch, "__call__", compile_now)
+    programmatic.driver_can.cache_clear()
+    yield SimpleNamespace(fake=fake, compiled=compiled, early=early, build=small_build)
+    programmatic.driver_can.cache_clear()
     loader._loaded.clear()
 
 
@@ -146,6 +154,40 @@ def run_adaln(width: int = 48) -> None:
     x = OnGpu(torch.empty(1, 1, 9, width, device="meta"))
     with torch.no_grad():
         ops.adaln(x, None, None, None, None, 1e-6, torch.bfloat16, backend="triton")
+
+
+@pytest.mark.parametrize("chip", [80, 90])
+def test_the_driver_sees_the_attribute_where_it_is_on_and_the_code_waits(machine, launches_for, monkeypatch, chip):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(chip, 10))
+    for step in map(on_gpu, launches_for(chip)):
+        for on in (False, True):
+            before = len(machine.fake.calls("cuLaunchKernelEx"))
+            with programmatic.launches(on):
+                launch._start(step, torch.device("cuda", 0), str(chip))
+            assert len(machine.fake.calls("cuLaunchKernelEx")) - before == (on and chip >= 90)
+    assert all(call["programmatic"] for call in machine.fake.calls("cuLaunchKernelEx"))
+    assert not machine.compiled
+
+
+def test_just_in_time_too_unless_triton_compiles_for_another_gpu(machine, monkeypatch):
+    for on, elsewhere in ((False, False), (True, False), (True, True)):
+        if elsewhere:
+            monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm80")
+        with programmatic.launches(on):
+            run_adaln()
+    assert machine.early == [False, True, False]
+
+
+def test_an_old_driver_launches_plainly_and_that_is_said_once(machine, samples, old_library, monkeypatch, caplog):
+    old = native.compiled().Driver(str(old_library))
+    monkeypatch.setattr(native, "driver", lambda: old)
+    for step in map(on_gpu, samples):
+        with programmatic.launches(True):
+            assert loader.start(step, 0, 0, "90", programmatic.triton_kernels("90")) is None
+    assert len(machine.fake.calls("cuLaunchKernel")) == len(samples)
+    assert [record.getMessage() for record in caplog.records] == [
+        "programmatic launches: this CUDA driver has no cuLaunchKernelEx: kernels are launched without; update it"
+    ]
 
 
 def test_other_sizes_are_compiled_just_in_time_and_that_is_said_once(machine, caplog):

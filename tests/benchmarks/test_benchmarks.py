@@ -64,9 +64,11 @@ def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -
         "linear",
         "linear_gelu",
         "linear_fp8",
+        "norm_linear",
         "action_ode",
     }
     wanted = {("preprocess", "cpp"), ("linear", "onednn"), ("linear_gelu", "onednn"), ("action_ode", "loop")}
+    wanted |= {("norm_linear", "parts")}
     assert {(r["op"], r["implementation"]) for r in timed} >= wanted
     shown = capsys.readouterr().out
     assert "GFLOP/s" in shown

@@ -135,8 +135,8 @@ def test_a_mismatch_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "check_folding", lambda self: None)
             if broken == "features":
-                backbone = Engine.backbone
-                patch.setattr(Engine, "backbone", lambda *given, whole=backbone: whole(*given) * 1.5)
+                whole = Engine.from_moments
+                patch.setattr(Engine, "from_moments", lambda *given, whole=whole: whole(*given) * 1.5)
             else:
                 patch.setattr(Engine, "actions", lambda *given: right(*given) * 1.5)
             with pytest.raises(RuntimeError, match="not timed"), Recording(out) as record:

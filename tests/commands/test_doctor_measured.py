@@ -65,6 +65,14 @@ def test_what_counts_and_what_does_not(cache: Path) -> None:
     assert finding().detail == f"3 calls of 2 ops on {name}, made 2026-05-01 to 2026-05-03"
     assert finding().level == "ok"
 
+    for call, chosen in (("a plan", "on"), ("another", "off")):
+        ms = {"on": 1.0, "off": 2.0}
+        verdicts.write(verdict(call, op="programmatic_launch", default="off", chosen=chosen, ms=ms), cache)
+    made = "made 2026-05-01 to 2026-05-03"
+    assert finding().detail == f"3 calls of 2 ops on {name}, {made}; programmatic launches in 1 of 2 plans"
+    for file in cache.glob("programmatic_launch-*.json"):
+        file.unlink()
+
     (cache / "a.json").write_text("{")
     (cache / "b.json").mkdir()
     (cache / ".c.json.1234").write_text("half of one that was being written")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from dit4dit.benchmarks import tiles_search, tuning
+from dit4dit.benchmarks import programmatic, tiles_search, tuning
 from dit4dit.benchmarks.recording import Recording
 from tuning_results import CALLS, call, result
 
@@ -109,8 +109,18 @@ def test_on_a_gpu_kernels_are_compiled_first(
     monkeypatch.setitem(sys.modules, "dit4dit.benchmarks.compile_ahead", SimpleNamespace(compile_ahead=compile_ahead))
     monkeypatch.setattr("dit4dit.policy.device.pick_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(launch, "architecture", lambda device: "90")
+    launched: list[dict[str, Any]] = []
+
+    def whole_steps(subject: Any, wanted: Any, device: torch.device, **options: Any) -> None:
+        assert options["record"].result["calls"] == CALLS, "after the ops, whose verdicts the steps follow"
+        launched.append({"device": device, "requests": len(wanted), **options})
+
+    monkeypatch.setattr(programmatic, "tune", whole_steps)
     page = tmp_path / "p.html"
-    assert run("--preset", "tiny", "--head-dtype", "bfloat16", "--report", page) == 0
+    assert run("--preset", "tiny", "--head-dtype", "bfloat16", "--seed", "5", "--report", page) == 0
+    (one,) = launched
+    assert (one["device"], one["requests"], one["seed"], one["fp8"]) == (torch.device("cuda", 0), 3, 5, False)
+    assert (one["dtype"], one["head_dtype"]) == (torch.bfloat16, torch.bfloat16)
     ((calls, capability),) = compiled
     assert capability == "90"
     assert calls == [(one.op, one.args) for one in asked["todo"]]
@@ -118,6 +128,11 @@ def test_on_a_gpu_kernels_are_compiled_first(
     said = "9 Triton kernels: 5 came with the package, 3 were compiled beforehand in 4 s, 1 do not compile"
     assert said in page.read_text()
     assert said in capsys.readouterr().out
+    for unasked, other in ((("--ops", "adaln"), "90"), ((), "89")):
+        asked.pop("todo")
+        monkeypatch.setattr(launch, "architecture", lambda device, other=other: other)
+        assert run("--preset", "tiny", *unasked) == 0
+    assert launched == [one], "where all is asked for, on a GPU that has such launches"
 
 
 def test_what_is_asked_for_is_listed(asked: dict[str, Any], small_libero: Path) -> None:

@@ -1,11 +1,13 @@
 // The functions of kernels/target.cuh on a CPU. EMULATE_BULK_COPIES and EMULATE_WARPGROUPS stand for the chip.
 //
-// Stricter than a chip where that finds faults: copies destroy their target at once and land as late as allowed, shared memory
-// begins as NaN, all threads of an instruction must reach it, and threads go on in a random order. It cannot show a missing
-// fence: each store is seen by all at once.
+// Stricter than a chip where that finds faults: copies destroy their target at once and land as late as allowed, warpgroup
+// products read shared memory as late as allowed and their sums are NaN until then, shared memory begins as NaN, all threads of
+// an instruction must reach it, and threads go on in a random order. It cannot show a missing fence: each store is seen by all
+// at once.
 #pragma once
 
 #include <cmath>
+#include <utility>
 
 #include "fibers.h"
 
@@ -57,6 +59,8 @@ DEVICE float shuffle_xor(float x, int mask) {
     return mine.got;
 }
 
+DEVICE void wait_for_inputs() {}  // the host calls a kernel when what it reads is there
+
 DEVICE Quad load_quad(const void* p) {
     if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_quad from an address that is no multiple of 16");
     return *static_cast<const Quad*>(p);
@@ -98,6 +102,7 @@ DEVICE std::uint32_t as_bits(float x) {
     return bits;
 }
 DEVICE float power_of_two(float x) { return std::exp2(x); }
+DEVICE float power_of_two_or_zero(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 DEVICE float multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 inline std::uint32_t to_bf16(float x) {
@@ -240,11 +245,56 @@ struct WarpgroupMultiplication {
 
 DEVICE void fence_shared_for_products() {}
 DEVICE void products_begin() {}
-DEVICE void products_end() {}
+DEVICE void products_commit() {
+    auto& fiber = machine->self();
+    fiber.committed_products.push_back(std::move(fiber.products));
+    fiber.products.clear();
+}
+template <int kPending>
+DEVICE void products_wait() {
+    auto& fiber = machine->self();
+    for (; fiber.committed_products.size() > kPending; fiber.committed_products.pop_front())
+        for (const auto& product : fiber.committed_products.front()) product();
+}
+DEVICE void products_end() {
+    products_commit();
+    products_wait<0>();
+}
+
+// What a thread's sums are while products run that write them; once only, however many products.
+inline void lend(float* sums, int count) {
+    auto [lent, is_new] = machine->self().lent.try_emplace(sums);
+    ++lent->second.products;
+    if (!is_new) return;
+    lent->second.values.assign(sums, sums + count);
+    std::memset(sums, 0xff, count * sizeof(float));
+}
+inline void give_back(float* sums) {
+    auto& lent = machine->self().lent;
+    const auto at = lent.find(sums);
+    if (--at->second.products > 0) return;
+    for (std::size_t i = 0; i < at->second.values.size(); ++i)
+        if (as_bits(sums[i]) != 0xffffffffu) machine->fail("wgmma: sums were written while products ran");
+    std::copy(at->second.values.begin(), at->second.values.end(), sums);
+    lent.erase(at);
+}
+
+template <bool kTransposed, int kBlocks>
+void multiply_groups_now(float (*d)[4], const std::uint32_t (&a)[4], std::uint64_t tokens);
 
 // kTransposed: rows of the 8 x 8 blocks are k, else columns.
 template <bool kTransposed, int kBlocks>
 void multiply_groups(float (*d)[4], const std::uint32_t (&a)[4], std::uint64_t tokens) {
+    lend(d[0], kBlocks * 4);
+    machine->self().products.push_back([d, tokens, a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3]] {
+        const std::uint32_t fragment[4] = {a0, a1, a2, a3};
+        auto* sums = reinterpret_cast<float(*)[4]>(machine->self().lent.at(d[0]).values.data());
+        multiply_groups_now<kTransposed, kBlocks>(sums, fragment, tokens);
+        give_back(d[0]);
+    });
+}
+template <bool kTransposed, int kBlocks>
+void multiply_groups_now(float (*d)[4], const std::uint32_t (&a)[4], std::uint64_t tokens) {
     WarpgroupMultiplication mine{d, a, tokens};
     auto& group = machine->self().block->groups[thread_index() / 128];
     const std::string what = (kTransposed ? "wgmma.trans " : "wgmma ") + std::to_string(kBlocks * 8);

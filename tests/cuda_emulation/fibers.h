@@ -11,6 +11,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -40,6 +41,12 @@ struct Copy {
 
 struct Block;
 
+// A thread's sums while products run: what they are, and how many products still write them.
+struct Lent {
+    std::vector<float> values;
+    int products = 0;
+};
+
 struct Fiber {
     Block* block = nullptr;
     int thread = 0;
@@ -47,6 +54,9 @@ struct Fiber {
     jmp_buf at;
     std::vector<Copy> copies;                // not committed
     std::deque<std::vector<Copy>> committed;  // groups under way
+    std::vector<std::function<void()>> products;  // not committed
+    std::deque<std::vector<std::function<void()>>> committed_products;
+    std::map<float*, Lent> lent;
 };
 
 struct Block {
@@ -116,9 +126,11 @@ public:
             if (fibers_[current_].done) ++done, idle_ = 0;
         }
         if (!engine_.empty()) throw std::runtime_error("a copy into shared memory outlives its block");
-        for (const Fiber& fiber : fibers_)
+        for (const Fiber& fiber : fibers_) {
             for (const auto& group : fiber.committed)
                 if (!group.empty()) throw std::runtime_error("a copy into shared memory outlives its block");
+            if (!fiber.lent.empty()) throw std::runtime_error("a product outlives its block");
+        }
     }
 
     Fiber& self() { return fibers_[current_]; }

@@ -38,7 +38,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture
 def engine(cuda: FakeCuda) -> Engine:
     engine = Engine(random_model(TINY, 1, with_text=False))
-    engine._stream = cuda.stream
+    engine._stream, engine._branch, engine.branches = cuda.stream, cuda.branch, True
     return engine
 
 
@@ -51,24 +51,29 @@ def cuda_error(cuda: FakeCuda) -> None:
     raise torch.AcceleratorError("CUDA error: planted\nCUDA kernel errors might be reported later")
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, failure: Callable[[], None]) -> None:
-    """Let the action head run `failure` while it is captured."""
-    actions = Engine.actions
+WHERE = {"on the branch": "add_noise", "beside the branch": "moments", "behind it": "actions"}
+"""Part of a step -> a function of the engine that runs there."""
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, failure: Callable[[], None], function: str = "actions") -> None:
+    """Let a function of the engine run `failure` while it is captured."""
+    right = getattr(Engine, function)
 
     def planted(self, *args, **kwargs):
         if torch.cuda.is_current_stream_capturing():
             failure()
-        return actions(self, *args, **kwargs)
+        return right(self, *args, **kwargs)
 
-    monkeypatch.setattr(Engine, "actions", planted)
+    monkeypatch.setattr(Engine, function, planted)
 
 
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("failure", [python_error, cuda_error])
 def test_the_error_that_came_first_is_raised_and_nothing_stays_in_a_capture(
-    cuda: FakeCuda, engine: Engine, monkeypatch: pytest.MonkeyPatch, failure
+    cuda: FakeCuda, engine: Engine, monkeypatch: pytest.MonkeyPatch, failure, where: str
 ) -> None:
     with monkeypatch.context() as planted:
-        plant(planted, lambda: failure(cuda))
+        plant(planted, lambda: failure(cuda), WHERE[where])
         message = r"the step cannot be captured as a CUDA graph: \w+: .*planted; load with engine='off'"
         with pytest.raises(BackendError, match=message) as raised:
             Plan(engine, SHAPE, None)
@@ -76,6 +81,8 @@ def test_the_error_that_came_first_is_raised_and_nothing_stays_in_a_capture(
     assert HIDDEN not in str(raised.value)
     assert cuda.current is None, "the caller's stream is current again"
     assert cuda.capturing is None
+    assert failure is cuda_error or cuda.log[:3] == ["begin", "fork", "join"], "the branch has come back"
+    assert not cuda.forked
     assert not cuda.allocating, "the allocator holds back what other streams have used for as long as this lasts"
     assert not cuda.generator_captured, "a random number on the GPU would raise"
     assert engine._pool is None
@@ -110,14 +117,13 @@ def test_each_graph_is_replayed_once_before_the_first_request(cuda: FakeCuda, en
     replay = torch.cuda.CUDAGraph.replay
     torch.cuda.CUDAGraph.replay = lambda self: (streams.append(cuda.current), replay(self))[1]
     Plan(engine, SHAPE, None)
-    once = ["begin", "end", "replay", "synchronize"]
-    assert cuda.log == 2 * once
-    assert streams == [cuda.stream, cuda.stream]
+    assert cuda.log == ["begin", "fork", "join", "end", "replay", "synchronize"]
+    assert streams == [cuda.stream]
 
 
 def test_a_first_replay_that_fails_is_a_failed_capture(cuda: FakeCuda, engine: Engine) -> None:
     cuda.broken = True
-    with pytest.raises(BackendError, match=r"drawing the noise cannot be captured .* unspecified launch failure"):
+    with pytest.raises(BackendError, match=r"the step cannot be captured .* unspecified launch failure"):
         Plan(engine, SHAPE, None)
     assert cuda.log[-1] == "reset"
     assert not cuda.allocating
@@ -221,9 +227,10 @@ def test_a_graph_gives_the_same_bits_after_its_tables_left_the_cache(small_liber
 
 @pytest.mark.gpu
 @pytest.mark.capture
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("failure", ["raises", "waits for the GPU"])
 def test_after_a_failed_capture_the_process_goes_on(
-    small_libero: Path, observation, monkeypatch: pytest.MonkeyPatch, failure
+    small_libero: Path, observation, monkeypatch: pytest.MonkeyPatch, failure, where: str
 ) -> None:
     """Without the engine, with the same engine, and with random numbers; the allocator takes memory back as before."""
 
@@ -235,7 +242,7 @@ def test_after_a_failed_capture_the_process_goes_on(
     kinds = {"device": "cuda", "dtype": torch.float32}
     policy = Policy.from_pretrained(small_libero, **kinds)
     with monkeypatch.context() as planted:
-        plant(planted, fail)
+        plant(planted, fail, WHERE[where])
         first = "ValueError: planted" if failure == "raises" else "AcceleratorError: .*captur"
         message = f"the step cannot be captured as a CUDA graph: {first}.*engine='off'"
         with pytest.raises(BackendError, match=message) as raised:

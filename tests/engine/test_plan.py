@@ -138,8 +138,8 @@ def test_a_step_never_looks_at_the_host(resize, picture) -> None:
     with use_backend("torch"):
         plan.run(*requests(plan, 0))
     with torch.no_grad(), use_backend("torch"), NoLookAtTheHost() as watch:
-        plan._compute()
-        plan._draw_noise()
+        engine.branches = True  # as on a GPU
+        plan.compute()
     assert {"convolution", "copy_"} <= watch.seen
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoLookAtTheHost():
         torch.ones(1).item()
@@ -254,6 +254,28 @@ def test_given_noise_and_seeds_may_be_mixed(device: torch.device, given) -> None
             assert np.array_equal(mixed[i], seeded[i])
 
 
+@pytest.mark.parametrize("given", [(False, False), (True, False), (False, True), (True, True)])
+def test_noise_drawn_inside_the_step_leaves_what_is_given(given) -> None:
+    """As on a GPU, by references: the one function that is recorded serves seeds, given noise, and both in one batch."""
+    plain, plan = make(torch.device("cpu")), make(torch.device("cpu"))
+    plan.engine.branches = True
+    pictures, state, noise, packs = requests(plan, 0)
+    plan.run(pictures, state, noise, packs)
+    drawn = {name: tensor.clone() for name, tensor in plan.noise.device.items()}
+    other = [Noise(**Noise.from_seed(7, i).draw(plan.draws)) for i in range(2)]
+    mixed = [other[i] if given[i] else noise[i] for i in range(2)]
+    got, _ = plan.run(pictures, state, mixed, packs)
+    for name, tensor in plan.noise.device.items():
+        for i in range(2):
+            brought = torch.from_numpy(getattr(other[i], name))
+            assert torch.equal(tensor[i], brought if given[i] else drawn[name][i]), (name, i)
+    wanted, _ = plain.run(pictures, state, mixed, packs)
+    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    again, _ = plan.run(pictures, state, noise, packs)
+    assert all(torch.equal(tensor, drawn[name]) for name, tensor in plan.noise.device.items())
+    assert given == (False, False) or not np.array_equal(again, got)
+
+
 def test_inference_mode_of_the_caller_leaves_no_trace(small_libero: Path, make_observation) -> None:
     policy = Policy.from_pretrained(small_libero, device="cpu")
     with torch.inference_mode():
@@ -315,7 +337,6 @@ def test_a_graph_gives_the_bits_of_the_same_step_without_one() -> None:
     plan = make(torch.device("cuda"), dtype=torch.bfloat16)
     recorded, _ = plan.run(*requests(plan, 0))
     with torch.no_grad():
-        plan._draw_noise()
         plan._compute()
     assert np.array_equal(plan.outputs.device["normalized"].cpu().numpy(), recorded)
 

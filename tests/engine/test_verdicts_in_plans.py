@@ -150,6 +150,40 @@ def test_the_head_follows_the_verdict_of_the_plans_own_shape(cache: Path, monkey
     assert head(1) == "library"
 
 
+def test_a_verdict_for_norm_and_product_decides_for_its_call_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference stands in for the kernel, which needs a GPU."""
+    known = find("norm_linear").implementations
+    stand_in = replace(known["triton"], refuse=lambda *_: None, run=known["torch"].run, device="cpu")
+    monkeypatch.setitem(known, "triton", stand_in)
+    engine = Engine(random_model(TINY, 0, with_text=False))
+
+    def ran(made: Plan) -> list[dict[str, dict[str, int]]]:
+        found = []
+        with torch.no_grad():
+            for _ in range(3):
+                made.compute()
+                found.append({op: made.ran[op] for op in ("norm_linear", "adaln", "linear_gelu")})
+        return found
+
+    with ops.listing() as calls_made:
+        first, *later = ran(plan(engine))
+    count = (2 * TINY.head.num_layers + 1) * TINY.head.num_inference_timesteps
+    assert first["norm_linear"] == {"parts": count}, "nothing has been measured"
+    assert later == [first, first], "the ops inside of it are chosen once as well"
+
+    gelus = [(op, args) for op, args in calls_made if op == "norm_linear" and args[-1] == "gelu_tanh"]
+    assert write(cache, gelus, norm_linear="triton") == 3 * TINY.head.num_layers * TINY.head.num_inference_timesteps
+    number = len(gelus) // 3
+    (tuned, *later) = ran(plan(engine))
+    assert tuned["norm_linear"] == {"parts": count - number, "triton": number}
+    assert later == [tuned, tuned]
+    assert sum(tuned["adaln"].values()) == sum(first["adaln"].values()) - number
+    assert sum(tuned["linear_gelu"].values()) == sum(first["linear_gelu"].values()) - number
+    assert ran(plan(Engine(random_model(TINY, 0, with_text=False), tune="off")))[0] == first
+
+
 def test_heads_of_other_sizes_are_other_calls(cache: Path) -> None:
     """Each size that the kernel's work depends on is in the head's text, or in its arguments'."""
 

@@ -13,7 +13,10 @@ HIDDEN = "operation failed due to a previous error during capture"
 
 
 class FakeStream:
-    """A stream on the CPU: everything on it has run already."""
+    """A stream on the CPU: everything on it has run already.
+
+    One that waits for a capture is part of it until it is waited for.
+    """
 
     device, device_index = torch.device("cpu"), 0
 
@@ -21,7 +24,14 @@ class FakeStream:
         self.cuda = cuda
 
     def wait_stream(self, other: Any) -> None:
-        pass
+        cuda = self.cuda
+        if cuda.capturing is None:
+            return
+        if cuda.invalid:
+            raise torch.AcceleratorError(HIDDEN)
+        if other is cuda.stream or other in cuda.forked:
+            cuda.log.append("fork" if self is not cuda.stream else "join")
+            cuda.forked = cuda.forked - {other} if self is cuda.stream else cuda.forked | {self}
 
     def synchronize(self) -> None:
         assert self.cuda.capturing is None, "a stream that is being captured cannot be waited for"
@@ -45,6 +55,9 @@ class FakeGraph:
         cuda = self.cuda
         was, cuda.capturing = cuda.capturing, None
         invalid, cuda.invalid = cuda.invalid, False
+        forked, cuda.forked = cuda.forked, frozenset()
+        if forked:
+            raise torch.AcceleratorError("capture has unjoined work")
         if was is not self or invalid:
             raise torch.AcceleratorError(HIDDEN)
         cuda.allocating -= {self.pool}
@@ -61,10 +74,11 @@ class FakeGraph:
 
 
 class FakeCuda:
-    """Stands for `torch.cuda` once `install` has run. `stream` is a plan's.
+    """Stands for `torch.cuda` once `install` has run. `stream` is a plan's, `branch` another one.
 
     Attributes:
-        capturing: the graph that is being captured. invalid: whether an operation has made this capture invalid.
+        capturing: the graph that is being captured. forked: streams that are in it beside the plan's.
+        invalid: whether an operation has made this capture invalid.
         allocating: pools that the allocator believes to be captured into. released: those given back.
         segments: sizes of what each pool has.
         generator_captured: whether the random generator believes to be captured. broken: whether replays fail.
@@ -72,9 +86,10 @@ class FakeCuda:
     """
 
     def __init__(self) -> None:
-        self.stream = FakeStream(self)
+        self.stream, self.branch = FakeStream(self), FakeStream(self)
         self.current: FakeStream | None = None
         self.capturing: FakeGraph | None = None
+        self.forked: frozenset[FakeStream] = frozenset()
         self.allocating: set[Any] = set()
         self.released: list[Any] = []
         self.invalid = self.generator_captured = self.broken = False

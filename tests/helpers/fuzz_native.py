@@ -111,21 +111,20 @@ def dense(address: int, shape: tuple[int, ...], dtype: str) -> tuple:
 def preprocess_cuda(world: World, rng: random.Random) -> dict[str, Any]:
     views = [dense(i + 1, (2, 8, 8, 3), "uint8") for i in range(rng.randint(1, 3))]
     out = dense(9, (2, 3, 4, 4 * len(views)), rng.choice(("float32", "bfloat16", "float16")))
-    return dict(views=views, widths=[4] * len(views), out=out, filter="bilinear", stream=0)
+    early = rng.random() < 0.5
+    return dict(views=views, widths=[4] * len(views), out=out, filter="bilinear", stream=0, programmatic=early)
 
 
 def self_attention_cuda(world: World, rng: random.Random) -> dict[str, Any]:
-    norms = [dense(i, (128,), "bfloat16") if rng.random() < 0.7 else None for i in (2,)] * 2
+    q, k, v = (dense(i + 1, (2, 2, 9, 128), "bfloat16") for i in range(3))
     return dict(
-        qkv=dense(1, (2, 9, 768), "bfloat16"),
-        norm_q=norms[0],
-        norm_k=norms[1],
-        rotary=dense(3, (2, 9, 64), "float32"),
+        q=q,
+        k=k,
+        v=v,
         out=dense(4, (2, 9, 256), "bfloat16"),
-        heads=2,
-        eps=1e-5,
         queries=rng.choice((64, 128)),
         stream=0,
+        programmatic=rng.random() < 0.5,
     )
 
 
@@ -168,7 +167,7 @@ def load(world: World, rng: random.Random) -> dict[str, Any]:
 
 
 def launch(world: World, rng: random.Random) -> dict[str, Any]:
-    return dict(grid=(3, 2), stream=0, arguments=[VALUES[kind] for kind in KINDS])
+    return dict(grid=(3, 2), stream=0, arguments=[VALUES[kind] for kind in KINDS], programmatic=rng.random() < 0.5)
 
 
 SOUND: dict[str, Callable[[World, random.Random], dict[str, Any]]] = {
@@ -181,6 +180,7 @@ SOUND: dict[str, Callable[[World, random.Random], dict[str, Any]]] = {
     "Driver": lambda world, rng: dict(library=world.library),
     "Driver.load": load,
     "Driver.version": lambda world, rng: {},
+    "Driver.programmatic": lambda world, rng: {},
     "Kernel": lambda world, rng: {},
     "Kernel.launch": launch,
     "Kernel.entry": lambda world, rng: {},
@@ -190,7 +190,7 @@ REFUSED = {"Kernel": TypeError, "Driver.load": ValueError, **dict.fromkeys(ON_GP
 """What a sound call may end in: no GPU is there, a kernel cannot be made from Python, a byte of an image was changed."""
 
 
-READ = ("Driver.version", "Kernel.entry")
+READ = ("Driver.version", "Driver.programmatic", "Kernel.entry")
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:

@@ -17,8 +17,8 @@ from dit4dit.ops.verdicts import Verdict, Verdicts, call_text
 CPU = torch.device("cpu")
 VIEW = torch.arange(2 * 6 * 6 * 3, dtype=torch.uint8).view(2, 6, 6, 3)
 ARGS = ([VIEW], (3, 3), "bilinear", torch.float32)
-CALL = call_text((*ARGS, None))
-"""As the op gives its arguments on: no `out`."""
+CALL = call_text((*ARGS, None, None))
+"""As the op gives its arguments on: no `channels`, no `out`."""
 DEFAULT, OTHER = "cpp", "torch"
 
 

@@ -9,7 +9,7 @@ import torch
 from dit4dit.benchmarks.harness import assert_no_worse
 
 from dit4dit.errors import InputError
-from dit4dit.ops import adaln, launch
+from dit4dit.ops import adaln, stand_in
 from dit4dit.ops.adaln import reference
 from dit4dit.ops.dispatch import find
 
@@ -66,7 +66,7 @@ def test_rows_of_one_frame_share_its_tables(triton_op, shape, parts, dtypes):
 
 def test_rows_take_no_odd_number_of_tokens():
     args = make((1, 2, 7, 64), F32, BF16, BF16)
-    with launch.without_data():
+    with stand_in.without_data():
         given = tuple(x.to("meta") if isinstance(x, torch.Tensor) else x for x in args)
         reason = find("adaln").implementations["rows"].refuse(*given)
     assert reason == "7 tokens in a frame, an odd number, which no two rows divide"
@@ -108,3 +108,27 @@ def test_the_kernel_rounds_to_nearest_even(triton_op, dtype):
     x, y = torch.randn(2, 1, 1, 40, 64).to(dtype)
     x_new, _ = triton_op("adaln", x, y, None, None, None, 1e-6, dtype)
     assert torch.equal(x_new, (x.float() + y.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtypes", [(F32, BF16, BF16), (F16, F16, F16)])
+@pytest.mark.parametrize("shape", [(1, 2, 7, 96), (3, 2, 5, 33), (2, 1, 3, 64)])
+@pytest.mark.parametrize("few", ["samples", "frames", "tokens", "samples and tokens"])
+def test_triton_with_an_expanded_residual(triton_op, few, shape, dtypes):
+    """A residual stream that begins with one row for several tokens, frames or samples."""
+    x, y, _, *rest = make(shape, *dtypes)
+    for axis, name in enumerate(("samples", "frames", "tokens")):
+        x = x.narrow(axis, 0, 1).expand(shape) if name in few else x
+    assert_no_worse(partial(triton_op, "adaln"), reference, (x, y, None, *rest), float32_limit=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_new_residual_goes_into_frames_of_a_larger_one(triton_op, batch):
+    x, y, _, *rest = make((batch, 2, 5, 64), F32, BF16, BF16)
+    wanted = reference(x, y, None, *rest)
+    for run in (partial(adaln, backend="torch"), partial(triton_op, "adaln")):
+        whole = torch.full((batch, 3, 5, 64), torch.nan)
+        x_new, h = run(x, y, None, *rest, out=whole[:, 1:])
+        assert torch.equal(x_new, wanted[0])
+        torch.testing.assert_close(h, wanted[1], rtol=2**-7, atol=1e-3)
+    with pytest.raises(InputError, match="adaln: out: expected y and a tensor like x"):
+        adaln(x, None, None, *rest, out=x)

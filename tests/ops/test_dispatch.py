@@ -410,3 +410,37 @@ def test_a_build_without_cuda_says_so(monkeypatch):
     assert (
         native.no_cuda_kernels(torch.device("cuda")) == "no kernel for sm_75 in this build, which has sm_80, compute_80"
     )
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """An op of two results: "into" writes them where it is told, "plain" cannot."""
+    monkeypatch.setattr(dispatch, "_ops", dict(dispatch._ops))
+
+    def into(x, out=None):
+        places = [torch.empty_like(x) if place is None else place for place in out or (None, None)]
+        return tuple(place.copy_(x / 2) for place in places)
+
+    plain = Implementation("plain", lambda x: None, lambda x: (x / 2, x / 2))
+    return Op("halves", [Implementation("into", lambda x: None, into, into=True), plain], example=None)
+
+
+@pytest.mark.parametrize("backend", ["into", "plain"])
+@pytest.mark.parametrize("layout", ["dense", "every second"])
+def test_a_result_goes_where_the_caller_wants_it(halves, backend, layout):
+    """Whatever runs, and wherever that is; the call is listed as the same one."""
+    memory = torch.full((4,), 7.0)
+    place = memory[:2] if layout == "dense" else memory[::2]
+    with listing() as calls:
+        first, second = halves(FLOAT, backend=backend, out=(place, None))
+    assert first.data_ptr() == place.data_ptr()
+    assert memory.tolist() == ([0.5, 0.5, 7, 7] if layout == "dense" else [0.5, 7, 0.5, 7])
+    assert second.tolist() == [0.5, 0.5]
+    assert second.data_ptr() != place.data_ptr()
+    assert [(name, len(args)) for name, args in calls] == [("halves", 1)]
+
+
+def test_the_only_result_too(op):
+    place = torch.zeros(2)
+    assert op(FLOAT, out=place) is place
+    assert place.tolist() == [2, 2]

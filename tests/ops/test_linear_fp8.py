@@ -176,3 +176,14 @@ def test_refuses_what_does_not_fit(change, message):
     )
     with pytest.raises(InputError, match=message):
         linear_fp8(**{**given, **change})
+
+
+def test_triton_writes_to_rows_of_a_larger_result(triton_op):
+    args = make((1, 6, 32), 48, BF16)
+    wanted = triton_op("linear_fp8", *args)
+    whole = torch.full((1, 9, 48), torch.nan, dtype=BF16)
+    assert torch.equal(triton_op("linear_fp8", *args, out=whole[:, 2:8]), wanted)
+    assert torch.equal(linear_fp8(*args, out=whole[:, 2:8], backend="torch"), reference(*args))
+    assert whole[:, :2].isnan().all()
+    with pytest.raises(InputError, match="linear_fp8: out: expected"):
+        linear_fp8(*args, out=whole)

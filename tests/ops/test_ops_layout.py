@@ -20,10 +20,13 @@ NOT_OPS = {
     "launch",
     "native",
     "onednn",
+    "programmatic",
     "sources",
     "stages",
+    "stand_in",
     "tiles",
     "verdicts",
+    "wide_attention",
 }
 
 

@@ -159,6 +159,23 @@ def test_writes_all_of_a_poisoned_output_and_nothing_else(implementation, resize
     assert buffer.isnan().sum() == buffer.numel() - out.numel()
 
 
+@pytest.mark.parametrize("channels", [3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_channels_last_with_zeros_behind_the_third(implementation, dtype, channels):
+    """As the first convolution takes it; what the memory held before is not there any more."""
+    device = device_of(implementation)
+    views = images([(32, 40), (17, 16)], batch=2, device=device)
+    planes = preprocess(views, (10, 11), "cv2_area", dtype, backend=implementation)
+    poisoned = torch.full((2, 10, 22, channels), float("nan"), dtype=dtype, device=device).permute(0, 3, 1, 2)
+    for out in (None, poisoned):
+        got = preprocess(views, (10, 11), "cv2_area", dtype, channels=channels, backend=implementation, out=out)
+        assert got.shape == (2, channels, 10, 22)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(bits(got[:, :3]), bits(planes))
+        assert torch.equal(bits(got[:, 3:]), torch.zeros_like(bits(got[:, 3:]))), "zeros, and no minus among them"
+
+
 @pytest.mark.gpu
 @pytest.mark.capture
 def test_cuda_runs_on_the_current_stream_and_in_a_graph():
@@ -192,6 +209,8 @@ IMAGE = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
     [
         (dict(views=[IMAGE.float()]), r"views\[0\]: expected uint8 in 0\.\.255, got torch\.float32"),
         (dict(views=[]), "expected at least one view"),
+        (dict(channels=2), "channels: expected None or at least 3, got 2"),
+        (dict(channels=4, out=torch.zeros(2, 3, 4, 4)), r"out: expected shape \[2, 4, 4, 4\], got \[2, 3, 4, 4\]"),
         (dict(views=[IMAGE, IMAGE[0]]), r"views\[1\]: expected \[batch, height, width, 3\], got \[8, 8, 3\]"),
         (dict(views=[IMAGE[..., :1]]), r"got \[2, 8, 8, 1\]"),
         (dict(views=[IMAGE[:, :0]]), r"got \[2, 0, 8, 3\]"),

@@ -12,7 +12,7 @@ from dit4dit.config import VideoDitConfig
 from dit4dit.errors import InputError
 from dit4dit.model.video_dit import RmsNorm, rotary_table, rotate
 from dit4dit.ops import qk_norm_rope
-from dit4dit.ops.qk_norm_rope import reference
+from dit4dit.ops.qk_norm_rope import launches, reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -47,6 +47,17 @@ def make(batch, length, heads, dim, dtype, *, norm=True, rope=True, norm_dtype=N
 )
 def test_triton(triton_op, sizes, parts, dtype):
     assert_no_worse(partial(triton_op, "qk_norm_rope"), reference, make(*sizes, dtype, **parts), float32_limit=1e-5)
+
+
+@pytest.mark.parametrize("parts", [{}, dict(rope=False), dict(norm=False), dict(norm=False, rope=False)], ids=str)
+def test_layout_that_attention_kernels_read_where_it_is(parts):
+    """Token after token, rows of d dense: the kernel's as the reference's."""
+    args = make(2, 5, 3, 16, BF16, **parts)
+    for q, k, v in (reference(*args), launches(args, "90")[1]):
+        row = 3 * 16 if parts != dict(norm=False, rope=False) else 3 * 3 * 16
+        assert q.stride() == k.stride() == (5 * row, 16, row, 1)
+        assert v.stride() == (5 * 3 * 3 * 16, 16, 3 * 3 * 16, 1)
+        assert torch.empty_like(q).transpose(1, 2).is_contiguous()  # cuDNN's and flash-attn's results
 
 
 def test_angles_once_or_for_both_halves():

@@ -69,3 +69,14 @@ def test_refuses_what_does_not_fit():
         unnormalize(torch.zeros(1, 2, 6), table)
     with pytest.raises(ConfigError, match="SinCos"):
         inverse_table(Chain((SinCos((3,)), Normalize.from_stats(stats(3), ["none"] * 3))))
+
+
+def test_writes_where_it_is_told(triton_op):
+    actions = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    table = torch.tensor([[torch.nan, -1.0, 1.0, 2.0, 0.5]] * 4, dtype=torch.float64).T.contiguous()
+    wanted, place = unnormalize(actions, table), torch.full((2, 3, 4), torch.nan)
+    assert unnormalize(actions, table, out=place) is place
+    assert torch.equal(place, wanted)
+    assert torch.equal(triton_op("unnormalize", actions, table, out=torch.full((2, 3, 4), torch.nan)), wanted)
+    with pytest.raises(InputError, match="unnormalize: out: expected float32"):
+        unnormalize(actions, table, out=place[:, :2])

@@ -253,7 +253,7 @@ def test_of_another_call_than_its_name_says(cache: Path, lines, field: str) -> N
 def test_one_line_for_a_reason_however_many_files(cache: Path, lines) -> None:
     verdicts.write(verdict(place={"device": "another"}), cache)
     again = torch.float16
-    other = verdict(place={"device": "another"}, call=call_text((*ARGS[:3], again, None)))
+    other = verdict(place={"device": "another"}, call=call_text((*ARGS[:3], again, None, None)))
     verdicts.write(other, cache)
     with Choices(Verdicts(CPU)):
         ops.preprocess(*ARGS)
@@ -278,7 +278,7 @@ PLUGIN = """
 from dit4dit.ops import Implementation, register
 from dit4dit.ops.preprocess import reference
 
-def run(views, size, resize, dtype, out):
+def run(views, size, resize, dtype, channels, out):
     return reference(views, size, resize, dtype)
 
 register("preprocess", Implementation("mine", lambda *_: None, run))

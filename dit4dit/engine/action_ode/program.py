@@ -14,15 +14,16 @@ from torch import Tensor
 
 from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode.plan import FIXED_SHARED, head_shape, plan
-from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, NONE, WEIGHT_UNIT, Device, Schedule
+from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, NONE, THREADS, WEIGHT_UNIT, Device, Schedule
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
 from dit4dit.engine.action_ode.weights import as_bytes, pack_constants, pack_matrices
 from dit4dit.engine.fold import fold_head
 from dit4dit.errors import BackendError, ConfigError, OutputError, shown
 from dit4dit.model.action_head import ActionHead
 from dit4dit.model.flow import GuidanceTensors
-from dit4dit.ops import device_tables, native
+from dit4dit.ops import device_tables, native, stand_in
 from dit4dit.ops.action_ode import FoldedHead
+from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.dispatch import set_example
 
 log = logging.getLogger("dit4dit.engine.action_ode")
@@ -108,7 +109,10 @@ class OneLaunchHead:
             if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
                 return f"{name} needs a gradient"
         try:
-            self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
+            if stand_in.of(noise.device) is not None:
+                self._plan(noise.device, noise.shape[0], context.shape[1], prefix is not None)
+            else:
+                self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         except (ConfigError, BackendError) as error:
             return str(error)
         return None
@@ -129,7 +133,7 @@ class OneLaunchHead:
     def unsuitable(self, device: torch.device, context: torch.dtype) -> str | None:
         """Why no request of this kind could be launched, by device, dtype and build alone, or None."""
         dtype = self.folded.decode_out.weight.dtype
-        if device.type != "cuda":
+        if not stand_in.on_gpu(device):
             return f"it is on {device}: load with device='cuda', or take head='library'"
         if context != torch.bfloat16 or dtype != torch.bfloat16:
             return f"context is {context} and the head {dtype}, not bfloat16 (head_dtype=torch.bfloat16)"
@@ -179,6 +183,8 @@ class OneLaunchHead:
 
     def launch(self, noise: Tensor, context: Tensor, prefix: Tensor | None, guidance: GuidanceTensors | None) -> Tensor:
         """`ops.action_ode` on a GPU, whose arguments these are. Returns at once; `check` tells how it went."""
+        if stand_in.of(noise.device) is not None:
+            return self._recorded(noise, context, prefix)
         ready = self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         out = torch.empty(noise.shape, dtype=torch.float32, device=noise.device)  # dense, whatever the noise is
         given = {"noise": noise.float().contiguous(), "context": context.contiguous(), "out": out}
@@ -194,6 +200,19 @@ class OneLaunchHead:
         native.compiled().action_ode_cuda(
             views, launcher_numbers, buffers(ready.schedule), most, LONGEST_WAIT_NS, stream
         )
+        return out
+
+    def _recorded(self, noise: Tensor, context: Tensor, prefix: Tensor | None) -> Tensor:
+        """`launch` of tensors without data: what it does there, for whoever records launches."""
+        schedule = self._plan(noise.device, noise.shape[0], context.shape[1], prefix is not None)
+        given, out = noise.float().contiguous(), torch.empty(noise.shape, dtype=torch.float32, device=noise.device)
+        weights = torch.empty(schedule.weight_bytes, dtype=torch.uint8, device=noise.device)
+        arguments = {"noise": given, "context": context.contiguous(), "weights": weights, "out": out}
+        if prefix is not None:
+            arguments["prefix"] = prefix.float().contiguous()
+        facts = {"stages": schedule.stages, "steps": schedule.shape.steps, "slots": schedule.slots}
+        one = Launch("action_ode.cu", (schedule.device.workers,), arguments, facts, {"num_warps": THREADS // 32})
+        stand_in.recorded(noise.device, [one])
         return out
 
     def check(self) -> None:
@@ -244,6 +263,9 @@ def buffers(schedule: Schedule) -> list[tuple[int, int, int]]:
 
 def device_of(device: torch.device) -> Device:
     """What the planner needs to know of a GPU. Under MPS the multiprocessors are those of this process's share."""
+    stands = stand_in.of(device)
+    if stands is not None:
+        return Device(stands.multiprocessors, stands.shared_memory, int(stands.architecture))
     facts = native.compiled().action_ode_facts(device.index or 0, 0)
     return Device(facts["multiprocessors"], facts["shared_memory"], facts["capability"])
 

@@ -24,13 +24,15 @@ class Launch:
     constants: Mapping[str, Any]
     tile: Mapping[str, int]  # block sizes in capitals, num_warps, num_stages
 
-    def __call__(self) -> None:
-        """Launch it through Triton."""
-        function(self.kernel)[self.grid](**self.arguments, **self.constants, **self.tile)
+    def __call__(self, programmatic: bool = False) -> None:
+        """Launch it through Triton; programmatic: as in `ops.programmatic`. The code is the same, Triton compiles it anew."""
+        options = {"launch_pdl": True} if programmatic else {}
+        function(self.kernel)[self.grid](**self.arguments, **self.constants, **self.tile, **options)
 
 
-Launches = Callable[[Any, str], tuple[list[Launch], Any]]
-"""An op's arguments and an architecture -> the kernels to run, and what they will have written."""
+Launches = Callable[..., tuple[list[Launch], Any]]
+"""(an op's arguments, an architecture) -> the kernels to run, and what they will have written; where the op's Triton
+implementation is `into`, `out=` too."""
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from dit4dit.ops import native
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.aot.manifest import Compiled, Manifest, installed
 from dit4dit.ops.aot.specialization import Specialization
+from dit4dit.ops.programmatic import driver_can
 
 if TYPE_CHECKING:
     from dit4dit import _C
@@ -66,10 +67,11 @@ def find(step: Launch, architecture: str) -> Compiled | str:
     return found or f"no kernel was compiled ahead of time for {key}"
 
 
-def start(step: Launch, device: int, stream: int, architecture: str) -> str | None:
+def start(step: Launch, device: int, stream: int, architecture: str, programmatic: bool = False) -> str | None:
     """Enqueue a launch on a stream of a device; None when that is done, else why there is no kernel for it.
 
-    The first launch of a kernel on a device loads it, which a stream that is being captured does not allow.
+    The first launch of a kernel on a device loads it, which a stream that is being captured does not allow. programmatic: as
+    in `ops.programmatic`, where the driver can; the cubin is the same.
 
     Raises:
         ValueError, TypeError: an argument that the kernel cannot take. CudaError: the driver refuses.
@@ -86,7 +88,8 @@ def start(step: Launch, device: int, stream: int, architecture: str) -> str | No
         if reason is not None:
             return reason
         kernel = _load(manifest, found, device)
-    kernel.launch(step.grid, stream, [_value(step, name, device) for name, _ in found.arguments])
+    values = [_value(step, name, device) for name, _ in found.arguments]
+    kernel.launch(step.grid, stream, values, programmatic and driver_can())
     return None
 
 

@@ -1,0 +1,11 @@
+"""posterior_patches: the conditioning frame of the released models, every implementation against the reference.
+
+python -m dit4dit.benchmarks.ops.bench_posterior_patches --device cuda --compile --json result.json
+"""
+
+from __future__ import annotations
+
+from dit4dit.benchmarks.op_bench import bench
+
+if __name__ == "__main__":
+    raise SystemExit(bench("posterior_patches", __doc__))

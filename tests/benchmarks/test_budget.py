@@ -1,0 +1,403 @@
+"""`dit4dit bench budget`: launches as profiles of GPUs counted them, and their times within what is promised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dit4dit.benchmarks import budget, budget_gpu, budget_report, flops, tuning_calls
+
+from dit4dit import ops
+from dit4dit.cli import main
+from dit4dit.engine import plan as plans
+from dit4dit.engine.action_ode.plan import Device, head_shape, plan
+from dit4dit.ops import dispatch, stand_in, tiles
+from dit4dit.presets import preset
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+FILES = {"h200": RESULTS / "nvidia-h200.json", "h100": RESULTS / "nvidia-h100-80gb-hbm3.json"}
+BF16, FP32 = torch.bfloat16, torch.float32
+Row = Mapping[str, Any]
+
+
+class AsMeasured(budget.Shipped):
+    """What the results were measured with: on the H200's profile the backbone's first feed-forward product was Triton's."""
+
+    def __init__(self, gpu: budget_gpu.Gpu, triton_gelu: bool) -> None:
+        super().__init__(gpu)
+        self.triton_gelu = triton_gelu
+
+    def choice(self, op: str, args: Sequence[Any], files: Any = None) -> str | None:
+        if self.triton_gelu and op == "linear_gelu" and args[0].dtype == BF16:
+            return "triton"
+        return super().choice(op, args, files)
+
+
+def rows(
+    name: str, head: Any, dtype: torch.dtype, gpu: str = "h200", verdicts: budget.Verdicts | None = None
+) -> list[dict[str, Any]]:
+    """Every launch of one chunk, as a plan chooses today."""
+    here = budget_gpu.read(gpu)
+    wanted = budget.Wanted(name, head, dtype, here)
+    subject = tuning_calls.of_preset(name)
+    trace, _ = budget.steps_of(
+        wanted, subject, budget.engine_of(wanted, subject.config), verdicts or budget.Shipped(here)
+    )
+    return [budget.row(step, here, False) for step in trace.steps]
+
+
+@cache
+def predicted(head: str, dtype: torch.dtype, gpu: str, triton_gelu: bool = False) -> list[dict[str, Any]]:
+    """RoboCasa-GR1's, which were measured."""
+    return rows("robocasa_gr1", head, dtype, gpu, AsMeasured(budget_gpu.read(gpu), triton_gelu))
+
+
+@cache
+def measured(gpu: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(FILES[gpu].read_text())
+    return found
+
+
+@cache
+def tiny() -> dict[str, Any]:
+    return budget.measure(budget.Wanted("tiny", "auto", BF16, budget_gpu.read("h200")))
+
+
+def is_one(row: Row, *, n: int = 0, k: int = 0, m: int = 0) -> bool:
+    return row["kind"] == "product" and all(row[key] == value for key, value in (("n", n), ("k", k), ("m", m)) if value)
+
+
+# (stage, words of a profile's kernels, of which each has one, launches of the budget)
+LINES: list[tuple[str, tuple[str, ...], Callable[[Row], bool]]] = [
+    (
+        "vae",
+        ("elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::CUDAFunctor_add",),
+        lambda r: r["name"] == "add bias",
+    ),
+    ("vae", ("implicit_gemm", "cutlass__5x_cudnn", "nvjet"), lambda r: r["kind"] == "convolution"),
+    ("vae", ("rms_norm_silu",), lambda r: r["name"] == "rms_norm_silu"),
+    ("vae", ("fmha",), lambda r: r["kind"] == "attention"),
+    ("backbone", ("64x152",), lambda r: is_one(r, n=2048)),
+    ("backbone", ("192x160",), lambda r: is_one(r, n=6144)),
+    ("backbone", ("256x152",), lambda r: is_one(r, n=8192)),
+    ("backbone", ("linear_gelu",), lambda r: r["name"] == "linear_gelu"),
+    ("backbone", ("GeluCUDAKernel",), lambda r: r["name"] == "gelu"),
+    *(
+        ("backbone", (name,), lambda r, name=name: r["name"] == name)
+        for name in ("adaln", "self_attention", "cross_attention", "qk_norm_rope")
+    ),
+    ("action_head", ("fmha",), lambda r: r["kind"] == "attention"),
+    ("action_head", ("sgemm_largek",), lambda r: is_one(r, m=17, n=768, k=768)),
+    ("action_head", ("tilesize32x32x8",), lambda r: is_one(r, m=17, n=768, k=3072)),
+    ("action_head", ("simt_sgemm_64x64",), lambda r: is_one(r, k=768) and r["n"] > 1024),
+    ("action_head", ("tilesize128x128x8",), lambda r: is_one(r, n=12288)),
+    ("action_head", ("adaln",), lambda r: r["name"] == "adaln"),
+    ("action_head", ("Memset",), lambda r: r["kind"] == "memset"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", FILES)
+def test_main_lines_of_a_profile_are_within_a_quarter(gpu: str) -> None:
+    profile = measured(gpu)["profile_robocasa_gr1"]
+    assert (profile["head"], profile["head_dtype"]) == ("library", "float32")
+    triton_gelu = any(k["kernel"] == "linear_gelu" for k in profile["stages"]["backbone"])
+    ours = predicted("library", FP32, gpu, triton_gelu)
+    seen = 0
+    for stage, words, fits in LINES:
+        theirs = [k for k in profile["stages"][stage] if any(word in k["kernel"] for word in words)]
+        mine = [r for r in ours if r["stage"] == stage and fits(r)]
+        assert bool(theirs) == bool(mine), (stage, words)
+        if not theirs:
+            continue
+        us, count = (sum(k[key] for k in theirs) for key in ("us", "count"))
+        assert abs(len(mine) - count) <= 1, (stage, words)
+        assert sum(r["us"] for r in mine) == pytest.approx(us, rel=0.25), (stage, words)
+        seen += us
+    assert seen > 0.9 * profile["total_us"], "what is compared is nearly all of the profile"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", FILES)
+def test_stages_are_within_a_tenth_and_their_launches_counted(gpu: str) -> None:
+    profile = measured(gpu)["profile_robocasa_gr1"]
+    triton_gelu = any(k["kernel"] == "linear_gelu" for k in profile["stages"]["backbone"])
+    stages = budget.stages_of(predicted("library", FP32, gpu, triton_gelu))
+    for stage in ("vae", "backbone", "action_head"):
+        assert stages[stage]["us"] == pytest.approx(profile["replay_us"][stage], rel=0.1), stage
+        assert abs(stages[stage]["launches"] - profile["stage_us"][stage]["launches"]) <= 2, stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", FILES)
+@pytest.mark.parametrize("head", ["library", "one_launch"])
+def test_the_bfloat16_head_and_the_whole_chunk(gpu: str, head: str) -> None:
+    latency = measured(gpu)[f"latency_{head}_robocasa_gr1"]
+    assert (latency["head"], latency["head_dtype"]) == (head, "bfloat16")
+    triton_gelu = gpu == "h200" and head == "one_launch"  # the part ran before the default changed
+    stages = budget.stages_of(predicted(head, BF16, gpu, triton_gelu))
+    for stage, ms in latency["stages"]["engine"].items():
+        assert stages[stage]["us"] == pytest.approx(1e3 * ms, rel=0.12), stage
+    total = budget.total_of(stages)
+    assert total["us"] == pytest.approx(1e3 * latency["engine"]["p50"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_libero_has_the_rates_that_robocasa_gave() -> None:
+    found = measured("h200")["ratio_libero"]
+    stages = budget.stages_of(rows("libero", "library", FP32))
+    for stage in ("vae", "backbone"):
+        assert stages[stage]["us"] == pytest.approx(1e3 * found["stages"]["engine"][stage], rel=0.1), stage
+
+
+@pytest.mark.slow
+def test_flops_are_those_of_the_executed_schedule() -> None:
+    counted = flops.executed(preset("robocasa_gr1").model, 1)
+    stages = budget.stages_of(predicted("library", FP32, "h200"))
+    for stage in ("vae", "backbone", "action_head"):
+        assert stages[stage]["gflop"] == pytest.approx(counted[stage], rel=1e-6), stage
+    stages = budget.stages_of(predicted("one_launch", BF16, "h200"))
+    assert stages["action_head"]["gflop"] == pytest.approx(counted["action_head"], rel=1e-6)
+
+
+def test_the_one_launch_head_costs_its_stages() -> None:
+    (one,) = [row for row in rows("robocasa_gr1", "one_launch", BF16) if row["name"] == "action_ode.cu"]
+    shape = head_shape(preset("robocasa_gr1").model.head, batch=1, context=588, prefix=True, steps=4)
+    schedule = plan(shape, Device(132, 227 << 10, 90))
+    assert one["constants"]["stages"] == schedule.stages
+    assert one["us"] == pytest.approx(schedule.stages * budget_gpu.read("h200")["one_launch_stage"])
+    assert one["grid"] == [132]
+    assert one["mb"] * 1e6 > schedule.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("op", "tile"),
+    [
+        ("self_attention", {"ROWS": 16, "KEYS": 64, "num_warps": 4, "num_stages": 2}),
+        ("adaln", {"ROWS": 64, "num_warps": 4, "num_stages": 1}),
+    ],
+)
+def test_another_tile_is_another_total(op: str, tile: dict[str, int]) -> None:
+    before = predicted("library", BF16, "h200")
+    with tiles.trying(op, tile):
+        after = rows("robocasa_gr1", "library", BF16)
+    us = [budget.total_of(budget.stages_of(found))["us"] for found in (before, after)]
+    changed = [r["name"] for r, other in zip(before, after, strict=True) if r != other]
+    assert set(changed) == {op}
+    assert us[1] > 1.005 * us[0]
+
+
+def test_a_tile_of_a_product_changes_its_waves() -> None:
+    args = (torch.empty(1, 588, 2048, dtype=BF16, device="meta"), torch.empty(8192, 2048, dtype=BF16, device="meta"))
+    times = {}
+    for columns in (64, 128):
+        tile = {"ROWS": 128, "COLUMNS": columns, "DEPTH": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+        with tiles.trying("linear_gelu", tile):
+            times[columns] = cost("linear_gelu", "triton", (*args, None, "none"))
+    assert times[64] != times[128]
+
+
+def test_candidates_of_attention_are_as_far_apart_as_they_were_measured() -> None:
+    norm, rotary = torch.empty(128, dtype=BF16, device="meta"), torch.empty(2, 588, 64, device="meta")
+    qkv = torch.empty(1, 588, 6144, dtype=BF16, device="meta")
+    args = (qkv, norm, norm, rotary, 16, 1e-5)
+    events = 4.0  # us of `bench ops` that are not the kernels'
+    for row in measured("h200")["ops_self_attention"]["rows"]:
+        name = {"eager": "torch"}.get(row["implementation"], row["implementation"])
+        if row["case"] == "588" and name in ("torch", "triton", "cudnn"):
+            assert cost("self_attention", name, args) == pytest.approx(1e3 * row["ms"] - events, rel=0.25), name
+
+
+def test_one_that_needs_data_is_named_and_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no data")
+
+    op = dispatch.find("unnormalize")
+    other = dispatch.Implementation("other", lambda *_: None, partial(broken))
+    monkeypatch.setattr(dispatch, "foreign", lambda _: None)
+    monkeypatch.setitem(op.implementations, "other", other)
+    result = budget.measure(budget.Wanted("tiny", "library", BF16, budget_gpu.read("h200")))
+    assert result["failed"] == {"unnormalize: other": "RuntimeError: no data"}
+    assert "not predicted: unnormalize: other: RuntimeError: no data" in budget.show(result)
+    (times,) = [times for key, times in result["candidates"].items() if key.startswith("unnormalize")]
+    assert set(times) == {"triton", "torch"}
+
+
+def cost(op: str, backend: str, args: tuple[Any, ...]) -> float:
+    cheapest = budget.Cheapest(budget_gpu.read("h200"), False)
+    with stand_in.without_data(cheapest.gpu.stand_in):
+        cheapest.choice(op, args)
+    (found,) = cheapest.found.values()
+    return found[backend]
+
+
+def test_one_more_launch_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = rows("tiny", "library", BF16)
+    compute = plans.Plan._compute
+
+    def more(self: plans.Plan) -> None:
+        compute(self)
+        with ops.stage("outputs"):
+            self.outputs.device["normalized"].add_(1)
+
+    monkeypatch.setattr(plans.Plan, "_compute", more)
+    after = rows("tiny", "library", BF16)
+    stages = [budget.stages_of(found) for found in (before, after)]
+    assert len(after) == len(before) + 1
+    assert stages[1]["outputs"]["launches"] == stages[0]["outputs"]["launches"] + 1
+    assert budget.total_of(stages[1])["us"] > budget.total_of(stages[0])["us"]
+    assert {name: of for name, of in stages[0].items() if name != "outputs"} == {
+        name: of for name, of in stages[1].items() if name != "outputs"
+    }
+
+
+def test_a_branch_costs_what_it_takes_longer() -> None:
+    def stage(us: float, beside: str | None = None) -> dict[str, Any]:
+        return {"launches": 1, "gflop": 0.0, "mb": 0.0, "us": us, "beside": beside}
+
+    main = {"vae": stage(100.0), "backbone": stage(50.0)}
+    assert budget.total_of(main)["us"] == 150
+    assert budget.total_of({**main, "noise": stage(30.0, "vae")}) == {"launches": 3, "gflop": 0.0, "mb": 0.0, "us": 150}
+    assert budget.total_of({**main, "noise": stage(70.0, "vae"), "qkv": stage(70.0, "vae")})["us"] == 190
+    assert budget.total_of({**main, "noise": stage(30.0)})["us"] == 180
+
+
+def test_both_totals_and_what_they_chose() -> None:
+    result = tiny()
+    assert result["totals"]["as_if_chosen"]["us"] <= result["totals"]["today"]["us"]
+    for key, times in result["candidates"].items():
+        assert min(times.values()) > 0, key
+    (ode,) = [times for key, times in result["candidates"].items() if key.startswith("action_ode")]
+    assert set(ode) == {"cuda", "loop", "torch"}, "what runs only where it was measured is among the candidates"
+    assert set(result["chosen"]["as_if_chosen"]["action_ode"]) == {min(ode, key=lambda name: ode[name])}
+    assert result["chosen"]["today"]["action_ode"] == {"loop": 1}, "and does not run without a verdict"
+    assert result["failed"] == {}
+    for total in budget.TOTALS:
+        assert result["totals"][total]["launches"] == sum(r["kind"] != "graph" for r in result["launches"][total])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["libero", "robocasa_gr1", "unitree_g1"])
+def test_every_released_model_without_a_gpu(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "budget.json"
+    assert run("--preset", name, "--head", "one_launch", "--gpu", "h100", "--json", out) == 0
+    result = json.loads(out.read_text())
+    assert (result["preset"], result["gpu"]) == (name, "NVIDIA H100 80GB HBM3")
+    printed = capsys.readouterr().out
+    for stage in ("copies", "noise", "preprocess", "vae", "backbone", "action_head", "outputs"):
+        assert f"\n{stage} " in printed
+        assert result["stages"]["today"][stage]["launches"] > 0
+    assert all(row["us"] > 0 and row["stage"] for rows in result["launches"].values() for row in rows)
+    assert not torch.cuda.is_initialized()
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def run(*words: str | Path) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "budget", *map(str, words)])
+    return int(end.value.code or 0)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """The one line that it ends with."""
+    assert run("--preset", "tiny", *words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.pop("name"), "expected an object with 'name' and 'constants'"),
+        (lambda d: d["constants"]["clock"].update(value=-1.0), "clock: expected a number above 0, got -1.0"),
+        (lambda d: d["constants"]["clock"].update(value="fast"), "clock: expected a number above 0, got 'fast'"),
+        (lambda d: d["constants"]["multiprocessors"].update(value=1.5), "multiprocessors: expected a whole number"),
+        (lambda d: d["constants"]["triton_product"].update(value=[1.0]), "triton_product: expected 2 numbers above 0"),
+        (lambda d: d["constants"]["clock"].pop("source"), "clock: expected an object with value, unit and source"),
+        (lambda d: d["constants"].pop("clock"), "clock is missing; give all constants, or 'like'"),
+        (lambda d: d["constants"].update(clocks=1), "'clocks': no such constant; did you mean 'clock'?"),
+        (lambda d: d.update(like="b200"), "like: expected one of h200, h100, got 'b200'"),
+        (lambda d: d.update(colour="green"), "'colour': no such key"),
+    ],
+)
+def test_a_wrong_gpu_file_says_where(change: Callable[[Any], Any], said: str, tmp_path: Path, capsys: Any) -> None:
+    data = json.loads(budget_gpu.BUILT_IN.read_text())["gpus"]["h200"]
+    change(data)
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(data))
+    line = refused(capsys, "--gpu", file)
+    assert str(file) in line
+    assert said in line
+
+
+def test_no_such_gpu(tmp_path: Path, capsys: Any) -> None:
+    assert "--gpu 'h20': no such GPU; did you mean 'h200'?" in refused(capsys, "--gpu", "h20")
+    assert str(tmp_path / "x.json") in refused(capsys, "--gpu", tmp_path / "x.json")
+
+
+def test_another_gpu_of_a_file_is_predicted(tmp_path: Path) -> None:
+    half = {"name": "half", "like": "h200", "constants": {"clock": {"value": 0.99, "unit": "GHz", "source": "test"}}}
+    (tmp_path / "half.json").write_text(json.dumps(half))
+    found = {name: rows("tiny", "library", BF16, name) for name in ("h200", str(tmp_path / "half.json"))}
+    us = [budget.total_of(budget.stages_of(found[name]))["us"] for name in found]
+    assert us[1] > us[0]
+
+
+def test_wrong_measured_files(tmp_path: Path, capsys: Any) -> None:
+    assert "nothing of tiny in it, only of 'libero', 'robocasa_gr1'" in refused(capsys, "--measured", FILES["h200"])
+    other = tmp_path / "other.json"
+    other.write_text('{"rows": []}')
+    assert f"--measured {other}: no times of stages in it" in refused(capsys, "--measured", other)
+    other.write_text("not JSON")
+    assert str(other) in refused(capsys, "--measured", other)
+
+
+def test_measured_times_stand_beside(tmp_path: Path, capsys: Any) -> None:
+    times = {"vae": 0.5, "backbone": 0.75, "action_head": 1.25}
+    part = {
+        "preset": "tiny",
+        "head": "library",
+        "head_dtype": "float32",
+        "stages": {"engine": times},
+        "engine": {"p50": 3.0},
+    }
+    slower = {**part, "stages": {"engine": {name: 2 * ms for name, ms in times.items()}}}
+    profile = {**part, "head_dtype": "bfloat16", "stage_us": {}, "replay_us": {"action_head": 1.0}}
+    profile["stages"] = {"preprocess": [{"kernel": "philox_normal", "us": 6.5}, {"kernel": "Memcpy HtoD", "us": 5.25}]}
+    file = tmp_path / "suite.json"
+    file.write_text(json.dumps({"machine": {}, "a": slower, "b": part, "c": profile}))
+    page = tmp_path / "page.html"
+    assert (
+        run("--preset", "tiny", "--head", "library", "--head-dtype", "float32", "--measured", file, "--report", page)
+        == 0
+    )
+    printed = capsys.readouterr().out
+    for stage, us in (
+        ("vae", "500.0"),
+        ("backbone", "750.0"),
+        ("action_head", "1,250.0"),
+        ("noise", "6.5"),
+        ("copies", "5.2"),
+    ):
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{stage} ")]
+        assert line.endswith(f" {us}"), line
+    assert next(line for line in printed.splitlines() if line.startswith("total")).endswith("3,000.0")
+    assert "measured: 1,250.0 us" in page.read_text()
+
+
+def test_the_page_has_a_bar_for_each_stage() -> None:
+    result = tiny()
+    text = budget_report.page(result)
+    for stage, of in result["stages"]["as_if_chosen"].items():
+        assert f"<h3>{stage}</h3>" in text
+        parts = budget_report.parts_of([r for r in result["launches"]["as_if_chosen"] if r["stage"] == stage])
+        assert sum(parts.values()) == pytest.approx(of["us"])
+        for name, us in parts.items():
+            assert f"title='{name}: {us:.1f} us'" in text
