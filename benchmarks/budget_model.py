@@ -237,7 +237,16 @@ def _triton_attention(step: Step, gpu: Gpu) -> float:
 def _cuda(step: Step, gpu: Gpu) -> float:
     if step.name == "action_ode.cu":
         return float(step.facts["constants"]["stages"] * gpu["one_launch_stage"])
+    if step.name == "self_attention.cu":
+        return _cuda_attention(step, gpu)
     return float(_rows(step, gpu))
+
+
+def _cuda_attention(step: Step, gpu: Gpu) -> float:
+    tile, dim, length = step.facts["tile"], step.facts["constants"]["DIM"], step.facts["lengths"]["length"]
+    padded = math.ceil(length / tile["KEYS"]) * tile["KEYS"]
+    one = 4.0 * tile["ROWS"] * padded * dim / gpu.tensor_rate(step.facts["dtype"]) / gpu["attention_cuda"]
+    return float(gpu["attention"] + waves_us(gpu, math.prod(step.facts["grid"]), 1, one, one))
 
 
 # -- copies ------------------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def record(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if any(x.device.type == "cpu" and x.dim() > 0 for x in given) and name in ("copy_", "_to_copy"):
         trace.add("host_copy", f"{name} from the host", 0.0, moved, **facts)
     elif name in PRODUCTS:
-        _product(trace, name, given, made[0], moved)
+        _product(trace, name, tensors_of(args), made[0], moved)
     elif name == "convolution":
         _convolution(trace, args, made[0], flops)
     elif name == "constant_pad_nd":

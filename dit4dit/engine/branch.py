@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from dit4dit.ops import programmatic
+
 First = TypeVar("First")
 Second = TypeVar("Second")
 
@@ -28,7 +30,7 @@ def beside(
     here = torch.cuda.current_stream(stream.device)
     stream.wait_stream(here)
     try:
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), programmatic.plainly():
             first = branch()
         second = main()
     except BaseException:

@@ -32,6 +32,7 @@ from dit4dit.errors import BackendError, ConfigError, shown
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.flow import GuidanceTensors
 from dit4dit.model.video_dit import rotary_table
+from dit4dit.ops import programmatic
 from dit4dit.ops.action_ode import loop
 from dit4dit.ops.device_tables import DeviceTable
 from dit4dit.ops.programmatic import CHOICES, ProgrammaticLaunch
@@ -330,7 +331,7 @@ class Engine:
 
     def from_moments(self, first: FirstBlock, moments: Tensor, pack: PromptPack, posterior: Tensor) -> Tensor:
         """Features as of `features`, from block 0's input with the noise in it (`add_noise`) and the VAE's posterior."""
-        with ops.stage("latents"):
+        with ops.stage("latents"), programmatic.plainly():  # the first kernel behind the join
             rows = self._sample(moments, posterior, self.config.dit.patch, self.model.dtype)
         with ops.stage("backbone"):
             first.add_condition(rows)
