@@ -35,8 +35,9 @@ def suite(out: Path, *options: str, **given: str) -> subprocess.CompletedProcess
 
 def start(tmp_path: Path, parts: dict[str, str], options: str = "", **given: str) -> subprocess.Popen[str]:
     """The suite with other parts: name -> "least most beside? code" of Python."""
+    places = "'{json}', '{seconds}', '{xml}', '{result}'"
     made = ", ".join(
-        f"Part({name!r}, (settings.python, '-c', {code!r}, '{{json}}', '{{seconds}}', '{{xml}}', '{{result}}'), {options or '1, 60'})"
+        f"Part({name!r}, (settings.python, '-c', {code!r}, {places}), {options or '1, 60'})"
         for name, code in parts.items()
     )
     driver = tmp_path / "driver.py"
