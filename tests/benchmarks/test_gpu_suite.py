@@ -35,8 +35,9 @@ def suite(out: Path, *options: str, **given: str) -> subprocess.CompletedProcess
 
 def start(tmp_path: Path, parts: dict[str, str], options: str = "", **given: str) -> subprocess.Popen[str]:
     """The suite with other parts: name -> "least most beside? code" of Python."""
+    places = "'{json}', '{seconds}', '{xml}', '{result}'"
     made = ", ".join(
-        f"Part({name!r}, (settings.python, '-c', {code!r}, '{{json}}', '{{seconds}}', '{{xml}}'), {options or '1, 60'})"
+        f"Part({name!r}, (settings.python, '-c', {code!r}, {places}), {options or '1, 60'})"
         for name, code in parts.items()
     )
     driver = tmp_path / "driver.py"
@@ -71,6 +72,14 @@ BLOCKS = (
     "    open(aside, 'w').write(json.dumps({'blocks': n, 'cut': {'by': 'killed'} if n < 400 else None}))\n"
     "    os.replace(aside, sys.argv[1])\n"
 )
+
+
+def test_a_part_can_read_what_those_before_it_have_written(tmp_path: Path) -> None:
+    first = "import json, sys\njson.dump({'ms': 7}, open(sys.argv[1], 'w'))\n"
+    second = "import json, sys\nseen = json.load(open(sys.argv[4]))['first']\njson.dump({'seen': seen}, open(sys.argv[1], 'w'))\n"
+    code, text = ended(start(tmp_path, {"first": first, "second": second}))
+    assert code == 0, text
+    assert result(tmp_path / "out")["second"] == {"seen": {"ms": 7}}
 
 
 def test_it_is_a_shell_script() -> None:
