@@ -23,12 +23,12 @@ def patch_rows(latents: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
 
 
 class FirstBlock:
-    """Block 0's input for one pass: the noise first, then the conditioning frame.
+    """Block 0's input for one pass: the noise first, then the conditioning frame."""
 
-    Attributes:
-        x: residual stream, float32 [B, T, N, D]; whole when both are there, as is
-        qkv: of the self-attention, [B, T * N, 3 D].
-    """
+    x: Tensor
+    """The residual stream, float32 [B, T, N, D]; it and `qkv` are there when both have been added."""
+    qkv: Tensor
+    """Of the self-attention, [B, T * N, 3 D]."""
 
     def __init__(
         self, embedding: Embedding, block: BackboneBlock, begin: Tensor, batch: int, tokens: int, *, apart: bool
@@ -40,11 +40,12 @@ class FirstBlock:
         """
         self._embedding, self._block, self._apart = embedding, block, apart
         frames, _, width = begin.shape
-        dtype, device = embedding.matrix.weight.dtype, begin.device
-        self._begin = begin.expand(-1, tokens, -1)
+        self._begin = begin.expand(batch, frames, tokens, width)
         self._noise: Tensor | None = None
-        self.x = torch.empty(batch, frames, tokens, width, dtype=torch.float32, device=device)
-        self.qkv = torch.empty(batch, frames * tokens, block.qkv.weight.shape[0], dtype=dtype, device=device)
+        if apart:
+            dtype, device = embedding.matrix.weight.dtype, begin.device
+            self.x = torch.empty(batch, frames, tokens, width, dtype=torch.float32, device=device)
+            self.qkv = torch.empty(batch, frames * tokens, block.qkv.weight.shape[0], dtype=dtype, device=device)
 
     def add_noise(self, rows: Tensor) -> None:
         """Rows of the patch embedding of all latent frames but the first, [B, T - 1, N, z * patch^2] in the model's dtype."""
@@ -56,14 +57,23 @@ class FirstBlock:
     def add_condition(self, rows: Tensor) -> None:
         """Those of the conditioning frame [B, N, z * patch^2]."""
         frame = rows[:, None]
-        self._put(0, frame if self._noise is None else torch.cat([frame, self._noise], dim=1))
+        if self._apart:
+            self._put(0, frame)
+        else:
+            every = frame if self._noise is None else torch.cat([frame, self._noise], dim=1)
+            self.x, self.qkv = self._part(0, every)
 
     def _put(self, first: int, rows: Tensor) -> None:
-        """Latent frames `first` and after."""
+        """Write the part of latent frames `first` and after to where it belongs."""
         _, frames, tokens, _ = rows.shape
-        here, norm = slice(first, first + frames), self._block.self_norm
-        x, qkv = self.x[:, here], self.qkv[:, first * tokens : (first + frames) * tokens]
-        shift, scale = (None if table is None else table[here] for table in (norm.shift, norm.scale))
+        here = slice(first * tokens, (first + frames) * tokens)
+        self._part(first, rows, self.x[:, first : first + frames], self.qkv[:, here])
+
+    def _part(
+        self, first: int, rows: Tensor, x: Tensor | None = None, qkv: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x and qkv of latent frames `first` and after, in the tensors that are given."""
+        here, norm = slice(first, first + rows.shape[1]), self._block.self_norm
         y = self._embedding.matrix(rows)
-        _, h = ops.adaln(self._begin[here].expand_as(x), y, None, shift, scale, 1e-6, y.dtype, out=x)
-        self._block.qkv(h.flatten(1, 2), out=qkv)
+        x, h = ops.adaln(self._begin[:, here], y, None, norm.shift[here], norm.scale[here], 1e-6, y.dtype, out=x)
+        return x, self._block.qkv(h.flatten(1, 2), out=qkv)
