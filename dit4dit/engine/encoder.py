@@ -200,12 +200,6 @@ class Encoder:
             return self._last(image.norm(self._gamma))
 
 
-def mean_and_deviation(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments [B, 2z, h, w] -> posterior mean and standard deviation, float32 [B, z, h, w]."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    return mean, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-
-
 @torch.no_grad()
 def fold_encoder(backbone: VideoBackbone, *, apart: bool | None = None) -> Encoder:
     """The encoder of the backbone's frames; the backbone's own weights are then channels last too. apart: as of `Encoder`."""

@@ -28,8 +28,6 @@ from dit4dit.noise import STREAMS, Noise
 from dit4dit.ops import device_tables, programmatic
 from dit4dit.types import Guidance
 
-GRAPHS = 2
-"""CUDA graphs that are launched for one request: the noise, and all behind it."""
 _WARM_UPS = 3  # before recording: kernels compiled, library handles and workspaces made
 
 

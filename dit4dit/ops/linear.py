@@ -61,13 +61,14 @@ def linear(
     return result
 
 
-def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:
+def launches(args: _Args, architecture: str, out: Tensor | None = None) -> tuple[list[Launch], Tensor]:
     """The kernels to run, and the tensor they will have written. Tensors may be on the meta device."""
     x, weight, bias = args
     columns, inner = weight.shape
     rows = x.numel() // inner
     tile = tiles.lookup("linear", architecture, rows=rows, columns=columns, inner=inner)
-    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
     arguments = dict(x=x, weight=weight, bias=bias, out=out, rows=rows, columns=columns)
     grid = (launch.blocks(columns, tile["COLUMNS"]), launch.blocks(rows, tile["ROWS"]))
     return [Launch("linear", grid, arguments, dict(INNER=inner), tile)], out
@@ -90,7 +91,12 @@ _op = Op(
     "linear",
     [
         Implementation(
-            "triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda", measured_only=True
+            "triton",
+            launch.refuser(_refuse, launches),
+            launch.runner(launches),
+            device="cuda",
+            measured_only=True,
+            into=True,
         ),
         Implementation("onednn", onednn.refuse_product, onednn.linear, prepare=onednn.prepare),
         Implementation("torch", lambda *_: None, reference, into=True),

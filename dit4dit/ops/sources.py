@@ -18,7 +18,7 @@ PACKAGES = ("triton", "flash-attn", "flash-attn-3")
 DRIVER = Path("/proc/driver/nvidia/version")
 FOLDERS = ("ops", "engine/action_ode")
 """Folders of the package whose code counts: the second plans what the head's kernel does, block by block."""
-MODEL = ("model/flow.py", "model/vae.py")
+MODEL = ("model/flow.py", "model/vae.py", "model/video_dit.py")
 """Where the ops have references from."""
 
 

@@ -72,15 +72,11 @@ def is_one(row: Row, *, n: int = 0, k: int = 0, m: int = 0) -> bool:
     return row["kind"] == "product" and all(row[key] == value for key, value in (("n", n), ("k", k), ("m", m)) if value)
 
 
-# (stage, words of a profile's kernels, of which each has one, launches of the budget)
+# (stage, words of a profile's kernels, of which each has one, launches of the budget): what a step still launches as it did when
+# the results were measured; the VAE's norms have added biases and residuals since
 LINES: list[tuple[str, tuple[str, ...], Callable[[Row], bool]]] = [
-    (
-        "vae",
-        ("elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::CUDAFunctor_add",),
-        lambda r: r["name"] == "add bias",
-    ),
-    ("vae", ("implicit_gemm", "cutlass__5x_cudnn", "nvjet"), lambda r: r["kind"] == "convolution"),
-    ("vae", ("rms_norm_silu",), lambda r: r["name"] == "rms_norm_silu"),
+    # of one pixel a product is a product of matrices now
+    ("vae", ("implicit_gemm", "cutlass__5x_cudnn", "nvjet"), lambda r: r["kind"] in ("convolution", "product")),
     ("vae", ("fmha",), lambda r: r["kind"] == "attention"),
     ("backbone", ("64x152",), lambda r: is_one(r, n=2048)),
     ("backbone", ("192x160",), lambda r: is_one(r, n=6144)),
@@ -128,9 +124,13 @@ def test_stages_are_within_a_tenth_and_their_launches_counted(gpu: str) -> None:
     profile = measured(gpu)["profile_robocasa_gr1"]
     triton_gelu = any(k["kernel"] == "linear_gelu" for k in profile["stages"]["backbone"])
     stages = budget.stages_of(predicted("library", FP32, gpu, triton_gelu))
-    for stage in ("vae", "backbone", "action_head"):
-        assert stages[stage]["us"] == pytest.approx(profile["replay_us"][stage], rel=0.1), stage
-        assert abs(stages[stage]["launches"] - profile["stage_us"][stage]["launches"]) <= 2, stage
+    # block 0's part of the noise is not the backbone's any more
+    assert stages["backbone"]["us"] + stages["noise"]["us"] == pytest.approx(profile["replay_us"]["backbone"], rel=0.1)
+    assert stages["action_head"]["us"] == pytest.approx(profile["replay_us"]["action_head"], rel=0.1)
+    launches = profile["stage_us"]["action_head"]["launches"]
+    assert abs(stages["action_head"]["launches"] - launches) <= 2
+    assert stages["vae"]["us"] < 0.8 * profile["replay_us"]["vae"], "it has half the launches that were measured"
+    assert stages["vae"]["launches"] <= 60 < profile["stage_us"]["vae"]["launches"] / 1.9
 
 
 @pytest.mark.slow
@@ -141,26 +141,30 @@ def test_the_bfloat16_head_and_the_whole_chunk(gpu: str, head: str) -> None:
     assert (latency["head"], latency["head_dtype"]) == (head, "bfloat16")
     triton_gelu = gpu == "h200" and head == "one_launch"  # the part ran before the default changed
     stages = budget.stages_of(predicted(head, BF16, gpu, triton_gelu))
-    for stage, ms in latency["stages"]["engine"].items():
-        assert stages[stage]["us"] == pytest.approx(1e3 * ms, rel=0.12), stage
-    total = budget.total_of(stages)
-    assert total["us"] == pytest.approx(1e3 * latency["engine"]["p50"], rel=0.1)
+    times = {stage: 1e3 * ms for stage, ms in latency["stages"]["engine"].items()}
+    for stage in ("backbone", "action_head"):
+        assert stages[stage]["us"] == pytest.approx(times[stage], rel=0.12), stage
+    # the VAE has half of its launches since
+    total, p50 = budget.total_of(stages)["us"], 1e3 * latency["engine"]["p50"]
+    assert total - stages["vae"]["us"] == pytest.approx(p50 - times["vae"], rel=0.1)
 
 
 @pytest.mark.slow
 def test_libero_has_the_rates_that_robocasa_gave() -> None:
     found = measured("h200")["ratio_libero"]
     stages = budget.stages_of(rows("libero", "library", FP32))
-    for stage in ("vae", "backbone"):
-        assert stages[stage]["us"] == pytest.approx(1e3 * found["stages"]["engine"][stage], rel=0.1), stage
+    assert stages["backbone"]["us"] == pytest.approx(1e3 * found["stages"]["engine"]["backbone"], rel=0.1)
 
 
 @pytest.mark.slow
 def test_flops_are_those_of_the_executed_schedule() -> None:
     counted = flops.executed(preset("robocasa_gr1").model, 1)
     stages = budget.stages_of(predicted("library", FP32, "h200"))
+    stages["backbone"]["gflop"] += stages["noise"]["gflop"]
     for stage in ("vae", "backbone", "action_head"):
-        assert stages[stage]["gflop"] == pytest.approx(counted[stage], rel=1e-6), stage
+        # the first convolution multiplies five channels of zeros, which a schedule of products does not count
+        rel = 5e-3 if stage == "vae" else 1e-6
+        assert stages[stage]["gflop"] == pytest.approx(counted[stage], rel=rel), stage
     stages = budget.stages_of(predicted("one_launch", BF16, "h200"))
     assert stages["action_head"]["gflop"] == pytest.approx(counted["action_head"], rel=1e-6)
 

@@ -98,9 +98,13 @@ def test_however_a_child_ends_it_is_charged(reason: str, script: str, monkeypatc
     place = repr(verdicts.place(CPU)).replace("{", "{{").replace("}", "}}")
     monkeypatch.setattr(tuning_process, "SCRIPT", RAW.replace("PLACE", place) + script)
     result = tuned([product(8), STEP], plugins=[])
-    assert result["calls"][0]["refused"] == dict.fromkeys(("onednn", "torch"), reason)
+    assert result["calls"][0]["refused"] == dict.fromkeys(("triton", "onednn", "torch"), reason)
     assert [row["chosen"] for row in result["calls"]] == [None, None]
-    assert result["children"] == 4
+    assert result["children"] == 5
+
+
+UNSUPPORTED = {"triton": "x is on cpu"}
+"""Of the op of `product`, in any child."""
 
 
 class Scripted:
@@ -125,6 +129,8 @@ class Scripted:
             return {"impossible": trouble}
         if task["do"] == "trial":
             at(task["name"], "trial")
+            if task["name"] == "triton":
+                return {"reason": UNSUPPORTED["triton"], "refused": True, "unsound": False}
             reason = self.trials.get(task["name"])
             if isinstance(reason, Died):
                 raise reason
@@ -164,7 +170,7 @@ def test_after_three_crashes_it_is_left_out(scripted: type[Scripted], monkeypatc
 def test_one_that_hangs_while_it_is_timed(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scripted, "timing", [("onednn", Died("hung")), {"rounds": [{"torch": 1.0}] * 3}])
     (row,) = tuned([product(8)], plugins=[])["calls"]
-    assert (row["default"], row["chosen"], row["refused"]) == ("torch", "torch", {"onednn": "hung"})
+    assert (row["default"], row["chosen"], row["refused"]) == ("torch", "torch", {**UNSUPPORTED, "onednn": "hung"})
     assert row["why"] == (
         "'onednn', which runs without a verdict, is not right here: hung; 'torch' takes its place as default; "
         "'torch': the only one that is right"
@@ -182,7 +188,7 @@ def test_one_that_is_found_out_while_it_is_timed(scripted: type[Scripted], monke
     both = dict.fromkeys(("onednn", "torch"), "its result was another one")
     monkeypatch.setattr(scripted, "timing", [{"rounds": [{}], "out": both}])
     (row,) = tuned([product(8)], plugins=[])["calls"]
-    assert (row["chosen"], row["refused"]) == (None, both)
+    assert (row["chosen"], row["refused"]) == (None, {**UNSUPPORTED, **both})
     assert not list(verdicts.known(CPU)), "nor the verdict that there was"
 
 

@@ -21,9 +21,9 @@ from dit4dit import ops
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.config import VaeConfig
 from dit4dit.engine import Engine
-from dit4dit.engine.encoder import Encoder, Half, Residual, SelfAttention, mean_and_deviation
+from dit4dit.engine.encoder import Encoder, Half, Residual, SelfAttention
 from dit4dit.engine.listing import engine_without_data
-from dit4dit.model.vae import FrameEncoder
+from dit4dit.model.vae import FrameEncoder, mean_and_std
 from dit4dit.ops import stand_in
 from dit4dit.presets import preset
 
@@ -74,7 +74,7 @@ def truth(source: FrameEncoder, image: Tensor) -> tuple[Tensor, Tensor]:
 def test_float32_is_the_models(size: tuple[int, int, int], apart: bool) -> None:
     source, image = fresh(), frame(*size)
     plain = source(image)
-    got = mean_and_deviation(Encoder(source, apart=apart)(image))
+    got = mean_and_std(Encoder(source, apart=apart)(image))
     assert got[0].shape == (size[0], 16, size[1] // 8, size[2] // 8)
     assert got[0].dtype == got[1].dtype == F32
     assert error(got, plain) <= 1e-6
@@ -89,7 +89,7 @@ def test_bfloat16_is_no_worse_than_the_model(size: tuple[int, int, int], apart: 
     moments = encoder(widened(image, encoder.channels))
     assert moments.dtype == BF16
     assert moments.is_contiguous(memory_format=torch.channels_last)
-    assert error(mean_and_deviation(moments), exact) <= 2 * error(source(image), exact)
+    assert error(mean_and_std(moments), exact) <= 2 * error(source(image), exact)
 
 
 def test_zeros_in_the_first_convolution_change_nothing() -> None:
@@ -98,8 +98,8 @@ def test_zeros_in_the_first_convolution_change_nothing() -> None:
     encoder = Encoder(source, apart=True)
     assert encoder.channels == 8
     assert Encoder(source).channels == Encoder(fresh(), apart=True).channels == 3
-    want = mean_and_deviation(encoder(image))
-    assert error(mean_and_deviation(encoder(widened(image, 8))), want) < 0.02
+    want = mean_and_std(encoder(image))
+    assert error(mean_and_std(encoder(widened(image, 8))), want) < 0.02
     other = widened(image, 8)
     other[:, 3:] = 1e3
     assert torch.equal(encoder(other), encoder(widened(image, 8))), "the weights there are zeros"
@@ -171,7 +171,7 @@ def test_with_its_kernels_interpreted(interprets: None, tmp_path: Path) -> None:
     """The path of a GPU with this package's own kernels, whatever memory held before: content of an earlier frame, or NaN."""
     script = """
 import torch
-from test_encoder import BF16, Encoder, F32, error, frame, fresh, mean_and_deviation, truth, widened
+from test_encoder import BF16, Encoder, F32, error, frame, fresh, mean_and_std, truth, widened
 from dit4dit import ops
 torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
 torch.set_num_threads(1)
@@ -181,7 +181,7 @@ for dtype in (F32, BF16):
     for size in ((1, 24, 40), (2, 8, 16), (1, 24, 40)):
         image = frame(*size).to(dtype)
         with ops.use_backend(rms_norm_silu="triton", add_pad="triton"), ops.trace() as ran:
-            got = mean_and_deviation(encoder(widened(image, encoder.channels)))
+            got = mean_and_std(encoder(widened(image, encoder.channels)))
         assert ran["rms_norm_silu"] == ran["add_pad"] == {"triton"}
         exact = truth(source, image)
         assert error(got, exact) <= max(2 * error(source(image), exact), 1e-6 * (dtype == F32)), (dtype, size)

@@ -211,7 +211,7 @@ def test_launches_around_a_step(name: str, batch: int, copies: int, monkeypatch:
     assert found["latents"] == Counter(posterior_patches=1)
     assert found["outputs"] == Counter(copy_=1, unnormalize=1)
     backbone = found["backbone"]
-    # with the embedding's; the matrix in front of the activation has another op
-    assert (backbone["mm"], backbone["adaln"], backbone["copy_"]) == (5 * blocks + 1, 3 * blocks + 1, copies)
+    # with the embedding's
+    assert (backbone["mm"], backbone["adaln"], backbone["copy_"]) == (6 * blocks + 1, 3 * blocks + 1, copies)
     assert not {"cat", "clone", "fill_", "zero_", "_to_copy", "new_zeros", "zeros"} & set(backbone)
     assert None not in found

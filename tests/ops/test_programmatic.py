@@ -100,7 +100,7 @@ def test_both_cuda_ops_tell_their_launcher(monkeypatch, on):
     qkv = torch.zeros(1, 5, 3 * 128, dtype=torch.bfloat16)
     try:
         with programmatic.launches(on):
-            find("preprocess").implementations["cuda"].run([view], (4, 4), "cv2_area", torch.float32, None)
+            find("preprocess").implementations["cuda"].run([view], (4, 4), "cv2_area", torch.float32, None, None)
             find("self_attention").implementations["cuda"].run(qkv, None, None, None, 1, 1e-5)
     finally:
         programmatic._code_waits.cache_clear()
