@@ -212,7 +212,7 @@ class Engine:
     def folding_error(self, seed: int = 0) -> dict[str, float]:
         """How far the folded model is from the plain one on one small random input, relative to the largest value.
 
-        "features" and "actions" each from the same inputs, so that one's error does not show in the other. By the ops'
+        "moments", "features" and "actions" each from the same inputs, so that one's error does not show in another. By the ops'
         references: it is the constants that are looked at, and no kernel is compiled for a size that is never used again.
         """
         dit, head, model = self.config.dit, self.config.head, self.model
@@ -225,12 +225,16 @@ class Engine:
         embeds = normal(1, 4, dit.text_in)
         context = model.context(embeds)
         features = model.backbone.features(latents[:, :, :1], latents, context).float()
+        side = 4 << (len(self.config.vae.dim_mult) - 1)
+        frame = normal(1, 3, side, side).to(model.dtype)
+        moments = model.backbone.frame_encoder.moments(frame).float()
         with ops.use_backend("torch"):
             folded = {"features": self.backbone(latents, stack([self.pack(embeds)]))}
+            folded["moments"] = self.moments(frame).float()
         assert model.head is not None
         noise = normal(1, head.action_horizon, head.action_dim)
         dtype = model.head.dtype
-        plain = {"features": features}
+        plain = {"moments": moments, "features": features}
         plain["actions"] = model.head.sample(noise.to(dtype), features.to(dtype), None, self.steps).float()
         with ops.use_backend("torch"):
             folded["actions"] = self.actions(features, None, noise)
