@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -329,6 +330,14 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
         (lambda d: d["constants"].update(clocks=1), "'clocks': no such constant; did you mean 'clock'?"),
         (lambda d: d.update(like="b200"), "like: expected one of h200, h100, got 'b200'"),
         (lambda d: d.update(colour="green"), "'colour': no such key"),
+        (lambda d: d.update(like=["h200"]), "like: expected one of h200, h100, got ['h200']"),
+        (lambda d: d.update(name=" "), "name: expected the GPU's name in printable characters, got ' '"),
+        (lambda d: d.update(name="a\x1b[31m"), "name: expected the GPU's name in printable characters"),
+        (lambda d: d["constants"]["clock"].update(value=1e-320), "clock: expected 1e-09 to 1e+15"),
+        (lambda d: d["constants"]["clock"].update(source=None), "clock: expected unit and source in words"),
+        (lambda d: d["constants"]["multiprocessors"].update(value=10**30), "multiprocessors: expected 1 to 1,024"),
+        (lambda d: d["constants"]["architecture"].update(value=9), "architecture: expected 80 to 129, got 9"),
+        (lambda d: d["constants"]["shared_memory"].update(value=1), "shared_memory: expected 49,152 to"),
     ],
 )
 def test_a_wrong_gpu_file_says_where(change: Callable[[Any], Any], said: str, tmp_path: Path, capsys: Any) -> None:
@@ -344,6 +353,8 @@ def test_a_wrong_gpu_file_says_where(change: Callable[[Any], Any], said: str, tm
 def test_no_such_gpu(tmp_path: Path, capsys: Any) -> None:
     assert "--gpu 'h20': no such GPU; did you mean 'h200'?" in refused(capsys, "--gpu", "h20")
     assert str(tmp_path / "x.json") in refused(capsys, "--gpu", tmp_path / "x.json")
+    for name in ("", "x" * 5000):
+        assert "no such GPU; known: h200, h100, or a JSON file" in refused(capsys, "--gpu", name)
 
 
 def test_another_gpu_of_a_file_is_predicted(tmp_path: Path) -> None:
@@ -354,6 +365,43 @@ def test_another_gpu_of_a_file_is_predicted(tmp_path: Path) -> None:
     assert us[1] > us[0]
 
 
+def test_before_hopper_no_kernel_of_ours_is_launched_early(tmp_path: Path) -> None:
+    gaps = {}
+    for architecture in (80, 90):
+        constants = {"architecture": {"value": architecture, "unit": "", "source": "test"}}
+        file = tmp_path / f"{architecture}.json"
+        file.write_text(json.dumps({"name": "other", "like": "h200", "constants": constants}))
+        result = budget.measure(budget.Wanted("tiny", "library", BF16, budget_gpu.read(str(file))))
+        ours = [r for r in result["launches"]["as_if_chosen"] if r["kind"] in ("triton", "cuda")]
+        gaps[architecture] = {
+            stage: {r["gap_us"] for r in ours if r["stage"] == stage} for stage in result["stages"]["today"]
+        }
+    assert set().union(*gaps[80].values()) == {0.3}
+    assert gaps[90]["backbone"] == gaps[90]["vae"] == {0.0}
+    assert gaps[90]["noise"] == gaps[90]["latents"] == {0.3}, "the fork and the join are launched plainly"
+
+
+def test_what_hangs_on_guesses_is_said(tmp_path: Path) -> None:
+    result = tiny()
+    for total in budget.TOTALS:
+        launches = result["launches"][total]
+        guessed = result["guessed"][total]
+        assert guessed["any"] == pytest.approx(sum(r["us"] for r in launches if r["guesses"]))
+        assert guessed["attention"] == pytest.approx(
+            sum(r["us"] for r in launches if r["kind"] == "attention" or r["name"] == "self_attention.cu")
+        )
+        said = (
+            f"{budget.NAMES[total]}: {guessed['any']:,.1f} us are launches predicted from constants that are guesses: "
+        )
+        assert said in budget.show(result)
+        assert said in budget_report.page(result)
+    assert "library" not in guessed, "a fit is no guess"
+    known = {"triton": {"value": 2.5, "unit": "us", "source": "profile: measured since"}}
+    file = tmp_path / "known.json"
+    file.write_text(json.dumps({"name": "other", "like": "h200", "constants": known}))
+    assert set(budget_gpu.read("h200").guesses) - set(budget_gpu.read(str(file)).guesses) == {"triton"}
+
+
 def test_wrong_measured_files(tmp_path: Path, capsys: Any) -> None:
     assert "nothing of tiny in it, only of 'libero', 'robocasa_gr1'" in refused(capsys, "--measured", FILES["h200"])
     other = tmp_path / "other.json"
@@ -361,6 +409,34 @@ def test_wrong_measured_files(tmp_path: Path, capsys: Any) -> None:
     assert f"--measured {other}: no times of stages in it" in refused(capsys, "--measured", other)
     other.write_text("not JSON")
     assert str(other) in refused(capsys, "--measured", other)
+    assert "results are of one request, got --batch 4" in refused(capsys, "--measured", FILES["h200"], "--batch", "4")
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"stages": [1]}, "a: stages: expected an object, got [1]"),
+        ({"stages": {"engine": [1]}}, "a: stages: engine: expected an object, got [1]"),
+        ({"stages": {"engine": {"vae": "fast"}}}, "a: stages.engine.vae: expected a time of at least 0, got 'fast'"),
+        ({"stages": {"engine": {"vae": -1.0}}}, "a: stages.engine.vae: expected a time of at least 0, got -1.0"),
+        ({"stages": {}, "engine": {"p50": float("nan")}}, "a: engine.p50: expected a time of at least 0, got nan"),
+        ({"stage_us": {}, "replay_us": [1]}, "a: replay_us: expected an object, got [1]"),
+        ({"stage_us": {}, "stages": {"outputs": 5}}, "a: stages: outputs: expected a list, got 5"),
+        ({"stage_us": {}, "stages": {"outputs": [5]}}, "a: stages.outputs.0: expected an object, got 5"),
+        (
+            {"stage_us": {}, "stages": {"outputs": [{"us": "x"}]}},
+            "a: stages.outputs.0.us: expected a time of at least 0",
+        ),
+        ({"stages": {}, "device": "cpu"}, "what it has of tiny is of a CPU"),
+        ({"stages": {}, "dtype": "float32"}, "what it has of tiny is of a CPU, of another dtype than bfloat16"),
+    ],
+)
+def test_a_measured_file_that_is_no_result_says_where(part: Any, said: str, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "suite.json"
+    file.write_text(json.dumps({"a": {"preset": "tiny", "head": "library", "head_dtype": "bfloat16", **part}}))
+    line = refused(capsys, "--measured", file)
+    assert f"--measured {file}" in line
+    assert said in line
 
 
 def test_measured_times_stand_beside(tmp_path: Path, capsys: Any) -> None:
@@ -376,7 +452,7 @@ def test_measured_times_stand_beside(tmp_path: Path, capsys: Any) -> None:
     profile = {**part, "head_dtype": "bfloat16", "stage_us": {}, "replay_us": {"action_head": 1.0}}
     profile["stages"] = {"preprocess": [{"kernel": "philox_normal", "us": 6.5}, {"kernel": "Memcpy HtoD", "us": 5.25}]}
     file = tmp_path / "suite.json"
-    file.write_text(json.dumps({"machine": {}, "a": slower, "b": part, "c": profile}))
+    file.write_text(json.dumps({"machine": {"gpu": "NVIDIA A100"}, "a": slower, "b": part, "c": profile}))
     page = tmp_path / "page.html"
     assert (
         run("--preset", "tiny", "--head", "library", "--head-dtype", "float32", "--measured", file, "--report", page)
@@ -394,6 +470,9 @@ def test_measured_times_stand_beside(tmp_path: Path, capsys: Any) -> None:
         assert line.endswith(f" {us}"), line
     assert next(line for line in printed.splitlines() if line.startswith("total")).endswith("3,000.0")
     assert "measured: 1,250.0 us" in page.read_text()
+    said = "measured on another GPU: 'NVIDIA A100'; the predictions are for 'NVIDIA H200'"
+    assert said in printed
+    assert html.escape(said) in page.read_text()
 
 
 def test_the_page_has_a_bar_for_each_stage() -> None:
