@@ -387,9 +387,9 @@ def test_what_hangs_on_guesses_is_said(tmp_path: Path) -> None:
         launches = result["launches"][total]
         guessed = result["guessed"][total]
         assert guessed["any"] == pytest.approx(sum(r["us"] for r in launches if r["guesses"]))
-        assert guessed["attention"] == pytest.approx(
-            sum(r["us"] for r in launches if r["kind"] == "attention" or r["name"] == "self_attention.cu")
-        )
+        products = [r for r in launches if r["kind"] == "triton" and {"DEPTH", "KEYS"} & set(r["tile"])]
+        assert guessed["triton"] == pytest.approx(sum(r["us"] for r in products))
+        assert guessed["triton"] > 0
         said = (
             f"{budget.NAMES[total]}: {guessed['any']:,.1f} us are launches predicted from constants that are guesses: "
         )
