@@ -193,7 +193,10 @@ def stages_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def total_of(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Launches, gflop, mb of all, and us of the critical path: a branch costs what it takes longer than the stage beside it."""
+    """Launches, gflop, mb of all, and us of the critical path: a branch costs what it takes longer than the stage beside it.
+
+    That is the least it can be: the two share the GPU's multiprocessors and memory.
+    """
     found = {name: sum(of[name] for of in stages.values()) for name in ("launches", "gflop", "mb")}
     us = sum(of["us"] for of in stages.values() if of["beside"] not in stages)
     for main, of in stages.items():
