@@ -76,7 +76,11 @@ class Trace:
             for (kernel, name), share in PARTLY.items():
                 part = step.arguments.get(name) if kernel == step.kernel else None
                 moved -= int((1 - share) * distinct_bytes([part])) if isinstance(part, Tensor) else 0
-            facts = {"grid": list(step.grid), "tile": dict(step.tile), "constants": dict(step.constants)}
+            facts: dict[str, Any] = {
+                "grid": list(step.grid),
+                "tile": dict(step.tile),
+                "constants": dict(step.constants),
+            }
             facts |= {"dtype": _operands(tensors), "lengths": _lengths(step), "early": early}
             kind = "cuda" if step.kernel.endswith(".cu") else "triton"
             self.add(kind, step.kernel, flops / len(many) if step in many else 0.0, moved, **facts)
