@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from dit4dit.benchmarks import tuning_calls
-from dit4dit.benchmarks.budget_gpu import Gpu
+from dit4dit.benchmarks.budget_gpu import Gpu, Noting
 from dit4dit.benchmarks.budget_model import gap_us, time_us
 from dit4dit.benchmarks.budget_trace import Step, Trace, recording
 
@@ -33,6 +33,7 @@ PROGRAMMATIC = True
 """Whether our kernels are launched before the one in front of them has ended, in "as if chosen"."""
 TOTALS = ("today", "as_if_chosen")
 Total = Literal["today", "as_if_chosen"]
+NAMES = {"today": "as chosen today", "as_if_chosen": "as if chosen"}
 
 
 class Shipped(Verdicts):
@@ -109,7 +110,14 @@ def measure(wanted: Wanted) -> dict[str, Any]:
     gpu = wanted.gpu
     result: dict[str, Any] = {"preset": wanted.preset, "gpu": gpu.name, "head": wanted.head, "batch": wanted.batch}
     result |= {"head_dtype": str(wanted.head_dtype).removeprefix("torch."), "programmatic": wanted.programmatic}
-    result |= {"constants": dict(gpu.constants), "launches": {}, "stages": {}, "totals": {}, "chosen": {}}
+    result |= {
+        "constants": dict(gpu.constants),
+        "launches": {},
+        "stages": {},
+        "totals": {},
+        "chosen": {},
+        "guessed": {},
+    }
     cheapest = Cheapest(gpu, wanted.programmatic)
     subject = tuning_calls.of_preset(wanted.preset)
     engine = engine_of(wanted, subject.config)
@@ -121,6 +129,7 @@ def measure(wanted: Wanted) -> dict[str, Any]:
         result["stages"][total] = stages_of(rows)
         result["totals"][total] = total_of(result["stages"][total])
         result["chosen"][total] = ran
+        result["guessed"][total] = guessed(rows)
     result |= {"candidates": cheapest.found, "failed": cheapest.failed}
     return result
 
@@ -160,9 +169,11 @@ def engine_of(wanted: Wanted, config: ModelConfig) -> Engine:
 
 
 def row(step: Step, gpu: Gpu, programmatic: bool) -> dict[str, Any]:
-    """One launch, ready for JSON."""
+    """One launch, ready for JSON. "guesses": constants that its time was predicted from and that nobody measured."""
     facts = {name: value for name, value in step.facts.items() if name != "lengths"}
-    us, gap = time_us(step, gpu), gap_us(step, gpu, programmatic)
+    noting = Noting(gpu.name, gpu.constants, gpu.guesses)
+    us, gap = time_us(step, noting), gap_us(step, gpu, programmatic)
+    facts["guesses"] = noting.guessed()
     found = {"stage": step.stage, "beside": step.beside, "kind": step.kind, "name": step.name}
     return found | {"gflop": step.flops / 1e9, "mb": step.bytes / 1e6, "us": us, "gap_us": gap, **facts}
 
@@ -182,13 +193,38 @@ def stages_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def total_of(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Launches, gflop, mb of all, and us of the critical path: a branch costs what it takes longer than the stage beside it."""
+    """Launches, gflop, mb of all, and us of the critical path: a branch costs what it takes longer than the stage beside it.
+
+    That is the least it can be: the two share the GPU's multiprocessors and memory.
+    """
     found = {name: sum(of[name] for of in stages.values()) for name in ("launches", "gflop", "mb")}
     us = sum(of["us"] for of in stages.values() if of["beside"] not in stages)
     for main, of in stages.items():
         beside = sum(other["us"] for other in stages.values() if other["beside"] == main)
         us += max(0.0, beside - of["us"])
     return found | {"us": us}
+
+
+def guessed(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Constant that is a guess -> microseconds of the launches that were predicted from it; "any": of those with at least one."""
+    found = {"any": sum(one["us"] for one in rows if one["guesses"])}
+    for one in rows:
+        for name in one["guesses"]:
+            found[name] = found.get(name, 0.0) + one["us"]
+    return found
+
+
+def said_of_guesses(result: Mapping[str, Any]) -> list[str]:
+    """A line for each total that has launches whose times are predicted from a guess: which, and how much."""
+    lines = []
+    for total, of in result["guessed"].items():
+        names = sorted((name for name in of if name != "any"), key=lambda name: -of[name])
+        if names:
+            each = ", ".join(f"{name} {of[name]:,.1f}" for name in names)
+            lines.append(
+                f"{NAMES[total]}: {of['any']:,.1f} us are launches predicted from constants that are guesses: {each}"
+            )
+    return lines
 
 
 def show(result: Mapping[str, Any]) -> str:
@@ -220,8 +256,10 @@ def show(result: Mapping[str, Any]) -> str:
     rows[-1] += [number(measured.get("total"), ",.1f")] if measured else []
     lines.append(table(header, rows, right=range(1, len(header))))
     lines += [f"not predicted: {name}: {why}" for name, why in result["failed"].items()]
+    lines += said_of_guesses(result)
     if measured:
         lines.append(f"measured: {measured['source']}; its total has the host's time in it")
+        lines += measured["notes"]
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ from dit4dit.ops.stand_in import StandIn
 
 BUILT_IN = Path(__file__).with_name("gpus.json")
 HINT = "benchmarks/gpus.json of dit4dit shows the form"
+LIMITS = {
+    "architecture": (80, 129),
+    "multiprocessors": (1, 1024),
+    "shared_memory": (49152, 1 << 24),
+    "shared_memory_sm": (49152, 1 << 24),
+}
+"""Least and most of the constants that kernels are planned with."""
+LEAST, MOST = 1e-9, 1e15
+"""Of any other constant that must be above 0."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,8 @@ class Gpu:
 
     name: str
     constants: Mapping[str, Any]
+    guesses: tuple[str, ...] = ()
+    """Constants whose source says that they were not measured."""
 
     def __getitem__(self, constant: str) -> Any:
         return self.constants[constant]
@@ -50,6 +61,21 @@ class Gpu:
         return float(self[name] * self["clock"] * 1e3)
 
 
+@dataclass(frozen=True)
+class Noting(Gpu):
+    """A GPU that notes which of its constants a prediction takes."""
+
+    taken: set[str] = field(default_factory=set)
+
+    def __getitem__(self, constant: str) -> Any:
+        self.taken.add(constant)
+        return super().__getitem__(constant)
+
+    def guessed(self) -> list[str]:
+        """Which of those are guesses."""
+        return [name for name in self.guesses if name in self.taken]
+
+
 def read(named: str) -> Gpu:
     """A GPU by name ("h200", "h100"), or of a JSON file: "name", "like" (a GPU by name, may be left out), and "constants", each
     with "value", "unit" and "source".
@@ -64,12 +90,19 @@ def read(named: str) -> Gpu:
     if named in known:
         return _made(known[named], known, "gpus.json")
     path = Path(named)
-    if not path.suffix and not path.exists():
+    if not named or (not path.suffix and not _there(path)):
         names = ", ".join(known)
         raise InputError(
             f"--gpu {shown(named)}: no such GPU{did_you_mean(named, list(known))}; known: {names}, or a JSON file"
         )
     return _made(read_json(path, HINT, error=InputError), known, str(path))
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no path at all
+        return False
 
 
 def _here(known: Mapping[str, Any]) -> str:
@@ -90,25 +123,32 @@ def _made(data: Any, known: Mapping[str, Any], where: str) -> Gpu:
         or not isinstance(data.get("name"), str)
     ):
         raise InputError(f"{where}: expected an object with 'name' and 'constants'; {HINT}")
+    if not data["name"].strip() or not data["name"].isprintable():
+        raise InputError(f"{where}: name: expected the GPU's name in printable characters, got {shown(data['name'])}")
     if other := sorted(set(data) - {"name", "like", "constants", "note"}):
         raise InputError(f"{where}: {shown(other[0])}: no such key; {HINT}")
     base: dict[str, Any] = {}
+    guesses: set[str] = set()
     if "like" in data:
-        if data["like"] not in known:
+        if not isinstance(data["like"], str) or data["like"] not in known:
             raise InputError(f"{where}: like: expected one of {', '.join(known)}, got {shown(data['like'])}")
-        base = dict(_made(known[data["like"]], known, where).constants)
+        other_gpu = _made(known[data["like"]], known, where)
+        base, guesses = dict(other_gpu.constants), set(other_gpu.guesses)
     for name, one in data["constants"].items():
         if name not in full:
             raise InputError(f"{where}: {shown(name)}: no such constant{did_you_mean(name, list(full))}; {HINT}")
-        base[name] = _value(f"{where}: {name}", one, full[name])
+        base[name] = _value(f"{where}: {name}", one, full[name], *LIMITS.get(name, (LEAST, MOST)))
+        (guesses.add if "guess" in one["source"] else guesses.discard)(name)
     if missing := [name for name in full if name not in base]:
         raise InputError(f"{where}: {missing[0]} is missing; give all constants, or 'like' a GPU of {', '.join(known)}")
-    return Gpu(data["name"], base)
+    return Gpu(data["name"], base, tuple(name for name in full if name in guesses))
 
 
-def _value(where: str, one: Any, like: Any) -> Any:
+def _value(where: str, one: Any, like: Any, least: float, most: float) -> Any:
     if not isinstance(one, dict) or set(one) != {"value", "unit", "source"}:
         raise InputError(f"{where}: expected an object with value, unit and source, got {shown(one)}")
+    if not all(isinstance(one[key], str) for key in ("unit", "source")):
+        raise InputError(f"{where}: expected unit and source in words, got {shown(one)}")
     value = one["value"]
     if isinstance(like, list):
         if not isinstance(value, list) or len(value) != len(like) or not all(is_finite(x) and x > 0 for x in value):
@@ -117,4 +157,7 @@ def _value(where: str, one: Any, like: Any) -> Any:
         raise InputError(f"{where}: expected a number above 0, got {shown(value)}")
     elif isinstance(like, int) and not isinstance(value, int):
         raise InputError(f"{where}: expected a whole number, got {shown(value)}")
+    for number in value if isinstance(value, list) else [value]:
+        if number != 0 and not least <= number <= most:  # whether it may be 0 is known by now
+            raise InputError(f"{where}: expected {least:,.10g} to {most:,.10g}, got {shown(value)}")
     return value

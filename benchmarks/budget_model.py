@@ -25,14 +25,15 @@ def time_us(step: Step, gpu: Gpu) -> float:
 def gap_us(step: Step, gpu: Gpu, programmatic: bool) -> float:
     """From the end of the launch before to the beginning of this one in a graph.
 
-    programmatic: our kernels are launched before the one before them has ended (programmatic dependent launch); the one-launch
-    head, whose blocks wait for each other, is not.
+    programmatic: our kernels are launched before the one before them has ended (programmatic dependent launch), where the GPU has
+    that and the step does not launch them plainly; the one-launch head, whose blocks wait for each other, and the branch beside
+    a stage are not.
     """
     if step.kind in ("host_copy", "graph"):
         return 0.0
     if step.kind in ("memset", "copy"):
         return float(gpu["memset_gap" if step.kind == "memset" else "gap"])
-    early = programmatic and step.kind in ("triton", "cuda") and step.name != "action_ode.cu"
+    early = programmatic and step.facts.get("early", False) and step.name != "action_ode.cu" and step.beside is None
     return float(gpu["gap_programmatic" if early else "gap"])
 
 

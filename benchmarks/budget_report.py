@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dit4dit.benchmarks.budget import NAMES, said_of_guesses
 from dit4dit.benchmarks.latency_report import write_page
 
 COLOURS = {
@@ -21,7 +22,6 @@ COLOURS = {
 }
 SHOWN = 40
 """Launches in the table."""
-NAMES = {"today": "as chosen today", "as_if_chosen": "as if chosen"}
 
 
 def write(report: Path, result: Mapping[str, Any]) -> Path:
@@ -46,8 +46,14 @@ def page(result: Mapping[str, Any]) -> str:
         "td:nth-child(-n+3){text-align:left}.bar{display:flex;height:1.1em;margin:.15em 0}.bar div{height:100%}"
         ".name{display:inline-block;width:22em}</style>"
         f"<h1>{title}</h1><p>Head {html.escape(result['head'])}, {html.escape(result['head_dtype'])}; predicted: {totals}.</p>"
+        f"{''.join(f'<p>{html.escape(line)}</p>' for line in _notes(result))}"
         f"<p>{legend}</p>{bars}{_launches(result)}"
     )
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of the numbers: which rest on guesses, and what was measured elsewhere or otherwise."""
+    return [*said_of_guesses(result), *(result.get("measured") or {}).get("notes", ())]
 
 
 def _stage(result: Mapping[str, Any], stage: str, most: float) -> str:

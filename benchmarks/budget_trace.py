@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dit4dit import ops
-from dit4dit.ops import dispatch, stages, stand_in
+from dit4dit.ops import dispatch, programmatic, stages, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.verdicts import call_text
 
@@ -63,8 +63,11 @@ class Trace:
         name_of, beside = ("", None) if stage is None else (stage.name, stage.beside)
         self.steps.append(Step(kind, name, name_of, beside, flops, moved, facts))
 
-    def kernels(self, steps: Sequence[Launch], call: ops.Call | None) -> None:
-        """Our own kernels of one op's call, whose FLOPs belong to those of them that multiply."""
+    def kernels(self, steps: Sequence[Launch], call: ops.Call | None, early: bool) -> None:
+        """Our own kernels of one op's call, whose FLOPs belong to those of them that multiply.
+
+        early: whether a step with programmatic launches launches them so.
+        """
         many = [step for step in steps if multiplies(step)]
         flops = call_flops(*call) if many and call is not None else 0.0
         for step in steps:
@@ -73,8 +76,12 @@ class Trace:
             for (kernel, name), share in PARTLY.items():
                 part = step.arguments.get(name) if kernel == step.kernel else None
                 moved -= int((1 - share) * distinct_bytes([part])) if isinstance(part, Tensor) else 0
-            facts = {"grid": list(step.grid), "tile": dict(step.tile), "constants": dict(step.constants)}
-            facts |= {"dtype": _operands(tensors), "lengths": _lengths(step)}
+            facts: dict[str, Any] = {
+                "grid": list(step.grid),
+                "tile": dict(step.tile),
+                "constants": dict(step.constants),
+            }
+            facts |= {"dtype": _operands(tensors), "lengths": _lengths(step), "early": early}
             kind = "cuda" if step.kernel.endswith(".cu") else "triton"
             self.add(kind, step.kernel, flops / len(many) if step in many else 0.0, moved, **facts)
 
@@ -152,10 +159,16 @@ def recording(gpu: stand_in.StandIn, call: ops.Call | None = None) -> Iterator[T
             if not _muted[0]:
                 made = calls[-1] if calls else None  # the op that is running: kernels are launched by the innermost
                 with outside():
-                    trace.kernels(steps, made)
+                    trace.kernels(steps, made, programmatic.triton_kernels(gpu.architecture))
 
         here = replace(gpu, record=record)
-        with stand_in.without_data(here), torch.no_grad(), _Calls(trace), _Attention(trace):
+        with (
+            stand_in.without_data(here),
+            torch.no_grad(),
+            programmatic.launches(True),
+            _Calls(trace),
+            _Attention(trace),
+        ):
             yield trace
 
 

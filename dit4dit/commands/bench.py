@@ -150,7 +150,9 @@ def budget(
 ) -> int:
     """Every launch of one chunk on a GPU, counted and predicted, on any machine; no weights and no GPU are needed.
 
-    Two totals: as a plan chooses there today, and as if each call had the implementation with the smallest prediction.
+    Two totals: as a plan chooses there today, and as if each call had the implementation with the smallest prediction. Below them
+    the constants that are guesses, and the microseconds that hang on them. A stage beside another one costs what it takes longer,
+    as if each had the whole GPU; launches count kernels, copies and memsets.
 
     Args:
         preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.
@@ -175,7 +177,9 @@ def budget(
     wanted = module.Wanted(preset, head, kind, budget_gpu.read(gpu), batch)
     beside = None
     if measured is not None:
-        beside = budget_measured.read(measured, preset, head, str(kind).removeprefix("torch."))
+        if batch != 1:
+            raise InputError(f"--measured: results are of one request, got --batch {batch}; leave one of them out")
+        beside = budget_measured.read(measured, preset, head, str(kind).removeprefix("torch."), wanted.gpu.name)
     with bar("budget", 1) as shown, shown.ticking():
         result = module.measure(wanted)
     result["measured"] = beside
