@@ -31,7 +31,8 @@ BATCHES = (1, 2, 3, 4, 5, 8, 15, 16)
 """Those between launch the same kernels: what is compiled in is only which sizes are 1 or multiples of 16, and the tile."""
 CANDIDATE_BATCHES = (1,)
 """Of implementations that run only where a verdict names them (`measured_only`): a robot's own. With other batches they are
-compiled just in time, and where nothing can, what runs without a verdict runs. All batches of them would be a third more kernels."""
+compiled just in time, and where nothing can, what runs without a verdict runs. For all batches a wheel would hold a third
+more kernels."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ def by_triton(found: Iterable[ops.Call], *, candidates: bool = True) -> Iterator
     for op, args in found:
         for implementation in find(op).implementations.values():
             launches = launch.launches_of(implementation.run)
-            if launches is None or foreign(implementation) is not None or (implementation.measured_only and not candidates):
+            if (
+                launches is None
+                or foreign(implementation) is not None
+                or (implementation.measured_only and not candidates)
+            ):
                 continue
             with stand_in.without_data(), torch.no_grad():
                 reason = implementation.refuse(*args)
