@@ -93,8 +93,8 @@ def launches(
     tile = tiles.lookup("adaln", architecture, rows=rows, width=width, shared=int(shared))
     if shared:
         tile["ROWS"] = _shared_rows(tokens, tile["ROWS"])
-    h = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    x_new = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out[0]
+    h = x.new_empty(x.shape, dtype=out_dtype)  # dense, whatever the layout of x
+    x_new = None if y is None else x.new_empty(x.shape) if out is None else out[0]
     # of a dense residual stream, which all but the first are, the kernel needs no strides
     strides = (None, None, None) if x.is_contiguous() else x.stride()[:3]
     arguments = dict(
