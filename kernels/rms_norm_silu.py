@@ -36,7 +36,7 @@ def rms_norm_silu(
             tl.store(x_new + at, total, mask=inside)
         y = total.to(tl.float32)  # the norm sees what is stored
     weight = tl.load(gamma + column, mask=column < CHANNELS, other=0.0).to(tl.float32)
-    length = tl.maximum(tl.sqrt(tl.sum(y * y, axis=1)), smallest)
+    length = tl.maximum(tl.sqrt(tl.sum(y * y, axis=1)), smallest, propagate_nan=tl.PropagateNan.ALL)
     y = y / length[:, None] * (tl.sqrt(CHANNELS * 1.0) * weight)[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y))

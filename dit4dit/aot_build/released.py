@@ -29,6 +29,10 @@ CAPABILITIES = (80, 89, 90, 100, 120)
 MODELS = ("robocasa_gr1", "libero", "unitree_g1")
 BATCHES = (1, 2, 3, 4, 5, 8, 15, 16)
 """Those between launch the same kernels: what is compiled in is only which sizes are 1 or multiples of 16, and the tile."""
+CANDIDATE_BATCHES = (1,)
+"""Of implementations that run only where a verdict names them (`measured_only`): a robot's own. With other batches they are
+compiled just in time, and where nothing can, what runs without a verdict runs. For all batches a wheel would hold a third
+more kernels."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ VARIANTS = tuple(
 
 
 def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
-    """Every call of a Triton kernel in one chunk, noise, guidance and units included, for each batch in turn, each kind once.
+    """Every call of a Triton kernel in one chunk, noise, guidance and units included, for each batch in turn, each kind once;
+    of candidates those of `CANDIDATE_BATCHES`.
 
     Pictures come at the model's own size: their kernel is CUDA C++ and takes any.
     """
@@ -65,17 +70,25 @@ def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
     for batch, (state, guidance) in product(batches, kinds):
         views, length = (size,) * len(robot.views), config.text.max_length
         shape = RequestShape(batch, views, None, robot.resize, state, length, guidance)
-        for function, args in by_triton(calls(engine, shape, robot.action_dim)):
+        listed = calls(engine, shape, robot.action_dim)
+        for function, args in by_triton(listed, candidates=batch in CANDIDATE_BATCHES):
             found.setdefault((function, tuple(map(_facts, args))), (function, args))
     return list(found.values())
 
 
-def by_triton(found: Iterable[ops.Call]) -> Iterator[Call]:
-    """Those of the calls, on the meta device, that this package's Triton kernels take on a GPU."""
+def by_triton(found: Iterable[ops.Call], *, candidates: bool = True) -> Iterator[Call]:
+    """Those of the calls, on the meta device, that this package's Triton kernels take on a GPU.
+
+    candidates: also by implementations that run only where a verdict names them.
+    """
     for op, args in found:
         for implementation in find(op).implementations.values():
             launches = launch.launches_of(implementation.run)
-            if launches is None or foreign(implementation) is not None:
+            if (
+                launches is None
+                or foreign(implementation) is not None
+                or (implementation.measured_only and not candidates)
+            ):
                 continue
             with stand_in.without_data(), torch.no_grad():
                 reason = implementation.refuse(*args)

@@ -93,8 +93,8 @@ def launches(
     tile = tiles.lookup("adaln", architecture, rows=rows, width=width, shared=int(shared))
     if shared:
         tile["ROWS"] = _shared_rows(tokens, tile["ROWS"])
-    h = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    x_new = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out[0]
+    h = x.new_empty(x.shape, dtype=out_dtype)  # dense, whatever the layout of x
+    x_new = None if y is None else x.new_empty(x.shape) if out is None else out[0]
     # of a dense residual stream, which all but the first are, the kernel needs no strides
     strides = (None, None, None) if x.is_contiguous() else x.stride()[:3]
     arguments = dict(
@@ -135,11 +135,8 @@ def _refuse(
             return f"{name} is {table.dtype}, not float32"
     if x.shape[-1] > _WIDEST:
         return f"rows of {x.shape[-1]}, it takes at most {_WIDEST}"
-    if not x.is_contiguous():
-        if y is None:
-            return "x is not contiguous, and without y it is one of the results"
-        if max(x.stride()) >= 2**31:
-            return f"x has strides {x.stride()}, its offsets have 31 bits"
+    if y is None and not x.is_contiguous():
+        return "x is not contiguous, and without y it is one of the results"
     return launch.refuse(strided=("x",), x=x, y=y, gate=gate, shift=shift, scale=scale)
 
 

@@ -101,9 +101,6 @@ def _refuse(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
         return (
             f"the kernel is larger than the image: {list(weight.shape[2:])} against {list(x.shape[2:])} and {padding}"
         )
-    # the last element's offset, where x is part of a larger buffer
-    if sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) >= 2**31:
-        return "x: the buffer that it is part of has more elements than offsets of 31 bits reach"
     pixels = x.permute(0, 2, 3, 1)  # the last dimension is now the dense one
     out = len(weight) * len(x) * math.prod(_size(x, weight, stride, padding))
     if out >= 2**31:

@@ -69,6 +69,9 @@ def refuse(
         if name in strided:
             if tensor.stride(-1) != 1:
                 return f"{name}: its last dimension has stride {tensor.stride(-1)}, not 1"
+            # the last element's offset, which in part of a larger buffer is more than there are elements
+            if sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31:
+                return f"{name}: the buffer that it is part of has more elements than offsets of 31 bits reach"
         elif not tensor.is_contiguous():
             return f"{name} is not contiguous"
         if tensor.numel() >= 2**31:

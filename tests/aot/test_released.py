@@ -61,6 +61,17 @@ def test_fp8_where_the_chip_has_it():
         assert "self_attention" in found
 
 
+def test_candidates_are_compiled_for_one_robot():
+    """A server's batches have what runs there without a verdict: the rest would be most of what a wheel holds."""
+    variant = released.Variant("tiny", torch.bfloat16)
+    one, two = (released.launches(released.record(variant, (batch,)), 90) for batch in (1, 2))
+    kernels = [{step.kernel for step in steps} for steps in (one, two)]
+    assert kernels[0] - kernels[1] == {"conv2d", "linear", "linear_gelu", "norm_linear"}
+    assert {"adaln", "self_attention", "cross_attention", "euler_step", "philox_normal"} <= kernels[1]
+    shared = [{step.constants["SHARED"] for step in steps if step.kernel == "adaln"} for steps in (one, two)]
+    assert shared == [{False, True}, {False}]
+
+
 @pytest.mark.slow
 def test_batches_between_launch_the_same_kernels():
     variant = released.Variant("robocasa_gr1", torch.bfloat16)

@@ -90,6 +90,18 @@ def test_what_is_not_asked_for_is_not_written():
     assert results[1] is args[0]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_not_hidden(triton_op, bad):
+    """By the bound of the length: one channel that is no number leaves no number in its pixel, and the others as they are."""
+    x, bias, residual, gamma = given(12, bias=True, residual=True)
+    residual[1, 3, 2, 4] = bad
+    for run in (reference, partial(triton_op, "rms_norm_silu")):
+        (got,) = run(x, bias, residual, gamma, False, False)
+        # what is infinite makes the others zero
+        assert got[1, :, 2, 4].isnan().sum() == (12 if bad != bad else 1)
+        assert got.isnan().sum() == got[1, :, 2, 4].isnan().sum()
+
+
 def test_float16_holds_the_squares(triton_op):
     x = torch.tensor([300.0, 100.0] * 48, dtype=torch.float16).reshape(1, 96, 1, 1)
     x = torch.cat([x, torch.zeros_like(x)], dim=3).contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ import torch
 
 from dit4dit import ops
 from dit4dit.errors import ConfigError
-from dit4dit.ops import dispatch, launch, tiles
+from dit4dit.ops import dispatch, launch, stand_in, tiles
 
 OPS = [op for op in ops.names() if "triton" in ops.implementations(op)]
 
@@ -92,6 +92,19 @@ def test_what_triton_refuses(monkeypatch, tensor, reason):
     assert launch.refuse(x=tensor) == reason
     reason = launch.refuse(strided=("x",), x=torch.zeros(2, 3).T)
     assert reason == "x: its last dimension has stride 3, not 1"
+
+
+def test_a_part_of_a_large_buffer_is_within_reach_of_offsets():
+    """Few elements far apart: a kernel's offsets have 31 bits."""
+    with stand_in.without_data():
+        for stride, fits in ((2**31 - 4, True), (2**31 - 3, False), (2**30 + 2, True)):
+            x = torch.empty_strided((2, 4), (stride, 1), device="meta")
+            reason = launch.refuse(strided=("x",), x=x)
+            assert (reason is None) == fits, reason
+        three = torch.empty_strided((3, 4), (2**30 + 2, 1), device="meta")
+        assert "more elements than offsets of 31 bits reach" in str(launch.refuse(strided=("x",), x=three))
+        one = torch.empty_strided((1, 4), (2**40, 1), device="meta")
+        assert launch.refuse(strided=("x",), x=one) is None
 
 
 EULER = {"upto": {}, "tile": {"BLOCK": 64, "num_warps": 2, "num_stages": 1}}

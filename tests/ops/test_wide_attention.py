@@ -176,6 +176,16 @@ def test_heads_of_512_compile(capability):
     assert kernels.products(kernel.asm["ptx"])
 
 
+@pytest.mark.kernels
+@pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
+@pytest.mark.parametrize(("batch", "length", "dim"), [(1, 784, 384), (1, 1568, 384), (16, 784, 384), (1, 784, 512)])
+def test_it_fits_where_8_6_has_less_shared_memory_than_8_0(batch, length, dim):
+    """An RTX 30 or A10 has what 8.9 has, not the A100's; a kernel that needs more cannot be launched."""
+    pytest.importorskip("triton")
+    step = launches(meta(batch, length, 1, dim), "86")[0][0]
+    assert compiled(Specialization.of(step), 86).metadata.shared <= kernels.SHARED_MEMORY[89]
+
+
 def test_neither_runs_unless_asked_for():
     with ops.trace() as ran:
         self_attention(*make(1, 8, 1, 384, BF16))
