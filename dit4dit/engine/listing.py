@@ -41,9 +41,9 @@ def engine_without_data(
 ) -> Engine:
     """The engine of a model on the meta device.
 
-    dtype: of VAE and backbone. head_dtype: of the head; `dtype` when None. fp8: the backbone's
-        matrices in e4m3. steps: as of `Engine`. gpu: whether its plans make the calls of a GPU, which draws the noise and works on
-        it beside the VAE, or a CPU's.
+    dtype: of VAE and backbone. head_dtype: of the head; `dtype` when None. fp8: the backbone's matrices in e4m3. steps: as of
+        `Engine`. gpu: whether its plans make the calls of a GPU, which draws the noise and works on it beside the VAE, or a
+        CPU's.
     """
     head_dtype = dtype if head_dtype is None else head_dtype
     with torch.device("meta"):
