@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -186,16 +187,17 @@ class Planned:
         """One step in five stages with the kernels of the plan, called one by one: no graph. Copies to and from the GPU count."""
         plan, shape, stages = self.plan, self.plan.shape, self._functions({})
         given, results = plan.inputs.device, plan.outputs.device
-        dtype = self.engine.model.dtype
+        dtype, channels = self.engine.model.dtype, self.engine.encoder.channels
+        views = [given[f"view{i}"] for i in range(len(shape.views))]
 
         def preprocess() -> None:
             plan.inputs.upload()
             plan.draw_noise()
-            ops.preprocess([given[f"view{i}"] for i in range(len(shape.views))], shape.size, shape.resize, dtype)
+            ops.preprocess(views, shape.size, shape.resize, dtype, channels=channels)
 
         def outputs() -> None:
             if "actions" in results:
-                results["actions"].copy_(ops.unnormalize(results["normalized"], self.table))
+                ops.unnormalize(results["normalized"], self.table, out=results["actions"])
             plan.outputs.download()
 
         called = {"preprocess": preprocess, **stages, "outputs": outputs}
@@ -212,9 +214,12 @@ class Planned:
         `kept` must live as long.
         """
         inputs, engine, batch = self.inputs, self.engine, PromptPack(self.pack.keys[None], self.pack.values[None])
+        # as a plan's preprocessing leaves it
+        wide = F.pad(inputs.frame, (0, 0, 0, 0, 0, engine.encoder.channels - inputs.frame.shape[1]))
+        frame = wide.to(engine.model.dtype).contiguous(memory_format=torch.channels_last)
 
         def vae() -> None:
-            kept["moments"] = engine.moments(inputs.frame)
+            kept["moments"] = engine.moments(frame)
 
         def backbone() -> None:
             first = engine.first_block(inputs.latent)

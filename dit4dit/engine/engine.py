@@ -28,7 +28,7 @@ from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
 from dit4dit.engine.slots import Slots
-from dit4dit.errors import BackendError, ConfigError, shown
+from dit4dit.errors import BackendError, ConfigError, InputError, shown
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.flow import GuidanceTensors
 from dit4dit.model.video_dit import rotary_table
@@ -45,7 +45,7 @@ STEPS = (1, 2, 4, 8)
 MAX_BATCH = 16
 """Requests in one pass."""
 GRIDS = 4
-"""Sizes of a joined picture whose rotary tables are kept, at most 22 MB each; a CUDA graph keeps its own."""
+"""Sizes of a joined image whose rotary tables are kept, at most 22 MB each; a CUDA graph keeps its own."""
 FOLDING_LIMIT, FOLDING_LIMIT_16_BIT = 1e-4, 0.2
 """Largest relative error of the folded model. In 16 bits, where rounding alone is percents, it only finds what is broken."""
 
@@ -321,7 +321,10 @@ class Engine:
         return ops.posterior_patches(moments, noise, *self.latent_scale, patch, dtype)
 
     def first_block(self, latent: Tensor) -> FirstBlock:
-        """Buffers for block 0's input, for latents [B, z, T, h, w]."""
+        """Buffers for block 0's input, for latents [B, z, T, h, w]. InputError: they are not as many frames as the model's."""
+        if latent.shape[2] != self.config.latent_frames:
+            expected = self.config.latent_frames
+            raise InputError(f"engine: latents: expected {expected} latent frames, got {latent.shape[2]}")
         patch = self.config.dit.patch
         rows, columns = latent.shape[3] // patch, latent.shape[4] // patch
         _, begin = self._tables(rows, columns, latent.device)

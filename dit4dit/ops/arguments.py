@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from dit4dit.errors import InputError
@@ -21,15 +23,19 @@ class Shapes:
         """InputError unless `tensor` has this shape; None is left alone. A word of digits is a size of its own."""
         if tensor is None:
             return self
-        words = shape.split()
-        got = list(tensor.shape)
-        if len(got) == len(words) and 0 not in got:
-            for word, size in zip(words, got, strict=True):
-                self.sizes.setdefault(word, int(word) if word.isdigit() else size)
-        want = [self.sizes.get(word, word) for word in words]
-        if got != want:
-            shown = ", ".join(map(str, want))
-            raise InputError(f"{self.op}: {name}: expected [{', '.join(words)}] = [{shown}], got {got}")
+        words, got = _words(shape), tensor.shape
+        fits = len(got) == len(words)
+        if fits and 0 not in got:
+            known = self.sizes
+            for (word, number), size in zip(words, got, strict=True):
+                if known.setdefault(word, size if number is None else number) != size:
+                    fits = False
+        if not fits or 0 in got:
+            letters = [word for word, _ in words]
+            want = [self.sizes.get(word, word) for word in letters]
+            if want != list(got):
+                shown = ", ".join(map(str, want))
+                raise InputError(f"{self.op}: {name}: expected [{', '.join(letters)}] = [{shown}], got {list(got)}")
         return self
 
     def __getitem__(self, letter: str) -> int:
@@ -38,13 +44,22 @@ class Shapes:
 
 def floating(op: str, **tensors: Tensor | None) -> None:
     """InputError unless each tensor that is given is of a floating dtype, and all are on one device."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first, leader = next(iter(given.items()))
-    for name, tensor in given.items():
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         if not tensor.is_floating_point():
             raise InputError(f"{op}: {name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor.device != leader.device:
-            raise InputError(f"{op}: {name}: expected device {leader.device} as {first}, got {tensor.device}")
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise InputError(f"{op}: {name}: expected device {device} as {first}, got {tensor.device}")
+
+
+@lru_cache(maxsize=256)  # words may be sizes, of which there is no end
+def _words(shape: str) -> tuple[tuple[str, int | None], ...]:
+    """The letters of a shape, each with its size where it is a number: split once, not in every call of a chunk."""
+    return tuple((word, int(word) if word.isdigit() else None) for word in shape.split())
 
 
 def product(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -37,6 +37,26 @@ def conv2d(
     Returns [B, O, (H + 2 padding - h) // stride + 1, (W + 2 padding - w) // stride + 1].
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
+    # a chunk has dozens of these: what fits is seen without building the message for what does not
+    if not (
+        x.ndim == weight.ndim == 4
+        and x.shape[1] == weight.shape[1]
+        and x.numel() > 0
+        and weight.numel() > 0
+        and x.dtype == weight.dtype
+        and x.is_floating_point()
+        and x.device == weight.device
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.device == x.device))
+        and stride >= 1
+        and padding >= 0
+    ):
+        _check(x, weight, bias, stride, padding)
+    result: Tensor = _op(x, weight, bias, stride, padding, backend=backend)
+    return result
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
+    """InputError for what does not fit."""
     Shapes("conv2d").of("x", x, "B C H W").of("weight", weight, "O C h w").of("bias", bias, "O")
     floating("conv2d", x=x, weight=weight, bias=bias)
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -44,8 +64,6 @@ def conv2d(
             raise InputError(f"conv2d: {name}: expected {x.dtype} as x, got {tensor.dtype}")
     if stride < 1 or padding < 0:
         raise InputError(f"conv2d: expected a stride of at least 1 and no negative padding, got {stride} and {padding}")
-    result: Tensor = _op(x, weight, bias, stride, padding, backend=backend)
-    return result
 
 
 def launches(args: _Args, architecture: str) -> tuple[list[Launch], Tensor]:

@@ -54,9 +54,11 @@ def linear(
         and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.device == x.device))
     ):
         arguments.product("linear", x, weight, bias)
-    if out is not None and (out.shape != (*x.shape[:-1], len(weight)) or out.dtype != x.dtype):
-        wanted = [*x.shape[:-1], len(weight)]
-        raise InputError(f"linear: out: expected {x.dtype} {wanted}, got {out.dtype} {list(out.shape)}")
+    if out is not None and (
+        out.shape != (*x.shape[:-1], len(weight)) or out.dtype != x.dtype or out.device != x.device
+    ):
+        wanted, got = f"{x.dtype} {[*x.shape[:-1], len(weight)]}", f"{out.dtype} {list(out.shape)}"
+        raise InputError(f"linear: out: expected {wanted} on {x.device}, got {got} on {out.device}")
     result: Tensor = _op(x, weight, bias, backend=backend, out=out)
     return result
 

@@ -86,9 +86,11 @@ def linear_fp8(
         raise InputError(f"linear_fp8: activation: expected 'none' or 'gelu', got {shown(activation)}")
     if not out_dtype.is_floating_point:
         raise InputError(f"linear_fp8: out_dtype: expected a floating dtype, got {out_dtype}")
-    if out is not None and (out.shape != (*x.shape[:-1], len(weight)) or out.dtype != out_dtype):
-        wanted = [*x.shape[:-1], len(weight)]
-        raise InputError(f"linear_fp8: out: expected {out_dtype} {wanted}, got {out.dtype} {list(out.shape)}")
+    if out is not None and (
+        out.shape != (*x.shape[:-1], len(weight)) or out.dtype != out_dtype or out.device != x.device
+    ):
+        wanted, got = f"{out_dtype} {[*x.shape[:-1], len(weight)]}", f"{out.dtype} {list(out.shape)}"
+        raise InputError(f"linear_fp8: out: expected {wanted} on {x.device}, got {got} on {out.device}")
     result: Tensor = _op(x, x_scale, weight, weight_scale, bias, activation, out_dtype, backend=backend, out=out)
     return result
 

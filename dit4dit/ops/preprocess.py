@@ -208,8 +208,8 @@ def _check(
         raise InputError(f"preprocess: resize: expected {' or '.join(FILTERS)}, got {shown(resize)}{_near(resize)}")
     if dtype not in DTYPES:
         raise InputError(f"preprocess: dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    if channels is not None and channels < 3:
-        raise InputError(f"preprocess: channels: expected None or at least 3, got {channels}")
+    if channels is not None and (not isinstance(channels, int) or channels < 3):
+        raise InputError(f"preprocess: channels: expected None or a whole number from 3, got {shown(channels)}")
     if not views:
         raise InputError("preprocess: views: expected at least one view, got none")
     if size is not None and (len(size) != 2 or min(size) < 1):

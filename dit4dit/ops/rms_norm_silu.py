@@ -51,9 +51,9 @@ def rms_norm_silu(
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
     check("rms_norm_silu", x, bias, residual)
-    Shapes("rms_norm_silu", C=x.shape[1]).of("gamma", gamma, "C 1 1")
-    floating("rms_norm_silu", x=x, gamma=gamma)
-    if x.dtype != gamma.dtype:
+    if gamma.shape != (x.shape[1], 1, 1) or gamma.dtype != x.dtype or gamma.device != x.device:
+        Shapes("rms_norm_silu", C=x.shape[1]).of("gamma", gamma, "C 1 1")
+        floating("rms_norm_silu", x=x, gamma=gamma)
         raise InputError(f"rms_norm_silu: gamma: expected {x.dtype} as x, got {gamma.dtype}")
     result: _Result = _op(x, bias, residual, gamma, silu, keep, backend=backend)
     return result

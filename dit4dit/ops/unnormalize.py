@@ -44,8 +44,9 @@ def unnormalize(actions: Tensor, table: Tensor, *, out: Tensor | None = None, ba
     if table.shape[1] > actions.shape[2]:
         raise InputError(f"unnormalize: table: expected at most {actions.shape[2]} dimensions, got {table.shape[1]}")
     wanted = (*actions.shape[:2], table.shape[1])
-    if out is not None and (out.shape != wanted or out.dtype != torch.float32):
-        raise InputError(f"unnormalize: out: expected float32 {list(wanted)}, got {out.dtype} {list(out.shape)}")
+    if out is not None and (out.shape != wanted or out.dtype != torch.float32 or out.device != actions.device):
+        got = f"{out.dtype} {list(out.shape)} on {out.device}"
+        raise InputError(f"unnormalize: out: expected float32 {list(wanted)} on {actions.device}, got {got}")
     result: Tensor = _op(actions, table, backend=backend, out=out)
     return result
 

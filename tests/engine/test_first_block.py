@@ -20,6 +20,7 @@ from dit4dit.engine.first_block import patch_rows
 from dit4dit.engine.fold import fold_embedding
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.listing import engine_without_data
+from dit4dit.errors import InputError
 from dit4dit.ops import stages, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.presets import preset
@@ -119,6 +120,20 @@ def test_a_model_of_one_latent_frame_has_no_noise_to_put() -> None:
     for engine.branches in (False, True):
         found.append(engine.features(frame, pack, posterior, latent))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_other_numbers_of_latent_frames_are_named(frames: int, apart: bool) -> None:
+    """Apart, what fewer frames leave unwritten would be taken for tokens."""
+    engine = engine_of(TINY)
+    engine.branches = apart
+    frame, posterior, latent = inputs(engine, 1)
+    other = latent[:, :, :1].expand(-1, -1, frames, -1, -1)
+    pack = stack([engine.pack(torch.randn(1, 5, TINY.dit.text_in))])
+    for run in (lambda: engine.features(frame, pack, posterior, other), lambda: engine.backbone(other, pack)):
+        with pytest.raises(InputError, match=f"latents: expected 2 latent frames, got {frames}"):
+            run()
 
 
 @pytest.mark.parametrize("where", ["branch", "main"])

@@ -209,7 +209,9 @@ IMAGE = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
     [
         (dict(views=[IMAGE.float()]), r"views\[0\]: expected uint8 in 0\.\.255, got torch\.float32"),
         (dict(views=[]), "expected at least one view"),
-        (dict(channels=2), "channels: expected None or at least 3, got 2"),
+        (dict(channels=2), "channels: expected None or a whole number from 3, got 2"),
+        (dict(channels="8"), "channels: expected None or a whole number from 3, got '8'"),
+        (dict(channels=8.0), "channels: expected None or a whole number from 3, got 8.0"),
         (dict(channels=4, out=torch.zeros(2, 3, 4, 4)), r"out: expected shape \[2, 4, 4, 4\], got \[2, 3, 4, 4\]"),
         (dict(views=[IMAGE, IMAGE[0]]), r"views\[1\]: expected \[batch, height, width, 3\], got \[8, 8, 3\]"),
         (dict(views=[IMAGE[..., :1]]), r"got \[2, 8, 8, 1\]"),
