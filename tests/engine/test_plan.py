@@ -217,7 +217,7 @@ def test_folding_is_measured_and_a_wrong_table_is_found() -> None:
     norm = engine.blocks[0].mlp_norm
     broken = replace(engine.blocks[0], mlp_norm=Modulation(norm.scale, norm.shift, norm.gate))
     engine.blocks = (broken, *engine.blocks[1:])
-    with pytest.raises(BackendError, match="folded model differs from the plain one by .*features [1-9]"):
+    with pytest.raises(BackendError, match=r"folded model differs from the plain one by .*features [1-9]"):
         engine.check_folding()
 
 
