@@ -59,6 +59,7 @@ def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -
         assert row["gflop_per_s"] == pytest.approx(row["flops"] / row["ms"]["p50"] / 1e6)
         assert row["implementation"] != "eager" or row["ratio"] == 1
     assert {r["op"] for r in timed if r["flops"]} == {
+        "conv2d",
         "self_attention",
         "cross_attention",
         "linear",

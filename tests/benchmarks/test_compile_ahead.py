@@ -160,7 +160,8 @@ def test_a_kernel_that_hangs_or_ends_its_compiler_costs_itself_alone(
         "adaln": "it took longer than 4 s",
         "rms_norm_silu": "the compile process ended with exit code -11",
     }
-    assert (found.kernels, found.compiled, found.processes) == (4, 1, 3)
+    # adaln has two implementations, each a kernel
+    assert (found.kernels, found.compiled, found.processes) == (5, 1, 4)
     assert {path.stem for path in cache.glob("*/*.cubin")} == {"euler_step"}
     # the assemblers have ended with their compilers
     assert not [line for line in commands() if hangs.replace(" ", "\0") in line]

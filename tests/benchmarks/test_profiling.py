@@ -28,7 +28,7 @@ def test_each_stage_has_its_kernels(tmp_path: Path, capsys) -> None:
     assert (data["complete"], data["cut"], data["profiler"]["activities"]) == (True, None, ["CPU"])
     assert list(data["stages"]) == list(data["stage_us"]) == STAGES
     (convolutions,) = [k for k in data["stages"]["vae"] if k["kernel"] == "aten::convolution"]
-    assert convolutions["count"] == 30
+    assert convolutions["count"] == 27, "those of one pixel in the attention are products, and one is folded away"
     for stage, kernels in data["stages"].items():
         assert kernels == sorted(kernels, key=lambda k: -k["us"])
         assert data["stage_us"][stage]["kernels"] == pytest.approx(sum(k["us"] for k in kernels))
