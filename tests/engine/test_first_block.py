@@ -179,7 +179,7 @@ VIEWS = {
     "t",
 }
 VIEWS |= {"transpose", "unbind", "unflatten", "unsqueeze", "view", "_unsafe_view", "_reshape_alias"}
-VIEWS |= {"empty", "empty_like", "empty_strided"}
+VIEWS |= {"empty", "new_empty", "empty_like", "empty_strided"}
 """Of the calls that PyTorch dispatches: those that launch nothing."""
 
 
