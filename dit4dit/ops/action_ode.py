@@ -148,9 +148,10 @@ def velocity(head: FoldedHead, actions: Tensor, step: int, context: Tensor, pref
         x, h = norm_linear(x, branch, None, None, 1e-5, block.mlp_in.weight, block.mlp_in.bias, "gelu_tanh")
         branch = block.mlp_out(h)
     norm, last, length = head.out_norms[step], head.decode_in, actions.shape[1]
-    if branch is not None:
-        branch = branch[:, :, -length:]
-    _, h = norm_linear(x[:, :, -length:], branch, norm.shift, norm.scale, 1e-6, last.weight, last.bias, "relu")
+    # of one sample the last rows are dense as they are
+    x = x[:, :, -length:].contiguous()
+    branch = None if branch is None else branch[:, :, -length:].contiguous()
+    _, h = norm_linear(x, branch, norm.shift, norm.scale, 1e-6, last.weight, last.bias, "relu")
     return head.decode_out(h[:, 0])
 
 

@@ -62,7 +62,7 @@ def norm_linear(
     backend: "parts" (the ops adaln, linear and linear_gelu, each as it is chosen), "triton" (few rows, x float32) or "torch";
         None chooses.
 
-    Returns x_new in x's dtype (x itself, or a copy of it, where y is None) and out [B, 1, N, O] in weight's dtype.
+    Returns x_new in x's dtype (x itself where y is None) and out [B, 1, N, O] in weight's dtype.
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
     """
     # a chunk has hundreds of these: what fits is seen without building the message for what does not
@@ -165,7 +165,7 @@ def _parts(
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The ops themselves: the door above has checked what theirs would check again."""
-    x, h = find("adaln")(x.contiguous(), None if y is None else y.contiguous(), None, shift, scale, eps, weight.dtype)
+    x, h = find("adaln")(x, y, None, shift, scale, eps, weight.dtype)
     if approximate := ACTIVATIONS[activation]:
         return x, find("linear_gelu")(h, weight, bias, approximate)
     out = find("linear")(h, weight, bias)
