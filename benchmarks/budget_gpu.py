@@ -18,7 +18,7 @@ BUILT_IN = Path(__file__).with_name("gpus.json")
 HINT = "benchmarks/gpus.json of dit4dit shows the form"
 LIMITS = {
     "architecture": (80, 129),
-    "multiprocessors": (1, 1024),
+    "sms": (1, 1024),
     "shared_memory": (49152, 1 << 24),
     "shared_memory_sm": (49152, 1 << 24),
 }
@@ -42,7 +42,7 @@ class Gpu:
     @property
     def stand_in(self) -> StandIn:
         """What tensors without data stand for."""
-        return StandIn(str(self["architecture"]), self["multiprocessors"], self["shared_memory"])
+        return StandIn(str(self["architecture"]), self["sms"], self["shared_memory"])
 
     @property
     def capability(self) -> str:

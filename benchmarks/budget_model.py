@@ -49,7 +49,7 @@ def waves_us(gpu: Gpu, blocks: int, resident: int, alone: float, full: float) ->
     resident: blocks that share an SM. alone: microseconds of a block that has one for itself. full: what each adds where several
     share it.
     """
-    left = math.ceil(blocks / gpu["multiprocessors"])
+    left = math.ceil(blocks / gpu["sms"])
     total = 0.0
     while left > 0:
         total += max(alone, min(left, resident) * full)
@@ -87,7 +87,7 @@ def _plain_product(step: Step, gpu: Gpu) -> float:
     """float32, without tensor cores: few rows follow the depth of their sums, many the arithmetic."""
     f = step.facts
     m, n, k = f["m"], f["n"], f["k"]
-    arithmetic = step.flops / (gpu["multiprocessors"] * gpu.tensor_rate("float32") * gpu["simt"])
+    arithmetic = step.flops / (gpu["sms"] * gpu.tensor_rate("float32") * gpu["simt"])
     if m == 1 or f["count"] > 1:
         return float(gpu["simt_few"] + max(arithmetic, step.bytes / (gpu["memory"] * TB)))
     if m <= 16 and n <= 1024:
@@ -101,9 +101,7 @@ def _plain_product(step: Step, gpu: Gpu) -> float:
 def _convolution(step: Step, gpu: Gpu) -> float:
     f = step.facts
     if f["dtype"] == "float32":
-        return float(
-            gpu["convolution"] + step.flops / (gpu["multiprocessors"] * gpu.tensor_rate("float32") * gpu["simt"])
-        )
+        return float(gpu["convolution"] + step.flops / (gpu["sms"] * gpu.tensor_rate("float32") * gpu["simt"]))
     if f["window"] == 1:
         tiles = _library_tiles(gpu, f["out"], f["pixels"], f["k"], 1, f["dtype"])
         return float(gpu["library"] - 1 + max(tiles, moving_us(gpu, step.bytes, "rows_rate")))
@@ -165,7 +163,7 @@ def _triton(step: Step, gpu: Gpu) -> float:
 def _rows(step: Step, gpu: Gpu) -> float:
     """A kernel that reads and writes its tensors once; with few blocks each waits for its own bytes."""
     blocks = math.prod(step.facts["grid"])
-    reading = step.bytes / (min(blocks, gpu["multiprocessors"]) * gpu["sm_read"] * 1e3)
+    reading = step.bytes / (min(blocks, gpu["sms"]) * gpu["sm_read"] * 1e3)
     return float(gpu["rows"] + max(moving_us(gpu, step.bytes, "rows_rate"), reading))
 
 

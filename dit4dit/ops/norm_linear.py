@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,11 +36,7 @@ def reference(
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition: see `norm_linear` for the arguments and the result."""
-    x_new, h = adaln(x, y, None, shift, scale, eps, weight.dtype)
-    if approximate := ACTIVATIONS[activation]:
-        return x_new, linear_gelu(h, weight, bias, approximate)
-    out = linear(h, weight, bias)
-    return x_new, torch.relu(out) if activation == "relu" else out
+    return _composed((adaln, linear, linear_gelu), x, y, shift, scale, eps, weight, bias, activation)
 
 
 def norm_linear(
@@ -154,22 +153,22 @@ def _refuse(
     return launch.refuse(x=x, y=y, shift=shift, scale=scale)
 
 
-def _parts(
-    x: Tensor,
-    y: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
+def _composed(
+    ops: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]], x: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """The ops themselves: the door above has checked what theirs would check again."""
-    x, h = find("adaln")(x, y, None, shift, scale, eps, weight.dtype)
+    """By adaln, linear and linear_gelu, in this order in `ops`; rest: the other arguments."""
+    norm, product, product_gelu = ops
+    y, shift, scale, eps, weight, bias, activation = rest
+    x, h = norm(x, y, None, shift, scale, eps, weight.dtype)
     if approximate := ACTIVATIONS[activation]:
-        return x, find("linear_gelu")(h, weight, bias, approximate)
-    out = find("linear")(h, weight, bias)
+        return x, product_gelu(h, weight, bias, approximate)
+    out = product(h, weight, bias)
     return x, torch.relu(out) if activation == "relu" else out
+
+
+def _parts(*args: Any) -> tuple[Tensor, Tensor]:
+    """The ops themselves: the door above has checked what theirs would check again."""
+    return _composed((find("adaln"), find("linear"), find("linear_gelu")), *args)
 
 
 def _prepare(x: Tensor, y: Tensor | None, shift: object, scale: object, eps: float, weight: Tensor, *_: object) -> None:

@@ -270,6 +270,16 @@ def test_a_branch_costs_what_it_takes_longer() -> None:
     assert budget.total_of({**main, "noise": stage(30.0)})["us"] == 180
 
 
+def test_a_tie_keeps_the_default() -> None:
+    cheapest = budget.Cheapest(budget_gpu.read("h200"), False)
+    x = torch.empty(1, 1, 196, 2048, device="meta")
+    args = (x, None, None, None, None, 1e-6, BF16)
+    key = f"adaln: {budget.call_text(args)}"
+    for us, chosen in ((9.9, "triton"), (9.7, "rows")):
+        cheapest.found[key] = {"triton": 10.0, "rows": us, "torch": 12.0}
+        assert cheapest.choice("adaln", args) == chosen
+
+
 def test_both_totals_and_what_they_chose() -> None:
     result = tiny()
     assert result["totals"]["as_if_chosen"]["us"] <= result["totals"]["today"]["us"]
