@@ -248,7 +248,8 @@ class _Search:
         def all_of(same: dict[Kind, Cut]) -> float:
             return sum(self.count[kind] * price(cut) for kind, cut in same.items())
 
-        chosen |= min(shared, key=all_of)
+        cheapest = min(shared, key=all_of)
+        chosen |= cheapest
         return self._cuts_of(chosen, min(part, max(cut.matrix.slice for cut in chosen.values())))
 
     def _us(self, cut: Cut, part: int) -> float:
