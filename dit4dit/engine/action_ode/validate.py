@@ -17,9 +17,11 @@ one. A group is the samples whose tokens one product takes; groups have nothing 
    - this step's NOISY has been read by all when EULER makes it EMPTY;
    - whatever is stored for the group in the next step waits, by the chain, for all of the group's new NOISY, thus until all of
      this step has been read: then this step's words are made EMPTY.
-   A part whose rows all lie past its matrix has no words. Its ranks have read when they have given words in a later tile for
-   the group, in the same step (of NOISY before EULER), or in the next step in a stage on which all depend that make EMPTY what
-   they have read: three stages before their own, or earlier.
+   A part whose rows all lie past its matrix has no words, from which it would be known that its ranks have read. It is known
+   in time from another tile of their team for the group: a later one of the same step (for NOISY before EULER), or one of the
+   next step on which all depend that make EMPTY what they have read, which is three stages before their own or earlier. In
+   that tile all ranks have words; or it exchanges sums and is not the next one: its ranks have waited until all had left the
+   last but one, for room.
    And nobody finds an older step's word: who reads a word in step s + 2 has read it in step s + 1, when it was stored by the
    thread that in step s had made EMPTY what is read in s + 2; of NOISY it is one step more. That holds from launch to launch, as
    each begins with the set at which the one before has ended.
@@ -354,13 +356,15 @@ class _Tiles:
             )
 
     def check_parts_without_words(self) -> None:
-        """See 3. The ranks with words are the first ones of a tile, so that a tile in which all have them tells of all."""
-        ranks, euler = self.schedule.ranks, len(self.stages) - 1
+        """See 3. The ranks with words are the first ones of a tile, so that those of a tile with as many as ranks are all."""
+        ranks, euler, tiles = self.schedule.ranks, len(self.stages) - 1, np.diff(self.schedule.first_tile)
+        exchanges = np.full(len(self.stage), ranks > 1)
+        exchanges[self.products.tiles] = self.products["split"] > 1
         wrong = np.zeros(len(self.stage), np.bool_)
-        full = self.words == ranks
-        for i in np.flatnonzero(~full).tolist():
-            mates = np.flatnonzero(full & (self.team == self.team[i]) & (self.group == self.group[i]))
-            later = (mates > i) & ((self.stage[i] > 0) | (self.stage[mates] < euler))
-            wrong[i] = not (later | (self.stage[mates] <= self.stage[i] - 3)).any()
-        what = "some of its ranks have no words, nor in another tile from which it is known in time when they have read"
-        _refuse(self.schedule, wrong, what)
+        for i in np.flatnonzero(self.words < ranks).tolist():
+            mates = np.flatnonzero((self.team == self.team[i]) & (self.group == self.group[i]))
+            ahead, stage = mates - i, self.stage[mates]
+            in_time = np.where(ahead > 0, (self.stage[i] > 0) | (stage < euler), stage <= self.stage[i] - 3)
+            ahead = np.where(ahead > 0, ahead, ahead + tiles[self.team[i]])
+            wrong[i] = not (in_time & ((self.words[mates] == ranks) | (exchanges[mates] & (ahead > 1)))).any()
+        _refuse(self.schedule, wrong, "some of its ranks have no words: it is not known in time when they have read")
