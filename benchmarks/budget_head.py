@@ -1,0 +1,186 @@
+"""The one-launch head's own table: what its schedule counts, and what each part of it is predicted to take on a GPU.
+
+All of it is `engine.action_ode.cost` with the constants of `gpus.json`: the planner weighs its plans by the same sums with its
+own defaults, so that constants which are measured on a GPU say here what its schedules would take, and change no schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dit4dit.benchmarks.budget_gpu import Gpu
+
+from dit4dit.engine.action_ode import Schedule
+from dit4dit.engine.action_ode.cost import PARTS, Costs, head_us, stage_us
+from dit4dit.engine.action_ode.schedule import NONE, Attend, Operands, Product, attend_inbox, sums_bytes
+from dit4dit.tables import table
+
+SHARED = ("memory",)
+"""Constants of `Costs` that other predictions take too; all others are "head_" and their name in `gpus.json`."""
+RATES = ("memory", "sm_stream")
+"""Those of which more is faster."""
+KB = 1024
+
+
+def constant(field: str) -> str:
+    """The name in `gpus.json` of a field of `Costs`."""
+    return field if field in SHARED else f"head_{field}"
+
+
+def costs_of(gpu: Gpu) -> Costs:
+    """A GPU's constants as `head_us` takes them."""
+    return Costs(**{one.name: float(gpu[constant(one.name)]) for one in dataclasses.fields(Costs)})
+
+
+def facts(schedule: Schedule) -> dict[str, int]:
+    """What says in a result which kernel and cut ran."""
+    return {
+        "teams": schedule.teams,
+        "ranks": schedule.ranks,
+        "stages": schedule.stages,
+        "steps": schedule.shape.steps,
+        "padded_tokens": schedule.padded_tokens,
+        "slots": schedule.slots,
+    }
+
+
+def table_of(schedule: Schedule, gpu: Gpu) -> dict[str, Any]:
+    """The head's table, ready for JSON.
+
+    "us": all steps, by `head_us`. "per_step_us": the chain's parts, the chain and the weights by the number of steps, "total" what
+    one step more adds. "kinds": matrices and attention, those of equal cut together, see `_row`, "us" and its parts "us_of" of the team that takes longest. "if_twice": constant that is a
+    guess -> microseconds that the total grows by if it costs twice as much.
+    """
+    costs, steps = costs_of(gpu), schedule.shape.steps
+    us = head_us(schedule, costs)
+    found: dict[str, Any] = {"gpu": gpu.name, **facts(schedule), "blocks": schedule.blocks, "sms": schedule.device.multiprocessors}
+    found |= {"shared_bytes": schedule.shared_bytes, "weight_mb": schedule.weight_bytes * steps / 1e6}
+    per_step = {name: us[name] / steps for name in (*PARTS, "chain", "weights")}
+    found |= {"us": us, "per_step_us": per_step | {"total": (us["total"] - costs.start) / steps}}
+    found["kinds"] = list(_kinds(schedule, costs))
+    found["if_twice"] = {
+        constant(one.name): head_us(schedule, _twice(costs, one.name))["total"] - us["total"]
+        for one in dataclasses.fields(Costs)
+        if constant(one.name) in gpu.guesses
+    }
+    return found
+
+
+def _twice(costs: Costs, field: str) -> Costs:
+    value = getattr(costs, field)
+    return dataclasses.replace(costs, **{field: value / 2 if field in RATES else 2 * value})
+
+
+def _kinds(schedule: Schedule, costs: Costs) -> Iterator[dict[str, Any]]:
+    """A row for each kind of stage; stages with equal rows are one with their "count"."""
+    same: dict[str, dict[str, Any]] = {}
+    work = work_of(schedule)
+    for buffer, parts in stage_us(schedule, costs):
+        row = _row(schedule, buffer, work[buffer]) | {"us": sum(parts.values()), "us_of": parts}
+        same.setdefault(repr(row), row | {"count": 0})["count"] += 1
+    yield from same.values()
+
+
+def work_of(schedule: Schedule) -> dict[str, list[tuple[int, Operands]]]:
+    """Buffer -> (team, work of a tile that writes it), of one step."""
+    begins = sorted((buffer.offset, name) for name, buffer in schedule.buffers.items())
+    offsets = [offset for offset, _ in begins]
+    found: dict[str, list[tuple[int, Operands]]] = {}
+    for team in range(schedule.teams):
+        for tile in schedule.decoded[schedule.first_tile[team] : schedule.first_tile[team + 1]]:
+            written = begins[bisect_right(offsets, tile.work.out) - 1][1]
+            found.setdefault(written, []).append((team, tile.work))
+    return found
+
+
+_ENDS = {"embedded": "encode", "tokens": "encode_out", "decoded": "decode_in", "noisy": "decode_out"}
+_OF_BLOCK = {"attended": "attend", "hidden": "mlp_in"}
+
+
+def matrix_of(buffer: str) -> str:
+    """Whose result a buffer has: the name of a matrix, or "{block}.attend"."""
+    block, _, part = buffer.rpartition(".")
+    return f"{block}.{_OF_BLOCK.get(part, part)}" if block else _ENDS[buffer]
+
+
+def _row(schedule: Schedule, buffer: str, work: Sequence[tuple[int, Operands]]) -> dict[str, Any]:
+    """One stage. "teams" have work, the one with most of it "each" tiles; KB are those of one block of that team: of activations
+    or keys and values that it stages, and of sums that it receives from its team's others.
+    """
+    name, each, one = matrix_of(buffer), Counter(team for team, _ in work), work[0][1]
+    found: dict[str, Any] = {"kind": name.rpartition(".")[2], "tiles": len(work), "teams": len(each)}
+    if isinstance(one, Product):
+        matrix = schedule.matrices[name]
+        found |= {"rows": matrix.rows, "columns": matrix.columns, "tile_rows": matrix.tile_rows}
+        found |= {"split": matrix.split, "parts": matrix.parts}
+    else:
+        found["kind"] += ", tokens" if one.context == NONE else ", features"
+        found |= {"rows": one.tokens, "columns": one.keys, "tile_rows": None, "split": schedule.ranks, "parts": None}
+    most = max(each, key=lambda team: each[team])
+    moved = [moved_bytes(schedule, name, of) for team, of in work if team == most]
+    staged, exchanged = (sum(column) / KB for column in zip(*moved, strict=True))
+    return found | {"each": each[most], "staged_kb": staged, "exchanged_kb": exchanged}
+
+
+def moved_bytes(schedule: Schedule, name: str, work: Operands) -> tuple[int, int]:
+    """(bytes that one block stages for a tile, bytes that it receives from the other blocks of its team)."""
+    shape, ranks = schedule.shape, schedule.ranks
+    if isinstance(work, Attend):
+        staged = (work.tokens + 2 * min(work.slice, work.keys)) * shape.head_dim * 2
+        return staged, attend_inbox(work.tokens, ranks, shape.head_dim) * (ranks - 1) // ranks
+    staged = work.tokens * min(work.slice, work.columns) * 2
+    sums = sums_bytes(schedule.padded_tokens, schedule.matrices[name])
+    return staged, sums * (work.split - 1) // work.split
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+
+def said(head: Mapping[str, Any]) -> str:
+    """The launch in a sentence."""
+    return (
+        f"{head['teams']} teams x {head['ranks']} blocks on {head['sms']} SMs of {head['gpu']}, {head['stages']} stages a step, "
+        f"{head['steps']} steps, {head['padded_tokens']} padded tokens, {head['slots']} slots for weights, "
+        f"{head['shared_bytes'] / KB:,.0f} KB of shared memory a block, {head['weight_mb']:,.0f} MB of weights in all steps"
+    )
+
+
+def tables(head: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """(header, rows): the parts of the time, and the stages by kind."""
+    us, step = head["us"], head["per_step_us"]
+    parts = [[name, f"{step[name]:,.1f}", f"{us[name]:,.1f}"] for name in (*PARTS, "chain", "weights", "total")]
+    header = ["kind", "count", "rows", "columns", "tile rows", "split", "parts", "tiles", "teams", "tiles a team"]
+    header += ["KB staged", "KB exchanged", "us", "us a step"]
+    rows = []
+    for kind in head["kinds"]:
+        names = ("kind", "count", "rows", "columns", "tile_rows", "split", "parts", "tiles", "teams", "each")
+        cells = ["-" if kind[name] is None else str(kind[name]) for name in names]
+        cells += [f"{kind['staged_kb']:,.1f}", f"{kind['exchanged_kb']:,.1f}"]
+        rows.append([*cells, f"{kind['us']:,.2f}", f"{kind['count'] * kind['us']:,.1f}"])
+    return [(["of the head", "us a step", "us"], parts), (header, rows)]
+
+
+def notes(head: Mapping[str, Any]) -> list[str]:
+    """How the parts come to the total, and what hangs on guesses."""
+    start = head["us"]["total"] - max(head["us"]["chain"], head["us"]["weights"])
+    slower = sorted(head["if_twice"].items(), key=lambda item: -item[1])
+    lines = [
+        f"chain is the sum of the parts above it, weights run beside it: the total is the longer of the two and {start:,.1f} us; "
+        "KB and us of a kind are of the team that has most of it"
+    ]
+    if slower:
+        each = ", ".join(f"{name} {us:+,.1f}" for name, us in slower)
+        lines.append(f"guesses; if one costs twice as much the head takes, in us: {each}")
+    return lines
+
+
+def show(head: Mapping[str, Any]) -> str:
+    """The launch, both tables, and the notes."""
+    lines = [f"the head in one launch, predicted: {said(head)}"]
+    for header, rows in tables(head):
+        lines.append(table(header, rows, right=range(1, len(header))))
+    return "\n".join([*lines, *notes(head)])
