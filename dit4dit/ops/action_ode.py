@@ -2,8 +2,11 @@
 
 `loop` is the head of an engine; by the ops' references it is this op's reference. The CUDA kernel (kernels/action_ode.cu) runs a
 schedule of `dit4dit.engine.action_ode`; on a CPU it runs by emulation (tests/cuda_emulation). It is chosen by itself only where
-a verdict names it: on an H200 it is right, and takes 4.5 ms where a graph of PyTorch's kernels takes 3.6, and `loop` with library
-and Triton kernels 2.4 (benchmarks/results/nvidia-h200.json).
+a verdict names it, and has not been timed on a GPU yet.
+
+The kernel's launch is cooperative: it begins when all SMs that it needs are free at once. A plan's stream has a high priority, so
+that kernels of other streams that have not begun wait behind it, such as the text encoder's in `Policy.prepare`; call the op in
+such a stream where other work shares the GPU (`torch.cuda.Stream(priority=-1)`).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def test_a_kind_goes_with_the_last_graph_that_reads_it(head: OneLaunchHead) -> N
     with device_tables.collected() as read:
         first = weakref.ref(head.prepare(CPU, 1, 40, True))
     assert read == [first()]
-    assert read[0].nbytes > first().tensors["workspace"].nbytes
+    assert read[0].nbytes > first().tensors["words"].nbytes
     others = [weakref.ref(head.prepare(CPU, 1, 41 + n, True)) for n in range(KINDS + 2)]
     gc.collect()
     assert [ref() is not None for ref in others] == [False] * 2 + [True] * KINDS
