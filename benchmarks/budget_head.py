@@ -14,6 +14,7 @@ from typing import Any
 
 from dit4dit.benchmarks.budget_gpu import Gpu
 
+from dit4dit.engine import Engine
 from dit4dit.engine.action_ode import Schedule
 from dit4dit.engine.action_ode.cost import PARTS, Costs, head_us, stage_us
 from dit4dit.engine.action_ode.schedule import NONE, Attend, Operands, Product, attend_inbox, sums_bytes
@@ -48,16 +49,31 @@ def facts(schedule: Schedule) -> dict[str, int]:
     }
 
 
+def launch_facts(engine: Engine, head: str) -> list[dict[str, int]] | None:
+    """`facts` of the launches that an engine has made ready, for a result; None where another head runs.
+
+    head: what runs it (`Plan.head`).
+    """
+    if head != "one_launch" or engine.one_launch is None:
+        return None
+    return [facts(schedule) for schedule in engine.one_launch.schedules]
+
+
 def table_of(schedule: Schedule, gpu: Gpu) -> dict[str, Any]:
     """The head's table, ready for JSON.
 
-    "us": all steps, by `head_us`. "per_step_us": the chain's parts, the chain and the weights by the number of steps, "total" what
-    one step more adds. "kinds": matrices and attention, those of equal cut together, see `_row`, "us" and its parts "us_of" of the team that takes longest. "if_twice": constant that is a
-    guess -> microseconds that the total grows by if it costs twice as much.
+    "us": of all steps (`head_us`). "per_step_us": of one step, "total" without the start. "kinds": matrices and attention;
+    those of equal cut are one: `_row`, their "count", and "us" of the team that takes longest with its parts, "us_of".
+    "if_twice": constant that is a guess -> microseconds that the total grows by if it costs twice as much.
     """
     costs, steps = costs_of(gpu), schedule.shape.steps
     us = head_us(schedule, costs)
-    found: dict[str, Any] = {"gpu": gpu.name, **facts(schedule), "blocks": schedule.blocks, "sms": schedule.device.multiprocessors}
+    found: dict[str, Any] = {
+        "gpu": gpu.name,
+        **facts(schedule),
+        "blocks": schedule.blocks,
+        "sms": schedule.device.multiprocessors,
+    }
     found |= {"shared_bytes": schedule.shared_bytes, "weight_mb": schedule.weight_bytes * steps / 1e6}
     per_step = {name: us[name] / steps for name in (*PARTS, "chain", "weights")}
     found |= {"us": us, "per_step_us": per_step | {"total": (us["total"] - costs.start) / steps}}
@@ -131,7 +147,8 @@ def moved_bytes(schedule: Schedule, name: str, work: Operands) -> tuple[int, int
     shape, ranks = schedule.shape, schedule.ranks
     if isinstance(work, Attend):
         staged = (work.tokens + 2 * min(work.slice, work.keys)) * shape.head_dim * 2
-        return staged, attend_inbox(work.tokens, ranks, shape.head_dim) * (ranks - 1) // ranks
+        active = -(-work.keys // work.slice)
+        return staged, attend_inbox(work.tokens, ranks, shape.head_dim) // ranks * active * (ranks - 1) // ranks
     staged = work.tokens * min(work.slice, work.columns) * 2
     sums = sums_bytes(schedule.padded_tokens, schedule.matrices[name])
     return staged, sums * (work.split - 1) // work.split

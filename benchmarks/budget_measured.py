@@ -49,7 +49,9 @@ def read(path: Path, preset: str, head: str, head_dtype: str, gpu: str) -> dict[
             if stage in HEADLESS or (same and not before):
                 found["stages"][stage] = min(us, found["stages"].get(stage, us))
             elif same and head == "one_launch":
-                found["notes"].append(f"measured of the kernel before, with barriers over all SMs: {stage} {us:,.1f} us ({name or path.name})")
+                found["notes"].append(
+                    f"measured of the kernel before, with barriers over all SMs: {stage} {us:,.1f} us ({name or path.name})"
+                )
         p50 = _of(part, "engine", where).get("p50")
         if same and not before and p50 is not None:
             found["total"] = min(1e3 * _time(p50, f"{where}: engine.p50"), found["total"] or float("inf"))

@@ -1,4 +1,4 @@
-"""Parts of the one-launch head's time, measured by leaving work out: the same kernel, with schedules of smaller heads and requests.
+"""Parts of the one-launch head's time, measured by leaving work out: the same kernel with schedules of smaller requests.
 
 A launch cannot skip its weights or its waiting, but it takes any schedule: of fewer steps, blocks, keys or tokens, or of a narrow
 head. `variants` differ by one thing from one to the next, so that the differences of their times sum up to the request's:
@@ -45,7 +45,9 @@ class Variant:
 
 def variants(config: HeadConfig, context: int, steps: int) -> dict[str, Variant]:
     """name -> what is launched; those of fewer blocks only where enough are left, all by one step only where there are more."""
-    few = replace(config, action_horizon=max(1, min(config.action_horizon, FEW_TOKENS - (config.state_dim is not None))))
+    few = replace(
+        config, action_horizon=max(1, min(config.action_horizon, FEW_TOKENS - (config.state_dim is not None)))
+    )
     narrow = replace(few, num_heads=1, head_dim=NARROW, hidden_size=NARROW)
     keys = min(context, FEW_KEYS)
     found = {"narrow, one step": Variant(narrow, keys, 1), "narrow": Variant(narrow, keys, steps)}
@@ -82,9 +84,7 @@ def solve(us: Mapping[str, float], config: HeadConfig, steps: int) -> dict[str, 
 
 def cut(schedule: Schedule) -> dict[str, tuple[int, int, int, int]]:
     """Kind of matrix -> ranks, tile_rows, split, parts: what two schedules must have in common to be the same plan."""
-    return {
-        name.rpartition(".")[2]: (m.ranks, m.tile_rows, m.split, m.parts) for name, m in schedule.matrices.items()
-    }
+    return {name.rpartition(".")[2]: (m.ranks, m.tile_rows, m.split, m.parts) for name, m in schedule.matrices.items()}
 
 
 def measure(
@@ -110,7 +110,9 @@ def measure(
         row, schedule = time(variant), schedules[name]
         us = 1e3 * row["ms"]["p50"] if "ms" in row else None
         rows[name] = {"us": us, "predicted_us": predict(schedule), "same_cut": cut(schedule) == wanted}
-        rows[name] |= {"teams": schedule.teams, "ranks": schedule.ranks} | {k: row[k] for k in ("left_out",) if k in row}
+        rows[name] |= {"teams": schedule.teams, "ranks": schedule.ranks} | {
+            k: row[k] for k in ("left_out",) if k in row
+        }
     timed = {name: row["us"] for name, row in rows.items() if row["us"] is not None}
     predicted = {name: row["predicted_us"] for name, row in rows.items()}
     return {"variants": rows, "measured": solve(timed, config, steps), "predicted": solve(predicted, config, steps)}
@@ -120,13 +122,20 @@ def show(found: Mapping[str, Any]) -> str:
     """Two tables: the variants, and the parts."""
     lines = []
     rows = [
-        [name, f"{row['teams']} x {row['ranks']}", "yes" if row["same_cut"] else "no", *_pair(row["us"], row["predicted_us"])]
+        [
+            name,
+            f"{row['teams']} x {row['ranks']}",
+            "yes" if row["same_cut"] else "no",
+            *_pair(row["us"], row["predicted_us"]),
+        ]
         for name, row in found["variants"].items()
     ]
     header = ["launched", "teams x ranks", "same cut", "measured us", "predicted us"]
     lines.append(table(header, rows, right=(3, 4)))
     parts = [
-        [part, *_pair(found["measured"][way].get(part), us)] for way in found["predicted"] for part, us in found["predicted"][way].items()
+        [part, *_pair(found["measured"][way].get(part), us)]
+        for way in found["predicted"]
+        for part, us in found["predicted"][way].items()
     ]
     lines.append(table(["part", "measured us", "predicted us"], parts, right=(1, 2)))
     lines += [f"{name}: {row['left_out']}" for name, row in found["variants"].items() if "left_out" in row]
