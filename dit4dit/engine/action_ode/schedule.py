@@ -37,6 +37,8 @@ SLOT_BYTES = 16384
 MAX_TOKENS = 72
 PADDED_TOKENS = (8, 16, 24, 32, 48, 64, 72)
 """Tokens of one product; the kernel has code of its own for each."""
+ATTEND_KEYS = 128
+"""Keys that an attention tile has in shared memory at a time, at most."""
 MAX_HEAD_DIM = 64
 MAX_WIDTH = 2048
 MAX_WARP_TILES = 2
@@ -379,12 +381,12 @@ FIXED_SHARED = 2048
 
 
 def attend_rows(tokens: int, keys: int) -> tuple[int, int, int]:
-    """(rows of queries, rows of keys, keys of one warp) that an attention tile has in shared memory at a time; a warp takes 64
-    keys at most, so that more than `rows of keys` come one after the other.
+    """(rows of queries, rows of keys, keys of one warp) that an attention tile has in shared memory at a time; more keys than
+    ATTEND_KEYS come one after the other, for which every supported device has room.
     """
     query_tiles = 1 if tokens <= 16 else 2 if tokens <= 32 else 4
     groups = WARPS // query_tiles
-    per_warp = min(64, -(-keys // (groups * 16)) * 16)
+    per_warp = min(ATTEND_KEYS // groups, -(-keys // (groups * 16)) * 16)
     return query_tiles * 16, groups * per_warp, per_warp
 
 
