@@ -16,16 +16,11 @@ from dit4dit.engine.fold import fold_head
 from dit4dit.model.action_head import ActionHead
 from dit4dit.model.flow import GuidanceTensors
 
-SMALL = Device(workers=7, shared_memory=99 << 10, capability=80)
+SMALL = Device(7, 99 << 10, 80)
 A100 = Device(108, 163 << 10, 80)
-H200 = Device(132, 227 << 10, 90)
-# as many blocks as make the planner cut rows and columns of matrices, and keys
-DEVICES = {
-    "copies": Device(13, 99 << 10, 80),
-    "bulk": Device(13, 99 << 10, 120),
-    "warpgroups": Device(13, 227 << 10, 90),
-}
-"""Chips for the emulation, by its variants."""
+H200 = Device(132, 227 << 10, 90, (66, 30, 15))
+DEVICES = {"copies": Device(13, 99 << 10, 80), "bulk": Device(12, 227 << 10, 90, (6, 3, 1))}
+"""Small devices for the emulation, by its variants."""
 
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "9 tokens": (dict(num_layers=2), dict(batch=1, context=150)),
