@@ -48,7 +48,7 @@ def page(result: Mapping[str, Any]) -> str:
         ".name{display:inline-block;width:22em}</style>"
         f"<h1>{title}</h1><p>Head {html.escape(result['head'])}, {html.escape(result['head_dtype'])}; predicted: {totals}.</p>"
         f"{''.join(f'<p>{html.escape(line)}</p>' for line in _notes(result))}"
-        f"<p>{legend}</p>{bars}{_head(result)}{_launches(result)}"
+        f"<p>{legend}</p>{bars}{head_tables(result)}{_launches(result)}"
     )
 
 
@@ -84,7 +84,7 @@ def parts_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: us for name, us in found.items() if us > 0}
 
 
-def _head(result: Mapping[str, Any]) -> str:
+def head_tables(result: Mapping[str, Any]) -> str:
     """The one-launch head's tables, where it runs."""
     head = result["one_launch_head"]
     if head is None:
