@@ -221,7 +221,6 @@ void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers, flo
     ode::Launch l{};
     set_schedule(l, given);
     set_sizes(l, given);
-    if (l.head_dim % (2 * l.ranks)) refuse("ranks", "whole words of head_dim " + text(l.head_dim) + " for each", text(l.ranks));
     set_tensors(l, given);
     if (limit_ns < 1) refuse("limit_ns", "at least 1", text(limit_ns));
     l.max_guidance = max_guidance;

@@ -1,55 +1,11 @@
-// Products of the action head, transposed: rows of weights are the tall operand, tokens the narrow one.
+// Products of the action head, transposed: rows of weights are the tall operand of the tensor cores, tokens the narrow one.
 #pragma once
 
 #include "action_ode_sampler.cuh"
 #include "action_ode_stage.cuh"
+#include "action_ode_weights.cuh"
 
 namespace dit4dit::ode {
-
-constexpr int kSumRow = 20;  // floats between two tokens of a warp's sums: 16, and 4 so that a warp meets no bank twice
-
-DEVICE void multiply_slot(float (&sums)[8][4], const Weights::Fragments& weights, const Staged& tokens, int column, int count) {
-    const int lane = thread_index() % 32;
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-        if (j < count) {
-            std::uint32_t b[4];
-            load_matrices(b, tokens.row(column + lane / 8 * 8, j * 8 + lane % 8));
-            multiply(sums[j], weights.a[0], b[0], b[1]);
-            multiply(sums[j], weights.a[1], b[2], b[3]);
-        }
-}
-
-#if DIT4DIT_WARPGROUPS
-// 16 columns of all tokens as a warpgroup product takes them: 8 x 8 blocks of 128 bytes, no swizzle.
-DEVICE std::uint64_t describe_tokens(const Staged& tokens, int column) {
-    const std::uint64_t along_columns = tokens.group >> 4, along_tokens = 128 >> 4;
-    return (shared_address(tokens.row(column, 0)) >> 4 & 0x3fffu) | along_columns << 16 | along_tokens << 32;
-}
-
-template <int kTokens>
-DEVICE void multiply_slot_warpgroup(float (&sums)[8][4], const Weights::Fragments& weights, const Staged& tokens, int column) {
-    sync_warp();  // one thread has been away to fetch weights
-    settle(sums);  // written before the fence, as PTX wants
-    products_begin();
-    multiply_warpgroup<kTokens>(sums, weights.a[0], describe_tokens(tokens, column));
-    multiply_warpgroup<kTokens>(sums, weights.a[1], describe_tokens(tokens, column + 16));
-    products_end();
-    settle(sums);
-}
-
-DEVICE void multiply_slot_warpgroup(float (&sums)[8][4], const Weights::Fragments& weights, const Staged& tokens, int column,
-                                    int padded) {
-    switch (padded) {
-        case 8: return multiply_slot_warpgroup<8>(sums, weights, tokens, column);
-        case 16: return multiply_slot_warpgroup<16>(sums, weights, tokens, column);
-        case 24: return multiply_slot_warpgroup<24>(sums, weights, tokens, column);
-        case 32: return multiply_slot_warpgroup<32>(sums, weights, tokens, column);
-        case 48: return multiply_slot_warpgroup<48>(sums, weights, tokens, column);
-        default: return multiply_slot_warpgroup<64>(sums, weights, tokens, column);
-    }
-}
-#endif
 
 DEVICE float activate(float x, int epilogue) {
     switch (epilogue) {
@@ -63,134 +19,215 @@ DEVICE float activate(float x, int epilogue) {
     }
 }
 
-// What this thread's sums are multiplied by, and what is added to them: of the rows and tokens of its fragments, and fetched long
-// before the sums are there.
+// What finishes an item besides its sums: fetched before the words are there.
 struct Addends {
-    float scale[2], bias[2], more[8][4];
-    bool first;  // of the warps that share rows: only this one adds
+    float scale[2], sums[2], bias[2];  // bias: the residual stream included, or the state token instead of all
+    bool state = false;
 
-    DEVICE Addends(const Product& w) : first(thread_index() / 32 < w.tile_rows / 16) {}
-
-    DEVICE static int row(const Product& w, int half) {
-        return thread_index() / 32 % (w.tile_rows / 16) * 16 + thread_index() % 32 / 4 + half * 8;
-    }
-
-    // Before the wait: what never changes.
-    DEVICE void fetch_constants(const Block& block, const Product& w) {
-        for (int half = 0; half < 2; ++half) {
-            const int r = row(w, half);
-            const bool there = r < w.rows, biased = there && first && w.epilogue != kTokens;
-            scale[half] = there && w.fp8 ? load_constant_float(block.constant(w.scale + r)) : 1.0f;
-            bias[half] = biased ? load_constant_float(block.constant(w.bias + r)) : 0.0f;
+    DEVICE void fetch(const Block& block, const Product& w, const Item& item, int step) {
+        const Launch& launch = block.launch;
+        const int token = w.token + item.token, per_sample = block.tokens(), sample = token / per_sample;
+        const int place = token - sample * per_sample;
+        state = w.epilogue == kTokens && launch.prefix != nullptr && place == 0;
+        for (int e = 0; e < 2; ++e) {
+            const int row = item.row + e;
+            scale[e] = 1, sums[e] = 0, bias[e] = 0;
+            if (item.token >= w.tokens || row >= w.rows) continue;
+            const int of_token = w.epilogue == kTokens ? place * launch.width : 0;
+            bias[e] = load_constant_float(block.constant(w.bias + now_offset(w, step) + of_token + row));
+            if (w.fp8) scale[e] = load_constant_float(block.constant(w.scale + row));
+            if (w.norm != 0) sums[e] = load_constant_float(block.constant(w.sums + now_offset(w, step) + row));
+            if (state) bias[e] = launch.prefix[static_cast<std::int64_t>(sample) * launch.width + w.row + row];
+            if (w.epilogue == kResidual) bias[e] += *item.own(block, w, e);
         }
     }
 
-    // The residual stream, or the bias of each token.
-    DEVICE void fetch(const Block& block, const Product& w) {
-        const int columns = block.launch.padded_tokens / 8, width = block.launch.width;
-        const bool stream = w.epilogue == kResidual;
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-            for (int i = 0; i < 4; ++i) more[j][i] = 0;
-        if (!first || !(stream || w.epilogue == kTokens)) return;
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-            if (j < columns)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int token = j * 8 + thread_index() % 4 * 2 + i % 2, r = row(w, i / 2);
-                    if (token >= w.tokens || r >= w.rows) continue;
-                    const float* of_token = block.constant(w.bias + token % block.tokens() * width + r);
-                    more[j][i] = stream ? load_float(block.buffer<float>(kStream, w.token + token) + w.row + r)
-                                        : load_constant_float(of_token);
-                }
+private:
+    DEVICE static int now_offset(const Product& w, int step) { return step * w.constant_step; }
+};
+
+// Where the sums of a rank's rows lie, in an inbox or in the staging memory: moments of each token from each rank of the split, then
+// planes of [own rows, padded tokens + 2].
+struct Planes {
+    int split, count, own, padded;
+
+    DEVICE Planes(const Block& block, const Product& w)
+        : split(w.split), count(w.split * w.parts), own(w.tile_rows / block.launch.ranks), padded(block.launch.padded_tokens) {}
+
+    DEVICE int stride() const { return own * (padded + 2); }
+    DEVICE int moments(int rank, int token) const { return (rank * padded + token) * 2; }  // floats
+    DEVICE int sum(int plane, int row, int token) const {
+        return split * padded * 2 + plane * stride() + row * (padded + 2) + token;
+    }
+    DEVICE int bytes(const Product& w) const {
+        return count * own * ((w.tokens + 1) / 2) * 8 + (w.norm != 0 ? split * w.tokens * 8 : 0);
     }
 };
 
-// Sums of all warps for two neighbouring rows of one token, in the order of the columns.
-DEVICE void finish_pair(const Block& block, const Product& w, int token, int row) {
-    const Launch& launch = block.launch;
-    const int row_groups = w.tile_rows / 16, padded = launch.padded_tokens, at = w.row + row, to = w.token + token;
-    const float* sums = reinterpret_cast<const float*>(block.staging);
+// Gives sums and moments to the ranks that finish them: itself, where no rank shares the columns, else through their inboxes.
+struct Delivery {
+    const Block& block;
+    const Product& w;
+    const Exchange& exchange;
+    const Planes planes;
+
+    DEVICE Delivery(const Block& b, const Product& product, const Exchange& e) : block(b), w(product), exchange(e), planes(b, product) {}
+
+    DEVICE int first_rank() const { return block.rank / w.split * w.split; }  // of those that share this one's rows
+    DEVICE void to(int rank, int place, Float2 x) const {
+        if (w.split == 1)
+            *reinterpret_cast<Float2*>(block.staging + place * 4) = x;
+        else
+            exchange.push(first_rank() + rank, place * 4, x);
+    }
+    DEVICE void moments(const Moments& mine) const {
+        const int token = token_of_lane();
+        if (token >= w.tokens) return;
+        for (int rank = 0; rank < w.split; ++rank)
+            to(rank, planes.moments(block.rank % w.split, token), {{mine.mean, mine.squares}});
+    }
+    // The sums of one row group of this warp.
+    template <int kBlocks>
+    DEVICE void sums(const float (&d)[kBlocks][4], int group, int part) const {
+        const int lane = thread_index() % 32, plane = block.rank % w.split * w.parts + part;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = group * 16 + lane / 4 + half * 8, rank = row / planes.own;
+            const int place = planes.sum(plane, row - rank * planes.own, lane % 4 * 2);
+#pragma unroll
+            for (int j = 0; j < kBlocks; ++j)
+                if (j * 8 + lane % 4 * 2 < w.tokens) to(rank, place + j * 8, {{d[j][half * 2], d[j][half * 2 + 1]}});
+        }
+    }
+};
+
+template <int kBlocks>
+DEVICE void multiply_step(float (&sums)[kMaxWarpTiles][kBlocks][4], const Fragments (&weights)[kMaxWarpTiles], int count,
+                          const Staged& tokens, int column) {
+    const int lane = thread_index() % 32;
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+        std::uint32_t b[4];
+        load_matrices(b, tokens.row(column + lane / 8 * 8, j * 8 + lane % 8));
+#pragma unroll
+        for (int m = 0; m < kMaxWarpTiles; ++m)
+            if (m < count) {
+                multiply(sums[m][j], weights[m].a[0], b[0], b[1]);
+                multiply(sums[m][j], weights[m].a[1], b[2], b[3]);
+            }
+    }
+}
+
+// Steps `begin` to `end` - 1 of this warp, whose tokens' columns are staged: the next step's weights are asked for before this
+// one's products.
+template <int kBlocks>
+DEVICE void multiply_steps(Weights& weights, float (&sums)[kMaxWarpTiles][kBlocks][4], const Staged& tokens, int begin, int end) {
+    Fragments mine[kMaxWarpTiles] = {};
+    bool more = weights.load(mine, end);
+    while (more) {
+        const int column = (weights.step() - begin) * kStepColumns;
+        Fragments next[kMaxWarpTiles] = {};
+        more = weights.load(next, end);
+        multiply_step<kBlocks>(sums, mine, weights.count(), tokens, column);
+#pragma unroll
+        for (int m = 0; m < kMaxWarpTiles; ++m) mine[m] = next[m];
+    }
+}
+
+// Of tokens that fill kBlocks times eight.
+template <int kBlocks>
+DEVICE void multiply_tile(const Block& block, Ring& ring, const Product& w, const Moment& now, const Delivery& delivery) {
+    Weights weights(block, ring, w, now.tile);
+    const Staged tokens(block.staging, kBlocks * 8);
+    const int steps = weights.panels().steps, part = block.launch.part / kStepColumns;
+    const int at_once = steps <= part ? steps : part / w.panel_steps * w.panel_steps;
+    float sums[kMaxWarpTiles][kBlocks][4] = {};
+    Moments moments;
+    for (int begin = 0; begin < steps; begin += at_once) {
+        const int end = steps - begin < at_once ? steps : begin + at_once;
+        if (begin > 0) sync_computing();  // all have multiplied the part before
+        stage(block, w, now, tokens, begin * kStepColumns, (end - begin) * kStepColumns, moments);
+        sync_computing();
+        multiply_steps<kBlocks>(weights, sums, tokens, begin, end);
+    }
+    if (w.split == 1)
+        sync_computing();  // the sums lie where the tokens were
+    else
+        delivery.exchange.wait_for_room();
+#pragma unroll
+    for (int m = 0; m < kMaxWarpTiles; ++m)
+        if (m < weights.count()) delivery.sums<kBlocks>(sums[m], weights.group(m), weights.part());
+    if (w.norm != 0) delivery.moments(moments);
+    sync_computing();
+}
+
+DEVICE void multiply(const Block& block, Ring& ring, const Product& w, const Moment& now, const Delivery& delivery) {
+    switch (block.launch.padded_tokens) {
+        case 8: return multiply_tile<1>(block, ring, w, now, delivery);
+        case 16: return multiply_tile<2>(block, ring, w, now, delivery);
+        case 24: return multiply_tile<3>(block, ring, w, now, delivery);
+        case 32: return multiply_tile<4>(block, ring, w, now, delivery);
+        case 48: return multiply_tile<6>(block, ring, w, now, delivery);
+        case 64: return multiply_tile<8>(block, ring, w, now, delivery);
+        default: return multiply_tile<9>(block, ring, w, now, delivery);
+    }
+}
+
+DEVICE void finish(const Block& block, const Product& w, const Moment& now, const Planes& planes, const float* sums,
+                   const Item& item, const Addends& addends) {
+    if (item.token >= w.tokens) return;
+    const int row = item.row - block.rank * planes.own;
     float y[2] = {};
-    for (int warp = row / 16; warp < kWarps; warp += row_groups)
-        for (int e = 0; e < 2; ++e) y[e] += sums[(warp * padded + token) * kSumRow + row % 16 + e];
-    if (w.epilogue == kEuler) {
-        const int place = to % block.tokens();
-        if (place < block.tokens() - launch.horizon) return;
-        for (int e = 0; e < 2; ++e) euler(block, w, to, place, at + e, y[e]);
-        return;
-    }
-    if (row >= w.rows) return;  // which are multiples of 16
-    if (w.epilogue == kTokens || w.epilogue == kResidual) {
-        if (w.epilogue == kTokens && launch.prefix != nullptr && to % block.tokens() == 0) {
-            const float* state = launch.prefix + static_cast<std::int64_t>(to / block.tokens()) * launch.width + at;
-            for (int e = 0; e < 2; ++e) y[e] = state[e];
+    for (int plane = 0; plane < planes.count; ++plane)
+        for (int e = 0; e < 2; ++e) y[e] += sums[planes.sum(plane, row + e, item.token)];
+    for (int e = 0; e < 2; ++e) y[e] *= addends.scale[e];
+    if (w.norm != 0) {
+        Moments all;
+        for (int rank = 0; rank < planes.split; ++rank) {
+            const int left = w.columns - rank * w.slice, here = left < w.slice ? left : w.slice;
+            const float* part = sums + planes.moments(rank, item.token);
+            all.add(static_cast<float>(here > 0 ? here : 0), part[0], part[1]);
         }
-        *reinterpret_cast<Float2*>(block.buffer<float>(kStream, to) + at) = {{y[0], y[1]}};
-        reinterpret_cast<std::uint32_t*>(block.buffer<std::uint16_t>(kRounded, to))[at / 2] = pack_bf16(y[0], y[1]);
-        return;
+        const float inverse =
+            inverse_root(all.squares / static_cast<float>(w.columns) + as_float(static_cast<std::uint32_t>(w.norm)));
+        for (int e = 0; e < 2; ++e) y[e] = (y[e] - all.mean * addends.sums[e]) * inverse;
     }
-    for (int e = 0; e < 2; ++e) y[e] = activate(y[e], w.epilogue);
-    reinterpret_cast<std::uint32_t*>(block.buffer<std::uint16_t>(w.out, to))[at / 2] = pack_bf16(y[0], y[1]);
+    for (int e = 0; e < 2; ++e) y[e] = addends.state ? addends.bias[e] : y[e] + addends.bias[e];
+    if (w.epilogue == kEuler) return euler(block, w, item, now, y);
+    if (item.row >= w.rows) return;  // which are multiples of 16
+    if (w.epilogue == kTokens || w.epilogue == kResidual)
+        for (int e = 0; e < 2; ++e) *item.own(block, w, e) = y[e];
+    else
+        for (int e = 0; e < 2; ++e) y[e] = activate(y[e], w.epilogue);
+    write(block, w, item, now.set, pack_bf16(y[0], y[1]));
+    write(block, w, item, now.before, kEmpty);
 }
 
-DEVICE void multiply_all(const Block& block, Weights& weights, const Product& w, float (&sums)[8][4]) {
-    const int warp = thread_index() / 32, padded = block.launch.padded_tokens;
-    const int row_groups = w.tile_rows / 16, slot_columns = kSlotElements / w.tile_rows;
-    const int mine = warp / row_groups * 32;  // of a slot's columns
-    const int all = w.slots * slot_columns;
-    const Staged tokens = staged(block, w);
-    for (int begin = 0; begin < all; begin += block.launch.part) {
-        const int span = all - begin < block.launch.part ? all - begin : block.launch.part;
-        if (begin > 0) sync_block();  // all have read the part before
-        stage(block, w, tokens, begin, span);
-#if DIT4DIT_WARPGROUPS
-        fence_shared_for_products();
-#endif
-        sync_block();
-        for (int column = 0; column < span; column += slot_columns) {
-            const Weights::Fragments fragments = weights.next(w.fp8 != 0);
-#if DIT4DIT_WARPGROUPS
-            if (row_groups == 4) {
-                multiply_slot_warpgroup(sums, fragments, tokens, column + mine, padded);
-                continue;
-            }
-#endif
-            multiply_slot(sums, fragments, tokens, column + mine, padded / 8);
-        }
+DEVICE void product(const Block& block, Ring& ring, const Tile& tile, Moment& now) {
+    const Product& w = Block::work<Product>(tile);
+    const Planes planes(block, w);
+    const Exchange exchange(block, now);
+    const int items = Item::count(block, w);
+    // most tiles give a thread no more than two items: what they need is asked for first
+    const Item items_of_thread[2] = {Item(block, w, thread_index()), Item(block, w, thread_index() + kComputing)};
+    Addends addends[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+        if (thread_index() + n * kComputing < items) addends[n].fetch(block, w, items_of_thread[n], now.step);
+    if (w.split > 1 && thread_index() == 0) exchange.expect(planes.bytes(w));
+    multiply(block, ring, w, now, Delivery(block, w, exchange));
+    const float* sums = w.split > 1 ? exchange.sums(now) : reinterpret_cast<const float*>(block.staging);
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+        if (thread_index() + n * kComputing < items) finish(block, w, now, planes, sums, items_of_thread[n], addends[n]);
+    for (int i = thread_index() + 2 * kComputing; i < items; i += kComputing) {
+        const Item item(block, w, i);
+        Addends more;
+        more.fetch(block, w, item, now.step);
+        finish(block, w, now, planes, sums, item, more);
     }
-}
-
-// False: the launch has failed.
-DEVICE bool product(const Block& block, Weights& weights, const Tile& tile, int index) {
-    const Product& w = block.work<Product>(tile);
-    const int warp = thread_index() / 32, lane = thread_index() % 32, padded = block.launch.padded_tokens;
-    Addends addends(w);
-    addends.fetch_constants(block, w);
-    fetch_modulation(block, w);
-    if (!block.wait(tile, index)) return false;
-    // before the products, to be there after them; where the compiler has no registers left for that (sm_100, sm_120), after them
-    constexpr bool kEarly = DIT4DIT_WARPGROUPS || !DIT4DIT_BULK_COPIES;
-    if (kEarly) addends.fetch(block, w);
-    float sums[8][4] = {};
-    multiply_all(block, weights, w, sums);
-    if (!kEarly) addends.fetch(block, w);
-    sync_block();
-    float* to = reinterpret_cast<float*>(block.staging);
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-        if (j < padded / 8)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int token = j * 8 + lane % 4 * 2 + i % 2, half = i / 2;
-                to[(warp * padded + token) * kSumRow + lane / 4 + half * 8] =
-                    sums[j][i] * addends.scale[half] + addends.bias[half] + addends.more[j][i];
-            }
-    sync_block();
-    for (int i = thread_index(); i < w.tokens * w.tile_rows / 2; i += kThreads)
-        finish_pair(block, w, i / (w.tile_rows / 2), i % (w.tile_rows / 2) * 2);
-    return true;
+    exchange.release();
+    if (w.split == 1) sync_computing();  // the next tile's tokens come where the sums are
 }
 
 }  // namespace dit4dit::ode

@@ -9,7 +9,7 @@ Teams exchange activations through buffers of 32-bit words, two bfloat16 columns
 until its value is there, and whoever needs it reads it until it is not. No tile waits for anything else of another team. All
 buffers exist in `SETS` sets. In step s, counted on over launches, tiles read and write set s % 3 and make the words that they
 write EMPTY in set (s + 2) % 3, which held the step before and is used again two steps later. NOISY alone is written one step
-ahead: a step's velocity makes the next step's noisy actions.
+ahead: a step's velocity makes the next step's noisy actions, and this step's EMPTY.
 """
 
 from __future__ import annotations

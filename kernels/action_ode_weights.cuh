@@ -1,0 +1,191 @@
+// Weights on their way: a warp fetches panels of this rank, one behind the other in the order of the tiles, as far ahead as there are
+// slots; the computing warps take fragments from them. dit4dit/engine/action_ode/weights.py says how a panel lies.
+#pragma once
+
+#include "action_ode_block.cuh"
+
+namespace dit4dit::ode {
+
+// The slots in turn. A lap's parity tells its phases of a slot's barriers from those of the lap before.
+struct Ring {
+    int slot = 0, parity = 0;
+
+    DEVICE void advance(int slots) {
+        if (++slot < slots) return;
+        slot = 0;
+        parity ^= 1;
+    }
+};
+
+// What a product's weights are for one rank.
+struct Panels {
+    int groups, unit_bytes, steps, panel_steps;
+
+    DEVICE Panels(const Product& w, int ranks)
+        : groups(w.tile_rows * w.split / ranks / 16), unit_bytes(w.fp8 ? kWeightUnit : 2 * kWeightUnit),
+          steps(w.slice / kStepColumns), panel_steps(w.panel_steps) {}
+
+    DEVICE int step_bytes() const { return groups * unit_bytes; }
+    DEVICE int length(int first) const { return steps - first < panel_steps ? steps - first : panel_steps; }
+};
+
+// -- the warp that fetches ---------------------------------------------------------------------------------------------------
+
+// No copy may land in the shared memory of a block that has ended; a launch that did not fail has read all panels.
+DEVICE void drain(const Block& block, const Ring& ring) {
+#if DIT4DIT_BULK_COPIES
+    if (!block.failed()) return;
+    for (int s = 0; s < block.launch.slots; ++s)  // behind the ring's place is the lap before
+        block.wait(&block.fixed.full[s], s < ring.slot ? ring.parity : ring.parity ^ 1, kNone, kWeights, s, true);
+#else
+    (void)ring;
+    commit_copies();
+    wait_copies<0>();
+#endif
+}
+
+DEVICE void fetch_panel(const Block& block, const Ring& ring, const std::uint8_t* from, int bytes) {
+    std::uint8_t* to = block.ring + ring.slot * kSlotBytes;
+    std::uint64_t* full = &block.fixed.full[ring.slot];
+#if DIT4DIT_BULK_COPIES
+    barrier_expect(full, bytes);
+    bulk_copy_once(to, from, bytes, full);
+#else
+    for (int at = thread_index() % 32 * 16; at < bytes; at += 32 * 16) copy_async_once(to + at, from + at);
+    arrive_on_copies(full);
+#endif
+}
+
+// Whether the launch has failed, the same for all lanes that fetch.
+DEVICE bool stop_fetching(const Block& block) {
+#if DIT4DIT_BULK_COPIES
+    return block.failed();
+#else
+    return warp_sum(block.failed() ? 1.0f : 0.0f) > 0;
+#endif
+}
+
+// Tiles `first` to `last` - 1, of all steps. One lane is enough for bulk copies.
+DEVICE void fetch_weights(const Block& block, int first, int last) {
+    const Launch& launch = block.launch;
+    if (DIT4DIT_BULK_COPIES && thread_index() % 32 != 0) return;
+    Ring ring;
+    bool stop = false;
+    for (int step = 0; step < launch.steps && !stop; ++step)
+        for (int index = first; index < last && !stop; ++index) {
+            const Tile& tile = *reinterpret_cast<const Tile*>(launch.tiles + index * kRecord);
+            if (tile.opcode != kProduct) continue;
+            const Product& w = Block::work<Product>(tile);
+            const Panels panels(w, launch.ranks);
+            const std::uint8_t* from =
+                launch.weights + (w.weight + static_cast<std::int64_t>(block.rank) * w.rank_units) * kWeightUnit;
+            for (int done = 0; done < panels.steps; done += panels.panel_steps) {
+                block.wait(&block.fixed.empty[ring.slot], ring.parity ^ 1, index, kRoomForWeights, ring.slot);
+                stop = stop_fetching(block);
+                if (stop) break;
+                const int bytes = panels.length(done) * panels.step_bytes();
+                fetch_panel(block, ring, from, bytes);
+                from += bytes;
+                ring.advance(launch.slots);
+            }
+        }
+    drain(block, ring);
+}
+
+// -- the warps that compute --------------------------------------------------------------------------------------------------
+
+// Two e4m3 numbers, which bf16 holds exactly.
+DEVICE std::uint32_t unpack_e4m3(std::uint32_t low, std::uint32_t high) {
+    const float scale = as_float((120u + 127u) << 23);  // the difference of the exponents' biases
+    const float a = as_float((low & 0x80u) << 24 | (low & 0x7fu) << 20) * scale;
+    const float b = as_float((high & 0x80u) << 24 | (high & 0x7fu) << 20) * scale;
+    return as_bits(a) >> 16 | (as_bits(b) & 0xffff0000u);
+}
+
+// 16 rows x 32 columns, as one lane has them: two operands of tensor cores.
+struct Fragments {
+    std::uint32_t a[2][4];
+
+    // `at`: this lane's 16 bytes.
+    DEVICE void load(const std::uint8_t* at, bool fp8) {
+        const Quad first = *reinterpret_cast<const Quad*>(at);
+        if (!fp8) {
+            const Quad second = *reinterpret_cast<const Quad*>(at + kWeightUnit);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[0][i] = first.v[i], a[1][i] = second.v[i];
+            return;
+        }
+#pragma unroll
+        for (int f = 0; f < 2; ++f)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const std::uint32_t pair = first.v[f * 2 + i / 2] >> (i % 2 * 16);
+                a[f][i] = unpack_e4m3(pair & 0xffu, pair >> 8 & 0xffu);
+            }
+    }
+};
+
+// The steps of a product that one warp multiplies, through all panels. Counters run along: no division.
+class Weights {
+public:
+    DEVICE Weights(const Block& block, Ring& ring, const Product& w, int tile)
+        : block_(block), ring_(ring), panels_(w, block.launch.ranks), tile_(tile), parts_(w.parts),
+          sets_(kWarps / w.parts), fp8_(w.fp8 != 0) {
+        const int warp = thread_index() / 32;
+        part_ = warp / sets_;
+        first_ = warp % sets_;
+        count_ = first_ >= panels_.groups ? 0 : first_ + sets_ < panels_.groups ? 2 : 1;
+        begin_ = -panels_.panel_steps;
+    }
+
+    DEVICE const Panels& panels() const { return panels_; }
+    DEVICE int count() const { return count_; }  // row groups of this warp
+    DEVICE int group(int m) const { return first_ + m * sets_; }
+    DEVICE int part() const { return part_; }
+    DEVICE int step() const { return begin_ + within_; }  // of the slice: the one that `load` gave last
+
+    // The next step of this warp before step `end`, which a panel ends at; false: there is none. All lanes of the warp call it.
+    DEVICE bool load(Fragments (&to)[kMaxWarpTiles], int end) {
+        within_ += parts_;
+        at_ += parts_ * panels_.step_bytes();
+        while (within_ >= length_) {
+            if (open_) leave();
+            if (begin_ + panels_.panel_steps >= end) return false;
+            open(begin_ + panels_.panel_steps);
+        }
+        if (count_ > 0) to[0].load(at_, fp8_);
+        if (count_ > 1) to[1].load(at_ + sets_ * panels_.unit_bytes, fp8_);
+        return true;
+    }
+
+private:
+    DEVICE void open(int begin) {
+        begin_ = begin;
+        length_ = panels_.length(begin);
+        if (!block_.failed()) block_.wait(&block_.fixed.full[ring_.slot], ring_.parity, tile_, kWeights, ring_.slot);
+        open_ = true;
+        within_ = part_;
+        at_ = block_.ring + ring_.slot * kSlotBytes + part_ * panels_.step_bytes() + first_ * panels_.unit_bytes +
+              thread_index() % 32 * 16;
+    }
+    // This warp has read what it needs of the panel.
+    DEVICE void leave() {
+        sync_warp();
+        if (thread_index() % 32 == 0 && !block_.failed()) barrier_arrive(&block_.fixed.empty[ring_.slot]);
+        ring_.advance(block_.launch.slots);
+        open_ = false;
+        within_ = length_ = 0;
+    }
+
+    const Block& block_;
+    Ring& ring_;
+    const Panels panels_;
+    const int tile_, parts_, sets_;
+    const bool fp8_;
+    int part_, first_, count_;
+    int begin_, within_ = 0, length_ = 0;
+    bool open_ = false;
+    const std::uint8_t* at_ = nullptr;
+};
+
+}  // namespace dit4dit::ode
