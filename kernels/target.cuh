@@ -240,8 +240,10 @@ DEVICE void push(std::uint32_t to, Float2 x, std::uint32_t barrier) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
                  ::"r"(to), "f"(x.v[0]), "f"(x.v[1]), "r"(barrier) : "memory");
 }
+// Tells another block that what this one has read from its own shared memory may be written over. It releases nothing that was
+// stored: a release would wait for all of the thread's stores to global memory.
 DEVICE void arrive_at(std::uint32_t barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // All threads of all blocks of the cluster.
 DEVICE void sync_cluster() {

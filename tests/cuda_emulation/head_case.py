@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dit4dit.engine.action_ode.weights import pack
 from dit4dit.engine.fold import fold_head
 from dit4dit.model.action_head import ActionHead
 from dit4dit.model.flow import GuidanceTensors
+from dit4dit.ops.action_ode import loop
 
 SMALL = Device(7, 99 << 10, 80)
 A100 = Device(108, 163 << 10, 80)
@@ -23,12 +25,15 @@ DEVICES = {"copies": Device(13, 99 << 10, 80), "bulk": Device(12, 227 << 10, 90,
 """Small devices for the emulation, by its variants."""
 
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "8 tokens, no state": (dict(num_layers=1), dict(prefix=False, context=33)),
     "9 tokens": (dict(num_layers=2), dict(batch=1, context=150)),
+    "9 tokens, batch 3": (dict(num_layers=2, num_heads=2, head_dim=32, interleave_self_attention=False), dict(batch=3)),
     "9 tokens, batch 4": (dict(num_layers=2, num_heads=2, head_dim=64, hidden_size=256), dict(batch=4, context=70)),
     "17 tokens, heads of 48": (
         dict(num_layers=2, num_heads=8, head_dim=48, hidden_size=512, action_dim=36, action_horizon=16),
         dict(batch=1, context=300, steps=1),
     ),
+    "17 tokens, batch 4": (dict(num_layers=2, add_pos_embed=False, action_horizon=16), dict(batch=4, steps=1)),
     "51 tokens": (dict(num_layers=2, num_heads=3, head_dim=32, action_horizon=50), dict(batch=2, context=130)),
     "51 tokens, norms in parts": (
         dict(num_layers=1, num_heads=8, head_dim=48, action_horizon=50),
@@ -36,7 +41,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "no state": (dict(num_layers=2, action_dim=1), dict(batch=2, prefix=False)),
 }
-"""Heads and requests that reach every path of the kernel: changes of `tiny`, arguments of `Case`."""
+"""Heads and requests that reach every path of the kernel, each of PADDED_TOKENS: changes of `tiny`, arguments of `Case`."""
 
 TINY: dict[str, Any] = dict(
     num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
@@ -77,7 +82,16 @@ class Case:
         prefix = None if self.state is None else self.head.state_encoder(self.state)[:, 0]
         return self.noise, self.folded.context(self.features), prefix
 
+    @torch.no_grad()
+    def want_in_bf16(self) -> Tensor:
+        """The actions of PyTorch, op by op, all in bfloat16."""
+        folded = fold_head(copy.deepcopy(self.head).bfloat16(), self.steps)
+        noise, context, prefix = self.given()
+        with ops.use_backend("torch"):
+            return loop(folded, noise, context.bfloat16(), None if prefix is None else prefix.bfloat16(), None)
+
     def twin(self, schedule: Schedule, dtype: torch.dtype = torch.float32, **rest: Any) -> Twin:
+        """`rest`: guidance, and the words that a launch before has left."""
         return Twin(schedule, pack(self.folded, schedule, dtype), *self.given(), dtype=dtype, **rest)
 
     def error(self, got: Tensor, want: Tensor) -> float:

@@ -1,35 +1,72 @@
-"""The one-launch action head without its kernel: the twin against the model's head, and what has no plan."""
+"""The one-launch action head without its kernel: the twin against the model's head, and the layout of weights and constants."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from head_case import A100, H200, SMALL, Case, tiny
+from head_case import A100, H200, SIZES, SMALL, Case, tiny
+from torch import Tensor
 
-from dit4dit import presets
 from dit4dit.config import HeadConfig
-from dit4dit.engine.action_ode import Device, HeadShape, head_shape, plan
-from dit4dit.engine.action_ode.schedule import NONE, Space
+from dit4dit.engine.action_ode import Device, Schedule, plan
+from dit4dit.engine.action_ode.schedule import (
+    EMPTY,
+    NONE,
+    PADDED_TOKENS,
+    RANKS,
+    SETS,
+    Epilogue,
+    MatrixPlan,
+    Opcode,
+    Product,
+    Tile,
+)
+from dit4dit.engine.action_ode.twin import Twin, Words
 from dit4dit.engine.action_ode.validate import validate
-from dit4dit.engine.action_ode.weights import from_slots, to_slots
-from dit4dit.errors import ConfigError
+from dit4dit.engine.action_ode.weights import FP8, from_layout, pack, pack_constants, row_scale, to_layout
 from dit4dit.model.flow import GuidanceTensors, prefix_weights
+from dit4dit.ops.action_ode import reference
+
+CLUSTERS = Device(64, 227 << 10, 90, (28, 12, 5))
+"""Small, with teams of every size."""
+
+
+def sound(case: Case, device: Device, ranks: int | None = None) -> Schedule:
+    schedule = plan(case.shape, device, ranks=ranks)
+    validate(schedule)
+    return schedule
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("horizon", [8, 16, 50])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_the_twin_is_the_head(horizon: int, batch: int, steps: int) -> None:
-    """9, 17 and 51 tokens; the features take more than one range of keys."""
+    """9, 17 and 51 tokens; one rank takes the features' keys in more than one go, of several ranks some have none."""
     case = Case(tiny(horizon), batch, context=150, steps=steps)
-    schedule = plan(case.shape, SMALL)
-    validate(schedule)
-    got = case.twin(schedule).run(torch.Generator().manual_seed(3))
-    assert case.error(got, case.want()) < 1e-5
+    ranks = RANKS[(batch + steps) % len(RANKS)]
+    for schedule in (sound(case, SMALL), sound(case, CLUSTERS, ranks)):
+        got = case.twin(schedule).run(torch.Generator().manual_seed(3))
+        assert case.error(got, case.want()) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_teams_of_every_size(size: str, ranks: int) -> None:
+    config, request = SIZES[size]
+    case = Case(tiny(**config), **request)
+    schedule = sound(case, CLUSTERS, ranks)
+    assert (schedule.ranks, schedule.teams) == (ranks, CLUSTERS.teams(ranks))
+    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+
+
+def test_the_sizes_reach_all_padded_tokens() -> None:
+    found = {plan(Case(tiny(**config), **request).shape, SMALL).padded_tokens for config, request in SIZES.values()}
+    assert found == {*PADDED_TOKENS}
 
 
 @pytest.mark.parametrize(
@@ -46,18 +83,16 @@ def test_the_twin_is_the_head(horizon: int, batch: int, steps: int) -> None:
 )
 def test_other_heads(change: dict[str, Any]) -> None:
     case = Case(tiny(**change), batch=2)
-    schedule = plan(case.shape, SMALL)
-    validate(schedule)
-    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+    for device in (SMALL, CLUSTERS):
+        assert case.error(case.twin(sound(case, device)).run(), case.want()) < 1e-5
 
 
 @pytest.mark.parametrize("horizon", [9, 16])
 def test_a_request_without_state(horizon: int) -> None:
     case = Case(tiny(horizon), batch=3, prefix=False)
     assert case.shape.tokens == horizon
-    schedule = plan(case.shape, SMALL)
-    validate(schedule)
-    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+    for device in (SMALL, CLUSTERS):
+        assert case.error(case.twin(sound(case, device)).run(), case.want()) < 1e-5
 
 
 @pytest.mark.slow
@@ -69,51 +104,43 @@ def test_true_sizes(size: str, device: Device) -> None:
     deep = size == "dit_b" and device is H200
     config = make(action_horizon=16, **({} if deep else {"num_layers": 2}))
     case = Case(config, batch=1, context=588, steps=4 if deep else 1)
-    schedule = plan(case.shape, device)
-    validate(schedule)
+    schedule = sound(case, device)
     assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
 
 
-CHIPS = {
-    "sm_80": A100,
-    "sm_89": Device(142, 99 << 10, 89),
-    "sm_90": H200,
-    "sm_100": Device(148, 227 << 10, 100),
-    "sm_120": Device(170, 99 << 10, 120),
-}
+@pytest.mark.parametrize("steps", [1, 4])
+def test_guidance(steps: int) -> None:
+    case = Case(tiny(), batch=2, steps=steps)
+    guidance = GuidanceTensors(torch.randn_like(case.noise), prefix_weights("exp", 2, 6, 8), 5.0)
+    want = case.want(guidance)
+    for device in (SMALL, CLUSTERS):
+        got = case.twin(sound(case, device), guidance=guidance).run()
+        assert case.error(got, want) < 1e-5
+    assert case.error(case.want(), want) > 1e-2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("size", ["dit_b", "dit_l"])
-def test_every_supported_schedule_is_sound(size: str, chip: str) -> None:
-    """9, 17 and 51 tokens, batch 1 to 4, bf16 and fp8; three blocks at two steps, which meet each other as all of them do."""
-    make = HeadConfig.dit_b if size == "dit_b" else HeadConfig.dit_l
-    for horizon, context in ((8, 784), (16, 588), (50, 392)):
-        config = make(action_horizon=horizon, num_layers=3)
-        for batch in (1, 2, 3, 4):
-            shape = head_shape(config, batch=batch, context=context, prefix=True, steps=2, fp8=batch % 2 == 0)
-            schedule = plan(shape, CHIPS[chip])
-            validate(schedule)
-            assert 1536 + schedule.slots * 8192 + schedule.staging <= CHIPS[chip].shared_memory
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_twin_in_bfloat16_is_as_near_as_pytorch(ranks: int) -> None:
+    case = Case(tiny(16), batch=2, context=150, steps=4)
+    want = case.want()
+    error = case.error(case.twin(sound(case, CLUSTERS, ranks), torch.bfloat16).run(), want)
+    assert 1e-4 < error < 2 * case.error(case.want_in_bf16(), want)
 
 
-def test_stages_of_a_step() -> None:
-    """A stage is a round trip between all multiprocessors: two products before the blocks and two after, five stages a block."""
-    config = presets.robocasa_gr1().model.head
-    for steps in (1, 4):
-        schedule = plan(head_shape(config, batch=1, context=588, prefix=True, steps=steps), H200)
-        assert schedule.stages == 1 + steps * (2 + 16 * 5 + 2)
+@pytest.mark.parametrize("device", [SMALL, CLUSTERS], ids=["blocks", "clusters"])
+def test_fp8_weights_are_near(device: Device) -> None:
+    case = Case(tiny(), batch=2)
+    exact = plan(case.shape, device)
+    case.shape = replace(case.shape, fp8=True)
+    schedule = sound(case, device)
+    assert case.error(case.twin(schedule).run(), case.want()) < 0.15
+    assert schedule.weight_bytes < 0.75 * exact.weight_bytes
 
 
-def test_the_plan_is_a_function_of_its_arguments() -> None:
-    shape = head_shape(tiny(), batch=2, context=40, prefix=True, steps=2)
-    a, b = plan(shape, SMALL), plan(shape, SMALL)
-    assert np.array_equal(a.tiles, b.tiles)
-    assert np.array_equal(a.segments, b.segments)
+# -- order, words and sets ---------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_the_workers_does_not_matter() -> None:
+def test_the_order_of_the_teams_does_not_matter() -> None:
     case = Case(tiny(), batch=2, context=150)
     schedule = plan(case.shape, SMALL)
     runs = [case.twin(schedule).run(torch.Generator().manual_seed(seed)) for seed in range(4)]
@@ -121,92 +148,276 @@ def test_the_order_of_the_workers_does_not_matter() -> None:
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_launches_follow_each_other(steps: int) -> None:
+    """Each begins in the set where the one before ended; what it leaves are the words of its last step and no others."""
+    case = Case(tiny(), steps=steps)
+    schedule = plan(case.shape, SMALL)
+    want, words = case.twin(schedule).run(), None
+    for launch in range(1, 5):
+        twin = case.twin(schedule, words=words)
+        assert torch.equal(twin.run(torch.Generator().manual_seed(launch)), want)
+        words = twin.words
+        last = launch * steps - 1
+        assert words.done == last + 1
+        found = [words.step[(last + ahead) % SETS] for ahead in range(SETS)]
+        used = sum(buffer.words for buffer in schedule.buffers.values())
+        assert ((found[0] == last).sum(), (found[1] != EMPTY).sum(), (found[2] != EMPTY).sum()) == (used, 0, 0)
+        assert not twin.buffer("noisy", steps - 1).isnan().any()
+
+
 def test_the_twin_stops_after_any_tile() -> None:
     case = Case(tiny(), steps=1)
     schedule = plan(case.shape, SMALL)
     whole = case.twin(schedule)
-    actions = whole.run()
-    assert not actions.isnan().any()
+    assert not whole.run().isnan().any()
+    assert whole.tiles_run == len(schedule.tiles)
     for count in (0, 1, 5, 40, len(schedule.tiles) - 1):
         part = case.twin(schedule)
         assert part.run(stop_after=count).isnan().all()
-        assert sum(part.cursor) - int(schedule.first_tile[:-1].sum()) in (count, count + 1)
+        assert part.tiles_run == count
     early = case.twin(schedule)
-    early.run(stop_after=60)
-    stream = early.buffers[Space.STREAM]
-    assert stream[~stream.isnan()].numel() > 0
+    early.run(stop_after=40)
+    assert not early.buffer("tokens", 0).isnan().any()
+    assert early.buffer("decoded", 0).isnan().all()
+    assert not early.private.isnan().all()
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_guidance(steps: int) -> None:
-    case = Case(tiny(), batch=2, steps=steps)
-    guidance = GuidanceTensors(torch.randn_like(case.noise), prefix_weights("exp", 2, 6, 8), 5.0)
-    got = case.twin(plan(case.shape, SMALL), guidance=guidance).run()
-    want = case.want(guidance)
-    assert case.error(got, want) < 1e-5
-    assert case.error(case.want(), want) > 1e-2
+def products(schedule: Schedule, name: str) -> list[int]:
+    """The tiles of a matrix."""
+    matrix = schedule.matrices[name]
+    works = [tile.work for tile in schedule.decoded]
+    inside = range(matrix.offset, matrix.offset + matrix.units)
+    return [i for i, w in enumerate(works) if isinstance(w, Product) and w.weight in inside]
 
 
-@pytest.mark.parametrize("rows,columns", [(7, 96), (64, 64), (80, 272), (300, 528)])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_slots_are_a_permutation(rows: int, columns: int, fp8: bool) -> None:
-    shape = head_shape(tiny(), batch=1, context=40, prefix=True, steps=1)
-    some = next(iter(plan(shape, SMALL).matrices.values()))
-    for tile_rows in (16, 32, 64):
-        matrix = replace(some, rows=rows, columns=columns, tile_rows=tile_rows, fp8=fp8)
-        weight = torch.arange(1, rows * columns + 1, dtype=torch.float32).view(rows, columns)
-        slots = to_slots(weight, matrix)
-        assert torch.equal(slots[slots > 0].sort().values, weight.flatten())
-        back = torch.cat([from_slots(row, matrix) for row in slots])
-        assert torch.equal(back[:rows, :columns], weight)
+def changed(schedule: Schedule, i: int, **change: int) -> Schedule:
+    tiles = schedule.tiles.copy()
+    tile = schedule.decoded[i]
+    tiles[i] = Tile(tile.opcode, tile.work._replace(**change)).record()
+    return replace(schedule, tiles=tiles)
 
 
-def test_fp8_weights_are_near() -> None:
-    case = Case(tiny(), batch=2)
-    case.shape = replace(case.shape, fp8=True)
+def team_of(schedule: Schedule, i: int) -> int:
+    return int(np.searchsorted(schedule.first_tile, i, side="right")) - 1
+
+
+def test_a_tile_that_is_missing_is_waited_for() -> None:
+    case = Case(tiny())
     schedule = plan(case.shape, SMALL)
-    validate(schedule)
-    assert case.error(case.twin(schedule).run(), case.want()) < 0.15
-    exact = replace(case.shape, fp8=False)
-    assert schedule.weight_bytes < 0.75 * plan(exact, SMALL).weight_bytes
+    lost = products(schedule, "1.mlp_in")[0]
+    first_tile = schedule.first_tile.copy()
+    first_tile[team_of(schedule, lost) + 1 :] -= 1
+    broken = replace(schedule, tiles=np.delete(schedule.tiles, lost, axis=0), first_tile=first_tile)
+    with pytest.raises(RuntimeError, match="wait for each other"):
+        case.twin(broken).run()
+
+
+def test_tiles_in_a_wrong_order_wait_for_each_other() -> None:
+    case = Case(tiny())
+    schedule = plan(case.shape, SMALL)
+    begin, end = schedule.first_tile[:2]
+    tiles = schedule.tiles.copy()
+    tiles[begin:end] = tiles[begin:end][::-1]
+    with pytest.raises(RuntimeError, match="wait for each other"):
+        case.twin(replace(schedule, tiles=tiles)).run(torch.Generator().manual_seed(0))
+
+
+def test_a_word_that_is_written_twice_is_an_error() -> None:
+    case = Case(tiny())
+    schedule = plan(case.shape, SMALL)
+    one, other = products(schedule, "0.mlp_in")[:2]
+    broken = changed(schedule, one, out=schedule.decoded[other].work.out)
+    with pytest.raises(RuntimeError, match="overwrites a word of step 0 in step 0"):
+        case.twin(broken).run()
+
+
+class ClearsTheWrongSet(Twin):
+    ahead = 1
+
+    def _clear(self, w: Any, step: int) -> None:
+        super()._clear(w, step - 2 + self.ahead)
+
+
+class ClearsItsOwnSet(ClearsTheWrongSet):
+    ahead = 0
+
+
+class ClearsNothing(Twin):
+    def _clear(self, w: Any, step: int) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    "kind,message",
     [
-        ({"num_heads": 3, "head_dim": 20}, r"width: expected a multiple of 16, got 60"),
-        ({"num_heads": 2, "head_dim": 24}, r"head_dim: expected 16, 32, 48 or 64, got 48 / 2 heads"),
-        ({"num_heads": 2, "head_dim": 128}, r"head_dim: expected 16, 32, 48 or 64"),
-        ({"num_heads": 34, "head_dim": 64}, r"width: expected at most 2048, got 2176"),
-        ({"hidden_size": 90}, r"decoder: expected a multiple of 16, got 90"),
-        ({"action_horizon": 64}, r"tokens: expected 1 to 64 a sample, the state token included, got 65"),
+        (ClearsTheWrongSet, "clears a word of step 1 for step 1"),
+        (ClearsItsOwnSet, "clears a word of step 0"),
+        (ClearsNothing, "expected words of step 3, got one of step 0|overwrites a word of step 0 in step 3"),
     ],
 )
-def test_odd_sizes_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        head_shape(tiny(**change), batch=1, context=40, prefix=True, steps=1)
+def test_a_wrong_set_is_an_error(kind: type[Twin], message: str) -> None:
+    """Within one launch of four steps, and in the second of two launches of two."""
+    for steps in (4, 2):
+        case = Case(tiny(), steps=steps)
+        schedule = plan(case.shape, SMALL)
+        words = Words(schedule, torch.float32, torch.device("cpu"))
+        with pytest.raises(RuntimeError, match=message):  # noqa: PT012
+            for _ in range(2):
+                kind(schedule, pack(case.folded, schedule, torch.float32), *case.given(), words=words).run()
 
 
-def test_a_device_too_small_is_refused() -> None:
-    shape = head_shape(HeadConfig.dit_b(), batch=1, context=40, prefix=True, steps=1)
-    with pytest.raises(ConfigError, match="shared_memory: expected at least"):
-        plan(shape, Device(16, 48 << 10, 80))
-    with pytest.raises(ConfigError, match="workers: expected at least 1"):
-        plan(shape, Device(0, 99 << 10, 80))
+WRONG = {
+    "another rank's weights": lambda w: {"weight": w.weight + w.rank_units},
+    "slices too far apart": lambda w: {"rank_units": 0},
+    "half of the columns": lambda w: {"columns": w.columns // 2},
+    "no norm": lambda w: {"norm": 0},
+    "no modulation": lambda w: {"modulation": NONE},
+    "the first step's modulation": lambda w: {"modulation_step": 0},
+    "the first step's constants": lambda w: {"constant_step": 0},
+    "another row's sums": lambda w: {"sums": w.sums + 1},
+    "another row's bias": lambda w: {"bias": w.bias + 1},
+    "no activation": lambda w: {"epilogue": Epilogue.GELU},
+}
 
 
-def test_a_broken_wait_gives_nan_in_the_twin() -> None:
-    """The twin is not blind: without waits, in a random order, tiles meet buffers that nobody has written."""
+@pytest.mark.parametrize("change", WRONG)
+def test_a_wrong_record_shows(change: str) -> None:
+    """The comparison with the model sees one tile of many that is wrong."""
+    case = Case(tiny(), steps=2)
+    schedule = plan(case.shape, CLUSTERS, ranks=4)
+    i = products(schedule, "1.project")[0]
+    work = schedule.decoded[i].work
+    assert isinstance(work, Product)
+    got = case.twin(changed(schedule, i, **WRONG[change](work))).run()
+    assert not case.error(got, case.want()) < 1e-4
+
+
+def test_a_slice_that_a_rank_does_not_have_shows() -> None:
+    """Of two ranks that share K the second takes the first's columns."""
     case = Case(tiny())
-    schedule = plan(case.shape, SMALL)
-    tiles = schedule.tiles.copy()
-    tiles[:, 1] = NONE
-    got = case.twin(replace(schedule, tiles=tiles)).run(torch.Generator().manual_seed(0))
-    assert got.isnan().any()
+    schedule = plan(case.shape, CLUSTERS, ranks=8)
+    name = next(name for name, m in schedule.matrices.items() if m.columns > m.slice)
+    packed = pack(case.folded, schedule, torch.float32)
+    packed.matrices[name][0, 1] = packed.matrices[name][0, 0]
+    got = Twin(schedule, packed, *case.given()).run()
+    assert not case.error(got, case.want()) < 1e-4
 
 
-def test_shapes_of_configurations() -> None:
-    config = HeadConfig.dit_l(action_horizon=50, action_dim=36)
-    shape = head_shape(config, batch=4, context=392, prefix=True, steps=8)
-    assert isinstance(shape, HeadShape)
-    assert (shape.width, shape.head_dim, shape.tokens, shape.rows, shape.padded_actions) == (1536, 48, 51, 204, 48)
+# -- weights and constants ---------------------------------------------------------------------------------------------
+
+CUTS = [(1, 1, 16), (1, 1, 64), (2, 1, 32), (2, 2, 32), (4, 2, 96), (8, 1, 128), (8, 4, 32), (8, 8, 16)]
+
+
+@pytest.mark.parametrize("rows,columns", [(7, 96), (64, 64), (80, 272), (300, 528)])
+@pytest.mark.parametrize("ranks,split,tile_rows", CUTS)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_layout_goes_both_ways(fp8: bool, ranks: int, split: int, tile_rows: int, rows: int, columns: int) -> None:
+    matrix = MatrixPlan("some", rows, columns, ranks, tile_rows, split, 1, fp8, 0)
+    weight = torch.arange(1, rows * columns + 1, dtype=torch.float32).view(rows, columns)
+    blocks = to_layout(weight, matrix)
+    assert blocks.shape[:4] == (matrix.row_tiles, ranks, matrix.steps, matrix.groups)
+    assert blocks[0].numel() * (1 if fp8 else 2) == 512 * matrix.tile_units
+    assert torch.equal(blocks[blocks > 0].sort().values, weight.flatten())
+    back = torch.cat([from_layout(tile, split, fp8) for tile in blocks])
+    assert torch.equal(back[:rows, :columns], weight)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_each_lane_has_its_operands(fp8: bool) -> None:
+    """As PTX defines operand A of mma.m16n8k16, and the plan says which rank has which step of which row group."""
+    matrix = MatrixPlan("some", 256, 512, 8, 128, 4, 1, fp8, 0)
+    weight = torch.arange(256 * 512, dtype=torch.float32).view(256, 512)
+    blocks = to_layout(weight, matrix).view(2, 8, matrix.steps, matrix.groups, *((32, 2, 8) if fp8 else (2, 32, 8)))
+    if not fp8:
+        blocks = blocks.transpose(4, 5)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        tile, rank, step, group, lane, fragment, element = (
+            int(torch.randint(size, (), generator=random)) for size in blocks.shape
+        )
+        row = tile * 128 + rank // 4 * matrix.rank_rows + group * 16 + lane // 4 + 8 * (element // 2 % 2)
+        column = rank % 4 * matrix.slice + step * 32 + fragment * 16 + lane % 4 * 2 + element % 2 + 8 * (element // 4)
+        assert blocks[tile, rank, step, group, lane, fragment, element] == weight[row, column]
+
+
+def test_matrices_follow_each_other_in_the_weights() -> None:
+    """A tile's numbers lead to its rows, whatever lies before it."""
+    case = Case(tiny(), context=150)
+    case.shape = replace(case.shape, fp8=True)
+    schedule = plan(case.shape, CLUSTERS, ranks=4)
+    packed = pack(case.folded, schedule)
+    data = packed.bytes()
+    assert data.numel() == schedule.weight_bytes
+    for name in ("encode", "0.project", "2.mlp_out", "decode_out"):
+        w = schedule.decoded[products(schedule, name)[-1]].work
+        assert isinstance(w, Product)
+        piece = data[512 * w.weight :][: 512 * w.rank_units * schedule.ranks]
+        blocks = piece.view(FP8 if w.fp8 else torch.bfloat16).view(schedule.ranks, w.slice // 32, -1, 512)
+        found = from_layout(blocks.float(), w.split, bool(w.fp8))
+        assert torch.equal(found, packed.of(w).float())
+        assert torch.equal(found[: w.rows, : w.columns], kept(case, name, w))
+
+
+def kept(case: Case, name: str, w: Product) -> Tensor:
+    matrix = getattr(case.folded, name, None)
+    if matrix is None:
+        i, part = name.split(".")
+        matrix = getattr(case.folded.blocks[int(i)], part)
+    weight = matrix.weight
+    weight = (weight / row_scale(weight)[:, None]).to(FP8).float() if w.fp8 else weight.bfloat16().float()
+    rows = weight[w.row : w.row + w.rows]
+    return torch.nn.functional.pad(rows, (0, w.columns - rows.shape[1]))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_what_a_norm_leaves_is_of_the_weights_as_they_are_kept(fp8: bool) -> None:
+    """A row that is all mean comes out as the bias, to float32, although its weights are rounded."""
+    case = Case(tiny(), steps=4)
+    case.shape = replace(case.shape, fp8=fp8)
+    schedule = plan(case.shape, CLUSTERS, ranks=2)
+    constants = pack_constants(case.folded, schedule)
+    for step, name in ((3, "0.project"), (0, "1.mlp_in"), (2, "decode_in")):
+        w = schedule.decoded[products(schedule, name)[0]].work
+        assert isinstance(w, Product)
+        prefix, block = ("", None) if name == "decode_in" else (name[:2], case.folded.blocks[int(name[0])])
+        norms = case.folded.out_norms if block is None else block.norms
+        modulated = w.modulation != NONE
+        one = 1 + norms[step].scale[0] if modulated else torch.ones(w.columns)
+        if modulated:
+            found = constants[schedule.constants[f"{prefix}modulation"][0] + step * w.modulation_step :][: w.columns]
+            assert torch.equal(found, one)
+        weight = kept(case, name, w).double()
+        if w.fp8:
+            weight = weight * constants[w.scale : w.scale + w.rows, None].double()
+        shift = norms[step].shift[0] if modulated else torch.zeros(w.columns)
+        bias = (case.folded.decode_in if block is None else getattr(block, name[2:])).bias[w.row : w.row + w.rows]
+        sums, biases = (constants[at + step * w.constant_step :][: w.rows] for at in (w.sums, w.bias))
+        torch.testing.assert_close(sums, (weight @ one.double()).float(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(biases, (bias + weight @ shift.double()).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_padded_rows_read_zeros() -> None:
+    case = Case(tiny(), steps=2)
+    schedule = plan(case.shape, CLUSTERS, ranks=8)
+    constants = pack_constants(case.folded, schedule)
+    for name in ("decode_out", "0.mlp_in", "decode_in"):
+        for i in products(schedule, name):
+            w = schedule.decoded[i].work
+            assert isinstance(w, Product)
+            for step in range(case.steps if w.constant_step else 1):
+                for at in {w.bias, w.sums} - {NONE}:
+                    line = constants[at + step * w.constant_step :][: w.tile_rows]
+                    assert len(line) == w.tile_rows
+                    assert not line[w.rows :].any()
+                    assert line[: w.rows].any()
+
+
+def test_bytes_of_a_matrix_are_the_plans() -> None:
+    case = Case(tiny())
+    schedule = plan(case.shape, CLUSTERS, ranks=4)
+    packed = pack(case.folded, schedule)
+    offsets = [m.offset for m in schedule.matrices.values()] + [schedule.weight_bytes // 512]
+    for (name, matrix), (begin, end) in zip(packed.matrices.items(), pairwise(offsets), strict=True):
+        assert matrix.nbytes == 512 * (end - begin), name
+    assert {tile.opcode for tile in schedule.decoded} == {*Opcode}
