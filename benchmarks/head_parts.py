@@ -13,8 +13,9 @@ head. `variants` differ by one thing from one to the next, so that the differenc
 A second way to cut the same time is by place: one block that attends to the features, one that attends to the tokens, by leaving
 the last one or two blocks out, and "ends", what is left: start, encoder and decoder.
 
-Each variant is planned by itself. Where the planner cuts its matrices otherwise than the request's, a difference is one between
-two plans: "same_cut" says where that is not so. Beside each difference stands that of the predictions for the same schedules.
+Teams have as many blocks in all of them as in the request's schedule. Where the planner cuts matrices otherwise than there, a
+difference is one between two plans: "same_cut" says whether it is. Beside each difference stands that of the predictions for the
+same schedules.
 """
 
 from __future__ import annotations
@@ -94,25 +95,24 @@ def measure(
     *,
     plan: Callable[[Variant], Schedule],
     predict: Callable[[Schedule], float],
-    time: Callable[[Variant], Mapping[str, Any]],
+    time: Callable[[str, Variant], Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Each variant timed and predicted, and the parts solved for from both.
 
     Args:
         plan: the schedule that is launched.
         predict: microseconds of it.
-        time: a row of `bench_action_ode.timed`: "ms", or "left_out" and why; of what is left out no part is given.
+        time: of a variant and its name, a row of `bench_action_ode.timed`: "ms", or "left_out" and why; of what is left out no
+            part is given.
     """
     rows: dict[str, dict[str, Any]] = {}
-    schedules = {name: plan(variant) for name, variant in variants(config, context, steps).items()}
-    wanted = cut(schedules["request"])
-    for name, variant in variants(config, context, steps).items():
-        row, schedule = time(variant), schedules[name]
-        us = 1e3 * row["ms"]["p50"] if "ms" in row else None
-        rows[name] = {"us": us, "predicted_us": predict(schedule), "same_cut": cut(schedule) == wanted}
-        rows[name] |= {"teams": schedule.teams, "ranks": schedule.ranks} | {
-            k: row[k] for k in ("left_out",) if k in row
-        }
+    every = variants(config, context, steps)
+    wanted = cut(plan(every["request"]))
+    for name, variant in every.items():
+        row, schedule = time(name, variant), plan(variant)
+        found = {"us": 1e3 * row["ms"]["p50"] if "ms" in row else None, "left_out": row.get("left_out")}
+        found |= {"predicted_us": predict(schedule), "same_cut": cut(schedule) == wanted}
+        rows[name] = found | {"teams": schedule.teams, "ranks": schedule.ranks}
     timed = {name: row["us"] for name, row in rows.items() if row["us"] is not None}
     predicted = {name: row["predicted_us"] for name, row in rows.items()}
     return {"variants": rows, "measured": solve(timed, config, steps), "predicted": solve(predicted, config, steps)}
@@ -138,7 +138,7 @@ def show(found: Mapping[str, Any]) -> str:
         for part, us in found["predicted"][way].items()
     ]
     lines.append(table(["part", "measured us", "predicted us"], parts, right=(1, 2)))
-    lines += [f"{name}: {row['left_out']}" for name, row in found["variants"].items() if "left_out" in row]
+    lines += [f"{name}: {row['left_out']}" for name, row in found["variants"].items() if row["left_out"]]
     return "\n".join(lines)
 
 

@@ -90,11 +90,16 @@ def candidates(head: OneLaunchHead, args: tuple[Tensor, ...]) -> dict[str, Calla
     return found
 
 
-def schedule_of(config: HeadConfig, steps: int, *, device: str, batch: int, context: int) -> Schedule:
-    """The kernel's schedule, on this GPU or, where there is none, on an H200. ConfigError: no tiles for this head."""
+def schedule_of(
+    config: HeadConfig, steps: int, *, device: str, batch: int, context: int, ranks: int | None = None
+) -> Schedule:
+    """The kernel's schedule, on this GPU or, where there is none, on an H200, of teams of so many blocks where that is said.
+
+    ConfigError: no tiles for this head, or no such teams.
+    """
     here = device_of(torch.device(device)) if device.startswith("cuda") and torch.cuda.is_available() else H200
     prefix = config.state_dim is not None
-    return plan(head_shape(config, batch=batch, context=context, prefix=prefix, steps=steps), here)
+    return plan(head_shape(config, batch=batch, context=context, prefix=prefix, steps=steps), here, ranks=ranks)
 
 
 def constants() -> Gpu:
@@ -218,28 +223,50 @@ def case(
     record.result.setdefault("heads", {})[f"{tokens}"] = table
     if "cuda" in entered:
         settings = {"device": device, "dtype": dtype, "samples": samples, "batch": batch}
-        table["parts"] = parts(head.config, features, steps, gpu, record, **settings)
+        table["parts"] = parts(head.config, features, steps, gpu, rows, **settings)
 
 
-def parts(config: HeadConfig, context: int, steps: int, gpu: Gpu, record: Recording, **settings: Any) -> dict[str, Any]:
-    """`head_parts.measure` on this GPU. settings: device, dtype, samples, batch."""
-    place = {name: settings[name] for name in ("device", "batch")}
+def parts(
+    config: HeadConfig, context: int, steps: int, gpu: Gpu, rows: failures.Rows, **settings: Any
+) -> dict[str, Any]:
+    """`head_parts.measure` on this GPU. rows: of the request's case; what is wrong or failed has a row there, too.
 
-    def time(variant: head_parts.Variant) -> Mapping[str, Any]:
-        return failures.NO_TIME if record.over() else time_variant(variant, remaining=record.remaining(), **settings)
+    settings: device, dtype, samples, batch.
+    """
+    record, place = rows.record, {name: settings[name] for name in ("device", "batch")}
+    ranks = schedule_of(config, steps, context=context, **place).ranks
+
+    def time(name: str, variant: head_parts.Variant) -> Mapping[str, Any]:
+        if record.over():
+            return failures.NO_TIME
+        row = time_variant(variant, ranks, remaining=record.remaining(), **settings)
+        if "left_out" in row:
+            rows.add(f"cuda, {name}", row)
+        return row
 
     return head_parts.measure(
         config,
         context,
         steps,
-        plan=lambda v: schedule_of(v.config, v.steps, context=v.context, **place),
+        plan=lambda v: schedule_of(v.config, v.steps, context=v.context, ranks=ranks, **place),
         predict=lambda schedule: head_us(schedule, budget_head.costs_of(gpu))["total"],
         time=time,
     )
 
 
+class HeldRanks(OneLaunchHead):
+    """A head whose teams have so many blocks, whatever would be predicted to take least."""
+
+    ranks: int
+
+    def schedule(self, device: torch.device, batch: int, context: int, prefix: bool) -> Schedule:
+        shape = head_shape(self.config, batch=batch, context=context, prefix=prefix, steps=self.steps)
+        return plan(shape, device_of(device), ranks=self.ranks)
+
+
 def time_variant(
     variant: head_parts.Variant,
+    ranks: int,
     *,
     device: str,
     dtype: torch.dtype,
@@ -249,15 +276,14 @@ def time_variant(
     backend: str = "cuda",
 ) -> dict[str, Any]:
     """`timed` of the kernel's graph with a head and a request of this kind, held to the head in float32 on the same device."""
-    head = random_head(variant.config, 0).to(device)
+    head, steps = random_head(variant.config, 0).to(device), variant.steps
     exact = inputs(head.config, variant.context, batch, device)
-    truth = OneLaunchHead(fold_head(head, variant.steps), head.config, variant.steps)
-    want = ops.action_ode(truth, *exact, backend="torch").cpu()
     given = (exact[0], *(t.to(dtype) for t in exact[1:]))
-    small = OneLaunchHead(fold_head(head.to(dtype), variant.steps), head.config, variant.steps)
+    want = ops.action_ode(OneLaunchHead(fold_head(head, steps), head.config, steps), *exact, backend="torch").cpu()
+    small = HeldRanks(fold_head(head.to(dtype), steps), head.config, steps)
+    small.ranks = ranks
     plain = ops.action_ode(small, *given, backend="torch").cpu()
-    kernel = partial(ops.action_ode, small, *given, backend=backend)
-    cuda = device.startswith("cuda")
+    kernel, cuda = partial(ops.action_ode, small, *given, backend=backend), device.startswith("cuda")
     entry = Contender(graph_of(kernel) if cuda else kernel, small, want, dtype.itemsize)
     return timed(entry, tolerance(plain, want), time_gpu if cuda else time_cpu, samples, remaining)
 
