@@ -81,6 +81,7 @@ def chain(shape: HeadShape) -> list[Stage]:
 
 
 def need(ok: bool, what: str, wanted: object, got: object) -> None:
+    """ScheduleError unless `ok`."""
     if not ok:
         raise ScheduleError(f"{what}: expected {wanted}, got {got}")
 
@@ -145,6 +146,8 @@ def check_matrices(schedule: Schedule, stages: Sequence[Stage]) -> None:
         bytes_of_step = m.step_units * WEIGHT_UNIT
         need(bytes_of_step <= SLOT_BYTES, what, f"steps of at most {SLOT_BYTES} bytes", bytes_of_step)
         need(m.offset >= 0, what, "an offset", m.offset)
+        columns = STEP_COLUMNS * min(m.steps, m.panel_steps)
+        need(schedule.part >= columns, f"part, of {what}", f"{columns}, a whole panel, or more", schedule.part)
         staging = product_staging(schedule.padded_tokens, schedule.part, m)
         need(staging <= schedule.staging, f"staging, of {what}", f"at least {staging}", schedule.staging)
         inbox = sums_bytes(schedule.padded_tokens, m) if m.split > 1 else 0

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from dit4dit.engine.action_ode.schedule import (
     NONE,
-    SLOT_BYTES,
     STEP_COLUMNS,
     WARPS,
     WEIGHT_UNIT,
@@ -23,7 +22,6 @@ from dit4dit.engine.action_ode.schedule import (
     Product,
     Schedule,
     attend_rows,
-    sums_bytes,
 )
 
 PARTS = ("synchronisation", "staging", "products", "epilogues", "attention")
@@ -41,7 +39,7 @@ class Costs:
     Attributes:
         start: of a launch: it begins, the first panel arrives, it ends.
         hop: until another team sees a word; half of the measured round trip of a flag.
-        exchange: sums go to the other ranks and are waited for; a measured barrier of a cluster of 8. Nothing without other ranks.
+        exchange: sums go to the other ranks and are waited for; a measured barrier of a cluster of 8. Nothing without a split.
         read: of each KB of activations that a rank stages; measured with all SMs reading 8 to 192 KB.
         inbox: of each KB that a rank gets from the others; from published rates of distributed shared memory.
         step: a warp multiplies 16 x 32 weights with 24 tokens; a guess from the latency of its instructions.
@@ -61,17 +59,23 @@ class Costs:
     sm_stream: float = 0.030
 
 
+def staged_columns(m: Product | MatrixPlan, part: int) -> int:
+    """Columns that the kernel stages at a time where there is room for `part`: whole panels; 0 if none fits."""
+    return m.slice if m.slice <= part else part // STEP_COLUMNS // m.panel_steps * m.panel_steps * STEP_COLUMNS
+
+
 def product_us(
     m: Product | MatrixPlan, ranks: int, tokens: int, padded_tokens: int, part: int, costs: Costs
 ) -> tuple[float, float, float, float]:
     """(synchronisation, staging, products, epilogue) of one product on the rank with most of it, in microseconds.
 
-    part: columns that are staged at a time.
+    part: columns of activations that may be staged at a time.
     """
     own_rows, planes = m.tile_rows // ranks, m.split * m.parts
-    sums = planes * own_rows * (padded_tokens + 2) * 4 + m.split * padded_tokens * 8
-    exchange = costs.exchange + costs.inbox * sums * (m.split - 1) / m.split / 1024 if m.split > 1 else 0.0
-    syncs = 2 * -(-m.slice // part) + (m.split == 1)
+    # sums of tokens that there are, two at a time, and mean and squares
+    received = (m.split - 1) * (m.parts * own_rows * (tokens + tokens % 2) * 4 + tokens * 8)
+    exchange = costs.exchange + costs.inbox * received / 1024 if m.split > 1 else 0.0
+    syncs = 2 * -(-m.slice // staged_columns(m, part)) + 2 * (m.split == 1)
     staging = costs.read * min(m.slice, m.columns) * tokens * 2 / 1024
     groups = m.tile_rows * m.split // ranks // 16
     whole, rest = divmod(m.slice // STEP_COLUMNS, m.panel_steps)
@@ -86,9 +90,9 @@ def attend_us(
 ) -> tuple[float, float]:
     """(synchronisation, attention) of one head of one sample, in microseconds.
 
-    The first keys and values of the features are fetched before the query has come: of their time, what a hop is longer by counts.
+    The first keys and values of the features are fetched before the query has come: what they take longer than a hop counts.
     """
-    queries, at_once, per_warp = attend_rows(tokens, slice_)
+    _, at_once, per_warp = attend_rows(tokens, slice_)
     active, rounds = -(-keys // slice_), -(-slice_ // at_once)
     row = 2 * head_dim
     first = costs.read * min(slice_, at_once) * 2 * row / 1024
@@ -97,7 +101,7 @@ def attend_us(
     products = costs.step * rounds * 2 * 16 * per_warp * head_dim / _STEP_SIZE
     received = (active - active / ranks) * tokens * (head_dim / ranks * 4 + 8)
     exchange = costs.exchange + costs.inbox * received / 1024 if ranks > 1 else 0.0
-    return exchange + costs.sync * (2 * rounds + 1), reading + products + costs.epilogue
+    return exchange + costs.sync * (2 * rounds + 2), reading + products + costs.epilogue
 
 
 def tile_us(schedule: Schedule, work: Operands, costs: Costs | None = None) -> dict[str, float]:

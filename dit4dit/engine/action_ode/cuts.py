@@ -6,16 +6,16 @@ matrices do not depend on each other but for what they share: ranks, shared memo
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dit4dit.engine.action_ode.cost import Costs, attend_us, product_us, weights_us
+from dit4dit.engine.action_ode.cost import Costs, attend_us, product_us, staged_columns, weights_us
 from dit4dit.engine.action_ode.schedule import (
     FIXED_SHARED,
     MAX_TOKENS,
-    MAX_WARP_TILES,
     PADDED_TOKENS,
     RANKS,
     SLOT_BYTES,
@@ -29,11 +29,14 @@ from dit4dit.engine.action_ode.schedule import (
     attend_inbox,
     product_staging,
     sums_bytes,
+    warp_tiles,
 )
 from dit4dit.errors import ConfigError
 
 LEAST_SLOTS, ENOUGH_SLOTS, MOST_SLOTS = 3, 6, 16
 """Of weights: the fewest, as many as activations leave room for if they can, and as many as the kernel has barriers for."""
+SMALL_PIECE = 256
+"""Columns for which there is room on every device, whatever the tokens."""
 STREAM = ("encode_out", "out", "mlp_out")
 """Matrices whose results are the residual stream: they have the same rows in the same teams."""
 
@@ -69,7 +72,8 @@ class Cuts:
     slots: int
     staging: int
     inbox: int
-    us: float
+    chain_us: float  # of a step
+    weights_us: float
 
 
 def groups_of(shape: HeadShape) -> list[range]:
@@ -93,28 +97,37 @@ def kinds_of(shape: HeadShape) -> list[tuple[str, Kind]]:
         ]
     found += [("decode_in", s.decoder, s.width), ("decode_out", s.actions, s.decoder)]
     # what is outside the blocks is 3 % of the weights, and nearest to the actions
-    return [(name, Kind(name.split(".")[-1], *size, s.fp8 and name[0].isdigit())) for name, *size in found]
+    return [
+        (name, Kind(name.split(".")[-1], rows, columns, s.fp8 and name[0].isdigit())) for name, rows, columns in found
+    ]
 
 
-def choose(shape: HeadShape, device: Device, costs: Costs) -> Cuts:
-    """The cuts with the least predicted time; of equal ones those with fewer ranks.
+def choose(shape: HeadShape, device: Device, costs: Costs, ranks: int | None = None) -> Cuts:
+    """The cuts with the least predicted time; of equal ones those with fewer ranks. ranks: only with so many.
 
     Raises:
-        ConfigError: the device has too little shared memory for any.
+        ConfigError: the device has too little shared memory for any, or no teams of so many ranks.
     """
-    found = [
-        cuts
-        for ranks in RANKS
-        if device.teams(ranks) and shape.head_dim % (2 * ranks) == 0
-        for cuts in _Search(shape, device, ranks, costs).found()
-    ]
+    possible = [n for n in RANKS if device.teams(n) and shape.head_dim % (2 * n) == 0]
+    if ranks is not None:
+        if ranks not in possible:
+            raise ConfigError(f"action_ode: ranks: expected one of {possible} on this device, got {ranks}")
+        possible = [ranks]
+    found = _found(shape, device, costs, possible)
     if not found:
-        needed = _Search(shape, device, 1, costs).least()
+        sizes = range(0, 1 << 20, 1024)
+        least = bisect_left(
+            sizes, True, key=lambda size: bool(_found(shape, replace(device, shared_memory=size), costs, possible))
+        )
         raise ConfigError(
-            f"action_ode: shared_memory: expected at least {needed} bytes a block, got {device.shared_memory}; "
+            f"action_ode: shared_memory: expected at least {sizes[least]} bytes a block, got {device.shared_memory}; "
             "use head='library'"
         )
-    return min(found, key=lambda cuts: cuts.us)
+    return min(found, key=lambda cuts: max(cuts.chain_us, cuts.weights_us))
+
+
+def _found(shape: HeadShape, device: Device, costs: Costs, ranks: list[int]) -> list[Cuts]:
+    return [cuts for n in ranks for cuts in _Search(shape, device, n, costs).found()]
 
 
 def _round(size: int) -> int:
@@ -147,26 +160,29 @@ class _Search:
         return -(-(-(-rows // tile_rows) * self.groups) // self.teams)
 
     def _cuts(self, kind: Kind) -> Iterator[Cut]:
-        """Every cut of a kind, but heights of tiles that are more than their number of rounds needs."""
+        """Every cut of a kind, but taller tiles where lower ones need no more rounds and are staged in small pieces already."""
         for split in (n for n in RANKS if n <= self.ranks):
             unit = 16 * self.ranks // split
-            rounds = 0
-            for groups in range(1, MAX_WARP_TILES * WARPS + 1):
+            before, columns = 0, kind.columns
+            for groups in range(1, warp_tiles(self.padded) * WARPS + 1):
                 tile_rows = groups * unit
-                before, rounds = rounds, self._rounds(kind.rows, tile_rows)
-                if rounds == before and kind.name not in STREAM:
+                # the last tile must have rows for each part: a rank shows by its words that it has read its own
+                if -kind.rows % tile_rows >= groups * 16:
                     continue
+                rounds = self._rounds(kind.rows, tile_rows)
+                if rounds == before and columns <= SMALL_PIECE and kind.name not in STREAM:
+                    continue
+                before, m = rounds, MatrixPlan(*kind[:3], self.ranks, tile_rows, split, 1, kind.fp8, 0)
+                columns = min(m.slice, m.panel_steps * STEP_COLUMNS)
                 for parts in (1, 2, 4, 8):
-                    if groups <= MAX_WARP_TILES * (WARPS // parts):
+                    if groups <= warp_tiles(self.padded) * (WARPS // parts):
                         yield self._cut(kind, tile_rows, split, parts, rounds)
                 if tile_rows >= kind.rows:
                     break
 
     def _cut(self, kind: Kind, tile_rows: int, split: int, parts: int, rounds: int) -> Cut:
         m = MatrixPlan(kind.name, kind.rows, kind.columns, self.ranks, tile_rows, split, parts, kind.fp8, 0)
-        us = self.costs.hop + rounds * sum(
-            product_us(m, self.ranks, self.tokens, self.padded, m.slice, self.costs)
-        )
+        us = self.costs.hop + rounds * sum(product_us(m, self.ranks, self.tokens, self.padded, m.slice, self.costs))
         sums = sums_bytes(self.padded, m)
         return Cut(m, rounds, us, _round(sums) if split > 1 else 0, sums if split == 1 else 0)
 
@@ -176,7 +192,7 @@ class _Search:
         rounds = -(-s.batch * s.heads // self.teams)
         for keys, cross, count in ((s.tokens, False, len(s.blocks) - s.contexts), (s.context, True, s.contexts)):
             prices = []
-            for active in (n for n in RANKS if n <= self.ranks):
+            for active in range(1, self.ranks + 1):
                 size = -(-keys // active)
                 parts = attend_us(s.tokens, keys, size, cross, s.head_dim, self.ranks, self.costs)
                 prices.append((self.costs.hop + rounds * sum(parts), size))
@@ -194,10 +210,13 @@ class _Search:
         for inbox in sorted(limits):
             for slots in range(ENOUGH_SLOTS, LEAST_SLOTS - 1, -1):
                 staging = self.device.shared_memory - FIXED_SHARED - slots * SLOT_BYTES - 2 * _round(inbox)
-                chosen = [self._choose(inbox, staging, weight) for weight in (0.0, 0.3, 1.0)]
-                if any(chosen):
-                    yield from (cuts for cuts in chosen if cuts)
-                    break
+                best = self._choose(inbox, staging, 0.0)
+                if best is None:
+                    continue
+                yield best
+                if best.weights_us > best.chain_us:
+                    yield from filter(None, (self._choose(inbox, staging, weight) for weight in (0.3, 1.0)))
+                break
 
     def _choose(self, inbox: int, staging: int, weight: float) -> Cuts | None:
         """The best with such an inbox and so much staging; weight: of the time of weights, which the chain may hide."""
@@ -212,7 +231,10 @@ class _Search:
         stream: dict[int, dict[Kind, Cut]] = defaultdict(dict)
         chosen: dict[Kind, Cut] = {}
         for kind, cuts in self.candidates.items():
-            fitting = sorted((c for c in cuts if c.inbox <= inbox and c.sums <= staging), key=price)
+            fitting = sorted(
+                (c for c in cuts if c.inbox <= inbox and c.sums <= staging and staged_columns(c.matrix, part)),
+                key=price,
+            )
             if not fitting:
                 return None
             chosen[kind] = fitting[0]
@@ -222,15 +244,20 @@ class _Search:
         shared = [cuts for cuts in stream.values() if len(cuts) == len(STREAM)]
         if not shared:
             return None
-        chosen |= min(shared, key=lambda cuts: sum(self.count[kind] * price(cut) for kind, cut in cuts.items()))
+
+        def all_of(same: dict[Kind, Cut]) -> float:
+            return sum(self.count[kind] * price(cut) for kind, cut in same.items())
+
+        cheapest = min(shared, key=all_of)
+        chosen |= cheapest
         return self._cuts_of(chosen, min(part, max(cut.matrix.slice for cut in chosen.values())))
 
     def _us(self, cut: Cut, part: int) -> float:
         """Of a stage, with barriers around each part of the activations but the first, which `cut.us` has."""
-        return cut.us + cut.tiles * self.costs.sync * 2 * (-(-cut.matrix.slice // part) - 1)
+        times = -(-cut.matrix.slice // staged_columns(cut.matrix, part))
+        return cut.us + cut.tiles * self.costs.sync * 2 * (times - 1)
 
     def _cuts_of(self, chosen: dict[Kind, Cut], part: int) -> Cuts:
-        shape = self.shape
         chain = self.attend_us + sum(self.count[kind] * self._us(cut, part) for kind, cut in chosen.items())
         most = sum(self.count[kind] * cut.tiles * cut.matrix.rank_units for kind, cut in chosen.items())
         total = sum(self.count[kind] * self.groups * cut.matrix.units for kind, cut in chosen.items())
@@ -251,11 +278,6 @@ class _Search:
             slots=min(MOST_SLOTS, (self.device.shared_memory - FIXED_SHARED - staging - 2 * inbox) // SLOT_BYTES),
             staging=staging,
             inbox=inbox,
-            us=self.costs.start + shape.steps * max(chain, weights),
+            chain_us=chain,
+            weights_us=weights,
         )
-
-    def least(self) -> int:
-        """Bytes of shared memory without which there are no cuts."""
-        sums = (min(cut.sums for cut in cuts) for cuts in self.candidates.values())
-        staging = max(self.attend_staging, STEP_COLUMNS // 8 * (16 * self.padded + 16), *sums)
-        return FIXED_SHARED + LEAST_SLOTS * SLOT_BYTES + _round(staging)

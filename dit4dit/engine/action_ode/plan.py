@@ -15,7 +15,7 @@ import numpy as np
 
 from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode.cost import Costs
-from dit4dit.engine.action_ode.cuts import choose, groups_of
+from dit4dit.engine.action_ode.cuts import Cuts, choose, groups_of
 from dit4dit.engine.action_ode.schedule import (
     MAX_HEAD_DIM,
     MAX_WIDTH,
@@ -100,26 +100,27 @@ def check(shape: HeadShape) -> None:
         refuse("blocks", "at least 1", 0)
 
 
-def plan(shape: HeadShape, device: Device, costs: Costs | None = None) -> Schedule:
+def plan(shape: HeadShape, device: Device, costs: Costs | None = None, *, ranks: int | None = None) -> Schedule:
     """The schedule of `shape` on `device` with the least predicted time, the same for the same arguments.
 
-    costs: of the GPU, by which predictions are made; an H200's if None.
+    Args:
+        costs: of the GPU, by which times are predicted; an H200's if None.
+        ranks: blocks of a team; None: what is predicted to take least.
 
     Raises:
-        ConfigError: the shape has no tiles, or the device too little shared memory.
+        ConfigError: the shape has no tiles, the device too little shared memory or no teams of so many ranks.
     """
     check(shape)
     if device.multiprocessors < 1:
         raise ConfigError(f"action_ode: multiprocessors: expected at least 1, got {device.multiprocessors}")
-    return _Planner(shape, device, costs or Costs()).schedule()
+    return _Planner(shape, device, choose(shape, device, costs or Costs(), ranks)).schedule()
 
 
 class _Planner:
     """The tables and tiles of what `choose` has chosen."""
 
-    def __init__(self, shape: HeadShape, device: Device, costs: Costs) -> None:
-        self.shape, self.device = shape, device
-        self.cuts = choose(shape, device, costs)
+    def __init__(self, shape: HeadShape, device: Device, cuts: Cuts) -> None:
+        self.shape, self.device, self.cuts = shape, device, cuts
         self.groups = groups_of(shape)
         self.padded = next(n for n in PADDED_TOKENS if n >= len(self.groups[0]) * shape.tokens)
         self.buffers: dict[str, Buffer] = {}

@@ -42,7 +42,8 @@ ATTEND_KEYS = 128
 MAX_HEAD_DIM = 64
 MAX_WIDTH = 2048
 MAX_WARP_TILES = 2
-"""Row groups of 16 that one warp may have of a product."""
+"""Row groups of 16 that one warp may have of a product; with more than MOST_TOKENS_OF_TWO padded tokens it is one."""
+MOST_TOKENS_OF_TWO = 48
 RANKS = (1, 2, 4, 8)
 SETS = 3
 EMPTY = -1
@@ -378,6 +379,11 @@ class Schedule:
 
 FIXED_SHARED = 2048
 """Bytes for records and barriers: `Fixed` in kernels/action_ode_block.cuh, rounded up."""
+
+
+def warp_tiles(padded_tokens: int) -> int:
+    """Row groups of 16 that one warp may have of a product: what its registers hold."""
+    return MAX_WARP_TILES if padded_tokens <= MOST_TOKENS_OF_TWO else 1
 
 
 def attend_rows(tokens: int, keys: int) -> tuple[int, int, int]:

@@ -185,7 +185,7 @@ class Twin:
         schedule, steps = self.schedule, self.schedule.shape.steps
         teams = [schedule.decoded[begin:end] for begin, end in pairwise(schedule.first_tile.tolist())]
         position = [-1] * len(teams)  # tiles that the team has run; -1: it has not begun
-        missing: dict[int, tuple[int, int]] = {}  # step and word that a team did not find when it came forward last
+        missing: dict[int, int] = {}  # a word that a team's next tile did not find
         waiting = list(range(len(teams)))
         while waiting:
             came = False
@@ -207,18 +207,19 @@ class Twin:
                         break
             waiting = [team for team in waiting if position[team] < steps * len(teams[team])]
             if not came:
-                some = ", ".join(f"{team} for word {missing[team][1]}" for team in sorted(waiting)[:4])
+                some = ", ".join(f"{team} for word {missing[team]}" for team in sorted(waiting)[:4])
                 raise RuntimeError(f"action_ode: {len(waiting)} teams wait for each other: {some}")
 
-    def _ready(self, team: int, step: int, work: Operands, missing: dict[int, tuple[int, int]]) -> bool:
+    def _ready(self, team: int, step: int, work: Operands, missing: dict[int, int]) -> bool:
+        """Whether all that the team's next tile reads is there."""
         now = self.first + step
-        known = missing.get(team)
-        if known is not None and known[0] == now and self.words.step[now % SETS, known[1]] == EMPTY:
+        if team in missing and self.words.step[now % SETS, missing[team]] == EMPTY:
             return False
+        missing.pop(team, None)
         for area in reads(work, self.schedule.shape):
             word = self.words.missing(area, now)
             if word is not None:
-                missing[team] = now, word
+                missing[team] = word
                 return False
         return True
 

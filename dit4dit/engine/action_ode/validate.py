@@ -1,34 +1,38 @@
 """The validator: proof that a schedule may run, whatever the order in which its teams and ranks come forward.
 
-A step is a chain of stages (`chain`): the products with one matrix, or one block's attention. Each reads one buffer and writes
-one. A group is samples whose tokens are one product's; products and attention of other groups have nothing to do with it.
+A step is a chain of stages (chain.py): the products with one matrix, or one block's attention. Each reads one buffer and writes
+one. A group is the samples whose tokens one product takes; groups have nothing to do with each other.
 
 1. Words. Every number of every record is the one that the chain demands, and each row tile of each matrix has one tile a group,
-   each head of a sample one a block. So every word is written by one tile a step (of NOISY by an EULER tile, before the first
-   step by the same one), products read all columns of all their tokens, attention all of its head, and nobody anything else.
-2. It ends. Teams that run their tiles in order, each after the whole stage before it of its group, run all of them: this is
-   tried out, and no other order can do worse, as nothing that is written is taken back before it has been read (3). A tile
-   waits for its own step alone, NOISY for the one before it, so that what ends for one step ends for all.
-3. The rotation of SETS is sound. A word is stored after all reads of the ranks whose sums it has, its part's. A stage of
-   products reads all words of the stage before it, every word of queries, keys and values has a head that reads it, and all
-   columns of attention are read: so all parts that have words, of all tiles of a group's step, are done with their reads before
-   any EULER tile of the group stores anything. A part whose rows all lie past the matrix has no words; its ranks are done when
-   they have come to a later tile with words, hence the last tile of a team's step for each group has words of all ranks.
-   Whatever is stored in the next step waits, through the chain, for all of the group's NOISY, thus for all readers of this
-   step: when words of this step's set are made EMPTY, in the next step, nobody reads them any more. Nobody finds an older
-   step's word in a set: whoever reads a word in step s + 2 has read it in step s + 1, where it was stored by the thread that
-   before, with the value of step s, had made it EMPTY in the set of s + 2 (of NOISY in the same tile, before the value). That
-   holds from launch to launch, as each counts on from the steps of the ones before.
+   each head of a sample one a block. So every word is written by one tile of a step (of NOISY by an EULER tile, before the first
+   step by the same one), and products read all columns of all their tokens, attention all of its head, and nobody anything else.
+2. It ends. Teams that run their tiles in order, each after all tiles of its group's stage before it, run all of them: this is
+   tried out. No other order can fail where one succeeds, as no word is taken back before it has been read (3). A tile waits for
+   words of its own step alone, of NOISY for the step before: when each step ends, all do. The noise is written before the first
+   step by the tiles at the end of each team, so EULER tiles are last.
+3. The rotation of SETS is sound. A word is stored after all reads of the ranks whose sums are in it, those of its part. All
+   words of a stage are read by the next: products read whole buffers, and each column of queries, keys, values and attention's
+   results belongs to one head. So before any EULER tile of a group stores a word, all parts of all tiles of the group's earlier
+   stages that have words are done with their reads of this step. Then
+   - this step's NOISY has been read by all when EULER makes it EMPTY;
+   - whatever is stored for the group in the next step waits, by the chain, for all of the group's new NOISY, thus until all of
+     this step has been read: then this step's words are made EMPTY.
+   A part whose rows all lie past its matrix has no words. Its ranks have read when they have given words in a later tile for
+   the group, in the same step (of NOISY before EULER), or in the next step in a stage on which all depend that make EMPTY what
+   they have read: three stages before their own, or earlier.
+   And nobody finds an older step's word: who reads a word in step s + 2 has read it in step s + 1, when it was stored by the
+   thread that in step s had made EMPTY what is read in s + 2; of NOISY it is one step more. That holds from launch to launch, as
+   each begins with the set at which the one before has ended.
 4. Private memory. All tiles that add to one part of the residual stream have the team, rows, tokens and memory of the TOKENS
-   tile that begins it, so that the thread which wrote an element reads it; they follow each other by (1) and (2), since each
-   reads, through the chain, what the one before it wrote. EULER tiles have memory of their own, and no two ranges overlap.
-5. Exchange. Matrices are cut as `Product` demands, staged activations, sums and attention fit into shared memory, and the teams
-   are as many as can run at once. Ranks of a team wait for each other in the same tile only, or for room that they free in an
-   earlier one. Keys of attention are all covered.
-6. Bounds. Buffers, constants and matrices do not overlap, lie in their memory, and are aligned for loads of 16 bytes.
+   tile that begins it, so that the thread which wrote an element is the one that reads it. They follow each other, since each
+   depends, by the chain, on what the one before it wrote. EULER tiles have memory of their own, and no two ranges overlap.
+5. Exchange. Matrices are cut as `Product` demands, what is staged and sums fit into shared memory, and all teams can run at
+   once. Ranks of a team wait for each other's sums of the same tile, or for room that an earlier tile frees. They cover all keys.
+6. Bounds. Buffers, constants and matrices lie in their memory, do not overlap, and are aligned for loads of 16 bytes.
 
-Taken from the kernel: EMPTY and value are stored in the epilogue, in this order, by the same thread in all steps, and are seen by
-others in the order of the steps. Not proved: what the constants and weights are, which the twin shows.
+Taken from the kernel: a thread stores its words after the reads and sums of its tile; the same thread stores a word in all steps;
+what it stored in one step is seen before what it stores in the next. Not proved: what weights and constants are, which the twin
+shows.
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ def validate(schedule: Schedule) -> None:
     tiles.check_attention()
     tiles.check_private()
     tiles.check_end()
-    tiles.check_last_reads()
+    tiles.check_parts_without_words()
 
 
 def _check_records(schedule: Schedule) -> None:
@@ -321,12 +325,16 @@ class _Tiles:
         p.refuse(over, "stream: private memory of two owners overlaps")
 
     def check_end(self) -> None:
-        """Run all teams as far as they get."""
+        """Run all teams as far as they get; EULER tiles are a team's last."""
         schedule, groups = self.schedule, len(self.groups) - 1
         number = self.stage * groups + self.group
         left = np.bincount(number, minlength=len(self.stages) * groups).tolist()
         needs, numbers = (number - groups).tolist(), number.tolist()
         at, end = schedule.first_tile[:-1].tolist(), schedule.first_tile[1:].tolist()
+        early = (
+            (self.stage[:-1] == len(self.stages) - 1) & (self.stage[1:] != self.stage[:-1]) & (np.diff(self.team) == 0)
+        )
+        _refuse(schedule, early, "a tile that is not EULER's follows it in its team: its noise is not written")
         waiting, moved = list(range(schedule.teams)), True
         while moved:
             moved = False
@@ -345,11 +353,14 @@ class _Tiles:
                 f"{len(waiting)} teams wait for each other and never end"
             )
 
-    def check_last_reads(self) -> None:
-        """See 3: ranks without words in the last tile of a team's step for a group."""
-        key = self.team * len(self.groups) + self.group
-        _, behind = np.unique(key[::-1], return_index=True)
-        last = len(key) - 1 - behind
-        ranks = self.schedule.ranks
-        without = "the last tile of its team in a step for these tokens, and a rank has no words: nobody knows when it has read"
-        _refuse(self.schedule, self.words[last] < ranks, without, last)
+    def check_parts_without_words(self) -> None:
+        """See 3. The ranks with words are the first ones of a tile, so that a tile in which all have them tells of all."""
+        ranks, euler = self.schedule.ranks, len(self.stages) - 1
+        wrong = np.zeros(len(self.stage), np.bool_)
+        full = self.words == ranks
+        for i in np.flatnonzero(~full).tolist():
+            mates = np.flatnonzero(full & (self.team == self.team[i]) & (self.group == self.group[i]))
+            later = (mates > i) & ((self.stage[i] > 0) | (self.stage[mates] < euler))
+            wrong[i] = not (later | (self.stage[mates] <= self.stage[i] - 3)).any()
+        what = "some of its ranks have no words, nor in another tile from which it is known in time when they have read"
+        _refuse(self.schedule, wrong, what)
