@@ -16,15 +16,14 @@ from dit4dit.benchmarks.budget_gpu import Gpu
 
 from dit4dit.engine import Engine
 from dit4dit.engine.action_ode import Schedule
-from dit4dit.engine.action_ode.cost import PARTS, Costs, head_us, stage_us
-from dit4dit.engine.action_ode.schedule import NONE, Attend, Operands, Product, attend_inbox, sums_bytes
+from dit4dit.engine.action_ode.cost import PARTS, Costs, head_us, stage_us, tile_us
+from dit4dit.engine.action_ode.schedule import NONE, Operands, Product
 from dit4dit.tables import table
 
 SHARED = ("memory",)
 """Constants of `Costs` that other predictions take too; all others are "head_" and their name in `gpus.json`."""
 RATES = ("memory", "sm_stream")
 """Those of which more is faster."""
-KB = 1024
 
 
 def constant(field: str) -> str:
@@ -124,8 +123,8 @@ def matrix_of(buffer: str) -> str:
 
 
 def _row(schedule: Schedule, buffer: str, work: Sequence[tuple[int, Operands]]) -> dict[str, Any]:
-    """One stage. "teams" have work, the one with most of it "each" tiles; KB are those of one block of that team: of activations
-    or keys and values that it stages, and of sums that it receives from its team's others.
+    """One stage. "teams" have work, the one with most of it "each" tiles; KB are those of one block of that team, as predictions
+    count them: of activations, or of keys and values, that it stages, and of sums that it receives from its team's others.
     """
     name, each, one = matrix_of(buffer), Counter(team for team, _ in work), work[0][1]
     found: dict[str, Any] = {"kind": name.rpartition(".")[2], "tiles": len(work), "teams": len(each)}
@@ -137,21 +136,15 @@ def _row(schedule: Schedule, buffer: str, work: Sequence[tuple[int, Operands]]) 
         found["kind"] += ", tokens" if one.context == NONE else ", features"
         found |= {"rows": one.tokens, "columns": one.keys, "tile_rows": None, "split": schedule.ranks, "parts": None}
     most = max(each, key=lambda team: each[team])
-    moved = [moved_bytes(schedule, name, of) for team, of in work if team == most]
-    staged, exchanged = (sum(column) / KB for column in zip(*moved, strict=True))
-    return found | {"each": each[most], "staged_kb": staged, "exchanged_kb": exchanged}
+    found["each"] = each[most]
+    for unit, costs in PER_KB.items():
+        found[unit] = sum(sum(tile_us(schedule, of, costs).values()) for team, of in work if team == most)
+    return found
 
 
-def moved_bytes(schedule: Schedule, name: str, work: Operands) -> tuple[int, int]:
-    """(bytes that one block stages for a tile, bytes that it receives from the other blocks of its team)."""
-    shape, ranks = schedule.shape, schedule.ranks
-    if isinstance(work, Attend):
-        staged = (work.tokens + 2 * min(work.slice, work.keys)) * shape.head_dim * 2
-        active = -(-work.keys // work.slice)
-        return staged, attend_inbox(work.tokens, ranks, shape.head_dim) // ranks * active * (ranks - 1) // ranks
-    staged = work.tokens * min(work.slice, work.columns) * 2
-    sums = sums_bytes(schedule.padded_tokens, schedule.matrices[name])
-    return staged, sums * (work.split - 1) // work.split
+NOTHING = Costs(**{field.name: 0.0 for field in dataclasses.fields(Costs)})
+PER_KB = {"staged_kb": dataclasses.replace(NOTHING, read=1.0), "exchanged_kb": dataclasses.replace(NOTHING, inbox=1.0)}
+"""What a tile is predicted to take if nothing but a KB costs anything, and that one microsecond, is how many there are."""
 
 
 # -- what is printed ---------------------------------------------------------------------------------------------------
@@ -162,7 +155,7 @@ def said(head: Mapping[str, Any]) -> str:
     return (
         f"{head['teams']} teams x {head['ranks']} blocks on {head['sms']} SMs of {head['gpu']}, {head['stages']} stages a step, "
         f"{head['steps']} steps, {head['padded_tokens']} padded tokens, {head['slots']} slots for weights, "
-        f"{head['shared_bytes'] / KB:,.0f} KB of shared memory a block, {head['weight_mb']:,.0f} MB of weights in all steps"
+        f"{head['shared_bytes'] / 1024:,.0f} KB of shared memory a block, {head['weight_mb']:,.0f} MB of weights in all steps"
     )
 
 

@@ -83,9 +83,9 @@ def solve(us: Mapping[str, float], config: HeadConfig, steps: int) -> dict[str, 
     return found
 
 
-def cut(schedule: Schedule) -> dict[str, tuple[int, int, int, int]]:
-    """Kind of matrix -> ranks, tile_rows, split, parts: what two schedules must have in common to be the same plan."""
-    return {name.rpartition(".")[2]: (m.ranks, m.tile_rows, m.split, m.parts) for name, m in schedule.matrices.items()}
+def cut(schedule: Schedule) -> set[tuple[str, int, int, int, int]]:
+    """(kind of matrix, ranks, tile_rows, split, parts): what two schedules have in common that are the same plan."""
+    return {(name.rpartition(".")[2], m.ranks, m.tile_rows, m.split, m.parts) for name, m in schedule.matrices.items()}
 
 
 def measure(
