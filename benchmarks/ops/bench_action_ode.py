@@ -134,12 +134,17 @@ def random_head(config: HeadConfig, seed: int) -> ActionHead:
     return head
 
 
-def inputs(config: HeadConfig, features: int, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """noise, context and prefix of `ops.action_ode`, random, float32."""
+def inputs(config: HeadConfig, features: int, batch: int) -> tuple[Tensor, ...]:
+    """noise, context and prefix of `ops.action_ode`, random, in float32 on the CPU."""
     crossing = sum(not (i % 2 and config.interleave_self_attention) for i in range(config.num_layers))
     noise = torch.randn(batch, config.action_horizon, config.action_dim)
     context = torch.randn(batch, features, 2 * crossing * config.width)
-    return noise.to(device), context.to(device), torch.randn(batch, config.width).to(device)
+    return noise, context, torch.randn(batch, config.width)
+
+
+def on_device(exact: tuple[Tensor, ...], device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The same as they are timed: noise stays in float32."""
+    return (exact[0].to(device), *(t.to(device, dtype) for t in exact[1:]))
 
 
 def tolerance(plain: Tensor, want: Tensor) -> float:
@@ -192,8 +197,8 @@ def case(
     horizon, features = TOKENS[tokens]
     head = random_head(config(horizon), seed)
     truth, width = fold_head(head, steps), head.config.width
-    exact = inputs(head.config, features, batch, "cpu")
-    given = (exact[0].to(device), *(t.to(device, dtype) for t in exact[1:]))
+    exact = inputs(head.config, features, batch)
+    given = on_device(exact, device, dtype)
     entered = contenders(head, truth, exact, given, steps)
 
     eager, timer = entered["eager"], time_gpu if device.startswith("cuda") else time_cpu
@@ -275,12 +280,12 @@ def time_variant(
     remaining: float | None = None,
     backend: str = "cuda",
 ) -> dict[str, Any]:
-    """`timed` of the kernel's graph with a head and a request of this kind, held to the head in float32 on the same device."""
-    head, steps = random_head(variant.config, 0).to(device), variant.steps
-    exact = inputs(head.config, variant.context, batch, device)
-    given = (exact[0], *(t.to(dtype) for t in exact[1:]))
-    want = ops.action_ode(OneLaunchHead(fold_head(head, steps), head.config, steps), *exact, backend="torch").cpu()
-    small = HeldRanks(fold_head(head.to(dtype), steps), head.config, steps)
+    """`timed` of the kernel's graph with a head and a request of this kind, held to the head in float32 on the CPU."""
+    head, steps = random_head(variant.config, 0), variant.steps
+    exact = inputs(head.config, variant.context, batch)
+    given = on_device(exact, device, dtype)
+    want = ops.action_ode(OneLaunchHead(fold_head(head, steps), head.config, steps), *exact, backend="torch")
+    small = HeldRanks(fold_head(head.to(device, dtype), steps), head.config, steps)
     small.ranks = ranks
     plain = ops.action_ode(small, *given, backend="torch").cpu()
     kernel, cuda = partial(ops.action_ode, small, *given, backend=backend), device.startswith("cuda")
