@@ -185,8 +185,13 @@ def test_the_one_launch_head_costs_what_its_schedule_counts(gpu: str) -> None:
     json.dumps(one)
 
 
-def test_the_heads_table_is_there_where_it_runs() -> None:
-    found = budget.measure(budget.Wanted("tiny", "one_launch", BF16, budget_gpu.read("h200")))
+def test_the_heads_table_is_there_where_it_runs(tmp_path: Path) -> None:
+    hop = {"value": 2.5, "unit": "us", "source": "test"}
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"name": "slow", "like": "h200", "constants": {"head_hop": hop}}))
+    found = budget.measure(budget.Wanted("tiny", "one_launch", BF16, budget_gpu.read(str(file))))
+    usual = budget.measure(budget.Wanted("tiny", "one_launch", BF16, budget_gpu.read("h200")))["one_launch_head"]
+    assert found["one_launch_head"]["us"]["total"] > usual["us"]["total"] + usual["stages"] * usual["steps"]
     head = found["one_launch_head"]
     (one,) = [row for row in found["launches"]["today"] if row["name"] == "action_ode.cu"]
     assert one["us"] == head["us"]["total"]

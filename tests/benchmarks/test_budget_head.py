@@ -172,6 +172,10 @@ def test_guesses_are_named_with_what_hangs_on_them(tmp_path: Path) -> None:
         costs = dataclasses.replace(Costs(), **{field: twice})
         assert us == pytest.approx(head_us(schedule(), costs)["total"] - found["us"]["total"])
         assert f"{name} {us:+,.1f}" in budget_head.show(found)
+    bound = table(gpu=gpu_file(tmp_path / "bound.json", head_sm_stream=(0.001, "guess")))
+    assert bound["if_twice"]["head_sm_stream"] == pytest.approx(bound["us"]["weights"]), (
+        "half of a rate is twice as slow"
+    )
     known = table(gpu=gpu_file(tmp_path / "gpu.json", head_step=(0.022, "measured since")))
     assert set(found["if_twice"]) - set(known["if_twice"]) == {"head_step"}
     assert "head_step" not in budget_head.show(known)

@@ -18,6 +18,8 @@ from dit4dit.engine.action_ode import plan
 from dit4dit.engine.action_ode.program import OneLaunchHead
 from dit4dit.engine.fold import fold_head
 from dit4dit.errors import OutputError
+from dit4dit.model.action_head import ActionHead
+from dit4dit.ops import stand_in
 from dit4dit.ops.dispatch import find
 
 
@@ -56,7 +58,10 @@ def test_parts_of_the_kernels_time_are_measured_where_it_runs(tmp_path, monkeypa
 
     monkeypatch.setattr(bench_action_ode, "candidates", candidates)
 
+    seen = set()
+
     def run(of, noise, context, *rest):
+        seen.update({of.ranks} if isinstance(of, bench_action_ode.HeldRanks) else ())
         few = isinstance(of, bench_action_ode.HeldRanks) and context.shape[1] == head_parts.FEW_KEYS
         return loop.run(of, noise, context, *rest) + wrong * few
 
@@ -70,6 +75,8 @@ def test_parts_of_the_kernels_time_are_measured_where_it_runs(tmp_path, monkeypa
     found, printed = result["heads"]["17"]["parts"], capsys.readouterr().out
     assert set(found["measured"]["by_place"]) == {"ends", "a block on features", "a block on tokens"}
     assert head_parts.show(found) in printed
+    assert seen == {result["heads"]["17"]["predicted"]["ranks"]} == {row["ranks"] for row in found["variants"].values()}
+    assert seen == {2}
     few = {"narrow, one step", "narrow", "few tokens", "few keys"}
     assert set(found["variants"]) - few == {"request", "one block less", "two blocks less"}
     assert {name for name, row in found["variants"].items() if row["us"] is None} == (few if wrong else set())
@@ -122,3 +129,14 @@ def test_times_of_a_launch_that_failed_are_not_given(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9", "--samples", "2"])
     assert bench_action_ode.main() == 1
     assert "eager: not timed: action_ode: block 3 waited" in capsys.readouterr().out
+
+
+def test_a_head_keeps_the_ranks_that_it_is_given():
+    config, meta = small_head(16), torch.device("meta")
+    head = bench_action_ode.HeldRanks(fold_head(ActionHead(config), 4), config, 4)
+    with stand_in.without_data():
+        for head.ranks in (1, 2, 4):
+            schedule = head.schedule(meta, 1, 588, True)
+            given = bench_action_ode.schedule_of(config, 4, device="cpu", batch=1, context=588, ranks=head.ranks)
+            assert schedule.ranks == head.ranks
+            assert (schedule.tiles == given.tiles).all(), "what is launched is what is predicted"
