@@ -91,10 +91,13 @@ def head_tables(result: Mapping[str, Any]) -> str:
         return ""
     text = f"<h2>The head in one launch, predicted</h2><p>{html.escape(budget_head.said(head))}</p>"
     for header, rows in budget_head.tables(head):
-        lines = [header, *rows]
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines]
-        text += f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
+        lines = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
+        text += f"<table><tr>{_cells(header, 'th')}</tr>{lines}</table>"
     return text + "".join(f"<p>{html.escape(line)}</p>" for line in budget_head.notes(head))
+
+
+def _cells(row: Sequence[str], tag: str) -> str:
+    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
 
 
 def _launches(result: Mapping[str, Any]) -> str:

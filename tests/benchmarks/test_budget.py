@@ -185,40 +185,6 @@ def test_the_one_launch_head_costs_what_its_schedule_counts(gpu: str) -> None:
     json.dumps(one)
 
 
-def test_the_heads_table_is_there_where_it_runs(tmp_path: Path) -> None:
-    hop = {"value": 2.5, "unit": "us", "source": "test"}
-    file = tmp_path / "gpu.json"
-    file.write_text(json.dumps({"name": "slow", "like": "h200", "constants": {"head_hop": hop}}))
-    found = budget.measure(budget.Wanted("tiny", "one_launch", BF16, budget_gpu.read(str(file))))
-    usual = budget.measure(budget.Wanted("tiny", "one_launch", BF16, budget_gpu.read("h200")))["one_launch_head"]
-    assert found["one_launch_head"]["us"]["total"] > usual["us"]["total"] + usual["stages"] * usual["steps"]
-    head = found["one_launch_head"]
-    (one,) = [row for row in found["launches"]["today"] if row["name"] == "action_ode.cu"]
-    assert one["us"] == head["us"]["total"]
-    assert budget_head.show(head) in budget.show(found)
-    assert budget_report.head_tables(found) in budget_report.page(found)
-    for name in head["if_twice"]:
-        assert f"{name} {head['us']['total']:,.1f}" in budget.show(found), "among the guesses of all launches"
-    without = budget.measure(budget.Wanted("tiny", "library", BF16, budget_gpu.read("h200")))
-    assert without["one_launch_head"] is None
-    assert "the head in one launch" not in budget.show(without) + budget_report.page(without)
-
-
-def test_clusters_follow_the_gpu(tmp_path: Path) -> None:
-    constants = {"sms": 60, "clusters": [30, 14, 5]}
-    made = {name: {"value": value, "unit": "", "source": "test"} for name, value in constants.items()}
-    found = []
-    for words in (made, {"sms": made["sms"]}, {**made, "architecture": {"value": 80, "unit": "", "source": "test"}}):
-        file = tmp_path / "gpu.json"
-        file.write_text(json.dumps({"name": "other", "like": "h200", "constants": words}))
-        gpu = budget_gpu.read(str(file))
-        result = budget.measure(budget.Wanted("tiny", "one_launch", BF16, gpu))["one_launch_head"]
-        found.append((gpu.stand_in.clusters, result["sms"], result["ranks"]))
-    assert [clusters for clusters, _, _ in found] == [(30, 14, 5), (30, 15, 7), (30, 14, 5)]
-    assert {sms for _, sms, _ in found} == {60}
-    assert found[2][2] == 1, "no clusters before architecture 90"
-
-
 @pytest.mark.parametrize(
     ("op", "tile"),
     [
@@ -374,15 +340,6 @@ def test_what_a_chunk_is_predicted_to_take(name: str) -> None:
     noise, vae = (result["stages"]["as_if_chosen"][stage] for stage in ("noise", "vae"))
     assert noise["beside"] == "vae"
     assert noise["us"] < 0.1 * vae["us"]
-
-
-@pytest.mark.slow
-def test_what_a_chunk_with_the_head_in_one_launch_is_predicted_to_take() -> None:
-    result = budget.measure(budget.Wanted("robocasa_gr1", "one_launch", BF16, budget_gpu.read("h200")))
-    assert result["totals"]["as_if_chosen"]["us"] <= 4600
-    head = result["one_launch_head"]["us"]["total"]
-    # beside the kernel there are the features' k and v, the state's encoder, and copies
-    assert head < result["stages"]["as_if_chosen"]["action_head"]["us"] < head + 80
 
 
 def test_another_gpu_of_a_file_is_predicted(tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dit4dit.benchmarks import budget_gpu, budget_head, budget_report
+import torch
+from dit4dit.benchmarks import budget, budget_gpu, budget_head, budget_report
 
 from dit4dit.engine.action_ode import Device, Schedule, head_shape, plan
 from dit4dit.engine.action_ode.cost import PARTS, Costs, head_us
 from dit4dit.engine.action_ode.schedule import Opcode, Product
 from dit4dit.presets import preset
 
+BF16 = torch.bfloat16
 H200 = Device(multiprocessors=132, shared_memory=227 << 10, capability=90, clusters=(66, 30, 15))
 CONTEXT = {"robocasa_gr1": 588, "libero": 784, "unitree_g1": 392}
 
@@ -201,3 +203,41 @@ def test_what_is_printed_and_on_the_page_is_the_table() -> None:
         assert f"<td>{kind['kind']}</td><td>{kind['count']}</td><td>{kind['rows']}</td>" in page
     assert html.escape(budget_head.notes(found)[1]) in page
     assert budget_report.head_tables({"one_launch_head": None}) == ""
+
+
+def test_the_heads_table_is_there_where_it_runs(tmp_path: Path) -> None:
+    slow = gpu_file(tmp_path / "gpu.json", head_hop=(2.5, "test"))
+    found = budget.measure(budget.Wanted("tiny", "one_launch", BF16, budget_gpu.read(slow)))
+    usual = budget.measure(budget.Wanted("tiny", "one_launch", BF16, budget_gpu.read("h200")))["one_launch_head"]
+    assert found["one_launch_head"]["us"]["total"] > usual["us"]["total"] + usual["stages"] * usual["steps"]
+    head = found["one_launch_head"]
+    (one,) = [row for row in found["launches"]["today"] if row["name"] == "action_ode.cu"]
+    assert one["us"] == head["us"]["total"]
+    assert budget_head.show(head) in budget.show(found)
+    assert budget_report.head_tables(found) in budget_report.page(found)
+    for name in head["if_twice"]:
+        assert f"{name} {head['us']['total']:,.1f}" in budget.show(found), "among the guesses of all launches"
+    without = budget.measure(budget.Wanted("tiny", "library", BF16, budget_gpu.read("h200")))
+    assert without["one_launch_head"] is None
+    assert "the head in one launch" not in budget.show(without) + budget_report.page(without)
+
+
+def test_clusters_follow_the_gpu(tmp_path: Path) -> None:
+    sms, clusters = ("sms", (60, "test")), ("clusters", ([30, 14, 5], "test"))
+    found = []
+    for constants in ((sms, clusters), (sms,), (sms, clusters, ("architecture", (80, "test")))):
+        gpu = budget_gpu.read(gpu_file(tmp_path / "gpu.json", **dict(constants)))
+        result = budget.measure(budget.Wanted("tiny", "one_launch", BF16, gpu))["one_launch_head"]
+        found.append((gpu.stand_in.clusters, result["sms"], result["ranks"]))
+    assert [clusters for clusters, _, _ in found] == [(30, 14, 5), (30, 15, 7), (30, 14, 5)]
+    assert {sms for _, sms, _ in found} == {60}
+    assert found[2][2] == 1, "no clusters before architecture 90"
+
+
+@pytest.mark.slow
+def test_what_a_chunk_with_the_head_in_one_launch_is_predicted_to_take() -> None:
+    result = budget.measure(budget.Wanted("robocasa_gr1", "one_launch", BF16, budget_gpu.read("h200")))
+    assert result["totals"]["as_if_chosen"]["us"] <= 4600
+    head = result["one_launch_head"]["us"]["total"]
+    # beside the kernel there are the features' k and v, the state's encoder, and copies
+    assert head < result["stages"]["as_if_chosen"]["action_head"]["us"] < head + 80
