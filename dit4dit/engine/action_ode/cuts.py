@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 from dit4dit.engine.action_ode.cost import Costs, attend_us, product_us, staged_columns, weights_us
@@ -62,10 +63,14 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Cuts:
-    """What was chosen. `slices`: keys of one rank, of attention to the tokens themselves and to the features."""
+    """What was chosen. `group`: samples of one product. `slices`: keys of one rank, of attention to the tokens themselves and to
+    the features.
+    """
 
     ranks: int
     teams: int
+    group: int
+    padded_tokens: int
     matrices: dict[str, MatrixPlan]
     slices: tuple[int, int]
     part: int
@@ -76,12 +81,13 @@ class Cuts:
     weights_us: float
 
 
-def groups_of(shape: HeadShape) -> list[range]:
-    """Samples whose tokens one product takes together: as many as it can, evenly."""
-    most = max(1, min(shape.batch, MAX_TOKENS // shape.tokens))
-    count = -(-shape.batch // most)
-    size = -(-shape.batch // count)
-    return [range(b, min(b + size, shape.batch)) for b in range(0, shape.batch, size)]
+def group_sizes(shape: HeadShape) -> list[int]:
+    """How many samples' tokens one product may take together, evenly: the last group may have fewer. Larger groups read
+    weights less often, smaller ones are more tiles to share out, of fewer tokens each.
+    """
+    most = min(shape.batch, MAX_TOKENS // shape.tokens)
+    counts = range(-(-shape.batch // most), shape.batch + 1)
+    return sorted({-(-shape.batch // count) for count in counts}, reverse=True)
 
 
 def kinds_of(shape: HeadShape) -> list[tuple[str, Kind]]:
@@ -102,32 +108,32 @@ def kinds_of(shape: HeadShape) -> list[tuple[str, Kind]]:
     ]
 
 
-def choose(shape: HeadShape, device: Device, costs: Costs, ranks: int | None = None) -> Cuts:
-    """The cuts with the least predicted time; of equal ones those with fewer ranks. ranks: only with so many.
+def choose(shape: HeadShape, device: Device, costs: Costs, ranks: int | None = None, group: int | None = None) -> Cuts:
+    """The cuts with the least predicted time; of equal ones those with fewer ranks and larger groups. ranks, group: only these.
 
     Raises:
-        ConfigError: the device has too little shared memory for any, or no teams of so many ranks.
+        ConfigError: the device has too little shared memory for any, or what is asked for is not possible.
     """
-    possible = [n for n in RANKS if device.teams(n) and shape.head_dim % (2 * n) == 0]
-    if ranks is not None:
-        if ranks not in possible:
-            raise ConfigError(f"action_ode: ranks: expected one of {possible} on this device, got {ranks}")
-        possible = [ranks]
-    found = _found(shape, device, costs, possible)
-    if not found:
+    all_ranks = [n for n in RANKS if device.teams(n) and shape.head_dim % (2 * n) == 0]
+    wanted = {"ranks": (ranks, all_ranks), "group": (group, group_sizes(shape))}
+    for name, (number, possible) in wanted.items():
+        if number is not None and number not in possible:
+            raise ConfigError(f"action_ode: {name}: expected one of {possible} here, got {number}")
+    choices = [possible if number is None else [number] for number, possible in wanted.values()]
+
+    def found(size: int) -> list[Cuts]:
+        with_memory = replace(device, shared_memory=size)
+        return [cuts for n, g in product(*choices) for cuts in _Search(shape, with_memory, n, g, costs).found()]
+
+    cuts = found(device.shared_memory)
+    if not cuts:
         sizes = range(0, 1 << 20, 1024)
-        least = bisect_left(
-            sizes, True, key=lambda size: bool(_found(shape, replace(device, shared_memory=size), costs, possible))
-        )
+        least = sizes[bisect_left(sizes, True, key=lambda size: bool(found(size)))]
         raise ConfigError(
-            f"action_ode: shared_memory: expected at least {sizes[least]} bytes a block, got {device.shared_memory}; "
+            f"action_ode: shared_memory: expected at least {least} bytes a block, got {device.shared_memory}; "
             "use head='library'"
         )
-    return min(found, key=lambda cuts: max(cuts.chain_us, cuts.weights_us))
-
-
-def _found(shape: HeadShape, device: Device, costs: Costs, ranks: list[int]) -> list[Cuts]:
-    return [cuts for n in ranks for cuts in _Search(shape, device, n, costs).found()]
+    return min(cuts, key=lambda cuts: max(cuts.chain_us, cuts.weights_us))
 
 
 def _round(size: int) -> int:
@@ -135,13 +141,12 @@ def _round(size: int) -> int:
 
 
 class _Search:
-    """All cuts with so many ranks."""
+    """All cuts with so many ranks, and so many samples in a group."""
 
-    def __init__(self, shape: HeadShape, device: Device, ranks: int, costs: Costs) -> None:
-        self.shape, self.device, self.ranks, self.costs = shape, device, ranks, costs
+    def __init__(self, shape: HeadShape, device: Device, ranks: int, group: int, costs: Costs) -> None:
+        self.shape, self.device, self.ranks, self.group, self.costs = shape, device, ranks, group, costs
         self.teams = device.teams(ranks)
-        groups = groups_of(shape)
-        self.groups, self.tokens = len(groups), len(groups[0]) * shape.tokens
+        self.groups, self.tokens = -(-shape.batch // group), group * shape.tokens
         self.padded = next(n for n in PADDED_TOKENS if n >= self.tokens)
         self.named = kinds_of(shape)
         self.count: dict[Kind, int] = defaultdict(int)
@@ -272,6 +277,8 @@ class _Search:
         return Cuts(
             ranks=self.ranks,
             teams=self.teams,
+            group=self.group,
+            padded_tokens=self.padded,
             matrices=matrices,
             slices=self.slices,
             part=part,
