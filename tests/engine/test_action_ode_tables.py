@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 from counting import lines_run, peak_bytes
 from head_case import H200, SMALL, tiny
-from head_faults import DEVICE, a_tile, faults_case, moved, planner, recut, sound_schedule, with_matrix
+from head_faults import (
+    DEVICE,
+    a_tile,
+    faults_case,
+    least_inbox,
+    least_staging,
+    moved,
+    planned,
+    planner,
+    sound_schedule,
+)
 from rank_order import Order
 
 from dit4dit import presets
 from dit4dit.engine.action_ode import Schedule, head_shape, plan
 from dit4dit.engine.action_ode.chain import chain
-from dit4dit.engine.action_ode.cuts import Cuts
-from dit4dit.engine.action_ode.schedule import (
-    SETS,
-    Attend,
-    Epilogue,
-    Product,
-    attend_bytes,
-    attend_inbox,
-    product_staging,
-    sums_bytes,
-)
+from dit4dit.engine.action_ode.schedule import SETS, Epilogue, Product
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
 
 
@@ -58,27 +58,16 @@ def of_table(name: str, offset: int = 0, length: int = 0) -> Callable[[Schedule]
     return change
 
 
-def least_staging(s: Schedule) -> int:
-    products = (product_staging(s.padded_tokens, s.part, m) for m in s.matrices.values())
-    slices = {t.work.slice for t in s.decoded if isinstance(t.work, Attend)}
-    return max(*products, *(attend_bytes(s.shape.tokens, n, s.shape.head_dim) for n in slices))
-
-
-def least_inbox(s: Schedule) -> int:
-    sums = (sums_bytes(s.padded_tokens, m) for m in s.matrices.values() if m.split > 1)
-    return max(*sums, attend_inbox(s.shape.tokens, s.ranks, s.shape.head_dim))
-
-
 SCHEDULES: dict[str, tuple[Callable[[Schedule], dict[str, Any]], str]] = {
     "ranks that are no cluster": (lambda s: {"ranks": 3}, "^ranks: expected one of"),
     "ranks of another plan": (lambda s: {"ranks": 2}, "^matrix 'encode': expected 2 ranks"),
     "more teams than can run at once": (lambda s: {"teams": 7}, "^teams: expected 1 to 6, which can run at once"),
     "no clusters": (lambda s: {"device": replace(s.device, clusters=())}, "^teams: expected 1 to 0"),
-    "tokens without code": (lambda s: {"padded_tokens": 56}, "^padded_tokens: expected one of"),
-    "fewer padded tokens": (lambda s: {"padded_tokens": 48}, r"^tile \d+ .*: tokens: more than 48"),
+    "tokens without code": (lambda s: {"padded_tokens": 64}, "^padded_tokens: expected one of"),
+    "fewer padded tokens": (lambda s: {"padded_tokens": 40}, r"^tile \d+ .*: tokens: more than 40"),
     "a part of a step": (lambda s: {"part": s.part - 16}, "^part: expected a multiple of 32"),
     "no part": (lambda s: {"part": 0}, "^part: expected a multiple of 32"),
-    "less than a panel": (lambda s: {"part": 96}, "^part, of matrix '0.mlp_out': expected 128, a whole panel"),
+    "less than a panel": (lambda s: {"part": 96}, "^part, of matrix '0.mlp_out': expected 128 or more, got 96"),
     "a larger part": (lambda s: {"part": s.part + 32}, "^staging, of matrix '.*': expected at least"),
     "too few slots": (lambda s: {"slots": 2}, "^slots: expected 3 to 16"),
     "too many slots": (lambda s: {"slots": 17}, "^slots: expected 3 to 16"),
@@ -171,8 +160,7 @@ def test_a_wrong_table_is_caught(sound: Schedule, fault: str) -> None:
 
 def test_the_least_memory_is_enough(sound: Schedule) -> None:
     """The limits of the faults above are the exact ones."""
-    staging = -(-least_staging(sound) // 16) * 16
-    least = replace(sound, staging=staging, inbox=-(-least_inbox(sound) // 16) * 16, slots=3)
+    least = replace(sound, staging=least_staging(sound), inbox=least_inbox(sound), slots=3)
     validate(replace(least, device=replace(sound.device, shared_memory=least.shared_bytes)))
 
 
@@ -194,38 +182,46 @@ def test_heads_that_the_kernel_cannot_have_are_caught(sound: Schedule, heads: in
 def test_more_tokens_than_rows_of_queries_are_caught() -> None:
     """Of one sample: attention has at most 64."""
     shape = head_shape(tiny(63), batch=1, context=40, prefix=True, steps=1)
-    validate(plan(shape, SMALL))
+    validate(plan(shape, DEVICE))
     longer = replace(shape, horizon=64)
     assert longer.tokens == 65
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planner, "check", lambda shape: None)
-        schedule = plan(longer, SMALL)
+        schedule = plan(longer, DEVICE)
     with pytest.raises(ScheduleError, match=r"^tile \d+ Attend.*: tokens: more than 64 rows of queries"):
         validate(schedule)
 
 
-def test_residuals_of_other_heights_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(cuts: Cuts) -> Cuts:
-        return with_matrix(cuts, "1.mlp_out", tile_rows=32)
-
+def test_residuals_of_other_heights_are_caught() -> None:
     with pytest.raises(ScheduleError, match=r"^tile \d+ .*: tile_rows: expected 64 as encode_out's tiles have"):
-        validate(recut(monkeypatch, faults_case().shape, change))
+        validate(planned(faults_case().shape, cuts={"1.mlp_out": (32, 4, 2)}))
 
 
-def test_ranks_without_words_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_without_words_are_caught() -> None:
     """All rows of a part lie past the matrix, and its team has nothing else to do that would tell when its ranks have read."""
-
-    def change(cuts: Cuts) -> Cuts:
-        return with_matrix(cuts, "0.mlp_in", split=2, parts=1, tile_rows=160)  # 512 = 3 x 160 + 32
-
     shape = replace(faults_case().shape, batch=1)
     many = replace(DEVICE, multiprocessors=128, clusters=(60, 30, 5))
-    wrong = recut(monkeypatch, shape, change, many)
+    wrong = planned(shape, many, cuts={"0.mlp_in": (160, 2, 1)})  # 512 = 3 x 160 + 32
     idle = next(team for team in range(wrong.teams) if wrong.first_tile[team] == wrong.first_tile[team + 1])
     wrong = moved(wrong, a_tile(wrong, Product, epilogue=Epilogue.GELU, row=480), idle, 0)
     assert "rank 2 may still read" in str(Order(wrong).fault())
     with pytest.raises(ScheduleError, match=r"^tile \d+ .*: rows: none for the last part of its ranks"):
         validate(wrong)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_parts_of_activations_that_the_kernel_cannot_stage_are_caught(split: int) -> None:
+    """Where ranks share the columns all of a slice is staged at once, else a whole panel."""
+    stream = dict.fromkeys(("encode_out", "out"), (128, 4, 1))
+    schedule = planned(replace(faults_case().shape, fp8=False), cuts={**stream, "mlp_out": (128, split, 2)})
+    validate(schedule)
+    matrix = schedule.matrices["0.mlp_out"]
+    least = matrix.slice if split > 1 else 32 * matrix.panel_steps
+    fits = replace(schedule, part=max(least, *(m.slice for m in schedule.matrices.values() if m.columns < 512)))
+    validate(fits)
+    assert (fits.part < matrix.slice) == (split == 1)
+    with pytest.raises(ScheduleError, match=rf"^part, of matrix '.*': expected \d+ or more, got {fits.part - 32}"):
+        validate(replace(fits, part=fits.part - 32))
 
 
 def test_the_chain_is_what_buffers_are_for(sound: Schedule) -> None:

@@ -63,6 +63,8 @@ from dit4dit.engine.action_ode.schedule import (
     float_bits,
 )
 
+__all__ = ["ScheduleError", "validate"]
+
 Integers = NDArray[np.int64]
 
 
