@@ -32,13 +32,12 @@ struct Panels {
 // -- the warp that fetches ---------------------------------------------------------------------------------------------------
 
 // No copy may land in the shared memory of a block that has ended; a launch that did not fail has read all panels.
-DEVICE void drain(const Block& block, const Ring& ring) {
+DEVICE void drain([[maybe_unused]] const Block& block, [[maybe_unused]] const Ring& ring) {
 #if DIT4DIT_BULK_COPIES
     if (!block.failed()) return;
     for (int s = 0; s < block.launch.slots; ++s)  // behind the ring's place is the lap before
         block.wait(&block.fixed.full[s], s < ring.slot ? ring.parity : ring.parity ^ 1, kNone, kWeights, s, true);
 #else
-    (void)ring;
     commit_copies();
     wait_copies<0>();
 #endif
@@ -51,7 +50,7 @@ DEVICE void fetch_panel(const Block& block, const Ring& ring, const std::uint8_t
     barrier_expect(full, bytes);
     bulk_copy_once(to, from, bytes, full);
 #else
-    for (int at = thread_index() % 32 * 16; at < bytes; at += 32 * 16) copy_async_once(to + at, from + at);
+    for (int at = block.lane * 16; at < bytes; at += 32 * 16) copy_async_once(to + at, from + at);
     arrive_on_copies(full);
 #endif
 }
@@ -68,7 +67,7 @@ DEVICE bool stop_fetching(const Block& block) {
 // Tiles `first` to `last` - 1, of all steps. One lane is enough for bulk copies.
 DEVICE void fetch_weights(const Block& block, int first, int last) {
     const Launch& launch = block.launch;
-    if (DIT4DIT_BULK_COPIES && thread_index() % 32 != 0) return;
+    if (DIT4DIT_BULK_COPIES && block.lane != 0) return;
     Ring ring;
     bool stop = false;
     for (int step = 0; step < launch.steps && !stop; ++step)
@@ -109,10 +108,12 @@ struct Fragments {
     // `at`: this lane's 16 bytes.
     DEVICE void load(const std::uint8_t* at, bool fp8) {
         const Quad first = *reinterpret_cast<const Quad*>(at);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[0][i] = first.v[i];
         if (!fp8) {
             const Quad second = *reinterpret_cast<const Quad*>(at + kWeightUnit);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[0][i] = first.v[i], a[1][i] = second.v[i];
+            for (int i = 0; i < 4; ++i) a[1][i] = second.v[i];
             return;
         }
 #pragma unroll
@@ -129,62 +130,61 @@ struct Fragments {
 class Weights {
 public:
     DEVICE Weights(const Block& block, Ring& ring, const Product& w, int tile)
-        : block_(block), ring_(ring), panels_(w, block.launch.ranks), tile_(tile), parts_(w.parts),
-          sets_(kWarps / w.parts), fp8_(w.fp8 != 0) {
-        const int warp = thread_index() / 32;
-        part_ = warp / sets_;
-        first_ = warp % sets_;
-        count_ = first_ >= panels_.groups ? 0 : first_ + sets_ < panels_.groups ? 2 : 1;
-        begin_ = -panels_.panel_steps;
-    }
+        : block_(block), ring_(ring), panels_(w, block.launch.ranks), tile_(tile), parts_(w.parts), sets_(kWarps / w.parts),
+          part_(block.warp / sets_), first_(block.warp - part_ * sets_), begin_(-panels_.panel_steps) {}
 
-    DEVICE const Panels& panels() const { return panels_; }
-    DEVICE int count() const { return count_; }  // row groups of this warp
+    DEVICE int steps() const { return panels_.steps; }
+    DEVICE int groups() const { return first_ >= panels_.groups ? 0 : first_ + sets_ < panels_.groups ? 2 : 1; }  // of this warp
     DEVICE int group(int m) const { return first_ + m * sets_; }
     DEVICE int part() const { return part_; }
     DEVICE int step() const { return begin_ + within_; }  // of the slice: the one that `load` gave last
 
     // The next step of this warp before step `end`, which a panel ends at; false: there is none. All lanes of the warp call it.
-    DEVICE bool load(Fragments (&to)[kMaxWarpTiles], int end) {
-        within_ += parts_;
-        at_ += parts_ * panels_.step_bytes();
-        while (within_ >= length_) {
-            if (open_) leave();
-            if (begin_ + panels_.panel_steps >= end) return false;
-            open(begin_ + panels_.panel_steps);
-        }
-        if (count_ > 0) to[0].load(at_, fp8_);
-        if (count_ > 1) to[1].load(at_ + sets_ * panels_.unit_bytes, fp8_);
+    template <int kTiles>
+    DEVICE bool load(Fragments (&to)[kTiles], int end) {
+        if (!advance(end)) return false;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) to[m].load(at_ + m * sets_ * panels_.unit_bytes, panels_.unit_bytes == kWeightUnit);
         return true;
     }
 
+    // All panels before step `end`, of which this warp multiplies nothing.
+    DEVICE void skip(int end) {
+        while (advance(end)) {
+        }
+    }
+
 private:
+    DEVICE bool advance(int end) {
+        within_ += parts_;
+        at_ += parts_ * panels_.step_bytes();
+        while (within_ >= length_) {
+            if (length_ > 0) leave();
+            if (begin_ + panels_.panel_steps >= end) return false;
+            open(begin_ + panels_.panel_steps);
+        }
+        return true;
+    }
     DEVICE void open(int begin) {
         begin_ = begin;
         length_ = panels_.length(begin);
-        if (!block_.failed()) block_.wait(&block_.fixed.full[ring_.slot], ring_.parity, tile_, kWeights, ring_.slot);
-        open_ = true;
+        block_.wait(&block_.fixed.full[ring_.slot], ring_.parity, tile_, kWeights, ring_.slot);
         within_ = part_;
-        at_ = block_.ring + ring_.slot * kSlotBytes + part_ * panels_.step_bytes() + first_ * panels_.unit_bytes +
-              thread_index() % 32 * 16;
+        at_ = block_.ring + ring_.slot * kSlotBytes + part_ * panels_.step_bytes() + first_ * panels_.unit_bytes + block_.lane * 16;
     }
     // This warp has read what it needs of the panel.
     DEVICE void leave() {
         sync_warp();
-        if (thread_index() % 32 == 0 && !block_.failed()) barrier_arrive(&block_.fixed.empty[ring_.slot]);
+        if (block_.lane == 0 && !block_.failed()) barrier_arrive(&block_.fixed.empty[ring_.slot]);
         ring_.advance(block_.launch.slots);
-        open_ = false;
         within_ = length_ = 0;
     }
 
     const Block& block_;
     Ring& ring_;
     const Panels panels_;
-    const int tile_, parts_, sets_;
-    const bool fp8_;
-    int part_, first_, count_;
-    int begin_, within_ = 0, length_ = 0;
-    bool open_ = false;
+    const int tile_, parts_, sets_, part_, first_;
+    int begin_, within_ = 0, length_ = 0;  // length: of the panel that is open, else 0
     const std::uint8_t* at_ = nullptr;
 };
 

@@ -260,7 +260,7 @@ class Twin:
         if w.epilogue == Epilogue.EULER:
             return self._euler(w, y, step)
         self._write(w, now, ACTIVATION.get(Epilogue(w.epilogue), ACTIVATION[Epilogue.PLAIN])(y))
-        self._clear(w, now + 2)
+        self._clear(w, now + SETS - 1)
 
     def _multiply(self, w: Product, x: Tensor, step: int) -> Tensor:
         """[tokens, rows], sums alone."""
@@ -300,7 +300,7 @@ class Twin:
         share = (torch.stack(most) - torch.stack(most).amax(0)).exp()
         merged = (share * torch.stack(y)).sum(0) / (share * torch.stack(total)).sum(0)
         self._write(w, now, merged)
-        self._clear(w, now + 2)
+        self._clear(w, now + SETS - 1)
 
     def _euler(self, w: Product, velocity: Tensor, step: int) -> None:
         """velocity [tokens, rows], of actions w.row and on."""
@@ -319,7 +319,7 @@ class Twin:
             self._write(w, now + 1, actions.flatten(0, 1))
         else:
             self.out[samples, :, columns] = x
-        self._clear(w, now + 2)
+        self._clear(w, now + SETS)  # of its own step: all have read them
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
