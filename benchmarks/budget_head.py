@@ -17,7 +17,7 @@ from dit4dit.benchmarks.budget_gpu import Gpu
 from dit4dit.engine import Engine
 from dit4dit.engine.action_ode import Schedule
 from dit4dit.engine.action_ode.cost import PARTS, Costs, head_us, stage_us, tile_us
-from dit4dit.engine.action_ode.schedule import NONE, Operands, Product
+from dit4dit.engine.action_ode.schedule import NONE, WEIGHT_UNIT, Operands, Product
 from dit4dit.tables import table
 
 SHARED = ("memory",)
@@ -73,7 +73,7 @@ def table_of(schedule: Schedule, gpu: Gpu) -> dict[str, Any]:
         "blocks": schedule.blocks,
         "sms": schedule.device.multiprocessors,
     }
-    found |= {"shared_bytes": schedule.shared_bytes, "weight_mb": schedule.weight_bytes * steps / 1e6}
+    found |= {"shared_bytes": schedule.shared_bytes, "weight_mb": steps * _read_bytes(schedule) / 1e6}
     per_step = {name: us[name] / steps for name in (*PARTS, "chain", "weights")}
     found |= {"us": us, "per_step_us": per_step | {"total": (us["total"] - costs.start) / steps}}
     found["kinds"] = list(_kinds(schedule, costs))
@@ -83,6 +83,12 @@ def table_of(schedule: Schedule, gpu: Gpu) -> dict[str, Any]:
         if constant(one.name) in gpu.guesses
     }
     return found
+
+
+def _read_bytes(schedule: Schedule) -> int:
+    """Bytes of weights that all tiles of one step read: each matrix once for each group of samples."""
+    units = sum(tile.work.rank_units for tile in schedule.decoded if isinstance(tile.work, Product))
+    return units * schedule.ranks * WEIGHT_UNIT
 
 
 def _twice(costs: Costs, field: str) -> Costs:
@@ -155,7 +161,7 @@ def said(head: Mapping[str, Any]) -> str:
     return (
         f"{head['teams']} teams x {head['ranks']} blocks on {head['sms']} SMs of {head['gpu']}, {head['stages']} stages a step, "
         f"{head['steps']} steps, {head['padded_tokens']} padded tokens, {head['slots']} slots for weights, "
-        f"{head['shared_bytes'] / 1024:,.0f} KB of shared memory a block, {head['weight_mb']:,.0f} MB of weights in all steps"
+        f"{head['shared_bytes'] / 1024:,.0f} KB of shared memory a block, {head['weight_mb']:,.0f} MB of weights read in all steps"
     )
 
 

@@ -135,6 +135,13 @@ def test_the_table_adds_up(name: str) -> None:
     assert all(1 <= kind["teams"] <= of.teams and kind["each"] * kind["teams"] >= kind["tiles"] for kind in kinds)
 
 
+def test_weights_are_read_for_each_group_of_samples() -> None:
+    shape = head_shape(preset("robocasa_gr1").model.head, batch=4, context=588, prefix=True, steps=4)
+    for samples in (4, 2, 1):
+        of = plan(shape, H200, group=samples)
+        assert table(of)["weight_mb"] == pytest.approx(4 // samples * 4e-6 * of.weight_bytes)
+
+
 def test_counts_of_robocasa() -> None:
     """By hand, of a team of eight blocks: mlp_out's 3072 columns are 384 a block, 17 tokens of 2 bytes; features are 74 keys."""
     found = table()
