@@ -161,7 +161,7 @@ def said(head: Mapping[str, Any]) -> str:
     return (
         f"{head['teams']} teams x {head['ranks']} blocks on {head['sms']} SMs of {head['gpu']}, {head['stages']} stages a step, "
         f"{head['steps']} steps, {head['padded_tokens']} padded tokens, {head['slots']} slots for weights, "
-        f"{head['shared_bytes'] / 1024:,.0f} KB of shared memory a block, {head['weight_mb']:,.0f} MB of weights read in all steps"
+        f"{head['shared_bytes'] / 1024:,.0f} KB of shared memory a block, {head['weight_mb']:,.0f} MB of weights read"
     )
 
 
