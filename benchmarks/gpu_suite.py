@@ -179,7 +179,8 @@ def later_parts(settings: Settings) -> list[Part]:
     interrupt: dict[str, Any] = {"gpu": True, "stop": signal.SIGINT, "grace": 14}
     return [
         Part("ops", run.ops(*OTHER_OPS), 15, 40),
-        *(Part(f"ops_{op}", run.ops(op), 10, 30) for op in OWN_PROCESS),
+        # the head's parts are timed too, each with a head of its own
+        *(Part(f"ops_{op}", run.ops(op), 10, 50 if op == "action_ode" else 30) for op in OWN_PROCESS),
         Part("gpu_tests", run.tests("gpu and not alone", 8), 20, 120, **interrupt),
         Part("gpu_tests_alone", alone, 20, 60, environment=launches, **interrupt),
         Part(f"latency_fp8_{first}", run.latency(first, "--quantization", "fp8", *FLOAT32_HEAD, *ALONE), 30, 60),
