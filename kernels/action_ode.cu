@@ -80,17 +80,17 @@ void set_schedule(ode::Launch& l, const Arguments& given) {
     l.ranks = given.number("ranks", 1);
     l.set_words = given.number("set_words", 4);
     l.private_floats = given.number("private_floats", 4);
-    l.padded_tokens = given.number("padded_tokens", 8);
+    l.padded_tokens = given.number("padded_tokens", 16);
     l.part = given.number("part", ode::kStepColumns);
     l.slots = given.number("slots", 3);
     l.staging = given.number("staging", 16);
     l.inbox = given.number("inbox", 0);
-    static const std::set<int> ranks{1, 2, 4, 8}, padded{8, 16, 24, 32, 48, 64, 72};  // the kernel has code of its own for each
+    static const std::set<int> ranks{1, 2, 4, 8}, padded{16, 24, 40, 56, 72};  // the kernel has code of its own for each
     if (!ranks.count(l.ranks)) refuse("ranks", "1, 2, 4 or 8", text(l.ranks));
     if (std::int64_t{l.teams} * l.ranks > INT_MAX) refuse("teams", "fewer than 2^31 blocks in all", text(l.teams));
     if (l.set_words % 4 || std::int64_t{ode::kSets} * l.set_words > INT_MAX)
         refuse("set_words", "a multiple of 4, 16 bytes, fewer than 2^31 words in all sets", text(l.set_words));
-    if (!padded.count(l.padded_tokens)) refuse("padded_tokens", "8, 16, 24, 32, 48, 64 or 72", text(l.padded_tokens));
+    if (!padded.count(l.padded_tokens)) refuse("padded_tokens", "16, 24, 40, 56 or 72", text(l.padded_tokens));
     if (l.part % ode::kStepColumns || std::int64_t{l.part} / 8 * (16 * l.padded_tokens + 16) > l.staging)
         refuse("part", "a multiple of 32 that the staging holds", text(l.part));
     if (l.slots > ode::kMostSlots) refuse("slots", "at most 16", text(l.slots));

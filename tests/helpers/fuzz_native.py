@@ -131,7 +131,7 @@ def self_attention_cuda(world: World, rng: random.Random) -> dict[str, Any]:
 def action_ode_cuda(world: World, rng: random.Random) -> dict[str, Any]:
     """A head of one layer's width, 16; the schedule in it is never read."""
     numbers = dict(
-        teams=1, ranks=1, set_words=64, private_floats=256, padded_tokens=8, part=256, slots=6, staging=8192, inbox=0,
+        teams=1, ranks=1, set_words=64, private_floats=256, padded_tokens=16, part=128, slots=6, staging=8192, inbox=0,
         rows=2, width=16, head_dim=16, heads=1, horizon=2, actions=3, padded_actions=16, context_tokens=4, context_columns=32,
         steps=2, batch=1, times=0,
     )  # fmt: skip

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from dit4dit.engine.action_ode.schedule import (
     MAX_HEAD_DIM,
-    MAX_WARP_TILES,
     NONE,
     PADDED_TOKENS,
     RANKS,
@@ -24,6 +23,7 @@ from dit4dit.engine.action_ode.schedule import (
     attend_inbox,
     product_staging,
     sums_bytes,
+    warp_tiles,
 )
 
 SLOTS = range(3, 17)
@@ -141,7 +141,7 @@ def check_matrices(schedule: Schedule, stages: Sequence[Stage]) -> None:
         unit = 16 * m.ranks // m.split
         right = m.tile_rows > 0 and m.tile_rows % unit == 0 and m.own_rows % 2 == 0
         need(right, what, f"tile_rows a multiple of {unit}, an even number of them a rank", m.tile_rows)
-        most = MAX_WARP_TILES * (WARPS // m.parts)
+        most = warp_tiles(schedule.padded_tokens) * (WARPS // m.parts)
         need(m.groups <= most, what, f"at most {most} row groups a rank", m.groups)
         bytes_of_step = m.step_units * WEIGHT_UNIT
         need(bytes_of_step <= SLOT_BYTES, what, f"steps of at most {SLOT_BYTES} bytes", bytes_of_step)

@@ -131,7 +131,7 @@ def stage_us(schedule: Schedule, costs: Costs | None = None) -> list[tuple[str, 
     order = [*sorted(stage for stage in teams if stage), 0]
     found = []
     for stage in order:
-        busiest: dict[str, float] = {}
+        busiest = dict.fromkeys(PARTS, 0.0)
         seen: set[tuple[object, ...]] = set()
         for tiles in teams[stage].values():
             kind = tuple(_kind(work) for work in tiles)

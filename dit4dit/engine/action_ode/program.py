@@ -283,12 +283,12 @@ def word_text(schedule: Schedule, word: int) -> str:
 
 
 def tile_text(schedule: Schedule, index: int) -> str:
-    """What a tile does: "product of '0.project' from row 64 of the matrix"."""
+    """What a tile does: "product that reads 'tokens', rows 64 to 127 of its matrix"."""
     work = schedule.decoded[index].work
     if isinstance(work, Attend):
         return f"attention, head {work.head} of sample {work.sample}"
     (source,) = [name for name, b in schedule.buffers.items() if b.offset <= work.source < b.offset + b.words]
-    return f"product of {source!r} from row {work.row} of the matrix"
+    return f"product that reads {source!r}, rows {work.row} to {work.row + work.rows - 1} of its matrix"
 
 
 def numbers(schedule: Schedule) -> dict[str, int]:

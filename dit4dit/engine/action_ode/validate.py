@@ -10,16 +10,13 @@ one. A group is the samples whose tokens one product takes; groups have nothing 
    tried out. No other order can fail where one succeeds, as no word is taken back before it has been read (3). A tile waits for
    words of its own step alone, of NOISY for the step before: when each step ends, all do. The noise is written before the first
    step by the tiles at the end of each team, so EULER tiles are last.
-3. The rotation of SETS is sound. A word is stored after all reads of the ranks whose sums are in it, those of its part. All
-   words of a stage are read by the next: products read whole buffers, and each column of queries, keys, values and attention's
-   results belongs to one head. So before any EULER tile of a group stores a word, all parts of all tiles of the group's earlier
-   stages that have words are done with their reads of this step. Then
+3. The rotation of SETS is sound. A word is stored after all reads of the ranks whose sums are in it, those of its part; each part
+   of each tile has words. All words of a stage are read by the next: products read whole buffers, and each column of queries,
+   keys, values and attention's results belongs to one head. So before any EULER tile of a group stores a word, all tiles of the
+   group's earlier stages are done with their reads of this step, in all ranks. Then
    - this step's NOISY has been read by all when EULER makes it EMPTY;
    - whatever is stored for the group in the next step waits, by the chain, for all of the group's new NOISY, thus until all of
      this step has been read: then this step's words are made EMPTY.
-   A part whose rows all lie past its matrix has no words. Its ranks have read when they have given words in a later tile for
-   the group, in the same step (of NOISY before EULER), or in the next step in a stage on which all depend that make EMPTY what
-   they have read: three stages before their own, or earlier.
    And nobody finds an older step's word: who reads a word in step s + 2 has read it in step s + 1, when it was stored by the
    thread that in step s had made EMPTY what is read in s + 2; of NOISY it is one step more. That holds from launch to launch, as
    each begins with the set at which the one before has ended.
@@ -86,7 +83,6 @@ def validate(schedule: Schedule) -> None:
     tiles.check_attention()
     tiles.check_private()
     tiles.check_end()
-    tiles.check_parts_without_words()
 
 
 def _check_records(schedule: Schedule) -> None:
@@ -141,13 +137,12 @@ class _Tiles:
 
     Attributes:
         team, stage, group: of each tile. groups: first token of each, and the end.
-        words: how many ranks of its team have words to write, from the first on.
     """
 
     def __init__(self, schedule: Schedule, stages: Sequence[Stage]) -> None:
         self.schedule, self.stages = schedule, stages
         self.team = np.repeat(np.arange(schedule.teams), np.diff(schedule.first_tile))
-        self.stage, self.group, self.words = (np.full(len(schedule.tiles), NONE, np.int64) for _ in range(3))
+        self.stage, self.group = (np.full(len(schedule.tiles), NONE, np.int64) for _ in range(2))
         self.products, self.attends = _Kind(schedule, Opcode.PRODUCT), _Kind(schedule, Opcode.ATTEND)
 
     def check_products(self) -> None:
@@ -181,8 +176,8 @@ class _Tiles:
         self._check_once(p, np.stack([stage, self.group[p.tiles], tile]), self._wanted_products())
         # EULER writes up to the padded actions
         end = np.where(p["epilogue"] == Epilogue.EULER, schedule.shape.padded_actions, row + rows)
-        parts = -(-(end - row) // (p["tile_rows"] * p["split"] // schedule.ranks))
-        self.words[p.tiles] = np.minimum(parts * p["split"], schedule.ranks)
+        last_part = p["tile_rows"] - p["tile_rows"] * p["split"] // schedule.ranks
+        p.refuse(end - row <= last_part, "rows: none for the last part of its ranks: no word tells when they have read")
 
     def _bases(self, stage: Stage, matrix: MatrixPlan) -> dict[str, int]:
         """What all products with a matrix have in common, and what begins where the first of them begins."""
@@ -277,7 +272,6 @@ class _Tiles:
         self._check_keys()
         self.stage[a.tiles] = np.array(which)[mine]
         self.group[a.tiles] = np.searchsorted(self.groups[:-1], token, side="right") - 1
-        self.words[a.tiles] = schedule.ranks
         every = (
             ((k, b, h), f"head {h} of sample {b} of {self.stages[k].name!r}")
             for k in which
@@ -352,15 +346,3 @@ class _Tiles:
                 f"{_name(schedule, i)}: comes before a tile of its team that {source!r} depends on: "
                 f"{len(waiting)} teams wait for each other and never end"
             )
-
-    def check_parts_without_words(self) -> None:
-        """See 3. The ranks with words are the first ones of a tile, so that a tile in which all have them tells of all."""
-        ranks, euler = self.schedule.ranks, len(self.stages) - 1
-        wrong = np.zeros(len(self.stage), np.bool_)
-        full = self.words == ranks
-        for i in np.flatnonzero(~full).tolist():
-            mates = np.flatnonzero(full & (self.team == self.team[i]) & (self.group == self.group[i]))
-            later = (mates > i) & ((self.stage[i] > 0) | (self.stage[mates] < euler))
-            wrong[i] = not (later | (self.stage[mates] <= self.stage[i] - 3)).any()
-        what = "some of its ranks have no words, nor in another tile from which it is known in time when they have read"
-        _refuse(self.schedule, wrong, what)
