@@ -46,18 +46,18 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Heads and requests that reach every path of the kernel, each of PADDED_TOKENS: changes of `tiny`, arguments of `Case`."""
 
-TEAMS = {
-    "8 tokens, no state": 4,
-    "9 tokens": 8,
-    "9 tokens, batch 3": 2,
-    "9 tokens, batch 4": 4,
-    "17 tokens, heads of 48": 8,
-    "17 tokens, batch 4": 2,
-    "51 tokens": 4,
-    "51 tokens, norms in parts": 2,
-    "no state": 1,
+CUTS = {
+    "8 tokens, no state": (4, 1),
+    "9 tokens": (8, 1),
+    "9 tokens, batch 3": (2, 3),
+    "9 tokens, batch 4": (4, 2),
+    "17 tokens, heads of 48": (8, 1),
+    "17 tokens, batch 4": (2, 4),
+    "51 tokens": (4, 1),
+    "51 tokens, norms in parts": (2, 1),
+    "no state": (1, 1),
 }
-"""Blocks of a team for each of SIZES, where the device has clusters."""
+"""Blocks of a team, where the device has clusters, and samples of one product for each of SIZES."""
 
 TINY: dict[str, Any] = dict(
     num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
@@ -117,7 +117,8 @@ class Case:
 
 def planned(size: str, shape: HeadShape, device: Device) -> Schedule:
     """The schedule of one of SIZES; with all of them teams of every size take part, and every way of cutting."""
-    return plan(shape, device, DEAR, ranks=TEAMS[size] if device.clusters else 1)
+    ranks, group = CUTS[size]
+    return plan(shape, device, DEAR, ranks=ranks if device.clusters else 1, group=group)
 
 
 def tiny(horizon: int = 8, **change: Any) -> HeadConfig:

@@ -82,11 +82,12 @@ def test_the_sizes_reach_every_way_of_cutting() -> None:
         assert {matrix.split for matrix in matrices} == {*ranks}
         assert {matrix.parts for matrix in matrices} >= {1, 2, 4}
         assert any(1 < matrix.split < matrix.ranks for matrix in matrices) == (name == "bulk")
-        assert any(schedule.part < schedule.shape.width for schedule in found), "a norm in several parts"
         works = [tile.work for schedule in found for tile in schedule.decoded]
         products = [work for work in works if isinstance(work, Product)]
         assert {work.epilogue for work in products} == {*Epilogue}
         assert any(work.token for work in products)
+        in_parts = [t for s in found for t in s.decoded if isinstance(t.work, Product) and t.work.slice > s.part]
+        assert any(tile.work.norm for tile in in_parts) == (name == "copies")
         assert any(work.rows < work.tile_rows for work in products)
         heads = [work for work in works if isinstance(work, Attend)]
         assert any(work.keys > work.slice for work in heads) == (name == "bulk")
