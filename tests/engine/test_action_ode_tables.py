@@ -270,5 +270,5 @@ def test_validating_is_fast() -> None:
     shape = head_shape(presets.robocasa_gr1().model.head, batch=1, context=588, prefix=True, steps=4)
     schedule = plan(shape, H200)
     validate(schedule)
-    assert lines_run(lambda: validate(schedule)) < 60_000, "21 000 when this was written: 10 ms"
+    assert lines_run(lambda: validate(schedule)) < 60_000, "33 000 when this was written: 30 ms"
     assert peak_bytes(lambda: validate(schedule)) < 5_000_000
