@@ -278,8 +278,9 @@ def test_the_plan_follows_the_costs() -> None:
 def test_weights_that_take_longer_than_the_chain_are_spread_out() -> None:
     shape = released("robocasa_gr1")
     slow = Costs(sm_stream=0.003)
-    by_chain, by_weights = (head_us(plan(shape, H200, costs), slow) for costs in (Costs(), slow))
-    assert by_chain["total"] == 3 + by_chain["weights"] > by_weights["total"]
+    by_chain, by_weights = (head_us(plan(shape, H200, costs, ranks=8), slow) for costs in (Costs(), slow))
+    assert by_chain["total"] == 3 + by_chain["weights"]
+    assert by_weights["total"] < 0.97 * by_chain["total"]
 
 
 # -- what has no plan --------------------------------------------------------------------------------------------------
