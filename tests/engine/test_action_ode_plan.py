@@ -316,6 +316,7 @@ def test_sizes_at_the_limit() -> None:
         schedule = plan(replace(shape, **change), H200)
         validate(schedule)
         fits(schedule)
+    assert plan(shape, replace(H200, shared_memory=512 << 10)).slots == 16
 
 
 @pytest.mark.parametrize("name", ["robocasa_gr1", "51 tokens", "dit_b, 50 x 4, fp8"])
