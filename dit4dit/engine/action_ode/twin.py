@@ -82,7 +82,7 @@ class Words:
         """[tokens, columns]."""
         if self.missing(area, step) is not None:
             raise RuntimeError(f"action_ode: {area}: expected words of step {step}, got EMPTY")
-        return self._of(self.values[step % SETS], area).flatten(1)
+        return self._of(self.values[step % SETS], area)
 
     def write(self, area: Area, step: int, values: Tensor) -> None:
         """values [tokens, columns] for step `step`.
@@ -93,7 +93,7 @@ class Words:
         if (steps != EMPTY).any():
             raise RuntimeError(f"action_ode: {area}: overwrites a word of step {int(steps.max())} in step {step}")
         steps.fill_(step)
-        self._of(self.values[step % SETS], area).flatten(1).copy_(values)
+        self._of(self.values[step % SETS], area).copy_(values)
 
     def clear(self, area: Area, step: int) -> None:
         """Make words EMPTY that will be of step `step`.
@@ -109,13 +109,11 @@ class Words:
 
     @staticmethod
     def _of(table: Tensor, area: Area) -> Tensor:
-        """The area of one set: [tokens, words, ...], a view."""
-        size, stride = (area.tokens, area.words), (area.stride, 1)
-        if table.dim() > 1:
-            size, stride = (*size, 2), (2 * area.stride, 2, 1)
+        """The area of one set of `step` or `values`: [tokens, words or columns], a view."""
+        each = table[0].numel()
         last = area.first + (area.tokens - 1) * area.stride + area.words
-        assert 0 <= area.first and last <= len(table), area
-        return table[area.first :].as_strided(size, stride)
+        assert 0 <= area.first < last <= len(table), area
+        return table[area.first :].as_strided((area.tokens, area.words * each), (area.stride * each, 1))
 
 
 class Twin:
@@ -161,6 +159,7 @@ class Twin:
         Raises:
             RuntimeError: teams wait for each other, or a word is not of the step that it should be of.
         """
+        self.first = self.words.done
         for step, work in self._order(generator):
             if self.tiles_run == stop_after:
                 return self.out
@@ -225,14 +224,14 @@ class Twin:
 
     def _begin(self, team: int) -> None:
         """The noise, by the team that makes the noisy actions of later steps."""
-        shape = self.schedule.shape
         first, end = self.schedule.first_tile[team : team + 2].tolist()
         for tile in self.schedule.decoded[first:end]:
             w = tile.work
             if not isinstance(w, Product) or w.epilogue != Epilogue.EULER:
                 continue
-            samples = slice(w.token // shape.tokens, (w.token + w.tokens) // shape.tokens)
-            x = F.pad(self.noise[samples, :, w.row : w.row + w.rows], (0, 0, shape.prefix, 0)).flatten(0, 1)
+            acts, sample, k = self._actions(w)
+            x = torch.zeros(w.tokens, w.rows, device=self.noise.device)
+            x[acts] = self.noise[sample, k, w.row : w.row + w.rows]
             self._private(w).copy_(x)
             self._write(w, self.first, x)
 
@@ -276,8 +275,8 @@ class Twin:
         y = y + self.packed.constants[w.bias :].as_strided((shape.tokens, w.rows), (shape.width, 1))[lines]
         if shape.prefix:
             assert self.prefix is not None
-            samples = slice(w.token // shape.tokens, (w.token + w.tokens) // shape.tokens)
-            y[lines == 0] = self.prefix[samples, w.row : w.row + w.rows].float()
+            state = (lines == 0).nonzero()[:, 0]
+            y[state] = self.prefix[(w.token + state) // shape.tokens, w.row : w.row + w.rows].float()
         return y
 
     def _attend(self, w: Attend, step: int) -> None:
@@ -304,29 +303,36 @@ class Twin:
 
     def _euler(self, w: Product, velocity: Tensor, step: int) -> None:
         """velocity [tokens, rows], of actions w.row and on."""
-        shape, now, columns = self.schedule.shape, self.first + step, slice(w.row, w.row + w.rows)
-        samples = slice(w.token // shape.tokens, (w.token + w.tokens) // shape.tokens)
-        actions = self._private(w).view(-1, shape.tokens, w.rows)
-        # the state token's row has no actions
-        x, v = (part.view(-1, shape.tokens, w.rows)[:, shape.prefix :] for part in (actions, velocity))
+        now, steps, columns = self.first + step, self.schedule.shape.steps, slice(w.row, w.row + w.rows)
+        acts, sample, k = self._actions(w)
+        actions = self._private(w)
+        x, v = actions[acts], velocity[acts]
         if self.guidance is not None:
             t = self.packed.constants[self.schedule.constants["times"][0] + step].item()
             given = self.guidance
-            pull = guidance_strength(t, given.max_guidance) * given.weights[:, None]
-            v = v - pull * (given.previous[samples, :, columns] - (x - t * v))
-        x.copy_(x - (1.0 / shape.steps) * v)
-        if step < shape.steps - 1:
-            self._write(w, now + 1, actions.flatten(0, 1))
+            pull = guidance_strength(t, given.max_guidance) * given.weights[k, None]
+            v = v - pull * (given.previous[sample, k, columns] - (x - t * v))
+        x = x - (1.0 / steps) * v
+        actions[acts] = x
+        if step < steps - 1:
+            self._write(w, now + 1, actions)
         else:
-            self.out[samples, :, columns] = x
+            self.out[sample, k, columns] = x
         self._clear(w, now + SETS)  # of its own step: all have read them
+
+    def _actions(self, w: Product) -> tuple[Tensor, Tensor, Tensor]:
+        """(which of a tile's tokens have actions, their samples, their places in the horizon); the state token has none."""
+        shape = self.schedule.shape
+        tokens = torch.arange(w.token, w.token + w.tokens, device=self.noise.device)
+        acts = (tokens % shape.tokens >= shape.prefix).nonzero()[:, 0]
+        return acts, tokens[acts] // shape.tokens, tokens[acts] % shape.tokens - int(shape.prefix)
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def _private(self, w: Product) -> Tensor:
         """[tokens, rows], a view."""
         last = w.stream + (w.rows - 1) * self.schedule.padded_tokens + w.tokens
-        assert 0 <= w.stream and last <= len(self.private), w
+        assert 0 <= w.stream < last <= len(self.private), w
         return self.private[w.stream :].as_strided((w.tokens, w.rows), (1, self.schedule.padded_tokens))
 
     def _write(self, w: Operands, step: int, y: Tensor) -> None:
@@ -368,8 +374,10 @@ def statistics(x: Tensor, w: Product) -> tuple[Tensor, Tensor]:
         part = x[:, begin : begin + w.slice]
         more, its_mean = part.shape[1], part.mean(1, keepdim=True)
         difference = its_mean - mean
-        squares = squares + (part - its_mean).square().sum(1, keepdim=True) + difference.square() * (
-            count * more / (count + more)
+        squares = (
+            squares
+            + (part - its_mean).square().sum(1, keepdim=True)
+            + difference.square() * (count * more / (count + more))
         )
         mean = mean + difference * (more / (count + more))
         count += more
