@@ -84,7 +84,7 @@ def test_a_stage_takes_what_the_team_with_most_of_it_takes() -> None:
 
 
 def test_it_does_not_matter_which_team_has_most() -> None:
-    schedule = plan(released("unitree_g1"), H200)
+    schedule = plan(released("unitree_g1", batch=3), H200)
     teams = np.split(schedule.tiles, schedule.first_tile[1:-1])[::-1]
     ends = np.cumsum([len(tiles) for tiles in teams], dtype=np.int32)
     backwards = replace(schedule, tiles=np.concatenate(teams), first_tile=np.append(np.int32(0), ends))
