@@ -109,7 +109,7 @@ struct Event {
 class Machine {
 public:
     Machine(int blocks, int threads, std::size_t shared_bytes, unsigned seed, std::function<void()> kernel, int ranks = 1)
-        : random_(seed), kernel_(std::move(kernel)) {
+        : random_(seed), pace_(seed % 2 == 0 ? 64 : 4096), kernel_(std::move(kernel)) {
         if (blocks % ranks != 0) throw std::runtime_error("blocks are no multiple of the cluster's");
         const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
         const std::size_t rounded = (shared_bytes + page - 1) / page * page;
@@ -157,10 +157,10 @@ public:
     void run() {
         std::size_t done = 0;
         while (done < fibers_.size()) {
-            // what happens by itself does so at any time, at the latest when no thread can run
-            if (!events_.empty() && (ready_.empty() || random_() % 64 == 0))
+            // what happens by itself does so at any time, of odd seeds hardly ever before no thread can run
+            if (!events_.empty() && (ready_.empty() || chance(pace_)))
                 for (std::size_t i = 0, count = 1 + events_.size() / 16; i < count && !events_.empty(); ++i) happen_any();
-            if (asleep_ > 0 && random_() % 256 == 0) wake(sleeping_.begin()->first);
+            if (asleep_ > 0 && chance(256)) wake(sleeping_.begin()->first);
             if (ready_.empty()) {
                 if (!events_.empty()) continue;
                 if (asleep_ == 0)
@@ -383,6 +383,7 @@ private:
     }
 
     std::mt19937 random_;
+    unsigned pace_;
     std::function<void()> kernel_;
     std::vector<std::unique_ptr<Cluster>> clusters_;
     std::vector<std::unique_ptr<Block>> blocks_;
