@@ -16,10 +16,10 @@ struct Rows {
 
 // `count` rows of head_dim columns, and zeros up to `padded` rows. from(r, c) reads eight columns from c on of row r.
 template <class From>
-DEVICE void load_rows(const Rows& to, int count, int padded, int head_dim, const From& from) {
+DEVICE void load_rows(const Block& block, const Rows& to, int count, int padded, int head_dim, const From& from) {
     constexpr int kAtOnce = 4;
     const int pieces = head_dim / 8;
-    for (int begin = thread_index(); begin < padded * pieces; begin += kComputing * kAtOnce) {
+    for (int begin = block.thread; begin < padded * pieces; begin += kComputing * kAtOnce) {
         Quad q[kAtOnce];
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
@@ -38,7 +38,7 @@ DEVICE void load_rows(const Rows& to, int count, int padded, int head_dim, const
 // The same of words that another team writes, from `first` on.
 DEVICE void load_words_of_rows(const Block& block, const Moment& now, const Rows& to, int first, int stride, int count, int padded) {
     const std::uint32_t* source = block.words(now.set);
-    load_rows(to, count, padded, block.launch.head_dim, [&](int r, int c) {
+    load_rows(block, to, count, padded, block.launch.head_dim, [&](int r, int c) {
         const int word = first + r * stride + c / 2;
         Quad q = load_words(source + word);
         Patience patience(block, now.tile);
@@ -54,8 +54,7 @@ struct Warp {
     float most[2] = {-INFINITY, -INFINITY}, total[2] = {};  // of query lane / 4 and the one eight further
 
     // Keys `first` to first + keys - 1 of those that are staged; keys: a multiple of 16 up to 64.
-    DEVICE void score(const Rows& q, const Rows& k, int query, int first, int keys, int head_dim) {
-        const int lane = thread_index() % 32;
+    DEVICE void score(const Rows& q, const Rows& k, int query, int first, int keys, int head_dim, int lane) {
 #pragma unroll
         for (int j = 0; j < 8; ++j)
             for (int i = 0; i < 4; ++i) scores[j][i] = 0;
@@ -76,8 +75,7 @@ struct Warp {
     }
 
     // Scores -> exp(score - most), and all that was summed up so far to the new `most`; keys from `limit` on count for nothing.
-    DEVICE void soften(int first, int keys, int limit, float scale) {
-        const int lane = thread_index() % 32;
+    DEVICE void soften(int first, int keys, int limit, float scale, int lane) {
         float before[2] = {most[0], most[1]};
 #pragma unroll
         for (int j = 0; j < 8; ++j)
@@ -109,8 +107,7 @@ struct Warp {
         }
     }
 
-    DEVICE void gather(const Rows& v, int first, int keys, int head_dim) {
-        const int lane = thread_index() % 32;
+    DEVICE void gather(const Rows& v, int first, int keys, int head_dim, int lane) {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
             if (j * 16 < keys) {
@@ -130,8 +127,7 @@ struct Warp {
     }
 
     // Into [16][head_dim] and [16][2] of this warp.
-    DEVICE void leave(float* to, float* stats, int head_dim) const {
-        const int lane = thread_index() % 32;
+    DEVICE void leave(float* to, float* stats, int head_dim, int lane) const {
 #pragma unroll
         for (int j = 0; j < 8; ++j)
             if (j * 8 < head_dim)
@@ -182,7 +178,7 @@ struct Shares {
 // This rank's keys: what each warp finds is left in the staging memory, [warps][16][2] and behind it [warps][16][head_dim].
 DEVICE void attend_to_keys(const Block& block, const Attend& w, const Moment& now, const Shares& mine) {
     const Launch& launch = block.launch;
-    const int d = launch.head_dim, warp = thread_index() / 32;
+    const int d = launch.head_dim, warp = block.warp;
     const Rows k{block.staging, d * 2 + 16}, v{k.at + mine.padded * k.stride, k.stride}, q{v.at + mine.padded * k.stride, k.stride};
     const int query = warp % mine.query_tiles * 16, of_warp = warp / mine.query_tiles * mine.per_warp;
     Warp found;
@@ -194,21 +190,22 @@ DEVICE void attend_to_keys(const Block& block, const Attend& w, const Moment& no
             const std::uint16_t* from = launch.context +
                                         (w.sample * static_cast<std::int64_t>(launch.context_tokens) + key) * stride +
                                         2 * w.context * launch.width + w.head * d;
-            load_rows(k, count, mine.padded, d, [&](int r, int c) { return load_quad(from + r * stride + c); });
-            load_rows(v, count, mine.padded, d, [&](int r, int c) { return load_quad(from + launch.width + r * stride + c); });
+            load_rows(block, k, count, mine.padded, d, [&](int r, int c) { return load_quad(from + r * stride + c); });
+            load_rows(block, v, count, mine.padded, d, [&](int r, int c) { return load_quad(from + launch.width + r * stride + c); });
         } else {
             load_words_of_rows(block, now, k, w.key + key * w.stride, w.stride, count, mine.padded);
             load_words_of_rows(block, now, v, w.value + key * w.stride, w.stride, count, mine.padded);
         }
         if (done == 0) load_words_of_rows(block, now, q, w.query, w.stride, w.tokens, mine.query_tiles * 16);
         sync_computing();
-        found.score(q, k, query, of_warp, mine.per_warp, d);
-        found.soften(of_warp, mine.per_warp, count, inverse_root(static_cast<float>(d)));
-        found.gather(v, of_warp, mine.per_warp, d);
+        const int lane = renewed(block.lane);
+        found.score(q, k, query, of_warp, mine.per_warp, d, lane);
+        found.soften(of_warp, mine.per_warp, count, inverse_root(static_cast<float>(d)), lane);
+        found.gather(v, of_warp, mine.per_warp, d, lane);
     }
     sync_computing();
     float* stats = reinterpret_cast<float*>(block.staging);
-    found.leave(stats + kWarps * 16 * 2 + warp * 16 * d, stats + warp * 16 * 2, d);
+    found.leave(stats + kWarps * 16 * 2 + warp * 16 * d, stats + warp * 16 * 2, d, block.lane);
     sync_computing();
 }
 
@@ -239,20 +236,21 @@ struct Inbox {
 DEVICE void write(const Block& block, const Attend& w, const Moment& now, int query, int column, const Merged& all) {
     const std::int64_t at = w.out + query * w.out_stride + column / 2;
     store_word(block.words(now.set) + at, pack_bf16(all.y[0] / all.total, all.y[1] / all.total));
-    store_word(block.words(now.before) + at, kEmpty);
+    store_word(block.words(now.before()) + at, kEmpty);
 }
 
-DEVICE void attend(const Block& block, const Tile& tile, Moment& now) {
+DEVICE void attend(const Block& block, const Tile& tile, const Moment& now) {
     const Attend& w = Block::work<Attend>(tile);
     const Launch& launch = block.launch;
     const Shares mine(block, w);
     const Exchange exchange(block, now);
     const Inbox inbox{mine.ranks, w.tokens, mine.columns};
     const int pairs = launch.head_dim / 2, own_pairs = mine.columns / 2;
-    if (launch.ranks > 1 && thread_index() == 0) exchange.expect(inbox.bytes());
+    if (block.thread == 0) exchange.expect(inbox.bytes());
+    sync_computing();  // a product's sums may still be read where keys will lie
     if (mine.keys > 0) attend_to_keys(block, w, now, mine);
     if (launch.ranks == 1) {
-        for (int i = thread_index(); i < w.tokens * pairs; i += kComputing) {
+        for (int i = block.thread; i < w.tokens * pairs; i += kComputing) {
             const int query = i / pairs, column = i % pairs * 2;
             write(block, w, now, query, column, merge_warps(block, mine, query, column));
         }
@@ -261,7 +259,7 @@ DEVICE void attend(const Block& block, const Tile& tile, Moment& now) {
     }
     exchange.wait_for_room();
     if (mine.keys > 0) {
-        for (int i = thread_index(); i < w.tokens * pairs; i += kComputing) {
+        for (int i = block.thread; i < w.tokens * pairs; i += kComputing) {
             const int query = i / pairs, column = i % pairs * 2, rank = column / mine.columns, of_rank = column - rank * mine.columns;
             const Merged all = merge_warps(block, mine, query, column);
             exchange.push(rank, inbox.value(block.rank, query, of_rank) * 4, {{all.y[0], all.y[1]}});
@@ -269,8 +267,8 @@ DEVICE void attend(const Block& block, const Tile& tile, Moment& now) {
         }
         sync_computing();
     }
-    const float* found = exchange.sums(now);
-    for (int i = thread_index(); i < w.tokens * own_pairs; i += kComputing) {
+    const float* found = exchange.sums();
+    for (int i = block.thread; i < w.tokens * own_pairs; i += kComputing) {
         const int query = i / own_pairs, column = i % own_pairs * 2;
         Merged all;
         for (int rank = 0; rank < mine.ranks; ++rank) {

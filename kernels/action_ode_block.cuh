@@ -42,11 +42,12 @@ struct Block {
     Fixed& fixed;
     std::uint8_t* ring;
     std::uint8_t* staging;
-    int team, rank;
+    int rank, thread, warp, lane;
 
-    DEVICE explicit Block(const Launch& l)
+    // thread: thread_index(), through `renewed` where what follows from it must not stay in registers
+    DEVICE Block(const Launch& l, int rank_of_block, int t)
         : launch(l), fixed(*reinterpret_cast<Fixed*>(shared_memory())), ring(shared_memory() + kFixedBytes),
-          staging(ring + l.slots * kSlotBytes), team(block_index() / l.ranks), rank(block_index() % l.ranks) {}
+          staging(ring + l.slots * kSlotBytes), rank(rank_of_block), thread(t), warp(t / 32), lane(t % 32) {}
 
     DEVICE std::uint8_t* inbox(int which) const { return staging + launch.staging + which * launch.inbox; }
     DEVICE std::uint32_t* words(int set) const {
@@ -124,68 +125,65 @@ private:
 
 // Where a launch is: the sets of the step, and the inbox of the tile.
 struct Moment {
-    int step, set, next, before;  // `next` is the set of the step after, `before` of the one before, which is made kEmpty
-    int tile = 0;                 // index of the record
-    int count = 0;                // tiles so far
-    int parity = 0;               // a bit for each inbox: of its next sums
+    int step = 0, set;
+    int tile = 0;   // index of the record
+    int count = 0;  // tiles so far
 
-    DEVICE explicit Moment(int first_set) : step(0) { enter(first_set); }
+    DEVICE explicit Moment(int first_set) : set(first_set) {}
 
-    DEVICE void enter(int s) {
-        set = s;
-        next = s + 1 < kSets ? s + 1 : 0;
-        before = next + 1 < kSets ? next + 1 : 0;
-    }
+    DEVICE int next() const { return set + 1 < kSets ? set + 1 : 0; }      // set of the step after
+    DEVICE int before() const { return set > 0 ? set - 1 : kSets - 1; }  // of the step before, which is made kEmpty
     DEVICE void advance() {
         ++step;
-        enter(next);
+        set = next();
     }
     DEVICE int inbox() const { return count & 1; }
+    DEVICE int lap() const { return count >> 1 & 1; }  // of the inboxes
 };
 
-// Sums that ranks of a team give each other. Each rank has two inboxes, which tiles use in turn.
+// Sums that ranks of a team give each other. Each rank has two inboxes, which tiles use in turn, also those that exchange nothing.
 class Exchange {
 public:
-    DEVICE Exchange(const Block& block, const Moment& now)
-        : block_(block), now_(now), sums_(&block.fixed.sums[now.inbox()]), room_(&block.fixed.room[now.inbox()]) {}
+    DEVICE Exchange(const Block& block, const Moment& now) : block_(block), now_(now) {}
 
-    // By all computing threads, before they push: the ranks have read what lay in this inbox.
+    // By one thread of each rank, once a tile: how many bytes will come into this inbox.
+    DEVICE void expect([[maybe_unused]] int bytes) const {
+#if DIT4DIT_BULK_COPIES
+        if (block_.launch.ranks > 1 && !block_.failed()) barrier_expect(sums_barrier(), bytes);
+#endif
+    }
+    // By all threads that push, before they do: all ranks have read what lay in this inbox.
     DEVICE void wait_for_room() const {
 #if DIT4DIT_BULK_COPIES
-        if (!block_.failed()) block_.wait(room_, now_.count >> 1 & 1 ^ 1, now_.tile, kRoom, now_.inbox());
+        if (block_.launch.ranks > 1) block_.wait(room_barrier(), now_.lap() ^ 1, now_.tile, kRoom, now_.inbox());
 #endif
     }
     // Two floats to the same place, an offset in the inbox, of a rank of the team.
-    DEVICE void push(int rank, int offset, Float2 x) const {
+    DEVICE void push([[maybe_unused]] int rank, [[maybe_unused]] int offset, [[maybe_unused]] Float2 x) const {
 #if DIT4DIT_BULK_COPIES
-        if (!block_.failed()) target::push(at_rank(block_.inbox(now_.inbox()) + offset, rank), x, at_rank(sums_, rank));
+        if (!block_.failed())
+            target::push(at_rank(block_.inbox(now_.inbox()) + offset, rank), x, at_rank(sums_barrier(), rank));
 #endif
     }
-    // By one thread, once: how many bytes will come into this block's inbox.
-    DEVICE void expect(int bytes) const {
-#if DIT4DIT_BULK_COPIES
-        if (!block_.failed()) barrier_expect(sums_, bytes);
-#endif
-    }
-    DEVICE const float* sums(Moment& now) const {
-        if (!block_.failed()) block_.wait(sums_, now.parity >> now.inbox() & 1, now.tile, kSums, now.inbox());
-        now.parity ^= 1 << now.inbox();
-        return reinterpret_cast<const float*>(block_.inbox(now.inbox()));
+    DEVICE const float* sums() const {
+        block_.wait(sums_barrier(), now_.lap(), now_.tile, kSums, now_.inbox());
+        return reinterpret_cast<const float*>(block_.inbox(now_.inbox()));
     }
     // By all computing threads, at the end of every tile: this inbox may be filled again.
     DEVICE void release() const {
 #if DIT4DIT_BULK_COPIES
         if (block_.launch.ranks == 1) return;
         sync_warp();
-        const int lane = thread_index() % 32;
-        if (lane < block_.launch.ranks && !block_.failed()) arrive_at(at_rank(room_, lane));
+        if (block_.lane < block_.launch.ranks && !block_.failed()) arrive_at(at_rank(room_barrier(), block_.lane));
 #endif
     }
 
 private:
+    DEVICE std::uint64_t* sums_barrier() const { return &block_.fixed.sums[now_.inbox()]; }
+    DEVICE std::uint64_t* room_barrier() const { return &block_.fixed.room[now_.inbox()]; }
+
     const Block& block_;
     const Moment& now_;
-    std::uint64_t *sums_, *room_;
 };
 
 DEVICE float exponential(float x) { return power_of_two(x * 1.4426950408889634f); }

@@ -19,7 +19,7 @@ DEVICE float activate(float x, int epilogue) {
     }
 }
 
-// What finishes an item besides its sums: fetched before the words are there.
+// What finishes an item besides its sums.
 struct Addends {
     float scale[2], sums[2], bias[2];  // bias: the residual stream included, or the state token instead of all
     bool state = false;
@@ -71,106 +71,126 @@ struct Delivery {
     const Exchange& exchange;
     const Planes planes;
 
-    DEVICE Delivery(const Block& b, const Product& product, const Exchange& e) : block(b), w(product), exchange(e), planes(b, product) {}
+    DEVICE Delivery(const Block& b, const Product& product, const Exchange& e)
+        : block(b), w(product), exchange(e), planes(b, product) {}
 
-    DEVICE int first_rank() const { return block.rank / w.split * w.split; }  // of those that share this one's rows
-    DEVICE void to(int rank, int place, Float2 x) const {
-        if (w.split == 1)
-            *reinterpret_cast<Float2*>(block.staging + place * 4) = x;
-        else
-            exchange.push(first_rank() + rank, place * 4, x);
+    // Behind the staged tokens.
+    DEVICE float* own_sums() const {
+        return reinterpret_cast<float*>(block.staging + block.launch.part / 8 * (block.launch.padded_tokens * 16 + 16));
+    }
+    // `rank` of those that share this one's rows; more: to be added to what the part before left there.
+    DEVICE void to(int rank, int place, Float2 x, bool more) const {
+        if (w.split > 1) return exchange.push(block.rank / w.split * w.split + rank, place * 4, x);
+        Float2& sum = *reinterpret_cast<Float2*>(own_sums() + place);
+        if (more) x = {{sum.v[0] + x.v[0], sum.v[1] + x.v[1]}};
+        sum = x;
     }
     DEVICE void moments(const Moments& mine) const {
-        const int token = token_of_lane();
+        const int token = token_of_lane(block);
         if (token >= w.tokens) return;
         for (int rank = 0; rank < w.split; ++rank)
-            to(rank, planes.moments(block.rank % w.split, token), {{mine.mean, mine.squares}});
+            to(rank, planes.moments(block.rank % w.split, token), {{mine.mean, mine.squares}}, false);
     }
-    // The sums of one row group of this warp.
+    // The sums of this warp's m-th row group.
     template <int kBlocks>
-    DEVICE void sums(const float (&d)[kBlocks][4], int group, int part) const {
-        const int lane = thread_index() % 32, plane = block.rank % w.split * w.parts + part;
+    DEVICE void sums(const float (&d)[kBlocks][4], int m, bool more) const {
+        const int sets = kWarps / w.parts, part = block.warp / sets, group = block.warp - part * sets + m * sets;
+        const int lane = block.lane, plane = block.rank % w.split * w.parts + part;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = group * 16 + lane / 4 + half * 8, rank = row / planes.own;
             const int place = planes.sum(plane, row - rank * planes.own, lane % 4 * 2);
 #pragma unroll
             for (int j = 0; j < kBlocks; ++j)
-                if (j * 8 + lane % 4 * 2 < w.tokens) to(rank, place + j * 8, {{d[j][half * 2], d[j][half * 2 + 1]}});
+                if (j * 8 + lane % 4 * 2 < w.tokens) to(rank, place + j * 8, {{d[j][half * 2], d[j][half * 2 + 1]}}, more);
         }
     }
 };
 
-template <int kBlocks>
-DEVICE void multiply_step(float (&sums)[kMaxWarpTiles][kBlocks][4], const Fragments (&weights)[kMaxWarpTiles], int count,
-                          const Staged& tokens, int column) {
-    const int lane = thread_index() % 32;
+// Adds one step: `weights` times 32 columns of all tokens, of which `tokens` is the row that this lane gives to load_matrices.
+template <int kTiles, int kBlocks>
+DEVICE void multiply_step(float (&sums)[kTiles][kBlocks][4], const Fragments (&weights)[kTiles], const std::uint8_t* tokens) {
+    constexpr int kAtOnce = kTiles * kBlocks > 9 ? (kBlocks + 1) / 2 : kBlocks;  // whose columns are in registers
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-        std::uint32_t b[4];
-        load_matrices(b, tokens.row(column + lane / 8 * 8, j * 8 + lane % 8));
+    for (int first = 0; first < kBlocks; first += kAtOnce) {
+        std::uint32_t b[kAtOnce][4];
 #pragma unroll
-        for (int m = 0; m < kMaxWarpTiles; ++m)
-            if (m < count) {
-                multiply(sums[m][j], weights[m].a[0], b[0], b[1]);
-                multiply(sums[m][j], weights[m].a[1], b[2], b[3]);
-            }
+        for (int j = 0; j < kAtOnce && first + j < kBlocks; ++j) load_matrices(b[j], tokens + (first + j) * 8 * 16);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int j = 0; j < kAtOnce && first + j < kBlocks; ++j)
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m)
+                    multiply(sums[m][first + j], weights[m].a[half], b[j][half * 2], b[j][half * 2 + 1]);
     }
 }
 
-// Steps `begin` to `end` - 1 of this warp, whose tokens' columns are staged: the next step's weights are asked for before this
-// one's products.
-template <int kBlocks>
-DEVICE void multiply_steps(Weights& weights, float (&sums)[kMaxWarpTiles][kBlocks][4], const Staged& tokens, int begin, int end) {
-    Fragments mine[kMaxWarpTiles] = {};
+// Steps `begin` to `end` - 1 of this warp, whose tokens' columns are staged; its sums to where they are finished. The next step's
+// weights are asked for before this one's products.
+template <int kTiles, int kBlocks>
+DEVICE void multiply_steps(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
+    const Staged tokens(block.staging, kBlocks * 8);
+    const int lane = block.lane, step_bytes = kStepColumns / 8 * tokens.group;
+    const std::uint8_t* row = tokens.row(lane / 8 * 8, lane % 8);
+    float sums[kTiles][kBlocks][4] = {};
+    Fragments mine[kTiles], next[kTiles];
     bool more = weights.load(mine, end);
     while (more) {
-        const int column = (weights.step() - begin) * kStepColumns;
-        Fragments next[kMaxWarpTiles] = {};
+        const std::uint8_t* at = row + (weights.step() - begin) * step_bytes;
         more = weights.load(next, end);
-        multiply_step<kBlocks>(sums, mine, weights.count(), tokens, column);
+        multiply_step(sums, mine, at);
 #pragma unroll
-        for (int m = 0; m < kMaxWarpTiles; ++m) mine[m] = next[m];
+        for (int m = 0; m < kTiles; ++m) mine[m] = next[m];
     }
+    exchange.wait_for_room();
+    const Block here(block.launch, block.rank, renewed(block.thread));  // addresses are worked out after the products
+    const Delivery delivery(here, w, exchange);
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) delivery.sums<kBlocks>(sums[m], m, begin > 0);
 }
 
 // Of tokens that fill kBlocks times eight.
 template <int kBlocks>
-DEVICE void multiply_tile(const Block& block, Ring& ring, const Product& w, const Moment& now, const Delivery& delivery) {
+DEVICE void multiply_part(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
+    const int groups = weights.groups();
+    if (kBlocks <= kMostBlocksOfTwo && groups > 1)
+        multiply_steps<kBlocks <= kMostBlocksOfTwo ? kMaxWarpTiles : 1, kBlocks>(block, w, exchange, weights, begin, end);
+    else if (groups > 0)
+        multiply_steps<1, kBlocks>(block, w, exchange, weights, begin, end);
+    else
+        weights.skip(end);
+}
+
+DEVICE void multiply_part(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
+    switch (block.launch.padded_tokens) {
+        case 16: return multiply_part<2>(block, w, exchange, weights, begin, end);
+        case 24: return multiply_part<3>(block, w, exchange, weights, begin, end);
+        case 40: return multiply_part<5>(block, w, exchange, weights, begin, end);
+        case 56: return multiply_part<7>(block, w, exchange, weights, begin, end);
+        default: return multiply_part<9>(block, w, exchange, weights, begin, end);
+    }
+}
+
+// All sums of this block to where they are finished; after it nobody reads the staged tokens any more.
+DEVICE void multiply_tile(const Block& block, Ring& ring, const Product& w, const Moment& now, const Exchange& exchange) {
     Weights weights(block, ring, w, now.tile);
-    const Staged tokens(block.staging, kBlocks * 8);
-    const int steps = weights.panels().steps, part = block.launch.part / kStepColumns;
+    const Staged tokens(block.staging, block.launch.padded_tokens);
+    const int steps = weights.steps(), part = block.launch.part / kStepColumns;
     const int at_once = steps <= part ? steps : part / w.panel_steps * w.panel_steps;
-    float sums[kMaxWarpTiles][kBlocks][4] = {};
     Moments moments;
     for (int begin = 0; begin < steps; begin += at_once) {
         const int end = steps - begin < at_once ? steps : begin + at_once;
         if (begin > 0) sync_computing();  // all have multiplied the part before
         stage(block, w, now, tokens, begin * kStepColumns, (end - begin) * kStepColumns, moments);
         sync_computing();
-        multiply_steps<kBlocks>(weights, sums, tokens, begin, end);
+        multiply_part(block, w, exchange, weights, begin, end);
     }
-    if (w.split == 1)
-        sync_computing();  // the sums lie where the tokens were
-    else
-        delivery.exchange.wait_for_room();
-#pragma unroll
-    for (int m = 0; m < kMaxWarpTiles; ++m)
-        if (m < weights.count()) delivery.sums<kBlocks>(sums[m], weights.group(m), weights.part());
-    if (w.norm != 0) delivery.moments(moments);
+    if (w.norm != 0) {
+        exchange.wait_for_room();
+        Delivery(block, w, exchange).moments(moments);
+    }
     sync_computing();
-}
-
-DEVICE void multiply(const Block& block, Ring& ring, const Product& w, const Moment& now, const Delivery& delivery) {
-    switch (block.launch.padded_tokens) {
-        case 8: return multiply_tile<1>(block, ring, w, now, delivery);
-        case 16: return multiply_tile<2>(block, ring, w, now, delivery);
-        case 24: return multiply_tile<3>(block, ring, w, now, delivery);
-        case 32: return multiply_tile<4>(block, ring, w, now, delivery);
-        case 48: return multiply_tile<6>(block, ring, w, now, delivery);
-        case 64: return multiply_tile<8>(block, ring, w, now, delivery);
-        default: return multiply_tile<9>(block, ring, w, now, delivery);
-    }
 }
 
 DEVICE void finish(const Block& block, const Product& w, const Moment& now, const Planes& planes, const float* sums,
@@ -178,11 +198,13 @@ DEVICE void finish(const Block& block, const Product& w, const Moment& now, cons
     if (item.token >= w.tokens) return;
     const int row = item.row - block.rank * planes.own;
     float y[2] = {};
+#pragma unroll 4
     for (int plane = 0; plane < planes.count; ++plane)
         for (int e = 0; e < 2; ++e) y[e] += sums[planes.sum(plane, row + e, item.token)];
     for (int e = 0; e < 2; ++e) y[e] *= addends.scale[e];
     if (w.norm != 0) {
         Moments all;
+#pragma unroll 2
         for (int rank = 0; rank < planes.split; ++rank) {
             const int left = w.columns - rank * w.slice, here = left < w.slice ? left : w.slice;
             const float* part = sums + planes.moments(rank, item.token);
@@ -199,35 +221,35 @@ DEVICE void finish(const Block& block, const Product& w, const Moment& now, cons
         for (int e = 0; e < 2; ++e) *item.own(block, w, e) = y[e];
     else
         for (int e = 0; e < 2; ++e) y[e] = activate(y[e], w.epilogue);
+    write(block, w, item, now.before(), kEmpty);
     write(block, w, item, now.set, pack_bf16(y[0], y[1]));
-    write(block, w, item, now.before, kEmpty);
 }
 
-DEVICE void product(const Block& block, Ring& ring, const Tile& tile, Moment& now) {
-    const Product& w = Block::work<Product>(tile);
-    const Planes planes(block, w);
-    const Exchange exchange(block, now);
+// All items of this block, whose sums are there or on their way.
+DEVICE void finish_all(const Block& block, const Product& w, const Moment& now, const Exchange& exchange) {
+    // most tiles give a thread no more than two items: what they need is fetched before the sums have come
     const int items = Item::count(block, w);
-    // most tiles give a thread no more than two items: what they need is asked for first
-    const Item items_of_thread[2] = {Item(block, w, thread_index()), Item(block, w, thread_index() + kComputing)};
-    Addends addends[2];
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-        if (thread_index() + n * kComputing < items) addends[n].fetch(block, w, items_of_thread[n], now.step);
-    if (w.split > 1 && thread_index() == 0) exchange.expect(planes.bytes(w));
-    multiply(block, ring, w, now, Delivery(block, w, exchange));
-    const float* sums = w.split > 1 ? exchange.sums(now) : reinterpret_cast<const float*>(block.staging);
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-        if (thread_index() + n * kComputing < items) finish(block, w, now, planes, sums, items_of_thread[n], addends[n]);
-    for (int i = thread_index() + 2 * kComputing; i < items; i += kComputing) {
+    Addends first, second;
+    if (block.thread < items) first.fetch(block, w, Item(block, w, block.thread), now.step);
+    if (block.thread + kComputing < items) second.fetch(block, w, Item(block, w, block.thread + kComputing), now.step);
+    const Planes planes(block, w);
+    const float* sums = w.split > 1 ? exchange.sums() : Delivery(block, w, exchange).own_sums();
+#pragma unroll 1
+    for (int i = block.thread; i < items; i += kComputing) {
         const Item item(block, w, i);
-        Addends more;
-        more.fetch(block, w, item, now.step);
-        finish(block, w, now, planes, sums, item, more);
+        if (i >= 2 * kComputing) first.fetch(block, w, item, now.step);
+        finish(block, w, now, planes, sums, item, first);
+        first = second;
     }
+}
+
+DEVICE void product(const Block& block, Ring& ring, const Tile& tile, const Moment& now) {
+    const Product& w = Block::work<Product>(tile);
+    const Exchange exchange(block, now);
+    if (block.thread == 0) exchange.expect(w.split > 1 ? Planes(block, w).bytes(w) : 0);
+    multiply_tile(block, ring, w, now, exchange);
+    finish_all(Block(block.launch, renewed(block.rank), renewed(block.thread)), w, now, exchange);
     exchange.release();
-    if (w.split == 1) sync_computing();  // the next tile's tokens come where the sums are
 }
 
 }  // namespace dit4dit::ode

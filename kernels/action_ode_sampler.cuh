@@ -32,7 +32,7 @@ DEVICE void write(const Block& block, const Product& w, const Item& item, int se
 DEVICE void start(const Block& block, const Product& w, int set) {
     const Launch& launch = block.launch;
     const int per_sample = block.tokens(), before = per_sample - launch.horizon;
-    for (int i = thread_index(); i < Item::count(block, w); i += kComputing) {
+    for (int i = block.thread; i < Item::count(block, w); i += kComputing) {
         const Item item(block, w, i);
         if (item.token >= w.tokens || w.row + item.row >= launch.padded_actions) continue;
         const int to = w.token + item.token, sample = to / per_sample, k = to - sample * per_sample - before;
@@ -78,7 +78,7 @@ DEVICE void euler(const Block& block, const Product& w, const Item& item, const 
         *item.own(block, w, e) = x[e];
         if (last) launch.out[at] = x[e];
     }
-    if (!last) write(block, w, item, now.next, pack_bf16(x[0], x[1]));
+    if (!last) write(block, w, item, now.next(), pack_bf16(x[0], x[1]));
     write(block, w, item, now.set, kEmpty);  // all have read this step's
 }
 

@@ -29,7 +29,7 @@ struct Moments {
 };
 
 // Lane i of a warp keeps the moments of the warp's i-th token: token warp + i * kWarps.
-DEVICE int token_of_lane() { return thread_index() / 32 + thread_index() % 32 * kWarps; }
+DEVICE int token_of_lane(const Block& block) { return block.warp + block.lane * kWarps; }
 
 DEVICE bool incomplete(const Quad& q) {
     return q.v[0] == kEmpty || q.v[1] == kEmpty || q.v[2] == kEmpty || q.v[3] == kEmpty;
@@ -39,8 +39,8 @@ DEVICE bool incomplete(const Quad& q) {
 template <int kTokens, int kPieces>
 class Window {
 public:
-    DEVICE Window(const Product& w, int column, int span, int first_token)
-        : w_(w), column_(column), span_(span), token_(first_token) {}
+    DEVICE Window(const Block& block, const Product& w, int column, int span, int first_token)
+        : w_(w), column_(column), span_(span), token_(first_token), lane_(block.lane) {}
 
     // Reads words until all are there.
     DEVICE void read(const Block& block, const Moment& now) {
@@ -49,17 +49,17 @@ public:
 #pragma unroll
         for (int t = 0; t < kTokens; ++t)
 #pragma unroll
-            for (int p = 0; p < kPieces; ++p) {
-                x_[t][p] = Quad{};
-                if (wanted(t, p)) x_[t][p] = load_words(source + word(t, p));
-            }
-        for (;;) {
+            for (int p = 0; p < kPieces; ++p)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) x_[t][p].v[i] = wanted(t, p) ? kEmpty : 0;
+#pragma unroll 1
+        for (;;) {  // a round asks for all that was not there in the round before
             int missing = kNone;
 #pragma unroll
             for (int t = 0; t < kTokens; ++t)
 #pragma unroll
                 for (int p = 0; p < kPieces; ++p)
-                    if (wanted(t, p) && incomplete(x_[t][p])) {
+                    if (incomplete(x_[t][p])) {
                         missing = word(t, p);
                         x_[t][p] = load_words(source + missing);
                     }
@@ -90,7 +90,7 @@ public:
     }
 
     // Adds the moments of token t's columns to those that the token's lane keeps.
-    DEVICE void measure(Moments& mine) const {
+    DEVICE void measure(const Block& block, Moments& mine) const {
         const int left = w_.columns - column_, here = left < span_ ? left : span_;
         const float count = static_cast<float>(here > 0 ? here : 0);
 #pragma unroll
@@ -110,21 +110,21 @@ public:
                         squares += a * a + b * b;
                     }
             squares = warp_sum(squares);
-            if (token(t) == token_of_lane()) mine.add(count, mean, squares);
+            if (token(t) == token_of_lane(block)) mine.add(count, mean, squares);
         }
     }
 
     int from_ = 0;  // staged column that `column` goes to
 
 private:
-    DEVICE static int offset(int piece) { return (piece * 32 + thread_index() % 32) * 8; }
+    DEVICE int offset(int piece) const { return (piece * 32 + lane_) * 8; }
     DEVICE int token(int t) const { return token_ + t * kWarps; }
     DEVICE bool inside(int p) const { return offset(p) < span_ && column_ + offset(p) < w_.columns; }
     DEVICE bool wanted(int t, int p) const { return token(t) < w_.tokens && inside(p); }
     DEVICE int word(int t, int p) const { return w_.source + token(t) * w_.source_stride + (column_ + offset(p)) / 2; }
 
     const Product& w_;
-    const int column_, span_, token_;
+    const int column_, span_, token_, lane_;
     Quad x_[kTokens][kPieces];
 };
 
@@ -133,13 +133,13 @@ DEVICE void stage(const Block& block, const Product& w, const Moment& now, const
                   Moments& moments) {
     constexpr int kTokens = 3, kPieces = 2, kColumns = kPieces * 32 * 8;
     const int begin = block.rank % w.split * w.slice + first;
-    for (int token = thread_index() / 32; token < w.tokens; token += kTokens * kWarps)
+    for (int token = block.warp; token < w.tokens; token += kTokens * kWarps)
         for (int at = 0; at < span; at += kColumns) {
-            Window<kTokens, kPieces> window(w, begin + at, span - at < kColumns ? span - at : kColumns, token);
+            Window<kTokens, kPieces> window(block, w, begin + at, span - at < kColumns ? span - at : kColumns, token);
             window.from_ = at;
             window.read(block, now);
             window.store(block, to, now);
-            if (w.norm != 0) window.measure(moments);
+            if (w.norm != 0) window.measure(block, moments);
         }
 }
 

@@ -18,6 +18,7 @@ constexpr int kMaxTokens = 72;
 constexpr int kMaxHeadDim = 64;
 constexpr int kMaxWidth = 2048;
 constexpr int kMaxWarpTiles = 2;
+constexpr int kMostBlocksOfTwo = 5;  // of eight tokens, with which a warp may have two row groups
 constexpr int kMaxRanks = 8;
 constexpr int kSets = 3;
 constexpr std::uint32_t kEmpty = 0xffffffffu;

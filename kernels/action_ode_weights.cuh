@@ -32,13 +32,12 @@ struct Panels {
 // -- the warp that fetches ---------------------------------------------------------------------------------------------------
 
 // No copy may land in the shared memory of a block that has ended; a launch that did not fail has read all panels.
-DEVICE void drain(const Block& block, const Ring& ring) {
+DEVICE void drain([[maybe_unused]] const Block& block, [[maybe_unused]] const Ring& ring) {
 #if DIT4DIT_BULK_COPIES
     if (!block.failed()) return;
     for (int s = 0; s < block.launch.slots; ++s)  // behind the ring's place is the lap before
         block.wait(&block.fixed.full[s], s < ring.slot ? ring.parity : ring.parity ^ 1, kNone, kWeights, s, true);
 #else
-    (void)ring;
     commit_copies();
     wait_copies<0>();
 #endif
@@ -51,7 +50,7 @@ DEVICE void fetch_panel(const Block& block, const Ring& ring, const std::uint8_t
     barrier_expect(full, bytes);
     bulk_copy_once(to, from, bytes, full);
 #else
-    for (int at = thread_index() % 32 * 16; at < bytes; at += 32 * 16) copy_async_once(to + at, from + at);
+    for (int at = block.lane * 16; at < bytes; at += 32 * 16) copy_async_once(to + at, from + at);
     arrive_on_copies(full);
 #endif
 }
@@ -68,7 +67,7 @@ DEVICE bool stop_fetching(const Block& block) {
 // Tiles `first` to `last` - 1, of all steps. One lane is enough for bulk copies.
 DEVICE void fetch_weights(const Block& block, int first, int last) {
     const Launch& launch = block.launch;
-    if (DIT4DIT_BULK_COPIES && thread_index() % 32 != 0) return;
+    if (DIT4DIT_BULK_COPIES && block.lane != 0) return;
     Ring ring;
     bool stop = false;
     for (int step = 0; step < launch.steps && !stop; ++step)
@@ -109,10 +108,12 @@ struct Fragments {
     // `at`: this lane's 16 bytes.
     DEVICE void load(const std::uint8_t* at, bool fp8) {
         const Quad first = *reinterpret_cast<const Quad*>(at);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[0][i] = first.v[i];
         if (!fp8) {
             const Quad second = *reinterpret_cast<const Quad*>(at + kWeightUnit);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[0][i] = first.v[i], a[1][i] = second.v[i];
+            for (int i = 0; i < 4; ++i) a[1][i] = second.v[i];
             return;
         }
 #pragma unroll
@@ -125,67 +126,74 @@ struct Fragments {
     }
 };
 
-// The steps of a product that one warp multiplies, through all panels. Counters run along: no division.
+// The steps of a product that one warp multiplies, through all panels. Counters run along: no division, and few registers.
 class Weights {
 public:
     DEVICE Weights(const Block& block, Ring& ring, const Product& w, int tile)
-        : block_(block), ring_(ring), panels_(w, block.launch.ranks), tile_(tile), parts_(w.parts),
-          sets_(kWarps / w.parts), fp8_(w.fp8 != 0) {
-        const int warp = thread_index() / 32;
-        part_ = warp / sets_;
-        first_ = warp % sets_;
-        count_ = first_ >= panels_.groups ? 0 : first_ + sets_ < panels_.groups ? 2 : 1;
-        begin_ = -panels_.panel_steps;
+        : block_(block), ring_(ring), tile_(tile), parts_(w.parts), panel_steps_(w.panel_steps), steps_(w.slice / kStepColumns) {
+        const Panels panels(w, block.launch.ranks);
+        const int sets = kWarps / w.parts, first = block.warp % sets;
+        part_ = block.warp / sets;
+        groups_ = first >= panels.groups ? 0 : first + sets < panels.groups ? 2 : 1;
+        unit_bytes_ = panels.unit_bytes;
+        group_bytes_ = sets * panels.unit_bytes;
+        stride_ = parts_ * panels.step_bytes();
+        origin_ = part_ * panels.step_bytes() + first * panels.unit_bytes + block.lane * 16;
     }
 
-    DEVICE const Panels& panels() const { return panels_; }
-    DEVICE int count() const { return count_; }  // row groups of this warp
-    DEVICE int group(int m) const { return first_ + m * sets_; }
-    DEVICE int part() const { return part_; }
-    DEVICE int step() const { return begin_ + within_; }  // of the slice: the one that `load` gave last
+    DEVICE int steps() const { return steps_; }
+    DEVICE int groups() const { return groups_; }  // of this warp
+    DEVICE int step() const { return step_; }      // of the slice: the one that `load` gave last
 
     // The next step of this warp before step `end`, which a panel ends at; false: there is none. All lanes of the warp call it.
-    DEVICE bool load(Fragments (&to)[kMaxWarpTiles], int end) {
-        within_ += parts_;
-        at_ += parts_ * panels_.step_bytes();
-        while (within_ >= length_) {
-            if (open_) leave();
-            if (begin_ + panels_.panel_steps >= end) return false;
-            open(begin_ + panels_.panel_steps);
+    template <int kTiles>
+    DEVICE bool load(Fragments (&to)[kTiles], int end) {
+        const bool more = advance(end);
+        if (!more) at_ = 0;  // anything, so that registers are never left as they were, which would keep them all through a launch
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+            to[m].load(block_.ring + at_ + m * group_bytes_, unit_bytes_ == kWeightUnit);
+        return more;
+    }
+
+    // All panels before step `end`, of which this warp multiplies nothing.
+    DEVICE void skip(int end) {
+        while (advance(end)) {
         }
-        if (count_ > 0) to[0].load(at_, fp8_);
-        if (count_ > 1) to[1].load(at_ + sets_ * panels_.unit_bytes, fp8_);
-        return true;
     }
 
 private:
-    DEVICE void open(int begin) {
-        begin_ = begin;
-        length_ = panels_.length(begin);
-        if (!block_.failed()) block_.wait(&block_.fixed.full[ring_.slot], ring_.parity, tile_, kWeights, ring_.slot);
+    DEVICE bool advance(int end) {
+        step_ += parts_;
+        at_ += stride_;
+        while (step_ >= panel_end_) {
+            if (open_) leave();
+            if (panel_end_ >= end) return false;
+            open();
+        }
+        return true;
+    }
+    DEVICE void open() {
+        block_.wait(&block_.fixed.full[ring_.slot], ring_.parity, tile_, kWeights, ring_.slot);
+        step_ = panel_end_ + part_;
+        panel_end_ = panel_end_ + panel_steps_ < steps_ ? panel_end_ + panel_steps_ : steps_;
+        at_ = ring_.slot * kSlotBytes + origin_;
         open_ = true;
-        within_ = part_;
-        at_ = block_.ring + ring_.slot * kSlotBytes + part_ * panels_.step_bytes() + first_ * panels_.unit_bytes +
-              thread_index() % 32 * 16;
     }
     // This warp has read what it needs of the panel.
     DEVICE void leave() {
         sync_warp();
-        if (thread_index() % 32 == 0 && !block_.failed()) barrier_arrive(&block_.fixed.empty[ring_.slot]);
+        if (block_.lane == 0 && !block_.failed()) barrier_arrive(&block_.fixed.empty[ring_.slot]);
         ring_.advance(block_.launch.slots);
         open_ = false;
-        within_ = length_ = 0;
     }
 
     const Block& block_;
     Ring& ring_;
-    const Panels panels_;
-    const int tile_, parts_, sets_;
-    const bool fp8_;
-    int part_, first_, count_;
-    int begin_, within_ = 0, length_ = 0;
+    const int tile_, parts_, panel_steps_, steps_;
+    int part_, groups_, unit_bytes_, group_bytes_, stride_, origin_;
+    int step_ = 0, panel_end_ = 0, at_ = 0;
     bool open_ = false;
-    const std::uint8_t* at_ = nullptr;
 };
 
 }  // namespace dit4dit::ode

@@ -7,7 +7,7 @@
 namespace dit4dit::ode {
 
 DEVICE void begin(const Block& block) {
-    if (thread_index() == 0) {
+    if (block.thread == 0) {
         const int ranks = block.launch.ranks;
         block.fixed.failed = 0;
         for (int s = 0; s < block.launch.slots; ++s) {
@@ -37,7 +37,7 @@ DEVICE void start_all(const Block& block, const Moment& now, int first, int last
 
 DEVICE void compute(const Block& block, int first, int last) {
     const Launch& launch = block.launch;
-    const int thread = thread_index();
+    const int thread = block.thread;
     Moment now(launch.progress[0]);
     Ring ring;
     start_all(block, now, first, last);
@@ -55,10 +55,11 @@ DEVICE void compute(const Block& block, int first, int last) {
             // a warp may still be at the tile before, whose record stays; the one before that is free
             slot = slot + 1 < 3 ? slot + 1 : 0;
             if (thread < kRecord) block.fixed.records[slot][thread] = next;
+            const Block here(launch, renewed(block.rank), renewed(block.thread));  // else 50 registers would hold what follows from it
             if (tile.opcode == kProduct)
-                product(block, ring, tile, now);
+                product(here, ring, tile, now);
             else
-                attend(block, tile, now);
+                attend(here, tile, now);
             ++now.count;
         }
     }
@@ -71,27 +72,28 @@ DEVICE void end(const Block& block) {
     if (launch.ranks > 1) sync_cluster();  // nobody reaches into the memory of a block that has ended
 #endif
     sync_block();
-    if (thread_index() == 0) block.fixed.last = fetch_add(&launch.progress[1]) == launch.teams * launch.ranks - 1;
+    if (block.thread == 0) block.fixed.last = fetch_add(&launch.progress[1]) == launch.teams * launch.ranks - 1;
     sync_block();
     if (!block.fixed.last) return;
     const bool failed = load_acquire(launch.status) != 0;
     if (failed) {
-        for (std::int64_t i = thread_index(); i < static_cast<std::int64_t>(kSets) * launch.set_words; i += kThreads)
+        for (std::int64_t i = block.thread; i < static_cast<std::int64_t>(kSets) * launch.set_words; i += kThreads)
             launch.words[i] = kEmpty;
-        for (int i = thread_index(); i < launch.batch * launch.horizon * launch.actions; i += kThreads)
+        for (int i = block.thread; i < launch.batch * launch.horizon * launch.actions; i += kThreads)
             launch.out[i] = as_float(0x7fc00000u);
     }
-    if (thread_index() == 0) {
+    if (block.thread == 0) {
         launch.progress[0] = failed ? 0 : (launch.progress[0] + launch.steps) % kSets;
         launch.progress[1] = 0;
     }
 }
 
 DEVICE void worker(const Launch& launch) {
-    const Block block(launch);
+    const int team = block_index() / launch.ranks;
+    const Block block(launch, block_index() - team * launch.ranks, thread_index());
     begin(block);
-    const int first = load_int(launch.first_tile + block.team), last = load_int(launch.first_tile + block.team + 1);
-    if (thread_index() < kComputing)
+    const int first = load_int(launch.first_tile + team), last = load_int(launch.first_tile + team + 1);
+    if (block.thread < kComputing)
         compute(block, first, last);
     else
         fetch_weights(block, first, last);

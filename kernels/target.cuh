@@ -38,6 +38,11 @@ struct alignas(16) Float4 {
 };
 
 DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same number, of which the compiler knows nothing: what follows from it is worked out again instead of kept in registers.
+DEVICE int renewed(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 DEVICE void sync_block() { __syncthreads(); }
 // Of the first 256 threads of a block; the others go on.

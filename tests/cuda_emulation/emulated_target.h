@@ -32,6 +32,7 @@ struct alignas(16) Float4 {
 };
 
 DEVICE int thread_index() { return machine->self().thread; }
+DEVICE int renewed(int x) { return x; }
 DEVICE int block_index() { return machine->self().block->index; }
 DEVICE std::uint8_t* shared_memory() { return machine->self().block->shared; }
 DEVICE std::uint32_t shared_address(const void* p) {

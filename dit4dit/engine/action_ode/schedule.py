@@ -35,7 +35,7 @@ WEIGHT_UNIT = 512
 SLOT_BYTES = 16384
 """Of one panel of weights in shared memory."""
 MAX_TOKENS = 72
-PADDED_TOKENS = (8, 16, 24, 32, 48, 64, 72)
+PADDED_TOKENS = (16, 24, 40, 56, 72)
 """Tokens of one product; the kernel has code of its own for each."""
 ATTEND_KEYS = 128
 """Keys that an attention tile has in shared memory at a time, at most."""
@@ -43,7 +43,7 @@ MAX_HEAD_DIM = 64
 MAX_WIDTH = 2048
 MAX_WARP_TILES = 2
 """Row groups of 16 that one warp may have of a product; with more than MOST_TOKENS_OF_TWO padded tokens it is one."""
-MOST_TOKENS_OF_TWO = 48
+MOST_TOKENS_OF_TWO = 40
 RANKS = (1, 2, 4, 8)
 SETS = 3
 EMPTY = -1
@@ -330,9 +330,9 @@ class Schedule:
         set_words: of one of the SETS sets. private_floats: memory that each block keeps for itself, of all blocks.
         constants: name -> (offset in floats, length); `constant_floats` of them.
         padded_tokens: tokens of one product, one of PADDED_TOKENS.
-        part: columns of activations that a rank stages at a time, a multiple of 32.
-        slots: panels of weights that shared memory holds. staging: bytes of staged activations (or keys and values, or the sums
-            of a product without exchange). inbox: bytes of sums from other ranks, twice; 0 with one rank.
+        part: columns of activations that a rank stages at a time, a multiple of 32; a slice is longer only with split 1.
+        slots: panels of weights that shared memory holds. staging: bytes of staged activations and behind them the sums of a
+            product with split 1; or of keys and values. inbox: bytes of sums from other ranks, twice; 0 with one rank.
     """
 
     shape: HeadShape
@@ -408,12 +408,12 @@ def attend_inbox(tokens: int, ranks: int, head_dim: int) -> int:
 
 
 def product_staging(padded_tokens: int, part: int, matrix: MatrixPlan) -> int:
-    """Staging of a product: so many columns of tokens, or afterwards, where a rank has all columns, the sums of its warps.
+    """Staging of a product: `part` columns of tokens, and behind them, where a rank has all columns, the sums of its warps.
 
     Columns lie in groups of 8, each 16 bytes a token, and 16 more so that neighbours start in another bank.
     """
     staged = part // 8 * (16 * padded_tokens + 16)
-    return max(staged, sums_bytes(padded_tokens, matrix)) if matrix.split == 1 else staged
+    return staged + (sums_bytes(padded_tokens, matrix) if matrix.split == 1 else 0)
 
 
 def sums_bytes(padded_tokens: int, matrix: MatrixPlan) -> int:
