@@ -165,18 +165,36 @@ def test_stages_of_a_step() -> None:
     assert len(schedule.tiles) < 84 * schedule.teams
 
 
-def test_samples_that_fit_into_one_product_share_it() -> None:
-    schedule = plan(released("robocasa_gr1", batch=4), H200)
-    assert schedule.padded_tokens == 72
-    assert {w.tokens for *_, w in products(schedule)} == {68}
-    schedule = plan(released("unitree_g1", batch=2), H200)
-    assert {(w.token, w.tokens) for *_, w in products(schedule)} == {(0, 51), (51, 51)}
-    # evenly: 2 + 2 rather than 3 + 1
-    schedule = plan(small("9 tokens, batch 4"), H200)
-    assert {w.tokens for *_, w in products(schedule)} == {36}
+def groups(schedule: Schedule) -> set[tuple[int, int]]:
+    return {(w.token, w.tokens) for *_, w in products(schedule)}
+
+
+def test_samples_share_products_evenly() -> None:
+    gr1 = released("robocasa_gr1", batch=4)
+    assert groups(plan(gr1, H200, group=4)) == {(0, 68)}
+    assert plan(gr1, H200, group=4).padded_tokens == 72
+    assert groups(plan(gr1, H200, group=2)) == {(0, 34), (34, 34)}
+    assert groups(plan(gr1, H200, group=1)) == {(17 * b, 17) for b in range(4)}
+    with pytest.raises(ConfigError, match=r"group: expected one of \[4, 2, 1\] here, got 3"):
+        plan(gr1, H200, group=3)
+    # three would fit, but two and two are even; of three samples the last is alone
     config = tiny(horizon=19)
-    schedule = plan(head_shape(config, batch=4, context=8, prefix=True, steps=1), H200)
-    assert {(w.token, w.tokens) for *_, w in products(schedule)} == {(0, 40), (40, 40)}
+    for batch in (3, 4):
+        shape = head_shape(config, batch=batch, context=8, prefix=True, steps=1)
+        last = 40 if batch == 4 else 20
+        if batch == 4:
+            with pytest.raises(ConfigError, match=r"group: expected one of \[2, 1\] here"):
+                plan(shape, H200, group=3)
+        assert groups(plan(shape, H200, group=2)) == {(0, 40), (40, last)}
+    assert groups(plan(released("unitree_g1", batch=2), H200)) == {(0, 51), (51, 51)}
+
+
+def test_weights_decide_how_many_samples_share_a_product() -> None:
+    gr1 = released("robocasa_gr1", batch=4)
+    assert groups(plan(gr1, H200)) == groups(plan(gr1, H200, group=1))
+    assert groups(plan(gr1, H200, Costs(memory=0.4, sm_stream=0.003))) == {(0, 68)}
+    least = head_us(plan(gr1, H200))["total"]
+    assert all(least <= head_us(plan(gr1, H200, group=group))["total"] for group in (1, 2, 4))
 
 
 def test_weights_of_the_blocks_alone_are_fp8() -> None:
@@ -315,7 +333,7 @@ def test_devices_without_what_was_asked_for() -> None:
     shape = small("9 tokens")
     with pytest.raises(ConfigError, match="multiprocessors: expected at least 1, got 0"):
         plan(shape, Device(0, 99 << 10, 80))
-    with pytest.raises(ConfigError, match=r"ranks: expected one of \[1\] on this device, got 2"):
+    with pytest.raises(ConfigError, match=r"ranks: expected one of \[1\] here, got 2"):
         plan(shape, DEVICES["a100"], ranks=2)
     # clusters need the architecture as well
     with pytest.raises(ConfigError, match=r"ranks: expected one of \[1\]"):

@@ -146,8 +146,9 @@ def check_matrices(schedule: Schedule, stages: Sequence[Stage]) -> None:
         bytes_of_step = m.step_units * WEIGHT_UNIT
         need(bytes_of_step <= SLOT_BYTES, what, f"steps of at most {SLOT_BYTES} bytes", bytes_of_step)
         need(m.offset >= 0, what, "an offset", m.offset)
-        columns = STEP_COLUMNS * min(m.steps, m.panel_steps)
-        need(schedule.part >= columns, f"part, of {what}", f"{columns}, a whole panel, or more", schedule.part)
+        whole = m.split > 1 or m.slice <= schedule.part  # else a part is whole panels
+        columns = m.slice if whole else STEP_COLUMNS * m.panel_steps
+        need(schedule.part >= columns, f"part, of {what}", f"{columns} or more", schedule.part)
         staging = product_staging(schedule.padded_tokens, schedule.part, m)
         need(staging <= schedule.staging, f"staging, of {what}", f"at least {staging}", schedule.staging)
         inbox = sums_bytes(schedule.padded_tokens, m) if m.split > 1 else 0

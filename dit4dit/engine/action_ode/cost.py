@@ -60,8 +60,12 @@ class Costs:
 
 
 def staged_columns(m: Product | MatrixPlan, part: int) -> int:
-    """Columns that the kernel stages at a time where there is room for `part`: whole panels; 0 if none fits."""
-    return m.slice if m.slice <= part else part // STEP_COLUMNS // m.panel_steps * m.panel_steps * STEP_COLUMNS
+    """Columns that the kernel stages at a time where there is room for `part`: all of a slice, without a split whole panels; 0 if
+    that does not fit.
+    """
+    if m.slice <= part:
+        return m.slice
+    return part // STEP_COLUMNS // m.panel_steps * m.panel_steps * STEP_COLUMNS if m.split == 1 else 0
 
 
 def product_us(
@@ -75,7 +79,7 @@ def product_us(
     # sums of tokens that there are, two at a time, and mean and squares
     received = (m.split - 1) * (m.parts * own_rows * (tokens + tokens % 2) * 4 + tokens * 8)
     exchange = costs.exchange + costs.inbox * received / 1024 if m.split > 1 else 0.0
-    syncs = 2 * -(-m.slice // staged_columns(m, part)) + 2 * (m.split == 1)
+    syncs = 2 * -(-m.slice // staged_columns(m, part))
     staging = costs.read * min(m.slice, m.columns) * tokens * 2 / 1024
     groups = m.tile_rows * m.split // ranks // 16
     whole, rest = divmod(m.slice // STEP_COLUMNS, m.panel_steps)
@@ -101,7 +105,7 @@ def attend_us(
     products = costs.step * rounds * 2 * 16 * per_warp * head_dim / _STEP_SIZE
     received = (active - active / ranks) * tokens * (head_dim / ranks * 4 + 8)
     exchange = costs.exchange + costs.inbox * received / 1024 if ranks > 1 else 0.0
-    return exchange + costs.sync * (2 * rounds + 2), reading + products + costs.epilogue
+    return exchange + costs.sync * (2 * rounds + 3), reading + products + costs.epilogue
 
 
 def tile_us(schedule: Schedule, work: Operands, costs: Costs | None = None) -> dict[str, float]:

@@ -10,6 +10,8 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
+from operator import le
 from typing import NamedTuple
 
 from dit4dit.engine.action_ode.cost import Costs, attend_us, product_us, staged_columns, weights_us
@@ -35,8 +37,6 @@ from dit4dit.errors import ConfigError
 
 LEAST_SLOTS, ENOUGH_SLOTS, MOST_SLOTS = 3, 6, 16
 """Of weights: the fewest, as many as activations leave room for if they can, and as many as the kernel has barriers for."""
-SMALL_PIECE = 256
-"""Columns for which there is room on every device, whatever the tokens."""
 STREAM = ("encode_out", "out", "mlp_out")
 """Matrices whose results are the residual stream: they have the same rows in the same teams."""
 
@@ -51,37 +51,54 @@ class Kind(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """One way to run a kind of matrix; times of a stage, on the team with most tiles, in microseconds."""
+    """One way to run a kind of matrix. All but `matrix` and `tiles` one would rather have less of."""
 
     matrix: MatrixPlan
-    tiles: int  # of that team
-    us: float  # everything but the barriers around parts of the activations
+    tiles: int  # of the team with most
+    us: float  # of a stage on that team, without the barriers around parts of the activations
+    units: int  # of weights that each rank of that team reads
+    all_units: int  # that all teams read
     inbox: int
     sums: int  # bytes of staging for sums, without exchange
+    columns: int  # that must be staged at a time
+    slice: int
+
+
+class Choice(NamedTuple):
+    """Cuts of all kinds; times of a step."""
+
+    chain_us: float
+    weights_us: float
+    part: int
+    cuts: dict[Kind, Cut]
+    search: _Search
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """What was chosen. `slices`: keys of one rank, of attention to the tokens themselves and to the features."""
+    """What was chosen. `group`: samples of one product. `slices`: keys of one rank, of attention to the tokens themselves and to
+    the features.
+    """
 
     ranks: int
     teams: int
+    group: int
+    padded_tokens: int
     matrices: dict[str, MatrixPlan]
     slices: tuple[int, int]
     part: int
     slots: int
     staging: int
     inbox: int
-    chain_us: float  # of a step
-    weights_us: float
 
 
-def groups_of(shape: HeadShape) -> list[range]:
-    """Samples whose tokens one product takes together: as many as it can, evenly."""
-    most = max(1, min(shape.batch, MAX_TOKENS // shape.tokens))
-    count = -(-shape.batch // most)
-    size = -(-shape.batch // count)
-    return [range(b, min(b + size, shape.batch)) for b in range(0, shape.batch, size)]
+def group_sizes(shape: HeadShape) -> list[int]:
+    """How many samples' tokens one product may take together, evenly: the last group may have fewer. Larger groups read
+    weights less often, smaller ones are more tiles to share out, of fewer tokens each.
+    """
+    most = min(shape.batch, MAX_TOKENS // shape.tokens)
+    counts = range(-(-shape.batch // most), shape.batch + 1)
+    return sorted({-(-shape.batch // count) for count in counts}, reverse=True)
 
 
 def kinds_of(shape: HeadShape) -> list[tuple[str, Kind]]:
@@ -102,32 +119,52 @@ def kinds_of(shape: HeadShape) -> list[tuple[str, Kind]]:
     ]
 
 
-def choose(shape: HeadShape, device: Device, costs: Costs, ranks: int | None = None) -> Cuts:
-    """The cuts with the least predicted time; of equal ones those with fewer ranks. ranks: only with so many.
+def choose(shape: HeadShape, device: Device, costs: Costs, ranks: int | None = None, group: int | None = None) -> Cuts:
+    """The cuts with the least predicted time; of equal ones those with fewer ranks and larger groups. ranks, group: only these.
 
     Raises:
-        ConfigError: the device has too little shared memory for any, or no teams of so many ranks.
+        ConfigError: the device has too little shared memory for any, or what is asked for is not possible.
     """
-    possible = [n for n in RANKS if device.teams(n) and shape.head_dim % (2 * n) == 0]
-    if ranks is not None:
-        if ranks not in possible:
-            raise ConfigError(f"action_ode: ranks: expected one of {possible} on this device, got {ranks}")
-        possible = [ranks]
-    found = _found(shape, device, costs, possible)
-    if not found:
+    all_ranks = [n for n in RANKS if device.teams(n) and shape.head_dim % (2 * n) == 0]
+    wanted = {"ranks": (ranks, all_ranks), "group": (group, group_sizes(shape))}
+    for name, (number, possible) in wanted.items():
+        if number is not None and number not in possible:
+            raise ConfigError(f"action_ode: {name}: expected one of {possible} here, got {number}")
+    choices = [possible if number is None else [number] for number, possible in wanted.values()]
+
+    def found(size: int) -> list[Choice]:
+        with_memory = replace(device, shared_memory=size)
+        return [choice for n, g in product(*choices) for choice in _Search(shape, with_memory, n, g, costs).found()]
+
+    every = found(device.shared_memory)
+    if not every:
         sizes = range(0, 1 << 20, 1024)
-        least = bisect_left(
-            sizes, True, key=lambda size: bool(_found(shape, replace(device, shared_memory=size), costs, possible))
-        )
+        least = sizes[bisect_left(sizes, True, key=lambda size: bool(found(size)))]
         raise ConfigError(
-            f"action_ode: shared_memory: expected at least {sizes[least]} bytes a block, got {device.shared_memory}; "
+            f"action_ode: shared_memory: expected at least {least} bytes a block, got {device.shared_memory}; "
             "use head='library'"
         )
-    return min(found, key=lambda cuts: max(cuts.chain_us, cuts.weights_us))
+    best = min(every, key=lambda choice: max(choice.chain_us, choice.weights_us))
+    return best.search.cuts_of(best)
 
 
-def _found(shape: HeadShape, device: Device, costs: Costs, ranks: list[int]) -> list[Cuts]:
-    return [cuts for n in ranks for cuts in _Search(shape, device, n, costs).found()]
+def _undominated(cuts: Iterator[Cut], apart: bool) -> list[Cut]:
+    """Without those to which another is no worse in anything. apart: among those with tiles of the same height."""
+    kept: list[Cut] = []
+    for cut in sorted(cuts, key=lambda cut: cut[2:]):
+        for other in kept:
+            if apart and other.matrix.tile_rows != cut.matrix.tile_rows:
+                continue
+            if all(map(le, other[2:], cut[2:])):
+                break
+        else:
+            kept.append(cut)
+    return kept
+
+
+def _limit(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _round(size: int) -> int:
@@ -135,19 +172,18 @@ def _round(size: int) -> int:
 
 
 class _Search:
-    """All cuts with so many ranks."""
+    """All cuts with so many ranks, and so many samples in a group."""
 
-    def __init__(self, shape: HeadShape, device: Device, ranks: int, costs: Costs) -> None:
-        self.shape, self.device, self.ranks, self.costs = shape, device, ranks, costs
+    def __init__(self, shape: HeadShape, device: Device, ranks: int, group: int, costs: Costs) -> None:
+        self.shape, self.device, self.ranks, self.group, self.costs = shape, device, ranks, group, costs
         self.teams = device.teams(ranks)
-        groups = groups_of(shape)
-        self.groups, self.tokens = len(groups), len(groups[0]) * shape.tokens
+        self.groups, self.tokens = -(-shape.batch // group), group * shape.tokens
         self.padded = next(n for n in PADDED_TOKENS if n >= self.tokens)
         self.named = kinds_of(shape)
         self.count: dict[Kind, int] = defaultdict(int)
         for _, kind in self.named:
             self.count[kind] += 1
-        self.candidates = {kind: list(self._cuts(kind)) for kind in self.count}
+        self.candidates = {kind: _undominated(self._cuts(kind), kind.name in STREAM) for kind in self.count}
         self.slices, self.attend_us = self._attention()
         pairs = zip((shape.tokens, shape.context), self.slices, strict=True)
         self.attend_staging = max(attend_bytes(shape.tokens, size, shape.head_dim) for _, size in pairs)
@@ -160,20 +196,14 @@ class _Search:
         return -(-(-(-rows // tile_rows) * self.groups) // self.teams)
 
     def _cuts(self, kind: Kind) -> Iterator[Cut]:
-        """Every cut of a kind, but taller tiles where lower ones need no more rounds and are staged in small pieces already."""
         for split in (n for n in RANKS if n <= self.ranks):
             unit = 16 * self.ranks // split
-            before, columns = 0, kind.columns
             for groups in range(1, warp_tiles(self.padded) * WARPS + 1):
                 tile_rows = groups * unit
                 # the last tile must have rows for each part: a rank shows by its words that it has read its own
                 if -kind.rows % tile_rows >= groups * 16:
                     continue
                 rounds = self._rounds(kind.rows, tile_rows)
-                if rounds == before and columns <= SMALL_PIECE and kind.name not in STREAM:
-                    continue
-                before, m = rounds, MatrixPlan(*kind[:3], self.ranks, tile_rows, split, 1, kind.fp8, 0)
-                columns = min(m.slice, m.panel_steps * STEP_COLUMNS)
                 for parts in (1, 2, 4, 8):
                     if groups <= warp_tiles(self.padded) * (WARPS // parts):
                         yield self._cut(kind, tile_rows, split, parts, rounds)
@@ -184,7 +214,10 @@ class _Search:
         m = MatrixPlan(kind.name, kind.rows, kind.columns, self.ranks, tile_rows, split, parts, kind.fp8, 0)
         us = self.costs.hop + rounds * sum(product_us(m, self.ranks, self.tokens, self.padded, m.slice, self.costs))
         sums = sums_bytes(self.padded, m)
-        return Cut(m, rounds, us, _round(sums) if split > 1 else 0, sums if split == 1 else 0)
+        units, all_units, slice_ = rounds * m.rank_units, self.groups * m.units, m.slice
+        if split > 1:
+            return Cut(m, rounds, us, units, all_units, _round(sums), 0, slice_, slice_)
+        return Cut(m, rounds, us, units, all_units, 0, sums, min(slice_, m.panel_steps * STEP_COLUMNS), slice_)
 
     def _attention(self) -> tuple[tuple[int, int], float]:
         """(keys of one rank of both kinds of attention, microseconds of a step)."""
@@ -203,36 +236,40 @@ class _Search:
 
     # -- choice --------------------------------------------------------------------------------------------------------
 
-    def found(self) -> Iterator[Cuts]:
-        """The best for each limit on the inbox, for the chain of stages alone and with weights taken into account."""
-        inboxes = {cut.inbox for cuts in self.candidates.values() for cut in cuts}
-        limits = {max(self.attend_inbox, 1 << (size - 1).bit_length() if size else 0) for size in inboxes}
-        for inbox in sorted(limits):
+    def found(self) -> Iterator[Choice]:
+        """The best for each limit on the inbox and on sums in staging, first for the chain of stages alone; where weights take
+        longer, with their time counted too.
+        """
+        every = [cut for cuts in self.candidates.values() for cut in cuts]
+        inboxes = sorted({max(self.attend_inbox, _limit(cut.inbox)) for cut in every})
+        for inbox, sums in product(inboxes, sorted({_limit(cut.sums) for cut in every})):
             for slots in range(ENOUGH_SLOTS, LEAST_SLOTS - 1, -1):
                 staging = self.device.shared_memory - FIXED_SHARED - slots * SLOT_BYTES - 2 * _round(inbox)
-                best = self._choose(inbox, staging, 0.0)
+                best = self._choose(inbox, sums, staging, 0.0)
                 if best is None:
                     continue
                 yield best
                 if best.weights_us > best.chain_us:
-                    yield from filter(None, (self._choose(inbox, staging, weight) for weight in (0.3, 1.0)))
+                    yield from filter(None, (self._choose(inbox, sums, staging, weight) for weight in (0.3, 1.0)))
                 break
 
-    def _choose(self, inbox: int, staging: int, weight: float) -> Cuts | None:
-        """The best with such an inbox and so much staging; weight: of the time of weights, which the chain may hide."""
-        part = staging // (16 * self.padded + 16) * 8 // STEP_COLUMNS * STEP_COLUMNS
+    def _choose(self, inbox: int, sums: int, staging: int, weight: float) -> Choice | None:
+        """The best with such an inbox, and staging in which `sums` are for sums; weight: of the time of weights, which the chain
+        may hide.
+        """
+        part = (staging - sums) // (16 * self.padded + 16) * 8 // STEP_COLUMNS * STEP_COLUMNS
         if part < STEP_COLUMNS or self.attend_staging > staging:
             return None
         rate = max(1 / self.costs.sm_stream, self.teams * self.ranks / self.costs.memory) * 1e-6 * WEIGHT_UNIT
 
         def price(cut: Cut) -> float:
-            return self._us(cut, part) + weight * rate * cut.tiles * cut.matrix.rank_units
+            return self._us(cut, part) + weight * rate * cut.units
 
         stream: dict[int, dict[Kind, Cut]] = defaultdict(dict)
         chosen: dict[Kind, Cut] = {}
         for kind, cuts in self.candidates.items():
             fitting = sorted(
-                (c for c in cuts if c.inbox <= inbox and c.sums <= staging and staged_columns(c.matrix, part)),
+                (cut for cut in cuts if cut.inbox <= inbox and cut.sums <= sums and cut.columns <= part),
                 key=price,
             )
             if not fitting:
@@ -250,19 +287,23 @@ class _Search:
 
         cheapest = min(shared, key=all_of)
         chosen |= cheapest
-        return self._cuts_of(chosen, min(part, max(cut.matrix.slice for cut in chosen.values())))
+        chain = self.attend_us + sum(self.count[kind] * self._us(cut, part) for kind, cut in chosen.items())
+        most = sum(self.count[kind] * cut.units for kind, cut in chosen.items())
+        total = sum(self.count[kind] * cut.all_units for kind, cut in chosen.items())
+        weights = weights_us(total * WEIGHT_UNIT, most * WEIGHT_UNIT, self.costs)
+        return Choice(chain, weights, min(part, max(cut.slice for cut in chosen.values())), chosen, self)
 
     def _us(self, cut: Cut, part: int) -> float:
         """Of a stage, with barriers around each part of the activations but the first, which `cut.us` has."""
-        times = -(-cut.matrix.slice // staged_columns(cut.matrix, part))
+        if cut.slice <= part:
+            return cut.us
+        times = -(-cut.slice // staged_columns(cut.matrix, part))
         return cut.us + cut.tiles * self.costs.sync * 2 * (times - 1)
 
-    def _cuts_of(self, chosen: dict[Kind, Cut], part: int) -> Cuts:
-        chain = self.attend_us + sum(self.count[kind] * self._us(cut, part) for kind, cut in chosen.items())
-        most = sum(self.count[kind] * cut.tiles * cut.matrix.rank_units for kind, cut in chosen.items())
-        total = sum(self.count[kind] * self.groups * cut.matrix.units for kind, cut in chosen.items())
-        weights = weights_us(total * WEIGHT_UNIT, most * WEIGHT_UNIT, self.costs)
-        staging = max(product_staging(self.padded, part, cut.matrix) for cut in chosen.values())
+    def cuts_of(self, choice: Choice) -> Cuts:
+        """With a place in the weights for each matrix, and shared memory: what activations leave is for weights."""
+        chosen = choice.cuts
+        staging = max(product_staging(self.padded, choice.part, cut.matrix) for cut in chosen.values())
         staging = _round(max(staging, self.attend_staging))
         inbox = _round(max(self.attend_inbox, *(cut.inbox for cut in chosen.values())))
         matrices, offset = {}, 0
@@ -272,12 +313,12 @@ class _Search:
         return Cuts(
             ranks=self.ranks,
             teams=self.teams,
+            group=self.group,
+            padded_tokens=self.padded,
             matrices=matrices,
             slices=self.slices,
-            part=part,
+            part=choice.part,
             slots=min(MOST_SLOTS, (self.device.shared_memory - FIXED_SHARED - staging - 2 * inbox) // SLOT_BYTES),
             staging=staging,
             inbox=inbox,
-            chain_us=chain,
-            weights_us=weights,
         )

@@ -15,7 +15,7 @@ import numpy as np
 
 from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode.cost import Costs
-from dit4dit.engine.action_ode.cuts import Cuts, choose, groups_of
+from dit4dit.engine.action_ode.cuts import Cuts, choose
 from dit4dit.engine.action_ode.schedule import (
     MAX_HEAD_DIM,
     MAX_WIDTH,
@@ -100,20 +100,27 @@ def check(shape: HeadShape) -> None:
         refuse("blocks", "at least 1", 0)
 
 
-def plan(shape: HeadShape, device: Device, costs: Costs | None = None, *, ranks: int | None = None) -> Schedule:
+def plan(
+    shape: HeadShape,
+    device: Device,
+    costs: Costs | None = None,
+    *,
+    ranks: int | None = None,
+    group: int | None = None,
+) -> Schedule:
     """The schedule of `shape` on `device` with the least predicted time, the same for the same arguments.
 
     Args:
         costs: of the GPU, by which times are predicted; an H200's if None.
-        ranks: blocks of a team; None: what is predicted to take least.
+        ranks: blocks of a team. group: samples whose tokens one product takes. None: what is predicted to take least.
 
     Raises:
-        ConfigError: the shape has no tiles, the device too little shared memory or no teams of so many ranks.
+        ConfigError: the shape has no tiles, the device too little shared memory, or what is asked for is not possible.
     """
     check(shape)
     if device.multiprocessors < 1:
         raise ConfigError(f"action_ode: multiprocessors: expected at least 1, got {device.multiprocessors}")
-    return _Planner(shape, device, choose(shape, device, costs or Costs(), ranks)).schedule()
+    return _Planner(shape, device, choose(shape, device, costs or Costs(), ranks, group)).schedule()
 
 
 class _Planner:
@@ -121,8 +128,9 @@ class _Planner:
 
     def __init__(self, shape: HeadShape, device: Device, cuts: Cuts) -> None:
         self.shape, self.device, self.cuts = shape, device, cuts
-        self.groups = groups_of(shape)
-        self.padded = next(n for n in PADDED_TOKENS if n >= len(self.groups[0]) * shape.tokens)
+        self.padded = cuts.padded_tokens
+        firsts = range(0, shape.batch, cuts.group)
+        self.groups = [range(first, min(first + cuts.group, shape.batch)) for first in firsts]
         self.buffers: dict[str, Buffer] = {}
         self.set_words = 0
         self.constants: dict[str, tuple[int, int]] = {}

@@ -63,6 +63,8 @@ from dit4dit.engine.action_ode.schedule import (
     float_bits,
 )
 
+__all__ = ["ScheduleError", "validate"]
+
 Integers = NDArray[np.int64]
 
 
@@ -171,7 +173,7 @@ class _Tiles:
         }
         for name in ("sums", "bias", "scale"):
             moved[name] = np.where(base[name] == NONE, NONE, base[name] + row)
-        for name, wanted in (base | moved).items():
+        for name, wanted in {**moved, **{name: base[name] for name in base.keys() - moved.keys()}}.items():
             p.compare(name, wanted, " by its weight")
         self._check_once(p, np.stack([stage, self.group[p.tiles], tile]), self._wanted_products())
         # EULER writes up to the padded actions
