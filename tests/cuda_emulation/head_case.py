@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dit4dit import ops
 from dit4dit.config import HeadConfig
-from dit4dit.engine.action_ode import Device, Schedule, head_shape
+from dit4dit.engine.action_ode import Device, HeadShape, Schedule, head_shape, plan
+from dit4dit.engine.action_ode.cost import Costs
 from dit4dit.engine.action_ode.twin import Twin
 from dit4dit.engine.action_ode.weights import pack
 from dit4dit.engine.fold import fold_head
@@ -21,8 +22,10 @@ from dit4dit.ops.action_ode import loop
 SMALL = Device(7, 99 << 10, 80)
 A100 = Device(108, 163 << 10, 80)
 H200 = Device(132, 227 << 10, 90, (66, 30, 15))
-DEVICES = {"copies": Device(13, 99 << 10, 80), "bulk": Device(12, 227 << 10, 90, (6, 3, 1))}
+DEVICES = {"copies": Device(13, 99 << 10, 80), "bulk": Device(16, 227 << 10, 90, (8, 3, 2))}
 """Small devices for the emulation, by its variants."""
+DEAR = Costs(read=0.5, inbox=0.0)
+"""Prices by which the planner cuts the columns of small heads as it does those of large ones."""
 
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8 tokens, no state": (dict(num_layers=1), dict(prefix=False, context=33)),
@@ -39,9 +42,22 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(num_layers=1, num_heads=8, head_dim=48, action_horizon=50),
         dict(batch=1, steps=1),
     ),
-    "no state": (dict(num_layers=2, action_dim=1), dict(batch=2, prefix=False)),
+    "no state": (dict(num_layers=2, action_dim=1), dict(batch=2, prefix=False, context=150)),
 }
 """Heads and requests that reach every path of the kernel, each of PADDED_TOKENS: changes of `tiny`, arguments of `Case`."""
+
+TEAMS = {
+    "8 tokens, no state": 4,
+    "9 tokens": 8,
+    "9 tokens, batch 3": 2,
+    "9 tokens, batch 4": 4,
+    "17 tokens, heads of 48": 8,
+    "17 tokens, batch 4": 2,
+    "51 tokens": 4,
+    "51 tokens, norms in parts": 2,
+    "no state": 1,
+}
+"""Blocks of a team for each of SIZES, where the device has clusters."""
 
 TINY: dict[str, Any] = dict(
     num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
@@ -97,6 +113,11 @@ class Case:
     def error(self, got: Tensor, want: Tensor) -> float:
         """Relative to what the head did, not to the noise that is in both."""
         return ((got - want).abs().max() / (want - self.noise).abs().max()).item()
+
+
+def planned(size: str, shape: HeadShape, device: Device) -> Schedule:
+    """The schedule of one of SIZES; with all of them teams of every size take part, and every way of cutting."""
+    return plan(shape, device, DEAR, ranks=TEAMS[size] if device.clusters else 1)
 
 
 def tiny(horizon: int = 8, **change: Any) -> HeadConfig:

@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from head_case import A100, H200, SIZES, SMALL, Case, tiny
+from head_case import A100, DEAR, DEVICES, H200, SIZES, SMALL, Case, planned, tiny
 from torch import Tensor
 
 from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode import Device, Schedule, plan
+from dit4dit.engine.action_ode.cost import Costs
 from dit4dit.engine.action_ode.schedule import (
+    ATTEND_KEYS,
     EMPTY,
     NONE,
     PADDED_TOKENS,
     RANKS,
     SETS,
+    Attend,
     Epilogue,
     MatrixPlan,
     Opcode,
@@ -30,14 +33,13 @@ from dit4dit.engine.action_ode.twin import Area, Twin, Words
 from dit4dit.engine.action_ode.validate import validate
 from dit4dit.engine.action_ode.weights import FP8, from_layout, pack, pack_constants, row_scale, to_layout
 from dit4dit.model.flow import GuidanceTensors, prefix_weights
-from dit4dit.ops.action_ode import reference
 
 CLUSTERS = Device(64, 227 << 10, 90, (28, 12, 5))
 """Small, with teams of every size."""
 
 
-def sound(case: Case, device: Device, ranks: int | None = None) -> Schedule:
-    schedule = plan(case.shape, device, ranks=ranks)
+def sound(case: Case, device: Device, ranks: int | None = None, costs: Costs = DEAR) -> Schedule:
+    schedule = plan(case.shape, device, costs, ranks=ranks)
     validate(schedule)
     return schedule
 
@@ -54,19 +56,41 @@ def test_the_twin_is_the_head(horizon: int, batch: int, steps: int) -> None:
         assert case.error(got, case.want()) < 1e-5
 
 
+@pytest.mark.parametrize("costs", [Costs(), DEAR], ids=["usual", "dear"])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("size", SIZES)
-def test_teams_of_every_size(size: str, ranks: int) -> None:
+def test_teams_of_every_size(size: str, ranks: int, costs: Costs) -> None:
     config, request = SIZES[size]
     case = Case(tiny(**config), **request)
-    schedule = sound(case, CLUSTERS, ranks)
+    schedule = sound(case, CLUSTERS, ranks, costs)
     assert (schedule.ranks, schedule.teams) == (ranks, CLUSTERS.teams(ranks))
     assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
 
 
-def test_the_sizes_reach_all_padded_tokens() -> None:
-    found = {plan(Case(tiny(**config), **request).shape, SMALL).padded_tokens for config, request in SIZES.values()}
-    assert found == {*PADDED_TOKENS}
+def test_the_sizes_reach_every_way_of_cutting() -> None:
+    schedules = {
+        name: [
+            planned(size, Case(tiny(**config), **request).shape, device) for size, (config, request) in SIZES.items()
+        ]
+        for name, device in DEVICES.items()
+    }
+    for name, found in schedules.items():
+        matrices = [matrix for schedule in found for matrix in schedule.matrices.values()]
+        assert {schedule.padded_tokens for schedule in found} == {*PADDED_TOKENS}
+        ranks = RANKS if name == "bulk" else (1,)
+        assert {matrix.ranks for matrix in matrices} == {*ranks}
+        assert {matrix.split for matrix in matrices} == {*ranks}
+        assert {matrix.parts for matrix in matrices} >= {1, 2, 4}
+        assert any(1 < matrix.split < matrix.ranks for matrix in matrices) == (name == "bulk")
+        assert any(schedule.part < schedule.shape.width for schedule in found), "a norm in several parts"
+        works = [tile.work for schedule in found for tile in schedule.decoded]
+        products = [work for work in works if isinstance(work, Product)]
+        assert {work.epilogue for work in products} == {*Epilogue}
+        assert any(work.token for work in products)
+        assert any(work.rows < work.tile_rows for work in products)
+        heads = [work for work in works if isinstance(work, Attend)]
+        assert any(work.keys > work.slice for work in heads) == (name == "bulk")
+        assert any(work.slice > ATTEND_KEYS for work in heads)
 
 
 @pytest.mark.parametrize(
@@ -241,9 +265,7 @@ def test_a_word_that_is_written_twice_is_an_error() -> None:
     ],
 )
 @pytest.mark.parametrize("steps", [2, 4])
-def test_a_wrong_set_is_an_error(
-    own: bool, message: str, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_set_is_an_error(own: bool, message: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words are made EMPTY in the step's own set, or not at all: seen in one launch, or in the next."""
     clear = Words.clear
 
@@ -255,9 +277,14 @@ def test_a_wrong_set_is_an_error(
     case = Case(tiny(), steps=steps)
     schedule = plan(case.shape, SMALL)
     first = case.twin(schedule)
+    again = case.twin(schedule, words=first.words)
+
+    def run() -> None:
+        first.run()
+        again.run()
+
     with pytest.raises(RuntimeError, match=message):
-        for _ in range(2):
-            case.twin(schedule, words=first.words).run()
+        run()
 
 
 WRONG = {
@@ -278,7 +305,7 @@ WRONG = {
 def test_a_wrong_record_shows(change: str) -> None:
     """The comparison with the model sees one tile of many that is wrong."""
     case = Case(tiny(), steps=2)
-    schedule = plan(case.shape, CLUSTERS, ranks=4)
+    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=4)
     i = products(schedule, "1.project")[0]
     work = schedule.decoded[i].work
     assert isinstance(work, Product)
@@ -289,7 +316,7 @@ def test_a_wrong_record_shows(change: str) -> None:
 def test_a_slice_that_a_rank_does_not_have_shows() -> None:
     """Of two ranks that share K the second takes the first's columns."""
     case = Case(tiny())
-    schedule = plan(case.shape, CLUSTERS, ranks=8)
+    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=8)
     name = next(name for name, m in schedule.matrices.items() if m.columns > m.slice)
     packed = pack(case.folded, schedule, torch.float32)
     packed.matrices[name][0, 1] = packed.matrices[name][0, 0]
@@ -338,7 +365,7 @@ def test_matrices_follow_each_other_in_the_weights() -> None:
     """A tile's numbers lead to its rows, whatever lies before it."""
     case = Case(tiny(), context=150)
     case.shape = replace(case.shape, fp8=True)
-    schedule = plan(case.shape, CLUSTERS, ranks=4)
+    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=4)
     packed = pack(case.folded, schedule)
     data = packed.bytes()
     assert data.numel() == schedule.weight_bytes
@@ -368,7 +395,7 @@ def test_what_a_norm_leaves_is_of_the_weights_as_they_are_kept(fp8: bool) -> Non
     """A row that is all mean comes out as the bias, to float32, although its weights are rounded."""
     case = Case(tiny(), steps=4)
     case.shape = replace(case.shape, fp8=fp8)
-    schedule = plan(case.shape, CLUSTERS, ranks=2)
+    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=2)
     constants = pack_constants(case.folded, schedule)
     for step, name in ((3, "0.project"), (0, "1.mlp_in"), (2, "decode_in")):
         w = schedule.decoded[products(schedule, name)[0]].work
@@ -392,7 +419,7 @@ def test_what_a_norm_leaves_is_of_the_weights_as_they_are_kept(fp8: bool) -> Non
 
 def test_padded_rows_read_zeros() -> None:
     case = Case(tiny(), steps=2)
-    schedule = plan(case.shape, CLUSTERS, ranks=8)
+    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=8)
     constants = pack_constants(case.folded, schedule)
     for name in ("decode_out", "0.mlp_in", "decode_in"):
         for i in products(schedule, name):
@@ -408,7 +435,7 @@ def test_padded_rows_read_zeros() -> None:
 
 def test_bytes_of_a_matrix_are_the_plans() -> None:
     case = Case(tiny())
-    schedule = plan(case.shape, CLUSTERS, ranks=4)
+    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=4)
     packed = pack(case.folded, schedule)
     offsets = [m.offset for m in schedule.matrices.values()] + [schedule.weight_bytes // 512]
     for (name, matrix), (begin, end) in zip(packed.matrices.items(), pairwise(offsets), strict=True):

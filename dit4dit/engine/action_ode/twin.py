@@ -82,7 +82,7 @@ class Words:
         """[tokens, columns]."""
         if self.missing(area, step) is not None:
             raise RuntimeError(f"action_ode: {area}: expected words of step {step}, got EMPTY")
-        return self._of(self.values[step % SETS], area).flatten(1)
+        return self._of(self.values[step % SETS], area)
 
     def write(self, area: Area, step: int, values: Tensor) -> None:
         """values [tokens, columns] for step `step`.
@@ -93,7 +93,7 @@ class Words:
         if (steps != EMPTY).any():
             raise RuntimeError(f"action_ode: {area}: overwrites a word of step {int(steps.max())} in step {step}")
         steps.fill_(step)
-        self._of(self.values[step % SETS], area).flatten(1).copy_(values)
+        self._of(self.values[step % SETS], area).copy_(values)
 
     def clear(self, area: Area, step: int) -> None:
         """Make words EMPTY that will be of step `step`.
@@ -109,13 +109,11 @@ class Words:
 
     @staticmethod
     def _of(table: Tensor, area: Area) -> Tensor:
-        """The area of one set: [tokens, words, ...], a view."""
-        size, stride = (area.tokens, area.words), (area.stride, 1)
-        if table.dim() > 1:
-            size, stride = (*size, 2), (2 * area.stride, 2, 1)
+        """The area of one set of `step` or `values`: [tokens, words or columns], a view."""
+        each = table[0].numel()
         last = area.first + (area.tokens - 1) * area.stride + area.words
-        assert 0 <= area.first and last <= len(table), area
-        return table[area.first :].as_strided(size, stride)
+        assert 0 <= area.first < last <= len(table), area
+        return table[area.first :].as_strided((area.tokens, area.words * each), (area.stride * each, 1))
 
 
 class Twin:
@@ -161,6 +159,7 @@ class Twin:
         Raises:
             RuntimeError: teams wait for each other, or a word is not of the step that it should be of.
         """
+        self.first = self.words.done
         for step, work in self._order(generator):
             if self.tiles_run == stop_after:
                 return self.out
@@ -326,7 +325,7 @@ class Twin:
     def _private(self, w: Product) -> Tensor:
         """[tokens, rows], a view."""
         last = w.stream + (w.rows - 1) * self.schedule.padded_tokens + w.tokens
-        assert 0 <= w.stream and last <= len(self.private), w
+        assert 0 <= w.stream < last <= len(self.private), w
         return self.private[w.stream :].as_strided((w.tokens, w.rows), (1, self.schedule.padded_tokens))
 
     def _write(self, w: Operands, step: int, y: Tensor) -> None:
@@ -368,8 +367,10 @@ def statistics(x: Tensor, w: Product) -> tuple[Tensor, Tensor]:
         part = x[:, begin : begin + w.slice]
         more, its_mean = part.shape[1], part.mean(1, keepdim=True)
         difference = its_mean - mean
-        squares = squares + (part - its_mean).square().sum(1, keepdim=True) + difference.square() * (
-            count * more / (count + more)
+        squares = (
+            squares
+            + (part - its_mean).square().sum(1, keepdim=True)
+            + difference.square() * (count * more / (count + more))
         )
         mean = mean + difference * (more / (count + more))
         count += more

@@ -35,7 +35,9 @@ def to_layout(weight: Tensor, matrix: MatrixPlan) -> Tensor:
     blocks = padded.reshape(m.row_tiles, m.ranks // m.split, m.groups, 16, m.split, m.steps, STEP_COLUMNS)
     blocks = blocks.permute(0, 1, 4, 5, 2, 3, 6)  # row tile, row part, slice, step, row group, 16 rows, 32 columns
     order = _FP8_ORDER if m.fp8 else _BF16_ORDER
-    lanes = blocks.reshape(m.row_tiles, m.ranks, m.steps, m.groups, *_EXTENTS).permute(0, 1, 2, 3, *(4 + d for d in order))
+    lanes = blocks.reshape(m.row_tiles, m.ranks, m.steps, m.groups, *_EXTENTS).permute(
+        0, 1, 2, 3, *(4 + d for d in order)
+    )
     return lanes.reshape(m.row_tiles, m.ranks, m.steps, m.groups, BLOCK)
 
 
