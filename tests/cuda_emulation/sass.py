@@ -10,7 +10,13 @@ LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 TARGET = re.compile(r"(?:0x([0-9a-f]+)|`\((\.L_x_\d+)\))$")
 REGISTER = re.compile(r"\bR(\d+)\b")
-ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")  # nothing comes behind, or nobody knows what: the targets of BRX are in a table
+ENDS = (
+    "EXIT",
+    "RET",
+    "BRX",
+    "JMX",
+    "KILL",
+)  # nothing comes behind, or nobody knows what: the targets of BRX are in a table
 
 
 @dataclass(frozen=True)

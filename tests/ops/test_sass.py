@@ -66,7 +66,9 @@ def test_calls_come_back_and_conditions_fall_through() -> None:
 
 
 def test_labels_are_as_good_as_addresses() -> None:
-    text = ".L_x_1:\n        /*0000*/  @P0 LDS R1, [R2] ;\n        /*0010*/  @P1 BRA `(.L_x_1) ;\n        /*0020*/  EXIT ;"
+    text = (
+        ".L_x_1:\n        /*0000*/  @P0 LDS R1, [R2] ;\n        /*0010*/  @P1 BRA `(.L_x_1) ;\n        /*0020*/  EXIT ;"
+    )
     first, jump, _ = instructions(text)
     assert (first.predicate, first.name, first.operands, jump.target) == ("@P0", "LDS", "R1, [R2]", 0)
     assert [len(loop) for loop in loops([first, jump])] == [2]
