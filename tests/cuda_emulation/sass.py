@@ -10,7 +10,13 @@ LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 TARGET = re.compile(r"(?:0x([0-9a-f]+)|`\((\.L_x_\d+)\))$")
 REGISTER = re.compile(r"\bR(\d+)\b")
-ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")  # nothing comes behind, or nobody knows what: the targets of BRX are in a table
+ENDS = (
+    "EXIT",
+    "RET",
+    "BRX",
+    "JMX",
+    "KILL",
+)  # nothing comes behind, or nobody knows what: the targets of BRX are in a table
 
 
 @dataclass(frozen=True)
@@ -161,9 +167,11 @@ def _graph(code: Sequence[Instruction]) -> tuple[list[list[Instruction]], dict[i
         if not always and b + 1 < len(blocks):
             after.append(b + 1)
         following[b] = after
+    named = {after for all_after in following.values() for after in all_after}
     following[-1] = []
     reached: set[int] = set()
-    for b in range(len(blocks)):  # the first one, and where nothing else leads: a case of BRX, a function
+    # the first one; then what no jump names, a case of BRX or a function; last what only a loop of its own leads to
+    for b in sorted(range(len(blocks)), key=lambda b: (b > 0, b in named, b)):
         if b not in reached:
             following[-1].append(b)
         todo = [b]

@@ -52,6 +52,13 @@ def test_cases_of_a_switch_are_reached_though_nothing_names_them() -> None:
     assert [[i.address // 16 for i in loop] for loop in loops(instructions(code(text)))] == [[1, 2], [4, 5]]
 
 
+def test_a_case_begins_where_no_jump_goes() -> None:
+    """Its loop comes before it in the code; the place that jumps go to in there is not where the case begins."""
+    text = "BRX R16 -0x10\nMOV R1, R2\nIADD3 R1, R1, R2, RZ\n@!P1 BRA 0x10\nEXIT\nMOV R3, R4\nBRA 0x20"
+    (loop,) = loops(instructions(code(text)))
+    assert [i.address // 16 for i in loop] == [1, 2, 3]
+
+
 def test_calls_come_back_and_conditions_fall_through() -> None:
     """Of `BRA P1, 0x0` and `BRA.DIV UR4, 0x0` the condition is an operand."""
     text = "MOV R1, R2\nCALL.REL.NOINC 0x60\n@P0 EXIT\nBRA P1, 0x0\nBRA.DIV UR4, 0x0\nEXIT\nRET.REL.NODEC R2 0x0"
@@ -59,7 +66,9 @@ def test_calls_come_back_and_conditions_fall_through() -> None:
 
 
 def test_labels_are_as_good_as_addresses() -> None:
-    text = ".L_x_1:\n        /*0000*/  @P0 LDS R1, [R2] ;\n        /*0010*/  @P1 BRA `(.L_x_1) ;\n        /*0020*/  EXIT ;"
+    text = (
+        ".L_x_1:\n        /*0000*/  @P0 LDS R1, [R2] ;\n        /*0010*/  @P1 BRA `(.L_x_1) ;\n        /*0020*/  EXIT ;"
+    )
     first, jump, _ = instructions(text)
     assert (first.predicate, first.name, first.operands, jump.target) == ("@P0", "LDS", "R1, [R2]", 0)
     assert [len(loop) for loop in loops([first, jump])] == [2]
