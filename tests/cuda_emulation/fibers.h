@@ -64,12 +64,15 @@ struct Fiber {
     std::map<float*, Lent> lent;
 };
 
-// A word on its way to all others; `met`: the block has had a barrier since, so that any of its threads may fence it.
+constexpr std::uint32_t kEmpty = 0xffffffffu;  // a word that is not there
+
+// A word on its way to all others. `met`: the block has had a barrier since, so that any of its threads may fence it. `last`: it
+// stays on its way until a fence, or until nothing else can happen.
 struct Store {
     int fiber;
     std::uint32_t* to;
     std::uint32_t value;
-    bool met;
+    bool met, last;
 };
 
 struct Cluster {
@@ -163,6 +166,10 @@ public:
             if (asleep_ > 0 && chance(256)) wake(sleeping_.begin()->first);
             if (ready_.empty()) {
                 if (!events_.empty()) continue;
+                if (last_ > 0) {
+                    publish_all();
+                    continue;
+                }
                 if (asleep_ == 0)
                     fail("deadlock: " + std::to_string(fibers_.size() - done) + " threads wait for others that never come");
                 clock_ += kNight;
@@ -179,7 +186,7 @@ public:
             if (!error_.empty()) throw std::runtime_error(error_);
             if (fiber.done) ++done, idle_ = 0, end(fiber);
         }
-        while (!events_.empty()) happen_any();  // words alone
+        publish_all();
     }
 
     Fiber& self() { return fibers_[current_]; }
@@ -237,9 +244,13 @@ public:
     // A word that others see later; those of one thread to one place in their order.
     void store(std::uint32_t* to, std::uint32_t value) {
         Block* block = self().block;
-        block->stores.push_back({current_, to, value, false});
+        const bool last = value == kEmpty && chance(8);  // nobody waits for these
+        block->stores.push_back({current_, to, value, false, last});
         ++block->stored[reinterpret_cast<std::uintptr_t>(to) / 16];
-        begin({Event::kStore, block, nullptr, nullptr, 0, 0, nullptr, 0});
+        if (last)
+            ++last_;
+        else
+            begin({Event::kStore, block, nullptr, nullptr, 0, 0, nullptr, 0});
     }
     // All words that this thread has stored, or seen stored by its block before a barrier, are seen by all.
     void fence() {
@@ -297,12 +308,11 @@ private:
             }
             case Event::kStore: {
                 const std::vector<Store>& stores = event.block->stores;
-                if (stores.empty()) return;  // fenced since
-                const std::uint32_t* to = stores[random_() % stores.size()].to;
-                bool first = true;
-                return publish(*event.block, [to, &first](const Store& store) {
-                    return store.to == to && std::exchange(first, false);
-                });
+                std::size_t pick = stores.empty() ? 0 : random_() % stores.size(), index = 0, looked = 0;
+                for (; looked < stores.size() && stores[pick].last; ++looked) pick = (pick + 1) % stores.size();
+                if (looked == stores.size()) return;  // fenced since
+                const std::uint32_t* to = stores[pick].to;
+                return publish(*event.block, [to, pick, &index](const Store& store) { return index++ <= pick && store.to == to; });
             }
         }
         arrived_bytes(event.barrier, event.bytes);
@@ -317,12 +327,17 @@ private:
                 continue;
             }
             if (*store.to != store.value) idle_ = 0;
+            last_ -= store.last;
             *store.to = store.value;
             const auto place = reinterpret_cast<std::uintptr_t>(store.to) / 16;
             if (--block.stored[place] == 0) block.stored.erase(place);
             wake(reinterpret_cast<const void*>(place * 16));
         }
         block.stores.resize(kept);
+    }
+
+    void publish_all() {
+        for (const auto& block : blocks_) publish(*block, [](const Store&) { return true; });
     }
 
     void end(const Fiber& fiber) {
@@ -391,7 +406,7 @@ private:
     std::vector<int> ready_;
     std::vector<Event> events_;
     std::unordered_map<const void*, std::vector<int>> sleeping_;
-    std::size_t asleep_ = 0;
+    std::size_t asleep_ = 0, last_ = 0;
     std::uint8_t* stacks_ = nullptr;
     std::size_t stack_bytes_ = 0, mapped_ = 0;
     jmp_buf home_;
