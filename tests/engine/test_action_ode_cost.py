@@ -93,3 +93,11 @@ def test_features_are_fetched_while_the_query_is_on_its_way() -> None:
     own = next(w for w in works if w.context == NONE)
     more = own.slice * 64 * 2 * 2 / 1024
     assert tile_us(schedule, own, only(read=1.0, hop=100.0))["attention"] == pytest.approx(query + more)
+
+
+def test_columns_past_the_matrix_are_not_read() -> None:
+    """36 actions are 48 columns, of which no rank reads 64."""
+    schedule = plan(released("unitree_g1"), H200)
+    encode = next(w for m, _, w in products(schedule) if m.name == "encode")
+    assert (encode.columns, encode.slice) == (48, 64)
+    assert tile_us(schedule, encode, only(read=1.0))["staging"] == 48 * 51 * 2 / 1024

@@ -77,7 +77,7 @@ def fits(schedule: Schedule) -> None:
         assert m.split * m.slice >= m.columns
         assert m.slice % STEP_COLUMNS == 0
         assert staged_columns(m, schedule.part) > 0
-        assert product_staging(padded, min(schedule.part, m.slice), m) <= schedule.staging
+        assert product_staging(padded, schedule.part, m) <= schedule.staging
         if m.split > 1:
             assert sums_bytes(padded, m) <= schedule.inbox
     for works in stages(schedule).values():
@@ -241,11 +241,11 @@ def test_no_other_cut_of_a_matrix_is_predicted_to_be_better(name: str, ranks: in
         return rounds * sum(product_us(m, ranks, tokens, padded, schedule.part, costs))
 
     def possible(m: MatrixPlan) -> bool:
-        sums = sums_bytes(padded, m)
         return (
             m.groups <= warp_tiles(padded) * (WARPS // m.parts)
             and staged_columns(m, schedule.part) > 0
-            and (sums <= schedule.inbox if m.split > 1 else sums <= schedule.staging)
+            and (m.split == 1 or sums_bytes(padded, m) <= schedule.inbox)
+            and product_staging(padded, schedule.part, m) <= schedule.staging
             # the last tile has rows for all parts of ranks
             and m.rows - (m.row_tiles - 1) * m.tile_rows > m.tile_rows - m.rank_rows
         )
@@ -278,8 +278,9 @@ def test_the_plan_follows_the_costs() -> None:
 def test_weights_that_take_longer_than_the_chain_are_spread_out() -> None:
     shape = released("robocasa_gr1")
     slow = Costs(sm_stream=0.003)
-    by_chain, by_weights = (head_us(plan(shape, H200, costs), slow) for costs in (Costs(), slow))
-    assert by_chain["total"] == 3 + by_chain["weights"] > by_weights["total"]
+    by_chain, by_weights = (head_us(plan(shape, H200, costs, ranks=8), slow) for costs in (Costs(), slow))
+    assert by_chain["total"] == 3 + by_chain["weights"]
+    assert by_weights["total"] < 0.97 * by_chain["total"]
 
 
 # -- what has no plan --------------------------------------------------------------------------------------------------
@@ -315,6 +316,7 @@ def test_sizes_at_the_limit() -> None:
         schedule = plan(replace(shape, **change), H200)
         validate(schedule)
         fits(schedule)
+    assert plan(shape, replace(H200, shared_memory=512 << 10)).slots == 16
 
 
 @pytest.mark.parametrize("name", ["robocasa_gr1", "51 tokens", "dit_b, 50 x 4, fp8"])

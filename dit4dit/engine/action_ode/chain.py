@@ -13,7 +13,6 @@ from dit4dit.engine.action_ode.schedule import (
     PADDED_TOKENS,
     RANKS,
     SETS,
-    SLOT_BYTES,
     STEP_COLUMNS,
     WARPS,
     WEIGHT_UNIT,
@@ -143,9 +142,6 @@ def check_matrices(schedule: Schedule, stages: Sequence[Stage]) -> None:
         need(right, what, f"tile_rows a multiple of {unit}, an even number of them a rank", m.tile_rows)
         most = warp_tiles(schedule.padded_tokens) * (WARPS // m.parts)
         need(m.groups <= most, what, f"at most {most} row groups a rank", m.groups)
-        bytes_of_step = m.step_units * WEIGHT_UNIT
-        need(bytes_of_step <= SLOT_BYTES, what, f"steps of at most {SLOT_BYTES} bytes", bytes_of_step)
-        need(m.offset >= 0, what, "an offset", m.offset)
         whole = m.split > 1 or m.slice <= schedule.part  # else a part is whole panels
         columns = m.slice if whole else STEP_COLUMNS * m.panel_steps
         need(schedule.part >= columns, f"part, of {what}", f"{columns} or more", schedule.part)
