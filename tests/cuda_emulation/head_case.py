@@ -12,6 +12,7 @@ from dit4dit import ops
 from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode import Device, HeadShape, Schedule, head_shape, plan
 from dit4dit.engine.action_ode.cost import Costs
+from dit4dit.engine.action_ode.schedule import Product
 from dit4dit.engine.action_ode.twin import Twin
 from dit4dit.engine.action_ode.weights import pack
 from dit4dit.engine.fold import fold_head
@@ -22,6 +23,8 @@ from dit4dit.ops.action_ode import loop
 SMALL = Device(7, 99 << 10, 80)
 A100 = Device(108, 163 << 10, 80)
 H200 = Device(132, 227 << 10, 90, (66, 30, 15))
+CLUSTERS = Device(64, 227 << 10, 90, (28, 12, 5))
+"""Small, with teams of every size."""
 DEVICES = {"copies": Device(13, 99 << 10, 80), "bulk": Device(16, 227 << 10, 90, (8, 3, 2))}
 """Small devices for the emulation, by its variants."""
 DEAR = Costs(read=0.5, inbox=0.0)
@@ -46,18 +49,18 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Heads and requests that reach every path of the kernel, each of PADDED_TOKENS: changes of `tiny`, arguments of `Case`."""
 
-TEAMS = {
-    "8 tokens, no state": 4,
-    "9 tokens": 8,
-    "9 tokens, batch 3": 2,
-    "9 tokens, batch 4": 4,
-    "17 tokens, heads of 48": 8,
-    "17 tokens, batch 4": 2,
-    "51 tokens": 4,
-    "51 tokens, norms in parts": 2,
-    "no state": 1,
+CUTS = {
+    "8 tokens, no state": (4, 1),
+    "9 tokens": (8, 1),
+    "9 tokens, batch 3": (2, 3),
+    "9 tokens, batch 4": (4, 2),
+    "17 tokens, heads of 48": (8, 1),
+    "17 tokens, batch 4": (2, 4),
+    "51 tokens": (4, 1),
+    "51 tokens, norms in parts": (2, 1),
+    "no state": (1, 1),
 }
-"""Blocks of a team for each of SIZES, where the device has clusters."""
+"""Blocks of a team, where the device has clusters, and samples of one product for each of SIZES."""
 
 TINY: dict[str, Any] = dict(
     num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
@@ -117,7 +120,16 @@ class Case:
 
 def planned(size: str, shape: HeadShape, device: Device) -> Schedule:
     """The schedule of one of SIZES; with all of them teams of every size take part, and every way of cutting."""
-    return plan(shape, device, DEAR, ranks=TEAMS[size] if device.clusters else 1)
+    ranks, group = CUTS[size]
+    return plan(shape, device, DEAR, ranks=ranks if device.clusters else 1, group=group)
+
+
+def tiles_of(schedule: Schedule, name: str) -> list[int]:
+    """The tiles of a matrix."""
+    matrix = schedule.matrices[name]
+    inside = range(matrix.offset, matrix.offset + matrix.units)
+    works = [tile.work for tile in schedule.decoded]
+    return [i for i, work in enumerate(works) if isinstance(work, Product) and work.weight in inside]
 
 
 def tiny(horizon: int = 8, **change: Any) -> HeadConfig:

@@ -1,15 +1,14 @@
-"""The one-launch action head without its kernel: the twin against the model's head, and the layout of weights and constants."""
+"""The one-launch action head without its kernel: the twin against the model's head."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from head_case import A100, DEAR, DEVICES, H200, SIZES, SMALL, Case, planned, tiny
+from head_case import A100, CLUSTERS, DEAR, DEVICES, H200, SIZES, SMALL, Case, planned, tiles_of, tiny
 from torch import Tensor
 
 from dit4dit.config import HeadConfig
@@ -24,18 +23,13 @@ from dit4dit.engine.action_ode.schedule import (
     SETS,
     Attend,
     Epilogue,
-    MatrixPlan,
-    Opcode,
     Product,
     Tile,
 )
 from dit4dit.engine.action_ode.twin import Area, Twin, Words
 from dit4dit.engine.action_ode.validate import validate
-from dit4dit.engine.action_ode.weights import FP8, from_layout, pack, pack_constants, row_scale, to_layout
+from dit4dit.engine.action_ode.weights import pack
 from dit4dit.model.flow import GuidanceTensors, prefix_weights
-
-CLUSTERS = Device(64, 227 << 10, 90, (28, 12, 5))
-"""Small, with teams of every size."""
 
 
 def sound(case: Case, device: Device, ranks: int | None = None, costs: Costs = DEAR) -> Schedule:
@@ -82,11 +76,12 @@ def test_the_sizes_reach_every_way_of_cutting() -> None:
         assert {matrix.split for matrix in matrices} == {*ranks}
         assert {matrix.parts for matrix in matrices} >= {1, 2, 4}
         assert any(1 < matrix.split < matrix.ranks for matrix in matrices) == (name == "bulk")
-        assert any(schedule.part < schedule.shape.width for schedule in found), "a norm in several parts"
         works = [tile.work for schedule in found for tile in schedule.decoded]
         products = [work for work in works if isinstance(work, Product)]
         assert {work.epilogue for work in products} == {*Epilogue}
         assert any(work.token for work in products)
+        in_parts = [t for s in found for t in s.decoded if isinstance(t.work, Product) and t.work.slice > s.part]
+        assert any(tile.work.norm for tile in in_parts) == (name == "copies")
         assert any(work.rows < work.tile_rows for work in products)
         heads = [work for work in works if isinstance(work, Attend)]
         assert any(work.keys > work.slice for work in heads) == (name == "bulk")
@@ -151,6 +146,39 @@ def test_the_twin_in_bfloat16_is_as_near_as_pytorch(ranks: int) -> None:
     assert 1e-4 < error < 2 * case.error(case.want_in_bf16(), want)
 
 
+def test_bfloat16_rounds_where_the_kernel_does() -> None:
+    """Scaled activations before they are multiplied, attention's exponentials, and results: each number, not the whole alone."""
+    case = Case(tiny(16), batch=2, context=150, steps=1)
+    twin = case.twin(sound(case, CLUSTERS, 1), torch.bfloat16)
+    twin.run()
+    block = case.folded.blocks[0]
+
+    def same(buffer: str, wanted: Tensor) -> float:
+        return (twin.buffer(buffer, 0) == wanted.bfloat16()).float().mean().item()
+
+    def projected(rounded: bool) -> Tensor:
+        x, weight = twin.buffer("tokens", 0).float(), block.project.weight.bfloat16().float()
+        scale, shift = 1 + block.norms[0].scale, block.norms[0].shift
+        scaled = (x * scale).bfloat16().float() if rounded else x * scale
+        centred = scaled @ weight.T - x.mean(1, keepdim=True) * (scale @ weight.T)
+        inverse = (x.var(1, keepdim=True, unbiased=False) + 1e-5).rsqrt()
+        return centred * inverse + block.project.bias + shift @ weight.T
+
+    def attended(rounded: bool) -> Tensor:
+        heads = (2, -1, case.config.num_heads, case.config.head_dim)
+        q = twin.buffer("0.project", 0).float().view(*heads).transpose(1, 2)
+        k, v = case.given()[1].bfloat16().float()[..., : 2 * case.config.width].chunk(2, -1)
+        k, v = (part.view(*heads).transpose(1, 2) for part in (k, v))
+        scores = q @ k.transpose(2, 3) / case.config.head_dim**0.5
+        p = (scores - scores.amax(-1, keepdim=True)).exp()
+        y = (p.bfloat16().float() if rounded else p) @ v / p.sum(-1, keepdim=True)
+        return y.transpose(1, 2).reshape(-1, case.config.width)
+
+    for buffer, wanted in (("0.project", projected), ("0.attended", attended)):
+        assert same(buffer, wanted(True)) > 0.99
+        assert same(buffer, wanted(False)) < 0.9
+
+
 @pytest.mark.parametrize("device", [SMALL, CLUSTERS], ids=["blocks", "clusters"])
 def test_fp8_weights_are_near(device: Device) -> None:
     case = Case(tiny(), batch=2)
@@ -208,14 +236,6 @@ def test_the_twin_stops_after_any_tile() -> None:
     assert not early.private.isnan().all()
 
 
-def products(schedule: Schedule, name: str) -> list[int]:
-    """The tiles of a matrix."""
-    matrix = schedule.matrices[name]
-    works = [tile.work for tile in schedule.decoded]
-    inside = range(matrix.offset, matrix.offset + matrix.units)
-    return [i for i, w in enumerate(works) if isinstance(w, Product) and w.weight in inside]
-
-
 def changed(schedule: Schedule, i: int, **change: int) -> Schedule:
     tiles = schedule.tiles.copy()
     tile = schedule.decoded[i]
@@ -230,7 +250,7 @@ def team_of(schedule: Schedule, i: int) -> int:
 def test_a_tile_that_is_missing_is_waited_for() -> None:
     case = Case(tiny())
     schedule = plan(case.shape, SMALL)
-    lost = products(schedule, "1.mlp_in")[0]
+    lost = tiles_of(schedule, "1.mlp_in")[0]
     first_tile = schedule.first_tile.copy()
     first_tile[team_of(schedule, lost) + 1 :] -= 1
     broken = replace(schedule, tiles=np.delete(schedule.tiles, lost, axis=0), first_tile=first_tile)
@@ -251,7 +271,7 @@ def test_tiles_in_a_wrong_order_wait_for_each_other() -> None:
 def test_a_word_that_is_written_twice_is_an_error() -> None:
     case = Case(tiny())
     schedule = plan(case.shape, SMALL)
-    one, other = products(schedule, "0.mlp_in")[:2]
+    one, other = tiles_of(schedule, "0.mlp_in")[:2]
     broken = changed(schedule, one, out=schedule.decoded[other].work.out)
     with pytest.raises(RuntimeError, match="overwrites a word of step 0 in step 0"):
         case.twin(broken).run()
@@ -306,7 +326,7 @@ def test_a_wrong_record_shows(change: str) -> None:
     """The comparison with the model sees one tile of many that is wrong."""
     case = Case(tiny(), steps=2)
     schedule = plan(case.shape, CLUSTERS, DEAR, ranks=4)
-    i = products(schedule, "1.project")[0]
+    i = tiles_of(schedule, "1.project")[0]
     work = schedule.decoded[i].work
     assert isinstance(work, Product)
     got = case.twin(changed(schedule, i, **WRONG[change](work))).run()
@@ -322,122 +342,3 @@ def test_a_slice_that_a_rank_does_not_have_shows() -> None:
     packed.matrices[name][0, 1] = packed.matrices[name][0, 0]
     got = Twin(schedule, packed, *case.given()).run()
     assert not case.error(got, case.want()) < 1e-4
-
-
-# -- weights and constants ---------------------------------------------------------------------------------------------
-
-CUTS = [(1, 1, 16), (1, 1, 64), (2, 1, 32), (2, 2, 32), (4, 2, 96), (8, 1, 128), (8, 4, 32), (8, 8, 16)]
-
-
-@pytest.mark.parametrize("rows,columns", [(7, 96), (64, 64), (80, 272), (300, 528)])
-@pytest.mark.parametrize("ranks,split,tile_rows", CUTS)
-@pytest.mark.parametrize("fp8", [False, True])
-def test_the_layout_goes_both_ways(fp8: bool, ranks: int, split: int, tile_rows: int, rows: int, columns: int) -> None:
-    matrix = MatrixPlan("some", rows, columns, ranks, tile_rows, split, 1, fp8, 0)
-    weight = torch.arange(1, rows * columns + 1, dtype=torch.float32).view(rows, columns)
-    blocks = to_layout(weight, matrix)
-    assert blocks.shape[:4] == (matrix.row_tiles, ranks, matrix.steps, matrix.groups)
-    assert blocks[0].numel() * (1 if fp8 else 2) == 512 * matrix.tile_units
-    assert torch.equal(blocks[blocks > 0].sort().values, weight.flatten())
-    back = torch.cat([from_layout(tile, split, fp8) for tile in blocks])
-    assert torch.equal(back[:rows, :columns], weight)
-
-
-@pytest.mark.parametrize("fp8", [False, True])
-def test_each_lane_has_its_operands(fp8: bool) -> None:
-    """As PTX defines operand A of mma.m16n8k16, and the plan says which rank has which step of which row group."""
-    matrix = MatrixPlan("some", 256, 512, 8, 128, 4, 1, fp8, 0)
-    weight = torch.arange(256 * 512, dtype=torch.float32).view(256, 512)
-    blocks = to_layout(weight, matrix).view(2, 8, matrix.steps, matrix.groups, *((32, 2, 8) if fp8 else (2, 32, 8)))
-    if not fp8:
-        blocks = blocks.transpose(4, 5)
-    random = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        tile, rank, step, group, lane, fragment, element = (
-            int(torch.randint(size, (), generator=random)) for size in blocks.shape
-        )
-        row = tile * 128 + rank // 4 * matrix.rank_rows + group * 16 + lane // 4 + 8 * (element // 2 % 2)
-        column = rank % 4 * matrix.slice + step * 32 + fragment * 16 + lane % 4 * 2 + element % 2 + 8 * (element // 4)
-        assert blocks[tile, rank, step, group, lane, fragment, element] == weight[row, column]
-
-
-def test_matrices_follow_each_other_in_the_weights() -> None:
-    """A tile's numbers lead to its rows, whatever lies before it."""
-    case = Case(tiny(), context=150)
-    case.shape = replace(case.shape, fp8=True)
-    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=4)
-    packed = pack(case.folded, schedule)
-    data = packed.bytes()
-    assert data.numel() == schedule.weight_bytes
-    for name in ("encode", "0.project", "2.mlp_out", "decode_out"):
-        w = schedule.decoded[products(schedule, name)[-1]].work
-        assert isinstance(w, Product)
-        piece = data[512 * w.weight :][: 512 * w.rank_units * schedule.ranks]
-        blocks = piece.view(FP8 if w.fp8 else torch.bfloat16).view(schedule.ranks, w.slice // 32, -1, 512)
-        found = from_layout(blocks.float(), w.split, bool(w.fp8))
-        assert torch.equal(found, packed.of(w).float())
-        assert torch.equal(found[: w.rows, : w.columns], kept(case, name, w))
-
-
-def kept(case: Case, name: str, w: Product) -> Tensor:
-    matrix = getattr(case.folded, name, None)
-    if matrix is None:
-        i, part = name.split(".")
-        matrix = getattr(case.folded.blocks[int(i)], part)
-    weight = matrix.weight
-    weight = (weight / row_scale(weight)[:, None]).to(FP8).float() if w.fp8 else weight.bfloat16().float()
-    rows = weight[w.row : w.row + w.rows]
-    return torch.nn.functional.pad(rows, (0, w.columns - rows.shape[1]))
-
-
-@pytest.mark.parametrize("fp8", [False, True])
-def test_what_a_norm_leaves_is_of_the_weights_as_they_are_kept(fp8: bool) -> None:
-    """A row that is all mean comes out as the bias, to float32, although its weights are rounded."""
-    case = Case(tiny(), steps=4)
-    case.shape = replace(case.shape, fp8=fp8)
-    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=2)
-    constants = pack_constants(case.folded, schedule)
-    for step, name in ((3, "0.project"), (0, "1.mlp_in"), (2, "decode_in")):
-        w = schedule.decoded[products(schedule, name)[0]].work
-        assert isinstance(w, Product)
-        prefix, block = ("", None) if name == "decode_in" else (name[:2], case.folded.blocks[int(name[0])])
-        norms = case.folded.out_norms if block is None else block.norms
-        modulated = w.modulation != NONE
-        one = 1 + norms[step].scale[0] if modulated else torch.ones(w.columns)
-        if modulated:
-            found = constants[schedule.constants[f"{prefix}modulation"][0] + step * w.modulation_step :][: w.columns]
-            assert torch.equal(found, one)
-        weight = kept(case, name, w).double()
-        if w.fp8:
-            weight = weight * constants[w.scale : w.scale + w.rows, None].double()
-        shift = norms[step].shift[0] if modulated else torch.zeros(w.columns)
-        bias = (case.folded.decode_in if block is None else getattr(block, name[2:])).bias[w.row : w.row + w.rows]
-        sums, biases = (constants[at + step * w.constant_step :][: w.rows] for at in (w.sums, w.bias))
-        torch.testing.assert_close(sums, (weight @ one.double()).float(), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(biases, (bias + weight @ shift.double()).float(), rtol=1e-6, atol=1e-6)
-
-
-def test_padded_rows_read_zeros() -> None:
-    case = Case(tiny(), steps=2)
-    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=8)
-    constants = pack_constants(case.folded, schedule)
-    for name in ("decode_out", "0.mlp_in", "decode_in"):
-        for i in products(schedule, name):
-            w = schedule.decoded[i].work
-            assert isinstance(w, Product)
-            for step in range(case.steps if w.constant_step else 1):
-                for at in {w.bias, w.sums} - {NONE}:
-                    line = constants[at + step * w.constant_step :][: w.tile_rows]
-                    assert len(line) == w.tile_rows
-                    assert not line[w.rows :].any()
-                    assert line[: w.rows].any()
-
-
-def test_bytes_of_a_matrix_are_the_plans() -> None:
-    case = Case(tiny())
-    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=4)
-    packed = pack(case.folded, schedule)
-    offsets = [m.offset for m in schedule.matrices.values()] + [schedule.weight_bytes // 512]
-    for (name, matrix), (begin, end) in zip(packed.matrices.items(), pairwise(offsets), strict=True):
-        assert matrix.nbytes == 512 * (end - begin), name
-    assert {tile.opcode for tile in schedule.decoded} == {*Opcode}

@@ -224,14 +224,14 @@ class Twin:
 
     def _begin(self, team: int) -> None:
         """The noise, by the team that makes the noisy actions of later steps."""
-        shape = self.schedule.shape
         first, end = self.schedule.first_tile[team : team + 2].tolist()
         for tile in self.schedule.decoded[first:end]:
             w = tile.work
             if not isinstance(w, Product) or w.epilogue != Epilogue.EULER:
                 continue
-            samples = slice(w.token // shape.tokens, (w.token + w.tokens) // shape.tokens)
-            x = F.pad(self.noise[samples, :, w.row : w.row + w.rows], (0, 0, shape.prefix, 0)).flatten(0, 1)
+            acts, sample, k = self._actions(w)
+            x = torch.zeros(w.tokens, w.rows, device=self.noise.device)
+            x[acts] = self.noise[sample, k, w.row : w.row + w.rows]
             self._private(w).copy_(x)
             self._write(w, self.first, x)
 
@@ -275,8 +275,8 @@ class Twin:
         y = y + self.packed.constants[w.bias :].as_strided((shape.tokens, w.rows), (shape.width, 1))[lines]
         if shape.prefix:
             assert self.prefix is not None
-            samples = slice(w.token // shape.tokens, (w.token + w.tokens) // shape.tokens)
-            y[lines == 0] = self.prefix[samples, w.row : w.row + w.rows].float()
+            state = (lines == 0).nonzero()[:, 0]
+            y[state] = self.prefix[(w.token + state) // shape.tokens, w.row : w.row + w.rows].float()
         return y
 
     def _attend(self, w: Attend, step: int) -> None:
@@ -303,22 +303,29 @@ class Twin:
 
     def _euler(self, w: Product, velocity: Tensor, step: int) -> None:
         """velocity [tokens, rows], of actions w.row and on."""
-        shape, now, columns = self.schedule.shape, self.first + step, slice(w.row, w.row + w.rows)
-        samples = slice(w.token // shape.tokens, (w.token + w.tokens) // shape.tokens)
-        actions = self._private(w).view(-1, shape.tokens, w.rows)
-        # the state token's row has no actions
-        x, v = (part.view(-1, shape.tokens, w.rows)[:, shape.prefix :] for part in (actions, velocity))
+        now, steps, columns = self.first + step, self.schedule.shape.steps, slice(w.row, w.row + w.rows)
+        acts, sample, k = self._actions(w)
+        actions = self._private(w)
+        x, v = actions[acts], velocity[acts]
         if self.guidance is not None:
             t = self.packed.constants[self.schedule.constants["times"][0] + step].item()
             given = self.guidance
-            pull = guidance_strength(t, given.max_guidance) * given.weights[:, None]
-            v = v - pull * (given.previous[samples, :, columns] - (x - t * v))
-        x.copy_(x - (1.0 / shape.steps) * v)
-        if step < shape.steps - 1:
-            self._write(w, now + 1, actions.flatten(0, 1))
+            pull = guidance_strength(t, given.max_guidance) * given.weights[k, None]
+            v = v - pull * (given.previous[sample, k, columns] - (x - t * v))
+        x = x - (1.0 / steps) * v
+        actions[acts] = x
+        if step < steps - 1:
+            self._write(w, now + 1, actions)
         else:
-            self.out[samples, :, columns] = x
+            self.out[sample, k, columns] = x
         self._clear(w, now + SETS)  # of its own step: all have read them
+
+    def _actions(self, w: Product) -> tuple[Tensor, Tensor, Tensor]:
+        """(which of a tile's tokens have actions, their samples, their places in the horizon); the state token has none."""
+        shape = self.schedule.shape
+        tokens = torch.arange(w.token, w.token + w.tokens, device=self.noise.device)
+        acts = (tokens % shape.tokens >= shape.prefix).nonzero()[:, 0]
+        return acts, tokens[acts] // shape.tokens, tokens[acts] % shape.tokens - int(shape.prefix)
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
