@@ -91,9 +91,10 @@ struct Delivery {
         for (int rank = 0; rank < w.split; ++rank)
             to(rank, planes.moments(block.rank % w.split, token), {{mine.mean, mine.squares}}, false);
     }
-    // The sums of one row group of this warp.
+    // The sums of this warp's m-th row group.
     template <int kBlocks>
-    DEVICE void sums(const float (&d)[kBlocks][4], int group, int part, bool more) const {
+    DEVICE void sums(const float (&d)[kBlocks][4], int m, bool more) const {
+        const int sets = kWarps / w.parts, part = block.warp / sets, group = block.warp - part * sets + m * sets;
         const int lane = block.lane, plane = block.rank % w.split * w.parts + part;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -109,23 +110,28 @@ struct Delivery {
 // Adds one step: `weights` times 32 columns of all tokens, of which `tokens` is the row that this lane gives to load_matrices.
 template <int kTiles, int kBlocks>
 DEVICE void multiply_step(float (&sums)[kTiles][kBlocks][4], const Fragments (&weights)[kTiles], const std::uint8_t* tokens) {
-    std::uint32_t b[kBlocks][4];
+    constexpr int kAtOnce = kTiles * kBlocks > 9 ? (kBlocks + 1) / 2 : kBlocks;  // whose columns are in registers
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) load_matrices(b[j], tokens + j * 8 * 16);
+    for (int first = 0; first < kBlocks; first += kAtOnce) {
+        std::uint32_t b[kAtOnce][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+        for (int j = 0; j < kAtOnce && first + j < kBlocks; ++j) load_matrices(b[j], tokens + (first + j) * 8 * 16);
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j)
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int m = 0; m < kTiles; ++m)
-                multiply(sums[m][j], weights[m].a[half], b[j][half * 2], b[j][half * 2 + 1]);
+            for (int j = 0; j < kAtOnce && first + j < kBlocks; ++j)
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m)
+                    multiply(sums[m][first + j], weights[m].a[half], b[j][half * 2], b[j][half * 2 + 1]);
+    }
 }
 
 // Steps `begin` to `end` - 1 of this warp, whose tokens' columns are staged; its sums to where they are finished. The next step's
 // weights are asked for before this one's products.
 template <int kTiles, int kBlocks>
-DEVICE void multiply_steps(Weights& weights, const Delivery& delivery, const Staged& tokens, int begin, int end) {
-    const int lane = delivery.block.lane, step_bytes = kStepColumns / 8 * tokens.group;
+DEVICE void multiply_steps(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
+    const Staged tokens(block.staging, kBlocks * 8);
+    const int lane = block.lane, step_bytes = kStepColumns / 8 * tokens.group;
     const std::uint8_t* row = tokens.row(lane / 8 * 8, lane % 8);
     float sums[kTiles][kBlocks][4] = {};
     Fragments mine[kTiles], next[kTiles];
@@ -137,35 +143,37 @@ DEVICE void multiply_steps(Weights& weights, const Delivery& delivery, const Sta
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) mine[m] = next[m];
     }
-    delivery.exchange.wait_for_room();
+    exchange.wait_for_room();
+    const Block here(block.launch, block.rank, renewed(block.thread));  // addresses are worked out after the products
+    const Delivery delivery(here, w, exchange);
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) delivery.sums<kBlocks>(sums[m], weights.group(m), weights.part(), begin > 0);
+    for (int m = 0; m < kTiles; ++m) delivery.sums<kBlocks>(sums[m], m, begin > 0);
 }
 
 // Of tokens that fill kBlocks times eight.
 template <int kBlocks>
-DEVICE void multiply_part(Weights& weights, const Delivery& delivery, const Staged& tokens, int begin, int end) {
+DEVICE void multiply_part(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
     const int groups = weights.groups();
     if (kBlocks <= kMostBlocksOfTwo && groups > 1)
-        multiply_steps<kBlocks <= kMostBlocksOfTwo ? kMaxWarpTiles : 1, kBlocks>(weights, delivery, tokens, begin, end);
+        multiply_steps<kBlocks <= kMostBlocksOfTwo ? kMaxWarpTiles : 1, kBlocks>(block, w, exchange, weights, begin, end);
     else if (groups > 0)
-        multiply_steps<1, kBlocks>(weights, delivery, tokens, begin, end);
+        multiply_steps<1, kBlocks>(block, w, exchange, weights, begin, end);
     else
         weights.skip(end);
 }
 
-DEVICE void multiply_part(Weights& weights, const Delivery& delivery, const Staged& tokens, int begin, int end) {
-    switch (delivery.block.launch.padded_tokens) {
-        case 16: return multiply_part<2>(weights, delivery, tokens, begin, end);
-        case 24: return multiply_part<3>(weights, delivery, tokens, begin, end);
-        case 40: return multiply_part<5>(weights, delivery, tokens, begin, end);
-        case 56: return multiply_part<7>(weights, delivery, tokens, begin, end);
-        default: return multiply_part<9>(weights, delivery, tokens, begin, end);
+DEVICE void multiply_part(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
+    switch (block.launch.padded_tokens) {
+        case 16: return multiply_part<2>(block, w, exchange, weights, begin, end);
+        case 24: return multiply_part<3>(block, w, exchange, weights, begin, end);
+        case 40: return multiply_part<5>(block, w, exchange, weights, begin, end);
+        case 56: return multiply_part<7>(block, w, exchange, weights, begin, end);
+        default: return multiply_part<9>(block, w, exchange, weights, begin, end);
     }
 }
 
 // All sums of this block to where they are finished; after it nobody reads the staged tokens any more.
-DEVICE void multiply_tile(const Block& block, Ring& ring, const Product& w, const Moment& now, const Delivery& delivery) {
+DEVICE void multiply_tile(const Block& block, Ring& ring, const Product& w, const Moment& now, const Exchange& exchange) {
     Weights weights(block, ring, w, now.tile);
     const Staged tokens(block.staging, block.launch.padded_tokens);
     const int steps = weights.steps(), part = block.launch.part / kStepColumns;
@@ -176,11 +184,11 @@ DEVICE void multiply_tile(const Block& block, Ring& ring, const Product& w, cons
         if (begin > 0) sync_computing();  // all have multiplied the part before
         stage(block, w, now, tokens, begin * kStepColumns, (end - begin) * kStepColumns, moments);
         sync_computing();
-        multiply_part(weights, delivery, tokens, begin, end);
+        multiply_part(block, w, exchange, weights, begin, end);
     }
     if (w.norm != 0) {
-        delivery.exchange.wait_for_room();
-        delivery.moments(moments);
+        exchange.wait_for_room();
+        Delivery(block, w, exchange).moments(moments);
     }
     sync_computing();
 }
@@ -217,19 +225,15 @@ DEVICE void finish(const Block& block, const Product& w, const Moment& now, cons
     write(block, w, item, now.set, pack_bf16(y[0], y[1]));
 }
 
-DEVICE void product(const Block& block, Ring& ring, const Tile& tile, const Moment& now) {
-    const Product& w = Block::work<Product>(tile);
-    const Planes planes(block, w);
-    const Exchange exchange(block, now);
-    const Delivery delivery(block, w, exchange);
-    if (block.thread == 0) exchange.expect(w.split > 1 ? planes.bytes(w) : 0);
-    multiply_tile(block, ring, w, now, delivery);
-    // most tiles give a thread no more than two items: what they need is fetched while sums are on their way
+// All items of this block, whose sums are there or on their way.
+DEVICE void finish_all(const Block& block, const Product& w, const Moment& now, const Exchange& exchange) {
+    // most tiles give a thread no more than two items: what they need is fetched before the sums have come
     const int items = Item::count(block, w);
     Addends first, second;
     if (block.thread < items) first.fetch(block, w, Item(block, w, block.thread), now.step);
     if (block.thread + kComputing < items) second.fetch(block, w, Item(block, w, block.thread + kComputing), now.step);
-    const float* sums = w.split > 1 ? exchange.sums() : delivery.own_sums();
+    const Planes planes(block, w);
+    const float* sums = w.split > 1 ? exchange.sums() : Delivery(block, w, exchange).own_sums();
 #pragma unroll 1
     for (int i = block.thread; i < items; i += kComputing) {
         const Item item(block, w, i);
@@ -237,6 +241,14 @@ DEVICE void product(const Block& block, Ring& ring, const Tile& tile, const Mome
         finish(block, w, now, planes, sums, item, first);
         first = second;
     }
+}
+
+DEVICE void product(const Block& block, Ring& ring, const Tile& tile, const Moment& now) {
+    const Product& w = Block::work<Product>(tile);
+    const Exchange exchange(block, now);
+    if (block.thread == 0) exchange.expect(w.split > 1 ? Planes(block, w).bytes(w) : 0);
+    multiply_tile(block, ring, w, now, exchange);
+    finish_all(Block(block.launch, renewed(block.rank), renewed(block.thread)), w, now, exchange);
     exchange.release();
 }
 

@@ -126,26 +126,34 @@ struct Fragments {
     }
 };
 
-// The steps of a product that one warp multiplies, through all panels. Counters run along: no division.
+// The steps of a product that one warp multiplies, through all panels. Counters run along: no division, and few registers.
 class Weights {
 public:
     DEVICE Weights(const Block& block, Ring& ring, const Product& w, int tile)
-        : block_(block), ring_(ring), panels_(w, block.launch.ranks), tile_(tile), parts_(w.parts), sets_(kWarps / w.parts),
-          part_(block.warp / sets_), first_(block.warp - part_ * sets_), begin_(-panels_.panel_steps) {}
+        : block_(block), ring_(ring), tile_(tile), parts_(w.parts), panel_steps_(w.panel_steps), steps_(w.slice / kStepColumns) {
+        const Panels panels(w, block.launch.ranks);
+        const int sets = kWarps / w.parts, first = block.warp % sets;
+        part_ = block.warp / sets;
+        groups_ = first >= panels.groups ? 0 : first + sets < panels.groups ? 2 : 1;
+        unit_bytes_ = panels.unit_bytes;
+        group_bytes_ = sets * panels.unit_bytes;
+        stride_ = parts_ * panels.step_bytes();
+        origin_ = part_ * panels.step_bytes() + first * panels.unit_bytes + block.lane * 16;
+    }
 
-    DEVICE int steps() const { return panels_.steps; }
-    DEVICE int groups() const { return first_ >= panels_.groups ? 0 : first_ + sets_ < panels_.groups ? 2 : 1; }  // of this warp
-    DEVICE int group(int m) const { return first_ + m * sets_; }
-    DEVICE int part() const { return part_; }
-    DEVICE int step() const { return begin_ + within_; }  // of the slice: the one that `load` gave last
+    DEVICE int steps() const { return steps_; }
+    DEVICE int groups() const { return groups_; }  // of this warp
+    DEVICE int step() const { return step_; }      // of the slice: the one that `load` gave last
 
     // The next step of this warp before step `end`, which a panel ends at; false: there is none. All lanes of the warp call it.
     template <int kTiles>
     DEVICE bool load(Fragments (&to)[kTiles], int end) {
-        if (!advance(end)) return false;
+        const bool more = advance(end);
+        if (!more) at_ = 0;  // anything, so that registers are never left as they were, which would keep them all through a launch
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) to[m].load(at_ + m * sets_ * panels_.unit_bytes, panels_.unit_bytes == kWeightUnit);
-        return true;
+        for (int m = 0; m < kTiles; ++m)
+            to[m].load(block_.ring + at_ + m * group_bytes_, unit_bytes_ == kWeightUnit);
+        return more;
     }
 
     // All panels before step `end`, of which this warp multiplies nothing.
@@ -156,36 +164,36 @@ public:
 
 private:
     DEVICE bool advance(int end) {
-        within_ += parts_;
-        at_ += parts_ * panels_.step_bytes();
-        while (within_ >= length_) {
-            if (length_ > 0) leave();
-            if (begin_ + panels_.panel_steps >= end) return false;
-            open(begin_ + panels_.panel_steps);
+        step_ += parts_;
+        at_ += stride_;
+        while (step_ >= panel_end_) {
+            if (open_) leave();
+            if (panel_end_ >= end) return false;
+            open();
         }
         return true;
     }
-    DEVICE void open(int begin) {
-        begin_ = begin;
-        length_ = panels_.length(begin);
+    DEVICE void open() {
         block_.wait(&block_.fixed.full[ring_.slot], ring_.parity, tile_, kWeights, ring_.slot);
-        within_ = part_;
-        at_ = block_.ring + ring_.slot * kSlotBytes + part_ * panels_.step_bytes() + first_ * panels_.unit_bytes + block_.lane * 16;
+        step_ = panel_end_ + part_;
+        panel_end_ = panel_end_ + panel_steps_ < steps_ ? panel_end_ + panel_steps_ : steps_;
+        at_ = ring_.slot * kSlotBytes + origin_;
+        open_ = true;
     }
     // This warp has read what it needs of the panel.
     DEVICE void leave() {
         sync_warp();
         if (block_.lane == 0 && !block_.failed()) barrier_arrive(&block_.fixed.empty[ring_.slot]);
         ring_.advance(block_.launch.slots);
-        within_ = length_ = 0;
+        open_ = false;
     }
 
     const Block& block_;
     Ring& ring_;
-    const Panels panels_;
-    const int tile_, parts_, sets_, part_, first_;
-    int begin_, within_ = 0, length_ = 0;  // length: of the panel that is open, else 0
-    const std::uint8_t* at_ = nullptr;
+    const int tile_, parts_, panel_steps_, steps_;
+    int part_, groups_, unit_bytes_, group_bytes_, stride_, origin_;
+    int step_ = 0, panel_end_ = 0, at_ = 0;
+    bool open_ = false;
 };
 
 }  // namespace dit4dit::ode

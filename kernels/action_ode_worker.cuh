@@ -55,7 +55,7 @@ DEVICE void compute(const Block& block, int first, int last) {
             // a warp may still be at the tile before, whose record stays; the one before that is free
             slot = slot + 1 < 3 ? slot + 1 : 0;
             if (thread < kRecord) block.fixed.records[slot][thread] = next;
-            const Block here(launch, block.rank, renewed(block.thread));  // else 50 registers would hold what follows from it
+            const Block here(launch, renewed(block.rank), renewed(block.thread));  // else 50 registers would hold what follows from it
             if (tile.opcode == kProduct)
                 product(here, ring, tile, now);
             else
