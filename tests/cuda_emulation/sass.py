@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,26 @@ def innermost(found: Iterable[list[Instruction]], name: str) -> list[list[Instru
         if not within and any(i.base == name for i in loop):
             chosen.append(loop)
     return chosen
+
+
+def shortest_turn(code: Sequence[Instruction], loop: Sequence[Instruction], name: str) -> list[Instruction]:
+    """Of a loop, the instructions of the shortest way from the first instruction of this name round to it again."""
+    blocks, following = _graph(code)
+    inside = {i.address for i in loop}
+    start = next(
+        b for b, block in enumerate(blocks) if block[0].address in inside and any(i.base == name for i in block)
+    )
+    ways: list[tuple[int, list[int]]] = [(len(blocks[start]), [start])]
+    seen: set[int] = set()
+    while ways:
+        length, way = heapq.heappop(ways)
+        for after in following[way[-1]]:
+            if after == start:
+                return [i for b in way for i in blocks[b]]
+            if blocks[after][0].address in inside and after not in seen:
+                heapq.heappush(ways, (length + len(blocks[after]), [*way, after]))
+        seen.add(way[-1])
+    raise ValueError(f"no way round from {hex(blocks[start][0].address)}")
 
 
 def ahead(loop: Sequence[Instruction], load: Instruction) -> int:

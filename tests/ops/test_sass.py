@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sass import ahead, innermost, instructions, loops
+from sass import ahead, innermost, instructions, loops, shortest_turn
 
 
 def code(text: str) -> str:
@@ -102,6 +102,17 @@ def test_registers() -> None:
         ([8, 9, 10, 11], [4, 5, 6, 7, 12, 13]),
         ([86, 87], []),
     ]
+
+
+def test_the_shortest_turn_leaves_out_what_is_jumped_over() -> None:
+    everything = instructions(code(NESTED))
+    (loop,) = innermost(loops(everything), "HMMA")
+    assert [i.address // 16 for i in shortest_turn(everything, loop, "HMMA")] == [3, 4, 5, 6, 7]
+    text = "LDS R1, [R2]\n@P0 BRA 0x40\nMOV R3, R4\nMOV R3, R5\nHMMA.16816.F32.BF16 R8, R4, R12, R8\n@P1 BRA 0x0\nEXIT"
+    everything = instructions(code(text))
+    (loop,) = loops(everything)
+    assert [i.address // 16 for i in loop] == [0, 1, 2, 3, 4, 5]
+    assert [i.address // 16 for i in shortest_turn(everything, loop, "HMMA")] == [4, 5, 0, 1]
 
 
 LATE = "LDS.128 R4, [R2]\nLDSM.16.M88.4 R12, [R3]\nHMMA.16816.F32.BF16 R8, R4, R12, R8\n@P0 BRA 0x0"
