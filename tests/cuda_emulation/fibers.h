@@ -64,12 +64,15 @@ struct Fiber {
     std::map<float*, Lent> lent;
 };
 
-// A word on its way to all others; `met`: the block has had a barrier since, so that any of its threads may fence it.
+constexpr std::uint32_t kEmpty = 0xffffffffu;  // a word that is not there
+
+// A word on its way to all others. `met`: the block has had a barrier since, so that any of its threads may fence it. `last`: it
+// stays on its way until a fence, or until nothing else can happen.
 struct Store {
     int fiber;
     std::uint32_t* to;
     std::uint32_t value;
-    bool met;
+    bool met, last;
 };
 
 struct Cluster {
@@ -109,7 +112,7 @@ struct Event {
 class Machine {
 public:
     Machine(int blocks, int threads, std::size_t shared_bytes, unsigned seed, std::function<void()> kernel, int ranks = 1)
-        : random_(seed), kernel_(std::move(kernel)) {
+        : random_(seed), pace_(seed % 2 == 0 ? 64 : 4096), kernel_(std::move(kernel)) {
         if (blocks % ranks != 0) throw std::runtime_error("blocks are no multiple of the cluster's");
         const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
         const std::size_t rounded = (shared_bytes + page - 1) / page * page;
@@ -157,12 +160,16 @@ public:
     void run() {
         std::size_t done = 0;
         while (done < fibers_.size()) {
-            // what happens by itself does so at any time, at the latest when no thread can run
-            if (!events_.empty() && (ready_.empty() || random_() % 64 == 0))
+            // what happens by itself does so at any time, of odd seeds hardly ever before no thread can run
+            if (!events_.empty() && (ready_.empty() || chance(pace_)))
                 for (std::size_t i = 0, count = 1 + events_.size() / 16; i < count && !events_.empty(); ++i) happen_any();
-            if (asleep_ > 0 && random_() % 256 == 0) wake(sleeping_.begin()->first);
+            if (asleep_ > 0 && chance(256)) wake(sleeping_.begin()->first);
             if (ready_.empty()) {
                 if (!events_.empty()) continue;
+                if (last_ > 0) {
+                    publish_all();
+                    continue;
+                }
                 if (asleep_ == 0)
                     fail("deadlock: " + std::to_string(fibers_.size() - done) + " threads wait for others that never come");
                 clock_ += kNight;
@@ -179,7 +186,7 @@ public:
             if (!error_.empty()) throw std::runtime_error(error_);
             if (fiber.done) ++done, idle_ = 0, end(fiber);
         }
-        while (!events_.empty()) happen_any();  // words alone
+        publish_all();
     }
 
     Fiber& self() { return fibers_[current_]; }
@@ -237,9 +244,13 @@ public:
     // A word that others see later; those of one thread to one place in their order.
     void store(std::uint32_t* to, std::uint32_t value) {
         Block* block = self().block;
-        block->stores.push_back({current_, to, value, false});
+        const bool last = value == kEmpty && chance(8);  // nobody waits for these
+        block->stores.push_back({current_, to, value, false, last});
         ++block->stored[reinterpret_cast<std::uintptr_t>(to) / 16];
-        begin({Event::kStore, block, nullptr, nullptr, 0, 0, nullptr, 0});
+        if (last)
+            ++last_;
+        else
+            begin({Event::kStore, block, nullptr, nullptr, 0, 0, nullptr, 0});
     }
     // All words that this thread has stored, or seen stored by its block before a barrier, are seen by all.
     void fence() {
@@ -297,12 +308,11 @@ private:
             }
             case Event::kStore: {
                 const std::vector<Store>& stores = event.block->stores;
-                if (stores.empty()) return;  // fenced since
-                const std::uint32_t* to = stores[random_() % stores.size()].to;
-                bool first = true;
-                return publish(*event.block, [to, &first](const Store& store) {
-                    return store.to == to && std::exchange(first, false);
-                });
+                std::size_t pick = stores.empty() ? 0 : random_() % stores.size(), index = 0, looked = 0;
+                for (; looked < stores.size() && stores[pick].last; ++looked) pick = (pick + 1) % stores.size();
+                if (looked == stores.size()) return;  // fenced since
+                const std::uint32_t* to = stores[pick].to;
+                return publish(*event.block, [to, pick, &index](const Store& store) { return index++ <= pick && store.to == to; });
             }
         }
         arrived_bytes(event.barrier, event.bytes);
@@ -317,12 +327,17 @@ private:
                 continue;
             }
             if (*store.to != store.value) idle_ = 0;
+            last_ -= store.last;
             *store.to = store.value;
             const auto place = reinterpret_cast<std::uintptr_t>(store.to) / 16;
             if (--block.stored[place] == 0) block.stored.erase(place);
             wake(reinterpret_cast<const void*>(place * 16));
         }
         block.stores.resize(kept);
+    }
+
+    void publish_all() {
+        for (const auto& block : blocks_) publish(*block, [](const Store&) { return true; });
     }
 
     void end(const Fiber& fiber) {
@@ -383,6 +398,7 @@ private:
     }
 
     std::mt19937 random_;
+    unsigned pace_;
     std::function<void()> kernel_;
     std::vector<std::unique_ptr<Cluster>> clusters_;
     std::vector<std::unique_ptr<Block>> blocks_;
@@ -390,7 +406,7 @@ private:
     std::vector<int> ready_;
     std::vector<Event> events_;
     std::unordered_map<const void*, std::vector<int>> sleeping_;
-    std::size_t asleep_ = 0;
+    std::size_t asleep_ = 0, last_ = 0;
     std::uint8_t* stacks_ = nullptr;
     std::size_t stack_bytes_ = 0, mapped_ = 0;
     jmp_buf home_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,13 @@ LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 TARGET = re.compile(r"(?:0x([0-9a-f]+)|`\((\.L_x_\d+)\))$")
 REGISTER = re.compile(r"\bR(\d+)\b")
-ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")  # nothing comes behind, or nobody knows what: the targets of BRX are in a table
+ENDS = (
+    "EXIT",
+    "RET",
+    "BRX",
+    "JMX",
+    "KILL",
+)  # nothing comes behind, or nobody knows what: the targets of BRX are in a table
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,26 @@ def innermost(found: Iterable[list[Instruction]], name: str) -> list[list[Instru
     return chosen
 
 
+def shortest_turn(code: Sequence[Instruction], loop: Sequence[Instruction], name: str) -> list[Instruction]:
+    """Of a loop, the instructions of the shortest way from the first instruction of this name round to it again."""
+    blocks, following = _graph(code)
+    inside = {i.address for i in loop}
+    start = next(
+        b for b, block in enumerate(blocks) if block[0].address in inside and any(i.base == name for i in block)
+    )
+    ways: list[tuple[int, list[int]]] = [(len(blocks[start]), [start])]
+    seen: set[int] = set()
+    while ways:
+        length, way = heapq.heappop(ways)
+        for after in following[way[-1]]:
+            if after == start:
+                return [i for b in way for i in blocks[b]]
+            if blocks[after][0].address in inside and after not in seen:
+                heapq.heappush(ways, (length + len(blocks[after]), [*way, after]))
+        seen.add(way[-1])
+    raise ValueError(f"no way round from {hex(blocks[start][0].address)}")
+
+
 def ahead(loop: Sequence[Instruction], load: Instruction) -> int:
     """How many products of a loop come after a load, and before the first one that what it loads goes into.
 
@@ -161,9 +188,11 @@ def _graph(code: Sequence[Instruction]) -> tuple[list[list[Instruction]], dict[i
         if not always and b + 1 < len(blocks):
             after.append(b + 1)
         following[b] = after
+    named = {after for all_after in following.values() for after in all_after}
     following[-1] = []
     reached: set[int] = set()
-    for b in range(len(blocks)):  # the first one, and where nothing else leads: a case of BRX, a function
+    # the first one; then what no jump names, a case of BRX or a function; last what only a loop of its own leads to
+    for b in sorted(range(len(blocks)), key=lambda b: (b > 0, b in named, b)):
         if b not in reached:
             following[-1].append(b)
         todo = [b]

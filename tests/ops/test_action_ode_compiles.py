@@ -5,17 +5,19 @@ from __future__ import annotations
 import pytest
 from compiled import ARCHITECTURES, REGISTERS, Compiled, compile_for, needs_nvcc
 from dit4dit.benchmarks.kernels import SHARED_MEMORY
-from sass import Instruction, ahead, innermost, instructions, loops
+from sass import Instruction, ahead, innermost, instructions, loops, shortest_turn
 
 from dit4dit import presets
 from dit4dit.engine.action_ode import Device, head_shape, plan
-from dit4dit.engine.action_ode.schedule import PADDED_TOKENS, THREADS
+from dit4dit.engine.action_ode.schedule import PADDED_TOKENS, THREADS, warp_tiles
 
 SMS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 170}
 PARTITIONS = 4
 """Of an SM, with a quarter of the registers each; a block's warps are dealt out to them in turn."""
 DIVISION = ("I2F", "F2I", "I2I", "MUFU", "IABS")
 """What integer division and remainders by a number that the compiler does not know are made of."""
+MOST_BESIDES = {1: 32, 2: 48}
+"""By row groups of a warp: instructions of a step that are neither products nor their loads, at most; two take 16 more moves."""
 
 pytestmark = needs_nvcc
 
@@ -64,11 +66,10 @@ def test_tensor_cores_copies_and_clusters_are_used(compiled: Compiled, code: lis
 
 
 def test_a_slot_loop_for_every_number_of_tokens(slot_loops: list[list[Instruction]]) -> None:
-    """Each has products for as many times eight tokens, in two halves of 32 columns, for one or two row groups or more steps."""
-    products = {sum(i.base == "HMMA" for i in loop) for loop in slot_loops}
-    for tokens in PADDED_TOKENS:
-        assert any(count % (2 * tokens // 8) == 0 for count in products), (tokens, sorted(products))
-    assert len(slot_loops) >= len(PADDED_TOKENS)
+    """And for one row group a warp or two: products of each with tokens by eight, in two halves of a step's columns."""
+    found = sorted(sum(i.base == "HMMA" for i in loop) for loop in slot_loops)
+    groups = {tokens: range(1, warp_tiles(tokens) + 1) for tokens in PADDED_TOKENS}
+    assert found == sorted(2 * count * tokens // 8 for tokens in PADDED_TOKENS for count in groups[tokens])
 
 
 def test_the_slot_loop_divides_nothing(slot_loops: list[list[Instruction]]) -> None:
@@ -83,3 +84,14 @@ def test_the_next_weights_are_asked_for_before_this_steps_products(slot_loops: l
         weights = [i for i in loop if i.name == "LDS.128"]
         assert weights, hex(loop[0].address)
         assert all(ahead(loop, load) > 0 for load in weights), hex(loop[0].address)
+
+
+def test_a_step_is_little_more_than_its_products(code: list[Instruction], slot_loops: list[list[Instruction]]) -> None:
+    """The shortest way round the loop: all products of a step, all their loads, and little else."""
+    for loop in slot_loops:
+        turn = shortest_turn(code, loop, "HMMA")
+        groups = sum(i.name == "LDS.128" for i in turn) // 2  # in bf16: two halves of a step's columns
+        blocks = sum(i.base == "LDSM" for i in turn)
+        assert sum(i.base == "HMMA" for i in turn) == sum(i.base == "HMMA" for i in loop) == 2 * groups * blocks
+        besides = [i for i in turn if i.base not in ("HMMA", "LDSM", "NOP") and i.name != "LDS.128"]
+        assert len(besides) <= MOST_BESIDES[groups], (hex(loop[0].address), besides)

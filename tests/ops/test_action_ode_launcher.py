@@ -60,7 +60,9 @@ def test_the_error_flag_is_read_and_cleared() -> None:
     status = torch.tensor([3, NONE, Wanted.WEIGHTS, 1], dtype=torch.int32)
     ready = _Ready(plan(case.shape, DEVICE), {"status": status})
     head._ready[(1, 40, True)] = ready
-    with pytest.raises(OutputError, match=r"block 2 .* waited more than 0\.5 s for weights \(slot 1\)\. Another program"):
+    with pytest.raises(
+        OutputError, match=r"block 2 .* waited more than 0\.5 s for weights \(slot 1\)\. Another program"
+    ):
         head.check()
     head.check()
     assert head.schedules == [ready.schedule]
@@ -80,7 +82,9 @@ def test_an_error_names_block_tile_and_what_it_waited_for(device: Device) -> Non
         ends = f"row {buffer.rows - 1}, columns {buffer.columns - 2} and {buffer.columns - 1} of '{name}'"
         assert ends in last
     team, rank = schedule.teams - 1, schedule.ranks - 1
-    assert f"action_ode: block {block} (team {team}, rank {rank}) waited more than 2 s in tile {product} (product" in last
+    assert (
+        f"action_ode: block {block} (team {team}, rank {rank}) waited more than 2 s in tile {product} (product" in last
+    )
     work = schedule.decoded[attend].work
     text = waited(schedule, [1, attend, Wanted.SUMS, 0])
     assert f"block 0 (team 0, rank 0) waited more than 2 s in tile {attend} (attention, head {work.head} of" in text
@@ -249,7 +253,12 @@ def test_plans_run_before_the_text_encoder(monkeypatch: pytest.MonkeyPatch) -> N
         ({"previous": described((2, 8, 7))}, {}, ValueError, "guidance: expected previous and guidance, or neither"),
         ({"noise": (1, 2, 3)}, {}, TypeError, r"noise: expected an array or \(address, .*, got a tuple of 3"),
         ({"x" * 500: described((1,))}, {}, ValueError, "tensors: a key: expected at most 128 bytes of text, got 500"),
-        ({"first_tile": described((99,), "int32")}, {}, ValueError, r"first_tile: expected shape \[\d+\] .*, got \[99\]"),
+        (
+            {"first_tile": described((99,), "int32")},
+            {},
+            ValueError,
+            r"first_tile: expected shape \[\d+\] .*, got \[99\]",
+        ),
         ({"words": described((2, 64), "int32")}, {}, ValueError, r"words: expected shape \[3, \d+\] .*, got \[2, 64\]"),
         ({"words": described((3, 64))}, {}, TypeError, "words: expected int32, got float32"),
         ({"progress": described((1,), "int32")}, {}, ValueError, r"progress: expected shape \[2\] .*, got \[1\]"),
@@ -265,9 +274,19 @@ def test_plans_run_before_the_text_encoder(monkeypatch: pytest.MonkeyPatch) -> N
         ({}, {"ranks": 3, "inbox": 16}, ValueError, "ranks: expected 1, 2, 4 or 8, got 3"),
         ({}, {"ranks": 16, "inbox": 16}, ValueError, "ranks: expected 1, 2, 4 or 8, got 16"),
         ({}, {"teams": 0}, ValueError, "teams: expected a number from 1, got 0"),
-        ({}, {"teams": 2**29, "ranks": 4}, ValueError, r"teams: expected fewer than 2\^31 blocks in all, got 536870912"),
+        (
+            {},
+            {"teams": 2**29, "ranks": 4},
+            ValueError,
+            r"teams: expected fewer than 2\^31 blocks in all, got 536870912",
+        ),
         ({}, {"set_words": 66}, ValueError, "set_words: expected a multiple of 4, 16 bytes, .*, got 66"),
-        ({}, {"set_words": 2**30}, ValueError, r"set_words: expected .* fewer than 2\^31 words in all sets, got 1073741824"),
+        (
+            {},
+            {"set_words": 2**30},
+            ValueError,
+            r"set_words: expected .* fewer than 2\^31 words in all sets, got 1073741824",
+        ),
         ({}, {"padded_tokens": 8}, ValueError, "padded_tokens: expected a number from 16, got 8"),
         ({}, {"padded_tokens": 32}, ValueError, "padded_tokens: expected 16, 24, 40, 56 or 72, got 32"),
         ({}, {"padded_tokens": 80}, ValueError, "padded_tokens: expected 16, 24, 40, 56 or 72, got 80"),
@@ -277,7 +296,12 @@ def test_plans_run_before_the_text_encoder(monkeypatch: pytest.MonkeyPatch) -> N
         ({}, {"slots": 17}, ValueError, "slots: expected at most 16, got 17"),
         ({}, {"staging": 65544}, ValueError, "staging: expected a multiple of 16, got 65544"),
         ({}, {"staging": 2**31 - 16}, ValueError, "staging: expected fewer than 2 GiB of shared memory"),
-        ({}, {"inbox": 16}, ValueError, "inbox: expected a multiple of 16, 0 with one rank and more with several, got 16"),
+        (
+            {},
+            {"inbox": 16},
+            ValueError,
+            "inbox: expected a multiple of 16, 0 with one rank and more with several, got 16",
+        ),
         ({}, {"ranks": 2, "inbox": 0}, ValueError, "inbox: expected a multiple of 16, 0 with one rank and more"),
         ({}, {"ranks": 2, "inbox": 24}, ValueError, "inbox: expected a multiple of 16, 0 with one rank and more"),
         ({}, {"ranks": 2, "inbox": 2**31 - 16}, ValueError, "fewer than 2 GiB of shared memory in all, got 4295"),
@@ -301,7 +325,9 @@ def test_the_launcher_refuses_memory_that_is_shared(written: str) -> None:
         if name == written:
             continue
         here = arguments[written][0]
-        with pytest.raises(ValueError, match=rf"(expected memory of its own, got some that ({name}|{written}) lies in)"):
+        with pytest.raises(
+            ValueError, match=rf"(expected memory of its own, got some that ({name}|{written}) lies in)"
+        ):
             _C.action_ode_cuda(arguments | {name: (here, *rest)}, numbers(schedule), 0.0, 1, 0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sass import ahead, innermost, instructions, loops
+from sass import ahead, innermost, instructions, loops, shortest_turn
 
 
 def code(text: str) -> str:
@@ -52,6 +52,13 @@ def test_cases_of_a_switch_are_reached_though_nothing_names_them() -> None:
     assert [[i.address // 16 for i in loop] for loop in loops(instructions(code(text)))] == [[1, 2], [4, 5]]
 
 
+def test_a_case_begins_where_no_jump_goes() -> None:
+    """Its loop comes before it in the code; the place that jumps go to in there is not where the case begins."""
+    text = "BRX R16 -0x10\nMOV R1, R2\nIADD3 R1, R1, R2, RZ\n@!P1 BRA 0x10\nEXIT\nMOV R3, R4\nBRA 0x20"
+    (loop,) = loops(instructions(code(text)))
+    assert [i.address // 16 for i in loop] == [1, 2, 3]
+
+
 def test_calls_come_back_and_conditions_fall_through() -> None:
     """Of `BRA P1, 0x0` and `BRA.DIV UR4, 0x0` the condition is an operand."""
     text = "MOV R1, R2\nCALL.REL.NOINC 0x60\n@P0 EXIT\nBRA P1, 0x0\nBRA.DIV UR4, 0x0\nEXIT\nRET.REL.NODEC R2 0x0"
@@ -59,7 +66,9 @@ def test_calls_come_back_and_conditions_fall_through() -> None:
 
 
 def test_labels_are_as_good_as_addresses() -> None:
-    text = ".L_x_1:\n        /*0000*/  @P0 LDS R1, [R2] ;\n        /*0010*/  @P1 BRA `(.L_x_1) ;\n        /*0020*/  EXIT ;"
+    text = (
+        ".L_x_1:\n        /*0000*/  @P0 LDS R1, [R2] ;\n        /*0010*/  @P1 BRA `(.L_x_1) ;\n        /*0020*/  EXIT ;"
+    )
     first, jump, _ = instructions(text)
     assert (first.predicate, first.name, first.operands, jump.target) == ("@P0", "LDS", "R1, [R2]", 0)
     assert [len(loop) for loop in loops([first, jump])] == [2]
@@ -93,6 +102,17 @@ def test_registers() -> None:
         ([8, 9, 10, 11], [4, 5, 6, 7, 12, 13]),
         ([86, 87], []),
     ]
+
+
+def test_the_shortest_turn_leaves_out_what_is_jumped_over() -> None:
+    everything = instructions(code(NESTED))
+    (loop,) = innermost(loops(everything), "HMMA")
+    assert [i.address // 16 for i in shortest_turn(everything, loop, "HMMA")] == [3, 4, 5, 6, 7]
+    text = "LDS R1, [R2]\n@P0 BRA 0x40\nMOV R3, R4\nMOV R3, R5\nHMMA.16816.F32.BF16 R8, R4, R12, R8\n@P1 BRA 0x0\nEXIT"
+    everything = instructions(code(text))
+    (loop,) = loops(everything)
+    assert [i.address // 16 for i in loop] == [0, 1, 2, 3, 4, 5]
+    assert [i.address // 16 for i in shortest_turn(everything, loop, "HMMA")] == [4, 5, 0, 1]
 
 
 LATE = "LDS.128 R4, [R2]\nLDSM.16.M88.4 R12, [R3]\nHMMA.16816.F32.BF16 R8, R4, R12, R8\n@P0 BRA 0x0"
