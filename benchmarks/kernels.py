@@ -43,7 +43,6 @@ CONVOLUTIONS = (  # channels, channels out, side of a view
     (384, 384, 28),
     (384, 32, 28),
 )
-SHORTCUTS = ((96, 192), (192, 384))
 DOWN = ((96, 224), (192, 112), (384, 56))  # channels, side
 
 
@@ -138,8 +137,6 @@ def _vae(batch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         for into, out, side in CONVOLUTIONS:
             x = last(batch, into, side, side * views)
             yield f"{robot} {into} to {out} at {side}", "conv2d", (x, last(out, into, 3, 3), None, 1, 1)
-            if (into, out) in SHORTCUTS:
-                yield f"{robot} {into} to {out} at {side}, 1 x 1", "conv2d", (x, last(out, into, 1, 1), None, 1, 0)
         for channels, side in DOWN:  # zeros below and to the right are part of the buffer
             x = last(batch, channels, side + 1, side * views + 1)
             yield f"{robot} {channels} down from {side}", "conv2d", (x, last(channels, channels, 3, 3), None, 2, 0)
