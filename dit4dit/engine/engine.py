@@ -287,7 +287,7 @@ class Engine:
         latent: Tensor,
         draw: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Backbone features, float32 [B, S, D]; the pack is a batch's (`stack`).
+        """Backbone features in the head's dtype, [B, S, D]; the pack is a batch's (`stack`).
 
         draw: what fills `posterior`, `latent` and other noise in place, before any of it is read. On a GPU it runs beside the
             VAE, as does all that needs the noise alone.
@@ -346,7 +346,7 @@ class Engine:
 
     @torch.no_grad()
     def backbone(self, latents: Tensor, pack: PromptPack) -> Tensor:
-        """Latents [B, z, T, h, w], frame 0 conditioning, and a batch's pack -> features, float32 [B, S, D]."""
+        """Latents [B, z, T, h, w], frame 0 conditioning, and a batch's pack -> features in the head's dtype, [B, S, D]."""
         first = self.first_block(latents)
         self.add_noise(first, latents)
         first.add_condition(patch_rows(latents[:, :, :1], self.config.dit.patch, self.model.dtype)[:, 0])
@@ -371,8 +371,12 @@ class Engine:
             branch, gate, norm = block.cross_out(a).view_as(x), norm.gate, block.mlp_norm
             x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
             branch, gate = block.mlp_out(block.mlp_in.gelu(h)), norm.gate
-        x, _ = ops.adaln(x, branch, gate, None, None, 1e-6, dtype)
-        return x.flatten(1, 2)
+        assert branch is not None
+        assert gate is not None
+        features = torch.empty(x.shape, dtype=self.head.context.weight.dtype, device=x.device)
+        # the sum alone, in float32 whatever its parts are, and rounded once
+        torch.addcmul(x, gate[:, None], branch, out=features)
+        return features.flatten(1, 2)
 
     def _rotary_for(self, latents: Tensor) -> Tensor:
         patch = self.config.dit.patch

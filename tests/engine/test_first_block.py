@@ -17,7 +17,7 @@ from dit4dit.config import ModelConfig
 from dit4dit.engine import Engine, Plan, RequestShape, stack
 from dit4dit.engine.branch import beside
 from dit4dit.engine.first_block import patch_rows
-from dit4dit.engine.fold import fold_embedding
+from dit4dit.engine.fold import Matrix, fold_embedding
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.listing import engine_without_data
 from dit4dit.errors import InputError
@@ -77,7 +77,7 @@ def test_apart_is_the_same_as_at_once(config: ModelConfig, batch: int) -> None:
         engine.branches = apart
         with ops.listing() as calls:
             found[apart] = engine.features(frame, stack(packs), posterior, latent)
-        assert [op for op, _ in calls].count("adaln") == 3 * len(engine.blocks) + 1 + apart
+        assert [op for op, _ in calls].count("adaln") == 3 * len(engine.blocks) + apart
         alone = engine.features(frame[:1], stack(packs[:1]), posterior[:1], latent[:1])
         torch.testing.assert_close(found[apart][:1], alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5)
@@ -120,6 +120,29 @@ def test_a_model_of_one_latent_frame_has_no_noise_to_put() -> None:
     for engine.branches in (False, True):
         found.append(engine.features(frame, pack, posterior, latent))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_features_are_in_the_heads_dtype_and_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a bfloat16 backbone: its last sum is float32's whatever its parts are."""
+    engine = engine_of(TINY, BF16)
+    engine.head = replace(engine.head, context=Matrix(engine.head.context.weight.to(dtype)))
+    frame, posterior, latent = inputs(engine, 2)
+    pack = stack([engine.pack(torch.randn(1, 5, TINY.dit.text_in))])
+    parts: list[torch.Tensor] = []
+    plain = torch.addcmul
+
+    def seen(*given: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
+        parts.extend(given if out else ())
+        return plain(*given, **out)
+
+    monkeypatch.setattr(torch, "addcmul", seen)
+    got = engine.features(frame.to(BF16), pack, posterior, latent)
+    x, gate, branch = parts
+    assert (x.dtype, gate.dtype, branch.dtype) == (F32, F32, BF16)
+    want = (x.double() + gate.double() * branch.double()).flatten(1, 2)
+    assert got.dtype == dtype
+    assert ((got.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-6).all()
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -227,6 +250,7 @@ def test_launches_around_a_step(name: str, batch: int, copies: int, monkeypatch:
     assert found["outputs"] == Counter(copy_=1, unnormalize=1)
     backbone = found["backbone"]
     # with the embedding's
-    assert (backbone["mm"], backbone["adaln"], backbone["copy_"]) == (6 * blocks + 1, 3 * blocks + 1, copies)
+    assert (backbone["mm"], backbone["adaln"], backbone["copy_"]) == (6 * blocks + 1, 3 * blocks, copies)
+    assert backbone["addcmul"] == 1
     assert not {"cat", "clone", "fill_", "zero_", "_to_copy", "new_zeros", "zeros"} & set(backbone)
     assert None not in found
