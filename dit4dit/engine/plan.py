@@ -183,9 +183,11 @@ class Plan:
         with ops.stage("action_head"):
             normalized = self.engine.actions(features, given.get("state"), noise["action"], guidance)
         with ops.stage("outputs"):
-            self.outputs.device["normalized"].copy_(normalized)
-            if self._table is not None:
-                ops.unnormalize(normalized, self._table, out=self.outputs.device["actions"])
+            places = self.outputs.device
+            if self._table is None:
+                places["normalized"].copy_(normalized)
+            else:
+                ops.unnormalize(normalized, self._table, out=places["actions"], copy=places["normalized"])
 
     def compute(self) -> None:
         """All that the device does for one pass, on whatever the buffers hold."""

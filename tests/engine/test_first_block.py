@@ -247,7 +247,7 @@ def test_launches_around_a_step(name: str, batch: int, copies: int, monkeypatch:
     found, blocks = counted.found, len(engine.blocks)
     assert found["noise"] == Counter(philox_normal=3, mm=2, adaln=1, copy_=1 + copies)
     assert found["latents"] == Counter(posterior_patches=1)
-    assert found["outputs"] == Counter(copy_=1, unnormalize=1)
+    assert found["outputs"] == Counter(unnormalize=1)
     backbone = found["backbone"]
     # with the embedding's
     assert (backbone["mm"], backbone["adaln"], backbone["copy_"]) == (6 * blocks + 1, 3 * blocks, copies)
