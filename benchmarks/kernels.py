@@ -119,8 +119,9 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
     requests = _empty(batch, 3, dtype=torch.int64)
     for robot, latent, size in (("gr1", (16, 3, 28, 28), 29), ("libero", (16, 2, 28, 56), 7)):
-        yield robot, "philox_normal", (requests, 1, latent)
         channels, _, rows, columns = latent
+        draws = ((0, (channels, 1, rows, columns)), (1, latent), (2, (16, 32)))
+        yield robot, "philox_normal", (requests, draws)
         moments = _empty(batch, 2 * channels, rows, columns).contiguous(memory_format=torch.channels_last)
         noise = f32(batch, channels, 1, rows, columns)
         yield robot, "posterior_patches", (moments, noise, f32(channels), f32(channels), 2, BF16)

@@ -163,8 +163,9 @@ class Plan:
         """Draw the noise of all requests but those that have brought theirs; nothing on a CPU, where NumPy has drawn it."""
         if not self.engine.branches:
             return
-        for name, stream in STREAMS.items():
-            ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name], out=self.noise.device[name])
+        draws = tuple((stream, self.draws[name]) for name, stream in STREAMS.items())
+        places = tuple(self.noise.device[name] for name in STREAMS)
+        ops.philox_normal(self.inputs.device["requests"], draws, out=places)
 
     def _compute(self) -> None:
         given, noise = self.inputs.device, self.noise.device

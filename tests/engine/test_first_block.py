@@ -245,7 +245,7 @@ def test_launches_around_a_step(name: str, batch: int, copies: int, monkeypatch:
         with Launches(monkeypatch) as counted:
             plan.compute()
     found, blocks = counted.found, len(engine.blocks)
-    assert found["noise"] == Counter(philox_normal=3, mm=2, adaln=1, copy_=1 + copies)
+    assert found["noise"] == Counter(philox_normal=1, mm=2, adaln=1, copy_=1 + copies)
     assert found["latents"] == Counter(posterior_patches=1)
     assert found["outputs"] == Counter(unnormalize=1)
     backbone = found["backbone"]
