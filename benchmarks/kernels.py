@@ -124,7 +124,7 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield robot, "philox_normal", (requests, draws)
         moments = _empty(batch, 2 * channels, rows, columns).contiguous(memory_format=torch.channels_last)
         noise = f32(batch, channels, 1, rows, columns)
-        yield robot, "posterior_patches", (moments, noise, f32(channels), f32(channels), 2, BF16)
+        yield robot, "posterior_patches", (moments, _empty(2 * channels), noise, f32(channels), f32(channels), 2, BF16)
         yield robot, "unnormalize", (a, _empty(5, size, dtype=torch.float64))
 
 

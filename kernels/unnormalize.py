@@ -10,19 +10,17 @@ def unnormalize(
     actions,  # float32 [rows, width]
     table,  # float64 [5, size]: threshold (NaN: none), low, high, scale, offset
     out,  # float32 [rows, size]
-    copy,  # float32 [rows, width], or None
-    count,  # rows * columns
+    copy,  # float32 [rows, width]
+    count,  # rows * width
     width,
     size,
-    columns,  # of a row that are read: width where there is a copy, else size
     BLOCK: tl.constexpr,
 ):
     wait_for_inputs()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column = i // columns, i % columns
-    given = tl.load(actions + row * width + column, mask=i < count, other=0.0)
-    if copy is not None:
-        tl.store(copy + i, given, mask=i < count)
+    row, column = i // width, i % width
+    given = tl.load(actions + i, mask=i < count, other=0.0)
+    tl.store(copy + i, given, mask=i < count)
     inside = (i < count) & (column < size)
     y = given.to(tl.float64)
     at = tl.load(table + column, mask=inside, other=0.0)

@@ -174,6 +174,7 @@ class Encoder:
 
     Attributes:
         channels: of the frame as its first convolution takes it without a copy; those beyond the third are zeros.
+        bias: [2z], what the moments of `__call__` still lack, or None.
         layers: between the first convolution and the last norm.
     """
 
@@ -191,10 +192,12 @@ class Encoder:
         modules: Sequence[nn.Module] = (*source.down_blocks, mid.resnets[0], mid.attentions[0], mid.resnets[1])
         self.layers = tuple(_layer(module, apart) for module in modules)
         self._gamma = _gamma(source.norm_out)
-        self._last = _product(source.quant_conv, source.conv_out)
+        last = _product(source.quant_conv, source.conv_out)
+        self._last, self.bias = last.apart() if apart else (last, None)
 
     def __call__(self, frame: Tensor) -> Tensor:
-        """frame [B, 3 or `channels`, H, W] in [-1, 1] -> moments [B, 2z, H/8, W/8]: the mean, and the logarithm of the variance.
+        """frame [B, 3 or `channels`, H, W] in [-1, 1] -> moments [B, 2z, H/8, W/8] but for `bias`, where it is not None: the mean,
+        and the logarithm of the variance.
 
         Computed in the weights' dtype, which the moments have; they are channels last in memory.
         """

@@ -231,6 +231,8 @@ class Engine:
         with ops.use_backend("torch"):
             folded = {"features": self.backbone(latents, stack([self.pack(embeds)]))}
             folded["moments"] = self.moments(frame).float()
+            if self.encoder.bias is not None:
+                folded["moments"] += self.encoder.bias.float()[:, None, None]
         assert model.head is not None
         noise = normal(1, head.action_horizon, head.action_dim)
         dtype = model.head.dtype
@@ -308,7 +310,10 @@ class Engine:
         return self.from_moments(first, moments, pack, posterior)
 
     def moments(self, frame: Tensor) -> Tensor:
-        """The joined views [B, 3, H, W] in [-1, 1] -> the VAE's posterior, `ops.posterior_patches`' moments [B, 2 z, h, w]."""
+        """The joined views [B, 3, H, W] in [-1, 1] -> the VAE's posterior, `ops.posterior_patches`' moments [B, 2 z, h, w].
+
+        What they lack is `Encoder.bias`.
+        """
         return self.encoder(frame)
 
     def condition(self, frame: Tensor, posterior: Tensor) -> Tensor:
@@ -318,7 +323,7 @@ class Engine:
 
     def _sample(self, moments: Tensor, posterior: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
         noise = None if self.posterior == "mean" else posterior
-        return ops.posterior_patches(moments, noise, *self.latent_scale, patch, dtype)
+        return ops.posterior_patches(moments, self.encoder.bias, noise, *self.latent_scale, patch, dtype)
 
     def first_block(self, latent: Tensor) -> FirstBlock:
         """Buffers for block 0's input, for latents [B, z, T, h, w]. InputError: they are not as many frames as the model's."""

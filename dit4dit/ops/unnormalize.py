@@ -39,7 +39,7 @@ def unnormalize(
         threshold is a number the value first becomes 0 (below it) or 1; NaN means no threshold. Then
         clip(value, low, high) * scale + offset in float64. A is at most A_model, the rest of which is padding.
     out: float32 [B, K, A] to write the units to; None: to a new tensor.
-    copy: like actions, where these are copied to; None: they are returned themselves.
+    copy: like actions, where these are copied to; None: they are returned themselves, or a copy of them.
     backend: "triton" or "torch"; None chooses.
 
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -73,13 +73,13 @@ def launches(
     units, copy = out
     if units is None:
         units = torch.empty(batch, horizon, size, dtype=torch.float32, device=actions.device)
+    if copy is None:  # made here: a kernel without one would be another that has to be compiled ahead of time
+        copy = torch.empty_like(actions)
     tile = tiles.lookup("unnormalize", architecture)
-    count = actions.numel() if copy is not None else units.numel()
-    arguments: dict[str, Any] = dict(actions=actions, table=table, out=units, copy=copy, count=count)
-    # without a copy the padding of an action is not looked at
-    arguments |= dict(width=width, size=size, columns=width if copy is not None else size)
-    step = Launch("unnormalize", (launch.blocks(count, tile["BLOCK"]),), arguments, {}, tile)
-    return [step], (units, actions if copy is None else copy)
+    arguments: dict[str, Any] = dict(actions=actions, table=table, out=units, copy=copy)
+    arguments |= dict(count=actions.numel(), width=width, size=size)
+    step = Launch("unnormalize", (launch.blocks(actions.numel(), tile["BLOCK"]),), arguments, {}, tile)
+    return [step], (units, copy)
 
 
 def _refuse(actions: Tensor, table: Tensor) -> str | None:
