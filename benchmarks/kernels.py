@@ -118,6 +118,9 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
     requests = _empty(batch, 3, dtype=torch.int64)
+    for robot, size in (("gr1", 64), ("libero", 16)):
+        layers = (_empty(HEAD_HIDDEN, size), _empty(HEAD_HIDDEN), _empty(HEAD_WIDTH, HEAD_HIDDEN), _empty(HEAD_WIDTH))
+        yield robot, "state_token", (f32(batch, size), *layers, F32)
     for robot, latent, size in (("gr1", (16, 3, 28, 28), 29), ("libero", (16, 2, 28, 56), 7)):
         channels, _, rows, columns = latent
         draws = ((0, (channels, 1, rows, columns)), (1, latent), (2, (16, 32)))

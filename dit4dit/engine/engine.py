@@ -291,8 +291,8 @@ class Engine:
     ) -> Tensor:
         """Backbone features in the head's dtype, [B, S, D]; the pack is a batch's (`stack`).
 
-        draw: what fills `posterior`, `latent` and other noise in place, before any of it is read. On a GPU it runs beside the
-            VAE, as does all that needs the noise alone.
+        draw: what fills `posterior`, `latent` and other noise in place, before any of it is read, and what else needs no image.
+            On a GPU it runs beside the VAE, as does all that needs the noise alone.
         """
 
         def noisy() -> None:
@@ -391,17 +391,31 @@ class Engine:
     def actions(
         self, features: Tensor, state: Tensor | None, noise: Tensor, guidance: GuidanceTensors | None = None
     ) -> Tensor:
-        """Features [B, S, D] and noise [B, K, A] -> normalised actions, float32 [B, K, A].
+        """Features [B, S, D], state and noise [B, K, A] -> normalised actions, float32 [B, K, A].
 
-        guidance: keep to the left-over of the chunk before; weights [K] or [B, K]. BackendError: weights for each sample of a
+        state: as in `sample`. guidance: keep to the left-over of the chunk before; weights [K] or [B, K]. BackendError: weights for each sample of a
         batch with head="one_launch", whose kernel has one row of them.
         """
-        head, model = self.head, self.model.head
-        assert model is not None
-        dtype = head.decode_out.weight.dtype
-        context = head.context(features.to(dtype))
-        encoder = model.state_encoder
-        prefix = None if encoder is None or state is None else encoder(state.to(dtype))[:, 0]
+        return self.actions_behind(features, self.token(state), noise, guidance)
+
+    def token(self, state: Tensor | None) -> Tensor | None:
+        """The state token [B, W] of a state [B, 1, state_dim]; None without one."""
+        assert self.model.head is not None
+        encoder = self.model.head.state_encoder
+        if encoder is None or state is None:
+            return None
+        first, last = encoder.layer1, encoder.layer2
+        # the head in one launch reads it in float32, whatever its values were rounded to
+        dtype = last.weight.dtype if self.one_launch is None else torch.float32
+        return ops.state_token(state[:, 0], first.weight, first.bias, last.weight, last.bias, dtype)
+
+    @torch.no_grad()
+    def actions_behind(
+        self, features: Tensor, prefix: Tensor | None, noise: Tensor, guidance: GuidanceTensors | None = None
+    ) -> Tensor:
+        """`actions` with the state's token in the place of the state."""
+        head = self.head
+        context = head.context(features.to(head.decode_out.weight.dtype))
         if self.one_launch is not None:
             return self._one_launch(self.one_launch, noise, context, prefix, guidance)
         return loop(head, noise, context, prefix, guidance)

@@ -178,11 +178,17 @@ class Plan:
                 self._pack.keys.dtype,
                 channels=self.engine.encoder.channels,
             )
-        features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"], self.draw_noise)
+        tokens: list[Tensor | None] = []
+
+        def early() -> None:
+            self.draw_noise()
+            tokens.append(self.engine.token(given.get("state")))
+
+        features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"], early)
         most = self.shape.max_guidance
         guidance = None if most is None else GuidanceTensors(given["previous"], given["weights"], most)
         with ops.stage("action_head"):
-            normalized = self.engine.actions(features, given.get("state"), noise["action"], guidance)
+            normalized = self.engine.actions_behind(features, tokens[0], noise["action"], guidance)
         with ops.stage("outputs"):
             places = self.outputs.device
             if self._table is None:

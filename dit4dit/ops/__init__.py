@@ -18,6 +18,7 @@ from dit4dit.ops.stages import stage
 # in the order of the data's way through the model, which `names` keeps
 from dit4dit.ops.preprocess import preprocess
 from dit4dit.ops.philox_normal import philox_normal
+from dit4dit.ops.state_token import state_token
 from dit4dit.ops.conv2d import conv2d
 from dit4dit.ops.rms_norm_silu import rms_norm_silu
 from dit4dit.ops.add_pad import add_pad
@@ -62,6 +63,7 @@ __all__ = [
     "rms_norm_silu",
     "self_attention",
     "stage",
+    "state_token",
     "trace",
     "unnormalize",
     "use_backend",

@@ -238,14 +238,14 @@ def test_launches_around_a_step(name: str, batch: int, copies: int, monkeypatch:
     config, robot = preset(name).model, EMBODIMENTS[preset(name).embodiment]
     engine = engine_without_data(config)
     views = (config.image_size,) * len(robot.views)
-    shape = RequestShape(batch, views, None, robot.resize, False, config.text.max_length)
+    shape = RequestShape(batch, views, None, robot.resize, True, config.text.max_length)
     plan = Plan(engine, shape, torch.zeros(5, robot.action_dim, dtype=torch.float64))
     with stand_in.without_data(), torch.no_grad():
         plan.compute()  # which makes tables
         with Launches(monkeypatch) as counted:
             plan.compute()
     found, blocks = counted.found, len(engine.blocks)
-    assert found["noise"] == Counter(philox_normal=1, mm=2, adaln=1, copy_=1 + copies)
+    assert found["noise"] == Counter(philox_normal=1, state_token=1, mm=2, adaln=1, copy_=1 + copies)
     assert found["latents"] == Counter(posterior_patches=1)
     assert found["outputs"] == Counter(unnormalize=1)
     backbone = found["backbone"]
