@@ -19,6 +19,7 @@ from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
 from dit4dit.aot_build.compiler import compiled, resources
+from dit4dit.model import video_dit
 from dit4dit.ops import launch, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.aot.specialization import Specialization
@@ -66,6 +67,11 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         # the first of a step: the residual stream starts as what the mask channels add, a row for each frame
         first = f32(frames, 1, WIDTH).expand(*shape, WIDTH)
         yield f"{tokens} noise", "adaln", (first[:, 1:], h[:, 1:].contiguous(), None, table[1:], table[1:], 1e-6, BF16)
+        latent, embedding = f32(batch, 16, frames, 28, 2 * tokens // frames // 14), _empty(WIDTH, 64)
+        noise = video_dit.patches(latent[:, :, 1:], 2)
+        yield f"{tokens} noise", "patch_tokens", (noise, embedding, first[:, 1:], table[1:], table[1:], 1e-6)
+        frame = _empty(batch, 1, *noise.shape[2:])
+        yield f"{tokens} condition", "patch_tokens", (frame, embedding, first[:, :1], table[:1], table[:1], 1e-6)
         yield f"{tokens} gated", "adaln", (x, h, table, table, table, 1e-6, BF16)
         attention = (_empty(batch, tokens, 3 * WIDTH), norm, norm, f32(2, tokens, DIM // 2), HEADS, 1e-5)
         yield f"{tokens}", "qk_norm_rope", attention

@@ -22,7 +22,7 @@ from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead, choose_
 from dit4dit.engine.branch import beside
 from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.encoder import fold_encoder
-from dit4dit.engine.first_block import FirstBlock, patch_rows
+from dit4dit.engine.first_block import FirstBlock
 from dit4dit.engine.fold import BackboneBlock, Embedding, Head, fold_backbone, fold_embedding, fold_head
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.graph_pool import GraphPool
@@ -31,6 +31,7 @@ from dit4dit.engine.slots import Slots
 from dit4dit.errors import BackendError, ConfigError, InputError, shown
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.flow import GuidanceTensors
+from dit4dit.model import video_dit
 from dit4dit.model.video_dit import rotary_table
 from dit4dit.ops import programmatic
 from dit4dit.ops.action_ode import loop
@@ -339,14 +340,16 @@ class Engine:
     def add_noise(self, first: FirstBlock, latent: Tensor) -> None:
         """The part of all frames of the latents [B, z, T, h, w] but the conditioning one."""
         if latent.shape[2] > 1:
-            first.add_noise(patch_rows(latent[:, :, 1:], self.config.dit.patch, self.model.dtype))
+            first.add_noise(video_dit.patches(latent[:, :, 1:], self.config.dit.patch))
 
     def from_moments(self, first: FirstBlock, moments: Tensor, pack: PromptPack, posterior: Tensor) -> Tensor:
         """Features as of `features`, from block 0's input with the noise in it (`add_noise`) and the VAE's posterior."""
         with ops.stage("latents"), programmatic.plainly():  # the first kernel behind the join
-            rows = self._sample(moments, posterior, self.config.dit.patch, self.model.dtype)
+            tokens = self._sample(moments, posterior, self.config.dit.patch, self.model.dtype)
         with ops.stage("backbone"):
-            first.add_condition(rows)
+            patch = self.config.dit.patch
+            rows, columns = posterior.shape[3] // patch, posterior.shape[4] // patch
+            first.add_condition(tokens.view(len(tokens), 1, rows, columns, -1, patch, patch))
             return self._blocks(first, pack, self._rotary_for(posterior))
 
     @torch.no_grad()
@@ -354,7 +357,7 @@ class Engine:
         """Latents [B, z, T, h, w], frame 0 conditioning, and a batch's pack -> features in the head's dtype, [B, S, D]."""
         first = self.first_block(latents)
         self.add_noise(first, latents)
-        first.add_condition(patch_rows(latents[:, :, :1], self.config.dit.patch, self.model.dtype)[:, 0])
+        first.add_condition(video_dit.patches(latents[:, :, :1].to(self.model.dtype), self.config.dit.patch))
         return self._blocks(first, pack, self._rotary_for(latents))
 
     def _blocks(self, first: FirstBlock, pack: PromptPack, rotary: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from dit4dit.ops.conv2d import conv2d
 from dit4dit.ops.rms_norm_silu import rms_norm_silu
 from dit4dit.ops.add_pad import add_pad
 from dit4dit.ops.posterior_patches import posterior_patches
+from dit4dit.ops.patch_tokens import patch_tokens
 from dit4dit.ops.adaln import adaln
 from dit4dit.ops.qk_norm_rope import qk_norm_rope
 from dit4dit.ops.self_attention import self_attention
@@ -55,6 +56,7 @@ __all__ = [
     "listing",
     "names",
     "norm_linear",
+    "patch_tokens",
     "philox_normal",
     "posterior_patches",
     "preprocess",

@@ -16,11 +16,11 @@ from dit4dit.checkpoints.weights import random_model
 from dit4dit.config import ModelConfig
 from dit4dit.engine import Engine, Plan, RequestShape, stack
 from dit4dit.engine.branch import beside
-from dit4dit.engine.first_block import patch_rows
 from dit4dit.engine.fold import Matrix, fold_embedding
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.listing import engine_without_data
 from dit4dit.errors import InputError
+from dit4dit.model.video_dit import patches
 from dit4dit.ops import stages, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.presets import preset
@@ -52,7 +52,7 @@ def test_the_constants_are_what_the_mask_channels_and_positions_add(config: Mode
     with torch.no_grad():
         wanted = transformer.embed_latents(latent)
         embedding = fold_embedding(engine.model.backbone)
-        rows = patch_rows(latent, config.dit.patch, F32)
+        rows = patches(latent, config.dit.patch).flatten(4).flatten(2, 3)
         got = embedding.matrix(rows) + embedding.begin(2, 4)
         without = embedding.matrix(rows)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -245,12 +245,12 @@ def test_launches_around_a_step(name: str, batch: int, copies: int, monkeypatch:
         with Launches(monkeypatch) as counted:
             plan.compute()
     found, blocks = counted.found, len(engine.blocks)
-    assert found["noise"] == Counter(philox_normal=1, state_token=1, mm=2, adaln=1, copy_=1 + copies)
+    assert found["noise"] == Counter(philox_normal=1, state_token=1, patch_tokens=1, mm=1, copy_=copies)
     assert found["latents"] == Counter(posterior_patches=1)
     assert found["outputs"] == Counter(unnormalize=1)
     backbone = found["backbone"]
-    # with the embedding's
-    assert (backbone["mm"], backbone["adaln"], backbone["copy_"]) == (6 * blocks + 1, 3 * blocks, copies)
+    assert (backbone["mm"], backbone["adaln"], backbone["copy_"]) == (6 * blocks, 3 * blocks - 1, copies)
+    assert backbone["patch_tokens"] == 1
     assert backbone["addcmul"] == 1
     assert not {"cat", "clone", "fill_", "zero_", "_to_copy", "new_zeros", "zeros"} & set(backbone)
     assert None not in found
