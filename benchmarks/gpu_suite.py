@@ -57,7 +57,15 @@ OTHER_OPS = (
         "linear_gelu",
         "norm_linear",
     ),
-    *("patch_tokens", "philox_normal", "posterior_patches", "preprocess", "qk_norm_rope", "rms_norm_silu", "state_token"),
+    *(
+        "patch_tokens",
+        "philox_normal",
+        "posterior_patches",
+        "preprocess",
+        "qk_norm_rope",
+        "rms_norm_silu",
+        "state_token",
+    ),
     "unnormalize",
 )
 BFLOAT16_HEAD, FLOAT32_HEAD = ("--head-dtype", "bfloat16"), ("--head-dtype", "float32")

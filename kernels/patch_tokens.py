@@ -58,7 +58,9 @@ def patch_tokens(
         column = start + tl.arange(0, COLUMNS)
         wide = column < WIDTH
         inside = here[:, None] & wide[None, :]
-        tile = tl.load(weight + column[:, None] * INNER + k[None, :], mask=wide[:, None] & (k < INNER)[None, :], other=0.0)
+        tile = tl.load(
+            weight + column[:, None] * INNER + k[None, :], mask=wide[:, None] & (k < INNER)[None, :], other=0.0
+        )
         product = dot(given, tl.trans(tile), tl.zeros([ROWS, COLUMNS], tl.float32))
         value = narrow(product, dtype).to(tl.float32)
         value += tl.load(first[:, None] + column[None, :], mask=inside, other=0.0)

@@ -196,8 +196,8 @@ class Encoder:
         self._last, self.bias = last.apart() if apart else (last, None)
 
     def __call__(self, frame: Tensor) -> Tensor:
-        """frame [B, 3 or `channels`, H, W] in [-1, 1] -> moments [B, 2z, H/8, W/8] but for `bias`, where it is not None: the mean,
-        and the logarithm of the variance.
+        """frame [B, 3 or `channels`, H, W] in [-1, 1] -> moments [B, 2z, H/8, W/8], but for `bias`: the mean, and the
+        logarithm of the variance.
 
         Computed in the weights' dtype, which the moments have; they are channels last in memory.
         """

@@ -29,9 +29,9 @@ from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
 from dit4dit.engine.slots import Slots
 from dit4dit.errors import BackendError, ConfigError, InputError, shown
+from dit4dit.model import video_dit
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.flow import GuidanceTensors
-from dit4dit.model import video_dit
 from dit4dit.model.video_dit import rotary_table
 from dit4dit.ops import programmatic
 from dit4dit.ops.action_ode import loop
@@ -396,7 +396,8 @@ class Engine:
     ) -> Tensor:
         """Features [B, S, D], state and noise [B, K, A] -> normalised actions, float32 [B, K, A].
 
-        state: as in `sample`. guidance: keep to the left-over of the chunk before; weights [K] or [B, K]. BackendError: weights for each sample of a
+        state: as in `sample`.
+        guidance: keep to the left-over of the chunk before; weights [K] or [B, K]. BackendError: weights for each sample of a
         batch with head="one_launch", whose kernel has one row of them.
         """
         return self.actions_behind(features, self.token(state), noise, guidance)

@@ -39,7 +39,7 @@ class FirstBlock:
             self.qkv = torch.empty(batch, frames * tokens, block.qkv.weight.shape[0], dtype=dtype, device=device)
 
     def add_noise(self, patches: Tensor) -> None:
-        """Patches of all latent frames but the first, [B, T - 1, r, c, z, p, p] (`video_dit.patches`); kept until both are there."""
+        """Patches of all latent frames but the first, [B, T - 1, r, c, z, p, p] (`video_dit.patches`)."""
         if self._apart:
             self._put(1, patches)
         else:

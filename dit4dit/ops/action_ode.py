@@ -131,9 +131,8 @@ def loop(
 def velocity(head: FoldedHead, actions: Tensor, step: int, context: Tensor, prefix: Tensor | None) -> Tensor:
     """Noisy actions [B, K, A] at Euler step `step` -> velocity [B, K, A], all in the head's dtype.
 
-    context: k and v of each cross-attending block [2 * blocks, B, heads, S, d]. prefix: state token [B, W] in that dtype, or None.
+    context: k and v of each cross-attending block [2 * blocks, B, heads, S, d]. prefix: state token [B, W] likewise, or None.
     """
-    dtype = actions.dtype
     tokens = head.encode_out(F.silu(head.encode(actions) + head.time_bias[step]))
     if head.position is not None:
         tokens = tokens + head.position

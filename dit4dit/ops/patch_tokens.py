@@ -73,9 +73,7 @@ def _rows(patches: Tensor, dtype: torch.dtype) -> Tensor:
     return dense.view(batch, frames, rows * columns, token[0] * token[1] * token[2])
 
 
-def launches(
-    args: _Args, architecture: str, out: _Places | None = None
-) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+def launches(args: _Args, architecture: str, out: _Places | None = None) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
     """The kernels to run, and the tensors they will have written. Tensors may be on the meta device."""
     patches, weight, begin, shift, scale, eps = args
     width, inner = weight.shape
@@ -97,16 +95,16 @@ def launches(
 _DEEPEST = 256  # a token's vector is read at once
 
 
-def _refuse(
-    patches: Tensor, weight: Tensor, begin: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> str | None:
+def _refuse(patches: Tensor, weight: Tensor, begin: Tensor, shift: Tensor, scale: Tensor, eps: float) -> str | None:
     if weight.shape[1] > _DEEPEST:
         return f"patches of {weight.shape[1]} numbers, it takes at most {_DEEPEST}"
     if (reason := launch.refuse(products=True, weight=weight)) is not None:
         return reason
     # whatever the layout of the patches, which the kernel has strides for, their dtype and device are looked at
     layout = sorted(range(7), key=lambda i: (patches.shape[i] > 1, -patches.stride(i)))
-    return launch.refuse(strided=("patches", "begin"), patches=patches.permute(layout), begin=begin, shift=shift, scale=scale)
+    return launch.refuse(
+        strided=("patches", "begin"), patches=patches.permute(layout), begin=begin, shift=shift, scale=scale
+    )
 
 
 def _parts(
@@ -128,7 +126,14 @@ def _example(device: torch.device) -> _Args:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     table = torch.zeros(2, 64, device=device)
     weight = torch.zeros(64, 16, dtype=dtype, device=device)
-    return torch.zeros(1, 2, 2, 2, 4, 2, 2, device=device), weight, torch.zeros(1, 2, 4, 64, device=device), table, table, 1e-6
+    return (
+        torch.zeros(1, 2, 2, 2, 4, 2, 2, device=device),
+        weight,
+        torch.zeros(1, 2, 4, 64, device=device),
+        table,
+        table,
+        1e-6,
+    )
 
 
 _op = Op(

@@ -61,8 +61,8 @@ def philox_normal(
 
     requests: int64 [B, 3]: seed and chunk of each request, their 64 bits taken as unsigned, and whether its noise is given by
         whoever asks (not 0): nothing is drawn for such a request.
-    draws: up to MOST of (stream, shape): which of a request's draws (`dit4dit.noise.STREAMS`), 0 to 2^31 - 1, and the shape of one
-        request's. A draw does not depend on those beside it.
+    draws: up to MOST of (stream, shape): which of a request's draws (`dit4dit.noise.STREAMS`), 0 to 2^31 - 1, and the shape of
+        one request's. A draw does not depend on those beside it.
     out: for each draw a contiguous float32 [B, *shape] to draw into, or None; samples of given requests keep what is there.
         Without it theirs are zeros.
     backend: "triton" (one launch) or "torch"; None chooses.
@@ -95,9 +95,7 @@ def philox_normal(
     return result
 
 
-def launches(
-    args: _Args, architecture: str, out: _Places | None = None
-) -> tuple[list[Launch], tuple[Tensor, ...]]:
+def launches(args: _Args, architecture: str, out: _Places | None = None) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """The kernels to run, and the tensors they will have written. Tensors may be on the meta device."""
     requests, draws = args
     batch, device = requests.shape[0], requests.device

@@ -112,7 +112,15 @@ def _refuse(
 def _example(device: torch.device) -> _Args:
     moments = torch.zeros(1, 8, 4, 4, dtype=torch.bfloat16, device=device).contiguous(memory_format=torch.channels_last)
     table = torch.ones(4, device=device)
-    return moments, torch.zeros(8, dtype=moments.dtype, device=device), torch.zeros(1, 4, 1, 4, 4, device=device), table, table, 2, torch.bfloat16
+    return (
+        moments,
+        torch.zeros(8, dtype=moments.dtype, device=device),
+        torch.zeros(1, 4, 1, 4, 4, device=device),
+        table,
+        table,
+        2,
+        torch.bfloat16,
+    )
 
 
 _op = Op(

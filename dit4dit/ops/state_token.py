@@ -38,8 +38,8 @@ def state_token(
     """relu(state @ weight1^T + bias1) @ weight2^T + bias2.
 
     state: [B, S], encoded and padded, in any floating dtype.
-    weight1: [H, S]. bias1: [H]. weight2: [W, H]. bias2: [W]. All of one dtype, to which the state, the hidden layer and the token are
-        rounded; sums in float32.
+    weight1: [H, S]. bias1: [H]. weight2: [W, H]. bias2: [W]. All of one dtype, to which the state, the hidden layer and the token
+        are rounded; sums in float32.
     dtype: of the result.
     backend: "triton" (one launch) or "torch"; None chooses.
 
@@ -85,7 +85,14 @@ def _refuse(
 
 def _example(device: torch.device) -> _Args:
     weight1, weight2 = torch.zeros(32, 8, device=device), torch.zeros(16, 32, device=device)
-    return torch.zeros(1, 8, device=device), weight1, weight1[:, 0].clone(), weight2, weight2[:, 0].clone(), torch.float32
+    return (
+        torch.zeros(1, 8, device=device),
+        weight1,
+        weight1[:, 0].clone(),
+        weight2,
+        weight2[:, 0].clone(),
+        torch.float32,
+    )
 
 
 _op = Op(

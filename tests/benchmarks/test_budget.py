@@ -74,8 +74,8 @@ def is_one(row: Row, *, n: int = 0, k: int = 0, m: int = 0) -> bool:
 # (stage, words of a profile's kernels, of which each has one, launches of the budget): what a step still launches as it did when
 # the results were measured; the VAE's norms have added biases and residuals since
 LINES: list[tuple[str, tuple[str, ...], Callable[[Row], bool]]] = [
-    # of one pixel a product is a product of matrices now, and attention's last one is in its values; two norms of the backbone are
-    # part of what makes its tokens
+    # of one pixel a product is a product of matrices now, and attention's last one is in its values; two norms of the
+    # backbone are part of what makes its tokens
     ("vae", ("implicit_gemm", "cutlass__5x_cudnn", "nvjet"), lambda r: r["kind"] in ("convolution", "product")),
     ("vae", ("fmha",), lambda r: r["kind"] == "attention"),
     ("backbone", ("64x152",), lambda r: is_one(r, n=2048)),

@@ -259,8 +259,8 @@ def kernels(run: Any, *args: Any) -> Counter[str]:
 @pytest.mark.parametrize(("name", "views"), [("robocasa_gr1", 1), ("libero", 2)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_kernels_on_a_gpu(name: str, views: int, batch: int) -> None:
-    """25 convolutions, a product for each of two shortcuts and for attention's q, k and v, one attention, 22 norms, 3 paddings: no
-    other pass."""
+    """25 convolutions, a product for each of two shortcuts and for attention's q, k and v, one attention, 22 norms, 3 paddings:
+    no other pass."""
     engine = engine_without_data(preset(name).model)
     shape = (batch, engine.encoder.channels, 224, 224 * views)
     assert engine.encoder.channels == 8

@@ -98,7 +98,10 @@ def test_what_does_not_fit_is_named(call: Callable[[], Tensor], fault: str) -> N
     [
         (lambda out: ops.linear(torch.ones(2, 4), torch.ones(3, 4), None, out=out), "linear"),
         (lambda out: ops.philox_normal(REQUESTS, ((0, (3,)),), out=(out,))[0], "philox_normal"),
-        (lambda out: ops.unnormalize(torch.ones(2, 1, 3), torch.ones(5, 3).double(), out=out[:, None])[0], "unnormalize"),
+        (
+            lambda out: ops.unnormalize(torch.ones(2, 1, 3), torch.ones(5, 3).double(), out=out[:, None])[0],
+            "unnormalize",
+        ),
         (lambda out: ops.adaln(*2 * [torch.ones(1, 1, 2, 3)], *3 * [None], 1e-6, F32, out=out[None, None]), "adaln"),
         (lambda out: ops.linear_fp8(ROWS, 1.0, FP8, torch.ones(3), None, "none", F32, out=out), "linear_fp8"),
     ],

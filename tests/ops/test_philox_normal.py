@@ -70,9 +70,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_what_is_given_stays(triton_op, given):
     """And what is drawn beside it has the bits of a draw alone."""
     requests, draws = tensor(REQUESTS), ((1, (3, 7)), (0, (5, 103)))
-    brought = tuple(
-        torch.randn(len(given), *shape, generator=torch.Generator().manual_seed(0)) for _, shape in draws
-    )
+    brought = tuple(torch.randn(len(given), *shape, generator=torch.Generator().manual_seed(0)) for _, shape in draws)
     brought[0][1, 0, 0] = torch.nan
     for name in ("torch", "triton"):
         call = partial(philox_normal, backend="torch") if name == "torch" else partial(triton_op, "philox_normal")

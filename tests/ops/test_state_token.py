@@ -47,7 +47,9 @@ def test_it_is_the_models(triton_op, dtype: torch.dtype) -> None:
     assert torch.equal(state_token(*args, backend="torch"), want.float())
     got = triton_op("state_token", *args)
     assert torch.equal(got, got.to(dtype).float()), "a token of the head's dtype"
-    torch.testing.assert_close(got, want.float(), rtol=2e-2 if dtype == BF16 else 1e-5, atol=1e-2 if dtype == BF16 else 1e-6)
+    torch.testing.assert_close(
+        got, want.float(), rtol=2e-2 if dtype == BF16 else 1e-5, atol=1e-2 if dtype == BF16 else 1e-6
+    )
 
 
 @pytest.mark.parametrize("place", ["state", "bias"])
