@@ -57,7 +57,16 @@ OTHER_OPS = (
         "linear_gelu",
         "norm_linear",
     ),
-    *("philox_normal", "posterior_patches", "preprocess", "qk_norm_rope", "rms_norm_silu", "unnormalize"),
+    *(
+        "patch_tokens",
+        "philox_normal",
+        "posterior_patches",
+        "preprocess",
+        "qk_norm_rope",
+        "rms_norm_silu",
+        "state_token",
+    ),
+    "unnormalize",
 )
 BFLOAT16_HEAD, FLOAT32_HEAD = ("--head-dtype", "bfloat16"), ("--head-dtype", "float32")
 """The second is the published choice. Parts of one name time the same in every result, so both are said."""

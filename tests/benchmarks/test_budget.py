@@ -75,7 +75,8 @@ def is_one(row: Row, *, n: int = 0, k: int = 0, m: int = 0) -> bool:
 # (stage, words of a profile's kernels, of which each has one, launches of the budget): what a step still launches as it did when
 # the results were measured; the VAE's norms have added biases and residuals since
 LINES: list[tuple[str, tuple[str, ...], Callable[[Row], bool]]] = [
-    # of one pixel a product is a product of matrices now
+    # of one pixel a product is a product of matrices now, and attention's last one is in its values; two norms of the
+    # backbone are part of what makes its tokens
     ("vae", ("implicit_gemm", "cutlass__5x_cudnn", "nvjet"), lambda r: r["kind"] in ("convolution", "product")),
     ("vae", ("fmha",), lambda r: r["kind"] == "attention"),
     ("backbone", ("64x152",), lambda r: is_one(r, n=2048)),
@@ -112,7 +113,7 @@ def test_main_lines_of_a_profile_are_within_a_quarter(gpu: str) -> None:
         if not theirs:
             continue
         us, count = (sum(k[key] for k in theirs) for key in ("us", "count"))
-        assert abs(len(mine) - count) <= 1, (stage, words)
+        assert abs(len(mine) - count) <= 2, (stage, words)
         assert sum(r["us"] for r in mine) == pytest.approx(us, rel=0.25), (stage, words)
         seen += us
     assert seen > 0.9 * profile["total_us"], "what is compared is nearly all of the profile"
@@ -128,7 +129,8 @@ def test_stages_are_within_a_tenth_and_their_launches_counted(gpu: str) -> None:
     assert stages["backbone"]["us"] + stages["noise"]["us"] == pytest.approx(profile["replay_us"]["backbone"], rel=0.1)
     assert stages["action_head"]["us"] == pytest.approx(profile["replay_us"]["action_head"], rel=0.1)
     launches = profile["stage_us"]["action_head"]["launches"]
-    assert abs(stages["action_head"]["launches"] - launches) <= 2
+    # three were the state's token, which is one and beside the VAE now
+    assert abs(stages["action_head"]["launches"] + 3 - launches) <= 2
     assert stages["vae"]["us"] < 0.8 * profile["replay_us"]["vae"], "it has half the launches that were measured"
     assert stages["vae"]["launches"] <= 60 < profile["stage_us"]["vae"]["launches"] / 1.9
 
@@ -161,13 +163,22 @@ def test_libero_has_the_rates_that_robocasa_gave() -> None:
 @pytest.mark.slow
 def test_flops_are_those_of_the_executed_schedule() -> None:
     counted = flops.executed(preset("robocasa_gr1").model, 1)
-    stages = budget.stages_of(predicted("library", FP32, "h200"))
-    stages["backbone"]["gflop"] += stages["noise"]["gflop"]
+
+    def found(head: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+        """Where the schedule has them: the state's token is the head's, the rest of what is beside the VAE the backbone's."""
+        rows = predicted(head, dtype, "h200")
+        stages, token = budget.stages_of(rows), sum(r["gflop"] for r in rows if r["name"] == "state_token")
+        stages["backbone"]["gflop"] += stages["noise"]["gflop"] - token
+        stages["action_head"]["gflop"] += token
+        return stages
+
+    stages = found("library", FP32)
     for stage in ("vae", "backbone", "action_head"):
         # the first convolution multiplies five channels of zeros, which a schedule of products does not count
+        # and attention's last product is in its values
         rel = 5e-3 if stage == "vae" else 1e-6
         assert stages[stage]["gflop"] == pytest.approx(counted[stage], rel=rel), stage
-    stages = budget.stages_of(predicted("one_launch", BF16, "h200"))
+    stages = found("one_launch", BF16)
     assert stages["action_head"]["gflop"] == pytest.approx(counted["action_head"], rel=1e-6)
 
 
@@ -307,7 +318,7 @@ def test_both_totals_and_what_they_chose() -> None:
         assert min(r["us"] for r in launches) > 0.8, "an empty kernel takes as long"
         assert sum(r["kind"] == "graph" for r in launches) == 1
         counted = {name: stages[name]["launches"] for name in ("copies", "preprocess", "noise", "latents", "outputs")}
-        assert counted == {"copies": 2, "preprocess": 1, "noise": 7, "latents": 1, "outputs": 2}
+        assert counted == {"copies": 2, "preprocess": 1, "noise": 4, "latents": 1, "outputs": 1}
     assert all(r["gap_us"] > 0 for r in result["launches"]["today"] if r["kind"] not in ("graph", "host_copy"))
 
 
@@ -316,16 +327,20 @@ BEFORE = {"robocasa_gr1": 6655.0, "libero": 7941.0}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize("name", [*BEFORE, "unitree_g1"])
 def test_launches_of_a_chunk(name: str) -> None:
-    """With the head in one launch, copies and memsets included: 380 before, of which 362 with our linear_gelu."""
+    """With the head in one launch, copies and memsets included: 380 before, of which 362 with our linear_gelu.
+
+    By the choices of a plan without verdicts, whose GELU behind a product is a launch of its own in each of 18 blocks.
+    """
     here = budget_gpu.read("h200")
     today = rows(name, "one_launch", BF16)
-    assert sum(r["kind"] != "graph" for r in today) <= 318
+    assert sum(r["kind"] != "graph" for r in today) <= 300
     ours = rows(name, "one_launch", BF16, verdicts=AsMeasured(here, triton_gelu=True))
-    assert sum(r["kind"] != "graph" for r in ours) <= 300
+    assert sum(r["kind"] != "graph" for r in ours) <= 282
+    assert not any(r["kind"] == "memset" for r in today)
     assert sum(r["kind"] == "graph" for r in today) == 1
-    assert sum(r["stage"] == "vae" for r in today) <= 60
+    assert sum(r["stage"] == "vae" for r in today) <= 54
 
 
 @pytest.mark.slow
