@@ -77,8 +77,9 @@ struct Block {
     DEVICE void wait(std::uint64_t* barrier, int parity, int tile, Wanted wanted, int detail, bool always = false) const {
         const bool of_cluster = wanted == kSums || wanted == kRoom;
         if (of_cluster ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity)) return;
-        // who waits for the copy engine is not to be heard after those who wait for this block
-        const std::int64_t limit = wanted == kWeights ? launch.limit_ns / 4 : launch.limit_ns;
+        // whoever waits for another warp or rank is not to be heard before the one that waits for words or for the copy engine
+        const std::int64_t more = launch.limit_ns / 4;
+        const std::int64_t limit = wanted == kWeights ? more : launch.limit_ns + (wanted == kRoomForWeights ? 2 * more : more);
         std::int64_t begin = 0;
         for (;;) {
             const std::int64_t now = nanoseconds();  // before the barrier: between the two the GPU may be another process's

@@ -170,9 +170,7 @@ class Emulator:
         for name, tensor in tensors.items():
             setattr(record, name, None if tensor is None else tensor.data_ptr())
         message = ctypes.create_string_buffer(400)
-        if self.library.emulate_action_ode(
-            ctypes.byref(record), schedule.shared_bytes, seed, message, len(message)
-        ):
+        if self.library.emulate_action_ode(ctypes.byref(record), schedule.shared_bytes, seed, message, len(message)):
             raise RuntimeError(message.value.decode())
         device_state.check()
         check_guards(out_whole)
