@@ -84,15 +84,7 @@ struct Block {
     // kTogether: all lanes of a warp wait and leave together, so that nothing behind it has to bring them together again.
     template <bool kTogether>
     DEVICE void wait(std::uint64_t* barrier, int parity, int tile, Wanted wanted, int detail, bool always = false) const {
-        const auto over = [&](bool so) { return kTogether ? all_lanes(so) : so; };
-        const auto ready = [&] {
-            const bool of_cluster = wanted == kSums || wanted == kRoom;
-            return over(of_cluster ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity));
-        };
-        if (ready()) return;
-        // who waits for the copy engine is not to be heard after those who wait for this block
-        const std::int64_t limit = wanted == kWeights ? launch.limit_ns / 4 : launch.limit_ns, begin = nanoseconds();
-        for (;;) {
+/tmp/r.txt        for (;;) {
             const std::int64_t now = nanoseconds();  // before the barrier: between the two the GPU may be another process's
             if (ready()) return;
             if (!always && over(others_failed())) return;
