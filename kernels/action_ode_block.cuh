@@ -84,7 +84,16 @@ struct Block {
     // kTogether: all lanes of a warp wait and leave together, so that nothing behind it has to bring them together again.
     template <bool kTogether>
     DEVICE void wait(std::uint64_t* barrier, int parity, int tile, Wanted wanted, int detail, bool always = false) const {
-/tmp/r.txt        for (;;) {
+        const auto over = [&](bool so) { return kTogether ? all_lanes(so) : so; };
+        const auto ready = [&] {
+            const bool of_cluster = wanted == kSums || wanted == kRoom;
+            return over(of_cluster ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity));
+        };
+        if (ready()) return;
+        // whoever waits for another warp or rank is not to be heard before the one that waits for words or for the copy engine
+        const std::int64_t more = launch.limit_ns / 4, begin = nanoseconds();
+        const std::int64_t limit = wanted == kWeights ? more : launch.limit_ns + (wanted == kRoomForWeights ? 2 * more : more);
+        for (;;) {
             const std::int64_t now = nanoseconds();  // before the barrier: between the two the GPU may be another process's
             if (ready()) return;
             if (!always && over(others_failed())) return;
