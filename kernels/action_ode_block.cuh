@@ -29,7 +29,8 @@ enum Wanted { kWords, kSums, kRoom, kWeights, kRoomForWeights };
 struct Fixed {
     std::uint64_t full[kMostSlots], empty[kMostSlots];  // a panel of weights is there; all warps have read it
     std::uint64_t sums[2], room[2];                     // an inbox has all its sums; all ranks have read theirs
-    int records[3][kRecord];                            // the tile before, this one, the next one
+    int tiles[2];                                       // of this team: first, and last and one
+    int records[4][kRecord];                            // of tiles in turn: the one before may still be read, the next one comes
     int failed;                                         // the launch has; nobody waits any more
     int last;                                           // this block is the last one to end
 };

@@ -132,7 +132,7 @@ DEVICE void multiply_step(float (&sums)[kTiles][kBlocks][4], const Fragments (&w
 template <int kTiles, int kBlocks>
 DEVICE void multiply_steps(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
     const Staged tokens(block.staging, kBlocks * 8);
-    const int lane = block.lane, step_bytes = kStepColumns / 8 * tokens.group;
+    const int lane = renewed(block.lane), step_bytes = kStepColumns / 8 * tokens.group;
     const std::uint8_t* row = tokens.row(lane / 8 * 8, lane % 8);
     float sums[kTiles][kBlocks][4] = {};
     Fragments mine[kTiles], next[kTiles];
@@ -174,15 +174,20 @@ DEVICE void multiply_part(const Block& block, const Product& w, const Exchange& 
     }
 }
 
+// Steps whose tokens the staging memory holds: all, or whole panels.
+DEVICE int steps_at_once(const Block& block, const Product& w) {
+    const int steps = w.slice / kStepColumns, part = block.launch.part / kStepColumns;
+    return steps <= part ? steps : part / w.panel_steps * w.panel_steps;
+}
+
 // All sums of this block to where they are finished; after it nobody reads the staged tokens any more.
 DEVICE void multiply_tile(const Block& block, Ring& ring, const Product& w, const Moment& now, const Exchange& exchange) {
     Weights weights(block, ring, w, now.tile);
     const Staged tokens(block.staging, block.launch.padded_tokens);
-    const int steps = weights.steps(), part = block.launch.part / kStepColumns;
-    const int at_once = steps <= part ? steps : part / w.panel_steps * w.panel_steps;
     Moments moments;
-    for (int begin = 0; begin < steps; begin += at_once) {
-        const int end = steps - begin < at_once ? steps : begin + at_once;
+    for (int begin = 0, end; begin < weights.steps(); begin = end) {
+        end = begin + steps_at_once(block, w);
+        if (end > weights.steps()) end = weights.steps();
         if (begin > 0) sync_computing();  // all have multiplied the part before
         stage(block, w, now, tokens, begin * kStepColumns, (end - begin) * kStepColumns, moments);
         sync_computing();

@@ -68,7 +68,7 @@ public:
         const float* table = block.constant(modulated ? w_.modulation + now.step * w_.modulation_step : 0);
 #pragma unroll
         for (int p = 0; p < kPieces; ++p) {
-            Float4 scale[2];
+            Float4 scale[2] = {};
             if (modulated && inside(p))
                 for (int i = 0; i < 2; ++i) scale[i] = load_constant_float4(table + column_ + offset(p) + 4 * i);
 #pragma unroll

@@ -94,11 +94,9 @@ DEVICE void fetch_weights(const Block& block, int first, int last) {
 // -- the warps that compute --------------------------------------------------------------------------------------------------
 
 // Two e4m3 numbers, which bf16 holds exactly.
-DEVICE std::uint32_t unpack_e4m3(std::uint32_t low, std::uint32_t high) {
-    const float scale = as_float((120u + 127u) << 23);  // the difference of the exponents' biases
-    const float a = as_float((low & 0x80u) << 24 | (low & 0x7fu) << 20) * scale;
-    const float b = as_float((high & 0x80u) << 24 | (high & 0x7fu) << 20) * scale;
-    return as_bits(a) >> 16 | (as_bits(b) & 0xffff0000u);
+DEVICE std::uint32_t unpack_e4m3(std::uint32_t four, int half) {
+    const std::uint32_t x = spread_bytes(four, half);
+    return times_two_to_120((x & 0x80008000u) | (x >> 4 & 0x07f007f0u));  // the difference of the exponents' biases
 }
 
 // 16 rows x 32 columns, as one lane has them: two operands of tensor cores.
@@ -106,22 +104,21 @@ struct Fragments {
     std::uint32_t a[2][4];
 
     // `at`: this lane's 16 bytes.
-    DEVICE void load(const std::uint8_t* at, bool fp8) {
-        const Quad first = *reinterpret_cast<const Quad*>(at);
+    DEVICE void load_bf16(const std::uint8_t* at) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[0][i] = first.v[i];
-        if (!fp8) {
-            const Quad second = *reinterpret_cast<const Quad*>(at + kWeightUnit);
+        for (int f = 0; f < 2; ++f) {
+            const Quad half = *reinterpret_cast<const Quad*>(at + f * kWeightUnit);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[1][i] = second.v[i];
-            return;
+            for (int i = 0; i < 4; ++i) a[f][i] = half.v[i];
         }
+    }
+    DEVICE void load_e4m3(const std::uint8_t* at) {
+        const Quad both = *reinterpret_cast<const Quad*>(at);
 #pragma unroll
         for (int f = 0; f < 2; ++f)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const std::uint32_t pair = first.v[f * 2 + i / 2] >> (i % 2 * 16);
-                a[f][i] = unpack_e4m3(pair & 0xffu, pair >> 8 & 0xffu);
+                a[f][i] = unpack_e4m3(both.v[f * 2 + i / 2], i % 2);
             }
     }
 };
@@ -130,18 +127,18 @@ struct Fragments {
 class Weights {
 public:
     DEVICE Weights(const Block& block, Ring& ring, const Product& w, int tile)
-        : block_(block), ring_(ring), tile_(tile), parts_(w.parts), panel_steps_(w.panel_steps), steps_(w.slice / kStepColumns) {
+        : block_(block), ring_(ring), w_(w), tile_(tile), parts_(w.parts) {
         const Panels panels(w, ranks_of(block.launch));
         const int sets = kWarps >> log2_of(w.parts), first = block.warp & (sets - 1);
-        part_ = block.warp >> log2_of(sets);
+        const int part = block.warp >> log2_of(sets);
         groups_ = first >= panels.groups ? 0 : first + sets < panels.groups ? 2 : 1;
         unit_bytes_ = panels.unit_bytes;
         group_bytes_ = sets * panels.unit_bytes;
         stride_ = parts_ * panels.step_bytes();
-        origin_ = part_ * panels.step_bytes() + first * panels.unit_bytes + block.lane * 16;
+        origin_ = part * panels.step_bytes() + first * panels.unit_bytes + block.lane * 16;
     }
 
-    DEVICE int steps() const { return steps_; }
+    DEVICE int steps() const { return w_.slice / kStepColumns; }
     DEVICE int groups() const { return groups_; }  // of this warp
     DEVICE int step() const { return step_; }      // of the slice: the one that `load` gave last
 
@@ -150,9 +147,14 @@ public:
     DEVICE bool load(Fragments (&to)[kTiles], int end) {
         const bool more = advance(end);
         if (!more) at_ = 0;  // anything, so that registers are never left as they were, which would keep them all through a launch
+        const std::uint8_t* at = block_.ring + at_;
+        if (unit_bytes_ == kWeightUnit) {
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m)
-            to[m].load(block_.ring + at_ + m * group_bytes_, unit_bytes_ == kWeightUnit);
+            for (int m = 0; m < kTiles; ++m) to[m].load_e4m3(at + m * group_bytes_);
+        } else {
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m) to[m].load_bf16(at + m * group_bytes_);
+        }
         return more;
     }
 
@@ -175,8 +177,9 @@ private:
     }
     DEVICE void open() {
         block_.wait<true>(&block_.fixed.full[ring_.slot], ring_.parity, tile_, kWeights, ring_.slot);
-        step_ = panel_end_ + part_;
-        panel_end_ = panel_end_ + panel_steps_ < steps_ ? panel_end_ + panel_steps_ : steps_;
+        step_ = panel_end_ + (block_.warp >> log2_of(kWarps >> log2_of(w_.parts)));
+        const int next = panel_end_ + w_.panel_steps;
+        panel_end_ = next < steps() ? next : steps();
         at_ = ring_.slot * kSlotBytes + origin_;
         open_ = true;
     }
@@ -190,8 +193,9 @@ private:
 
     const Block& block_;
     Ring& ring_;
-    const int tile_, parts_, panel_steps_, steps_;
-    int part_, groups_, unit_bytes_, group_bytes_, stride_, origin_;
+    const Product& w_;  // in shared memory: what is needed once a panel is read again
+    const int tile_, parts_;
+    int groups_, unit_bytes_, group_bytes_, stride_, origin_;
     int step_ = 0, panel_end_ = 0, at_ = 0;
     bool open_ = false;
 };

@@ -41,20 +41,19 @@ DEVICE void compute(const Block& block, int first, int last) {
     Moment now(launch.progress[0]);
     Ring ring;
     start_all(block, now, first, last);
-    int slot = 0;  // of the record
     if (thread < kRecord && first < last) block.fixed.records[0][thread] = load_int(launch.tiles + first * kRecord + thread);
+    if (thread == 0) block.fixed.tiles[0] = first, block.fixed.tiles[1] = last;
     sync_computing();
     for (; now.step < launch.steps; now.advance()) {
         fence();  // what was made kEmpty in the step before is so for all that comes of this one
-        for (int index = first; index < last; ++index) {
-            const Tile& tile = reinterpret_cast<const Tile&>(block.fixed.records[slot]);
-            const int following = index + 1 < last ? index + 1 : first;
+        for (int index = block.fixed.tiles[0]; index < block.fixed.tiles[1]; ++index) {
+            const Tile& tile = reinterpret_cast<const Tile&>(block.fixed.records[now.count & 3]);
+            const int following = index + 1 < block.fixed.tiles[1] ? index + 1 : block.fixed.tiles[0];
             int next = 0;
             if (thread < kRecord) next = load_int(launch.tiles + following * kRecord + thread);
             now.tile = index;
             // a warp may still be at the tile before, whose record stays; the one before that is free
-            slot = slot + 1 < 3 ? slot + 1 : 0;
-            if (thread < kRecord) block.fixed.records[slot][thread] = next;
+            if (thread < kRecord) block.fixed.records[(now.count + 1) & 3][thread] = next;
             const Block here(launch, renewed(block.rank), renewed(block.thread));  // else 50 registers would hold what follows from it
             if (tile.opcode == kProduct)
                 product(here, ring, tile, now);

@@ -158,6 +158,14 @@ DEVICE float power_of_two_or_zero(float x) {
 DEVICE float quotient(float x, float y) { return __fdividef(x, y); }  // within 2 ulp; 0 where y is above 2^126
 DEVICE float inverse_root(float x) { return rsqrtf(x); }
 DEVICE float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }  // one rounding; the build fuses none by itself
+// Bytes 2 * half and 2 * half + 1 as the upper bytes of two 16-bit numbers, whose lower bytes are zeros.
+DEVICE std::uint32_t spread_bytes(std::uint32_t four, int half) { return __byte_perm(four, 0, half ? 0x3424 : 0x1404); }
+// Two bf16 numbers times 2^120, exact where they do not overflow; subnormal ones too.
+DEVICE std::uint32_t times_two_to_120(std::uint32_t x) {
+    std::uint32_t y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(0x7b807b80u), "r"(0x80008000u));
+    return y;
+}
 DEVICE std::uint32_t pack_bf16(float low, float high) {
     std::uint32_t d;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));

@@ -155,6 +155,14 @@ inline std::uint32_t to_bf16(float x) {
 }
 inline float from_bf16(std::uint32_t bits) { return as_float(bits << 16); }
 DEVICE std::uint32_t pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
+DEVICE std::uint32_t spread_bytes(std::uint32_t four, int half) {
+    const std::uint32_t two = four >> 16 * half;
+    return (two & 0xffu) << 8 | (two >> 8 & 0xffu) << 24;
+}
+DEVICE std::uint32_t times_two_to_120(std::uint32_t x) {
+    const float scale = as_float((120u + 127u) << 23);
+    return pack_bf16(from_bf16(x & 0xffffu) * scale, from_bf16(x >> 16) * scale);
+}
 
 DEVICE void copy_async(void* to, const void* from) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16) machine->fail("copy_async from an address that is no multiple of 16");
