@@ -128,7 +128,7 @@ private:
 // Columns `first` to + span - 1 of this rank's slice, of all tokens; zeros past the last column of the matrix.
 DEVICE void stage(const Block& block, const Product& w, const Moment& now, const Staged& to, int first, int span,
                   Moments& moments) {
-    constexpr int kTokens = 3, kPieces = 2, kColumns = kPieces * 32 * 8;
+    constexpr int kTokens = 3, kPieces = DIT4DIT_BULK_COPIES ? 2 : 1, kColumns = kPieces * 32 * 8;
     const int begin = (block.rank & (split_of(w) - 1)) * w.slice + first;
     for (int token = block.warp; token < w.tokens; token += kTokens * kWarps)
         for (int at = 0; at < span; at += kColumns) {
