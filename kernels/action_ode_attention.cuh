@@ -14,38 +14,54 @@ struct Rows {
     DEVICE std::uint8_t* row(int r, int column) const { return at + r * stride + column * 2; }
 };
 
-// `count` rows of head_dim columns, and zeros up to `padded` rows. from(r, c) reads eight columns from c on of row r.
-template <class From>
-DEVICE void load_rows(const Block& block, const Rows& to, int count, int padded, int head_dim, const From& from) {
+// Eight columns of some rows at a time, a piece: `read(row, column)` gives those of the first `count` rows, the others are zeros.
+// `complete(piece)`: whether it is what was asked for; until then it is read again.
+template <class Read, class Complete>
+DEVICE void load_rows(const Block& block, const Moment& now, const Rows& to, int count, int padded, const Read& read,
+                      const Complete& complete) {
     constexpr int kAtOnce = 4;
-    const int pieces = head_dim / 8;
-    for (int begin = block.thread; begin < padded * pieces; begin += kComputing * kAtOnce) {
+    const int pieces = block.launch.head_dim / 8, all = padded * pieces;
+    for (int begin = 0; begin < all; begin += kComputing * kAtOnce) {
         Quad q[kAtOnce];
+        int row[kAtOnce], column[kAtOnce];
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
-            const int i = begin + u * kComputing, r = i / pieces;
+            const int i = begin + u * kComputing + block.thread;
+            row[u] = i / pieces, column[u] = (i - row[u] * pieces) * 8;
             q[u] = Quad{};
-            if (r < count) q[u] = from(r, i % pieces * 8);
+            if (row[u] < count) q[u] = read(row[u], column[u]);
+        }
+        Patience patience(block, now.tile);
+        for (;;) {
+            int missing = kNone;
+#pragma unroll
+            for (int u = 0; u < kAtOnce; ++u)
+                if (row[u] < count && !complete(q[u])) {
+                    missing = row[u];
+                    q[u] = read(row[u], column[u]);
+                }
+            if (!any_lane(missing != kNone) || patience.over(missing)) break;
         }
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-            const int i = begin + u * kComputing, r = i / pieces;
-            if (r < padded) *reinterpret_cast<Quad*>(to.row(r, i % pieces * 8)) = q[u];
-        }
+        for (int u = 0; u < kAtOnce; ++u)
+            if (row[u] < padded) *reinterpret_cast<Quad*>(to.row(row[u], column[u])) = q[u];
     }
 }
 
-// The same of words that another team writes, from `first` on.
+// Of the features, which are there.
+DEVICE void load_features(const Block& block, const Moment& now, const Rows& to, const std::uint16_t* from, int count, int padded) {
+    const std::int64_t stride = block.launch.context_columns;
+    load_rows(
+        block, now, to, count, padded, [&](int r, int c) { return load_quad(from + r * stride + c); },
+        [](const Quad&) { return true; });
+}
+
+// Of words that another team writes, from `first` on.
 DEVICE void load_words_of_rows(const Block& block, const Moment& now, const Rows& to, int first, int stride, int count, int padded) {
-    const std::uint32_t* source = block.words(now.set);
-    load_rows(block, to, count, padded, block.launch.head_dim, [&](int r, int c) {
-        const int word = first + r * stride + c / 2;
-        Quad q = load_words(source + word);
-        Patience patience(block, now.tile);
-        while ((q.v[0] == kEmpty || q.v[1] == kEmpty || q.v[2] == kEmpty || q.v[3] == kEmpty) && !patience.over(word))
-            q = load_words(source + word);
-        return q;
-    });
+    const std::uint32_t* source = block.words(now.set) + first;
+    load_rows(
+        block, now, to, count, padded, [&](int r, int c) { return load_words(source + r * stride + c / 2); },
+        [](const Quad& q) { return !incomplete(q); });
 }
 
 // One warp: 16 queries, and its share of the keys, which come 64 or fewer at a time.
@@ -165,11 +181,11 @@ struct Shares {
     int first, keys, ranks, columns, query_tiles, per_warp, padded;  // ranks: those that have keys; columns: of one rank
 
     DEVICE Shares(const Block& block, const Attend& w)
-        : first(block.rank * w.slice), ranks((w.keys + w.slice - 1) / w.slice), columns(block.launch.head_dim / block.launch.ranks),
+        : first(block.rank * w.slice), ranks((w.keys + w.slice - 1) / w.slice), columns(block.launch.head_dim >> log2_of(ranks_of(block.launch))),
           query_tiles(w.tokens <= 16 ? 1 : w.tokens <= 32 ? 2 : 4) {
-        const int left = w.keys - first, groups = kWarps / query_tiles;
+        const int left = w.keys - first, groups = kWarps >> log2_of(query_tiles);
         keys = left < 0 ? 0 : left < w.slice ? left : w.slice;
-        per_warp = (w.slice + groups * 16 - 1) / (groups * 16) * 16;
+        per_warp = ((w.slice + groups * 16 - 1) >> (7 - log2_of(query_tiles))) * 16;
         if (per_warp > 16 * query_tiles) per_warp = 16 * query_tiles;  // 128 keys at a time
         padded = per_warp * groups;
     }
@@ -180,7 +196,7 @@ DEVICE void attend_to_keys(const Block& block, const Attend& w, const Moment& no
     const Launch& launch = block.launch;
     const int d = launch.head_dim, warp = block.warp;
     const Rows k{block.staging, d * 2 + 16}, v{k.at + mine.padded * k.stride, k.stride}, q{v.at + mine.padded * k.stride, k.stride};
-    const int query = warp % mine.query_tiles * 16, of_warp = warp / mine.query_tiles * mine.per_warp;
+    const int query = (warp & (mine.query_tiles - 1)) * 16, of_warp = (warp >> log2_of(mine.query_tiles)) * mine.per_warp;
     Warp found;
     for (int done = 0; done < mine.keys; done += mine.padded) {
         const int count = mine.keys - done < mine.padded ? mine.keys - done : mine.padded, key = mine.first + done;
@@ -190,8 +206,8 @@ DEVICE void attend_to_keys(const Block& block, const Attend& w, const Moment& no
             const std::uint16_t* from = launch.context +
                                         (w.sample * static_cast<std::int64_t>(launch.context_tokens) + key) * stride +
                                         2 * w.context * launch.width + w.head * d;
-            load_rows(block, k, count, mine.padded, d, [&](int r, int c) { return load_quad(from + r * stride + c); });
-            load_rows(block, v, count, mine.padded, d, [&](int r, int c) { return load_quad(from + launch.width + r * stride + c); });
+            load_features(block, now, k, from, count, mine.padded);
+            load_features(block, now, v, from + launch.width, count, mine.padded);
         } else {
             load_words_of_rows(block, now, k, w.key + key * w.stride, w.stride, count, mine.padded);
             load_words_of_rows(block, now, v, w.value + key * w.stride, w.stride, count, mine.padded);
@@ -235,7 +251,7 @@ struct Inbox {
 
 DEVICE void write(const Block& block, const Attend& w, const Moment& now, int query, int column, const Merged& all) {
     const std::int64_t at = w.out + query * w.out_stride + column / 2;
-    store_word(block.words(now.set) + at, pack_bf16(all.y[0] / all.total, all.y[1] / all.total));
+    store_word(block.words(now.set) + at, pack_bf16(quotient(all.y[0], all.total), quotient(all.y[1], all.total)));
     store_word(block.words(now.before()) + at, kEmpty);
 }
 
@@ -249,7 +265,7 @@ DEVICE void attend(const Block& block, const Tile& tile, const Moment& now) {
     if (block.thread == 0) exchange.expect(inbox.bytes());
     sync_computing();  // a product's sums may still be read where keys will lie
     if (mine.keys > 0) attend_to_keys(block, w, now, mine);
-    if (launch.ranks == 1) {
+    if (ranks_of(launch) == 1) {
         for (int i = block.thread; i < w.tokens * pairs; i += kComputing) {
             const int query = i / pairs, column = i % pairs * 2;
             write(block, w, now, query, column, merge_warps(block, mine, query, column));

@@ -36,6 +36,13 @@ struct Fixed {
 constexpr int kFixedBytes = 2048;
 static_assert(sizeof(Fixed) <= kFixedBytes, "schedule.py counts with this");
 
+// Of 1, 2, 4 or 8, as ranks, splits and parts are: shifts where divisions would be calls.
+DEVICE int log2_of(int n) { return (n > 1) + (n > 2) + (n > 4); }
+
+// Without clusters a team is one block, and the compiler knows it.
+DEVICE int ranks_of(const Launch& launch) { return DIT4DIT_BULK_COPIES ? launch.ranks : 1; }
+DEVICE int split_of(const Product& w) { return DIT4DIT_BULK_COPIES ? w.split : 1; }
+
 // Shared memory: fixed part, weights, staging, two inboxes.
 struct Block {
     const Launch& launch;
@@ -47,7 +54,7 @@ struct Block {
     // thread: thread_index(), through `renewed` where what follows from it must not stay in registers
     DEVICE Block(const Launch& l, int rank_of_block, int t)
         : launch(l), fixed(*reinterpret_cast<Fixed*>(shared_memory())), ring(shared_memory() + kFixedBytes),
-          staging(ring + l.slots * kSlotBytes), rank(rank_of_block), thread(t), warp(t / 32), lane(t % 32) {}
+          staging(ring + l.slots * kSlotBytes), rank(DIT4DIT_BULK_COPIES ? rank_of_block : 0), thread(t), warp(uniform(t / 32)), lane(t % 32) {}
 
     DEVICE std::uint8_t* inbox(int which) const { return staging + launch.staging + which * launch.inbox; }
     DEVICE std::uint32_t* words(int set) const {
@@ -74,19 +81,22 @@ struct Block {
 
     // Until a phase of a barrier in shared memory is over, or the launch has failed. After a wait in vain threads go on with what
     // lies there and wait for nothing more, so that all reach the end together; only the end itself waits on (`always`).
+    // kTogether: all lanes of a warp wait and leave together, so that nothing behind it has to bring them together again.
+    template <bool kTogether>
     DEVICE void wait(std::uint64_t* barrier, int parity, int tile, Wanted wanted, int detail, bool always = false) const {
-        const bool of_cluster = wanted == kSums || wanted == kRoom;
-        if (of_cluster ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity)) return;
-        // whoever waits for another warp or rank is not to be heard before the one that waits for words or for the copy engine
-        const std::int64_t more = launch.limit_ns / 4;
-        const std::int64_t limit = wanted == kWeights ? more : launch.limit_ns + (wanted == kRoomForWeights ? 2 * more : more);
-        std::int64_t begin = 0;
+        const auto over = [&](bool so) { return kTogether ? all_lanes(so) : so; };
+        const auto ready = [&] {
+            const bool of_cluster = wanted == kSums || wanted == kRoom;
+            return over(of_cluster ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity));
+        };
+        if (ready()) return;
+        // who waits for the copy engine is not to be heard after those who wait for this block
+        const std::int64_t limit = wanted == kWeights ? launch.limit_ns / 4 : launch.limit_ns, begin = nanoseconds();
         for (;;) {
             const std::int64_t now = nanoseconds();  // before the barrier: between the two the GPU may be another process's
-            if (of_cluster ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity)) return;
-            if (!always && others_failed()) return;
-            if (begin == 0) begin = now;
-            if (now - begin > limit) break;
+            if (ready()) return;
+            if (!always && over(others_failed())) return;
+            if (over(now - begin > limit)) break;
         }
         fail(tile, wanted, detail);
     }
@@ -99,20 +109,21 @@ struct Block {
     }
 };
 
-// How long a thread goes on reading words that are kEmpty.
+// How long a warp goes on reading words that are kEmpty.
 class Patience {
 public:
     DEVICE Patience(const Block& block, int tile) : block_(block), tile_(tile) {}
 
-    // After a look in vain at `word` of a set. A look is a round trip to L2; clock and error flag have their turn now and then.
+    // After a look in vain of some lane, whose `word` of a set it is, else kNone. All lanes of a warp call it, and get the same.
+    // A look is a round trip to L2; clock and error flag have their turn now and then.
     DEVICE bool over(int word) {
         if (++looks_ % kLooks != 0) return false;
-        if (block_.others_failed()) return true;
+        if (any_lane(block_.others_failed())) return true;
         const std::int64_t now = nanoseconds();
         if (begin_ == 0) begin_ = now;
-        if (now - begin_ <= block_.launch.limit_ns) return false;
-        block_.fail(tile_, kWords, word);
-        return true;
+        const bool late = now - begin_ > block_.launch.limit_ns;
+        if (late && word != kNone) block_.fail(tile_, kWords, word);
+        return any_lane(late);
     }
 
 private:
@@ -150,13 +161,13 @@ public:
     // By one thread of each rank, once a tile: how many bytes will come into this inbox.
     DEVICE void expect([[maybe_unused]] int bytes) const {
 #if DIT4DIT_BULK_COPIES
-        if (block_.launch.ranks > 1 && !block_.failed()) barrier_expect(sums_barrier(), bytes);
+        if (ranks_of(block_.launch) > 1 && !block_.failed()) barrier_expect(sums_barrier(), bytes);
 #endif
     }
     // By all threads that push, before they do: all ranks have read what lay in this inbox.
     DEVICE void wait_for_room() const {
 #if DIT4DIT_BULK_COPIES
-        if (block_.launch.ranks > 1) block_.wait(room_barrier(), now_.lap() ^ 1, now_.tile, kRoom, now_.inbox());
+        if (ranks_of(block_.launch) > 1) block_.wait<true>(room_barrier(), now_.lap() ^ 1, now_.tile, kRoom, now_.inbox());
 #endif
     }
     // Two floats to the same place, an offset in the inbox, of a rank of the team.
@@ -167,15 +178,15 @@ public:
 #endif
     }
     DEVICE const float* sums() const {
-        block_.wait(sums_barrier(), now_.lap(), now_.tile, kSums, now_.inbox());
+        block_.wait<true>(sums_barrier(), now_.lap(), now_.tile, kSums, now_.inbox());
         return reinterpret_cast<const float*>(block_.inbox(now_.inbox()));
     }
     // By all computing threads, at the end of every tile: this inbox may be filled again.
     DEVICE void release() const {
 #if DIT4DIT_BULK_COPIES
-        if (block_.launch.ranks == 1) return;
+        if (ranks_of(block_.launch) == 1) return;
         sync_warp();
-        if (block_.lane < block_.launch.ranks && !block_.failed()) arrive_at(at_rank(room_barrier(), block_.lane));
+        if (block_.lane < ranks_of(block_.launch) && !block_.failed()) arrive_at(at_rank(room_barrier(), block_.lane));
 #endif
     }
 
@@ -186,6 +197,11 @@ private:
     const Block& block_;
     const Moment& now_;
 };
+
+// A word of it is not there.
+DEVICE bool incomplete(const Quad& q) {
+    return q.v[0] == kEmpty || q.v[1] == kEmpty || q.v[2] == kEmpty || q.v[3] == kEmpty;
+}
 
 DEVICE float exponential(float x) { return power_of_two(x * 1.4426950408889634f); }
 

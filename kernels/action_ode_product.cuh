@@ -11,9 +11,9 @@ DEVICE float activate(float x, int epilogue) {
     switch (epilogue) {
         case kGelu: {
             const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-            return x - x / (1 + exponential(2 * u));  // x (1 + tanh u) / 2
+            return x - quotient(x, 1 + exponential(2 * u));  // x (1 + tanh u) / 2
         }
-        case kSilu: return x / (1 + exponential(-x));
+        case kSilu: return quotient(x, 1 + exponential(-x));
         case kRelu: return x < 0 ? 0.0f : x;  // a NaN stays one
         default: return x;
     }
@@ -21,7 +21,7 @@ DEVICE float activate(float x, int epilogue) {
 
 // What finishes an item besides its sums.
 struct Addends {
-    float scale[2], sums[2], bias[2];  // bias: the residual stream included, or the state token instead of all
+    float scale[2] = {}, sums[2] = {}, bias[2] = {};  // bias: the residual stream included, or the state token instead of all
     bool state = false;
 
     DEVICE void fetch(const Block& block, const Product& w, const Item& item, int step) {
@@ -52,7 +52,7 @@ struct Planes {
     int split, count, own, padded;
 
     DEVICE Planes(const Block& block, const Product& w)
-        : split(w.split), count(w.split * w.parts), own(w.tile_rows / block.launch.ranks), padded(block.launch.padded_tokens) {}
+        : split(split_of(w)), count(split_of(w) * w.parts), own(w.tile_rows >> log2_of(ranks_of(block.launch))), padded(block.launch.padded_tokens) {}
 
     DEVICE int stride() const { return own * (padded + 2); }
     DEVICE int moments(int rank, int token) const { return (rank * padded + token) * 2; }  // floats
@@ -80,7 +80,7 @@ struct Delivery {
     }
     // `rank` of those that share this one's rows; more: to be added to what the part before left there.
     DEVICE void to(int rank, int place, Float2 x, bool more) const {
-        if (w.split > 1) return exchange.push(block.rank / w.split * w.split + rank, place * 4, x);
+        if (split_of(w) > 1) return exchange.push((block.rank & -split_of(w)) + rank, place * 4, x);
         Float2& sum = *reinterpret_cast<Float2*>(own_sums() + place);
         if (more) x = {{sum.v[0] + x.v[0], sum.v[1] + x.v[1]}};
         sum = x;
@@ -88,14 +88,15 @@ struct Delivery {
     DEVICE void moments(const Moments& mine) const {
         const int token = token_of_lane(block);
         if (token >= w.tokens) return;
-        for (int rank = 0; rank < w.split; ++rank)
-            to(rank, planes.moments(block.rank % w.split, token), {{mine.mean, mine.squares}}, false);
+        for (int rank = 0; rank < split_of(w); ++rank)
+            to(rank, planes.moments(block.rank & (split_of(w) - 1), token), {{mine.mean, mine.squares}}, false);
     }
     // The sums of this warp's m-th row group.
     template <int kBlocks>
     DEVICE void sums(const float (&d)[kBlocks][4], int m, bool more) const {
-        const int sets = kWarps / w.parts, part = block.warp / sets, group = block.warp - part * sets + m * sets;
-        const int lane = block.lane, plane = block.rank % w.split * w.parts + part;
+        const int sets = kWarps >> log2_of(w.parts), part = block.warp >> log2_of(sets);
+        const int group = (block.warp & (sets - 1)) + m * sets;
+        const int lane = block.lane, plane = (block.rank & (split_of(w) - 1)) * w.parts + part;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = group * 16 + lane / 4 + half * 8, rank = row / planes.own;
@@ -140,6 +141,7 @@ DEVICE void multiply_steps(const Block& block, const Product& w, const Exchange&
         const std::uint8_t* at = row + (weights.step() - begin) * step_bytes;
         more = weights.load(next, end);
         multiply_step(sums, mine, at);
+        if (!more) break;
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) mine[m] = next[m];
     }
@@ -211,7 +213,7 @@ DEVICE void finish(const Block& block, const Product& w, const Moment& now, cons
             all.add(static_cast<float>(here > 0 ? here : 0), part[0], part[1]);
         }
         const float inverse =
-            inverse_root(all.squares / static_cast<float>(w.columns) + as_float(static_cast<std::uint32_t>(w.norm)));
+            inverse_root(quotient(all.squares, static_cast<float>(w.columns)) + as_float(static_cast<std::uint32_t>(w.norm)));
         for (int e = 0; e < 2; ++e) y[e] = (y[e] - all.mean * addends.sums[e]) * inverse;
     }
     for (int e = 0; e < 2; ++e) y[e] = addends.state ? addends.bias[e] : y[e] + addends.bias[e];
@@ -233,7 +235,7 @@ DEVICE void finish_all(const Block& block, const Product& w, const Moment& now, 
     if (block.thread < items) first.fetch(block, w, Item(block, w, block.thread), now.step);
     if (block.thread + kComputing < items) second.fetch(block, w, Item(block, w, block.thread + kComputing), now.step);
     const Planes planes(block, w);
-    const float* sums = w.split > 1 ? exchange.sums() : Delivery(block, w, exchange).own_sums();
+    const float* sums = split_of(w) > 1 ? exchange.sums() : Delivery(block, w, exchange).own_sums();
 #pragma unroll 1
     for (int i = block.thread; i < items; i += kComputing) {
         const Item item(block, w, i);
@@ -246,7 +248,7 @@ DEVICE void finish_all(const Block& block, const Product& w, const Moment& now, 
 DEVICE void product(const Block& block, Ring& ring, const Tile& tile, const Moment& now) {
     const Product& w = Block::work<Product>(tile);
     const Exchange exchange(block, now);
-    if (block.thread == 0) exchange.expect(w.split > 1 ? Planes(block, w).bytes(w) : 0);
+    if (block.thread == 0) exchange.expect(split_of(w) > 1 ? Planes(block, w).bytes(w) : 0);
     multiply_tile(block, ring, w, now, exchange);
     finish_all(Block(block.launch, renewed(block.rank), renewed(block.thread)), w, now, exchange);
     exchange.release();

@@ -10,13 +10,13 @@ struct Item {
     int row, token;  // row of the tile
 
     DEVICE Item(const Block& block, const Product& w, int index) {
-        const int padded = block.launch.padded_tokens, own = w.tile_rows / block.launch.ranks, pair = index / padded;
+        const int padded = block.launch.padded_tokens, own = w.tile_rows >> log2_of(ranks_of(block.launch)), pair = index / padded;
         row = block.rank * own + 2 * pair;
         token = index - pair * padded;
     }
     // Of a rank's rows, tokens that only pad included.
     DEVICE static int count(const Block& block, const Product& w) {
-        return w.tile_rows / block.launch.ranks / 2 * block.launch.padded_tokens;
+        return (w.tile_rows >> log2_of(ranks_of(block.launch))) / 2 * block.launch.padded_tokens;
     }
     DEVICE float* own(const Block& block, const Product& w, int e) const {
         return block.launch.private_memory + w.stream + (row + e) * block.launch.padded_tokens + token;

@@ -21,19 +21,15 @@ struct Moments {
 
     DEVICE void add(float n, float m, float q) {
         if (n == 0) return;
-        const float all = count + n, apart = m - mean;
-        mean += apart * (n / all);
-        squares += q + apart * apart * (count * (n / all));
+        const float all = count + n, apart = m - mean, share = quotient(n, all);
+        mean += apart * share;
+        squares += q + apart * apart * (count * share);
         count = all;
     }
 };
 
 // Lane i of a warp keeps the moments of the warp's i-th token: token warp + i * kWarps.
 DEVICE int token_of_lane(const Block& block) { return block.warp + block.lane * kWarps; }
-
-DEVICE bool incomplete(const Quad& q) {
-    return q.v[0] == kEmpty || q.v[1] == kEmpty || q.v[2] == kEmpty || q.v[3] == kEmpty;
-}
 
 // One warp's share of a slice: some of its tokens, and of each these columns of a lane: eight from 8 * lane on, of each 256.
 template <int kTokens, int kPieces>
@@ -63,7 +59,7 @@ public:
                         missing = word(t, p);
                         x_[t][p] = load_words(source + missing);
                     }
-            if (missing == kNone || patience.over(missing)) return;
+            if (!any_lane(missing != kNone) || patience.over(missing)) return;
         }
     }
 
@@ -100,7 +96,8 @@ public:
             for (int p = 0; p < kPieces; ++p)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sum += low_half(x_[t][p].v[i]) + high_half(x_[t][p].v[i]);
-            const float mean = count > 0 ? warp_sum(sum) / count : 0.0f;
+            sum = warp_sum(sum);
+            const float mean = count > 0 ? quotient(sum, count) : 0.0f;
 #pragma unroll
             for (int p = 0; p < kPieces; ++p)
                 if (wanted(t, p))
@@ -132,7 +129,7 @@ private:
 DEVICE void stage(const Block& block, const Product& w, const Moment& now, const Staged& to, int first, int span,
                   Moments& moments) {
     constexpr int kTokens = 3, kPieces = 2, kColumns = kPieces * 32 * 8;
-    const int begin = block.rank % w.split * w.slice + first;
+    const int begin = (block.rank & (split_of(w) - 1)) * w.slice + first;
     for (int token = block.warp; token < w.tokens; token += kTokens * kWarps)
         for (int at = 0; at < span; at += kColumns) {
             Window<kTokens, kPieces> window(block, w, begin + at, span - at < kColumns ? span - at : kColumns, token);

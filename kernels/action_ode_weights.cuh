@@ -22,7 +22,7 @@ struct Panels {
     int groups, unit_bytes, steps, panel_steps;
 
     DEVICE Panels(const Product& w, int ranks)
-        : groups(w.tile_rows * w.split / ranks / 16), unit_bytes(w.fp8 ? kWeightUnit : 2 * kWeightUnit),
+        : groups(w.tile_rows * split_of(w) >> (log2_of(ranks) + 4)), unit_bytes(w.fp8 ? kWeightUnit : 2 * kWeightUnit),
           steps(w.slice / kStepColumns), panel_steps(w.panel_steps) {}
 
     DEVICE int step_bytes() const { return groups * unit_bytes; }
@@ -36,7 +36,7 @@ DEVICE void drain([[maybe_unused]] const Block& block, [[maybe_unused]] const Ri
 #if DIT4DIT_BULK_COPIES
     if (!block.failed()) return;
     for (int s = 0; s < block.launch.slots; ++s)  // behind the ring's place is the lap before
-        block.wait(&block.fixed.full[s], s < ring.slot ? ring.parity : ring.parity ^ 1, kNone, kWeights, s, true);
+        block.wait<false>(&block.fixed.full[s], s < ring.slot ? ring.parity : ring.parity ^ 1, kNone, kWeights, s, true);
 #else
     commit_copies();
     wait_copies<0>();
@@ -60,7 +60,7 @@ DEVICE bool stop_fetching(const Block& block) {
 #if DIT4DIT_BULK_COPIES
     return block.failed();
 #else
-    return warp_sum(block.failed() ? 1.0f : 0.0f) > 0;
+    return any_lane(block.failed());
 #endif
 }
 
@@ -75,11 +75,11 @@ DEVICE void fetch_weights(const Block& block, int first, int last) {
             const Tile& tile = *reinterpret_cast<const Tile*>(launch.tiles + index * kRecord);
             if (tile.opcode != kProduct) continue;
             const Product& w = Block::work<Product>(tile);
-            const Panels panels(w, launch.ranks);
+            const Panels panels(w, ranks_of(launch));
             const std::uint8_t* from =
                 launch.weights + (w.weight + static_cast<std::int64_t>(block.rank) * w.rank_units) * kWeightUnit;
             for (int done = 0; done < panels.steps; done += panels.panel_steps) {
-                block.wait(&block.fixed.empty[ring.slot], ring.parity ^ 1, index, kRoomForWeights, ring.slot);
+                block.wait<!DIT4DIT_BULK_COPIES>(&block.fixed.empty[ring.slot], ring.parity ^ 1, index, kRoomForWeights, ring.slot);
                 stop = stop_fetching(block);
                 if (stop) break;
                 const int bytes = panels.length(done) * panels.step_bytes();
@@ -131,9 +131,9 @@ class Weights {
 public:
     DEVICE Weights(const Block& block, Ring& ring, const Product& w, int tile)
         : block_(block), ring_(ring), tile_(tile), parts_(w.parts), panel_steps_(w.panel_steps), steps_(w.slice / kStepColumns) {
-        const Panels panels(w, block.launch.ranks);
-        const int sets = kWarps / w.parts, first = block.warp % sets;
-        part_ = block.warp / sets;
+        const Panels panels(w, ranks_of(block.launch));
+        const int sets = kWarps >> log2_of(w.parts), first = block.warp & (sets - 1);
+        part_ = block.warp >> log2_of(sets);
         groups_ = first >= panels.groups ? 0 : first + sets < panels.groups ? 2 : 1;
         unit_bytes_ = panels.unit_bytes;
         group_bytes_ = sets * panels.unit_bytes;
@@ -174,7 +174,7 @@ private:
         return true;
     }
     DEVICE void open() {
-        block_.wait(&block_.fixed.full[ring_.slot], ring_.parity, tile_, kWeights, ring_.slot);
+        block_.wait<true>(&block_.fixed.full[ring_.slot], ring_.parity, tile_, kWeights, ring_.slot);
         step_ = panel_end_ + part_;
         panel_end_ = panel_end_ + panel_steps_ < steps_ ? panel_end_ + panel_steps_ : steps_;
         at_ = ring_.slot * kSlotBytes + origin_;

@@ -8,7 +8,7 @@ namespace dit4dit::ode {
 
 DEVICE void begin(const Block& block) {
     if (block.thread == 0) {
-        const int ranks = block.launch.ranks;
+        const int ranks = ranks_of(block.launch);
         block.fixed.failed = 0;
         for (int s = 0; s < block.launch.slots; ++s) {
             barrier_init(&block.fixed.full[s], DIT4DIT_BULK_COPIES ? 1 : 32);
@@ -21,7 +21,7 @@ DEVICE void begin(const Block& block) {
         fence_barrier_init();
     }
 #if DIT4DIT_BULK_COPIES
-    if (block.launch.ranks > 1) sync_cluster();  // nobody pushes before all have their barriers
+    if (ranks_of(block.launch) > 1) sync_cluster();  // nobody pushes before all have their barriers
 #endif
     sync_block();
 }
@@ -69,10 +69,10 @@ DEVICE void compute(const Block& block, int first, int last) {
 DEVICE void end(const Block& block) {
     const Launch& launch = block.launch;
 #if DIT4DIT_BULK_COPIES
-    if (launch.ranks > 1) sync_cluster();  // nobody reaches into the memory of a block that has ended
+    if (ranks_of(launch) > 1) sync_cluster();  // nobody reaches into the memory of a block that has ended
 #endif
     sync_block();
-    if (block.thread == 0) block.fixed.last = fetch_add(&launch.progress[1]) == launch.teams * launch.ranks - 1;
+    if (block.thread == 0) block.fixed.last = fetch_add(&launch.progress[1]) == launch.teams * ranks_of(launch) - 1;
     sync_block();
     if (!block.fixed.last) return;
     const bool failed = load_acquire(launch.status) != 0;
@@ -89,11 +89,11 @@ DEVICE void end(const Block& block) {
 }
 
 DEVICE void worker(const Launch& launch) {
-    const int team = block_index() / launch.ranks;
-    const Block block(launch, block_index() - team * launch.ranks, thread_index());
+    const int team = block_index() / ranks_of(launch);
+    const Block block(launch, block_index() - team * ranks_of(launch), thread_index());
     begin(block);
     const int first = load_int(launch.first_tile + team), last = load_int(launch.first_tile + team + 1);
-    if (block.thread < kComputing)
+    if (block.warp < kWarps)
         compute(block, first, last);
     else
         fetch_weights(block, first, last);

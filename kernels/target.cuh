@@ -43,6 +43,11 @@ DEVICE int renewed(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+// Whether it is so for one lane of the warp, or for all. All lanes call it.
+DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+DEVICE bool all_lanes(bool x) { return __all_sync(0xffffffffu, x); }
+// A number that all lanes of a warp have, so that the compiler knows it. All lanes call it.
+DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 DEVICE void sync_block() { __syncthreads(); }
 // Of the first 256 threads of a block; the others go on.
@@ -150,6 +155,7 @@ DEVICE float power_of_two_or_zero(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+DEVICE float quotient(float x, float y) { return __fdividef(x, y); }  // within 2 ulp; 0 where y is above 2^126
 DEVICE float inverse_root(float x) { return rsqrtf(x); }
 DEVICE float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }  // one rounding; the build fuses none by itself
 DEVICE std::uint32_t pack_bf16(float low, float high) {

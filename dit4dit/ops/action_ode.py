@@ -118,6 +118,7 @@ def loop(
     """
     x, dtype, steps = noise.float(), context.dtype, len(head.out_norms)
     crossing = sum(block.cross for block in head.blocks)
+    prefix = None if prefix is None else prefix.to(dtype)
     context = context.unflatten(-1, (2 * crossing, head.heads, -1)).permute(2, 0, 3, 1, 4)
     for step in range(steps):
         v = velocity(head, x.to(dtype), step, context, prefix).float()
@@ -133,14 +134,13 @@ def loop(
 def velocity(head: FoldedHead, actions: Tensor, step: int, context: Tensor, prefix: Tensor | None) -> Tensor:
     """Noisy actions [B, K, A] at Euler step `step` -> velocity [B, K, A], all in the head's dtype.
 
-    context: k and v of each cross-attending block [2 * blocks, B, heads, S, d]. prefix: state token [B, W] or None.
+    context: k and v of each cross-attending block [2 * blocks, B, heads, S, d]. prefix: state token [B, W] likewise, or None.
     """
-    dtype = actions.dtype
     tokens = head.encode_out(F.silu(head.encode(actions) + head.time_bias[step]))
     if head.position is not None:
         tokens = tokens + head.position
     # the residual stream is float32 whatever the weights are
-    x = (tokens if prefix is None else torch.cat([prefix[:, None].to(dtype), tokens], dim=1))[:, None].float()
+    x = (tokens if prefix is None else torch.cat([prefix[:, None], tokens], dim=1))[:, None].float()
     branch: Tensor | None = None
     cross = 0
     for block in head.blocks:

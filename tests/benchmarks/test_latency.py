@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit4dit.benchmarks import agreement, contenders, flops, latency, latency_report, roofline, sampling
+from dit4dit.benchmarks import agreement, budget_head, contenders, flops, latency, latency_report, roofline, sampling
 from dit4dit.benchmarks.recording import Recording
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.cli import main
 from dit4dit.engine import Engine
+from dit4dit.engine.action_ode import Device, head_shape, plan
 from dit4dit.errors import OutputError
 from dit4dit.ops.action_ode import reference
 from dit4dit.ops.dispatch import find
@@ -177,7 +178,14 @@ def measure_one_launch(**changes):
 def test_one_launch_is_held_to_the_library_where_there_is_no_baseline(
     kernel: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert measure_one_launch()["head"] == "one_launch"
+    schedule = plan(
+        head_shape(preset("tiny").model.head, batch=1, context=4, prefix=True, steps=4), Device(9, 99 << 10, 80)
+    )
+    monkeypatch.setattr("dit4dit.engine.action_ode.program.OneLaunchHead.schedules", [schedule])
+    result = measure_one_launch()
+    assert (result["head"], result["one_launch"]) == ("one_launch", [budget_head.facts(schedule)])
+    assert result["one_launch"][0]["teams"] == schedule.teams > 1
+    assert measure_one_launch(head="library")["one_launch"] is None
     right = Engine._one_launch
     monkeypatch.setattr(Engine, "_one_launch", lambda *given: right(*given) * 1.5)
     with pytest.raises(RuntimeError, match=r"engine and the engine with head='library' differ by .* not timed"):

@@ -367,8 +367,12 @@ def test_a_residual_that_is_one_row_for_many_tokens() -> None:
 
 
 def test_noise_that_is_compared_is_drawn() -> None:
-    case = Case("philox_normal", (torch.empty(4, 3, dtype=torch.int64, device="meta"), 1, (3, 4)), CPU, 0)
+    case = Case(
+        "philox_normal", (torch.empty(4, 3, dtype=torch.int64, device="meta"), ((1, (3, 4)), (0, (5,)))), CPU, 0
+    )
     case.measure()
     assert case.args[0][:, 2].tolist() == [0, 0, 0, 0]
     assert case.trial("torch", find("philox_normal").implementations["torch"]).reason is None
-    assert (find("philox_normal").implementations["torch"].run(*case.args) != 0).all()
+    drawn = find("philox_normal").implementations["torch"].run(*case.args)
+    assert len(drawn) == 2
+    assert all((x != 0).all() for x in drawn)

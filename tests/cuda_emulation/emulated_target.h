@@ -33,6 +33,7 @@ struct alignas(16) Float4 {
 
 DEVICE int thread_index() { return machine->self().thread; }
 DEVICE int renewed(int x) { return x; }
+DEVICE int uniform(int x) { return x; }
 DEVICE int block_index() { return machine->self().block->index; }
 DEVICE std::uint8_t* shared_memory() { return machine->self().block->shared; }
 DEVICE std::uint32_t shared_address(const void* p) {
@@ -58,6 +59,20 @@ DEVICE void sync_warp() {
     int none = 0;
     machine->meet(my_warp(), "sync_warp", lane(), &none, [](auto&) {});
 }
+DEVICE int lanes_with(bool x) {
+    struct Operand {
+        bool x;
+        int count;
+    } mine{x, 0};
+    machine->meet(my_warp(), "vote", lane(), &mine, [](auto& all) {
+        int count = 0;
+        for (int l = 0; l < emulation::kWarp; ++l) count += static_cast<Operand*>(all[l])->x;
+        for (int l = 0; l < emulation::kWarp; ++l) static_cast<Operand*>(all[l])->count = count;
+    });
+    return mine.count;
+}
+DEVICE bool any_lane(bool x) { return lanes_with(x) > 0; }
+DEVICE bool all_lanes(bool x) { return lanes_with(x) == emulation::kWarp; }
 DEVICE float shuffle_xor(float x, int mask) {
     struct Operand {
         float x, got;
@@ -130,6 +145,7 @@ DEVICE std::uint32_t as_bits(float x) {
 }
 DEVICE float power_of_two(float x) { return std::exp2(x); }
 DEVICE float power_of_two_or_zero(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+DEVICE float quotient(float x, float y) { return x / y; }
 DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 DEVICE float multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 inline std::uint32_t to_bf16(float x) {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 from head_plans import H200, SHAPES, products, released, stages
 
@@ -80,6 +81,14 @@ def test_a_stage_takes_what_the_team_with_most_of_it_takes() -> None:
         for team, work in stages(schedule)[name]:
             mine[team] += sum(tile_us(schedule, work, costs).values())
         assert sum(parts.values()) == pytest.approx(10 + max(mine.values()))
+
+
+def test_it_does_not_matter_which_team_has_most() -> None:
+    schedule = plan(released("unitree_g1", batch=3), H200)
+    teams = np.split(schedule.tiles, schedule.first_tile[1:-1])[::-1]
+    ends = np.cumsum([len(tiles) for tiles in teams], dtype=np.int32)
+    backwards = replace(schedule, tiles=np.concatenate(teams), first_tile=np.append(np.int32(0), ends))
+    assert head_us(backwards) == head_us(schedule)
 
 
 def test_features_are_fetched_while_the_query_is_on_its_way() -> None:

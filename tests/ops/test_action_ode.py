@@ -320,7 +320,7 @@ VAIN = {
         "barrier_expect(full, bytes + (ring.slot == 2 && block_index() == 2 ? 16 : 0));",
     ),
     "a warp that never gives a slot back": (
-        Wanted.WEIGHTS_ROOM,
+        Wanted.WEIGHTS,
         "weights",
         "if (block_.lane == 0 && !block_.failed()) barrier_arrive",
         "if (block_.thread == 0 && !block_.failed()) barrier_arrive",
