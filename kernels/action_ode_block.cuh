@@ -90,8 +90,10 @@ struct Block {
             return over(of_cluster ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity));
         };
         if (ready()) return;
-        // who waits for the copy engine is not to be heard after those who wait for this block
-        const std::int64_t limit = wanted == kWeights ? launch.limit_ns / 4 : launch.limit_ns, begin = nanoseconds();
+        // who waits for the copy engine is to be heard before those who wait for this block; its fetching warp, which waits early, is
+        // to be heard after what the others wait for
+        const std::int64_t some = wanted == kWeights ? 1 : wanted == kRoomForWeights ? 6 : 4, limit = launch.limit_ns / 4 * some;
+        const std::int64_t begin = nanoseconds();
         for (;;) {
             const std::int64_t now = nanoseconds();  // before the barrier: between the two the GPU may be another process's
             if (ready()) return;
