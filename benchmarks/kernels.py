@@ -67,8 +67,8 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         # the first of a step: the residual stream starts as what the mask channels add, a row for each frame
         first = f32(frames, 1, WIDTH).expand(*shape, WIDTH)
         yield f"{tokens} noise", "adaln", (first[:, 1:], h[:, 1:].contiguous(), None, table[1:], table[1:], 1e-6, BF16)
-        latent, embedding = f32(batch, 16, frames, 28, 2 * tokens // frames // 14), _empty(WIDTH, 64)
-        noise = video_dit.patches(latent[:, :, 1:], 2)
+        latents, embedding = f32(batch, 16, frames, 28, 2 * tokens // frames // 14), _empty(WIDTH, 64)
+        noise = video_dit.patches(latents[:, :, 1:], 2)
         yield f"{tokens} noise", "patch_tokens", (noise, embedding, first[:, 1:], table[1:], table[1:], 1e-6)
         frame = _empty(batch, 1, *noise.shape[2:])
         yield f"{tokens} condition", "patch_tokens", (frame, embedding, first[:, :1], table[:1], table[:1], 1e-6)

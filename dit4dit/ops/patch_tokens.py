@@ -101,7 +101,8 @@ def _refuse(patches: Tensor, weight: Tensor, begin: Tensor, shift: Tensor, scale
     if (reason := launch.refuse(products=True, weight=weight)) is not None:
         return reason
     # whatever the layout of the patches, which the kernel has strides for, their dtype and device are looked at
-    layout = sorted(range(7), key=lambda i: (patches.shape[i] > 1, -patches.stride(i)))
+    steps = patches.stride()
+    layout = sorted(range(7), key=lambda i: (patches.shape[i] > 1, -steps[i]))
     return launch.refuse(
         strided=("patches", "begin"), patches=patches.permute(layout), begin=begin, shift=shift, scale=scale
     )

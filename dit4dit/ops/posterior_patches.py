@@ -105,8 +105,8 @@ def _refuse(
         return f"dtype is {dtype}"
     # whatever its layout, which the kernel has strides for, its dtype and device are looked at
     layout = sorted(range(4), key=moments.stride, reverse=True)
-    dense = dict(bias=bias, noise=noise, mean=mean, std=std)
-    return launch.refuse(strided=("moments",), moments=moments.permute(layout), **dense)
+    pixels = moments.permute(layout)
+    return launch.refuse(strided=("moments",), moments=pixels, bias=bias, noise=noise, mean=mean, std=std)
 
 
 def _example(device: torch.device) -> _Args:

@@ -40,7 +40,8 @@ CHOICES = ("auto", "library", "one_launch")
 KINDS = 2
 """Kinds of request that stay ready though no plan reads them."""
 LONGEST_WAIT_NS = 2_000_000_000
-"""A wait inside the kernel that takes longer ends the launch with an error; a launch takes about a thousandth of it."""
+"""A wait inside the kernel for another team's words that takes longer ends the launch with an error; a launch takes about a
+thousandth of it."""
 
 
 class Wanted(IntEnum):
@@ -51,6 +52,12 @@ class Wanted(IntEnum):
     ROOM = 2  # in the other blocks' inboxes
     WEIGHTS = 3  # a panel of its own, on its way into shared memory
     WEIGHTS_ROOM = 4  # in its own shared memory, for the next panel
+
+    @property
+    def seconds(self) -> float:
+        """The longest wait: whoever waits for what others give only when they have what they wait for waits longer than they."""
+        share = {Wanted.WORDS: 1.0, Wanted.WEIGHTS: 0.25, Wanted.WEIGHTS_ROOM: 1.5}.get(self, 1.25)
+        return share * LONGEST_WAIT_NS / 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +264,6 @@ class OneLaunchHead:
 def waited(schedule: Schedule, status: list[int]) -> str:
     """What a launch's `status` says, [1 + block, tile, `Wanted`, detail], in words."""
     block, tile, wanted, detail = status[0] - 1, status[1], Wanted(status[2]), status[3]
-    seconds = LONGEST_WAIT_NS / 1e9 / (4 if wanted == Wanted.WEIGHTS else 1)
     what = {
         Wanted.WORDS: f"{word_text(schedule, detail)} from another team",
         Wanted.SUMS: "sums from the other blocks of its team",
@@ -268,7 +274,7 @@ def waited(schedule: Schedule, status: list[int]) -> str:
     team, rank = divmod(block, schedule.ranks)
     where = "" if tile == NONE else f" in tile {tile} ({tile_text(schedule, tile)})"
     return (
-        f"action_ode: block {block} (team {team}, rank {rank}) waited more than {seconds:g} s{where} for {what}. "
+        f"action_ode: block {block} (team {team}, rank {rank}) waited more than {wanted.seconds:g} s{where} for {what}. "
         "Another program may hold the GPU: stop it (nvidia-smi lists them), or load with head='library'"
     )
 
