@@ -91,9 +91,10 @@ struct Block {
             return over(of_cluster ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity));
         };
         if (ready()) return;
-        // whoever waits for another warp or rank is not to be heard before the one that waits for words or for the copy engine
-        const std::int64_t more = launch.limit_ns / 4, begin = nanoseconds();
-        const std::int64_t limit = wanted == kWeights ? more : launch.limit_ns + (wanted == kRoomForWeights ? 2 * more : more);
+        // who waits for the copy engine is to be heard before those who wait for this block; its fetching warp, which waits early, is
+        // to be heard after what the others wait for
+        const std::int64_t some = wanted == kWeights ? 1 : wanted == kRoomForWeights ? 6 : 4, limit = launch.limit_ns / 4 * some;
+        const std::int64_t begin = nanoseconds();
         for (;;) {
             const std::int64_t now = nanoseconds();  // before the barrier: between the two the GPU may be another process's
             if (ready()) return;

@@ -26,8 +26,8 @@ namespace emulation {
 constexpr int kWarp = 32;
 constexpr int kComputing = 256;  // threads of sync_computing
 constexpr std::size_t kStack = 128 << 10;
-constexpr long kMostIdle = 5'000'000;
-constexpr std::uint64_t kTick = 1000, kNight = 1'000'000;  // ns: between two looks at the clock; when all threads sleep
+constexpr long kMostIdle = 10'000'000;
+constexpr std::uint64_t kNight = 10'000;  // ns that pass when all threads sleep; 1 between two looks at the clock
 
 // A place where `size` threads meet: each leaves its operand, the last one does the work for all.
 struct Meeting {
@@ -191,7 +191,7 @@ public:
 
     Fiber& self() { return fibers_[current_]; }
     int index() const { return current_; }
-    std::uint64_t clock() { return clock_ += kTick; }
+    std::uint64_t clock() { return ++clock_; }
     bool chance(unsigned one_of) { return random_() % one_of == 0; }
 
     // Let others run; come back at any time.
@@ -230,7 +230,7 @@ public:
             return;
         }
         work(meeting.operands);
-        idle_ = 0;
+        if (meeting.size > kWarp) idle_ = 0;  // warps also meet in loops that wait
         meeting.arrived = 0;
         for (int fiber : meeting.waiting) ready_.push_back(fiber);
         meeting.waiting.clear();
@@ -412,7 +412,7 @@ private:
     jmp_buf home_;
     int current_ = 0;
     std::uint64_t turns_ = 0;
-    long idle_ = 0;  // turns since threads last met or something happened
+    long idle_ = 0;  // turns since a block last met or something happened
     bool inside_ = false;
     std::uint64_t clock_ = 0;
     std::string error_;
