@@ -91,8 +91,8 @@ MUTANTS = {
     ),
     "copies: scores before all keys are there": (
         "attention",
-        "        sync_computing();\n        found.score(",
-        "        found.score(",
+        "        sync_computing();\n        const int lane",
+        "        const int lane",
     ),
     # numbers
     "copies: the state token is left out": ("product", "launch.prefix != nullptr", "false"),
