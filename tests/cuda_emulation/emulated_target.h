@@ -90,17 +90,11 @@ DEVICE Quad load_quad(const void* p) {
     if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_quad from an address that is no multiple of 16");
     return *static_cast<const Quad*>(p);
 }
-DEVICE Float4 load_float4(const float* p) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_float4 from an address that is no multiple of 16");
+DEVICE Float4 load_constant_float4(const float* p) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_constant_float4 from an address that is no multiple of 16");
     return *reinterpret_cast<const Float4*>(p);
 }
-DEVICE Float2 load_float2(const float* p) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 8) machine->fail("load_float2 from an address that is no multiple of 8");
-    return *reinterpret_cast<const Float2*>(p);
-}
-DEVICE float load_float(const float* p) { return *p; }
 DEVICE int load_int(const int* p) { return *p; }
-DEVICE Float4 load_constant_float4(const float* p) { return load_float4(p); }
 DEVICE float load_constant_float(const float* p) { return *p; }
 
 DEVICE Quad load_words(const std::uint32_t* p) {
@@ -156,7 +150,7 @@ inline std::uint32_t to_bf16(float x) {
 inline float from_bf16(std::uint32_t bits) { return as_float(bits << 16); }
 DEVICE std::uint32_t pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
-DEVICE void copy_async(void* to, const void* from) {
+inline void copy_async(void* to, const void* from) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16) machine->fail("copy_async from an address that is no multiple of 16");
     std::memset(to, 0xff, 16);
     machine->self().copies.push_back({to, from, 16});
