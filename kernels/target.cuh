@@ -77,22 +77,6 @@ DEVICE Quad load_quad(const void* p) {
                  : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3]) : "l"(p) : "memory");
     return q;
 }
-DEVICE Float4 load_float4(const float* p) {
-    Float4 f;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3]) : "l"(p) : "memory");
-    return f;
-}
-DEVICE Float2 load_float2(const float* p) {
-    Float2 f;
-    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(f.v[0]), "=f"(f.v[1]) : "l"(p) : "memory");
-    return f;
-}
-DEVICE float load_float(const float* p) {
-    float f;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(f) : "l"(p) : "memory");
-    return f;
-}
 DEVICE int load_int(const int* p) { return __ldg(p); }  // of the schedule, which nobody writes
 // Of what nobody writes while the kernel runs: the SM's own cache may keep it. It is issued where it is written.
 DEVICE Float4 load_constant_float4(const float* p) {
@@ -174,9 +158,6 @@ DEVICE std::uint32_t pack_bf16(float low, float high) {
 
 // -- copies into shared memory -----------------------------------------------------------------------------------------------
 
-DEVICE void copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
 // 16 zeros where there is nothing to copy; `from` is not read then.
 DEVICE void copy_async_or_zeros(void* to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"

@@ -90,17 +90,11 @@ DEVICE Quad load_quad(const void* p) {
     if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_quad from an address that is no multiple of 16");
     return *static_cast<const Quad*>(p);
 }
-DEVICE Float4 load_float4(const float* p) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_float4 from an address that is no multiple of 16");
+DEVICE Float4 load_constant_float4(const float* p) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_constant_float4 from an address that is no multiple of 16");
     return *reinterpret_cast<const Float4*>(p);
 }
-DEVICE Float2 load_float2(const float* p) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 8) machine->fail("load_float2 from an address that is no multiple of 8");
-    return *reinterpret_cast<const Float2*>(p);
-}
-DEVICE float load_float(const float* p) { return *p; }
 DEVICE int load_int(const int* p) { return *p; }
-DEVICE Float4 load_constant_float4(const float* p) { return load_float4(p); }
 DEVICE float load_constant_float(const float* p) { return *p; }
 
 DEVICE Quad load_words(const std::uint32_t* p) {
@@ -164,7 +158,7 @@ DEVICE std::uint32_t times_two_to_120(std::uint32_t x) {
     return pack_bf16(from_bf16(x & 0xffffu) * scale, from_bf16(x >> 16) * scale);
 }
 
-DEVICE void copy_async(void* to, const void* from) {
+inline void copy_async(void* to, const void* from) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16) machine->fail("copy_async from an address that is no multiple of 16");
     std::memset(to, 0xff, 16);
     machine->self().copies.push_back({to, from, 16});

@@ -66,6 +66,16 @@ def build(name: str, variant: str, folder: Path, kernels: Path = ROOT / "kernels
     return ctypes.CDLL(str(library))
 
 
+def changed_kernels(folder: Path, part: str, old: str, new: str) -> Path:
+    """A copy of the kernels in `folder`, with other text in action_ode_PART.cuh, which must have `old` once."""
+    kernels = Path(shutil.copytree(ROOT / "kernels", folder / "kernels"))
+    path = kernels / f"action_ode_{part}.cuh"
+    text = path.read_text()
+    assert text.count(old) == 1, "the kernel has another text"
+    path.write_text(text.replace(old, new))
+    return kernels
+
+
 class LaunchRecord(ctypes.Structure):
     """`Launch` of kernels/action_ode_tiles.cuh."""
 
