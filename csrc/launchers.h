@@ -21,8 +21,9 @@ using NamedViews = std::map<std::string, TensorView>;
 using NamedNumbers = std::map<std::string, std::int64_t>;
 void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers, float max_guidance, std::int64_t limit_ns,
                      std::uintptr_t stream);
-// multiprocessors, shared_memory (bytes of one block), capability (90); with shared_bytes of shared memory for each block,
-// how many blocks_per_multiprocessor, and how many clusters of 2, 4 and 8 blocks (clusters_2, ...) can be resident at once
+// multiprocessors, shared_memory (bytes of one block), capability (90) of the code that runs on the device; with shared_bytes of
+// shared memory for each block, how many blocks_per_multiprocessor, and how many clusters of 2, 4 and 8 blocks (clusters_2, ...)
+// can be resident at once
 std::map<std::string, int> action_ode_facts(int device, int shared_bytes);
 
 // q, k, v: bfloat16 [B, H, S, 128], normed and turned, of any strides that are multiples of 8, the last one 1; out: [B, S, H * 128].

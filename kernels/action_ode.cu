@@ -1,6 +1,7 @@
 // action_ode on CUDA: the whole ODE of the action head in one launch of teams of blocks, one block per SM. Blocks wait for each
 // other, so all must be resident: the launch is cooperative, which the driver refuses where they are not, and begins when all SMs
 // that it needs are free. A team of several blocks is a cluster. On a CPU the kernel runs by tests/cuda_emulation.
+#include <algorithm>
 #include <climits>
 #include <map>
 #include <mutex>
@@ -172,8 +173,14 @@ int attribute_of(int device, cudaDeviceAttr name) {
     return value;
 }
 
+// Of the code that runs on a device, which must be current: where the driver has compiled an older architecture's, as it does on one
+// that the build does not name, that code has no clusters, whatever the device has.
 int capability_of(int device) {
-    return 10 * attribute_of(device, cudaDevAttrComputeCapabilityMajor) + attribute_of(device, cudaDevAttrComputeCapabilityMinor);
+    cudaFuncAttributes code{};
+    check_cuda(cudaFuncGetAttributes(&code, action_ode_kernel), "action_ode: kernel attributes");
+    const int capability =
+        10 * attribute_of(device, cudaDevAttrComputeCapabilityMajor) + attribute_of(device, cudaDevAttrComputeCapabilityMinor);
+    return std::min(capability, code.ptxVersion);
 }
 
 cudaLaunchAttribute cluster_of(int ranks) {
@@ -230,7 +237,7 @@ void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers, flo
     if (shared_bytes_of(l) > allowed)
         refuse("staging", "at most " + text(allowed) + " bytes of shared memory in all", text(shared_bytes_of(l)));
     if (l.ranks > 1 && capability_of(guard.device()) < kClusters)
-        refuse("ranks", "1 on a GPU without clusters, before sm_90", text(l.ranks));
+        refuse("ranks", "1 where the code for the GPU has no clusters, before sm_90", text(l.ranks));
     launch_cooperatively(l, reinterpret_cast<cudaStream_t>(stream));
 }
 

@@ -35,6 +35,7 @@ struct Fixed {
     int last;                                           // this block is the last one to end
 };
 constexpr int kFixedBytes = 2048;
+constexpr int kLooksAtBarrier = 16;
 static_assert(sizeof(Fixed) <= kFixedBytes, "schedule.py counts with this");
 
 // Of 1, 2, 4 or 8, as ranks, splits and parts are: shifts where divisions would be calls.
@@ -87,18 +88,21 @@ struct Block {
     DEVICE void wait(std::uint64_t* barrier, int parity, int tile, Wanted wanted, int detail, bool always = false) const {
         const auto over = [&](bool so) { return kTogether ? all_lanes(so) : so; };
         const auto ready = [&] {
-            const bool of_cluster = wanted == kSums || wanted == kRoom;
-            return over(of_cluster ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity));
+            // only sums are read after it; room lets this thread write alone, and a wait for a cluster empties the SM's cache
+            return over(wanted == kSums ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity));
         };
         if (ready()) return;
         // who waits for the copy engine is to be heard before those who wait for this block; its fetching warp, which waits early, is
         // to be heard after what the others wait for
         const std::int64_t some = wanted == kWeights ? 1 : wanted == kRoomForWeights ? 6 : 4, limit = launch.limit_ns / 4 * some;
         const std::int64_t begin = nanoseconds();
-        for (;;) {
-            const std::int64_t now = nanoseconds();  // before the barrier: between the two the GPU may be another process's
+        for (int looks = 1;; ++looks) {
+            // clock and error flag, which is a trip to L2, have their turn now and then; the clock before the barrier: between the two
+            // the GPU may be another process's
+            const bool due = looks % kLooksAtBarrier == 0;
+            const std::int64_t now = due ? nanoseconds() : begin;
             if (ready()) return;
-            if (!always && over(others_failed())) return;
+            if (!always && over(due ? others_failed() : failed())) return;
             if (over(now - begin > limit)) break;
         }
         fail(tile, wanted, detail);
@@ -124,9 +128,11 @@ public:
         if (any_lane(block_.others_failed())) return true;
         const std::int64_t now = nanoseconds();
         if (begin_ == 0) begin_ = now;
-        const bool late = now - begin_ > block_.launch.limit_ns;
-        if (late && word != kNone) block_.fail(tile_, kWords, word);
-        return any_lane(late);
+        // twice: before the first time the GPU may have been another process's since the look
+        const bool again = late_;
+        late_ = now - begin_ > block_.launch.limit_ns;
+        if (again && word != kNone) block_.fail(tile_, kWords, word);
+        return any_lane(again);
     }
 
 private:
@@ -136,6 +142,7 @@ private:
     const int tile_;
     int looks_ = 0;
     std::int64_t begin_ = 0;
+    bool late_ = false;
 };
 
 // Where a launch is: the sets of the step, and the inbox of the tile.

@@ -31,10 +31,10 @@ struct Panels {
 
 // -- the warp that fetches ---------------------------------------------------------------------------------------------------
 
-// No copy may land in the shared memory of a block that has ended; a launch that did not fail has read all panels.
+// No copy may land in the shared memory of a block that has ended: after a failure, which may be seen when all panels are on their
+// way already, nobody else waits for them.
 DEVICE void drain([[maybe_unused]] const Block& block, [[maybe_unused]] const Ring& ring) {
 #if DIT4DIT_BULK_COPIES
-    if (!block.failed()) return;
     for (int s = 0; s < block.launch.slots; ++s)  // behind the ring's place is the lap before
         block.wait<false>(&block.fixed.full[s], s < ring.slot ? ring.parity : ring.parity ^ 1, kNone, kWeights, s, true);
 #else

@@ -245,8 +245,9 @@ DEVICE void push(std::uint32_t to, Float2 x, std::uint32_t barrier) {
 DEVICE void arrive_at(std::uint32_t barrier) {
     asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// All threads of all blocks of the cluster.
+// All threads of all blocks of the cluster. A warp arrives as one: in two halves it would count twice.
 DEVICE void sync_cluster() {
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
