@@ -38,8 +38,15 @@ public:
     DEVICE Window(const Block& block, const Product& w, int column, int span, int first_token)
         : w_(w), column_(column), span_(span), token_(first_token), lane_(block.lane) {}
 
-    // Reads words until all are there.
+    // Asks for the modulation, then reads words until all are there.
     DEVICE void read(const Block& block, const Moment& now) {
+        const float* table = block.constant(modulated() ? w_.modulation + now.step * w_.modulation_step : 0);
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) {
+            scale_[p][0] = scale_[p][1] = Float4{};  // else they would be kept all through a launch
+            if (!modulated() || !inside(p)) continue;
+            for (int i = 0; i < 2; ++i) scale_[p][i] = load_constant_float4(table + column_ + offset(p) + 4 * i);
+        }
         const std::uint32_t* source = block.words(now.set);
         Patience patience(block, now.tile);
 #pragma unroll
@@ -63,23 +70,18 @@ public:
         }
     }
 
-    DEVICE void store(const Block& block, const Staged& to, const Moment& now) const {
-        const bool modulated = w_.modulation != kNone;
-        const float* table = block.constant(modulated ? w_.modulation + now.step * w_.modulation_step : 0);
+    DEVICE void store(const Staged& to) const {
 #pragma unroll
         for (int p = 0; p < kPieces; ++p) {
-            Float4 scale[2] = {};
-            if (modulated && inside(p))
-                for (int i = 0; i < 2; ++i) scale[i] = load_constant_float4(table + column_ + offset(p) + 4 * i);
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) {
                 if (offset(p) >= span_ || token(t) >= w_.tokens) continue;
                 Quad y = x_[t][p];
-                if (modulated && inside(p))
+                if (modulated() && inside(p))
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        y.v[i] = pack_bf16(low_half(y.v[i]) * scale[i / 2].v[i % 2 * 2],
-                                           high_half(y.v[i]) * scale[i / 2].v[i % 2 * 2 + 1]);
+                        y.v[i] = pack_bf16(low_half(y.v[i]) * scale_[p][i / 2].v[i % 2 * 2],
+                                           high_half(y.v[i]) * scale_[p][i / 2].v[i % 2 * 2 + 1]);
                 *reinterpret_cast<Quad*>(to.row(from_ + offset(p), token(t))) = y;
             }
         }
@@ -114,6 +116,7 @@ public:
     int from_ = 0;  // staged column that `column` goes to
 
 private:
+    DEVICE bool modulated() const { return w_.modulation != kNone; }
     DEVICE int offset(int piece) const { return (piece * 32 + lane_) * 8; }
     DEVICE int token(int t) const { return token_ + t * kWarps; }
     DEVICE bool inside(int p) const { return offset(p) < span_ && column_ + offset(p) < w_.columns; }
@@ -123,6 +126,7 @@ private:
     const Product& w_;
     const int column_, span_, token_, lane_;
     Quad x_[kTokens][kPieces];
+    Float4 scale_[kPieces][2];
 };
 
 // Columns `first` to + span - 1 of this rank's slice, of all tokens; zeros past the last column of the matrix.
@@ -135,7 +139,7 @@ DEVICE void stage(const Block& block, const Product& w, const Moment& now, const
             Window<kTokens, kPieces> window(block, w, begin + at, span - at < kColumns ? span - at : kColumns, token);
             window.from_ = at;
             window.read(block, now);
-            window.store(block, to, now);
+            window.store(to);
             if (w.norm != 0) window.measure(block, moments);
         }
 }
