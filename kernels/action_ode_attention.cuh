@@ -64,6 +64,13 @@ DEVICE void load_words_of_rows(const Block& block, const Moment& now, const Rows
         [](const Quad& q) { return !incomplete(q); });
 }
 
+// Where a row's column lies among the sums over values that warps leave: eight columns stay together, and of four rows in turn they
+// lie in other banks.
+DEVICE int place_of(int row, int column, int head_dim) {
+    const int inside = (head_dim & -head_dim) - 1;
+    return row * head_dim + (column ^ (row * 8 & inside & 24));
+}
+
 // One warp: 16 queries, and its share of the keys, which come 64 or fewer at a time.
 struct Warp {
     float scores[8][4], values[8][4] = {};
@@ -148,8 +155,9 @@ struct Warp {
         for (int j = 0; j < 8; ++j)
             if (j * 8 < head_dim)
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    to[(lane / 4 + i / 2 * 8) * head_dim + j * 8 + lane % 4 * 2 + i % 2] = values[j][i];
+                for (int half = 0; half < 2; ++half)
+                    *reinterpret_cast<Float2*>(to + place_of(lane / 4 + half * 8, j * 8 + lane % 4 * 2, head_dim)) = {
+                        {values[j][half * 2], values[j][half * 2 + 1]}};
         if (lane % 4 == 0)
             for (int half = 0; half < 2; ++half) {
                 stats[(lane / 4 + half * 8) * 2] = most[half];
@@ -233,7 +241,8 @@ DEVICE Merged merge_warps(const Block& block, const Shares& mine, int query, int
     Merged all;
     for (int warp = query / 16; warp < kWarps; warp += mine.query_tiles) {
         const int row = warp * 16 + query % 16;
-        all.add(stats[row * 2], stats[row * 2 + 1], left[row * d + column], left[row * d + column + 1]);
+        const Float2 y = *reinterpret_cast<const Float2*>(left + place_of(row, column, d));
+        all.add(stats[row * 2], stats[row * 2 + 1], y.v[0], y.v[1]);
     }
     return all;
 }

@@ -12,8 +12,9 @@
 // Why no word is read that is old: a step's words lie in one of three sets. The thread that writes a word makes the same word
 // kEmpty in the set of the step before, whose readers are all done, since all tiles of a step lead to its velocity and all tiles of
 // the next step follow from that (validate.py proves it). That set is used again two steps later; before a thread writes any
-// word of the step in between it passes a fence, so that the kEmpty has long been there when somebody asks. Each word says
-// for itself that it is there, so that two words need no order.
+// word of the step in between it passes a fence, and before a thread reads any word of a step it passes one too: whoever has read
+// a word of the step in between finds the kEmpty, or what comes after it. Each word says for itself that it is there, so that two
+// words need no order.
 #pragma once
 
 #include "target.cuh"
