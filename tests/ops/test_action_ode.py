@@ -301,6 +301,20 @@ def test_a_wait_in_vain_for_words_ends_in_an_error(gpu: tuple[Emulator, Device],
     assert torch.equal(again.actions, run(sound, packed, *case.given()).actions)
 
 
+@needs_compiler
+def test_a_launch_after_an_error_that_nobody_has_read(gpu: tuple[Emulator, Device]) -> None:
+    """It gives up at once, with all that is still on its way into shared memory, and leaves no action and no word."""
+    run, device = gpu
+    case = Case(tiny(num_layers=1), steps=1)
+    schedule = plan(case.shape, device, DEAR, ranks=4 if device.clusters else 1)
+    packed = pack(case.folded, schedule)
+    for seed in range(4):
+        state = State(schedule)
+        state.status[0] = 1
+        result = run(schedule, packed, *case.given(), seed=seed, state=state)
+        fails(result, schedule, Wanted.WORDS)
+
+
 VAIN = {
     "sums that never come": (
         Wanted.SUMS,
