@@ -71,8 +71,9 @@ def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
     for batch, (state, guidance) in product(batches, kinds):
         views, length = (size,) * len(robot.views), config.text.max_length
         shape = RequestShape(batch, views, None, robot.resize, state, length, guidance)
-        # where the head in one launch cannot run, or is not asked for, the state's token has the head's dtype
-        for engine.one_launch in (kernel,) if kernel is None or guidance is None else (kernel, None):
+        # where the head in one launch cannot run, or is not asked for, the state's token has the head's dtype, in any batch
+        first = state and batch == batches[0]
+        for engine.one_launch in (kernel, None) if kernel is not None and first else (kernel,):
             listed = calls(engine, shape, robot.action_dim)
             for function, args in by_triton(listed, candidates=batch in CANDIDATE_BATCHES):
                 found.setdefault((function, tuple(map(_facts, args))), (function, args))
