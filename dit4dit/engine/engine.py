@@ -402,6 +402,7 @@ class Engine:
         """
         return self.actions_behind(features, self.token(state), noise, guidance)
 
+    @torch.no_grad()
     def token(self, state: Tensor | None) -> Tensor | None:
         """The state token [B, W] of a state [B, 1, state_dim]; None without one."""
         assert self.model.head is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit4dit.errors import InputError
-from dit4dit.ops import launch, tiles
+from dit4dit.ops import launch, onednn, tiles
 from dit4dit.ops.adaln import reference as adaln
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.arguments import Shapes, floating
@@ -92,7 +92,7 @@ def launches(args: _Args, architecture: str, out: _Places | None = None) -> tupl
     return [Launch("patch_tokens", (launch.blocks(rows, tile["ROWS"]),), arguments, constants, tile)], (x, h)
 
 
-_DEEPEST = 256  # a token's vector is read at once
+_DEEPEST = 128  # a token's vector is read at once; of more, shared memory of 99 KB does not hold the weights
 
 
 def _refuse(patches: Tensor, weight: Tensor, begin: Tensor, shift: Tensor, scale: Tensor, eps: float) -> str | None:
@@ -123,6 +123,10 @@ def _parts(
     return result
 
 
+def _prepare(patches: Tensor, weight: Tensor, begin: Tensor, *_: object) -> None:
+    onednn.pack(weight, begin.shape[1] * begin.shape[2])  # as `linear` does in a plan; by the rows of one sample
+
+
 def _example(device: torch.device) -> _Args:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     table = torch.zeros(2, 64, device=device)
@@ -141,7 +145,7 @@ _op = Op(
     "patch_tokens",
     [
         Implementation("triton", launch.refuser(_refuse, launches), launch.runner(launches), device="cuda", into=True),
-        Implementation("parts", lambda *_: None, _parts, into=True),
+        Implementation("parts", lambda *_: None, _parts, prepare=_prepare, into=True),
         Implementation("torch", lambda *_: None, reference),
     ],
     _example,

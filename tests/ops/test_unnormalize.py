@@ -82,7 +82,7 @@ def test_refuses_what_does_not_fit():
 def test_writes_where_it_is_told(triton_op):
     actions = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     table = torch.tensor([[torch.nan, -1.0, 1.0, 2.0, 0.5]] * 4, dtype=torch.float64).T.contiguous()
-    (wanted, same), place = unnormalize(actions, table), torch.full((2, 3, 4), torch.nan)
+    (wanted, same), place = unnormalize(actions, table, backend="torch"), torch.full((2, 3, 4), torch.nan)
     assert same is actions
     copy = torch.full((2, 3, 10), 3.0)[..., ::2]
     units, copied = unnormalize(actions, table, out=place, copy=copy)
