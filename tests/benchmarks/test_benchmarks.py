@@ -66,10 +66,12 @@ def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -
         "linear_gelu",
         "linear_fp8",
         "norm_linear",
+        "patch_tokens",
+        "state_token",
         "action_ode",
     }
     wanted = {("preprocess", "cpp"), ("linear", "onednn"), ("linear_gelu", "onednn"), ("action_ode", "loop")}
-    wanted |= {("norm_linear", "parts")}
+    wanted |= {("norm_linear", "parts"), ("patch_tokens", "parts")}
     assert {(r["op"], r["implementation"]) for r in timed} >= wanted
     shown = capsys.readouterr().out
     assert "GFLOP/s" in shown

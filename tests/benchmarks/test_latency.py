@@ -131,7 +131,7 @@ def test_a_mismatch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mismatch_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The plan's actions, the features, and the head by itself, each against the published schedule."""
     out = tmp_path / "l.json"
-    right = Engine.actions
+    right = Engine.actions_behind
     for broken, good in (("action_head", ("features", "plan")), ("features", ("action_head", "plan"))):
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "check_folding", lambda self: None)
@@ -139,7 +139,7 @@ def test_a_mismatch_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: 
                 whole = Engine.from_moments
                 patch.setattr(Engine, "from_moments", lambda *given, whole=whole: whole(*given) * 1.5)
             else:
-                patch.setattr(Engine, "actions", lambda *given: right(*given) * 1.5)
+                patch.setattr(Engine, "actions_behind", lambda *given: right(*given) * 1.5)
             with pytest.raises(RuntimeError, match="not timed"), Recording(out) as record:
                 against_baseline(record)
         found = json.loads(out.read_text())["agreement"]
@@ -151,8 +151,8 @@ def test_a_mismatch_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_actions_that_are_no_numbers_are_written_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "l.json"
     monkeypatch.setattr(Engine, "check_folding", lambda self: None)
-    right = Engine.actions
-    monkeypatch.setattr(Engine, "actions", lambda *given: right(*given) * float("nan"))
+    right = Engine.actions_behind
+    monkeypatch.setattr(Engine, "actions_behind", lambda *given: right(*given) * float("nan"))
     with pytest.raises(RuntimeError, match="expected finite numbers"), Recording(out) as record:
         against_baseline(record)
     data = json.loads(out.read_text(), parse_constant=pytest.fail)
