@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from dit4dit.benchmarks import tuning_calls
+from dit4dit.benchmarks import budget_head, tuning_calls
 from dit4dit.benchmarks.budget_gpu import Gpu, Noting
 from dit4dit.benchmarks.budget_model import gap_us, time_us
 from dit4dit.benchmarks.budget_trace import Step, Trace, recording
@@ -110,7 +110,10 @@ class Wanted:
 
 
 def measure(wanted: Wanted) -> dict[str, Any]:
-    """Both totals, ready for JSON. BackendError: the GPU cannot run what is asked for; ConfigError: no such preset."""
+    """Both totals, ready for JSON, and `budget_head.table_of` where the head runs in one launch in either of them.
+
+    BackendError: the GPU cannot run what is asked for; ConfigError: no such preset.
+    """
     gpu = wanted.gpu
     result: dict[str, Any] = {"preset": wanted.preset, "gpu": gpu.name, "head": wanted.head, "batch": wanted.batch}
     result |= {"head_dtype": str(wanted.head_dtype).removeprefix("torch."), "programmatic": wanted.programmatic}
@@ -121,6 +124,7 @@ def measure(wanted: Wanted) -> dict[str, Any]:
         "totals": {},
         "chosen": {},
         "guessed": {},
+        "one_launch_head": None,
     }
     cheapest = Cheapest(gpu, wanted.programmatic)
     subject = tuning_calls.of_preset(wanted.preset)
@@ -134,6 +138,8 @@ def measure(wanted: Wanted) -> dict[str, Any]:
         result["totals"][total] = total_of(result["stages"][total])
         result["chosen"][total] = ran
         result["guessed"][total] = guessed(rows)
+        for schedule in (step.facts["schedule"] for step in trace.steps if "schedule" in step.facts):
+            result["one_launch_head"] = budget_head.table_of(schedule, gpu)
     result |= {"candidates": cheapest.found, "failed": cheapest.failed}
     return result
 
@@ -174,7 +180,9 @@ def engine_of(wanted: Wanted, config: ModelConfig) -> Engine:
 
 def row(step: Step, gpu: Gpu, programmatic: bool) -> dict[str, Any]:
     """One launch, ready for JSON. "guesses": constants that its time was predicted from and that nobody measured."""
-    facts = {name: value for name, value in step.facts.items() if name != "lengths"}
+    facts = {name: value for name, value in step.facts.items() if name not in ("lengths", "schedule")}
+    if "schedule" in step.facts:
+        facts["constants"] = budget_head.facts(step.facts["schedule"])
     noting = Noting(gpu.name, gpu.constants, gpu.guesses)
     us, gap = time_us(step, noting), gap_us(step, gpu, programmatic)
     facts["guesses"] = noting.guessed()
@@ -261,6 +269,8 @@ def show(result: Mapping[str, Any]) -> str:
     lines.append(table(header, rows, right=range(1, len(header))))
     lines += [f"not predicted: {name}: {why}" for name, why in result["failed"].items()]
     lines += said_of_guesses(result)
+    if result["one_launch_head"] is not None:
+        lines += ["", budget_head.show(result["one_launch_head"])]
     if measured:
         lines.append(f"measured: {measured['source']}; its total has the host's time in it")
         lines += measured["notes"]

@@ -19,6 +19,7 @@ HINT = "benchmarks/gpus.json of dit4dit shows the form"
 LIMITS = {
     "architecture": (80, 129),
     "sms": (1, 1024),
+    "clusters": (1, 1024),
     "shared_memory": (49152, 1 << 24),
     "shared_memory_sm": (49152, 1 << 24),
 }
@@ -42,7 +43,9 @@ class Gpu:
     @property
     def stand_in(self) -> StandIn:
         """What tensors without data stand for."""
-        return StandIn(str(self["architecture"]), self["sms"], self["shared_memory"])
+        sizes = zip((2, 4, 8), self["clusters"], strict=True)
+        clusters = tuple(min(count, self["sms"] // blocks) for blocks, count in sizes)
+        return StandIn(str(self["architecture"]), self["sms"], self["shared_memory"], clusters=clusters)
 
     @property
     def capability(self) -> str:
@@ -153,6 +156,8 @@ def _value(where: str, one: Any, like: Any, least: float, most: float) -> Any:
     if isinstance(like, list):
         if not isinstance(value, list) or len(value) != len(like) or not all(is_finite(x) and x > 0 for x in value):
             raise InputError(f"{where}: expected {len(like)} numbers above 0, got {shown(value)}")
+        if isinstance(like[0], int) and not all(isinstance(x, int) for x in value):
+            raise InputError(f"{where}: expected {len(like)} whole numbers, got {shown(value)}")
     elif not is_finite(value) or value < 0 or (value == 0 and like > 0):
         raise InputError(f"{where}: expected a number above 0, got {shown(value)}")
     elif isinstance(like, int) and not isinstance(value, int):

@@ -21,7 +21,8 @@ def read(path: Path, preset: str, head: str, head_dtype: str, gpu: str) -> dict[
     """{"source", "gpu", "stages": stage -> microseconds, "total": microseconds of a chunk by the host's clock, or None, "notes"}.
 
     Of several parts the shortest time of each stage; of other heads all stages but the head's own. "notes" are lines that say
-    so where times were measured on another GPU than `gpu`, a name as PyTorch gives it, or where nothing fits.
+    so where times were measured on another GPU than `gpu`, a name as PyTorch gives it, or where nothing fits; and the times of
+    a head in one launch that was another kernel, which stand nowhere else.
 
     InputError: no such file, it has nothing of this preset in bfloat16 on a GPU, or what it has is no result.
     """
@@ -42,18 +43,28 @@ def read(path: Path, preset: str, head: str, head_dtype: str, gpu: str) -> dict[
     for name, part in fitting.items():
         where = f"--measured {path}" + (f": {name}" if name else "")
         found["gpu"] = found["gpu"] or _gpu(part) or _gpu(data)
+        before = _kernel_before(part)
         same = _same_head(part, head, head_dtype)
         for stage, us in _stages(part, where):
-            if same or stage in HEADLESS:
+            if stage in HEADLESS or (same and not before):
                 found["stages"][stage] = min(us, found["stages"].get(stage, us))
+            elif same and head == "one_launch":
+                found["notes"].append(
+                    f"measured of the kernel before, with barriers over all SMs: {stage} {us:,.1f} us ({name or path.name})"
+                )
         p50 = _of(part, "engine", where).get("p50")
-        if same and p50 is not None:
+        if same and not before and p50 is not None:
             found["total"] = min(1e3 * _time(p50, f"{where}: engine.p50"), found["total"] or float("inf"))
     if found["gpu"] not in (None, gpu):
         found["notes"].append(f"measured on another GPU: {shown(found['gpu'])}; the predictions are for {shown(gpu)}")
     if not found["stages"]:
         found["notes"].append("measured: no time of any stage in it")
     return found
+
+
+def _kernel_before(part: Mapping[str, Any]) -> bool:
+    """Whether its head in one launch was another kernel: results of this one say how its launch was cut."""
+    return part.get("head") == "one_launch" and not part.get("one_launch")
 
 
 def _is_comparable(part: Mapping[str, Any]) -> bool:

@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable
 
 from dit4dit.benchmarks.budget_gpu import Gpu
+from dit4dit.benchmarks.budget_head import costs_of
 from dit4dit.benchmarks.budget_trace import Step
+
+from dit4dit.engine.action_ode.cost import head_us
 
 TB = 1e6
 """Bytes a microsecond at 1 TB/s."""
@@ -235,7 +238,7 @@ def _triton_attention(step: Step, gpu: Gpu) -> float:
 
 def _cuda(step: Step, gpu: Gpu) -> float:
     if step.name == "action_ode.cu":
-        return float(step.facts["constants"]["stages"] * gpu["one_launch_stage"])
+        return head_us(step.facts["schedule"], costs_of(gpu))["total"]
     if step.name == "self_attention.cu":
         return _cuda_attention(step, gpu)
     return float(_rows(step, gpu))

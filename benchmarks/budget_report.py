@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dit4dit.benchmarks import budget_head
 from dit4dit.benchmarks.budget import NAMES, said_of_guesses
 from dit4dit.benchmarks.latency_report import write_page
 
@@ -47,7 +48,7 @@ def page(result: Mapping[str, Any]) -> str:
         ".name{display:inline-block;width:22em}</style>"
         f"<h1>{title}</h1><p>Head {html.escape(result['head'])}, {html.escape(result['head_dtype'])}; predicted: {totals}.</p>"
         f"{''.join(f'<p>{html.escape(line)}</p>' for line in _notes(result))}"
-        f"<p>{legend}</p>{bars}{_launches(result)}"
+        f"<p>{legend}</p>{bars}{head_tables(result)}{_launches(result)}"
     )
 
 
@@ -81,6 +82,22 @@ def parts_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         found[one["kind"] if one["kind"] in COLOURS else "copies and memsets"] += one["us"]
         found["gaps"] += one["gap_us"]
     return {name: us for name, us in found.items() if us > 0}
+
+
+def head_tables(result: Mapping[str, Any]) -> str:
+    """The one-launch head's tables, where it runs."""
+    head = result["one_launch_head"]
+    if head is None:
+        return ""
+    text = f"<h2>The head in one launch, predicted</h2><p>{html.escape(budget_head.said(head))}</p>"
+    for header, rows in budget_head.tables(head):
+        lines = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
+        text += f"<table><tr>{_cells(header, 'th')}</tr>{lines}</table>"
+    return text + "".join(f"<p>{html.escape(line)}</p>" for line in budget_head.notes(head))
+
+
+def _cells(row: Sequence[str], tag: str) -> str:
+    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
 
 
 def _launches(result: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ class Step:
         stage, beside: where it runs (`ops.stages`).
         flops: multiplications and additions of its products; 0 for other work.
         bytes: of its distinct tensors, each read or written once.
-        facts: what a prediction takes besides: grid, tile, constants, shapes, dtype, layout.
+        facts: what a prediction takes besides: grid, tile, constants, shapes, dtype, layout; the one-launch head's schedule.
     """
 
     kind: str
@@ -76,11 +76,10 @@ class Trace:
             for (kernel, name), share in PARTLY.items():
                 part = step.arguments.get(name) if kernel == step.kernel else None
                 moved -= int((1 - share) * distinct_bytes([part])) if isinstance(part, Tensor) else 0
-            facts: dict[str, Any] = {
-                "grid": list(step.grid),
-                "tile": dict(step.tile),
-                "constants": dict(step.constants),
-            }
+            facts: dict[str, Any] = {"grid": list(step.grid), "tile": dict(step.tile)}
+            facts["constants"] = {name: value for name, value in step.constants.items() if name != "schedule"}
+            if "schedule" in step.constants:
+                facts["schedule"] = step.constants["schedule"]
             facts |= {"dtype": _operands(tensors), "lengths": _lengths(step), "early": early}
             kind = "cuda" if step.kernel.endswith(".cu") else "triton"
             self.add(kind, step.kernel, flops / len(many) if step in many else 0.0, moved, **facts)

@@ -197,7 +197,7 @@ class Planned:
 
         def outputs() -> None:
             if "actions" in results:
-                ops.unnormalize(results["normalized"], self.table, out=results["actions"])
+                ops.unnormalize(results["normalized"], self.table, out=results["actions"], copy=results["normalized"])
             plan.outputs.download()
 
         called = {"preprocess": preprocess, **stages, "outputs": outputs}

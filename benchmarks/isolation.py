@@ -118,6 +118,8 @@ def _merge(file: Path, before: list[dict[str, Any]], entry: dict[str, Any], reco
     for name in ("machine", "dtype", "device", "samples"):
         record.result[name] = found.get(name) or record.result.get(name)
     record.result["rows"] = before + found.get("rows", [])
+    if "heads" in found:
+        record.result["heads"] = found["heads"]
     entry["cut"] = found.get("cut")
     record.keep()
 

@@ -19,6 +19,7 @@ from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
 from dit4dit.aot_build.compiler import compiled, resources
+from dit4dit.model import video_dit
 from dit4dit.ops import launch, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.ops.aot.specialization import Specialization
@@ -43,7 +44,6 @@ CONVOLUTIONS = (  # channels, channels out, side of a view
     (384, 384, 28),
     (384, 32, 28),
 )
-SHORTCUTS = ((96, 192), (192, 384))
 DOWN = ((96, 224), (192, 112), (384, 56))  # channels, side
 
 
@@ -67,6 +67,11 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         # the first of a step: the residual stream starts as what the mask channels add, a row for each frame
         first = f32(frames, 1, WIDTH).expand(*shape, WIDTH)
         yield f"{tokens} noise", "adaln", (first[:, 1:], h[:, 1:].contiguous(), None, table[1:], table[1:], 1e-6, BF16)
+        latents, embedding = f32(batch, 16, frames, 28, 2 * tokens // frames // 14), _empty(WIDTH, 64)
+        noise = video_dit.patches(latents[:, :, 1:], 2)
+        yield f"{tokens} noise", "patch_tokens", (noise, embedding, first[:, 1:], table[1:], table[1:], 1e-6)
+        frame = _empty(batch, 1, *noise.shape[2:])
+        yield f"{tokens} condition", "patch_tokens", (frame, embedding, first[:, :1], table[:1], table[:1], 1e-6)
         yield f"{tokens} gated", "adaln", (x, h, table, table, table, 1e-6, BF16)
         attention = (_empty(batch, tokens, 3 * WIDTH), norm, norm, f32(2, tokens, DIM // 2), HEADS, 1e-5)
         yield f"{tokens}", "qk_norm_rope", attention
@@ -119,12 +124,16 @@ def calls(batch: int = 1) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "plain", "euler_step", (a, a, 0.25, None, None, None, None)
     yield "guided", "euler_step", (a, a, 0.25, 0.75, left, f32(16), 5.0)
     requests = _empty(batch, 3, dtype=torch.int64)
+    for robot, size in (("gr1", 64), ("libero", 16)):
+        layers = (_empty(HEAD_HIDDEN, size), _empty(HEAD_HIDDEN), _empty(HEAD_WIDTH, HEAD_HIDDEN), _empty(HEAD_WIDTH))
+        yield robot, "state_token", (f32(batch, size), *layers, F32)
     for robot, latent, size in (("gr1", (16, 3, 28, 28), 29), ("libero", (16, 2, 28, 56), 7)):
-        yield robot, "philox_normal", (requests, 1, latent)
         channels, _, rows, columns = latent
+        draws = ((0, (channels, 1, rows, columns)), (1, latent), (2, (16, 32)))
+        yield robot, "philox_normal", (requests, draws)
         moments = _empty(batch, 2 * channels, rows, columns).contiguous(memory_format=torch.channels_last)
         noise = f32(batch, channels, 1, rows, columns)
-        yield robot, "posterior_patches", (moments, noise, f32(channels), f32(channels), 2, BF16)
+        yield robot, "posterior_patches", (moments, _empty(2 * channels), noise, f32(channels), f32(channels), 2, BF16)
         yield robot, "unnormalize", (a, _empty(5, size, dtype=torch.float64))
 
 
@@ -138,8 +147,6 @@ def _vae(batch: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         for into, out, side in CONVOLUTIONS:
             x = last(batch, into, side, side * views)
             yield f"{robot} {into} to {out} at {side}", "conv2d", (x, last(out, into, 3, 3), None, 1, 1)
-            if (into, out) in SHORTCUTS:
-                yield f"{robot} {into} to {out} at {side}, 1 x 1", "conv2d", (x, last(out, into, 1, 1), None, 1, 0)
         for channels, side in DOWN:  # zeros below and to the right are part of the buffer
             x = last(batch, channels, side + 1, side * views + 1)
             yield f"{robot} {channels} down from {side}", "conv2d", (x, last(channels, channels, 3, 3), None, 2, 0)

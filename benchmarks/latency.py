@@ -28,6 +28,7 @@ from dit4dit.benchmarks.agreement import (
     finite,
     known,
 )
+from dit4dit.benchmarks.budget_head import launch_facts
 from dit4dit.benchmarks.contenders import Clock, Inputs, Planned, Published, random_images
 from dit4dit.benchmarks.harness import clocks, machine
 from dit4dit.benchmarks.recording import Recording, Terminated, left_out
@@ -204,6 +205,7 @@ class Run:
         with self.step("first chunk"):
             actions = fast.checked()
         self.result |= {"head": fast.plan.head, "implementations": fast.plan.ran}
+        self.result["one_launch"] = launch_facts(engine, fast.plan.head)
         self.result["programmatic_launch"] = fast.plan.programmatic
         taken = self.result["setup_seconds"]
         cold = {"fold": taken["engine"], "plan": taken["plan"], "first_chunk": taken["first chunk"]}

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+from dit4dit.benchmarks.budget_head import launch_facts
 from dit4dit.benchmarks.contenders import Inputs, Planned, random_images
 from dit4dit.benchmarks.harness import machine
 from dit4dit.benchmarks.recording import Recording
@@ -62,6 +63,7 @@ def measure(
         step = planned(preset, device, dtype, seed, head, head_dtype, quantization)
         step.chunk(Noise.from_seed(seed, 0))
         result |= {"head": step.plan.head, "implementations": step.plan.ran}
+        result["one_launch"] = launch_facts(step.engine, step.plan.head)
         with on_stream(step.engine):
             _stages(step, device, record, shown)
     if step.engine.one_launch is not None:

@@ -60,14 +60,7 @@ void preprocess_on_cuda(Given views, Given widths, Given out, Given filter, Give
     });
 }
 
-BufferPlace place_from(Given place, const std::string& name) {
-    const auto numbers = elements(place, name, 3);
-    if (numbers.size() != 3) refuse(name, "(offset, planes, columns)", std::to_string(numbers.size()) + " numbers");
-    return {whole<std::int64_t>(numbers[0], name + ": offset"), whole<int>(numbers[1], name + ": planes"),
-            whole<int>(numbers[2], name + ": columns")};
-}
-
-void action_ode_on_cuda(Given tensors, Given numbers, Given buffers, Given max_guidance, Given limit_ns, Given stream) {
+void action_ode_on_cuda(Given tensors, Given numbers, Given max_guidance, Given limit_ns, Given stream) {
     Buffers lent;
     const NamedViews views = by_name(tensors, "tensors", [&](const py::handle& tensor, const std::string& name) {
         return view_from(tensor, name, lent);
@@ -75,12 +68,10 @@ void action_ode_on_cuda(Given tensors, Given numbers, Given buffers, Given max_g
     const NamedNumbers named = by_name(numbers, "numbers", [](const py::handle& number, const std::string& name) {
         return whole<std::int64_t>(number, name);
     });
-    std::vector<BufferPlace> places;
-    for (const auto& place : elements(buffers, "buffers", 256)) places.push_back(place_from(place, at("buffers", places.size())));
     const auto most = real(max_guidance, "max_guidance");
     const auto limit = whole<std::int64_t>(limit_ns, "limit_ns");
     const auto on = whole<std::uintptr_t>(stream, "stream");
-    without_gil([&] { action_ode_cuda(views, named, places, most, limit, on); });
+    without_gil([&] { action_ode_cuda(views, named, most, limit, on); });
 }
 
 std::map<std::string, int> action_ode_facts_of(Given device, Given shared_bytes) {
@@ -202,8 +193,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #ifdef DIT4DIT_WITH_CUDA
     m.def("preprocess_cuda", &preprocess_on_cuda, "views"_a, "widths"_a, "out"_a, "filter"_a, "stream"_a,
           "programmatic"_a = false);
-    m.def("action_ode_cuda", &action_ode_on_cuda, "tensors"_a, "numbers"_a, "buffers"_a, "max_guidance"_a, "limit_ns"_a,
-          "stream"_a);
+    m.def("action_ode_cuda", &action_ode_on_cuda, "tensors"_a, "numbers"_a, "max_guidance"_a, "limit_ns"_a, "stream"_a);
     m.def("action_ode_facts", &action_ode_facts_of, "device"_a, "shared_bytes"_a);
     m.def("self_attention_cuda", &self_attention_on_cuda, "q"_a, "k"_a, "v"_a, "out"_a, "queries"_a, "stream"_a,
           "programmatic"_a = false);

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <map>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "tensor_view.h"
@@ -17,13 +16,14 @@ void preprocess_cpu(const std::vector<TensorView>& views, const std::vector<std:
 void preprocess_cuda(const std::vector<TensorView>& views, const std::vector<std::int64_t>& widths,
                      const TensorView& out, const std::string& filter, std::uintptr_t stream, bool programmatic);
 
-// The names are those of `Launch` in kernels/action_ode_tiles.cuh; buffers by Space.
+// The names are those of `Launch` in kernels/action_ode_tiles.cuh. ranks > 1 needs clusters, of sm_90 and later.
 using NamedViews = std::map<std::string, TensorView>;
 using NamedNumbers = std::map<std::string, std::int64_t>;
-using BufferPlace = std::tuple<std::int64_t, int, int>;  // offset in bytes, planes, columns
-void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers,
-                     const std::vector<BufferPlace>& buffers, float max_guidance, std::int64_t limit_ns, std::uintptr_t stream);
-// multiprocessors, shared_memory (bytes of one block), capability (90), blocks_per_multiprocessor with shared_bytes
+void action_ode_cuda(const NamedViews& tensors, const NamedNumbers& numbers, float max_guidance, std::int64_t limit_ns,
+                     std::uintptr_t stream);
+// multiprocessors, shared_memory (bytes of one block), capability (90) of the code that runs on the device; with shared_bytes of
+// shared memory for each block, how many blocks_per_multiprocessor, and how many clusters of 2, 4 and 8 blocks (clusters_2, ...)
+// can be resident at once
 std::map<std::string, int> action_ode_facts(int device, int shared_bytes);
 
 // q, k, v: bfloat16 [B, H, S, 128], normed and turned, of any strides that are multiples of 8, the last one 1; out: [B, S, H * 128].

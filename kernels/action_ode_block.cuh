@@ -1,4 +1,20 @@
-// What the tiles of one block share: shared memory, the weights on their way, sums over the block, waiting for others.
+// What the warps of one block share: shared memory, where words lie, waiting for what others give, and giving it up.
+//
+// The idea of the whole kernel. A step of the action head is a chain of small products, each of which needs all that the one
+// before has made; the time goes into handing results over, not into arithmetic. So
+// - blocks work in teams (clusters). All ranks of a team do the same tile: each multiplies its slice of the columns, for which it
+//   reads that slice of the activations only, and the sums are put together through the cluster's shared memory;
+// - what teams give each other is words, two bfloat16 numbers each, that are kEmpty until they are there. Who needs words reads
+//   them until none is kEmpty: no counter, no fence and no second trip for the data behind a flag;
+// - a warp of its own fetches weights from the first tile to the last one without waiting for any activation;
+// - the residual stream and the sampler's state are private: the thread that writes an element is the one that reads it.
+//
+// Why no word is read that is old: a step's words lie in one of three sets. The thread that writes a word makes the same word
+// kEmpty in the set of the step before, whose readers are all done, since all tiles of a step lead to its velocity and all tiles of
+// the next step follow from that (validate.py proves it). That set is used again two steps later; before a thread writes any
+// word of the step in between it passes a fence, and before a thread reads any word of a step it passes one too: whoever has read
+// a word of the step in between finds the kEmpty, or what comes after it. Each word says for itself that it is there, so that two
+// words need no order.
 #pragma once
 
 #include "target.cuh"
@@ -8,253 +24,202 @@ namespace dit4dit::ode {
 
 using namespace target;
 
-struct Fixed {
-    std::uint64_t full[kMostSlots], empty[kMostSlots];
-    int records[2][kRecord];
-    int alive;
-    int failed;  // 0, or 1 + the barrier, of `full` or `empty`, that was waited for in vain
-};
-constexpr int kFixedBytes = 1536;
-static_assert(sizeof(Fixed) <= kFixedBytes, "plan.py counts with this");
+// What a block may wait for, in `Launch::status`.
+enum Wanted { kWords, kSums, kRoom, kWeights, kRoomForWeights };
 
-// Shared memory: fixed part, weight slots, staging.
+struct Fixed {
+    std::uint64_t full[kMostSlots], empty[kMostSlots];  // a panel of weights is there; all warps have read it
+    std::uint64_t sums[2], room[2];                     // an inbox has all its sums; all ranks have read theirs
+    int tiles[2];                                       // of this team: first, and last and one
+    int records[4][kRecord];                            // of tiles in turn: the one before may still be read, the next one comes
+    int failed;                                         // the launch has; nobody waits any more
+    int last;                                           // this block is the last one to end
+};
+constexpr int kFixedBytes = 2048;
+constexpr int kLooksAtBarrier = 16;
+static_assert(sizeof(Fixed) <= kFixedBytes, "schedule.py counts with this");
+
+// Of 1, 2, 4 or 8, as ranks, splits and parts are: shifts where divisions would be calls.
+DEVICE int log2_of(int n) { return (n > 1) + (n > 2) + (n > 4); }
+
+// Without clusters a team is one block, and the compiler knows it.
+DEVICE int ranks_of(const Launch& launch) { return DIT4DIT_BULK_COPIES ? launch.ranks : 1; }
+DEVICE int split_of(const Product& w) { return DIT4DIT_BULK_COPIES ? w.split : 1; }
+
+// Shared memory: fixed part, weights, staging, two inboxes.
 struct Block {
     const Launch& launch;
     Fixed& fixed;
     std::uint8_t* ring;
     std::uint8_t* staging;
+    int rank, thread, warp, lane;
 
-    DEVICE explicit Block(const Launch& l)
+    // thread: thread_index(), through `renewed` where what follows from it must not stay in registers
+    DEVICE Block(const Launch& l, int rank_of_block, int t)
         : launch(l), fixed(*reinterpret_cast<Fixed*>(shared_memory())), ring(shared_memory() + kFixedBytes),
-          staging(shared_memory() + kFixedBytes + l.slots * kSlotBytes) {}
+          staging(ring + l.slots * kSlotBytes), rank(DIT4DIT_BULK_COPIES ? rank_of_block : 0), thread(t), warp(uniform(t / 32)), lane(t % 32) {}
 
-    template <class T>
-    DEVICE T* buffer(int space, int row, int plane = 0) const {
-        const std::int64_t at = static_cast<std::int64_t>(plane) * launch.rows + row;
-        return reinterpret_cast<T*>(launch.workspace + launch.offset[space]) + at * launch.columns[space];
-    }
-    template <class Work>
-    DEVICE const Work& work(const Tile& tile) const {
-        static_assert(sizeof(Work) <= sizeof(tile.work), "a record has no room for it");
-        return reinterpret_cast<const Work&>(tile.work);
+    DEVICE std::uint8_t* inbox(int which) const { return staging + launch.staging + which * launch.inbox; }
+    DEVICE std::uint32_t* words(int set) const {
+        return launch.words + static_cast<std::int64_t>(set) * launch.set_words;
     }
     DEVICE int tokens() const { return launch.rows / launch.batch; }  // of one sample
     DEVICE const float* constant(int offset) const { return launch.constants + offset; }
-
-    DEVICE int* counter(int index) const { return launch.counters + index * kCounterStride; }
-
-    // Until the tile's counter has its target; what the block stored before is seen by all of it after. False: the launch has
-    // failed, here or elsewhere, and ends.
-    DEVICE bool wait(const Tile& tile, int index) const {
-        if (thread_index() == 0) fixed.alive = !barrier_failed() && (tile.wait == kNone || poll(tile, index));
-        sync_block();
-        return fixed.alive != 0;
+    template <class Work>
+    DEVICE static const Work& work(const Tile& tile) {
+        static_assert(sizeof(Work) <= sizeof(tile.work), "a record has no room for it");
+        return reinterpret_cast<const Work&>(tile.work);
     }
 
-#if DIT4DIT_BULK_COPIES
-    // Until a phase of a weight slot's barrier is over. The copy engine or the block's own warps end it, never another block; it is
-    // bounded like `poll` all the same, and more tightly: those who wait for this block are not to be the first to say so. After a
-    // wait in vain threads go on with what lies there until the next `wait` ends the launch, and no longer wait for what may never
-    // come, but at the end (`last`), where a copy may still be on its way.
-    DEVICE void wait_for_slot(std::uint64_t* barrier, int parity, bool last = false) const {
-        if (barrier_try_wait(barrier, parity)) return;
-        const std::int64_t begin = nanoseconds();  // a barrier sleeps before it says no, so that the clock is not asked often
-        for (;;) {
-            const std::int64_t now = nanoseconds();  // before the barrier: between the two the GPU may be another process's
-            if (barrier_try_wait(barrier, parity) || (!last && barrier_failed())) return;
-            if (now - begin > launch.limit_ns / 4) break;
+    DEVICE bool failed() const { return *static_cast<const volatile int*>(&fixed.failed) != 0; }
+
+    // The launch has failed; the first to say so is the one that is heard.
+    DEVICE void fail(int tile, Wanted wanted, int detail) const {
+        *static_cast<volatile int*>(&fixed.failed) = 1;
+        if (compare_and_swap(launch.status, 0, 1 + block_index()) != 0) return;
+        launch.status[1] = tile;
+        launch.status[2] = wanted;
+        launch.status[3] = detail;
+    }
+
+    // Until a phase of a barrier in shared memory is over, or the launch has failed. After a wait in vain threads go on with what
+    // lies there and wait for nothing more, so that all reach the end together; only the end itself waits on (`always`).
+    // kTogether: all lanes of a warp wait and leave together, so that nothing behind it has to bring them together again.
+    template <bool kTogether>
+    DEVICE void wait(std::uint64_t* barrier, int parity, int tile, Wanted wanted, int detail, bool always = false) const {
+        const auto over = [&](bool so) { return kTogether ? all_lanes(so) : so; };
+        const auto ready = [&] {
+            // only sums are read after it; room lets this thread write alone, and a wait for a cluster empties the SM's cache
+            return over(wanted == kSums ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity));
+        };
+        if (ready()) return;
+        // who waits for the copy engine is to be heard before those who wait for this block; its fetching warp, which waits early, is
+        // to be heard after what the others wait for
+        const std::int64_t some = wanted == kWeights ? 1 : wanted == kRoomForWeights ? 6 : 4, limit = launch.limit_ns / 4 * some;
+        const std::int64_t begin = nanoseconds();
+        for (int looks = 1;; ++looks) {
+            // clock and error flag, which is a trip to L2, have their turn now and then; the clock before the barrier: between the two
+            // the GPU may be another process's
+            const bool due = looks % kLooksAtBarrier == 0;
+            const std::int64_t now = due ? nanoseconds() : begin;
+            if (ready()) return;
+            if (!always && over(due ? others_failed() : failed())) return;
+            if (over(now - begin > limit)) break;
         }
-        *static_cast<volatile int*>(&fixed.failed) = 1 + static_cast<int>(barrier - fixed.full);  // `empty` lies behind
+        fail(tile, wanted, detail);
     }
-#endif
 
-    // By one thread, after the last tile: what happened to its barriers is known outside.
-    DEVICE void report() const {
-        if (barrier_failed()) fail(kNone, barrier_failed() - 1, 0);
+    DEVICE bool others_failed() const {
+        if (failed()) return true;
+        if (load_acquire(launch.status) == 0) return false;
+        *static_cast<volatile int*>(&fixed.failed) = 1;
+        return true;
+    }
+};
+
+// How long a warp goes on reading words that are kEmpty.
+class Patience {
+public:
+    DEVICE Patience(const Block& block, int tile) : block_(block), tile_(tile) {}
+
+    // After a look in vain of some lane, whose `word` of a set it is, else kNone. All lanes of a warp call it, and get the same.
+    // A look is a round trip to L2; clock and error flag have their turn now and then.
+    DEVICE bool over(int word) {
+        if (++looks_ % kLooks != 0) return false;
+        if (any_lane(block_.others_failed())) return true;
+        const std::int64_t now = nanoseconds();
+        if (begin_ == 0) begin_ = now;
+        // twice: before the first time the GPU may have been another process's since the look
+        const bool again = late_;
+        late_ = now - begin_ > block_.launch.limit_ns;
+        if (again && word != kNone) block_.fail(tile_, kWords, word);
+        return any_lane(again);
     }
 
 private:
-    static constexpr int kPolls = 64;  // before the clock and what others say have their turn
+    static constexpr int kLooks = 64;
 
-    DEVICE int barrier_failed() const {
+    const Block& block_;
+    const int tile_;
+    int looks_ = 0;
+    std::int64_t begin_ = 0;
+    bool late_ = false;
+};
+
+// Where a launch is: the sets of the step, and the inbox of the tile.
+struct Moment {
+    int step = 0, set;
+    int tile = 0;   // index of the record
+    int count = 0;  // tiles so far
+
+    DEVICE explicit Moment(int first_set) : set(first_set) {}
+
+    DEVICE int next() const { return set + 1 < kSets ? set + 1 : 0; }      // set of the step after
+    DEVICE int before() const { return set > 0 ? set - 1 : kSets - 1; }  // of the step before, which is made kEmpty
+    DEVICE void advance() {
+        ++step;
+        set = next();
+    }
+    DEVICE int inbox() const { return count & 1; }
+    DEVICE int lap() const { return count >> 1 & 1; }  // of the inboxes
+};
+
+// Sums that ranks of a team give each other. Each rank has two inboxes, which tiles use in turn, also those that exchange nothing.
+class Exchange {
+public:
+    DEVICE Exchange(const Block& block, const Moment& now) : block_(block), now_(now) {}
+
+    // By one thread of each rank, once a tile: how many bytes will come into this inbox.
+    DEVICE void expect([[maybe_unused]] int bytes) const {
 #if DIT4DIT_BULK_COPIES
-        return *static_cast<const volatile int*>(&fixed.failed);
-#else
-        return 0;
+        if (ranks_of(block_.launch) > 1 && !block_.failed()) barrier_expect(sums_barrier(), bytes);
+#endif
+    }
+    // By all threads that push, before they do: all ranks have read what lay in this inbox.
+    DEVICE void wait_for_room() const {
+#if DIT4DIT_BULK_COPIES
+        if (ranks_of(block_.launch) > 1) block_.wait<true>(room_barrier(), now_.lap() ^ 1, now_.tile, kRoom, now_.inbox());
+#endif
+    }
+    // Two floats to the same place, an offset in the inbox, of a rank of the team.
+    DEVICE void push([[maybe_unused]] int rank, [[maybe_unused]] int offset, [[maybe_unused]] Float2 x) const {
+#if DIT4DIT_BULK_COPIES
+        if (!block_.failed())
+            target::push(at_rank(block_.inbox(now_.inbox()) + offset, rank), x, at_rank(sums_barrier(), rank));
+#endif
+    }
+    DEVICE const float* sums() const {
+        block_.wait<true>(sums_barrier(), now_.lap(), now_.tile, kSums, now_.inbox());
+        return reinterpret_cast<const float*>(block_.inbox(now_.inbox()));
+    }
+    // By all computing threads, at the end of every tile: this inbox may be filled again.
+    DEVICE void release() const {
+#if DIT4DIT_BULK_COPIES
+        if (ranks_of(block_.launch) == 1) return;
+        sync_warp();
+        if (block_.lane < ranks_of(block_.launch) && !block_.failed()) arrive_at(at_rank(room_barrier(), block_.lane));
 #endif
     }
 
-    // The launch has failed; the first to say so is the one that is heard.
-    DEVICE void fail(int tile, int counter, int have) const {
-        if (compare_and_swap(launch.status, 0, 1 + block_index()) != 0) return;
-        launch.status[1] = tile;
-        launch.status[2] = counter;
-        launch.status[3] = have;
-    }
+private:
+    DEVICE std::uint64_t* sums_barrier() const { return &block_.fixed.sums[now_.inbox()]; }
+    DEVICE std::uint64_t* room_barrier() const { return &block_.fixed.room[now_.inbox()]; }
 
-    // A poll is a round trip to the second-level cache, so that the clock and the error flag have their turn now and then only.
-    DEVICE int poll(const Tile& tile, int index) const {
-        std::int64_t begin = 0;
-        for (int turn = 1;; ++turn) {
-            const int have = load_acquire(counter(tile.wait));
-            if (have >= tile.target) return 1;
-            if (turn % kPolls != 0) continue;
-            if (load_acquire(launch.status) != 0) return 0;
-            const std::int64_t now = nanoseconds();
-            if (begin == 0) begin = now;
-            if (now - begin > launch.limit_ns) {
-                fail(index, tile.wait, have);
-                return 0;
-            }
-        }
-    }
+    const Block& block_;
+    const Moment& now_;
 };
+
+// A word of it is not there.
+DEVICE bool incomplete(const Quad& q) {
+    return q.v[0] == kEmpty || q.v[1] == kEmpty || q.v[2] == kEmpty || q.v[3] == kEmpty;
+}
 
 DEVICE float exponential(float x) { return power_of_two(x * 1.4426950408889634f); }
 
-// Two e4m3 numbers, which bf16 holds exactly.
-DEVICE std::uint32_t unpack_e4m3(std::uint32_t low, std::uint32_t high) {
-    const float scale = as_float((120u + 127u) << 23);  // the difference of the exponents' biases
-    const float a = as_float((low & 0x80u) << 24 | (low & 0x7fu) << 20) * scale;
-    const float b = as_float((high & 0x80u) << 24 | (high & 0x7fu) << 20) * scale;
-    return as_bits(a) >> 16 | (as_bits(b) & 0xffff0000u);
+DEVICE float warp_sum(float x) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1) x += shuffle_xor(x, mask);
+    return x;
 }
-
-// The weights of this block's products, one slot after the other in the schedule's order, fetched as far ahead as there are
-// slots. Fetching waits for no counter: weights never change. dit4dit/engine/action_ode/weights.py says how a slot lies.
-class Weights {
-public:
-    struct Fragments {
-        std::uint32_t a[2][4];  // two of 16 x 16, next to each other
-    };
-
-    DEVICE explicit Weights(const Block& block)
-        : block_(block), segment_(load_int(block.launch.first_segment + block_index())),
-          last_(load_int(block.launch.first_segment + block_index() + 1)) {
-#if DIT4DIT_BULK_COPIES
-        if (thread_index() == 0) {
-            block.fixed.failed = 0;
-            for (int s = 0; s < slots(); ++s) {
-                barrier_init(&block.fixed.full[s], 1);
-                barrier_init(&block.fixed.empty[s], kWarps);
-            }
-            fence_barrier_init();
-        }
-        sync_block();
-#endif
-        for (int i = 0; i + 1 < slots(); ++i) fetch();
-    }
-
-    // The next slot's fragments of this lane. All threads of the block call it.
-    DEVICE Fragments next(bool fp8) {
-        const int slot = used_ % slots();
-        const std::uint8_t* at = block_.ring + slot * kSlotBytes;
-#if DIT4DIT_BULK_COPIES
-        block_.wait_for_slot(&block_.fixed.full[slot], used_ / slots() & 1);
-#else
-        wait_copies<kCopySlots - 2>();
-#endif
-        const Fragments fragments = fp8 ? read_e4m3(at) : read_bf16(at);
-#if DIT4DIT_BULK_COPIES
-        sync_warp();
-        if (thread_index() % 32 == 0) barrier_arrive(&block_.fixed.empty[slot]);
-#endif
-        ++used_;
-        fetch();
-        return fragments;
-    }
-
-    // No copy may land in the shared memory of a block that has ended.
-    DEVICE void drain() {
-#if DIT4DIT_BULK_COPIES
-        if (thread_index() == 0)
-            for (; used_ < fetched_; ++used_) {
-                const int slot = used_ % slots();
-                block_.wait_for_slot(&block_.fixed.full[slot], used_ / slots() & 1, true);
-            }
-#else
-        wait_copies<0>();
-#endif
-    }
-
-private:
-    DEVICE int slots() const {
-#if DIT4DIT_BULK_COPIES
-        return block_.launch.slots;
-#else
-        return kCopySlots;
-#endif
-    }
-
-    DEVICE void fetch() {
-#if DIT4DIT_BULK_COPIES
-        if (thread_index() == 0 && advance()) {
-            const int slot = fetched_ % slots(), bytes = units_ * kWeightUnit;
-            if (fetched_ >= slots())
-                block_.wait_for_slot(&block_.fixed.empty[slot], (fetched_ / slots() - 1) & 1);
-            barrier_expect(&block_.fixed.full[slot], bytes);
-            bulk_copy(block_.ring + slot * kSlotBytes, from_, bytes, &block_.fixed.full[slot]);
-            from_ += bytes;
-            ++fetched_;
-        }
-#else
-        // each thread fetches what it will read itself, so that nobody waits for another
-        if (advance()) {
-            std::uint8_t* to = block_.ring + fetched_ % slots() * kSlotBytes;
-            const int lane = thread_index() % 32, warp = thread_index() / 32;
-            if (units_ == 1) {
-                copy_async(to + 16 * thread_index(), from_ + 16 * thread_index());
-            } else {
-                for (int f = 0; f < 2; ++f) {
-                    const int at = (warp * 2 + f) * 512 + lane * 16;
-                    copy_async(to + at, from_ + at);
-                }
-            }
-            from_ += units_ * kWeightUnit;
-            ++fetched_;
-        }
-        commit_copies();  // an empty group too: waits count groups
-#endif
-    }
-
-    // To the next slot; false after the last one.
-    DEVICE bool advance() {
-        if (left_ == 0) {
-            if (segment_ == last_) return false;
-            const int* row = block_.launch.segments + 3 * segment_++;
-            from_ = block_.launch.weights + static_cast<std::int64_t>(load_int(row)) * kWeightUnit;
-            left_ = load_int(row + 1);
-            units_ = load_int(row + 2);
-        }
-        --left_;
-        return true;
-    }
-
-    DEVICE Fragments read_bf16(const std::uint8_t* at) const {
-        const int lane = thread_index() % 32, warp = thread_index() / 32;
-        Fragments fragments;
-        for (int f = 0; f < 2; ++f) {
-            const Quad q = *reinterpret_cast<const Quad*>(at + (warp * 2 + f) * 512 + lane * 16);
-            for (int i = 0; i < 4; ++i) fragments.a[f][i] = q.v[i];
-        }
-        return fragments;
-    }
-
-    DEVICE Fragments read_e4m3(const std::uint8_t* at) const {
-        const Quad q = *reinterpret_cast<const Quad*>(at + 16 * thread_index());
-        Fragments fragments;
-        for (int f = 0; f < 2; ++f)
-            for (int i = 0; i < 4; ++i) {
-                const std::uint32_t pair = q.v[f * 2 + i / 2] >> (i % 2 * 16);
-                fragments.a[f][i] = unpack_e4m3(pair & 0xffu, pair >> 8 & 0xffu);
-            }
-        return fragments;
-    }
-
-    const Block& block_;
-    int segment_, last_;
-    int left_ = 0, units_ = 0, fetched_ = 0, used_ = 0;
-    const std::uint8_t* from_ = nullptr;
-};
 
 }  // namespace dit4dit::ode

@@ -1,196 +1,262 @@
-// Products of the action head, transposed: rows of weights are the tall operand, tokens the narrow one.
+// Products of the action head, transposed: rows of weights are the tall operand of the tensor cores, tokens the narrow one.
 #pragma once
 
 #include "action_ode_sampler.cuh"
 #include "action_ode_stage.cuh"
+#include "action_ode_weights.cuh"
 
 namespace dit4dit::ode {
-
-constexpr int kSumRow = 20;  // floats between two tokens of a warp's sums: 16, and 4 so that a warp meets no bank twice
-
-DEVICE void multiply_slot(float (&sums)[8][4], const Weights::Fragments& weights, const Staged& tokens, int column, int count) {
-    const int lane = thread_index() % 32;
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-        if (j < count) {
-            std::uint32_t b[4];
-            load_matrices(b, tokens.row(column + lane / 8 * 8, j * 8 + lane % 8));
-            multiply(sums[j], weights.a[0], b[0], b[1]);
-            multiply(sums[j], weights.a[1], b[2], b[3]);
-        }
-}
-
-#if DIT4DIT_WARPGROUPS
-// 16 columns of all tokens as a warpgroup product takes them: 8 x 8 blocks of 128 bytes, no swizzle.
-DEVICE std::uint64_t describe_tokens(const Staged& tokens, int column) {
-    const std::uint64_t along_columns = tokens.group >> 4, along_tokens = 128 >> 4;
-    return (shared_address(tokens.row(column, 0)) >> 4 & 0x3fffu) | along_columns << 16 | along_tokens << 32;
-}
-
-template <int kTokens>
-DEVICE void multiply_slot_warpgroup(float (&sums)[8][4], const Weights::Fragments& weights, const Staged& tokens, int column) {
-    sync_warp();  // one thread has been away to fetch weights
-    settle(sums);  // written before the fence, as PTX wants
-    products_begin();
-    multiply_warpgroup<kTokens>(sums, weights.a[0], describe_tokens(tokens, column));
-    multiply_warpgroup<kTokens>(sums, weights.a[1], describe_tokens(tokens, column + 16));
-    products_end();
-    settle(sums);
-}
-
-DEVICE void multiply_slot_warpgroup(float (&sums)[8][4], const Weights::Fragments& weights, const Staged& tokens, int column,
-                                    int padded) {
-    switch (padded) {
-        case 8: return multiply_slot_warpgroup<8>(sums, weights, tokens, column);
-        case 16: return multiply_slot_warpgroup<16>(sums, weights, tokens, column);
-        case 24: return multiply_slot_warpgroup<24>(sums, weights, tokens, column);
-        case 32: return multiply_slot_warpgroup<32>(sums, weights, tokens, column);
-        case 48: return multiply_slot_warpgroup<48>(sums, weights, tokens, column);
-        default: return multiply_slot_warpgroup<64>(sums, weights, tokens, column);
-    }
-}
-#endif
 
 DEVICE float activate(float x, int epilogue) {
     switch (epilogue) {
         case kGelu: {
             const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-            return x - x / (1 + exponential(2 * u));  // x (1 + tanh u) / 2
+            return x - quotient(x, 1 + exponential(2 * u));  // x (1 + tanh u) / 2
         }
-        case kSilu: return x / (1 + exponential(-x));
+        case kSilu: return quotient(x, 1 + exponential(-x));
         case kRelu: return x < 0 ? 0.0f : x;  // a NaN stays one
         default: return x;
     }
 }
 
-// What this thread's sums are multiplied by, and what is added to them: of the rows and tokens of its fragments, and fetched long
-// before the sums are there.
+// What finishes an item besides its sums.
 struct Addends {
-    float scale[2], bias[2], more[8][4];
-    bool first;  // of the warps that share rows: only this one adds
+    float scale[2] = {}, sums[2] = {}, bias[2] = {};  // bias: the residual stream included, or the state token instead of all
+    bool state = false;
 
-    DEVICE Addends(const Product& w) : first(thread_index() / 32 < w.tile_rows / 16) {}
-
-    DEVICE static int row(const Product& w, int half) {
-        return thread_index() / 32 % (w.tile_rows / 16) * 16 + thread_index() % 32 / 4 + half * 8;
-    }
-
-    // Before the wait: what never changes.
-    DEVICE void fetch_constants(const Block& block, const Product& w) {
-        for (int half = 0; half < 2; ++half) {
-            const int r = row(w, half);
-            const bool there = r < w.rows, biased = there && first && w.epilogue != kTokens;
-            scale[half] = there && w.fp8 ? load_constant_float(block.constant(w.scale + r)) : 1.0f;
-            bias[half] = biased ? load_constant_float(block.constant(w.bias + r)) : 0.0f;
+    DEVICE void fetch(const Block& block, const Product& w, const Item& item, int step) {
+        const Launch& launch = block.launch;
+        const int token = w.token + item.token, per_sample = block.tokens(), sample = token / per_sample;
+        const int place = token - sample * per_sample;
+        state = w.epilogue == kTokens && launch.prefix != nullptr && place == 0;
+        for (int e = 0; e < 2; ++e) {
+            const int row = item.row + e;
+            scale[e] = 1, sums[e] = 0, bias[e] = 0;
+            if (item.token >= w.tokens || row >= w.rows) continue;
+            const int of_token = w.epilogue == kTokens ? place * launch.width : 0;
+            bias[e] = load_constant_float(block.constant(w.bias + now_offset(w, step) + of_token + row));
+            if (w.fp8) scale[e] = load_constant_float(block.constant(w.scale + row));
+            if (w.norm != 0) sums[e] = load_constant_float(block.constant(w.sums + now_offset(w, step) + row));
+            if (state) bias[e] = launch.prefix[static_cast<std::int64_t>(sample) * launch.width + w.row + row];
+            if (w.epilogue == kResidual) bias[e] += *item.own(block, w, e);
         }
     }
 
-    // The residual stream, or the bias of each token.
-    DEVICE void fetch(const Block& block, const Product& w) {
-        const int columns = block.launch.padded_tokens / 8, width = block.launch.width;
-        const bool stream = w.epilogue == kResidual;
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-            for (int i = 0; i < 4; ++i) more[j][i] = 0;
-        if (!first || !(stream || w.epilogue == kTokens)) return;
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-            if (j < columns)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int token = j * 8 + thread_index() % 4 * 2 + i % 2, r = row(w, i / 2);
-                    if (token >= w.tokens || r >= w.rows) continue;
-                    const float* of_token = block.constant(w.bias + token % block.tokens() * width + r);
-                    more[j][i] = stream ? load_float(block.buffer<float>(kStream, w.token + token) + w.row + r)
-                                        : load_constant_float(of_token);
-                }
+private:
+    DEVICE static int now_offset(const Product& w, int step) { return step * w.constant_step; }
+};
+
+// Where the sums of a rank's rows lie, in an inbox or in the staging memory: moments of each token from each rank of the split, then
+// planes of [own rows, padded tokens + 2].
+struct Planes {
+    int split, count, own, padded;
+
+    DEVICE Planes(const Block& block, const Product& w)
+        : split(split_of(w)), count(split_of(w) * w.parts), own(w.tile_rows >> log2_of(ranks_of(block.launch))), padded(block.launch.padded_tokens) {}
+
+    DEVICE int stride() const { return own * (padded + 2); }
+    DEVICE int moments(int rank, int token) const { return (rank * padded + token) * 2; }  // floats
+    DEVICE int sum(int plane, int row, int token) const {
+        return split * padded * 2 + plane * stride() + row * (padded + 2) + token;
+    }
+    DEVICE int bytes(const Product& w) const {
+        return count * own * ((w.tokens + 1) / 2) * 8 + (w.norm != 0 ? split * w.tokens * 8 : 0);
     }
 };
 
-// Sums of all warps for two neighbouring rows of one token, in the order of the columns.
-DEVICE void finish_pair(const Block& block, const Product& w, int token, int row) {
-    const Launch& launch = block.launch;
-    const int row_groups = w.tile_rows / 16, padded = launch.padded_tokens, at = w.row + row, to = w.token + token;
-    const float* sums = reinterpret_cast<const float*>(block.staging);
+// Gives sums and moments to the ranks that finish them: itself, where no rank shares the columns, else through their inboxes.
+struct Delivery {
+    const Block& block;
+    const Product& w;
+    const Exchange& exchange;
+    const Planes planes;
+
+    DEVICE Delivery(const Block& b, const Product& product, const Exchange& e)
+        : block(b), w(product), exchange(e), planes(b, product) {}
+
+    // Behind the staged tokens.
+    DEVICE float* own_sums() const {
+        return reinterpret_cast<float*>(block.staging + block.launch.part / 8 * (block.launch.padded_tokens * 16 + 16));
+    }
+    // `rank` of those that share this one's rows; more: to be added to what the part before left there.
+    DEVICE void to(int rank, int place, Float2 x, bool more) const {
+        if (split_of(w) > 1) return exchange.push((block.rank & -split_of(w)) + rank, place * 4, x);
+        Float2& sum = *reinterpret_cast<Float2*>(own_sums() + place);
+        if (more) x = {{sum.v[0] + x.v[0], sum.v[1] + x.v[1]}};
+        sum = x;
+    }
+    DEVICE void moments(const Moments& mine) const {
+        const int token = token_of_lane(block);
+        if (token >= w.tokens) return;
+        for (int rank = 0; rank < split_of(w); ++rank)
+            to(rank, planes.moments(block.rank & (split_of(w) - 1), token), {{mine.mean, mine.squares}}, false);
+    }
+    // The sums of this warp's m-th row group.
+    template <int kBlocks>
+    DEVICE void sums(const float (&d)[kBlocks][4], int m, bool more) const {
+        const int sets = kWarps >> log2_of(w.parts), part = block.warp >> log2_of(sets);
+        const int group = (block.warp & (sets - 1)) + m * sets;
+        const int lane = block.lane, plane = (block.rank & (split_of(w) - 1)) * w.parts + part;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = group * 16 + lane / 4 + half * 8, rank = row / planes.own;
+            const int place = planes.sum(plane, row - rank * planes.own, lane % 4 * 2);
+#pragma unroll
+            for (int j = 0; j < kBlocks; ++j)
+                if (j * 8 + lane % 4 * 2 < w.tokens) to(rank, place + j * 8, {{d[j][half * 2], d[j][half * 2 + 1]}}, more);
+        }
+    }
+};
+
+// Adds one step: `weights` times 32 columns of all tokens, of which `tokens` is the row that this lane gives to load_matrices.
+template <int kTiles, int kBlocks>
+DEVICE void multiply_step(float (&sums)[kTiles][kBlocks][4], const Fragments (&weights)[kTiles], const std::uint8_t* tokens) {
+    constexpr int kAtOnce = kTiles * kBlocks > 9 ? (kBlocks + 1) / 2 : kBlocks;  // whose columns are in registers
+#pragma unroll
+    for (int first = 0; first < kBlocks; first += kAtOnce) {
+        std::uint32_t b[kAtOnce][4];
+#pragma unroll
+        for (int j = 0; j < kAtOnce && first + j < kBlocks; ++j) load_matrices(b[j], tokens + (first + j) * 8 * 16);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int j = 0; j < kAtOnce && first + j < kBlocks; ++j)
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m)
+                    multiply(sums[m][first + j], weights[m].a[half], b[j][half * 2], b[j][half * 2 + 1]);
+    }
+}
+
+// Steps `begin` to `end` - 1 of this warp, whose tokens' columns are staged; its sums to where they are finished. The next step's
+// weights are asked for before this one's products.
+template <int kTiles, int kBlocks>
+DEVICE void multiply_steps(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
+    const Staged tokens(block.staging, kBlocks * 8);
+    const int lane = renewed(block.lane), step_bytes = kStepColumns / 8 * tokens.group;
+    const std::uint8_t* row = tokens.row(lane / 8 * 8, lane % 8);
+    float sums[kTiles][kBlocks][4] = {};
+    Fragments mine[kTiles], next[kTiles];
+    bool more = weights.load(mine, end);
+    while (more) {
+        const std::uint8_t* at = row + (weights.step() - begin) * step_bytes;
+        more = weights.load(next, end);
+        multiply_step(sums, mine, at);
+        if (!more) break;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) mine[m] = next[m];
+    }
+    exchange.wait_for_room();
+    const Block here(block.launch, block.rank, renewed(block.thread));  // addresses are worked out after the products
+    const Delivery delivery(here, w, exchange);
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) delivery.sums<kBlocks>(sums[m], m, begin > 0);
+}
+
+// Of tokens that fill kBlocks times eight.
+template <int kBlocks>
+DEVICE void multiply_part(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
+    const int groups = weights.groups();
+    if (kBlocks <= kMostBlocksOfTwo && groups > 1)
+        multiply_steps<kBlocks <= kMostBlocksOfTwo ? kMaxWarpTiles : 1, kBlocks>(block, w, exchange, weights, begin, end);
+    else if (groups > 0)
+        multiply_steps<1, kBlocks>(block, w, exchange, weights, begin, end);
+    else
+        weights.skip(end);
+}
+
+DEVICE void multiply_part(const Block& block, const Product& w, const Exchange& exchange, Weights& weights, int begin, int end) {
+    switch (block.launch.padded_tokens) {
+        case 16: return multiply_part<2>(block, w, exchange, weights, begin, end);
+        case 24: return multiply_part<3>(block, w, exchange, weights, begin, end);
+        case 40: return multiply_part<5>(block, w, exchange, weights, begin, end);
+        case 56: return multiply_part<7>(block, w, exchange, weights, begin, end);
+        default: return multiply_part<9>(block, w, exchange, weights, begin, end);
+    }
+}
+
+// Steps whose tokens the staging memory holds: all, or whole panels.
+DEVICE int steps_at_once(const Block& block, const Product& w) {
+    const int steps = w.slice / kStepColumns, part = block.launch.part / kStepColumns;
+    return steps <= part ? steps : part / w.panel_steps * w.panel_steps;
+}
+
+// All sums of this block to where they are finished; after it nobody reads the staged tokens any more.
+DEVICE void multiply_tile(const Block& block, Ring& ring, const Product& w, const Moment& now, const Exchange& exchange) {
+    Weights weights(block, ring, w, now.tile);
+    const Staged tokens(block.staging, block.launch.padded_tokens);
+    Moments moments;
+    for (int begin = 0, end; begin < weights.steps(); begin = end) {
+        end = begin + steps_at_once(block, w);
+        if (end > weights.steps()) end = weights.steps();
+        if (begin > 0) sync_computing();  // all have multiplied the part before
+        stage(block, w, now, tokens, begin * kStepColumns, (end - begin) * kStepColumns, moments);
+        sync_computing();
+        multiply_part(block, w, exchange, weights, begin, end);
+    }
+    if (w.norm != 0) {
+        exchange.wait_for_room();
+        Delivery(block, w, exchange).moments(moments);
+    }
+    sync_computing();
+}
+
+DEVICE void finish(const Block& block, const Product& w, const Moment& now, const Planes& planes, const float* sums,
+                   const Item& item, const Addends& addends) {
+    if (item.token >= w.tokens) return;
+    const int row = item.row - block.rank * planes.own;
     float y[2] = {};
-    for (int warp = row / 16; warp < kWarps; warp += row_groups)
-        for (int e = 0; e < 2; ++e) y[e] += sums[(warp * padded + token) * kSumRow + row % 16 + e];
-    if (w.epilogue == kEuler) {
-        const int place = to % block.tokens();
-        if (place < block.tokens() - launch.horizon) return;
-        for (int e = 0; e < 2; ++e) euler(block, w, to, place, at + e, y[e]);
-        return;
-    }
-    if (row >= w.rows) return;  // which are multiples of 16
-    if (w.epilogue == kTokens || w.epilogue == kResidual) {
-        if (w.epilogue == kTokens && launch.prefix != nullptr && to % block.tokens() == 0) {
-            const float* state = launch.prefix + static_cast<std::int64_t>(to / block.tokens()) * launch.width + at;
-            for (int e = 0; e < 2; ++e) y[e] = state[e];
+#pragma unroll 4
+    for (int plane = 0; plane < planes.count; ++plane)
+        for (int e = 0; e < 2; ++e) y[e] += sums[planes.sum(plane, row + e, item.token)];
+    for (int e = 0; e < 2; ++e) y[e] *= addends.scale[e];
+    if (w.norm != 0) {
+        Moments all;
+#pragma unroll 2
+        for (int rank = 0; rank < planes.split; ++rank) {
+            const int left = w.columns - rank * w.slice, here = left < w.slice ? left : w.slice;
+            const float* part = sums + planes.moments(rank, item.token);
+            all.add(static_cast<float>(here > 0 ? here : 0), part[0], part[1]);
         }
-        *reinterpret_cast<Float2*>(block.buffer<float>(kStream, to) + at) = {{y[0], y[1]}};
-        reinterpret_cast<std::uint32_t*>(block.buffer<std::uint16_t>(kRounded, to))[at / 2] = pack_bf16(y[0], y[1]);
-        return;
+        const float inverse =
+            inverse_root(quotient(all.squares, static_cast<float>(w.columns)) + as_float(static_cast<std::uint32_t>(w.norm)));
+        for (int e = 0; e < 2; ++e) y[e] = (y[e] - all.mean * addends.sums[e]) * inverse;
     }
-    for (int e = 0; e < 2; ++e) y[e] = activate(y[e], w.epilogue);
-    reinterpret_cast<std::uint32_t*>(block.buffer<std::uint16_t>(w.out, to))[at / 2] = pack_bf16(y[0], y[1]);
+    for (int e = 0; e < 2; ++e) y[e] = addends.state ? addends.bias[e] : y[e] + addends.bias[e];
+    if (w.epilogue == kEuler) return euler(block, w, item, now, y);
+    if (item.row >= w.rows) return;  // which are multiples of 16
+    if (w.epilogue == kTokens || w.epilogue == kResidual)
+        for (int e = 0; e < 2; ++e) *item.own(block, w, e) = y[e];
+    else
+        for (int e = 0; e < 2; ++e) y[e] = activate(y[e], w.epilogue);
+    write(block, w, item, now.before(), kEmpty);
+    write(block, w, item, now.set, pack_bf16(y[0], y[1]));
 }
 
-DEVICE void multiply_all(const Block& block, Weights& weights, const Product& w, float (&sums)[8][4]) {
-    const int warp = thread_index() / 32, padded = block.launch.padded_tokens;
-    const int row_groups = w.tile_rows / 16, slot_columns = kSlotElements / w.tile_rows;
-    const int mine = warp / row_groups * 32;  // of a slot's columns
-    const int all = w.slots * slot_columns;
-    const Staged tokens = staged(block, w);
-    for (int begin = 0; begin < all; begin += block.launch.part) {
-        const int span = all - begin < block.launch.part ? all - begin : block.launch.part;
-        if (begin > 0) sync_block();  // all have read the part before
-        stage(block, w, tokens, begin, span);
-#if DIT4DIT_WARPGROUPS
-        fence_shared_for_products();
-#endif
-        sync_block();
-        for (int column = 0; column < span; column += slot_columns) {
-            const Weights::Fragments fragments = weights.next(w.fp8 != 0);
-#if DIT4DIT_WARPGROUPS
-            if (row_groups == 4) {
-                multiply_slot_warpgroup(sums, fragments, tokens, column + mine, padded);
-                continue;
-            }
-#endif
-            multiply_slot(sums, fragments, tokens, column + mine, padded / 8);
-        }
+// All items of this block, whose sums are there or on their way.
+DEVICE void finish_all(const Block& block, const Product& w, const Moment& now, const Exchange& exchange) {
+    // most tiles give a thread no more than two items: what they need is fetched before the sums have come
+    const int items = Item::count(block, w);
+    Addends first, second;
+    if (block.thread < items) first.fetch(block, w, Item(block, w, block.thread), now.step);
+    if (block.thread + kComputing < items) second.fetch(block, w, Item(block, w, block.thread + kComputing), now.step);
+    const Planes planes(block, w);
+    const float* sums = split_of(w) > 1 ? exchange.sums() : Delivery(block, w, exchange).own_sums();
+#pragma unroll 1
+    for (int i = block.thread; i < items; i += kComputing) {
+        const Item item(block, w, i);
+        if (i >= 2 * kComputing) first.fetch(block, w, item, now.step);
+        finish(block, w, now, planes, sums, item, first);
+        first = second;
     }
 }
 
-// False: the launch has failed.
-DEVICE bool product(const Block& block, Weights& weights, const Tile& tile, int index) {
-    const Product& w = block.work<Product>(tile);
-    const int warp = thread_index() / 32, lane = thread_index() % 32, padded = block.launch.padded_tokens;
-    Addends addends(w);
-    addends.fetch_constants(block, w);
-    fetch_modulation(block, w);
-    if (!block.wait(tile, index)) return false;
-    // before the products, to be there after them; where the compiler has no registers left for that (sm_100, sm_120), after them
-    constexpr bool kEarly = DIT4DIT_WARPGROUPS || !DIT4DIT_BULK_COPIES;
-    if (kEarly) addends.fetch(block, w);
-    float sums[8][4] = {};
-    multiply_all(block, weights, w, sums);
-    if (!kEarly) addends.fetch(block, w);
-    sync_block();
-    float* to = reinterpret_cast<float*>(block.staging);
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-        if (j < padded / 8)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int token = j * 8 + lane % 4 * 2 + i % 2, half = i / 2;
-                to[(warp * padded + token) * kSumRow + lane / 4 + half * 8] =
-                    sums[j][i] * addends.scale[half] + addends.bias[half] + addends.more[j][i];
-            }
-    sync_block();
-    for (int i = thread_index(); i < w.tokens * w.tile_rows / 2; i += kThreads)
-        finish_pair(block, w, i / (w.tile_rows / 2), i % (w.tile_rows / 2) * 2);
-    return true;
+DEVICE void product(const Block& block, Ring& ring, const Tile& tile, const Moment& now) {
+    const Product& w = Block::work<Product>(tile);
+    const Exchange exchange(block, now);
+    if (block.thread == 0) exchange.expect(split_of(w) > 1 ? Planes(block, w).bytes(w) : 0);
+    multiply_tile(block, ring, w, now, exchange);
+    finish_all(Block(block.launch, renewed(block.rank), renewed(block.thread)), w, now, exchange);
+    exchange.release();
 }
 
 }  // namespace dit4dit::ode

@@ -1,4 +1,5 @@
-// What a product takes: tokens in shared memory, as they are, normed, or merged from ranges of keys.
+// What a product takes: a rank's slice of its tokens' columns in shared memory, as they are or times 1 + scale, and what a norm needs
+// to know of them.
 #pragma once
 
 #include "action_ode_block.cuh"
@@ -10,205 +11,137 @@ struct Staged {
     std::uint8_t* at;
     int group;  // bytes
 
+    DEVICE Staged(std::uint8_t* staging, int padded_tokens) : at(staging), group(padded_tokens * 16 + 16) {}
     DEVICE std::uint8_t* row(int column, int token) const { return at + column / 8 * group + token * 16; }
 };
 
-// Scale and shift of a norm lie before the tokens.
-DEVICE float* modulation_of(const Block& block) { return reinterpret_cast<float*>(block.staging); }
+// Of some columns of one token: how many, their mean, and the sum of squared deviations from it.
+struct Moments {
+    float count = 0, mean = 0, squares = 0;
 
-DEVICE Staged staged(const Block& block, const Product& w) {
-    const int before = w.modulation == kNone ? 0 : 2 * w.columns * static_cast<int>(sizeof(float));
-    return {block.staging + before, block.launch.padded_tokens * 16 + 16};
-}
-
-// Before the wait: it never changes. `wait` makes it seen by all.
-DEVICE void fetch_modulation(const Block& block, const Product& w) {
-    if (w.modulation == kNone) return;
-    for (int i = 4 * thread_index(); i < 2 * w.columns; i += 4 * kThreads)
-        *reinterpret_cast<Float4*>(modulation_of(block) + i) = load_constant_float4(block.constant(w.modulation) + i);
-}
-
-DEVICE float warp_sum(float x) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask >>= 1) x += shuffle_xor(x, mask);
-    return x;
-}
-
-// Eight columns of one token, as they come together from the planes of a head's ranges of keys.
-struct Merged {
-    float most = -INFINITY, total = 0, y[8] = {};
-
-    DEVICE void add(const Quad& part, float score, float sum) {
-        const float largest = fmaxf(most, score), fade = exponential(most - largest), share = exponential(score - largest) * sum;
-        most = largest;
-        total = total * fade + share;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            y[2 * i] = y[2 * i] * fade + share * low_half(part.v[i]);
-            y[2 * i + 1] = y[2 * i + 1] * fade + share * high_half(part.v[i]);
-        }
-    }
-    DEVICE Quad rounded() const {
-        Quad q;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) q.v[i] = pack_bf16(y[2 * i] / total, y[2 * i + 1] / total);
-        return q;
+    DEVICE void add(float n, float m, float q) {
+        if (n == 0) return;
+        const float all = count + n, apart = m - mean, share = quotient(n, all);
+        mean += apart * share;
+        squares += q + apart * apart * (count * share);
+        count = all;
     }
 };
 
-DEVICE void stage_merged(const Block& block, const Product& w, const Staged& to, int column, int span) {
-    constexpr int kItems = 3, kPlanes = 3;  // on their way at a time
-    const int groups = span / 8, all = groups * block.launch.padded_tokens;
-    for (int begin = thread_index(); begin < all; begin += kThreads * kItems) {
-        Merged merged[kItems];
-        for (int first = 0; first < w.planes; first += kPlanes) {
-            Quad part[kItems][kPlanes];
-            Float2 stats[kItems][kPlanes];
-#pragma unroll
-            for (int u = 0; u < kItems; ++u) {
-                const int i = begin + u * kThreads, token = i / groups, c = column + i % groups * 8;
-#pragma unroll
-                for (int p = 0; p < kPlanes; ++p)
-                    if (token < w.tokens && c < w.columns && first + p < w.planes) {
-                        const int head = c / block.launch.head_dim;
-                        stats[u][p] = load_float2(block.buffer<float>(kStats, w.token + token, first + p) + 2 * head);
-                        part[u][p] = load_quad(block.buffer<std::uint16_t>(kAttended, w.token + token, first + p) + c);
-                    }
-            }
-#pragma unroll
-            for (int u = 0; u < kItems; ++u) {
-                const int i = begin + u * kThreads;
-#pragma unroll
-                for (int p = 0; p < kPlanes; ++p)
-                    if (i / groups < w.tokens && column + i % groups * 8 < w.columns && first + p < w.planes)
-                        merged[u].add(part[u][p], stats[u][p].v[0], stats[u][p].v[1]);
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < kItems; ++u) {
-            const int i = begin + u * kThreads, token = i / groups, c = i % groups * 8;
-            const bool there = token < w.tokens && column + c < w.columns;
-            if (i < all) *reinterpret_cast<Quad*>(to.row(c, token)) = there ? merged[u].rounded() : Quad{};
-        }
-    }
-}
+// Lane i of a warp keeps the moments of the warp's i-th token: token warp + i * kWarps.
+DEVICE int token_of_lane(const Block& block) { return block.warp + block.lane * kWarps; }
 
-DEVICE void stage_plain(const Block& block, const Product& w, const Staged& to, int column, int span) {
-    constexpr int kTokens = 3, kPieces = 4;
-    const int warp = thread_index() / 32, lane = thread_index() % 32, padded = block.launch.padded_tokens;
-    const int source_columns = block.launch.columns[w.source];
-    const std::uint16_t* source = block.buffer<std::uint16_t>(w.source, w.token) + column;
-    for (int first = warp; first < padded; first += kWarps * kTokens)
-        for (int begin = lane * 8; begin < span; begin += 32 * 8 * kPieces) {
-            Quad x[kTokens][kPieces];
-#pragma unroll
-            for (int t = 0; t < kTokens; ++t)
-#pragma unroll
-                for (int p = 0; p < kPieces; ++p) {
-                    const int token = first + t * kWarps, c = begin + p * 32 * 8;
-                    x[t][p] = Quad{};
-                    if (token < w.tokens && c < span && column + c < w.columns)
-                        x[t][p] = load_quad(source + token * source_columns + c);
-                }
-#pragma unroll
-            for (int t = 0; t < kTokens; ++t)
-#pragma unroll
-                for (int p = 0; p < kPieces; ++p) {
-                    const int token = first + t * kWarps, c = begin + p * 32 * 8;
-                    if (token < padded && c < span) *reinterpret_cast<Quad*>(to.row(c, token)) = x[t][p];
-                }
-        }
-}
+// One warp's share of a slice: some of its tokens, and of each these columns of a lane: eight from 8 * lane on, of each 256.
+template <int kTokens, int kPieces>
+class Window {
+public:
+    DEVICE Window(const Block& block, const Product& w, int column, int span, int first_token)
+        : w_(w), column_(column), span_(span), token_(first_token), lane_(block.lane) {}
 
-// A token's row, spread over a warp: columns 8 * lane to + 7 of each 256, which is a piece.
-template <int kPieces>
-struct NormedRow {
-    Quad x[kPieces];
-
-    DEVICE static int column(int piece) { return (piece * 32 + thread_index() % 32) * 8; }
-
-    DEVICE void load(const std::uint16_t* row, int width) {
+    // Asks for the modulation, then reads words until all are there.
+    DEVICE void read(const Block& block, const Moment& now) {
+        const float* table = block.constant(modulated() ? w_.modulation + now.step * w_.modulation_step : 0);
 #pragma unroll
         for (int p = 0; p < kPieces; ++p) {
-            x[p] = Quad{};
-            if (column(p) < width) x[p] = load_quad(row + column(p));
+            scale_[p][0] = scale_[p][1] = Float4{};  // else they would be kept all through a launch
+            if (!modulated() || !inside(p)) continue;
+            for (int i = 0; i < 2; ++i) scale_[p][i] = load_constant_float4(table + column_ + offset(p) + 4 * i);
         }
-    }
-    // mean, and the inverse of the standard deviation
-    DEVICE void moments(int width, float eps, float& mean, float& inverse) const {
-        float sum = 0, squares = 0;
-#pragma unroll
-        for (int p = 0; p < kPieces; ++p)
-            for (int i = 0; i < 4; ++i) sum += low_half(x[p].v[i]) + high_half(x[p].v[i]);
-        mean = warp_sum(sum) / static_cast<float>(width);
-#pragma unroll
-        for (int p = 0; p < kPieces; ++p)
-            if (column(p) < width)
-                for (int i = 0; i < 4; ++i) {
-                    const float a = low_half(x[p].v[i]) - mean, b = high_half(x[p].v[i]) - mean;
-                    squares += a * a + b * b;
-                }
-        inverse = inverse_root(warp_sum(squares) / static_cast<float>(width) + eps);
-    }
-};
-
-// y = (x - mean) inverse scale + shift; scale and shift of eight columns, or null.
-DEVICE Quad normed(const Quad& x, float mean, float inverse, const float* scale, const float* shift) {
-    Quad y;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        float a = (low_half(x.v[i]) - mean) * inverse, b = (high_half(x.v[i]) - mean) * inverse;
-        if (scale != nullptr) {
-            a = a * scale[2 * i] + shift[2 * i];
-            b = b * scale[2 * i + 1] + shift[2 * i + 1];
-        }
-        y.v[i] = pack_bf16(a, b);
-    }
-    return y;
-}
-
-// kTokens rows a warp at a time. A row is normed anew for each part of its columns: it takes more than one part only on small
-// chips or of very wide heads.
-template <int kPieces, int kTokens>
-DEVICE void stage_normed(const Block& block, const Product& w, const Staged& to, int column, int span) {
-    const int warp = thread_index() / 32, padded = block.launch.padded_tokens, source_columns = block.launch.columns[w.source];
-    const std::uint16_t* source = block.buffer<std::uint16_t>(w.source, w.token);
-    const float* scale = w.modulation == kNone ? nullptr : modulation_of(block);
-    for (int first = warp; first < padded; first += kWarps * kTokens) {
-        NormedRow<kPieces> rows[kTokens] = {};
+        const std::uint32_t* source = block.words(now.set);
+        Patience patience(block, now.tile);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t)
-            if (first + t * kWarps < w.tokens) rows[t].load(source + (first + t * kWarps) * source_columns, w.columns);
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-            const int token = first + t * kWarps;
-            if (token >= padded) continue;
-            float mean, inverse;
-            rows[t].moments(w.columns, as_float(static_cast<std::uint32_t>(w.norm)), mean, inverse);
+            for (int p = 0; p < kPieces; ++p)
 #pragma unroll
-            for (int p = 0; p < kPieces; ++p) {
-                const int c = NormedRow<kPieces>::column(p);
-                if (c < column || c >= column + span) continue;
-                Quad y{};
-                if (token < w.tokens && c < w.columns)
-                    y = normed(rows[t].x[p], mean, inverse, scale == nullptr ? nullptr : scale + c,
-                               scale == nullptr ? nullptr : scale + w.columns + c);
-                *reinterpret_cast<Quad*>(to.row(c - column, token)) = y;
+                for (int i = 0; i < 4; ++i) x_[t][p].v[i] = wanted(t, p) ? kEmpty : 0;
+#pragma unroll 1
+        for (;;) {  // a round asks for all that was not there in the round before
+            int missing = kNone;
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+                for (int p = 0; p < kPieces; ++p)
+                    if (incomplete(x_[t][p])) {
+                        missing = word(t, p);
+                        x_[t][p] = load_words(source + missing);
+                    }
+            if (!any_lane(missing != kNone) || patience.over(missing)) return;
+        }
+    }
+
+    DEVICE void store(const Staged& to) const {
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) {
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) {
+                if (offset(p) >= span_ || token(t) >= w_.tokens) continue;
+                Quad y = x_[t][p];
+                if (modulated() && inside(p))
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        y.v[i] = pack_bf16(low_half(y.v[i]) * scale_[p][i / 2].v[i % 2 * 2],
+                                           high_half(y.v[i]) * scale_[p][i / 2].v[i % 2 * 2 + 1]);
+                *reinterpret_cast<Quad*>(to.row(from_ + offset(p), token(t))) = y;
             }
         }
     }
-}
 
-// Columns `column` to + span - 1 of all tokens.
-DEVICE void stage(const Block& block, const Product& w, const Staged& to, int column, int span) {
-    if (w.norm != 0 && w.columns <= 1024)
-        stage_normed<4, 3>(block, w, to, column, span);
-    else if (w.norm != 0)
-        stage_normed<kMaxWidth / 256, 1>(block, w, to, column, span);
-    else if (w.planes > 1)
-        stage_merged(block, w, to, column, span);
-    else
-        stage_plain(block, w, to, column, span);
+    // Adds the moments of token t's columns to those that the token's lane keeps.
+    DEVICE void measure(const Block& block, Moments& mine) const {
+        const int left = w_.columns - column_, here = left < span_ ? left : span_;
+        const float count = static_cast<float>(here > 0 ? here : 0);
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+            float sum = 0, squares = 0;
+#pragma unroll
+            for (int p = 0; p < kPieces; ++p)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum += low_half(x_[t][p].v[i]) + high_half(x_[t][p].v[i]);
+            sum = warp_sum(sum);
+            const float mean = count > 0 ? quotient(sum, count) : 0.0f;
+#pragma unroll
+            for (int p = 0; p < kPieces; ++p)
+                if (wanted(t, p))
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float a = low_half(x_[t][p].v[i]) - mean, b = high_half(x_[t][p].v[i]) - mean;
+                        squares += a * a + b * b;
+                    }
+            squares = warp_sum(squares);
+            if (token(t) == token_of_lane(block)) mine.add(count, mean, squares);
+        }
+    }
+
+    int from_ = 0;  // staged column that `column` goes to
+
+private:
+    DEVICE bool modulated() const { return w_.modulation != kNone; }
+    DEVICE int offset(int piece) const { return (piece * 32 + lane_) * 8; }
+    DEVICE int token(int t) const { return token_ + t * kWarps; }
+    DEVICE bool inside(int p) const { return offset(p) < span_ && column_ + offset(p) < w_.columns; }
+    DEVICE bool wanted(int t, int p) const { return token(t) < w_.tokens && inside(p); }
+    DEVICE int word(int t, int p) const { return w_.source + token(t) * w_.source_stride + (column_ + offset(p)) / 2; }
+
+    const Product& w_;
+    const int column_, span_, token_, lane_;
+    Quad x_[kTokens][kPieces];
+    Float4 scale_[kPieces][2];
+};
+
+// Columns `first` to + span - 1 of this rank's slice, of all tokens; zeros past the last column of the matrix.
+DEVICE void stage(const Block& block, const Product& w, const Moment& now, const Staged& to, int first, int span,
+                  Moments& moments) {
+    constexpr int kTokens = 3, kPieces = DIT4DIT_BULK_COPIES ? 2 : 1, kColumns = kPieces * 32 * 8;
+    const int begin = (block.rank & (split_of(w) - 1)) * w.slice + first;
+    for (int token = block.warp; token < w.tokens; token += kTokens * kWarps)
+        for (int at = 0; at < span; at += kColumns) {
+            Window<kTokens, kPieces> window(block, w, begin + at, span - at < kColumns ? span - at : kColumns, token);
+            window.from_ = at;
+            window.read(block, now);
+            window.store(to);
+            if (w.norm != 0) window.measure(block, moments);
+        }
 }
 
 }  // namespace dit4dit::ode

@@ -1,4 +1,4 @@
-// One block: its tiles in order, each when what it reads is there.
+// One block: a warp that fetches weights, and eight that compute its team's tiles, step by step.
 #pragma once
 
 #include "action_ode_attention.cuh"
@@ -6,49 +6,96 @@
 
 namespace dit4dit::ode {
 
-// False: the launch has failed.
-DEVICE bool run(const Block& block, Weights& weights, const Tile& tile, int index) {
-    switch (tile.opcode) {
-        case kProduct: return product(block, weights, tile, index);
-        case kAttend: return attend(block, tile, index);
-        default: return start(block, tile, index);
+DEVICE void begin(const Block& block) {
+    if (block.thread == 0) {
+        const int ranks = ranks_of(block.launch);
+        block.fixed.failed = 0;
+        for (int s = 0; s < block.launch.slots; ++s) {
+            barrier_init(&block.fixed.full[s], DIT4DIT_BULK_COPIES ? 1 : 32);
+            barrier_init(&block.fixed.empty[s], kWarps);
+        }
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(&block.fixed.sums[i], 1);
+            barrier_init(&block.fixed.room[i], kWarps * ranks);
+        }
+        fence_barrier_init();
+    }
+#if DIT4DIT_BULK_COPIES
+    if (ranks_of(block.launch) > 1) sync_cluster();  // nobody pushes before all have their barriers
+#endif
+    sync_block();
+}
+
+// The noise, by the threads that will make the step's new words: the last tiles of a team.
+DEVICE void start_all(const Block& block, const Moment& now, int first, int last) {
+    for (int index = last - 1; index >= first; --index) {
+        const Tile& tile = *reinterpret_cast<const Tile*>(block.launch.tiles + index * kRecord);
+        if (tile.opcode != kProduct || Block::work<Product>(tile).epilogue != kEuler) return;
+        start(block, Block::work<Product>(tile), now.set);
     }
 }
 
-// The last block to end leaves all counters at zero for the next launch; of a launch that failed no action is left.
+DEVICE void compute(const Block& block, int first, int last) {
+    const Launch& launch = block.launch;
+    const int thread = block.thread;
+    Moment now(launch.progress[0]);
+    Ring ring;
+    start_all(block, now, first, last);
+    if (thread < kRecord && first < last) block.fixed.records[0][thread] = load_int(launch.tiles + first * kRecord + thread);
+    if (thread == 0) block.fixed.tiles[0] = first, block.fixed.tiles[1] = last;
+    sync_computing();
+    for (; now.step < launch.steps; now.advance()) {
+        fence();  // what was made kEmpty in the step before is so for all that comes of this one
+        for (int index = block.fixed.tiles[0]; index < block.fixed.tiles[1]; ++index) {
+            const Tile& tile = reinterpret_cast<const Tile&>(block.fixed.records[now.count & 3]);
+            const int following = index + 1 < block.fixed.tiles[1] ? index + 1 : block.fixed.tiles[0];
+            int next = 0;
+            if (thread < kRecord) next = load_int(launch.tiles + following * kRecord + thread);
+            now.tile = index;
+            // a warp may still be at the tile before, whose record stays; the one before that is free
+            if (thread < kRecord) block.fixed.records[(now.count + 1) & 3][thread] = next;
+            const Block here(launch, renewed(block.rank), renewed(block.thread));  // else 50 registers would hold what follows from it
+            if (tile.opcode == kProduct)
+                product(here, ring, tile, now);
+            else
+                attend(here, tile, now);
+            ++now.count;
+        }
+    }
+}
+
+// The last block to end leaves things as the next launch wants them; of a launch that failed no action and no word is left.
 DEVICE void end(const Block& block) {
     const Launch& launch = block.launch;
+#if DIT4DIT_BULK_COPIES
+    if (ranks_of(launch) > 1) sync_cluster();  // nobody reaches into the memory of a block that has ended
+#endif
     sync_block();
-    if (thread_index() == 0) block.fixed.alive = fetch_add(block.counter(launch.counter_count)) == launch.workers - 1;
+    if (block.thread == 0) block.fixed.last = fetch_add(&launch.progress[1]) == launch.teams * ranks_of(launch) - 1;
     sync_block();
-    if (!block.fixed.alive) return;
-    for (int i = thread_index(); i <= launch.counter_count; i += kThreads) *block.counter(i) = 0;
-    if (load_acquire(launch.status) != 0)
-        for (int i = thread_index(); i < launch.batch * launch.horizon * launch.actions; i += kThreads)
+    if (!block.fixed.last) return;
+    const bool failed = load_acquire(launch.status) != 0;
+    if (failed) {
+        for (std::int64_t i = block.thread; i < static_cast<std::int64_t>(kSets) * launch.set_words; i += kThreads)
+            launch.words[i] = kEmpty;
+        for (int i = block.thread; i < launch.batch * launch.horizon * launch.actions; i += kThreads)
             launch.out[i] = as_float(0x7fc00000u);
+    }
+    if (block.thread == 0) {
+        launch.progress[0] = failed ? 0 : (launch.progress[0] + launch.steps) % kSets;
+        launch.progress[1] = 0;
+    }
 }
 
 DEVICE void worker(const Launch& launch) {
-    const Block block(launch);
-    Weights weights(block);
-    int index = load_int(launch.first_tile + block_index());
-    const int last = load_int(launch.first_tile + block_index() + 1);
-    const int thread = thread_index();
-    if (thread < kRecord && index < last) block.fixed.records[index & 1][thread] = load_int(launch.tiles + index * kRecord + thread);
-    sync_block();
-    for (; index < last; ++index) {
-        const Tile& tile = reinterpret_cast<const Tile&>(block.fixed.records[index & 1]);
-        int next = 0;
-        const bool more = thread < kRecord && index + 1 < last;
-        if (more) next = load_int(launch.tiles + (index + 1) * kRecord + thread);
-        if (!run(block, weights, tile, index)) break;
-        if (more) block.fixed.records[(index + 1) & 1][thread] = next;
-        const int signal = tile.signal;
-        sync_block();
-        if (thread == 0 && signal != kNone) add_release(block.counter(signal));
-    }
-    if (thread == 0) block.report();
-    weights.drain();
+    const int team = block_index() / ranks_of(launch);
+    const Block block(launch, block_index() - team * ranks_of(launch), thread_index());
+    begin(block);
+    const int first = load_int(launch.first_tile + team), last = load_int(launch.first_tile + team + 1);
+    if (block.warp < kWarps)
+        compute(block, first, last);
+    else
+        fetch_weights(block, first, last);
     end(block);
 }
 

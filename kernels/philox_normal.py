@@ -10,18 +10,37 @@ TWO_PI = tl.constexpr(6.283185307179586)
 @triton.jit
 def philox_normal(
     requests,  # int64 [batch, 3]: seed, chunk, whether the sample is given and stays as it is
-    out,  # float32 [batch, count]
-    count,
-    draw,  # which of a request's draws
+    first,  # float32 [batch, first_count]
+    first_count,
+    first_draw,  # which of a request's draws
+    first_end,  # thread blocks of this draw and of those before it
+    second,  # likewise, or None
+    second_count,
+    second_draw,
+    second_end,
+    third,
+    third_count,
+    third_draw,
     BLOCK: tl.constexpr,
 ):
     wait_for_inputs()
+    block = tl.program_id(0)
+    out, count, draw, begin = first, first_count, first_draw, 0
+    if second is not None:
+        here = block >= first_end
+        out, count = tl.where(here, second, out), tl.where(here, second_count, count)
+        draw, begin = tl.where(here, second_draw, draw), tl.where(here, first_end, begin)
+    if third is not None:
+        here = block >= second_end
+        out, count = tl.where(here, third, out), tl.where(here, third_count, count)
+        draw, begin = tl.where(here, third_draw, draw), tl.where(here, second_end, begin)
+
     sample = tl.program_id(1)
     seed = tl.load(requests + 3 * sample)
     chunk = tl.load(requests + 3 * sample + 1)
     # of a given sample nothing is inside
     inside = tl.where(tl.load(requests + 3 * sample + 2) == 0, count, 0)
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    position = (block - begin) * BLOCK + tl.arange(0, BLOCK)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     c0 = position.to(tl.uint32)

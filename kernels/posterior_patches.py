@@ -8,6 +8,7 @@ from dit4dit.kernels.common import narrow, wait_for_inputs
 @triton.jit
 def posterior_patches(
     moments,  # [batch, 2 * channels, rows, columns] by its strides: means, logarithms of variances
+    bias,  # [2 * channels], what the moments lack, or None
     noise,  # float32 [batch, channels, rows, columns], or None
     mean,  # float32 [channels], of the latents
     std,
@@ -36,8 +37,12 @@ def posterior_patches(
 
     at = moments + sample * sample_stride + channel * channel_stride + row * row_stride + column * column_stride
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     if noise is not None:
         logvar = tl.load(at + channels * channel_stride, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            logvar += tl.load(bias + channels + channel, mask=inside, other=0.0).to(tl.float32)
         logvar = tl.clamp(logvar, LOWEST, HIGHEST, propagate_nan=tl.PropagateNan.ALL)
         drawn = tl.load(noise + sample * count + (channel * rows + row) * columns + column, mask=inside, other=0.0)
         value += tl.exp(0.5 * logvar) * drawn

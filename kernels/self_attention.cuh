@@ -124,7 +124,7 @@ DEVICE void score(float (&scores)[8][4], const std::uint32_t (&q)[8][4], const T
     products_begin();
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step)
-        multiply_warpgroup<kRows>(scores, q[step], describe(keys.row(0, step * 16), kGroupBytes, 128));
+        multiply_warpgroup(scores, q[step], describe(keys.row(0, step * 16), kGroupBytes, 128));
     products_commit();
 #else
     const int lane = thread_index() % 32;

@@ -10,16 +10,19 @@ def unnormalize(
     actions,  # float32 [rows, width]
     table,  # float64 [5, size]: threshold (NaN: none), low, high, scale, offset
     out,  # float32 [rows, size]
-    count,  # rows * size
+    copy,  # float32 [rows, width]
+    count,  # rows * width
     width,
     size,
     BLOCK: tl.constexpr,
 ):
     wait_for_inputs()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    column = i % size
-    y = tl.load(actions + (i // size) * width + column, mask=inside, other=0.0).to(tl.float64)
+    row, column = i // width, i % width
+    given = tl.load(actions + i, mask=i < count, other=0.0)
+    tl.store(copy + i, given, mask=i < count)
+    inside = (i < count) & (column < size)
+    y = given.to(tl.float64)
     at = tl.load(table + column, mask=inside, other=0.0)
     low = tl.load(table + size + column, mask=inside, other=0.0)
     high = tl.load(table + 2 * size + column, mask=inside, other=0.0)
@@ -29,4 +32,4 @@ def unnormalize(
     # written so that NaN stays NaN and is seen by the host
     y = tl.where(y < low, low, y)
     y = tl.where(y > high, high, y)
-    tl.store(out + i, (y * scale + offset).to(tl.float32), mask=inside)
+    tl.store(out + row * size + column, (y * scale + offset).to(tl.float32), mask=inside)

@@ -4,7 +4,11 @@ python -m dit4dit.benchmarks.ops.bench_action_ode --device cuda --json result.js
 
 The yardstick is "eager graph": the reference's library kernels as one CUDA graph. Bytes are the blocks' weights, read once a
 step, GB/s those bytes over the time that was reached, and operations their products. "cuda fp8" keeps these weights in e4m3 and
-is held to the head with weights so rounded. "stages" of the kernel's rows: how often all multiprocessors wait for each other.
+is held to the head with weights so rounded.
+
+Below the table stands the kernel's own for each number of tokens (`budget_head`): what its schedule counts and is predicted to
+take, for the GPU that is here where its constants are known, else for an H200. Where the kernel runs, parts of its time are
+measured beside it by leaving work out (`head_parts` says which can be told apart so, and which cannot).
 """
 
 from __future__ import annotations
@@ -12,30 +16,32 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from dit4dit.benchmarks import failures, op_report
+from dit4dit.benchmarks import budget_gpu, budget_head, failures, head_parts, op_report
+from dit4dit.benchmarks.budget_gpu import Gpu
 from dit4dit.benchmarks.harness import machine, time_cpu, time_gpu
 from dit4dit.benchmarks.recording import Recording
 from torch import Tensor
 
 from dit4dit import ops
 from dit4dit.config import HeadConfig
-from dit4dit.engine.action_ode import Device, head_shape, plan
+from dit4dit.engine.action_ode import Device, Schedule, head_shape, plan
+from dit4dit.engine.action_ode.cost import head_us
 from dit4dit.engine.action_ode.program import OneLaunchHead, device_of
 from dit4dit.engine.action_ode.weights import FP8, row_scale
 from dit4dit.engine.fold import Head, HeadBlock, Matrix, fold_head
-from dit4dit.errors import OutputError
+from dit4dit.errors import InputError, OutputError
 from dit4dit.model.action_head import ActionHead
 
 TOKENS = {9: (8, 784), 17: (16, 588), 51: (50, 392)}
 """Tokens with the state's -> action horizon and feature tokens of the released models."""
-H200 = Device(workers=132, shared_memory=227 << 10, capability=90)
+H200 = Device(multiprocessors=132, shared_memory=227 << 10, capability=90, clusters=(66, 30, 15))
 
 
 def config(horizon: int) -> HeadConfig:
@@ -84,12 +90,24 @@ def candidates(head: OneLaunchHead, args: tuple[Tensor, ...]) -> dict[str, Calla
     return found
 
 
-def stages(head: OneLaunchHead, device: str, batch: int, context: int) -> int:
-    """Dependent stages of the kernel's schedule, on this GPU or, where there is none, on an H200."""
-    chip = device_of(torch.device(device)) if device.startswith("cuda") and torch.cuda.is_available() else H200
-    prefix = head.config.state_dim is not None
-    shape = head_shape(head.config, batch=batch, context=context, prefix=prefix, steps=head.steps, fp8=head.fp8)
-    return plan(shape, chip).stages
+def schedule_of(
+    config: HeadConfig, steps: int, *, device: str, batch: int, context: int, ranks: int | None = None
+) -> Schedule:
+    """The kernel's schedule, on this GPU or, where there is none, on an H200, of teams of so many blocks where that is said.
+
+    ConfigError: no tiles for this head, or no such teams.
+    """
+    here = device_of(torch.device(device)) if device.startswith("cuda") and torch.cuda.is_available() else H200
+    prefix = config.state_dim is not None
+    return plan(head_shape(config, batch=batch, context=context, prefix=prefix, steps=steps), here, ranks=ranks)
+
+
+def constants() -> Gpu:
+    """Of the GPU that is here; an H200's where there is none, or none of which constants are known."""
+    try:
+        return budget_gpu.read("auto")
+    except InputError:
+        return budget_gpu.read("h200")
 
 
 def in_fp8(head: Head) -> Head:
@@ -105,6 +123,33 @@ def in_fp8(head: Head) -> Head:
         return HeadBlock(b.norms, b.cross, **changed)
 
     return replace(head, blocks=tuple(map(block, head.blocks)))
+
+
+def random_head(config: HeadConfig, seed: int) -> ActionHead:
+    """With weights that are large enough for the velocity to matter, in float32."""
+    torch.manual_seed(seed)
+    head = ActionHead(config).eval()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return head
+
+
+def inputs(config: HeadConfig, features: int, batch: int) -> tuple[Tensor, ...]:
+    """noise, context and prefix of `ops.action_ode`, random, in float32 on the CPU."""
+    crossing = sum(not (i % 2 and config.interleave_self_attention) for i in range(config.num_layers))
+    noise = torch.randn(batch, config.action_horizon, config.action_dim)
+    context = torch.randn(batch, features, 2 * crossing * config.width)
+    return noise, context, torch.randn(batch, config.width)
+
+
+def on_device(exact: tuple[Tensor, ...], device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The same as they are timed: noise stays in float32."""
+    return (exact[0].to(device), *(t.to(device, dtype) for t in exact[1:]))
+
+
+def tolerance(plain: Tensor, want: Tensor) -> float:
+    """Twice as far from the truth as PyTorch in the dtype that is timed."""
+    return max(2 * (plain - want).abs().max().item(), 1e-5 * want.abs().max().item())
 
 
 @dataclass(frozen=True)
@@ -150,23 +195,18 @@ def case(
 ) -> None:
     """Rows of one number of tokens, as op_bench's: each contender, once it agrees with the reference in float32."""
     horizon, features = TOKENS[tokens]
-    torch.manual_seed(seed)
-    head = ActionHead(config(horizon)).eval()
-    for parameter in head.parameters():
-        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    head = random_head(config(horizon), seed)
     truth, width = fold_head(head, steps), head.config.width
-    noise = torch.randn(batch, horizon, head.config.action_dim)
-    columns = 2 * sum(block.cross for block in truth.blocks) * width
-    exact = (noise, torch.randn(batch, features, columns), torch.randn(batch, width))
-    given = (noise.to(device), *(t.to(device, dtype) for t in exact[1:]))
+    exact = inputs(head.config, features, batch)
+    given = on_device(exact, device, dtype)
     entered = contenders(head, truth, exact, given, steps)
 
     eager, timer = entered["eager"], time_gpu if device.startswith("cuda") else time_cpu
     plain = ops.action_ode(eager.head, *given, backend="torch").cpu()
-    # twice as far from the truth as PyTorch in this dtype
-    allowed = max(2 * (plain - eager.want).abs().max().item(), 1e-5 * eager.want.abs().max().item())
+    allowed = tolerance(plain, eager.want)
     rows = failures.Rows(record, "action_ode", f"{tokens}")
-    on_kernel = {"stages": stages(eager.head, device, batch, features)}
+    schedule, gpu = schedule_of(head.config, steps, device=device, batch=batch, context=features), constants()
+    on_kernel = {"one_launch": [budget_head.facts(schedule)]}
     weights = width**2 * sum(2 + 8 if block.cross else 4 + 8 for block in truth.blocks)
     flops = 2 * steps * weights * batch * tokens
     first: float | None = None
@@ -184,6 +224,73 @@ def case(
         row = {**times, "bytes": read, "flops": flops, "gb_per_s": read / p50 / 1e6, "gflop_per_s": flops / p50 / 1e6}
         row["ratio"] = first / p50 if first else None
         rows.add(name, row | (on_kernel if "cuda" in name else {}))
+    table: dict[str, Any] = {"predicted": budget_head.table_of(schedule, gpu), "parts": None}
+    record.result.setdefault("heads", {})[f"{tokens}"] = table
+    if "cuda" in entered:
+        settings = {"device": device, "dtype": dtype, "samples": samples, "batch": batch}
+        table["parts"] = parts(head.config, features, steps, gpu, rows, **settings)
+
+
+def parts(
+    config: HeadConfig, context: int, steps: int, gpu: Gpu, rows: failures.Rows, **settings: Any
+) -> dict[str, Any]:
+    """`head_parts.measure` on this GPU. rows: of the request's case; what is wrong or failed has a row there, too.
+
+    settings: device, dtype, samples, batch.
+    """
+    record, place = rows.record, {name: settings[name] for name in ("device", "batch")}
+    ranks = schedule_of(config, steps, context=context, **place).ranks
+
+    def time(name: str, variant: head_parts.Variant) -> Mapping[str, Any]:
+        if record.remaining() == 0.0:  # the rows are whole without: no record is cut by what is left out here
+            return failures.NO_TIME
+        row = time_variant(variant, ranks, remaining=record.remaining(), **settings)
+        if "left_out" in row:
+            rows.add(f"cuda, {name}", row)
+        return row
+
+    return head_parts.measure(
+        config,
+        context,
+        steps,
+        plan=lambda v: schedule_of(v.config, v.steps, context=v.context, ranks=ranks, **place),
+        predict=lambda schedule: head_us(schedule, budget_head.costs_of(gpu))["total"],
+        time=time,
+    )
+
+
+class HeldRanks(OneLaunchHead):
+    """A head whose teams have so many blocks, whatever would be predicted to take least."""
+
+    ranks: int
+
+    def schedule(self, device: torch.device, batch: int, context: int, prefix: bool) -> Schedule:
+        shape = head_shape(self.config, batch=batch, context=context, prefix=prefix, steps=self.steps)
+        return plan(shape, device_of(device), ranks=self.ranks)
+
+
+def time_variant(
+    variant: head_parts.Variant,
+    ranks: int,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    samples: int,
+    batch: int,
+    remaining: float | None = None,
+    backend: str = "cuda",
+) -> dict[str, Any]:
+    """`timed` of the kernel's graph with a head and a request of this kind, held to the head in float32 on the CPU."""
+    head, steps = random_head(variant.config, 0), variant.steps
+    exact = inputs(head.config, variant.context, batch)
+    given = on_device(exact, device, dtype)
+    want = ops.action_ode(OneLaunchHead(fold_head(head, steps), head.config, steps), *exact, backend="torch")
+    small = HeldRanks(fold_head(head.to(device, dtype), steps), head.config, steps)
+    small.ranks = ranks
+    plain = ops.action_ode(small, *given, backend="torch").cpu()
+    kernel, cuda = partial(ops.action_ode, small, *given, backend=backend), device.startswith("cuda")
+    entry = Contender(graph_of(kernel) if cuda else kernel, small, want, dtype.itemsize)
+    return timed(entry, tolerance(plain, want), time_gpu if cuda else time_cpu, samples, remaining)
 
 
 def timed(
@@ -234,9 +341,10 @@ def main() -> int:
     except failures.GpuLost as lost:
         sys.stderr.write(f"{lost.args[0]}\n")
         failures.leave(failures.GPU_LOST)
-    rows = recording.result["rows"]
     print(op_report.show(recording.result))
-    print(*sorted({f"{row['case']} tokens: {row['stages']} stages" for row in rows if "stages" in row}), sep="\n")
+    for tokens, found in recording.result.get("heads", {}).items():
+        print(f"\n{tokens} tokens, {budget_head.show(found['predicted'])}")
+        print(*([] if found["parts"] is None else ["", head_parts.show(found["parts"])]), sep="\n")
     return 1 if op_report.bad(recording.result) else 0
 
 

@@ -1,4 +1,4 @@
-"""philox_normal: the latent noise of one GR1 request, every implementation against the reference.
+"""philox_normal: the noise of one GR1 request, every implementation against the reference.
 
 python -m dit4dit.benchmarks.ops.bench_philox_normal --device cuda --compile --json result.json
 """

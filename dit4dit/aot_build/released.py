@@ -61,6 +61,7 @@ def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
     Pictures come at the model's own size: their kernel is CUDA C++ and takes any.
     """
     engine = variant.engine()
+    kernel = engine.one_launch
     config, robot = engine.config, EMBODIMENTS[preset(variant.model).embodiment]
     size = (config.image_size[0], config.image_size[1])
     # with a state there is a token more; guidance changes one kernel, whatever the tokens
@@ -70,9 +71,12 @@ def record(variant: Variant, batches: tuple[int, ...] = BATCHES) -> list[Call]:
     for batch, (state, guidance) in product(batches, kinds):
         views, length = (size,) * len(robot.views), config.text.max_length
         shape = RequestShape(batch, views, None, robot.resize, state, length, guidance)
-        listed = calls(engine, shape, robot.action_dim)
-        for function, args in by_triton(listed, candidates=batch in CANDIDATE_BATCHES):
-            found.setdefault((function, tuple(map(_facts, args))), (function, args))
+        # where the head in one launch cannot run, or is not asked for, the state's token has the head's dtype, in any batch
+        first = state and batch == batches[0]
+        for engine.one_launch in (kernel, None) if kernel is not None and first else (kernel,):
+            listed = calls(engine, shape, robot.action_dim)
+            for function, args in by_triton(listed, candidates=batch in CANDIDATE_BATCHES):
+                found.setdefault((function, tuple(map(_facts, args))), (function, args))
     return list(found.values())
 
 

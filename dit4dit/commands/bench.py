@@ -151,8 +151,9 @@ def budget(
     """Every launch of one chunk on a GPU, counted and predicted, on any machine; no weights and no GPU are needed.
 
     Two totals: as a plan chooses there today, and as if each call had the implementation with the smallest prediction. Below them
-    the constants that are guesses, and the microseconds that hang on them. A stage beside another one costs what it takes longer,
-    as if each had the whole GPU; launches count kernels, copies and memsets.
+    the constants that are guesses, and the microseconds that hang on them; where the head runs in one launch, its own table: what
+    its parts and matrices are predicted to take. A stage beside another one costs what it takes longer, as if each had the whole
+    GPU; launches count kernels, copies and memsets.
 
     Args:
         preset: libero, robocasa_gr1, unitree_g1, mid, tiny or tabletop.

@@ -94,28 +94,35 @@ class Residual:
     bias1: Tensor | None
     gamma2: Tensor
     conv2: Convolution
-    shortcut: Convolution | None
+    shortcut: Convolution | Matrix | None
+    """A matrix where biases are left: for one pixel's channels a library's convolution clears memory in a launch of its own."""
     bias2: Tensor | None
     """Of conv2, and of the shortcut where there is one."""
 
     @classmethod
     def of(cls, block: ResidualBlock, *, apart: bool) -> Residual:
         conv1, conv2 = Convolution.of(block.conv1), Convolution.of(block.conv2)
-        shortcut = Convolution.of(block.conv_shortcut) if isinstance(block.conv_shortcut, nn.Conv2d) else None
+        shortcut: Convolution | Matrix | None = None
         bias1 = bias2 = None
         if apart:
             (conv1, bias1), (conv2, bias2) = conv1.apart(), conv2.apart()
-            if shortcut is not None:
-                shortcut, bias = shortcut.apart()
+        if isinstance(block.conv_shortcut, nn.Conv2d):
+            shortcut = Convolution.of(block.conv_shortcut)
+            if apart:
+                rest, bias = shortcut.apart()
                 assert bias2 is not None
                 assert bias is not None
-                bias2 = (bias2.double() + bias.double()).to(bias2.dtype)
+                shortcut, bias2 = rest.matrix, (bias2.double() + bias.double()).to(bias2.dtype)
         return cls(_gamma(block.norm1), conv1, bias1, _gamma(block.norm2), conv2, shortcut, bias2)
 
     def __call__(self, given: Pending) -> Pending:
         h, x = given.norm_and_sum(self.gamma1)
         h = Pending(self.conv1(h), self.bias1).norm(self.gamma2)
-        return Pending(self.conv2(h), self.bias2, x if self.shortcut is None else self.shortcut(x))
+        if isinstance(self.shortcut, Matrix):
+            x = _image(self.shortcut(_pixels(x)))
+        elif self.shortcut is not None:
+            x = self.shortcut(x)
+        return Pending(self.conv2(h), self.bias2, x)
 
 
 @dataclass(frozen=True)
@@ -142,22 +149,21 @@ class SelfAttention:
 
     gamma: Tensor
     qkv: Matrix
-    out: Matrix
+    """Its values are those of the model behind the model's last product: of one head the two matrices are one."""
     bias: Tensor | None
+    """Of the model's last product, where it is left to what comes behind."""
 
     @classmethod
     def of(cls, block: AttentionBlock, *, apart: bool) -> SelfAttention:
-        out = Convolution.of(block.proj)
-        rest, bias = out.apart() if apart else (out, None)
-        # the bias of q, k and v stays: a library adds that of a product in the product's kernel
-        return cls(_gamma(block.norm), Convolution.of(block.to_qkv).matrix, rest.matrix, bias)
+        last = Convolution.of(block.proj).matrix
+        qkv = _with_values(Convolution.of(block.to_qkv).matrix, last, with_bias=not apart)
+        return cls(_gamma(block.norm), qkv, last.bias if apart else None)
 
     def __call__(self, given: Pending) -> Pending:
         h, x = given.norm_and_sum(self.gamma, silu=False)
-        pixels = h.permute(0, 2, 3, 1)
-        a = ops.self_attention(self.qkv(pixels.flatten(1, 2)), None, None, None, 1, 0.0)
-        y = self.out(a).view(pixels.shape).permute(0, 3, 1, 2)
-        return Pending(y, self.bias, x)
+        pixels = _pixels(h)
+        y = ops.self_attention(self.qkv(pixels.flatten(1, 2)), None, None, None, 1, 0.0)
+        return Pending(_image(y.view(pixels.shape)), self.bias, x)
 
 
 Layer = Residual | Half | SelfAttention
@@ -168,6 +174,7 @@ class Encoder:
 
     Attributes:
         channels: of the frame as its first convolution takes it without a copy; those beyond the third are zeros.
+        bias: [2z], what the moments of `__call__` still lack, or None.
         layers: between the first convolution and the last norm.
     """
 
@@ -185,10 +192,12 @@ class Encoder:
         modules: Sequence[nn.Module] = (*source.down_blocks, mid.resnets[0], mid.attentions[0], mid.resnets[1])
         self.layers = tuple(_layer(module, apart) for module in modules)
         self._gamma = _gamma(source.norm_out)
-        self._last = _product(source.quant_conv, source.conv_out)
+        last = _product(source.quant_conv, source.conv_out)
+        self._last, self.bias = last.apart() if apart else (last, None)
 
     def __call__(self, frame: Tensor) -> Tensor:
-        """frame [B, 3 or `channels`, H, W] in [-1, 1] -> moments [B, 2z, H/8, W/8]: the mean, and the logarithm of the variance.
+        """frame [B, 3 or `channels`, H, W] in [-1, 1] -> moments [B, 2z, H/8, W/8], but for `bias`: the mean, and the
+        logarithm of the variance.
 
         Computed in the weights' dtype, which the moments have; they are channels last in memory.
         """
@@ -215,8 +224,35 @@ def _layer(module: nn.Module, apart: bool) -> Layer:
     return SelfAttention.of(module, apart=apart)
 
 
+def _pixels(image: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H, W, C], a view."""
+    return image.permute(0, 2, 3, 1)
+
+
+def _image(pixels: Tensor) -> Tensor:
+    """The inverse of `_pixels`."""
+    return pixels.permute(0, 3, 1, 2)
+
+
 def _gamma(norm: ChannelRmsNorm) -> Tensor:
     return norm.gamma.detach()
+
+
+def _with_values(qkv: Matrix, last: Matrix, *, with_bias: bool) -> Matrix:
+    """q | k | v of one head with last(v) for v, formed in float64, rounded once. A weighted mean of it is last(mean of v).
+
+    with_bias: whether last's bias is among it, as it is in each of what the mean is taken of; else it is left out.
+    """
+    assert qkv.bias is not None
+    assert last.bias is not None
+    q, k, v = qkv.weight.chunk(3)
+    map_ = last.weight.double()
+    bias = map_ @ qkv.bias.chunk(3)[2].double()
+    if with_bias:
+        bias += last.bias.double()
+    values = Matrix((map_ @ v.double()).to(v.dtype), bias.to(v.dtype))
+    assert values.bias is not None
+    return Matrix(torch.cat([q, k, values.weight]), torch.cat([*qkv.bias.chunk(3)[:2], values.bias]))
 
 
 def _product(after: nn.Conv2d, before: nn.Conv2d) -> Convolution:

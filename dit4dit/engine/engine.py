@@ -22,13 +22,14 @@ from dit4dit.engine.action_ode.program import HeadChoice, OneLaunchHead, choose_
 from dit4dit.engine.branch import beside
 from dit4dit.engine.calibration import Calibration
 from dit4dit.engine.encoder import fold_encoder
-from dit4dit.engine.first_block import FirstBlock, patch_rows
+from dit4dit.engine.first_block import FirstBlock
 from dit4dit.engine.fold import BackboneBlock, Embedding, Head, fold_backbone, fold_embedding, fold_head
 from dit4dit.engine.fp8 import Quantization, check_options, quantize_blocks
 from dit4dit.engine.graph_pool import GraphPool
 from dit4dit.engine.packs import PromptPack, make_pack, stack
 from dit4dit.engine.slots import Slots
 from dit4dit.errors import BackendError, ConfigError, InputError, shown
+from dit4dit.model import video_dit
 from dit4dit.model.dit4dit import DiT4DiT
 from dit4dit.model.flow import GuidanceTensors
 from dit4dit.model.video_dit import rotary_table
@@ -231,6 +232,8 @@ class Engine:
         with ops.use_backend("torch"):
             folded = {"features": self.backbone(latents, stack([self.pack(embeds)]))}
             folded["moments"] = self.moments(frame).float()
+            if self.encoder.bias is not None:
+                folded["moments"] += self.encoder.bias.float()[:, None, None]
         assert model.head is not None
         noise = normal(1, head.action_horizon, head.action_dim)
         dtype = model.head.dtype
@@ -287,10 +290,10 @@ class Engine:
         latent: Tensor,
         draw: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Backbone features, float32 [B, S, D]; the pack is a batch's (`stack`).
+        """Backbone features in the head's dtype, [B, S, D]; the pack is a batch's (`stack`).
 
-        draw: what fills `posterior`, `latent` and other noise in place, before any of it is read. On a GPU it runs beside the
-            VAE, as does all that needs the noise alone.
+        draw: what fills `posterior`, `latent` and other noise in place, before any of it is read, and what else needs no image.
+            On a GPU it runs beside the VAE, as does all that needs the noise alone.
         """
 
         def noisy() -> None:
@@ -308,7 +311,10 @@ class Engine:
         return self.from_moments(first, moments, pack, posterior)
 
     def moments(self, frame: Tensor) -> Tensor:
-        """The joined views [B, 3, H, W] in [-1, 1] -> the VAE's posterior, `ops.posterior_patches`' moments [B, 2 z, h, w]."""
+        """The joined views [B, 3, H, W] in [-1, 1] -> the VAE's posterior, `ops.posterior_patches`' moments [B, 2 z, h, w].
+
+        What they lack is `Encoder.bias`.
+        """
         return self.encoder(frame)
 
     def condition(self, frame: Tensor, posterior: Tensor) -> Tensor:
@@ -318,7 +324,7 @@ class Engine:
 
     def _sample(self, moments: Tensor, posterior: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
         noise = None if self.posterior == "mean" else posterior
-        return ops.posterior_patches(moments, noise, *self.latent_scale, patch, dtype)
+        return ops.posterior_patches(moments, self.encoder.bias, noise, *self.latent_scale, patch, dtype)
 
     def first_block(self, latent: Tensor) -> FirstBlock:
         """Buffers for block 0's input, for latents [B, z, T, h, w]. InputError: they are not as many frames as the model's."""
@@ -334,22 +340,24 @@ class Engine:
     def add_noise(self, first: FirstBlock, latent: Tensor) -> None:
         """The part of all frames of the latents [B, z, T, h, w] but the conditioning one."""
         if latent.shape[2] > 1:
-            first.add_noise(patch_rows(latent[:, :, 1:], self.config.dit.patch, self.model.dtype))
+            first.add_noise(video_dit.patches(latent[:, :, 1:], self.config.dit.patch))
 
     def from_moments(self, first: FirstBlock, moments: Tensor, pack: PromptPack, posterior: Tensor) -> Tensor:
         """Features as of `features`, from block 0's input with the noise in it (`add_noise`) and the VAE's posterior."""
         with ops.stage("latents"), programmatic.plainly():  # the first kernel behind the join
-            rows = self._sample(moments, posterior, self.config.dit.patch, self.model.dtype)
+            tokens = self._sample(moments, posterior, self.config.dit.patch, self.model.dtype)
         with ops.stage("backbone"):
-            first.add_condition(rows)
+            patch = self.config.dit.patch
+            rows, columns = posterior.shape[3] // patch, posterior.shape[4] // patch
+            first.add_condition(tokens.view(len(tokens), 1, rows, columns, -1, patch, patch))
             return self._blocks(first, pack, self._rotary_for(posterior))
 
     @torch.no_grad()
     def backbone(self, latents: Tensor, pack: PromptPack) -> Tensor:
-        """Latents [B, z, T, h, w], frame 0 conditioning, and a batch's pack -> features, float32 [B, S, D]."""
+        """Latents [B, z, T, h, w], frame 0 conditioning, and a batch's pack -> features in the head's dtype, [B, S, D]."""
         first = self.first_block(latents)
         self.add_noise(first, latents)
-        first.add_condition(patch_rows(latents[:, :, :1], self.config.dit.patch, self.model.dtype)[:, 0])
+        first.add_condition(video_dit.patches(latents[:, :, :1].to(self.model.dtype), self.config.dit.patch))
         return self._blocks(first, pack, self._rotary_for(latents))
 
     def _blocks(self, first: FirstBlock, pack: PromptPack, rotary: Tensor) -> Tensor:
@@ -371,8 +379,12 @@ class Engine:
             branch, gate, norm = block.cross_out(a).view_as(x), norm.gate, block.mlp_norm
             x, h = ops.adaln(x, branch, gate, norm.shift, norm.scale, 1e-6, dtype)
             branch, gate = block.mlp_out(block.mlp_in.gelu(h)), norm.gate
-        x, _ = ops.adaln(x, branch, gate, None, None, 1e-6, dtype)
-        return x.flatten(1, 2)
+        assert branch is not None
+        assert gate is not None
+        features = torch.empty(x.shape, dtype=self.head.context.weight.dtype, device=x.device)
+        # the sum alone, in float32 whatever its parts are, and rounded once
+        torch.addcmul(x, gate[:, None], branch, out=features)
+        return features.flatten(1, 2)
 
     def _rotary_for(self, latents: Tensor) -> Tensor:
         patch = self.config.dit.patch
@@ -382,17 +394,33 @@ class Engine:
     def actions(
         self, features: Tensor, state: Tensor | None, noise: Tensor, guidance: GuidanceTensors | None = None
     ) -> Tensor:
-        """Features [B, S, D] and noise [B, K, A] -> normalised actions, float32 [B, K, A].
+        """Features [B, S, D], state and noise [B, K, A] -> normalised actions, float32 [B, K, A].
 
+        state: as in `sample`.
         guidance: keep to the left-over of the chunk before; weights [K] or [B, K]. BackendError: weights for each sample of a
         batch with head="one_launch", whose kernel has one row of them.
         """
-        head, model = self.head, self.model.head
-        assert model is not None
-        dtype = head.decode_out.weight.dtype
-        context = head.context(features.to(dtype))
-        encoder = model.state_encoder
-        prefix = None if encoder is None or state is None else encoder(state.to(dtype))[:, 0]
+        return self.actions_behind(features, self.token(state), noise, guidance)
+
+    @torch.no_grad()
+    def token(self, state: Tensor | None) -> Tensor | None:
+        """The state token [B, W] of a state [B, 1, state_dim]; None without one."""
+        assert self.model.head is not None
+        encoder = self.model.head.state_encoder
+        if encoder is None or state is None:
+            return None
+        first, last = encoder.layer1, encoder.layer2
+        # the head in one launch reads it in float32, whatever its values were rounded to
+        dtype = last.weight.dtype if self.one_launch is None else torch.float32
+        return ops.state_token(state[:, 0], first.weight, first.bias, last.weight, last.bias, dtype)
+
+    @torch.no_grad()
+    def actions_behind(
+        self, features: Tensor, prefix: Tensor | None, noise: Tensor, guidance: GuidanceTensors | None = None
+    ) -> Tensor:
+        """`actions` with the state's token in the place of the state."""
+        head = self.head
+        context = head.context(features.to(head.decode_out.weight.dtype))
         if self.one_launch is not None:
             return self._one_launch(self.one_launch, noise, context, prefix, guidance)
         return loop(head, noise, context, prefix, guidance)

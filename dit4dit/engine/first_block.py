@@ -11,15 +11,6 @@ from torch import Tensor
 
 from dit4dit import ops
 from dit4dit.engine.fold import BackboneBlock, Embedding
-from dit4dit.model import video_dit
-
-
-def patch_rows(latents: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """Latents [B, z, T, h, w] -> rows of the patch embedding [B, T, N, z * patch^2] in `dtype`, by one copy."""
-    view = video_dit.patches(latents, patch)
-    batch, frames, rows, columns, *token = view.shape
-    out = torch.empty(view.shape, dtype=dtype, device=view.device).copy_(view)
-    return out.view(batch, frames, rows * columns, token[0] * token[1] * token[2])
 
 
 class FirstBlock:
@@ -47,33 +38,32 @@ class FirstBlock:
             self.x = torch.empty(batch, frames, tokens, width, dtype=torch.float32, device=device)
             self.qkv = torch.empty(batch, frames * tokens, block.qkv.weight.shape[0], dtype=dtype, device=device)
 
-    def add_noise(self, rows: Tensor) -> None:
-        """Rows of the patch embedding of all latent frames but the first, [B, T - 1, N, z * patch^2] in the model's dtype."""
+    def add_noise(self, patches: Tensor) -> None:
+        """Patches of all latent frames but the first, [B, T - 1, r, c, z, p, p] (`video_dit.patches`)."""
         if self._apart:
-            self._put(1, rows)
+            self._put(1, patches)
         else:
-            self._noise = rows
+            self._noise = patches
 
-    def add_condition(self, rows: Tensor) -> None:
-        """Those of the conditioning frame [B, N, z * patch^2]."""
-        frame = rows[:, None]
+    def add_condition(self, patches: Tensor) -> None:
+        """Those of the conditioning frame [B, 1, r, c, z, p, p]."""
         if self._apart:
-            self._put(0, frame)
+            self._put(0, patches)
         else:
-            every = frame if self._noise is None else torch.cat([frame, self._noise], dim=1)
+            every = patches if self._noise is None else torch.cat([patches, self._noise.to(patches.dtype)], dim=1)
             self.x, self.qkv = self._part(0, every)
 
-    def _put(self, first: int, rows: Tensor) -> None:
+    def _put(self, first: int, patches: Tensor) -> None:
         """Write the part of latent frames `first` and after to where it belongs."""
-        _, frames, tokens, _ = rows.shape
+        frames, tokens = patches.shape[1], patches.shape[2] * patches.shape[3]
         here = slice(first * tokens, (first + frames) * tokens)
-        self._part(first, rows, self.x[:, first : first + frames], self.qkv[:, here])
+        self._part(first, patches, self.x[:, first : first + frames], self.qkv[:, here])
 
     def _part(
-        self, first: int, rows: Tensor, x: Tensor | None = None, qkv: Tensor | None = None
+        self, first: int, patches: Tensor, x: Tensor | None = None, qkv: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x and qkv of latent frames `first` and after, in the tensors that are given."""
-        here, norm = slice(first, first + rows.shape[1]), self._block.self_norm
-        y = self._embedding.matrix(rows)
-        x, h = ops.adaln(self._begin[:, here], y, None, norm.shift[here], norm.scale[here], 1e-6, y.dtype, out=x)
+        here, norm = slice(first, first + patches.shape[1]), self._block.self_norm
+        weight = self._embedding.matrix.weight
+        x, h = ops.patch_tokens(patches, weight, self._begin[:, here], norm.shift[here], norm.scale[here], 1e-6, out=x)
         return x, self._block.qkv(h.flatten(1, 2), out=qkv)

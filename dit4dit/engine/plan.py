@@ -163,8 +163,9 @@ class Plan:
         """Draw the noise of all requests but those that have brought theirs; nothing on a CPU, where NumPy has drawn it."""
         if not self.engine.branches:
             return
-        for name, stream in STREAMS.items():
-            ops.philox_normal(self.inputs.device["requests"], stream, self.draws[name], out=self.noise.device[name])
+        draws = tuple((stream, self.draws[name]) for name, stream in STREAMS.items())
+        places = tuple(self.noise.device[name] for name in STREAMS)
+        ops.philox_normal(self.inputs.device["requests"], draws, out=places)
 
     def _compute(self) -> None:
         given, noise = self.inputs.device, self.noise.device
@@ -177,15 +178,23 @@ class Plan:
                 self._pack.keys.dtype,
                 channels=self.engine.encoder.channels,
             )
-        features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"], self.draw_noise)
+        tokens: list[Tensor | None] = []
+
+        def early() -> None:
+            self.draw_noise()
+            tokens.append(self.engine.token(given.get("state")))
+
+        features = self.engine.features(frame, self._pack, noise["posterior"], noise["latent"], early)
         most = self.shape.max_guidance
         guidance = None if most is None else GuidanceTensors(given["previous"], given["weights"], most)
         with ops.stage("action_head"):
-            normalized = self.engine.actions(features, given.get("state"), noise["action"], guidance)
+            normalized = self.engine.actions_behind(features, tokens[0], noise["action"], guidance)
         with ops.stage("outputs"):
-            self.outputs.device["normalized"].copy_(normalized)
-            if self._table is not None:
-                ops.unnormalize(normalized, self._table, out=self.outputs.device["actions"])
+            places = self.outputs.device
+            if self._table is None:
+                places["normalized"].copy_(normalized)
+            else:
+                ops.unnormalize(normalized, self._table, out=places["actions"], copy=places["normalized"])
 
     def compute(self) -> None:
         """All that the device does for one pass, on whatever the buffers hold."""

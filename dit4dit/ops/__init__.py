@@ -18,10 +18,12 @@ from dit4dit.ops.stages import stage
 # in the order of the data's way through the model, which `names` keeps
 from dit4dit.ops.preprocess import preprocess
 from dit4dit.ops.philox_normal import philox_normal
+from dit4dit.ops.state_token import state_token
 from dit4dit.ops.conv2d import conv2d
 from dit4dit.ops.rms_norm_silu import rms_norm_silu
 from dit4dit.ops.add_pad import add_pad
 from dit4dit.ops.posterior_patches import posterior_patches
+from dit4dit.ops.patch_tokens import patch_tokens
 from dit4dit.ops.adaln import adaln
 from dit4dit.ops.qk_norm_rope import qk_norm_rope
 from dit4dit.ops.self_attention import self_attention
@@ -54,6 +56,7 @@ __all__ = [
     "listing",
     "names",
     "norm_linear",
+    "patch_tokens",
     "philox_normal",
     "posterior_patches",
     "preprocess",
@@ -62,6 +65,7 @@ __all__ = [
     "rms_norm_silu",
     "self_attention",
     "stage",
+    "state_token",
     "trace",
     "unnormalize",
     "use_backend",

@@ -2,8 +2,11 @@
 
 `loop` is the head of an engine; by the ops' references it is this op's reference. The CUDA kernel (kernels/action_ode.cu) runs a
 schedule of `dit4dit.engine.action_ode`; on a CPU it runs by emulation (tests/cuda_emulation). It is chosen by itself only where
-a verdict names it: on an H200 it is right, and takes 4.5 ms where a graph of PyTorch's kernels takes 3.6, and `loop` with library
-and Triton kernels 2.4 (benchmarks/results/nvidia-h200.json).
+a verdict names it, and has not been timed on a GPU yet.
+
+The kernel's launch is cooperative: it begins when all SMs that it needs are free at once. A plan's stream has a high priority, so
+that kernels of other streams that have not begun wait behind it, such as the text encoder's in `Policy.prepare`; call the op in
+such a stream where other work shares the GPU (`torch.cuda.Stream(priority=-1)`).
 """
 
 from __future__ import annotations
@@ -115,6 +118,7 @@ def loop(
     """
     x, dtype, steps = noise.float(), context.dtype, len(head.out_norms)
     crossing = sum(block.cross for block in head.blocks)
+    prefix = None if prefix is None else prefix.to(dtype)
     context = context.unflatten(-1, (2 * crossing, head.heads, -1)).permute(2, 0, 3, 1, 4)
     for step in range(steps):
         v = velocity(head, x.to(dtype), step, context, prefix).float()
@@ -130,14 +134,13 @@ def loop(
 def velocity(head: FoldedHead, actions: Tensor, step: int, context: Tensor, prefix: Tensor | None) -> Tensor:
     """Noisy actions [B, K, A] at Euler step `step` -> velocity [B, K, A], all in the head's dtype.
 
-    context: k and v of each cross-attending block [2 * blocks, B, heads, S, d]. prefix: state token [B, W] or None.
+    context: k and v of each cross-attending block [2 * blocks, B, heads, S, d]. prefix: state token [B, W] likewise, or None.
     """
-    dtype = actions.dtype
     tokens = head.encode_out(F.silu(head.encode(actions) + head.time_bias[step]))
     if head.position is not None:
         tokens = tokens + head.position
     # the residual stream is float32 whatever the weights are
-    x = (tokens if prefix is None else torch.cat([prefix[:, None].to(dtype), tokens], dim=1))[:, None].float()
+    x = (tokens if prefix is None else torch.cat([prefix[:, None], tokens], dim=1))[:, None].float()
     branch: Tensor | None = None
     cross = 0
     for block in head.blocks:

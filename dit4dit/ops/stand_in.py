@@ -19,12 +19,15 @@ class StandIn:
     Attributes:
         architecture: "90" for compute capability 9.0.
         multiprocessors, shared_memory: how many there are, and bytes of shared memory that one block may have.
+        clusters: how many clusters of 2, 4 and 8 blocks can be resident at once, a block an SM (measured on an H100); they count
+            from architecture 90 on.
         record: is given the kernels of ours in the place of their launches.
     """
 
     architecture: str = "90"
     multiprocessors: int = 132
     shared_memory: int = 227 << 10
+    clusters: tuple[int, ...] = (66, 30, 15)
     record: Callable[[Sequence[Launch]], None] | None = None
 
     @property

@@ -16,22 +16,30 @@ from dit4dit.ops.dispatch import Implementation, Op
 _Args = tuple[Tensor, Tensor]
 
 
-def reference(actions: Tensor, table: Tensor) -> Tensor:
-    """The definition: see `unnormalize` for the arguments and the result."""
+def reference(actions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition: see `unnormalize` for the arguments and the results."""
     at, low, high, scale, offset = table
     y = actions[..., : table.shape[1]].double()
     y = torch.where(at.isnan(), y, (y >= at).double())
     y = torch.minimum(torch.maximum(y, low), high)
-    return (y * scale + offset).float()
+    return (y * scale + offset).float(), actions
 
 
-def unnormalize(actions: Tensor, table: Tensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """Normalised actions float32 [B, K, A_model] -> robot units float32 [B, K, A].
+def unnormalize(
+    actions: Tensor,
+    table: Tensor,
+    *,
+    out: Tensor | None = None,
+    copy: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalised actions float32 [B, K, A_model] -> robot units float32 [B, K, A], and the actions as they are.
 
     table: float64 [5, A], rows threshold, low, high, scale, offset (`dit4dit.robots.transforms.inverse_table`). Where the
         threshold is a number the value first becomes 0 (below it) or 1; NaN means no threshold. Then
         clip(value, low, high) * scale + offset in float64. A is at most A_model, the rest of which is padding.
-    out: float32 [B, K, A] to write the result to; None: to a new tensor.
+    out: float32 [B, K, A] to write the units to; None: to a new tensor.
+    copy: like actions, where these are copied to; None: they are returned themselves, or a copy of them.
     backend: "triton" or "torch"; None chooses.
 
     InputError: arguments that do not fit; BackendError: a backend that cannot run them.
@@ -44,23 +52,34 @@ def unnormalize(actions: Tensor, table: Tensor, *, out: Tensor | None = None, ba
     if table.shape[1] > actions.shape[2]:
         raise InputError(f"unnormalize: table: expected at most {actions.shape[2]} dimensions, got {table.shape[1]}")
     wanted = (*actions.shape[:2], table.shape[1])
-    if out is not None and (out.shape != wanted or out.dtype != torch.float32 or out.device != actions.device):
-        got = f"{out.dtype} {list(out.shape)} on {out.device}"
-        raise InputError(f"unnormalize: out: expected float32 {list(wanted)} on {actions.device}, got {got}")
-    result: Tensor = _op(actions, table, backend=backend, out=out)
+    for name, place, shape in (("out", out, wanted), ("copy", copy, tuple(actions.shape))):
+        if place is not None and (
+            place.shape != shape or place.dtype != torch.float32 or place.device != actions.device
+        ):
+            got = f"{place.dtype} {list(place.shape)} on {place.device}"
+            raise InputError(f"unnormalize: {name}: expected float32 {list(shape)} on {actions.device}, got {got}")
+    places = None if out is None and copy is None else (out, copy)
+    result: tuple[Tensor, Tensor] = _op(actions, table, backend=backend, out=places)
     return result
 
 
-def launches(args: _Args, architecture: str, out: Tensor | None = None) -> tuple[list[Launch], Tensor]:
-    """The kernels to run, and the tensor they will have written. Tensors may be on the meta device."""
+def launches(
+    args: _Args, architecture: str, out: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The kernels to run, and the tensors they will have written. Tensors may be on the meta device."""
     actions, table = args
     batch, horizon, width = actions.shape
     size = table.shape[1]
-    if out is None:
-        out = torch.empty(batch, horizon, size, dtype=torch.float32, device=actions.device)
+    units, copy = out
+    if units is None:
+        units = torch.empty(batch, horizon, size, dtype=torch.float32, device=actions.device)
+    if copy is None:  # made here: a kernel without one would be another that has to be compiled ahead of time
+        copy = torch.empty_like(actions)
     tile = tiles.lookup("unnormalize", architecture)
-    arguments: dict[str, Any] = dict(actions=actions, table=table, out=out, count=out.numel(), width=width, size=size)
-    return [Launch("unnormalize", (launch.blocks(out.numel(), tile["BLOCK"]),), arguments, {}, tile)], out
+    arguments: dict[str, Any] = dict(actions=actions, table=table, out=units, copy=copy)
+    arguments |= dict(count=actions.numel(), width=width, size=size)
+    step = Launch("unnormalize", (launch.blocks(actions.numel(), tile["BLOCK"]),), arguments, {}, tile)
+    return [step], (units, copy)
 
 
 def _refuse(actions: Tensor, table: Tensor) -> str | None:

@@ -52,7 +52,7 @@ def samples(chip: int) -> list[Launch]:
         ("adaln", (x, empty(1, 1, 9, 64), None, empty(1, 64, dtype=f32), empty(1, 64, dtype=f32), 1e-6, bf16)),
         ("cross_attention", (empty(1, 9, 128), k, k, None, 2, 1e-5)),
         ("linear_gelu", (empty(1, 588, 2048), empty(8192, 2048), None, "none")),
-        ("philox_normal", (empty(2, 3, dtype=torch.int64), 3, (16, 2, 4))),
+        ("philox_normal", (empty(2, 3, dtype=torch.int64), ((3, (16, 2, 4)), (0, (7,))))),
         ("unnormalize", (empty(1, 8, 7, dtype=f32), empty(5, 7, dtype=torch.float64))),
     ]
     return [

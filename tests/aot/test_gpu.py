@@ -29,7 +29,7 @@ def calls(device: str) -> list[tuple[str, tuple[Any, ...]]]:
         ("self_attention", (normal(1, 588, 3 * 2048), norm, norm, normal(2, 588, 128, dtype=f32), 16, 1e-5)),
         ("cross_attention", (normal(1, 9, 128), k, k, None, 2, 1e-5)),
         ("linear_gelu", (y, normal(8192, 2048), None, "none")),
-        ("philox_normal", (torch.tensor([[3, 1, 0], [4, 1, 0]], device=device), 2, (16, 3, 28, 28))),
+        ("philox_normal", (torch.tensor([[3, 1, 0], [4, 1, 0]], device=device), ((2, (16, 3, 28, 28)), (1, (16, 29))))),
     ]
 
 

@@ -53,6 +53,14 @@ def test_chunks_with_guidance_are_among_them():
     assert {step.arguments["previous"] is None for step in steps} == {True, False}
 
 
+def test_the_state_token_is_compiled_for_both_heads():
+    """The head in one launch reads it in float32, the loop of library calls in the head's dtype."""
+    for head_dtype in (torch.bfloat16, torch.float32):
+        calls = released.record(released.Variant("tiny", head_dtype), batches=(1,))
+        steps = [step for step in released.launches(calls, 90) if step.kernel == "state_token"]
+        assert {step.arguments["out"].dtype for step in steps} == {head_dtype, torch.float32}
+
+
 def test_fp8_where_the_chip_has_it():
     calls = released.record(released.Variant("tiny", fp8=True), batches=(1,))
     for chip in released.CAPABILITIES:

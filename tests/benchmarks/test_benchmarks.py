@@ -66,10 +66,12 @@ def test_every_op_is_timed_and_the_numbers_are_written(tmp_path: Path, capsys) -
         "linear_gelu",
         "linear_fp8",
         "norm_linear",
+        "patch_tokens",
+        "state_token",
         "action_ode",
     }
     wanted = {("preprocess", "cpp"), ("linear", "onednn"), ("linear_gelu", "onednn"), ("action_ode", "loop")}
-    wanted |= {("norm_linear", "parts")}
+    wanted |= {("norm_linear", "parts"), ("patch_tokens", "parts")}
     assert {(r["op"], r["implementation"]) for r in timed} >= wanted
     shown = capsys.readouterr().out
     assert "GFLOP/s" in shown
@@ -235,6 +237,7 @@ op, file, seconds = sys.argv[1:]
 row = {{"op": op, "case": "first", "implementation": "eager", "left_out": seconds}}
 here = {{"gpu": None, "cpu": "x", "torch": "y", "torch_threads": 1}}
 data = {{"machine": here, "dtype": "float32", "device": "cpu", "rows": [row]}}
+data |= {{"heads": {{"17": 5}}}} if op == "a" else {{}}
 data["cut"] = None if op == "a" else {{"by": "killed", "during": "ops", "left": [op + " second", op + " third"]}}
 pathlib.Path(file).write_text(json.dumps(data))
 {end}
@@ -270,6 +273,7 @@ def test_a_process_that_dies_or_hangs_costs_one_op(
     ]
     assert data["rows"][2]["left_out"] == f"its process was ended by {how}; not measured: b second, b third"
     assert data["machine"]["cpu"] == "x"
+    assert data["heads"] == {"17": 5}
     shares = [float(row["left_out"]) for row in data["rows"] if row["implementation"] == "eager"]
     assert shares[0] == pytest.approx(2, abs=0.1)
     assert f"b: its process was ended by {how}" in capsys.readouterr().err

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from dit4dit.benchmarks import budget, budget_gpu, budget_report, flops, tuning_calls
+from dit4dit.benchmarks import budget, budget_gpu, budget_head, budget_report, flops, tuning_calls
 
 from dit4dit import ops
 from dit4dit.engine import plan as plans
-from dit4dit.engine.action_ode.plan import Device, head_shape, plan
+from dit4dit.engine.action_ode import Device, head_shape, plan
+from dit4dit.engine.action_ode.cost import head_us
 from dit4dit.ops import dispatch, stand_in, tiles
 from dit4dit.presets import preset
 
@@ -74,7 +75,8 @@ def is_one(row: Row, *, n: int = 0, k: int = 0, m: int = 0) -> bool:
 # (stage, words of a profile's kernels, of which each has one, launches of the budget): what a step still launches as it did when
 # the results were measured; the VAE's norms have added biases and residuals since
 LINES: list[tuple[str, tuple[str, ...], Callable[[Row], bool]]] = [
-    # of one pixel a product is a product of matrices now
+    # of one pixel a product is a product of matrices now, and attention's last one is in its values; two norms of the
+    # backbone are part of what makes its tokens
     ("vae", ("implicit_gemm", "cutlass__5x_cudnn", "nvjet"), lambda r: r["kind"] in ("convolution", "product")),
     ("vae", ("fmha",), lambda r: r["kind"] == "attention"),
     ("backbone", ("64x152",), lambda r: is_one(r, n=2048)),
@@ -111,7 +113,7 @@ def test_main_lines_of_a_profile_are_within_a_quarter(gpu: str) -> None:
         if not theirs:
             continue
         us, count = (sum(k[key] for k in theirs) for key in ("us", "count"))
-        assert abs(len(mine) - count) <= 1, (stage, words)
+        assert abs(len(mine) - count) <= 2, (stage, words)
         assert sum(r["us"] for r in mine) == pytest.approx(us, rel=0.25), (stage, words)
         seen += us
     assert seen > 0.9 * profile["total_us"], "what is compared is nearly all of the profile"
@@ -127,7 +129,8 @@ def test_stages_are_within_a_tenth_and_their_launches_counted(gpu: str) -> None:
     assert stages["backbone"]["us"] + stages["noise"]["us"] == pytest.approx(profile["replay_us"]["backbone"], rel=0.1)
     assert stages["action_head"]["us"] == pytest.approx(profile["replay_us"]["action_head"], rel=0.1)
     launches = profile["stage_us"]["action_head"]["launches"]
-    assert abs(stages["action_head"]["launches"] - launches) <= 2
+    # three were the state's token, which is one and beside the VAE now
+    assert abs(stages["action_head"]["launches"] + 3 - launches) <= 2
     assert stages["vae"]["us"] < 0.8 * profile["replay_us"]["vae"], "it has half the launches that were measured"
     assert stages["vae"]["launches"] <= 60 < profile["stage_us"]["vae"]["launches"] / 1.9
 
@@ -141,11 +144,13 @@ def test_the_bfloat16_head_and_the_whole_chunk(gpu: str, head: str) -> None:
     triton_gelu = gpu == "h200" and head == "one_launch"  # the part ran before the default changed
     stages = budget.stages_of(predicted(head, BF16, gpu, triton_gelu))
     times = {stage: 1e3 * ms for stage, ms in latency["stages"]["engine"].items()}
-    for stage in ("backbone", "action_head"):
+    # the VAE has half of its launches since, and the head in one launch was another kernel
+    other = ("vae",) if head == "library" else ("vae", "action_head")
+    for stage in {"backbone", "action_head"} - set(other):
         assert stages[stage]["us"] == pytest.approx(times[stage], rel=0.12), stage
-    # the VAE has half of its launches since
     total, p50 = budget.total_of(stages)["us"], 1e3 * latency["engine"]["p50"]
-    assert total - stages["vae"]["us"] == pytest.approx(p50 - times["vae"], rel=0.1)
+    rest = p50 - sum(times[stage] for stage in other)
+    assert total - sum(stages[stage]["us"] for stage in other) == pytest.approx(rest, rel=0.1)
 
 
 @pytest.mark.slow
@@ -158,24 +163,37 @@ def test_libero_has_the_rates_that_robocasa_gave() -> None:
 @pytest.mark.slow
 def test_flops_are_those_of_the_executed_schedule() -> None:
     counted = flops.executed(preset("robocasa_gr1").model, 1)
-    stages = budget.stages_of(predicted("library", FP32, "h200"))
-    stages["backbone"]["gflop"] += stages["noise"]["gflop"]
+
+    def found(head: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+        """Where the schedule has them: the state's token is the head's, the rest of what is beside the VAE the backbone's."""
+        rows = predicted(head, dtype, "h200")
+        stages, token = budget.stages_of(rows), sum(r["gflop"] for r in rows if r["name"] == "state_token")
+        stages["backbone"]["gflop"] += stages["noise"]["gflop"] - token
+        stages["action_head"]["gflop"] += token
+        return stages
+
+    stages = found("library", FP32)
     for stage in ("vae", "backbone", "action_head"):
         # the first convolution multiplies five channels of zeros, which a schedule of products does not count
+        # and attention's last product is in its values
         rel = 5e-3 if stage == "vae" else 1e-6
         assert stages[stage]["gflop"] == pytest.approx(counted[stage], rel=rel), stage
-    stages = budget.stages_of(predicted("one_launch", BF16, "h200"))
+    stages = found("one_launch", BF16)
     assert stages["action_head"]["gflop"] == pytest.approx(counted["action_head"], rel=1e-6)
 
 
-def test_the_one_launch_head_costs_its_stages() -> None:
-    (one,) = [row for row in rows("robocasa_gr1", "one_launch", BF16) if row["name"] == "action_ode.cu"]
+@pytest.mark.parametrize("gpu", FILES)
+def test_the_one_launch_head_costs_what_its_schedule_counts(gpu: str) -> None:
+    here = budget_gpu.read(gpu)
+    (one,) = [row for row in rows("robocasa_gr1", "one_launch", BF16, gpu) if row["name"] == "action_ode.cu"]
     shape = head_shape(preset("robocasa_gr1").model.head, batch=1, context=588, prefix=True, steps=4)
-    schedule = plan(shape, Device(132, 227 << 10, 90))
-    assert one["constants"]["stages"] == schedule.stages
-    assert one["us"] == pytest.approx(schedule.stages * budget_gpu.read("h200")["one_launch_stage"])
-    assert one["grid"] == [132]
+    schedule = plan(shape, Device(132, 227 << 10, 90, (66, 30, 15)))
+    assert one["us"] == head_us(schedule, budget_head.costs_of(here))["total"]
+    assert one["constants"] == budget_head.facts(schedule)
+    assert one["grid"] == [schedule.blocks]
     assert one["mb"] * 1e6 > schedule.weight_bytes
+    assert {name for name in here.guesses if name.startswith("head_")} == set(one["guesses"])
+    json.dumps(one)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +318,7 @@ def test_both_totals_and_what_they_chose() -> None:
         assert min(r["us"] for r in launches) > 0.8, "an empty kernel takes as long"
         assert sum(r["kind"] == "graph" for r in launches) == 1
         counted = {name: stages[name]["launches"] for name in ("copies", "preprocess", "noise", "latents", "outputs")}
-        assert counted == {"copies": 2, "preprocess": 1, "noise": 7, "latents": 1, "outputs": 2}
+        assert counted == {"copies": 2, "preprocess": 1, "noise": 4, "latents": 1, "outputs": 1}
     assert all(r["gap_us"] > 0 for r in result["launches"]["today"] if r["kind"] not in ("graph", "host_copy"))
 
 
@@ -309,16 +327,20 @@ BEFORE = {"robocasa_gr1": 6655.0, "libero": 7941.0}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize("name", [*BEFORE, "unitree_g1"])
 def test_launches_of_a_chunk(name: str) -> None:
-    """With the head in one launch, copies and memsets included: 380 before, of which 362 with our linear_gelu."""
+    """With the head in one launch, copies and memsets included: 380 before, of which 362 with our linear_gelu.
+
+    By the choices of a plan without verdicts, whose GELU behind a product is a launch of its own in each of 18 blocks.
+    """
     here = budget_gpu.read("h200")
     today = rows(name, "one_launch", BF16)
-    assert sum(r["kind"] != "graph" for r in today) <= 318
+    assert sum(r["kind"] != "graph" for r in today) <= 300
     ours = rows(name, "one_launch", BF16, verdicts=AsMeasured(here, triton_gelu=True))
-    assert sum(r["kind"] != "graph" for r in ours) <= 300
+    assert sum(r["kind"] != "graph" for r in ours) <= 282
+    assert not any(r["kind"] == "memset" for r in today)
     assert sum(r["kind"] == "graph" for r in today) == 1
-    assert sum(r["stage"] == "vae" for r in today) <= 60
+    assert sum(r["stage"] == "vae" for r in today) <= 54
 
 
 @pytest.mark.slow
@@ -328,7 +350,6 @@ def test_what_a_chunk_is_predicted_to_take(name: str) -> None:
     today, chosen = (result["totals"][total]["us"] for total in budget.TOTALS)
     assert today <= BEFORE[name] - 240
     assert chosen <= BEFORE[name] - 1300
-    # the head in one launch is 4.6 ms of its own, as measured; all but the head is what this holds to
     rest = chosen - result["stages"]["as_if_chosen"]["action_head"]["us"]
     assert rest <= {"robocasa_gr1": 3800, "libero": 4800}[name]
     noise, vae = (result["stages"]["as_if_chosen"][stage] for stage in ("noise", "vae"))

@@ -43,6 +43,13 @@ def test_every_released_model_without_a_gpu(name: str, tmp_path: Path, capsys: p
         assert f"\n{stage} " in printed
         assert result["stages"]["today"][stage]["launches"] > 0
     assert all(row["us"] > 0 and row["stage"] for rows in result["launches"].values() for row in rows)
+    head = result["one_launch_head"]
+    assert (head["gpu"], head["stages"], head["steps"]) == (result["gpu"], 84, 4)
+    lines = [line.split() for line in printed.splitlines()]
+    for part in ("synchronisation", "staging", "products", "epilogues", "attention", "chain", "weights"):
+        assert [part, f"{head['per_step_us'][part]:,.1f}", f"{head['us'][part]:,.1f}"] in lines
+    for kind in ("encode", "encode_out", "project", "out", "mlp_in", "mlp_out", "decode_in", "decode_out"):
+        assert f"\n{kind} " in printed
     assert not torch.cuda.is_initialized()
 
 
@@ -54,6 +61,10 @@ def test_every_released_model_without_a_gpu(name: str, tmp_path: Path, capsys: p
         (lambda d: d["constants"]["clock"].update(value="fast"), "clock: expected a number above 0, got 'fast'"),
         (lambda d: d["constants"]["sms"].update(value=1.5), "sms: expected a whole number"),
         (lambda d: d["constants"]["triton_product"].update(value=[1.0]), "triton_product: expected 2 numbers above 0"),
+        (lambda d: d["constants"]["clusters"].update(value=[66, 30]), "clusters: expected 3 numbers above 0"),
+        (lambda d: d["constants"]["clusters"].update(value=[66, 30, 1.5]), "clusters: expected 3 whole numbers"),
+        (lambda d: d["constants"]["clusters"].update(value=[66, 30, 5000]), "clusters: expected 1 to 1,024"),
+        (lambda d: d["constants"]["head_hop"].update(value=0), "head_hop: expected a number above 0, got 0"),
         (lambda d: d["constants"]["clock"].pop("source"), "clock: expected an object with value, unit and source"),
         (lambda d: d["constants"].pop("clock"), "clock is missing; give all constants, or 'like'"),
         (lambda d: d["constants"].update(clocks=1), "'clocks': no such constant; did you mean 'clock'?"),
@@ -157,3 +168,30 @@ def test_measured_times_stand_beside(tmp_path: Path, capsys: Any) -> None:
     said = "measured on another GPU: 'NVIDIA A100'; the predictions are for 'NVIDIA H200'"
     assert said in printed
     assert html.escape(said) in page.read_text()
+
+
+def test_times_of_the_kernel_before_stand_apart(tmp_path: Path, capsys: Any) -> None:
+    """A head in one launch without the facts of its launch was another kernel: its time is said, and is no time of this one."""
+    before = {"preset": "tiny", "head": "one_launch", "head_dtype": "bfloat16", "engine": {"p50": 9.0}}
+    before["stages"] = {"engine": {"vae": 0.5, "action_head": 4.5}}
+    since = {**before, "one_launch": [{"teams": 15}], "engine": {"p50": 5.0}}
+    since["stages"] = {"engine": {"vae": 0.625, "action_head": 0.75}}
+    file = tmp_path / "suite.json"
+    said = "measured of the kernel before, with barriers over all SMs: action_head 4,500.0 us (a)"
+
+    def shown(head: str, **parts: Any) -> dict[str, str]:
+        file.write_text(json.dumps(parts))
+        assert (
+            run("--preset", "tiny", "--head", head, "--head-dtype", "bfloat16", "--gpu", "h200", "--measured", file)
+            == 0
+        )
+        printed = capsys.readouterr().out
+        assert (said in printed) == (head == "one_launch")
+        stages = printed.split("\nas chosen today")[0].splitlines()
+        return {words[0]: words[-1] for words in map(str.split, stages)}
+
+    times = shown("one_launch", a=before)
+    assert (times["vae"], times["action_head"], times["total"]) == ("500.0", "-", "-")
+    times = shown("one_launch", a=before, b=since)
+    assert (times["vae"], times["action_head"], times["total"]) == ("500.0", "750.0", "5,000.0")
+    assert shown("auto", a=before)["action_head"] == "-"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from dit4dit.benchmarks import budget_head, head_parts
 from dit4dit.benchmarks.ops import bench_action_ode
 from head_case import SMALL, Case, small_head, tiny
 
@@ -16,10 +18,13 @@ from dit4dit.engine.action_ode import plan
 from dit4dit.engine.action_ode.program import OneLaunchHead
 from dit4dit.engine.fold import fold_head
 from dit4dit.errors import OutputError
+from dit4dit.model.action_head import ActionHead
+from dit4dit.ops import stand_in
+from dit4dit.ops.dispatch import find
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_head_is_benchmarked(tmp_path, monkeypatch, dtype):
+def test_the_head_is_benchmarked(tmp_path, monkeypatch, capsys, dtype):
     monkeypatch.setattr(bench_action_ode, "config", small_head)
     path = tmp_path / "result.json"
     words = ["bench", "--device", "cpu", "--dtype", dtype, "--samples", "2", "--json", str(path)]
@@ -31,7 +36,55 @@ def test_the_head_is_benchmarked(tmp_path, monkeypatch, dtype):
     assert [(row["case"], row["implementation"]) for row in rows] == wanted
     assert all(row["gb_per_s"] > 0 for row in rows)
     left_out = [row for row in every if "left_out" in row]
-    assert [row["stages"] for row in left_out] == [1 + 4 * (4 + 5 * 2)] * 3, "two blocks, four steps"
+    assert [row["one_launch"][0]["stages"] for row in left_out] == [4 + 5 * 2] * 3, "of a step of two blocks"
+    heads = json.loads(path.read_text())["heads"]
+    assert list(heads) == ["9", "17", "51"]
+    printed = capsys.readouterr().out
+    for tokens, found in heads.items():
+        assert found["parts"] is None, "nothing is measured without the kernel"
+        assert found["predicted"]["stages"] == 14
+        assert f"\n{tokens} tokens, {budget_head.show(found['predicted'])}\n" in printed
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.5])
+def test_parts_of_the_kernels_time_are_measured_where_it_runs(tmp_path, monkeypatch, capsys, wrong):
+    """With PyTorch's loop in the kernel's place: each variant is compared and timed, and what disagrees has a row."""
+    head = partial(replace, num_layers=3)
+    monkeypatch.setattr(bench_action_ode, "config", lambda horizon: head(small_head(horizon)))
+    everyone, loop = bench_action_ode.candidates, find("action_ode").implementations["loop"]
+
+    def candidates(of, args):
+        return {**everyone(of, args), **({} if of.fp8 else {"cuda": everyone(of, args)["loop"]})}
+
+    monkeypatch.setattr(bench_action_ode, "candidates", candidates)
+
+    seen = set()
+
+    def run(of, noise, context, *rest):
+        seen.update({of.ranks} if isinstance(of, bench_action_ode.HeldRanks) else ())
+        few = isinstance(of, bench_action_ode.HeldRanks) and context.shape[1] == head_parts.FEW_KEYS
+        return loop.run(of, noise, context, *rest) + wrong * few
+
+    kernel = replace(find("action_ode").implementations["cuda"], refuse=lambda *_: None, run=run, device=None)
+    monkeypatch.setitem(find("action_ode").implementations, "cuda", kernel)
+    path = tmp_path / "result.json"
+    words = ["bench", "--device", "cpu", "--dtype", "float32", "--samples", "2", "--tokens", "17", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert bench_action_ode.main() == (1 if wrong else 0)
+    result = json.loads(path.read_text())
+    found, printed = result["heads"]["17"]["parts"], capsys.readouterr().out
+    assert set(found["measured"]["by_place"]) == {"ends", "a block on features", "a block on tokens"}
+    assert head_parts.show(found) in printed
+    assert seen == {result["heads"]["17"]["predicted"]["ranks"]} == {row["ranks"] for row in found["variants"].values()}
+    assert seen != {1}, "or ranks that are lost would not be seen"
+    few = {"narrow, one step", "narrow", "few tokens", "few keys"}
+    assert set(found["variants"]) - few == {"request", "one block less", "two blocks less"}
+    assert {name for name, row in found["variants"].items() if row["us"] is None} == (few if wrong else set())
+    rows = {row["implementation"]: row for row in result["rows"] if row["implementation"].startswith("cuda, ")}
+    assert set(rows) == ({f"cuda, {name}" for name in few} if wrong else set())
+    assert all(row["disagrees"] for row in rows.values())
+    if not wrong:
+        assert sum(found["measured"]["by_work"].values()) == pytest.approx(found["variants"]["request"]["us"])
 
 
 @torch.no_grad()
@@ -76,3 +129,14 @@ def test_times_of_a_launch_that_failed_are_not_given(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tokens", "9", "--samples", "2"])
     assert bench_action_ode.main() == 1
     assert "eager: not timed: action_ode: block 3 waited" in capsys.readouterr().out
+
+
+def test_a_head_keeps_the_ranks_that_it_is_given():
+    config, meta = small_head(16), torch.device("meta")
+    head = bench_action_ode.HeldRanks(fold_head(ActionHead(config), 4), config, 4)
+    with stand_in.without_data():
+        for head.ranks in (1, 2, 4):
+            schedule = head.schedule(meta, 1, 588, True)
+            given = bench_action_ode.schedule_of(config, 4, device="cpu", batch=1, context=588, ranks=head.ranks)
+            assert schedule.ranks == head.ranks
+            assert (schedule.tiles == given.tiles).all(), "what is launched is what is predicted"

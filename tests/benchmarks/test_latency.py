@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit4dit.benchmarks import agreement, contenders, flops, latency, latency_report, roofline, sampling
+from dit4dit.benchmarks import agreement, budget_head, contenders, flops, latency, latency_report, roofline, sampling
 from dit4dit.benchmarks.recording import Recording
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit4dit.checkpoints.weights import random_model
 from dit4dit.cli import main
 from dit4dit.engine import Engine
+from dit4dit.engine.action_ode import Device, head_shape, plan
 from dit4dit.errors import OutputError
 from dit4dit.ops.action_ode import reference
 from dit4dit.ops.dispatch import find
@@ -130,7 +131,7 @@ def test_a_mismatch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mismatch_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The plan's actions, the features, and the head by itself, each against the published schedule."""
     out = tmp_path / "l.json"
-    right = Engine.actions
+    right = Engine.actions_behind
     for broken, good in (("action_head", ("features", "plan")), ("features", ("action_head", "plan"))):
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "check_folding", lambda self: None)
@@ -138,7 +139,7 @@ def test_a_mismatch_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: 
                 whole = Engine.from_moments
                 patch.setattr(Engine, "from_moments", lambda *given, whole=whole: whole(*given) * 1.5)
             else:
-                patch.setattr(Engine, "actions", lambda *given: right(*given) * 1.5)
+                patch.setattr(Engine, "actions_behind", lambda *given: right(*given) * 1.5)
             with pytest.raises(RuntimeError, match="not timed"), Recording(out) as record:
                 against_baseline(record)
         found = json.loads(out.read_text())["agreement"]
@@ -150,8 +151,8 @@ def test_a_mismatch_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_actions_that_are_no_numbers_are_written_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "l.json"
     monkeypatch.setattr(Engine, "check_folding", lambda self: None)
-    right = Engine.actions
-    monkeypatch.setattr(Engine, "actions", lambda *given: right(*given) * float("nan"))
+    right = Engine.actions_behind
+    monkeypatch.setattr(Engine, "actions_behind", lambda *given: right(*given) * float("nan"))
     with pytest.raises(RuntimeError, match="expected finite numbers"), Recording(out) as record:
         against_baseline(record)
     data = json.loads(out.read_text(), parse_constant=pytest.fail)
@@ -177,7 +178,14 @@ def measure_one_launch(**changes):
 def test_one_launch_is_held_to_the_library_where_there_is_no_baseline(
     kernel: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert measure_one_launch()["head"] == "one_launch"
+    schedule = plan(
+        head_shape(preset("tiny").model.head, batch=1, context=4, prefix=True, steps=4), Device(9, 99 << 10, 80)
+    )
+    monkeypatch.setattr("dit4dit.engine.action_ode.program.OneLaunchHead.schedules", [schedule])
+    result = measure_one_launch()
+    assert (result["head"], result["one_launch"]) == ("one_launch", [budget_head.facts(schedule)])
+    assert result["one_launch"][0]["teams"] == schedule.teams > 1
+    assert measure_one_launch(head="library")["one_launch"] is None
     right = Engine._one_launch
     monkeypatch.setattr(Engine, "_one_launch", lambda *given: right(*given) * 1.5)
     with pytest.raises(RuntimeError, match=r"engine and the engine with head='library' differ by .* not timed"):

@@ -34,6 +34,7 @@ def test_each_stage_has_its_kernels(tmp_path: Path, capsys) -> None:
         assert data["stage_us"][stage]["kernels"] == pytest.approx(sum(k["us"] for k in kernels))
     assert data["total_us"] == pytest.approx(sum(s["kernels"] for s in data["stage_us"].values()))
     assert data["launches"] == pytest.approx(sum(s["launches"] for s in data["stage_us"].values()))
+    assert (data["head"], data["one_launch"]) == ("library", None)
     assert data["share_of_replay"] == pytest.approx(data["total_us"] / data["replay_us"]["step"])
     largest = max((k for kernels in data["stages"].values() for k in kernels), key=lambda k: k["us"])
     assert largest["kernel"] in capsys.readouterr().out, "which kernels are printed depends on their times"

@@ -145,8 +145,9 @@ def test_on_a_gpu_the_noise_is_a_call_and_the_head_one_more() -> None:
     subject = of_preset("robocasa_gr1")
     plain = todo(subject, requests(subject, (1,), {}), GPU, dtype=torch.bfloat16, head_dtype=torch.float32)
     counted = counts([one for one in plain if one.count])
-    # of the linear ones two are the patch embedding's and two block 0's qkv, for the noise and for the conditioning frame
-    assert (counted["philox_normal"], counted["linear"], counted["rms_norm_silu"]) == (3, 18, 14)
+    # of the linear ones two are block 0's qkv, for the noise and for the conditioning frame
+    assert (counted["philox_normal"], counted["linear"], counted["rms_norm_silu"]) == (1, 17, 14)
+    assert (counted["patch_tokens"], counted["state_token"]) == (2, 1)
     assert "action_ode" not in counted
     # what is guided adds a call of euler_step, and joined images one of preprocess
     assert len(plain) == sum(counted.values()) + 2

@@ -20,7 +20,7 @@ from dit4dit.engine.action_ode.program import OneLaunchHead
 from dit4dit.engine.listing import calls, distinct, engine_without_data
 from dit4dit.ops import verdicts
 from dit4dit.ops.action_ode import reference
-from dit4dit.ops.dispatch import Implementation, find, listing
+from dit4dit.ops.dispatch import Implementation, find, listing, trace
 from dit4dit.ops.verdicts import Verdict, call_text
 from dit4dit.presets import preset
 from dit4dit.robots import EMBODIMENTS
@@ -159,6 +159,18 @@ def test_calls_inside_of_a_call_are_chosen_as_in_a_plan() -> None:
     assert again.trial("loop", loop).reason is None
     count = texts.count(texts[0])
     assert again._choices["loop"].ran["linear"] == {"torch": count, "onednn": before["onednn"] - count}
+
+
+@pytest.mark.parametrize("op", ["patch_tokens", "norm_linear"])
+def test_parts_are_timed_with_the_matrix_that_a_plan_packs(op: str) -> None:
+    found = [args for (name, args), _ in plan(None, dtype=torch.float32, gpu=False).values() if name == op]
+    case = Case(op, found[0], CPU, 0)
+    case.measure()
+    parts = find(op).implementations["parts"]
+    assert case.trial("parts", parts).reason is None
+    with trace() as ran:
+        case.run("parts", parts)
+    assert ran["linear"] == {"onednn"}
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -367,8 +379,12 @@ def test_a_residual_that_is_one_row_for_many_tokens() -> None:
 
 
 def test_noise_that_is_compared_is_drawn() -> None:
-    case = Case("philox_normal", (torch.empty(4, 3, dtype=torch.int64, device="meta"), 1, (3, 4)), CPU, 0)
+    case = Case(
+        "philox_normal", (torch.empty(4, 3, dtype=torch.int64, device="meta"), ((1, (3, 4)), (0, (5,)))), CPU, 0
+    )
     case.measure()
     assert case.args[0][:, 2].tolist() == [0, 0, 0, 0]
     assert case.trial("torch", find("philox_normal").implementations["torch"]).reason is None
-    assert (find("philox_normal").implementations["torch"].run(*case.args) != 0).all()
+    drawn = find("philox_normal").implementations["torch"].run(*case.args)
+    assert len(drawn) == 2
+    assert all((x != 0).all() for x in drawn)

@@ -2,11 +2,12 @@
 #include "action_ode_worker.cuh"
 
 // 0, or 1 with the reason in `message`.
-extern "C" int emulate_action_ode(const dit4dit::ode::Launch* launch, unsigned seed, char* message, int message_bytes) {
+extern "C" int emulate_action_ode(const dit4dit::ode::Launch* launch, int shared_bytes, unsigned seed, char* message,
+                                  int message_bytes) {
     using namespace dit4dit::ode;
-    const std::size_t shared = kFixedBytes + static_cast<std::size_t>(launch->slots) * kSlotBytes + launch->staging;
     try {
-        emulation::Machine machine(launch->workers, kThreads, shared, seed, [launch] { worker(*launch); });
+        emulation::Machine machine(launch->teams * launch->ranks, kThreads, static_cast<std::size_t>(shared_bytes), seed,
+                                   [launch] { worker(*launch); }, launch->ranks);
         emulation::machine = &machine;
         machine.run();
     } catch (const std::exception& error) {

@@ -1,9 +1,10 @@
-// The functions of kernels/target.cuh on a CPU. EMULATE_BULK_COPIES and EMULATE_WARPGROUPS stand for the chip.
+// The functions of kernels/target.cuh on a CPU. EMULATE_BULK_COPIES and EMULATE_WARPGROUPS stand for the GPU.
 //
-// Stricter than a chip where that finds faults: copies destroy their target at once and land as late as allowed, warpgroup
-// products read shared memory as late as allowed and their sums are NaN until then, shared memory begins as NaN, all threads of
-// an instruction must reach it, and threads go on in a random order. It cannot show a missing fence: each store is seen by all
-// at once.
+// Stricter than a GPU where that finds faults: copies and pushes destroy their target at once and land as late as allowed,
+// arrivals on other blocks' barriers come late, words that are stored are seen by others late and in any order unless a fence lies
+// between, warpgroup products read shared memory as late as allowed and their sums are NaN until then, shared memory begins as
+// NaN, all threads of an instruction must reach it, no block may touch one that has not begun or has ended, and threads continue
+// in a random order. It cannot show a missing fence of loads: each load reads what is there when it is issued.
 #pragma once
 
 #include <cmath>
@@ -31,6 +32,8 @@ struct alignas(16) Float4 {
 };
 
 DEVICE int thread_index() { return machine->self().thread; }
+DEVICE int renewed(int x) { return x; }
+DEVICE int uniform(int x) { return x; }
 DEVICE int block_index() { return machine->self().block->index; }
 DEVICE std::uint8_t* shared_memory() { return machine->self().block->shared; }
 DEVICE std::uint32_t shared_address(const void* p) {
@@ -42,12 +45,34 @@ inline emulation::Meeting& my_warp() { return machine->self().block->warps[threa
 
 DEVICE void sync_block() {
     int none = 0;
-    machine->meet(machine->self().block->all, "sync_block", thread_index(), &none, [](auto&) {});
+    auto& block = *machine->self().block;
+    machine->meet(block.all, "sync_block", thread_index(), &none, [&block](auto&) { machine->met(block); });
+}
+DEVICE void sync_computing() {
+    int none = 0;
+    auto& block = *machine->self().block;
+    if (thread_index() >= emulation::kComputing || block.threads < emulation::kComputing)
+        machine->fail("sync_computing by other than the first 256 threads");
+    machine->meet(block.computing, "sync_computing", thread_index(), &none, [&block](auto&) { machine->met(block); });
 }
 DEVICE void sync_warp() {
     int none = 0;
     machine->meet(my_warp(), "sync_warp", lane(), &none, [](auto&) {});
 }
+DEVICE int lanes_with(bool x) {
+    struct Operand {
+        bool x;
+        int count;
+    } mine{x, 0};
+    machine->meet(my_warp(), "vote", lane(), &mine, [](auto& all) {
+        int count = 0;
+        for (int l = 0; l < emulation::kWarp; ++l) count += static_cast<Operand*>(all[l])->x;
+        for (int l = 0; l < emulation::kWarp; ++l) static_cast<Operand*>(all[l])->count = count;
+    });
+    return mine.count;
+}
+DEVICE bool any_lane(bool x) { return lanes_with(x) > 0; }
+DEVICE bool all_lanes(bool x) { return lanes_with(x) == emulation::kWarp; }
 DEVICE float shuffle_xor(float x, int mask) {
     struct Operand {
         float x, got;
@@ -65,25 +90,36 @@ DEVICE Quad load_quad(const void* p) {
     if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_quad from an address that is no multiple of 16");
     return *static_cast<const Quad*>(p);
 }
-DEVICE Float4 load_float4(const float* p) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_float4 from an address that is no multiple of 16");
+DEVICE Float4 load_constant_float4(const float* p) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_constant_float4 from an address that is no multiple of 16");
     return *reinterpret_cast<const Float4*>(p);
 }
-DEVICE Float2 load_float2(const float* p) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 8) machine->fail("load_float2 from an address that is no multiple of 8");
-    return *reinterpret_cast<const Float2*>(p);
-}
-DEVICE float load_float(const float* p) { return *p; }
 DEVICE int load_int(const int* p) { return *p; }
-DEVICE Float4 load_constant_float4(const float* p) { return load_float4(p); }
 DEVICE float load_constant_float(const float* p) { return *p; }
 
+DEVICE Quad load_words(const std::uint32_t* p) {
+    const Quad q = load_quad((machine->catch_up(p), p));
+    const bool all_there = q.v[0] + 1 && q.v[1] + 1 && q.v[2] + 1 && q.v[3] + 1;
+    if (!all_there)
+        machine->sleep(p);  // whoever finds a word empty will ask again
+    else if (machine->chance(16))
+        machine->yield();
+    return q;
+}
+DEVICE void store_word(std::uint32_t* p, std::uint32_t x) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 4) machine->fail("store_word to an address that is no multiple of 4");
+    machine->store(p, x);
+    if (machine->chance(16)) machine->yield();
+}
+DEVICE void fence() { machine->fence(); }
 DEVICE int load_acquire(const int* p) {
     machine->yield();
     return *static_cast<const volatile int*>(p);
 }
-DEVICE void add_release(int* p) { ++*p; }
-DEVICE int fetch_add(int* p) { return (*p)++; }
+DEVICE int fetch_add(int* p) {
+    machine->fence();
+    return (*p)++;
+}
 DEVICE int compare_and_swap(int* p, int expected, int wanted) {
     const int before = *p;
     if (before == expected) *p = wanted;
@@ -103,6 +139,7 @@ DEVICE std::uint32_t as_bits(float x) {
 }
 DEVICE float power_of_two(float x) { return std::exp2(x); }
 DEVICE float power_of_two_or_zero(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+DEVICE float quotient(float x, float y) { return x / y; }
 DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 DEVICE float multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
 inline std::uint32_t to_bf16(float x) {
@@ -112,11 +149,19 @@ inline std::uint32_t to_bf16(float x) {
 }
 inline float from_bf16(std::uint32_t bits) { return as_float(bits << 16); }
 DEVICE std::uint32_t pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
+DEVICE std::uint32_t spread_bytes(std::uint32_t four, int half) {
+    const std::uint32_t two = four >> 16 * half;
+    return (two & 0xffu) << 8 | (two >> 8 & 0xffu) << 24;
+}
+DEVICE std::uint32_t times_two_to_120(std::uint32_t x) {
+    const float scale = as_float((120u + 127u) << 23);
+    return pack_bf16(from_bf16(x & 0xffffu) * scale, from_bf16(x >> 16) * scale);
+}
 
-DEVICE void copy_async(void* to, const void* from) {
+inline void copy_async(void* to, const void* from) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16) machine->fail("copy_async from an address that is no multiple of 16");
     std::memset(to, 0xff, 16);
-    machine->self().copies.push_back({to, from, 16, nullptr});
+    machine->self().copies.push_back({to, from, 16});
 }
 DEVICE void copy_async_or_zeros(void* to, const void* from, bool there) {
     static const Quad zeros{};
@@ -135,50 +180,134 @@ DEVICE void wait_copies() {
         for (const auto& copy : fiber.committed.front()) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
-// -- transaction barriers ------------------------------------------------------------------------------------------------------
+// -- barriers ------------------------------------------------------------------------------------------------------------------
 
 struct Barrier {
-    std::int32_t bytes;  // still to come
-    std::uint8_t arrivals, left, phase, unused;
+    std::int64_t bytes : 21;  // still to come; negative where they came before they were expected
+    std::uint64_t arrivals : 12, left : 12, phase : 1, mark : 18;
 };
 static_assert(sizeof(Barrier) == 8);
+constexpr std::uint64_t kBarrierMark = 0x2b5d1;
+constexpr int kMostBytes = (1 << 20) - 1;
 
-inline void complete(Barrier& barrier) {
-    if (barrier.left == 0 && barrier.bytes == 0) {
-        barrier.left = barrier.arrivals;
-        barrier.phase ^= 1;
-    }
+inline Barrier& barrier_at(std::uint64_t* p) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 8) machine->fail("a barrier at an address that is no multiple of 8");
+    Barrier& barrier = *reinterpret_cast<Barrier*>(p);
+    if (barrier.mark != kBarrierMark) machine->fail("a barrier that is not initialised");
+    return barrier;
 }
+inline void complete(std::uint64_t* p) {
+    Barrier& barrier = barrier_at(p);
+    if (barrier.left != 0 || barrier.bytes != 0) return;
+    barrier.left = barrier.arrivals;
+    barrier.phase = barrier.phase ^ 1;
+    machine->wake(p);
+}
+inline void count_bytes(std::uint64_t* p, int bytes) {
+    const int sum = static_cast<int>(barrier_at(p).bytes) + bytes;
+    if (sum > kMostBytes || sum < -kMostBytes) machine->fail("more bytes than a barrier can count");
+    barrier_at(p).bytes = sum;
+}
+inline void arrive_now(std::uint64_t* p) {
+    Barrier& barrier = barrier_at(p);
+    if (barrier.left == 0) machine->fail("more arrivals than the barrier expects");
+    barrier.left = barrier.left - 1;
+    complete(p);
+}
+
 DEVICE void barrier_init(std::uint64_t* p, int arrivals) {
-    const auto count = static_cast<std::uint8_t>(arrivals);
-    *reinterpret_cast<Barrier*>(p) = {0, count, count, 0, 0};
+    Barrier& barrier = *reinterpret_cast<Barrier*>(p);
+    if (barrier.mark == kBarrierMark) machine->fail("a barrier is initialised twice");
+    if (arrivals < 1 || arrivals > 4095) machine->fail("a barrier of " + std::to_string(arrivals) + " arrivals");
+    const auto count = static_cast<std::uint64_t>(arrivals);
+    barrier = {0, count, count, 0, kBarrierMark};
+    machine->arrived = arrive_now;
     machine->arrived_bytes = [](std::uint64_t* at, int bytes) {
-        auto& barrier = *reinterpret_cast<Barrier*>(at);
-        barrier.bytes -= bytes;
-        complete(barrier);
+        count_bytes(at, -bytes);
+        complete(at);
     };
 }
 DEVICE void fence_barrier_init() {}
-DEVICE void barrier_arrive(std::uint64_t* p) {
-    auto& barrier = *reinterpret_cast<Barrier*>(p);
-    if (barrier.left-- == 0) machine->fail("more arrivals than the barrier expects");
-    complete(barrier);
-}
-DEVICE void barrier_expect(std::uint64_t* p, int bytes) {
-    reinterpret_cast<Barrier*>(p)->bytes += bytes;
-    barrier_arrive(p);
-}
+DEVICE void barrier_arrive(std::uint64_t* p) { arrive_now(p); }
 DEVICE bool barrier_try_wait(std::uint64_t* p, int parity) {
-    if (static_cast<volatile Barrier*>(reinterpret_cast<Barrier*>(p))->phase != parity) return true;
-    machine->yield();
+    if (parity != 0 && parity != 1) machine->fail("a parity of " + std::to_string(parity));
+    if (static_cast<int>(barrier_at(p).phase) != parity) return true;
+    machine->sleep(p);
     return false;
 }
-DEVICE void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barrier) {
-    if (reinterpret_cast<std::uintptr_t>(from) % 16 || shared_address(to) % 16 || bytes % 16)
-        machine->fail("bulk_copy of something that is no multiple of 16");
-    std::memset(to, 0xff, bytes);
-    machine->engine_copy({to, from, bytes, barrier});
+DEVICE bool barrier_try_wait_cluster(std::uint64_t* p, int parity) { return barrier_try_wait(p, parity); }
+
+#if DIT4DIT_BULK_COPIES
+DEVICE void barrier_expect(std::uint64_t* p, int bytes) {
+    count_bytes(p, bytes);
+    arrive_now(p);
 }
+DEVICE void bulk_copy_once(void* to, const void* from, int bytes, std::uint64_t* barrier) {
+    if (reinterpret_cast<std::uintptr_t>(from) % 16 || shared_address(to) % 16 || bytes % 16 || bytes < 1)
+        machine->fail("bulk_copy_once of something that is no multiple of 16");
+    barrier_at(barrier);
+    std::memset(to, 0xff, bytes);
+    machine->begin({emulation::Event::kCopy, machine->self().block, to, from, 0, bytes, barrier, 0});
+}
+
+// -- other blocks of the cluster -----------------------------------------------------------------------------------------------
+
+constexpr int kRankShift = 24;
+
+DEVICE std::uint32_t at_rank(const void* own, int rank) {
+    const auto& block = *machine->self().block;
+    if (shared_address(own) >= block.shared_bytes) machine->fail("at_rank of what is not in shared memory");
+    if (rank < 0 || rank >= static_cast<int>(block.cluster->blocks.size()))
+        machine->fail("at_rank of a block that the cluster does not have");
+    return static_cast<std::uint32_t>(rank) << kRankShift | shared_address(own);
+}
+inline std::pair<emulation::Block*, void*> other_block(std::uint32_t at, const std::string& what) {
+    const auto& blocks = machine->self().block->cluster->blocks;
+    const std::uint32_t rank = at >> kRankShift, offset = at & ((1u << kRankShift) - 1);
+    if (rank >= blocks.size()) machine->fail(what + " to a block that the cluster does not have");
+    emulation::Block* block = blocks[rank];
+    if (!block->begun) machine->fail(what + " to a block that has not begun");
+    if (block->ended()) machine->fail(what + " to a block that has ended");
+    if (offset % 8 || offset + 8 > block->shared_bytes) machine->fail(what + " to a bad address");
+    return {block, block->shared + offset};
+}
+DEVICE void push(std::uint32_t to, Float2 x, std::uint32_t barrier) {
+    const auto [block, place] = other_block(to, "a push");
+    auto* counted = static_cast<std::uint64_t*>(other_block(barrier, "a push").second);
+    if (to >> kRankShift != barrier >> kRankShift) machine->fail("a push with the barrier of another block");
+    barrier_at(counted);
+    std::uint64_t value;
+    std::memcpy(&value, &x, 8);
+    std::memset(place, 0xff, 8);
+    machine->begin({emulation::Event::kPush, block, place, nullptr, value, 8, counted, 0});
+    if (machine->chance(32)) machine->yield();
+}
+DEVICE void arrive_at(std::uint32_t barrier) {
+    const auto [block, place] = other_block(barrier, "an arrival");
+    auto* there = static_cast<std::uint64_t*>(place);
+    barrier_at(there);
+    machine->begin({emulation::Event::kArrival, block, nullptr, nullptr, 0, 0, there, 0});
+}
+DEVICE void sync_cluster() {
+    int none = 0;
+    auto& block = *machine->self().block;
+    machine->meet(block.cluster->all, "sync_cluster", block.rank * block.threads + thread_index(), &none,
+                  [&block](auto&) { machine->settle(*block.cluster); });
+}
+#else
+DEVICE void copy_async_once(void* to, const void* from) {
+    if (reinterpret_cast<std::uintptr_t>(to) % 16) machine->fail("copy_async_once to an address that is no multiple of 16");
+    copy_async(to, from);
+}
+DEVICE void arrive_on_copies(std::uint64_t* barrier) {
+    auto& fiber = machine->self();
+    if (!fiber.committed.empty()) machine->fail("arrive_on_copies after commit_copies");
+    barrier_at(barrier);
+    fiber.announced.emplace_back(std::move(fiber.copies), barrier);
+    fiber.copies.clear();
+    machine->begin({emulation::Event::kCopies, fiber.block, nullptr, nullptr, 0, 0, barrier, machine->index()});
+}
+#endif
 
 // -- tensor cores --------------------------------------------------------------------------------------------------------------
 
@@ -256,10 +385,6 @@ DEVICE void products_wait() {
     for (; fiber.committed_products.size() > kPending; fiber.committed_products.pop_front())
         for (const auto& product : fiber.committed_products.front()) product();
 }
-DEVICE void products_end() {
-    products_commit();
-    products_wait<0>();
-}
 
 // What a thread's sums are while products run that write them; once only, however many products.
 inline void lend(float* sums, int count) {
@@ -328,9 +453,8 @@ void multiply_groups_now(float (*d)[4], const std::uint32_t (&a)[4], std::uint64
         }
     });
 }
-template <int kTokens>
-DEVICE void multiply_warpgroup(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t tokens) {
-    multiply_groups<false, kTokens / 8>(d, a, tokens);
+DEVICE void multiply_warpgroup(float (&d)[8][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+    multiply_groups<false, 8>(d, a, b);
 }
 DEVICE void multiply_warpgroup_transposed(float (&d)[16][4], const std::uint32_t (&a)[4], std::uint64_t b) {
     multiply_groups<true, 16>(d, a, b);

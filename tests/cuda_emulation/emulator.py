@@ -1,4 +1,4 @@
-"""Builds the kernel for a CPU and runs launches of it: `Emulator(variant)(case, schedule)`."""
+"""Builds the kernel for a CPU and runs launches of it: `Emulator(variant, folder)(schedule, packed, noise, context, prefix)`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dit4dit.engine.action_ode import Schedule
-from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, Space
-from dit4dit.engine.action_ode.weights import PackedHead
-from dit4dit.model.flow import GuidanceTensors
+if TYPE_CHECKING:
+    from dit4dit.engine.action_ode import Schedule
+    from dit4dit.engine.action_ode.weights import PackedHead
+    from dit4dit.model.flow import GuidanceTensors
 
 ROOT = Path(__file__).parents[2]
-# name -> what stands for the chip: sm_80, sm_100 and sm_120, sm_90a
+# name -> what stands for the GPU, bulk copies and clusters, warpgroup products: sm_80; sm_90 and later; sm_90a
 VARIANTS = {"copies": (0, 0), "bulk": (1, 0), "warpgroups": (1, 1)}
 CTYPES = {"int": ctypes.c_int, "float": ctypes.c_float, "std::int64_t": ctypes.c_int64}
+GUARD = 64  # elements before and after what the kernel may write
+SETS = 3
+EMPTY = -1
 
 
 def needs_compiler(test: Any) -> Any:
@@ -44,22 +47,33 @@ def fields(struct: str, header: str = "action_ode_tiles.cuh") -> list[tuple[str,
 
 
 def _ctype(kind: str, name: str) -> tuple[str, Any]:
-    if kind.endswith("*"):
-        return name, ctypes.c_void_p
-    base, _, size = name.partition("[")
-    one = CTYPES[kind]
-    return base, one * len(Space) if size else one
+    return name, ctypes.c_void_p if kind.endswith("*") else CTYPES[kind]
+
+
+def compile_for_cpu(source: str, output: Path, *flags: str, kernels: Path = ROOT / "kernels", variant: str) -> None:
+    """SOURCE of this folder with the headers of `kernels`, for one of VARIANTS."""
+    bulk, warpgroups = VARIANTS[variant]
+    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+    command += [f"-DEMULATE_BULK_COPIES={bulk}", f"-DEMULATE_WARPGROUPS={warpgroups}"]
+    command += [f"-I{kernels}", f"-I{Path(__file__).parent}"]
+    subprocess.run([*command, str(Path(__file__).with_name(source)), "-o", str(output)], check=True)
 
 
 def build(name: str, variant: str, folder: Path, kernels: Path = ROOT / "kernels") -> ctypes.CDLL:
-    """NAME.cpp of this folder with the kernels of `kernels`, for one of VARIANTS; the library goes into `folder`."""
-    bulk, warpgroups = VARIANTS[variant]
+    """NAME.cpp as a library, which goes into `folder`."""
     library = folder / f"{name}_{variant}.so"
-    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [f"-DEMULATE_BULK_COPIES={bulk}", f"-DEMULATE_WARPGROUPS={warpgroups}"]
-    command += [f"-I{kernels}", f"-I{Path(__file__).parent}"]
-    subprocess.run([*command, str(Path(__file__).with_name(f"{name}.cpp")), "-o", str(library)], check=True)
+    compile_for_cpu(f"{name}.cpp", library, "-shared", "-fPIC", kernels=kernels, variant=variant)
     return ctypes.CDLL(str(library))
+
+
+def changed_kernels(folder: Path, part: str, old: str, new: str) -> Path:
+    """A copy of the kernels in `folder`, with other text in action_ode_PART.cuh, which must have `old` once."""
+    kernels = Path(shutil.copytree(ROOT / "kernels", folder / "kernels"))
+    path = kernels / f"action_ode_{part}.cuh"
+    text = path.read_text()
+    assert text.count(old) == 1, "the kernel has another text"
+    path.write_text(text.replace(old, new))
+    return kernels
 
 
 class LaunchRecord(ctypes.Structure):
@@ -68,12 +82,43 @@ class LaunchRecord(ctypes.Structure):
     _fields_ = [_ctype(*field) for field in fields("Launch")]
 
 
+def guarded(count: int, value: int) -> tuple[Tensor, Tensor]:
+    """(int32 of `value` with GUARD elements of another one before and after, those in between)."""
+    whole = torch.full((count + 2 * GUARD,), 0x5A5A5A5A, dtype=torch.int32)
+    inner = whole[GUARD : GUARD + count]
+    inner.fill_(value)
+    return whole, inner
+
+
+class State:
+    """What a schedule's launches leave each other: words, progress, status; the first launch finds it as it is made here."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._words, words = guarded(SETS * schedule.set_words, EMPTY)
+        self.words = words.view(SETS, schedule.set_words)
+        self._progress, self.progress = guarded(2, 0)
+        self._status, self.status = guarded(4, 0)
+
+    def check(self) -> None:
+        for whole in (self._words, self._progress, self._status):
+            check_guards(whole)
+
+
+def check_guards(whole: Tensor) -> None:
+    assert bool((torch.cat([whole[:GUARD], whole[-GUARD:]]) == 0x5A5A5A5A).all()), "written outside of a tensor"
+
+
 @dataclass
 class Result:
+    """actions: [batch, horizon, actions]. state: as the launch has left it."""
+
     actions: Tensor
-    workspace: Tensor
-    counters: Tensor
-    status: list[int]
+    state: State
+
+    @property
+    def status(self) -> list[int]:
+        numbers: list[int] = self.state.status.tolist()
+        return numbers
 
 
 class Emulator:
@@ -93,21 +138,18 @@ class Emulator:
         guidance: GuidanceTensors | None = None,
         seed: int = 0,
         limit_ns: int = 10**15,
-        counters: Tensor | None = None,
+        state: State | None = None,
     ) -> Result:
-        """One launch. RuntimeError: threads that wait for each other, or an instruction misused."""
-        shape = schedule.shape
-        workspace = torch.full((schedule.workspace_bytes + 256,), 0xFF, dtype=torch.uint8)
-        workspace = workspace[-workspace.data_ptr() % 256 :][: schedule.workspace_bytes]
-        out = torch.full((shape.batch, shape.horizon, shape.actions), float("nan"))
-        if counters is None:
-            counters = torch.zeros(schedule.counters + 1, COUNTER_STRIDE, dtype=torch.int32)
-        status = torch.zeros(4, dtype=torch.int32)
+        """One launch, on the state that others have left, or a new one. Private memory begins as NaN, as the result does.
+
+        RuntimeError: threads that wait for each other, or an instruction misused.
+        """
+        shape, device_state = schedule.shape, State(schedule) if state is None else state
+        out_whole, out = guarded(shape.batch * shape.horizon * shape.actions, -1)
+        private_whole, private_memory = guarded(schedule.private_floats, -1)
         tensors = {
             "tiles": torch.from_numpy(schedule.tiles),
             "first_tile": torch.from_numpy(schedule.first_tile),
-            "segments": torch.from_numpy(schedule.segments),
-            "first_segment": torch.from_numpy(schedule.first_segment),
             "weights": packed.bytes(),
             "constants": packed.constants,
             "noise": noise.float().contiguous(),
@@ -116,14 +158,13 @@ class Emulator:
             "previous": None if guidance is None else guidance.previous,
             "guidance": None if guidance is None else guidance.weights,
             "out": out,
-            "workspace": workspace,
-            "counters": counters,
-            "status": status,
+            "words": device_state.words,
+            "private_memory": private_memory,
+            "progress": device_state.progress,
+            "status": device_state.status,
         }
         numbers = {
             "rows": shape.rows,
-            "counter_count": schedule.counters,
-            "workers": schedule.device.workers,
             "context_tokens": shape.context,
             "context_columns": context.shape[-1],
             "times": schedule.constants["times"][0],
@@ -132,17 +173,16 @@ class Emulator:
         }
         names = ("width", "head_dim", "heads", "horizon", "actions", "padded_actions", "steps", "batch")
         numbers |= {name: getattr(shape, name) for name in names}
-        numbers |= {name: getattr(schedule, name) for name in ("padded_tokens", "part", "slots", "staging")}
-        record = LaunchRecord()
+        names = ("set_words", "private_floats", "teams", "ranks", "padded_tokens", "part", "slots", "staging", "inbox")
+        numbers |= {name: getattr(schedule, name) for name in names}
+        assert set(tensors) | set(numbers) == {name for name, _ in LaunchRecord._fields_}
+        record = LaunchRecord(**numbers)
         for name, tensor in tensors.items():
             setattr(record, name, None if tensor is None else tensor.data_ptr())
-        for name, number in numbers.items():
-            setattr(record, name, number)
-        for space, buffer in zip(Space, schedule.buffers, strict=True):
-            record.offset[space], record.columns[space] = buffer.offset, buffer.columns
-        given = set(tensors) | set(numbers) | {"offset", "columns"}
-        assert given == {name for name, _ in LaunchRecord._fields_}
         message = ctypes.create_string_buffer(400)
-        if self.library.emulate_action_ode(ctypes.byref(record), seed, message, len(message)):
+        if self.library.emulate_action_ode(ctypes.byref(record), schedule.shared_bytes, seed, message, len(message)):
             raise RuntimeError(message.value.decode())
-        return Result(out, workspace, counters, status.tolist())
+        device_state.check()
+        check_guards(out_whole)
+        check_guards(private_whole)
+        return Result(out.view(torch.float32).view(shape.batch, shape.horizon, shape.actions), device_state)

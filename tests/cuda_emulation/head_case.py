@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,39 +10,57 @@ from torch import Tensor, nn
 
 from dit4dit import ops
 from dit4dit.config import HeadConfig
-from dit4dit.engine.action_ode import Device, Schedule, head_shape
+from dit4dit.engine.action_ode import Device, HeadShape, Schedule, head_shape, plan
+from dit4dit.engine.action_ode.cost import Costs
+from dit4dit.engine.action_ode.schedule import Product
 from dit4dit.engine.action_ode.twin import Twin
 from dit4dit.engine.action_ode.weights import pack
 from dit4dit.engine.fold import fold_head
 from dit4dit.model.action_head import ActionHead
 from dit4dit.model.flow import GuidanceTensors
+from dit4dit.ops.action_ode import loop
 
-SMALL = Device(workers=7, shared_memory=99 << 10, capability=80)
+SMALL = Device(7, 99 << 10, 80)
 A100 = Device(108, 163 << 10, 80)
-H200 = Device(132, 227 << 10, 90)
-# as many blocks as make the planner cut rows and columns of matrices, and keys
-DEVICES = {
-    "copies": Device(13, 99 << 10, 80),
-    "bulk": Device(13, 99 << 10, 120),
-    "warpgroups": Device(13, 227 << 10, 90),
-}
-"""Chips for the emulation, by its variants."""
+H200 = Device(132, 227 << 10, 90, (66, 30, 15))
+CLUSTERS = Device(64, 227 << 10, 90, (28, 12, 5))
+"""Small, with teams of every size."""
+DEVICES = {"copies": Device(13, 99 << 10, 80), "bulk": Device(16, 227 << 10, 90, (8, 3, 2))}
+"""Small devices for the emulation, by its variants."""
+DEAR = Costs(read=0.5, inbox=0.0)
+"""Prices by which the planner cuts the columns of small heads as it does those of large ones."""
 
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "8 tokens, no state": (dict(num_layers=1), dict(prefix=False, context=33)),
     "9 tokens": (dict(num_layers=2), dict(batch=1, context=150)),
+    "9 tokens, batch 3": (dict(num_layers=2, num_heads=2, head_dim=32, interleave_self_attention=False), dict(batch=3)),
     "9 tokens, batch 4": (dict(num_layers=2, num_heads=2, head_dim=64, hidden_size=256), dict(batch=4, context=70)),
     "17 tokens, heads of 48": (
         dict(num_layers=2, num_heads=8, head_dim=48, hidden_size=512, action_dim=36, action_horizon=16),
         dict(batch=1, context=300, steps=1),
     ),
+    "17 tokens, batch 4": (dict(num_layers=2, add_pos_embed=False, action_horizon=16), dict(batch=4, steps=1)),
     "51 tokens": (dict(num_layers=2, num_heads=3, head_dim=32, action_horizon=50), dict(batch=2, context=130)),
     "51 tokens, norms in parts": (
         dict(num_layers=1, num_heads=8, head_dim=48, action_horizon=50),
         dict(batch=1, steps=1),
     ),
-    "no state": (dict(num_layers=2, action_dim=1), dict(batch=2, prefix=False)),
+    "no state": (dict(num_layers=2, action_dim=1), dict(batch=2, prefix=False, context=150)),
 }
-"""Heads and requests that reach every path of the kernel: changes of `tiny`, arguments of `Case`."""
+"""Heads and requests that reach every path of the kernel, each of PADDED_TOKENS: changes of `tiny`, arguments of `Case`."""
+
+CUTS = {
+    "8 tokens, no state": (4, 1),
+    "9 tokens": (8, 1),
+    "9 tokens, batch 3": (2, 3),
+    "9 tokens, batch 4": (4, 2),
+    "17 tokens, heads of 48": (8, 1),
+    "17 tokens, batch 4": (2, 4),
+    "51 tokens": (4, 1),
+    "51 tokens, norms in parts": (2, 1),
+    "no state": (1, 1),
+}
+"""Blocks of a team, where the device has clusters, and samples of one product for each of SIZES."""
 
 TINY: dict[str, Any] = dict(
     num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
@@ -82,12 +101,35 @@ class Case:
         prefix = None if self.state is None else self.head.state_encoder(self.state)[:, 0]
         return self.noise, self.folded.context(self.features), prefix
 
+    @torch.no_grad()
+    def want_in_bf16(self) -> Tensor:
+        """The actions of PyTorch, op by op, all in bfloat16."""
+        folded = fold_head(copy.deepcopy(self.head).bfloat16(), self.steps)
+        noise, context, prefix = self.given()
+        with ops.use_backend("torch"):
+            return loop(folded, noise, context.bfloat16(), None if prefix is None else prefix.bfloat16(), None)
+
     def twin(self, schedule: Schedule, dtype: torch.dtype = torch.float32, **rest: Any) -> Twin:
+        """`rest`: guidance, and the words that a launch before has left."""
         return Twin(schedule, pack(self.folded, schedule, dtype), *self.given(), dtype=dtype, **rest)
 
     def error(self, got: Tensor, want: Tensor) -> float:
         """Relative to what the head did, not to the noise that is in both."""
         return ((got - want).abs().max() / (want - self.noise).abs().max()).item()
+
+
+def planned(size: str, shape: HeadShape, device: Device) -> Schedule:
+    """The schedule of one of SIZES; with all of them teams of every size take part, and every way of cutting."""
+    ranks, group = CUTS[size]
+    return plan(shape, device, DEAR, ranks=ranks if device.clusters else 1, group=group)
+
+
+def tiles_of(schedule: Schedule, name: str) -> list[int]:
+    """The tiles of a matrix."""
+    matrix = schedule.matrices[name]
+    inside = range(matrix.offset, matrix.offset + matrix.units)
+    works = [tile.work for tile in schedule.decoded]
+    return [i for i, work in enumerate(works) if isinstance(work, Product) and work.weight in inside]
 
 
 def tiny(horizon: int = 8, **change: Any) -> HeadConfig:

@@ -1,4 +1,4 @@
-"""The one-launch action head without its kernel: the twin against the model's head, and what has no plan."""
+"""The one-launch action head without its kernel: the twin against the model's head."""
 
 from __future__ import annotations
 
@@ -8,28 +8,84 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from head_case import A100, H200, SMALL, Case, tiny
+from head_case import A100, CLUSTERS, DEAR, DEVICES, H200, SIZES, SMALL, Case, planned, tiles_of, tiny
+from torch import Tensor
 
-from dit4dit import presets
 from dit4dit.config import HeadConfig
-from dit4dit.engine.action_ode import Device, HeadShape, head_shape, plan
-from dit4dit.engine.action_ode.schedule import NONE, Space
+from dit4dit.engine.action_ode import Device, Schedule, plan
+from dit4dit.engine.action_ode.cost import Costs
+from dit4dit.engine.action_ode.schedule import (
+    ATTEND_KEYS,
+    EMPTY,
+    NONE,
+    PADDED_TOKENS,
+    RANKS,
+    SETS,
+    Attend,
+    Epilogue,
+    Product,
+    Tile,
+)
+from dit4dit.engine.action_ode.twin import Area, Twin, Words
 from dit4dit.engine.action_ode.validate import validate
-from dit4dit.engine.action_ode.weights import from_slots, to_slots
-from dit4dit.errors import ConfigError
+from dit4dit.engine.action_ode.weights import pack
 from dit4dit.model.flow import GuidanceTensors, prefix_weights
+
+
+def sound(case: Case, device: Device, ranks: int | None = None, costs: Costs = DEAR) -> Schedule:
+    schedule = plan(case.shape, device, costs, ranks=ranks)
+    validate(schedule)
+    return schedule
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("horizon", [8, 16, 50])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_the_twin_is_the_head(horizon: int, batch: int, steps: int) -> None:
-    """9, 17 and 51 tokens; the features take more than one range of keys."""
+    """9, 17 and 51 tokens; one rank takes the features' keys in more than one go, of several ranks some have none."""
     case = Case(tiny(horizon), batch, context=150, steps=steps)
-    schedule = plan(case.shape, SMALL)
-    validate(schedule)
-    got = case.twin(schedule).run(torch.Generator().manual_seed(3))
-    assert case.error(got, case.want()) < 1e-5
+    ranks = RANKS[(batch + steps) % len(RANKS)]
+    for schedule in (sound(case, SMALL), sound(case, CLUSTERS, ranks)):
+        got = case.twin(schedule).run(torch.Generator().manual_seed(3))
+        assert case.error(got, case.want()) < 1e-5
+
+
+@pytest.mark.parametrize("costs", [Costs(), DEAR], ids=["usual", "dear"])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_teams_of_every_size(size: str, ranks: int, costs: Costs) -> None:
+    config, request = SIZES[size]
+    case = Case(tiny(**config), **request)
+    schedule = sound(case, CLUSTERS, ranks, costs)
+    assert (schedule.ranks, schedule.teams) == (ranks, CLUSTERS.teams(ranks))
+    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+
+
+def test_the_sizes_reach_every_way_of_cutting() -> None:
+    schedules = {
+        name: [
+            planned(size, Case(tiny(**config), **request).shape, device) for size, (config, request) in SIZES.items()
+        ]
+        for name, device in DEVICES.items()
+    }
+    for name, found in schedules.items():
+        matrices = [matrix for schedule in found for matrix in schedule.matrices.values()]
+        assert {schedule.padded_tokens for schedule in found} == {*PADDED_TOKENS}
+        ranks = RANKS if name == "bulk" else (1,)
+        assert {matrix.ranks for matrix in matrices} == {*ranks}
+        assert {matrix.split for matrix in matrices} == {*ranks}
+        assert {matrix.parts for matrix in matrices} >= {1, 2, 4}
+        assert any(1 < matrix.split < matrix.ranks for matrix in matrices) == (name == "bulk")
+        works = [tile.work for schedule in found for tile in schedule.decoded]
+        products = [work for work in works if isinstance(work, Product)]
+        assert {work.epilogue for work in products} == {*Epilogue}
+        assert any(work.token for work in products)
+        in_parts = [t for s in found for t in s.decoded if isinstance(t.work, Product) and t.work.slice > s.part]
+        assert any(tile.work.norm for tile in in_parts) == (name == "copies")
+        assert any(work.rows < work.tile_rows for work in products)
+        heads = [work for work in works if isinstance(work, Attend)]
+        assert any(work.keys > work.slice for work in heads) == (name == "bulk")
+        assert any(work.slice > ATTEND_KEYS for work in heads)
 
 
 @pytest.mark.parametrize(
@@ -46,18 +102,16 @@ def test_the_twin_is_the_head(horizon: int, batch: int, steps: int) -> None:
 )
 def test_other_heads(change: dict[str, Any]) -> None:
     case = Case(tiny(**change), batch=2)
-    schedule = plan(case.shape, SMALL)
-    validate(schedule)
-    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+    for device in (SMALL, CLUSTERS):
+        assert case.error(case.twin(sound(case, device)).run(), case.want()) < 1e-5
 
 
 @pytest.mark.parametrize("horizon", [9, 16])
 def test_a_request_without_state(horizon: int) -> None:
     case = Case(tiny(horizon), batch=3, prefix=False)
     assert case.shape.tokens == horizon
-    schedule = plan(case.shape, SMALL)
-    validate(schedule)
-    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+    for device in (SMALL, CLUSTERS):
+        assert case.error(case.twin(sound(case, device)).run(), case.want()) < 1e-5
 
 
 @pytest.mark.slow
@@ -69,51 +123,76 @@ def test_true_sizes(size: str, device: Device) -> None:
     deep = size == "dit_b" and device is H200
     config = make(action_horizon=16, **({} if deep else {"num_layers": 2}))
     case = Case(config, batch=1, context=588, steps=4 if deep else 1)
-    schedule = plan(case.shape, device)
-    validate(schedule)
+    schedule = sound(case, device)
     assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
 
 
-CHIPS = {
-    "sm_80": A100,
-    "sm_89": Device(142, 99 << 10, 89),
-    "sm_90": H200,
-    "sm_100": Device(148, 227 << 10, 100),
-    "sm_120": Device(170, 99 << 10, 120),
-}
+@pytest.mark.parametrize("steps", [1, 4])
+def test_guidance(steps: int) -> None:
+    case = Case(tiny(), batch=2, steps=steps)
+    guidance = GuidanceTensors(torch.randn_like(case.noise), prefix_weights("exp", 2, 6, 8), 5.0)
+    want = case.want(guidance)
+    for device in (SMALL, CLUSTERS):
+        got = case.twin(sound(case, device), guidance=guidance).run()
+        assert case.error(got, want) < 1e-5
+    assert case.error(case.want(), want) > 1e-2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("size", ["dit_b", "dit_l"])
-def test_every_supported_schedule_is_sound(size: str, chip: str) -> None:
-    """9, 17 and 51 tokens, batch 1 to 4, bf16 and fp8; three blocks at two steps, which meet each other as all of them do."""
-    make = HeadConfig.dit_b if size == "dit_b" else HeadConfig.dit_l
-    for horizon, context in ((8, 784), (16, 588), (50, 392)):
-        config = make(action_horizon=horizon, num_layers=3)
-        for batch in (1, 2, 3, 4):
-            shape = head_shape(config, batch=batch, context=context, prefix=True, steps=2, fp8=batch % 2 == 0)
-            schedule = plan(shape, CHIPS[chip])
-            validate(schedule)
-            assert 1536 + schedule.slots * 8192 + schedule.staging <= CHIPS[chip].shared_memory
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_twin_in_bfloat16_is_as_near_as_pytorch(ranks: int) -> None:
+    case = Case(tiny(16), batch=2, context=150, steps=4)
+    want = case.want()
+    error = case.error(case.twin(sound(case, CLUSTERS, ranks), torch.bfloat16).run(), want)
+    assert 1e-4 < error < 2 * case.error(case.want_in_bf16(), want)
 
 
-def test_stages_of_a_step() -> None:
-    """A stage is a round trip between all multiprocessors: two products before the blocks and two after, five stages a block."""
-    config = presets.robocasa_gr1().model.head
-    for steps in (1, 4):
-        schedule = plan(head_shape(config, batch=1, context=588, prefix=True, steps=steps), H200)
-        assert schedule.stages == 1 + steps * (2 + 16 * 5 + 2)
+def test_bfloat16_rounds_where_the_kernel_does() -> None:
+    """Scaled activations before they are multiplied, attention's exponentials, and results: each number, not the whole alone."""
+    case = Case(tiny(16), batch=2, context=150, steps=1)
+    twin = case.twin(sound(case, CLUSTERS, 1), torch.bfloat16)
+    twin.run()
+    block = case.folded.blocks[0]
+
+    def same(buffer: str, wanted: Tensor) -> float:
+        return (twin.buffer(buffer, 0) == wanted.bfloat16()).float().mean().item()
+
+    def projected(rounded: bool) -> Tensor:
+        x, weight = twin.buffer("tokens", 0).float(), block.project.weight.bfloat16().float()
+        scale, shift = 1 + block.norms[0].scale, block.norms[0].shift
+        scaled = (x * scale).bfloat16().float() if rounded else x * scale
+        centred = scaled @ weight.T - x.mean(1, keepdim=True) * (scale @ weight.T)
+        inverse = (x.var(1, keepdim=True, unbiased=False) + 1e-5).rsqrt()
+        return centred * inverse + block.project.bias + shift @ weight.T
+
+    def attended(rounded: bool) -> Tensor:
+        heads = (2, -1, case.config.num_heads, case.config.head_dim)
+        q = twin.buffer("0.project", 0).float().view(*heads).transpose(1, 2)
+        k, v = case.given()[1].bfloat16().float()[..., : 2 * case.config.width].chunk(2, -1)
+        k, v = (part.view(*heads).transpose(1, 2) for part in (k, v))
+        scores = q @ k.transpose(2, 3) / case.config.head_dim**0.5
+        p = (scores - scores.amax(-1, keepdim=True)).exp()
+        y = (p.bfloat16().float() if rounded else p) @ v / p.sum(-1, keepdim=True)
+        return y.transpose(1, 2).reshape(-1, case.config.width)
+
+    for buffer, wanted in (("0.project", projected), ("0.attended", attended)):
+        assert same(buffer, wanted(True)) > 0.99
+        assert same(buffer, wanted(False)) < 0.9
 
 
-def test_the_plan_is_a_function_of_its_arguments() -> None:
-    shape = head_shape(tiny(), batch=2, context=40, prefix=True, steps=2)
-    a, b = plan(shape, SMALL), plan(shape, SMALL)
-    assert np.array_equal(a.tiles, b.tiles)
-    assert np.array_equal(a.segments, b.segments)
+@pytest.mark.parametrize("device", [SMALL, CLUSTERS], ids=["blocks", "clusters"])
+def test_fp8_weights_are_near(device: Device) -> None:
+    case = Case(tiny(), batch=2)
+    exact = plan(case.shape, device)
+    case.shape = replace(case.shape, fp8=True)
+    schedule = sound(case, device)
+    assert case.error(case.twin(schedule).run(), case.want()) < 0.15
+    assert schedule.weight_bytes < 0.75 * exact.weight_bytes
 
 
-def test_the_order_of_the_workers_does_not_matter() -> None:
+# -- order, words and sets ---------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_the_teams_does_not_matter() -> None:
     case = Case(tiny(), batch=2, context=150)
     schedule = plan(case.shape, SMALL)
     runs = [case.twin(schedule).run(torch.Generator().manual_seed(seed)) for seed in range(4)]
@@ -121,92 +200,145 @@ def test_the_order_of_the_workers_does_not_matter() -> None:
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_launches_follow_each_other(steps: int) -> None:
+    """Each begins in the set where the one before ended; what it leaves are the words of its last step, the noisy ones EMPTY."""
+    case = Case(tiny(), steps=steps)
+    schedule = plan(case.shape, SMALL)
+    want, words = case.twin(schedule).run(), None
+    for launch in range(1, 5):
+        twin = case.twin(schedule, words=words)
+        assert torch.equal(twin.run(torch.Generator().manual_seed(launch)), want)
+        words = twin.words
+        last = launch * steps - 1
+        assert words.done == last + 1
+        found = [words.step[(last + ahead) % SETS] for ahead in range(SETS)]
+        used = sum(buffer.words for name, buffer in schedule.buffers.items() if name != "noisy")
+        assert ((found[0] == last).sum(), (found[1] != EMPTY).sum(), (found[2] != EMPTY).sum()) == (used, 0, 0)
+        assert not twin.buffer("tokens", steps - 1).isnan().any()
+        assert twin.buffer("noisy", steps - 1).isnan().all()
+
+
 def test_the_twin_stops_after_any_tile() -> None:
     case = Case(tiny(), steps=1)
     schedule = plan(case.shape, SMALL)
     whole = case.twin(schedule)
-    actions = whole.run()
-    assert not actions.isnan().any()
+    assert not whole.run().isnan().any()
+    assert whole.tiles_run == len(schedule.tiles)
     for count in (0, 1, 5, 40, len(schedule.tiles) - 1):
         part = case.twin(schedule)
         assert part.run(stop_after=count).isnan().all()
-        assert sum(part.cursor) - int(schedule.first_tile[:-1].sum()) in (count, count + 1)
+        assert part.tiles_run == count
     early = case.twin(schedule)
-    early.run(stop_after=60)
-    stream = early.buffers[Space.STREAM]
-    assert stream[~stream.isnan()].numel() > 0
+    early.run(stop_after=40)
+    assert not early.buffer("tokens", 0).isnan().any()
+    assert early.buffer("decoded", 0).isnan().all()
+    assert not early.private.isnan().all()
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_guidance(steps: int) -> None:
-    case = Case(tiny(), batch=2, steps=steps)
-    guidance = GuidanceTensors(torch.randn_like(case.noise), prefix_weights("exp", 2, 6, 8), 5.0)
-    got = case.twin(plan(case.shape, SMALL), guidance=guidance).run()
-    want = case.want(guidance)
-    assert case.error(got, want) < 1e-5
-    assert case.error(case.want(), want) > 1e-2
+def changed(schedule: Schedule, i: int, **change: int) -> Schedule:
+    tiles = schedule.tiles.copy()
+    tile = schedule.decoded[i]
+    tiles[i] = Tile(tile.opcode, tile.work._replace(**change)).record()
+    return replace(schedule, tiles=tiles)
 
 
-@pytest.mark.parametrize("rows,columns", [(7, 96), (64, 64), (80, 272), (300, 528)])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_slots_are_a_permutation(rows: int, columns: int, fp8: bool) -> None:
-    shape = head_shape(tiny(), batch=1, context=40, prefix=True, steps=1)
-    some = next(iter(plan(shape, SMALL).matrices.values()))
-    for tile_rows in (16, 32, 64):
-        matrix = replace(some, rows=rows, columns=columns, tile_rows=tile_rows, fp8=fp8)
-        weight = torch.arange(1, rows * columns + 1, dtype=torch.float32).view(rows, columns)
-        slots = to_slots(weight, matrix)
-        assert torch.equal(slots[slots > 0].sort().values, weight.flatten())
-        back = torch.cat([from_slots(row, matrix) for row in slots])
-        assert torch.equal(back[:rows, :columns], weight)
+def team_of(schedule: Schedule, i: int) -> int:
+    return int(np.searchsorted(schedule.first_tile, i, side="right")) - 1
 
 
-def test_fp8_weights_are_near() -> None:
-    case = Case(tiny(), batch=2)
-    case.shape = replace(case.shape, fp8=True)
+def test_a_tile_that_is_missing_is_waited_for() -> None:
+    case = Case(tiny())
     schedule = plan(case.shape, SMALL)
-    validate(schedule)
-    assert case.error(case.twin(schedule).run(), case.want()) < 0.15
-    exact = replace(case.shape, fp8=False)
-    assert schedule.weight_bytes < 0.75 * plan(exact, SMALL).weight_bytes
+    lost = tiles_of(schedule, "1.mlp_in")[0]
+    first_tile = schedule.first_tile.copy()
+    first_tile[team_of(schedule, lost) + 1 :] -= 1
+    broken = replace(schedule, tiles=np.delete(schedule.tiles, lost, axis=0), first_tile=first_tile)
+    with pytest.raises(RuntimeError, match="wait for each other"):
+        case.twin(broken).run()
+
+
+def test_tiles_in_a_wrong_order_wait_for_each_other() -> None:
+    case = Case(tiny())
+    schedule = plan(case.shape, SMALL)
+    begin, end = schedule.first_tile[:2]
+    tiles = schedule.tiles.copy()
+    tiles[begin:end] = tiles[begin:end][::-1]
+    with pytest.raises(RuntimeError, match="wait for each other"):
+        case.twin(replace(schedule, tiles=tiles)).run(torch.Generator().manual_seed(0))
+
+
+def test_a_word_that_is_written_twice_is_an_error() -> None:
+    case = Case(tiny())
+    schedule = plan(case.shape, SMALL)
+    one, other = tiles_of(schedule, "0.mlp_in")[:2]
+    broken = changed(schedule, one, out=schedule.decoded[other].work.out)
+    with pytest.raises(RuntimeError, match="overwrites a word of step 0 in step 0"):
+        case.twin(broken).run()
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    "own,message",
     [
-        ({"num_heads": 3, "head_dim": 20}, r"width: expected a multiple of 16, got 60"),
-        ({"num_heads": 2, "head_dim": 24}, r"head_dim: expected 16, 32, 48 or 64, got 48 / 2 heads"),
-        ({"num_heads": 2, "head_dim": 128}, r"head_dim: expected 16, 32, 48 or 64"),
-        ({"num_heads": 34, "head_dim": 64}, r"width: expected at most 2048, got 2176"),
-        ({"hidden_size": 90}, r"decoder: expected a multiple of 16, got 90"),
-        ({"action_horizon": 64}, r"tokens: expected 1 to 64 a sample, the state token included, got 65"),
+        (True, "clears a word of step 0 for step 0"),
+        (False, "expected words of step 3, got one of step 0|overwrites a word of step 0 in step 3"),
     ],
 )
-def test_odd_sizes_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        head_shape(tiny(**change), batch=1, context=40, prefix=True, steps=1)
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_wrong_set_is_an_error(own: bool, message: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are made EMPTY in the step's own set, or not at all: seen in one launch, or in the next."""
+    clear = Words.clear
 
+    def wrong(self: Words, area: Area, step: int) -> None:
+        if own:
+            clear(self, area, step - (SETS - 1))
 
-def test_a_device_too_small_is_refused() -> None:
-    shape = head_shape(HeadConfig.dit_b(), batch=1, context=40, prefix=True, steps=1)
-    with pytest.raises(ConfigError, match="shared_memory: expected at least"):
-        plan(shape, Device(16, 48 << 10, 80))
-    with pytest.raises(ConfigError, match="workers: expected at least 1"):
-        plan(shape, Device(0, 99 << 10, 80))
-
-
-def test_a_broken_wait_gives_nan_in_the_twin() -> None:
-    """The twin is not blind: without waits, in a random order, tiles meet buffers that nobody has written."""
-    case = Case(tiny())
+    monkeypatch.setattr(Words, "clear", wrong)
+    case = Case(tiny(), steps=steps)
     schedule = plan(case.shape, SMALL)
-    tiles = schedule.tiles.copy()
-    tiles[:, 1] = NONE
-    got = case.twin(replace(schedule, tiles=tiles)).run(torch.Generator().manual_seed(0))
-    assert got.isnan().any()
+    first = case.twin(schedule)
+    again = case.twin(schedule, words=first.words)
+
+    def run() -> None:
+        first.run()
+        again.run()
+
+    with pytest.raises(RuntimeError, match=message):
+        run()
 
 
-def test_shapes_of_configurations() -> None:
-    config = HeadConfig.dit_l(action_horizon=50, action_dim=36)
-    shape = head_shape(config, batch=4, context=392, prefix=True, steps=8)
-    assert isinstance(shape, HeadShape)
-    assert (shape.width, shape.head_dim, shape.tokens, shape.rows, shape.padded_actions) == (1536, 48, 51, 204, 48)
+WRONG = {
+    "another rank's weights": lambda w: {"weight": w.weight + w.rank_units},
+    "slices too far apart": lambda w: {"rank_units": 0},
+    "half of the columns": lambda w: {"columns": w.columns // 2},
+    "no norm": lambda w: {"norm": 0},
+    "no modulation": lambda w: {"modulation": NONE},
+    "the first step's modulation": lambda w: {"modulation_step": 0},
+    "the first step's constants": lambda w: {"constant_step": 0},
+    "another row's sums": lambda w: {"sums": w.sums + 1},
+    "another row's bias": lambda w: {"bias": w.bias + 1},
+    "no activation": lambda w: {"epilogue": Epilogue.GELU},
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_a_wrong_record_shows(change: str) -> None:
+    """The comparison with the model sees one tile of many that is wrong."""
+    case = Case(tiny(), steps=2)
+    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=4)
+    i = tiles_of(schedule, "1.project")[0]
+    work = schedule.decoded[i].work
+    assert isinstance(work, Product)
+    got = case.twin(changed(schedule, i, **WRONG[change](work))).run()
+    assert not case.error(got, case.want()) < 1e-4
+
+
+def test_a_slice_that_a_rank_does_not_have_shows() -> None:
+    """Of two ranks that share K the second takes the first's columns."""
+    case = Case(tiny())
+    schedule = plan(case.shape, CLUSTERS, DEAR, ranks=8)
+    name = next(name for name, m in schedule.matrices.items() if m.columns > m.slice)
+    packed = pack(case.folded, schedule, torch.float32)
+    packed.matrices[name][0, 1] = packed.matrices[name][0, 0]
+    got = Twin(schedule, packed, *case.given()).run()
+    assert not case.error(got, case.want()) < 1e-4

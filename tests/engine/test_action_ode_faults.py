@@ -1,254 +1,337 @@
-"""Faults planted in the schedules of the one-launch action head: the validator catches each of them."""
+"""Faults planted in the tiles of the one-launch action head: the validator catches each of them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
-from counting import lines_run, peak_bytes
-from head_case import H200, SMALL, tiny
+import torch
+from head_case import Case, tiny
+from head_faults import a_tile, changed, faults_case, in_teams, moved, sound_schedule, swapped, team_of, without
+from rank_order import Order
 
-from dit4dit import presets
-from dit4dit.engine.action_ode import Schedule, head_shape, plan
-from dit4dit.engine.action_ode.schedule import NONE, Attend, Epilogue, Opcode, Product, Space, Tile
+from dit4dit.engine.action_ode import Device, Schedule, head_shape, plan
+from dit4dit.engine.action_ode.cost import Costs
+from dit4dit.engine.action_ode.schedule import NONE, RANKS, SETS, Attend, Epilogue, Opcode, Operands, Product
+from dit4dit.engine.action_ode.twin import Twin
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
+from dit4dit.engine.action_ode.weights import pack
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return faults_case()
 
 
 @pytest.fixture(scope="module")
 def sound() -> Schedule:
-    wide = {"num_layers": 2, "num_heads": 16, "hidden_size": 1024}
-    shape = head_shape(tiny(16, **wide), batch=4, context=300, prefix=True, steps=2)
-    schedule = plan(shape, replace(SMALL, workers=24))
-    validate(schedule)
-    assert len({t.opcode for t in schedule.decoded}) == len(Opcode), "every opcode is in it"
-    products = [t.work for t in schedule.decoded if isinstance(t.work, Product)]
-    assert {w.epilogue for w in products} == set(Epilogue)
-    assert max(w.planes for w in products) > 1
-    assert len({w.token for w in products}) > 1, "several groups"
-    return schedule
+    validate(sound_schedule())
+    return sound_schedule()
 
 
-def changed(schedule: Schedule, i: int, **change: int) -> Schedule:
-    """The schedule with other numbers in tile i."""
-    tile = schedule.decoded[i]
-    work = tile.work._replace(**{k: v for k, v in change.items() if k in tile.work._fields})
-    tile = tile._replace(work=work, **{k: v for k, v in change.items() if k in Tile._fields})
-    tiles = schedule.tiles.copy()
-    tiles[i] = tile.record()
-    return replace(schedule, tiles=tiles)
+# -- single numbers ----------------------------------------------------------------------------------------------------
 
 
-def waiting(schedule: Schedule) -> list[int]:
-    return [i for i, tile in enumerate(schedule.decoded) if tile.wait != NONE]
+def word_of(schedule: Schedule, name: str) -> int:
+    return schedule.buffers[name].offset
 
 
-def a_tile(schedule: Schedule, kind: type, **fields: int) -> int:
-    """The first tile of this kind whose fields have these values."""
-    return next(
-        i
-        for i, t in enumerate(schedule.decoded)
-        if isinstance(t.work, kind) and all(getattr(t.work, k) == v for k, v in fields.items())
-    )
-
-
-def test_any_removed_wait_is_caught(sound: Schedule) -> None:
-    for i in np.random.default_rng(0).choice(waiting(sound), 40, replace=False):
-        with pytest.raises(ScheduleError, match=r"not written by then|no order between|still be being read"):
-            validate(changed(sound, int(i), wait=NONE, target=0))
-
-
-def test_any_wait_for_another_stage_is_caught(sound: Schedule) -> None:
-    """For the one before the right one, which does less than is needed."""
-    totals, tried = np.bincount(sound.tiles[sound.tiles[:, 3] != NONE, 3]), 0
-    for i in np.random.default_rng(2).choice(waiting(sound), 40, replace=False):
-        wait = sound.decoded[i].wait - 3
-        if wait >= 0:
-            with pytest.raises(ScheduleError, match=r"not written by then|no order between|still be being read"):
-                validate(changed(sound, int(i), wait=wait, target=int(totals[wait])))
-            tried += 1
-    assert tried > 30
-
-
-def test_any_wrong_target_is_caught(sound: Schedule) -> None:
-    for i in np.random.default_rng(1).choice(waiting(sound), 20, replace=False):
-        target = sound.decoded[i].target
-        with pytest.raises(ScheduleError, match="is never reached"):
-            validate(changed(sound, int(i), target=target + 1))
-        with pytest.raises(ScheduleError, match="does not say which tiles are done"):
-            validate(changed(sound, int(i), target=target - 1))
-
-
-def test_a_missing_signal_is_caught(sound: Schedule) -> None:
-    with pytest.raises(ScheduleError, match="is never reached"):
-        validate(changed(sound, a_tile(sound, Attend), signal=NONE))
-
-
-def test_swapped_tiles_are_caught(sound: Schedule) -> None:
-    """Two tiles of one worker that depend on each other through the others, swapped: all wait for all."""
-    for worker in range(sound.device.workers):
-        own = range(int(sound.first_tile[worker]), int(sound.first_tile[worker + 1]))
-        attends = [i for i in own if sound.decoded[i].opcode == Opcode.ATTEND]
-        if len({sound.decoded[i].wait for i in attends}) > 1:
-            break
-    a, b = attends[0], attends[-1]
-    tiles = sound.tiles.copy()
-    tiles[[a, b]] = tiles[[b, a]]
-    with pytest.raises(ScheduleError, match=r"comes before .* wait for each other and never end"):
-        validate(replace(sound, tiles=tiles))
-
-
-def test_a_circle_of_waits_is_caught(sound: Schedule) -> None:
-    totals = np.bincount(sound.tiles[sound.tiles[:, 3] != NONE, 3])
-    i = a_tile(sound, Attend)
-    after = sound.decoded[i].signal + 4  # of the same group, two stages later
-    with pytest.raises(ScheduleError, match=r"\d+ tiles wait for each other and never end"):
-        validate(changed(sound, i, wait=after, target=int(totals[after])))
-
-
-def test_swapped_products_are_caught(sound: Schedule) -> None:
-    """Their weights would come in the other's order."""
-    mine = range(int(sound.first_tile[1]), int(sound.first_tile[2]))
-    a, b = [i for i in mine if sound.decoded[i].opcode == Opcode.PRODUCT][:2]
-    tiles = sound.tiles.copy()
-    tiles[[a, b]] = tiles[[b, a]]
-    with pytest.raises(ScheduleError, match="not fetched in the order"):
-        validate(replace(sound, tiles=tiles))
-
-
-@pytest.mark.parametrize("epilogue", list(Epilogue), ids=lambda e: e.name)
-def test_two_tiles_on_one_element_are_caught(sound: Schedule, epilogue: Epilogue) -> None:
-    first = a_tile(sound, Product, epilogue=epilogue)
-    row, wait = sound.decoded[first].work.row, sound.decoded[first].wait
-    others = (i for i, t in enumerate(sound.decoded) if t.wait == wait and i != first and t.work.row != row)
-    other = next(others, None)
-    assert (other is None) == (epilogue == Epilogue.EULER), "a few actions are one tile's rows"
-    if other is not None:  # of the same stage: the rows of another
-        with pytest.raises(ScheduleError, match="no order between the two"):
-            validate(changed(sound, other, row=row, rows=sound.decoded[first].work.rows))
-    # the tokens of another group
-    token = next(
-        t.work.token
-        for t in sound.decoded
-        if isinstance(t.work, Product) and t.work.token != sound.decoded[first].work.token
-    )
-    with pytest.raises(ScheduleError, match=r"no order between the two|still be being read"):
-        validate(changed(sound, first, token=token, tokens=sound.shape.tokens))
-
-
-def test_two_heads_on_one_plane_are_caught(sound: Schedule) -> None:
-    cross = a_tile(sound, Attend, plane=1)
-    with pytest.raises(ScheduleError, match="no order between the two"):
-        validate(changed(sound, cross, plane=0))
-
-
-@pytest.mark.parametrize(
-    "opcode,change",
-    [
-        (Opcode.PRODUCT, {"token": 60}),
-        (Opcode.PRODUCT, {"token": 17 * 4}),
-        (Opcode.PRODUCT, {"columns": 4096}),
-        (Opcode.PRODUCT, {"weight": 1 << 20}),
-        (Opcode.PRODUCT, {"bias": 1 << 28}),
-        (Opcode.PRODUCT, {"bias": NONE}),
-        (Opcode.PRODUCT, {"tile_rows": 48}),
-        (Opcode.PRODUCT, {"tokens": 66}),
-        (Opcode.PRODUCT, {"planes": 2}),
-        (Opcode.PRODUCT, {"norm": 1, "columns": 16}),
-        (Opcode.PRODUCT, {"modulation": 1 << 28}),
-        (Opcode.PRODUCT, {"modulation": 0}),
-        (Opcode.PRODUCT, {"out": int(Space.OUT)}),
-        (Opcode.PRODUCT, {"source": int(Space.STREAM)}),
-        (Opcode.PRODUCT, {"row": 8}),
-        (Opcode.PRODUCT, {"step": 2}),
-        (Opcode.PRODUCT, {"fp8": 1}),
-        (Opcode.PRODUCT, {"opcode": 7}),
-        (Opcode.ATTEND, {"keys": 999}),
-        (Opcode.ATTEND, {"key": 299}),
-        (Opcode.ATTEND, {"head": 16}),
-        (Opcode.ATTEND, {"plane": 9}),
-        (Opcode.ATTEND, {"sample": 3}),
-        (Opcode.START, {"sample": 4}),
-        (Opcode.START, {"prefix": 0}),
-        (Opcode.ATTEND, {"wait": 1 << 20}),
-        (Opcode.ATTEND, {"signal": -2}),
-    ],
-    ids=str,
+PLAIN, GELU, TOKENS, RESIDUAL, EULER = (
+    {"epilogue": Epilogue[name]} for name in ("PLAIN", "GELU", "TOKENS", "RESIDUAL", "EULER")
 )
-def test_what_is_out_of_bounds_is_caught(sound: Schedule, opcode: Opcode, change: dict[str, int]) -> None:
-    i = next(i for i, t in enumerate(sound.decoded) if t.opcode == opcode and (t.wait != NONE or opcode == 0))
-    # a weight that is fetched before its product is known by the table of what is fetched
-    with pytest.raises(ScheduleError, match="^segments: " if change.keys() & {"weight", "fp8"} else rf"^tile {i} "):
-        validate(changed(sound, i, **change))
+PRODUCTS: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {
+    # which product, what of it is more by how much or is what, what the message says
+    "source of the next token": (GELU, {"source": +64}, "source: expected"),
+    "source a word on": (GELU, {"source": +1}, "source: expected"),
+    "source in another buffer": (GELU, {"source": lambda s: word_of(s, "tokens")}, "source: expected"),
+    "source of the step before": (PLAIN, {"source": lambda s: s.set_words * (SETS - 1)}, "source: expected"),
+    "tokens closer than they lie": (GELU, {"source_stride": -8}, "source_stride: expected"),
+    "fewer columns": (RESIDUAL, {"columns": -16}, "columns: expected"),
+    "another split": (GELU, {"split": +2}, "split: expected"),
+    "a slice too small": (RESIDUAL, {"slice": -32}, "slice: expected"),
+    "a slice too large": (RESIDUAL, {"slice": +32}, "slice: expected"),
+    "the next row": (GELU, {"row": +16}, "row: expected"),
+    "fewer rows": (GELU, {"rows": -16}, "rows: expected"),
+    "more rows": (EULER, {"rows": +16}, "rows: expected"),
+    "other heights": (GELU, {"tile_rows": +16}, "tile_rows: expected"),
+    "other parts": (GELU, {"parts": +1}, "parts: expected"),
+    "a weight within a tile": (GELU, {"weight": +1}, "weight: no row tile of a matrix begins there"),
+    "a weight before all": (GELU, {"weight": lambda s: -s.weight_bytes}, "weight: no matrix begins before it"),
+    "a weight behind all": (
+        EULER,
+        {"weight": lambda s: s.matrices["decode_out"].units},
+        "weight: no row tile of a matrix begins there",
+    ),
+    "weights of the next tile": (GELU, {"weight": lambda s: s.matrices["0.mlp_in"].tile_units}, "row: expected"),
+    "other units of a rank": (GELU, {"rank_units": +1}, "rank_units: expected"),
+    "panels larger than a slot": (GELU, {"panel_steps": +100}, "panel_steps: expected"),
+    "fp8 as bf16": (GELU, {"fp8": -1}, "fp8: expected"),
+    "the next sample's tokens": (GELU, {"token": +17}, "token: expected"),
+    "a token less": (GELU, {"tokens": -1}, "tokens: expected"),
+    "no norm": (GELU, {"norm": lambda s: -s.decoded[a_tile(s, Product, **GELU)].work.norm}, "norm: expected"),
+    "modulation that is not aligned": (PLAIN, {"modulation": +1}, "modulation: expected"),
+    "modulation out of range": (PLAIN, {"modulation": lambda s: s.constant_floats}, "modulation: expected"),
+    "modulation of the wrong steps": (PLAIN, {"modulation_step": +4}, "modulation_step: expected"),
+    "modulation without norm": (RESIDUAL, {"modulation": +1}, "modulation: expected"),
+    "sums out of range": (PLAIN, {"sums": lambda s: s.constant_floats}, "sums: expected"),
+    "sums without norm": (RESIDUAL, {"sums": +1}, "sums: expected"),
+    "bias of the next row": (GELU, {"bias": +1}, "bias: expected"),
+    "bias out of range": (EULER, {"bias": lambda s: s.constant_floats}, "bias: expected"),
+    "steps without other biases": (PLAIN, {"constant_step": lambda s: -s.matrices["0.project"].rows}, "constant_step"),
+    "biases past the table": (GELU, {"constant_step": +16}, "constant_step: expected"),
+    "no scale": (GELU, {"scale": lambda s: -(1 << 30)}, "scale: expected"),
+    "scale without fp8": (EULER, {"scale": +1}, "scale: expected"),
+    "another epilogue": (GELU, {"epilogue": +1}, "epilogue: expected"),
+    "a result a word on": (GELU, {"out": +1}, "out: expected"),
+    "a result of the next token": (GELU, {"out": +256}, "out: expected"),
+    "a result behind the set": (GELU, {"out": lambda s: s.set_words}, "out: expected"),
+    "results closer than they lie": (GELU, {"out_stride": -1}, "out_stride: expected"),
+    "a stream that is none": (GELU, {"stream": +1}, "stream: expected"),
+    "the stream of another tile": (RESIDUAL, {"stream": +64 * 56}, "stream: expected"),
+    "a stream an element on": (RESIDUAL, {"stream": +1}, "stream: expected"),
+    "actions over others": (EULER, {"stream": -1}, "stream: private memory of two owners overlaps"),
+    "actions outside": (EULER, {"stream": lambda s: s.private_floats}, "stream: outside the"),
+    "actions before all": (EULER, {"stream": lambda s: -s.private_floats}, "stream: outside the"),
+}
+ATTENDS: dict[str, tuple[int, dict[str, Any], str]] = {
+    # of attention to itself or to the features, as above
+    "another head's queries": (NONE, {"query": +8}, "query: expected"),
+    "the next token's queries": (0, {"query": +64}, "query: expected"),
+    "values as keys": (NONE, {"key": +64}, "key: expected"),
+    "keys as values": (NONE, {"value": -64}, "value: expected"),
+    "keys where the features are": (0, {"key": +1}, "key: expected"),
+    "another stride": (NONE, {"stride": -64}, "stride: expected"),
+    "other features": (0, {"context": +1}, "context: expected"),
+    "the features instead of itself": (NONE, {"context": +1}, "context: expected"),
+    "another head": (NONE, {"head": +1}, "out: expected"),
+    "no head": (NONE, {"head": +8}, "head: not one of 8"),
+    "another sample": (0, {"sample": +1}, "out: expected"),
+    "no sample": (0, {"sample": -6}, "sample: not one of 6"),
+    "fewer tokens": (0, {"tokens": -1}, "tokens: expected"),
+    "fewer keys": (0, {"keys": -1}, "keys: expected"),
+    "keys of another sample": (NONE, {"keys": +1}, "keys: expected"),
+    "keys that no rank has": (0, {"slice": -1}, "slice: ranks do not cover the keys"),
+    "no keys": (0, {"slice": lambda s: -38}, "slice: ranks do not cover the keys"),
+    "keys that are not there": (NONE, {"slice": +100}, "slice: more than the keys"),
+    "a result a word on": (0, {"out": +1}, "out: expected"),
+    "a result before all": (0, {"out": lambda s: -s.set_words}, "out: before all buffers"),
+    "results closer than they lie": (NONE, {"out_stride": -1}, "out_stride: expected"),
+}
 
 
-def test_rows_that_end_within_the_columns_told_apart_are_caught(sound: Schedule) -> None:
-    """By their own check: those that follow look at whole cells."""
-    product = next(i for i, t in enumerate(sound.decoded) if t.opcode == Opcode.PRODUCT and t.wait != NONE)
-    with pytest.raises(ScheduleError, match=rf"^tile {product} .* ends within 16 columns$"):
-        validate(changed(sound, product, row=8))
+def planted(schedule: Schedule, i: int, change: dict[str, Any]) -> Schedule:
+    """Tile i with numbers that are more by so much."""
+    work = schedule.decoded[i].work
+    more = {name: by if isinstance(by, int) else by(schedule) for name, by in change.items()}
+    return changed(schedule, i, **{name: getattr(work, name) + by for name, by in more.items()})
 
 
-def test_actions_that_nobody_writes_are_caught(sound: Schedule) -> None:
-    last = a_tile(sound, Product, epilogue=Epilogue.EULER, step=1)
-    with pytest.raises(ScheduleError, match="never written"):
-        validate(changed(sound, last, step=0))
+@pytest.mark.parametrize("fault", PRODUCTS)
+def test_a_wrong_number_of_a_product_is_caught(sound: Schedule, fault: str) -> None:
+    which, change, message = PRODUCTS[fault]
+    i = a_tile(sound, Product, **which)
+    with pytest.raises(ScheduleError, match=rf"^tile {i} Product.*: {message}"):
+        validate(planted(sound, i, change))
 
 
-def without(s: Schedule, i: int) -> Schedule:
-    """The schedule without a tile, and nobody waits for it."""
-    tiles, first_tile = s.tiles.copy(), s.first_tile - (s.first_tile > i)
-    tiles[tiles[:, 1] == tiles[i, 3], 2] -= 1
-    tiles = np.delete(tiles, i, 0)
-    products = [t.work for t in map(Tile.of, tiles) if isinstance(t.work, Product)]
-    begin = np.concatenate([[0], np.cumsum(tiles[:, 0] == Opcode.PRODUCT)])[first_tile]
-    segments = np.array([(w.weight, w.slots, 2 - w.fp8) for w in products], np.int32)
-    return replace(s, tiles=tiles, first_tile=first_tile, first_segment=begin.astype(np.int32), segments=segments)
+@pytest.mark.parametrize("fault", ATTENDS)
+def test_a_wrong_number_of_attention_is_caught(sound: Schedule, fault: str) -> None:
+    context, change, message = ATTENDS[fault]
+    i = a_tile(sound, Attend, context=context)
+    with pytest.raises(ScheduleError, match=rf"^tile {i} Attend.*: {message}"):
+        validate(planted(sound, i, change))
 
 
-@pytest.mark.parametrize("what", ["attend", "residual", "gelu", "rows", "plane"])
-def test_what_an_earlier_block_or_step_left_is_not_read(what: str) -> None:
-    """A tile of the last step that is missing, or writes less: every cell has been written before, and in order."""
-    sound = plan(head_shape(tiny(16), batch=2, context=300, prefix=True, steps=2), SMALL)
-    attends = [i for i, t in enumerate(sound.decoded) if isinstance(t.work, Attend)]
-    ends = {
-        epilogue: [
-            i for i, t in enumerate(sound.decoded) if isinstance(t.work, Product) and t.work.epilogue == epilogue
-        ]
-        for epilogue in (Epilogue.RESIDUAL, Epilogue.GELU)
-    }
-    wide = [i for i in ends[Epilogue.GELU] if sound.decoded[i].work.rows > 16]
-    # of self-attention, which leaves the second range of cross-attention's keys alone
-    within = [i for i in attends if sound.decoded[i].work.context == NONE]
-    wrong = {
-        "attend": lambda: without(sound, attends[-1]),
-        "residual": lambda: without(sound, ends[Epilogue.RESIDUAL][-1]),
-        "gelu": lambda: without(sound, ends[Epilogue.GELU][-1]),
-        "rows": lambda: changed(sound, wide[-1], rows=sound.decoded[wide[-1]].work.rows - 16),
-        "plane": lambda: changed(sound, within[-1], plane=sound.decoded[within[-1]].work.plane + 1),
-    }[what]()
-    with pytest.raises(ScheduleError, match="from different stages: one is left from before"):
+def test_every_number_has_a_planted_fault() -> None:
+    for kind, faults in ((Product, PRODUCTS), (Attend, ATTENDS)):
+        assert {name for _, change, _ in faults.values() for name in change} == set(kind._fields)
+
+
+def test_an_unknown_opcode_is_caught(sound: Schedule) -> None:
+    tiles = sound.tiles.copy()
+    tiles[7, 0] = max(Opcode) + 1
+    with pytest.raises(ScheduleError, match=r"^tile 7 \[2, .*\]: no such opcode"):
+        validate(replace(sound, tiles=tiles))
+
+
+VALUES: list[Callable[[int, np.random.Generator], int]] = [
+    lambda x, r: x + int(r.choice([-64, -32, -17, -16, -8, -4, -2, -1, 1, 2, 4, 8, 16, 17, 32, 64])),
+    lambda x, r: 0,
+    lambda x, r: NONE,
+    lambda x, r: 2 * x,
+    lambda x, r: int(r.integers(-(2**31), 2**31)),
+]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_one_wrong_number_is_caught_or_harmless(case: Case, sound: Schedule, seed: int) -> None:
+    """Harmless: words and their order by trying, and actions as before. That can only be other ranges of keys."""
+    rng, messages = np.random.default_rng(seed), []
+    packed = pack(case.folded, sound, torch.float32)
+    want, known = Twin(sound, packed, *case.given()).run(), set()
+    for _ in range(400):
+        i = int(rng.integers(len(sound.tiles)))
+        name = str(rng.choice(sound.decoded[i].work._fields))
+        number = getattr(sound.decoded[i].work, name)
+        other = VALUES[rng.integers(len(VALUES))](number, rng)
+        if other == number or not -(2**31) <= other < 2**31:
+            continue
+        wrong = changed(sound, i, **{name: other})
+        try:
+            validate(wrong)
+        except ScheduleError as error:
+            messages.append(str(error))
+        else:
+            assert name == "slice"
+            if (number, other) not in known:
+                assert Order(wrong).fault() is None
+                assert case.error(Twin(wrong, packed, *case.given()).run(), want) < 1e-5
+            known.add((number, other))
+    assert len(messages) > 250
+    assert [m for m in messages if not re.match(r"tile \d+ (Product|Attend)\(.*\): \w+: ", m)] == []
+
+
+# -- tiles and teams ---------------------------------------------------------------------------------------------------
+
+
+def test_the_sound_one_is_sound_by_trying(sound: Schedule) -> None:
+    assert Order(sound).fault() is None
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("costs", [Costs(read=0.5, inbox=0.0), Costs()], ids=["split", "whole"])
+def test_schedules_are_sound_by_trying(ranks: int, costs: Costs) -> None:
+    """What is proved of them, found out without the chain: who reads which words of whom, and is done in time."""
+    shape = head_shape(tiny(num_layers=2, action_dim=20), batch=3, context=70, prefix=True, steps=2)
+    schedule = plan(shape, Device(8, 227 << 10, 90, (4, 3, 2)), costs, ranks=ranks)
+    validate(schedule)
+    assert Order(schedule).fault() is None
+
+
+@pytest.mark.parametrize("which", [*(dict(epilogue=e) for e in Epilogue), dict(context=0), dict(context=NONE)], ids=str)
+def test_a_tile_left_out_is_caught(sound: Schedule, which: dict[str, int]) -> None:
+    kind: type[Operands] = Product if "epilogue" in which else Attend
+    wrong = without(sound, a_tile(sound, kind, **which))
+    assert "reads what nobody stores" in str(Order(wrong).fault())
+    with pytest.raises(ScheduleError, match=r"^no tile has (row tile \d of matrix|head \d of sample \d of) .*: nobody"):
         validate(wrong)
 
 
-@pytest.mark.parametrize("change", [{"weight": 1}, {"slots": 1}, {"modulation": 1}], ids=str)
-def test_weights_and_constants_lie_as_the_kernel_loads_them(change: dict[str, int]) -> None:
-    sound = plan(head_shape(tiny(16), batch=2, context=150, prefix=True, steps=2), SMALL)
-    i = next(i for i, t in enumerate(sound.decoded) if isinstance(t.work, Product) and t.work.modulation != NONE)
-    ((name, more),) = change.items()
-    wrong = changed(sound, i, **{name: getattr(sound.decoded[i].work, name) + more})
-    products = [t.work for t in map(Tile.of, wrong.tiles) if isinstance(t.work, Product)]
-    segments = np.array([(w.weight, w.slots, 2 - w.fp8) for w in products], np.int32)
-    with pytest.raises(ScheduleError, match=r"not a row tile of the matrix|four at a time"):
-        validate(replace(wrong, segments=segments))
-    constants = {**sound.constants, "times": (sound.constant_floats - 1, 2)}
-    with pytest.raises(ScheduleError, match="times: 2 from"):
-        validate(replace(sound, constants=constants))
+@pytest.mark.parametrize("which", [*(dict(epilogue=e) for e in Epilogue), dict(context=0), dict(context=NONE)], ids=str)
+def test_a_tile_that_two_teams_have_is_caught(sound: Schedule, which: dict[str, int]) -> None:
+    kind: type[Operands] = Product if "epilogue" in which else Attend
+    i = a_tile(sound, kind, **which)
+    teams = [list(range(begin, end)) for begin, end in pairwise(sound.first_tile.tolist())]
+    teams[(team_of(sound, i) + 1) % sound.teams].append(i)
+    wrong = in_teams(sound, teams)
+    assert "stores a word of another" in str(Order(wrong).fault())
+    with pytest.raises(ScheduleError, match=r"^tile \d+ .*: writes the same words as tile \d+"):
+        validate(wrong)
 
 
-def test_validating_is_fast(sound: Schedule) -> None:
-    """It is part of a policy's warm-up: its work does not grow with the square of the tiles, of which there are 18 233."""
-    shape = head_shape(presets.robocasa_gr1().model.head, batch=1, context=588, prefix=True, steps=4)
-    schedule = plan(shape, H200)
-    assert lines_run(lambda: validate(schedule)) < 1_000_000, "453 000 when this was written: 0.3 s"
-    assert peak_bytes(lambda: validate(schedule)) < 20_000_000, "7.2 MB; one byte for each pair of tiles is 332 MB"
+def test_two_results_swapped_are_caught(sound: Schedule) -> None:
+    a = a_tile(sound, Product, **GELU)
+    b = a_tile(sound, Product, 1, **GELU, source=sound.decoded[a].work.source)
+    first, second = sound.decoded[a].work.out, sound.decoded[b].work.out
+    wrong = changed(changed(sound, a, out=second), b, out=first)
+    assert Order(wrong).fault() is None, "the words are all there, only in the wrong places"
+    with pytest.raises(ScheduleError, match=rf"^tile {a} .*: out: expected {first} by its weight, got {second}"):
+        validate(wrong)
+
+
+def test_a_residual_of_another_team_is_caught(sound: Schedule) -> None:
+    i = a_tile(sound, Product, **RESIDUAL)
+    team = (team_of(sound, i) + 1) % sound.teams
+    with pytest.raises(ScheduleError, match="adds to the residual stream of another team"):
+        validate(moved(sound, i, team, 2))
+
+
+def test_other_tiles_may_be_of_any_team(case: Case, sound: Schedule) -> None:
+    i = a_tile(sound, Product, **GELU)
+    team = team_of(sound, i)
+    stages = sound.decoded[i].work.source, sound.decoded[i].work.out
+    other = (team + 1) % sound.teams
+    place = next(
+        k
+        for k, j in enumerate(range(sound.first_tile[other], sound.first_tile[other + 1]))
+        if sound.decoded[j].work.out > stages[1]
+    )
+    fine = moved(sound, i, other, place)
+    validate(fine)
+    assert Order(fine).fault() is None
+    packed = pack(case.folded, sound, torch.float32)
+    a, b = (Twin(s, packed, *case.given()).run() for s in (sound, fine))
+    assert torch.equal(a, b)
+
+
+def test_teams_that_wait_for_each_other_are_caught(sound: Schedule) -> None:
+    """Two tiles of one team of different stages, swapped: the later one waits, through others, for the one behind it."""
+    for team in range(sound.teams):
+        begin, end = sound.first_tile[team : team + 2].tolist()
+        a = next(i for i in range(begin, end) if sound.decoded[i].opcode == Opcode.ATTEND)
+        b = next(i for i in range(a, end) if getattr(sound.decoded[i].work, "epilogue", NONE) == Epilogue.RELU)
+        wrong = swapped(sound, a, b)
+        assert Order(wrong).fault() == "circle"
+        with pytest.raises(
+            ScheduleError,
+            match=rf"^tile {a} .*: comes before a tile of its team that '1.mlp_out' depends on: "
+            rf"{sound.teams} teams wait for each other and never end",
+        ):
+            validate(wrong)
+
+
+def test_groups_that_wait_for_each_other_are_caught(sound: Schedule) -> None:
+    """Each team has each group's tiles in order, one of them another group's first."""
+    shape, half = sound.shape, sound.shape.rows // 2
+    one = [i for i, t in enumerate(sound.decoded) if getattr(t.work, "token", 0) < half]
+    assert {sound.decoded[i].opcode for i in one} == set(Opcode)
+
+    def group(i: int) -> int:
+        w = sound.decoded[i].work
+        return int((w.token if isinstance(w, Product) else w.sample * shape.tokens) >= half)
+
+    teams = [list(range(begin, end)) for begin, end in pairwise(sound.first_tile.tolist())]
+    euler = {i for i, t in enumerate(sound.decoded) if getattr(t.work, "epilogue", NONE) == Epilogue.EULER}
+
+    def sorted_by(first: int, team: list[int]) -> list[int]:
+        tiles = sorted((i for i in team if i not in euler), key=lambda i: (group(i) != first, i))
+        return tiles + [i for i in team if i in euler]
+
+    fine = in_teams(sound, [sorted_by(0, team) for team in teams])
+    validate(fine)
+    wrong = in_teams(sound, [sorted_by(k % 2, team) for k, team in enumerate(teams)])
+    assert Order(wrong).fault() == "circle"
+    with pytest.raises(ScheduleError, match="teams wait for each other and never end"):
+        validate(wrong)
+
+
+def test_noise_that_is_not_written_is_caught(sound: Schedule) -> None:
+    """By a team that has something else to do after its last actions: the kernel looks for them from the end."""
+    team = team_of(sound, a_tile(sound, Product, **EULER))
+    i = a_tile(sound, Product, epilogue=Epilogue.RELU, token=sound.shape.rows // 2)
+    rest = int(np.diff(sound.first_tile)[team]) - (team == team_of(sound, i))
+    with pytest.raises(ScheduleError, match="a tile that is not EULER's follows it in its team: its noise is not"):
+        validate(moved(sound, i, team, rest))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_tiles_moved_about_are_caught_or_harmless(sound: Schedule, seed: int) -> None:
+    rng, messages, harmless = np.random.default_rng(seed), [], 0
+    for _ in range(15):
+        i, team = int(rng.integers(len(sound.tiles))), int(rng.integers(sound.teams))
+        rest = int(np.diff(sound.first_tile)[team]) - (team == team_of(sound, i))
+        other = moved(sound, i, team, int(rng.integers(rest + 1)))
+        try:
+            validate(other)
+        except ScheduleError as error:
+            messages.append(str(error))
+        else:
+            assert Order(other).fault() is None
+            harmless += 1
+    assert [m for m in messages if not re.search("never end|of another team|follows it in its team", m)] == []
+    assert harmless > 0 < len(messages)

@@ -59,6 +59,12 @@ def error(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> float:
     )
 
 
+def whole(encoder: Encoder, image: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments with what they lack, added as `ops.posterior_patches` adds it."""
+    moments = encoder(image)
+    return mean_and_std(moments if encoder.bias is None else moments.float() + encoder.bias.float()[:, None, None])
+
+
 def truth(source: FrameEncoder, image: Tensor) -> tuple[Tensor, Tensor]:
     """By the same weights in float64."""
     wide = copy.deepcopy(source).double()
@@ -74,7 +80,7 @@ def truth(source: FrameEncoder, image: Tensor) -> tuple[Tensor, Tensor]:
 def test_float32_is_the_models(size: tuple[int, int, int], apart: bool) -> None:
     source, image = fresh(), frame(*size)
     plain = source(image)
-    got = mean_and_std(Encoder(source, apart=apart)(image))
+    got = whole(Encoder(source, apart=apart), image)
     assert got[0].shape == (size[0], 16, size[1] // 8, size[2] // 8)
     assert got[0].dtype == got[1].dtype == F32
     assert error(got, plain) <= 1e-6
@@ -89,7 +95,7 @@ def test_bfloat16_is_no_worse_than_the_model(size: tuple[int, int, int], apart: 
     moments = encoder(widened(image, encoder.channels))
     assert moments.dtype == BF16
     assert moments.is_contiguous(memory_format=torch.channels_last)
-    assert error(mean_and_std(moments), exact) <= 2 * error(source(image), exact)
+    assert error(whole(encoder, widened(image, encoder.channels)), exact) <= 2 * error(source(image), exact)
 
 
 def test_zeros_in_the_first_convolution_change_nothing() -> None:
@@ -98,8 +104,8 @@ def test_zeros_in_the_first_convolution_change_nothing() -> None:
     encoder = Encoder(source, apart=True)
     assert encoder.channels == 8
     assert Encoder(source).channels == Encoder(fresh(), apart=True).channels == 3
-    want = mean_and_std(encoder(image))
-    assert error(mean_and_std(encoder(widened(image, 8))), want) < 0.02
+    want = whole(encoder, image)
+    assert error(whole(encoder, widened(image, 8)), want) < 0.02
     other = widened(image, 8)
     other[:, 3:] = 1e3
     assert torch.equal(encoder(other), encoder(widened(image, 8))), "the weights there are zeros"
@@ -118,7 +124,7 @@ def test_weights_are_the_models_own() -> None:
             held.append(layer.conv.weight)
         else:
             assert isinstance(layer, SelfAttention)
-            held += [layer.qkv.weight, layer.out.weight]
+            held.append(layer.gamma)
     assert len(held) > 40
     for weight in held:
         assert weight.untyped_storage().data_ptr() in model
@@ -138,6 +144,26 @@ def test_the_last_two_convolutions_are_one_rounded_once(dtype: torch.dtype) -> N
     assert ((last.bias.double() - bias).abs() <= rounding * bias.abs() + 1e-15).all()
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_attentions_last_product_is_in_its_values(dtype: torch.dtype, apart: bool) -> None:
+    source = fresh(dtype)
+    block = source.mid_block.attentions[0]
+    (layer,) = (layer for layer in Encoder(source, apart=apart).layers if isinstance(layer, SelfAttention))
+    last, values = block.proj.weight[:, :, 0, 0].double(), block.to_qkv.weight[:, :, 0, 0].chunk(3)[2].double()
+    weight, bias = last @ values, last @ block.to_qkv.bias.chunk(3)[2].double()
+    bias = bias if apart else bias + block.proj.bias.double()
+    rounding = 0.51 * torch.finfo(dtype).eps
+    assert layer.qkv.bias is not None
+    rest = 2 * len(weight)
+    assert torch.equal(layer.qkv.weight[:rest], block.to_qkv.weight[:rest, :, 0, 0]), "q and k are the model's"
+    assert torch.equal(layer.qkv.bias[:rest], block.to_qkv.bias[:rest])
+    for got, want in ((layer.qkv.weight, weight), (layer.qkv.bias, bias)):
+        assert ((got.chunk(3)[2].double() - want).abs() <= rounding * want.abs() + 1e-15).all()
+    assert (layer.bias is None) != apart
+    assert layer.bias is None or torch.equal(layer.bias, block.proj.bias)
+
+
 def test_float32_is_exact_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """No convolution and no product may take the shorter formats that PyTorch's settings let in."""
     seen: list[str] = []
@@ -154,7 +180,7 @@ def test_float32_is_exact_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.backends.cudnn.conv.fp32_precision != "ieee"
     with ops.use_backend("torch"):
         Encoder(fresh())(frame(1, 16, 16))
-    assert len(seen) == 2 * 30
+    assert len(seen) == 2 * 29
     assert set(seen) == {"ieee"}
     assert torch.backends.cudnn.conv.fp32_precision != "ieee"
 
@@ -171,7 +197,7 @@ def test_with_its_kernels_interpreted(interprets: None, tmp_path: Path) -> None:
     """The path of a GPU with this package's own kernels, whatever memory held before: content of an earlier frame, or NaN."""
     script = """
 import torch
-from test_encoder import BF16, Encoder, F32, error, frame, fresh, mean_and_std, truth, widened
+from test_encoder import BF16, Encoder, F32, error, frame, fresh, truth, whole, widened
 from dit4dit import ops
 torch.use_deterministic_algorithms(True)  # torch.empty gives NaN
 torch.set_num_threads(1)
@@ -181,7 +207,7 @@ for dtype in (F32, BF16):
     for size in ((1, 24, 40), (2, 8, 16), (1, 24, 40)):
         image = frame(*size).to(dtype)
         with ops.use_backend(rms_norm_silu="triton", add_pad="triton"), ops.trace() as ran:
-            got = mean_and_std(encoder(widened(image, encoder.channels)))
+            got = whole(encoder, widened(image, encoder.channels))
         assert ran["rms_norm_silu"] == ran["add_pad"] == {"triton"}
         exact = truth(source, image)
         assert error(got, exact) <= max(2 * error(source(image), exact), 1e-6 * (dtype == F32)), (dtype, size)
@@ -233,15 +259,16 @@ def kernels(run: Any, *args: Any) -> Counter[str]:
 @pytest.mark.parametrize(("name", "views"), [("robocasa_gr1", 1), ("libero", 2)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_kernels_on_a_gpu(name: str, views: int, batch: int) -> None:
-    """27 convolutions, two products, one attention, 22 norms, 3 paddings, and the last convolution's bias: no other pass."""
+    """25 convolutions, a product for each of two shortcuts and for attention's q, k and v, one attention, 22 norms, 3 paddings:
+    no other pass."""
     engine = engine_without_data(preset(name).model)
     shape = (batch, engine.encoder.channels, 224, 224 * views)
     assert engine.encoder.channels == 8
     given = torch.empty(shape, dtype=BF16, device="meta", memory_format=torch.channels_last)
     found = kernels(engine.encoder, given)
-    assert found.total() <= 56, found
-    assert (found["convolution"], found["bias"]) == (27, 1)
-    assert (found["mm"], found["addmm"], found["attention"]) == (1, 1, 1)
+    assert found.total() <= 54, found
+    assert (found["convolution"], found["bias"]) == (25, 0)
+    assert (found["mm"], found["addmm"], found["attention"]) == (2, 1, 1)
     assert (found["rms_norm_silu"], found["add_pad"]) == (22, 3)
     posterior = torch.empty(batch, 16, 1, 28, 28 * views, device="meta")
     assert kernels(engine.condition, given, posterior).total() <= 64

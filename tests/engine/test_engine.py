@@ -102,6 +102,15 @@ def test_the_one_launch_reference_is_the_engines_loop_by_the_ops_references(guid
         assert torch.equal(got, engine.actions(features, given["state"], noise, guidance))
 
 
+def test_nothing_of_the_state_is_kept_for_a_gradient() -> None:
+    """Also where the caller's mode would: the model's own weights have gradients, and kernels refuse those."""
+    engine = Engine(random_model(TINY, 1, with_text=False).requires_grad_())
+    with torch.enable_grad():
+        token = engine.token(inputs(TINY, 2)["state"])
+    assert token is not None
+    assert not token.requires_grad
+
+
 def test_the_head_is_never_taken_by_itself_and_a_wish_that_cannot_be_met_raises() -> None:
     model = random_model(TINY, 0, with_text=False)
     assert Engine(model).one_launch is None

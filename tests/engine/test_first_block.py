@@ -16,11 +16,11 @@ from dit4dit.checkpoints.weights import random_model
 from dit4dit.config import ModelConfig
 from dit4dit.engine import Engine, Plan, RequestShape, stack
 from dit4dit.engine.branch import beside
-from dit4dit.engine.first_block import patch_rows
-from dit4dit.engine.fold import fold_embedding
+from dit4dit.engine.fold import Matrix, fold_embedding
 from dit4dit.engine.fp8 import Fp8Matrix
 from dit4dit.engine.listing import engine_without_data
 from dit4dit.errors import InputError
+from dit4dit.model.video_dit import patches
 from dit4dit.ops import stages, stand_in
 from dit4dit.ops.aot.launch_record import Launch
 from dit4dit.presets import preset
@@ -52,7 +52,7 @@ def test_the_constants_are_what_the_mask_channels_and_positions_add(config: Mode
     with torch.no_grad():
         wanted = transformer.embed_latents(latent)
         embedding = fold_embedding(engine.model.backbone)
-        rows = patch_rows(latent, config.dit.patch, F32)
+        rows = patches(latent, config.dit.patch).flatten(4).flatten(2, 3)
         got = embedding.matrix(rows) + embedding.begin(2, 4)
         without = embedding.matrix(rows)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -77,7 +77,7 @@ def test_apart_is_the_same_as_at_once(config: ModelConfig, batch: int) -> None:
         engine.branches = apart
         with ops.listing() as calls:
             found[apart] = engine.features(frame, stack(packs), posterior, latent)
-        assert [op for op, _ in calls].count("adaln") == 3 * len(engine.blocks) + 1 + apart
+        assert [op for op, _ in calls].count("adaln") == 3 * len(engine.blocks) + apart
         alone = engine.features(frame[:1], stack(packs[:1]), posterior[:1], latent[:1])
         torch.testing.assert_close(found[apart][:1], alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5)
@@ -120,6 +120,29 @@ def test_a_model_of_one_latent_frame_has_no_noise_to_put() -> None:
     for engine.branches in (False, True):
         found.append(engine.features(frame, pack, posterior, latent))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_features_are_in_the_heads_dtype_and_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a bfloat16 backbone: its last sum is float32's whatever its parts are."""
+    engine = engine_of(TINY, BF16)
+    engine.head = replace(engine.head, context=Matrix(engine.head.context.weight.to(dtype)))
+    frame, posterior, latent = inputs(engine, 2)
+    pack = stack([engine.pack(torch.randn(1, 5, TINY.dit.text_in))])
+    parts: list[torch.Tensor] = []
+    plain = torch.addcmul
+
+    def seen(*given: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
+        parts.extend(given if out else ())
+        return plain(*given, **out)
+
+    monkeypatch.setattr(torch, "addcmul", seen)
+    got = engine.features(frame.to(BF16), pack, posterior, latent)
+    x, gate, branch = parts
+    assert (x.dtype, gate.dtype, branch.dtype) == (F32, F32, BF16)
+    want = (x.double() + gate.double() * branch.double()).flatten(1, 2)
+    assert got.dtype == dtype
+    assert ((got.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-6).all()
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -215,18 +238,19 @@ def test_launches_around_a_step(name: str, batch: int, copies: int, monkeypatch:
     config, robot = preset(name).model, EMBODIMENTS[preset(name).embodiment]
     engine = engine_without_data(config)
     views = (config.image_size,) * len(robot.views)
-    shape = RequestShape(batch, views, None, robot.resize, False, config.text.max_length)
+    shape = RequestShape(batch, views, None, robot.resize, True, config.text.max_length)
     plan = Plan(engine, shape, torch.zeros(5, robot.action_dim, dtype=torch.float64))
     with stand_in.without_data(), torch.no_grad():
         plan.compute()  # which makes tables
         with Launches(monkeypatch) as counted:
             plan.compute()
     found, blocks = counted.found, len(engine.blocks)
-    assert found["noise"] == Counter(philox_normal=3, mm=2, adaln=1, copy_=1 + copies)
+    assert found["noise"] == Counter(philox_normal=1, state_token=1, patch_tokens=1, mm=1, copy_=copies)
     assert found["latents"] == Counter(posterior_patches=1)
-    assert found["outputs"] == Counter(copy_=1, unnormalize=1)
+    assert found["outputs"] == Counter(unnormalize=1)
     backbone = found["backbone"]
-    # with the embedding's
-    assert (backbone["mm"], backbone["adaln"], backbone["copy_"]) == (6 * blocks + 1, 3 * blocks + 1, copies)
+    assert (backbone["mm"], backbone["adaln"], backbone["copy_"]) == (6 * blocks, 3 * blocks - 1, copies)
+    assert backbone["patch_tokens"] == 1
+    assert backbone["addcmul"] == 1
     assert not {"cat", "clone", "fill_", "zero_", "_to_copy", "new_zeros", "zeros"} & set(backbone)
     assert None not in found

@@ -30,14 +30,14 @@ def test_a_kind_goes_with_the_last_graph_that_reads_it(head: OneLaunchHead) -> N
     with device_tables.collected() as read:
         first = weakref.ref(head.prepare(CPU, 1, 40, True))
     assert read == [first()]
-    assert read[0].nbytes > first().tensors["workspace"].nbytes
+    assert read[0].nbytes > first().tensors["words"].nbytes
     others = [weakref.ref(head.prepare(CPU, 1, 41 + n, True)) for n in range(KINDS + 2)]
     gc.collect()
     assert [ref() is not None for ref in others] == [False] * 2 + [True] * KINDS
     assert head.prepare(CPU, 1, 40, True) is first()
     assert first().tensors["weights"] is head.prepare(CPU, 1, 42, True).tensors["weights"], "kinds cut alike share them"
     first().status[0] = 3
-    with pytest.raises(OutputError, match="block 2 waited"):
+    with pytest.raises(OutputError, match=r"block 2 .* waited"):
         head.check()
     for n in range(KINDS):
         head.prepare(CPU, 1, 60 + n, True)

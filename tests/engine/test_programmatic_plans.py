@@ -124,7 +124,7 @@ def recorded(
 ) -> tuple[Any, set[bool]]:
     """A plan on a stand-in for a GPU, and how kernels would have been launched in all runs of its step, captures among them."""
     seen: set[bool] = set()
-    actions = Engine.actions
+    actions = Engine.actions_behind
 
     def watched(self: Engine, *args: Any, **kwargs: Any) -> Any:
         seen.add(programmatic.triton_kernels("90"))
@@ -134,7 +134,7 @@ def recorded(
 
     made = engine(**options)
     seen.clear()
-    monkeypatch.setattr(Engine, "actions", watched)
+    monkeypatch.setattr(Engine, "actions_behind", watched)
     made._stream = cuda.stream
     return Plan(made, SHAPE, None), seen
 

@@ -131,21 +131,20 @@ def self_attention_cuda(world: World, rng: random.Random) -> dict[str, Any]:
 def action_ode_cuda(world: World, rng: random.Random) -> dict[str, Any]:
     """A head of one layer's width, 16; the schedule in it is never read."""
     numbers = dict(
-        rows=2, counter_count=1, workers=1, width=16, head_dim=16, heads=1, horizon=2, actions=3, padded_actions=16,
-        context_tokens=4, context_columns=32, steps=2, batch=1, times=0, padded_tokens=8, part=256, slots=16, staging=8192,
+        teams=1, ranks=1, set_words=64, private_floats=256, padded_tokens=16, part=128, slots=6, staging=8192, inbox=0,
+        rows=2, width=16, head_dim=16, heads=1, horizon=2, actions=3, padded_actions=16, context_tokens=4, context_columns=32,
+        steps=2, batch=1, times=0,
     )  # fmt: skip
     shapes: dict[str, tuple[tuple[int, ...], str]] = dict(
-        tiles=((4, 24), "int32"), first_tile=((2,), "int32"), segments=((1, 3), "int32"), first_segment=((2,), "int32"),
-        weights=((4096,), "uint8"), constants=((64,), "float32"), noise=((1, 2, 3), "float32"),
-        context=((1, 4, 32), "bfloat16"), out=((1, 2, 3), "float32"), workspace=((1 << 16,), "uint8"),
-        counters=((2, 32), "int32"), status=((4,), "int32"),
+        tiles=((4, 32), "int32"), first_tile=((2,), "int32"), weights=((4096,), "uint8"), constants=((64,), "float32"),
+        noise=((1, 2, 3), "float32"), context=((1, 4, 32), "bfloat16"), out=((1, 2, 3), "float32"),
+        words=((3, 64), "int32"), private_memory=((256,), "float32"), progress=((2,), "int32"), status=((4,), "int32"),
     )  # fmt: skip
     if rng.random() < 0.3:
         shapes |= {"previous": ((1, 2, 3), "float32"), "guidance": ((2,), "float32")}
     return dict(
         tensors={name: dense(i + 1, *rest) for i, (name, rest) in enumerate(shapes.items())},
         numbers=numbers,
-        buffers=[(4096 * space, 1, 16) for space in range(11)],
         max_guidance=1.0,
         limit_ns=1,
         stream=0,

@@ -178,22 +178,25 @@ def refuse(rows: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
 # -- unnormalize: right ones, in float32, whose arithmetic is that of half the bytes ------------------------------------
 
 
-def quick(actions: Tensor, table: Tensor) -> Tensor:
+Pair = tuple[Tensor, Tensor]
+
+
+def quick(actions: Tensor, table: Tensor) -> Pair:
     at, low, high, scale, offset = table.float()
     y = actions[..., : table.shape[1]]
     y = torch.where(at.isnan(), y, (y >= at).to(y.dtype))
-    return torch.addcmul(offset, y.clamp(low, high), scale)
+    return torch.addcmul(offset, y.clamp(low, high), scale), actions
 
 
-def row_by_row(actions: Tensor, table: Tensor) -> Tensor:
-    return torch.stack([quick(row, table) for row in actions.unbind(1)], 1)
+def row_by_row(actions: Tensor, table: Tensor) -> Pair:
+    return torch.stack([quick(row, table)[0] for row in actions.unbind(1)], 1), actions
 
 
 QUICK = 8192
 """Actions of a step, for which `by_shape` is quick."""
 
 
-def by_shape(actions: Tensor, table: Tensor) -> Tensor:
+def by_shape(actions: Tensor, table: Tensor) -> Pair:
     return (quick if table.shape[1] == QUICK else row_by_row)(actions, table)
 
 

@@ -1,68 +1,105 @@
-"""What the emulation of action_ode's kernel is worth: changes of the kernel that it must see."""
+"""What the emulation of action_ode's kernel is worth: changes of the kernel that it must see.
+
+It cannot see another order of planes or of ranks in a sum, which is within what rounding allows, a missing fence of loads, or a
+first barrier of the team that is missing, as pushes come long after it.
+"""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from emulator import Emulator, needs_compiler
-from head_case import DEVICES, SIZES, Case, tiny
+from emulator import Emulator, State, changed_kernels, needs_compiler
+from head_case import DEAR, DEVICES, SIZES, Case, planned, tiny
 
 from dit4dit.engine.action_ode import plan
 from dit4dit.engine.action_ode.weights import pack
 
-KERNELS = Path(__file__).parents[2] / "kernels"
+LIMIT = 4_000_000  # ns, of the emulation's clock
+PARTS = "51 tokens, norms in parts"
 MUTANTS = {
-    "copies: a slot is read before it is there": (
+    # weights
+    "bulk: weights before they are there": (
+        "weights",
+        "ring_.parity, tile_, kWeights",
+        "ring_.parity ^ 1, tile_, kWeights",
+    ),
+    "copies: weights before they are there": (
+        "weights",
+        "ring_.parity, tile_, kWeights",
+        "ring_.parity ^ 1, tile_, kWeights",
+    ),
+    "bulk: a slot is filled while it is read": (
+        "weights",
+        "ring.parity ^ 1, index, kRoomForWeights",
+        "ring.parity, index, kRoomForWeights",
+    ),
+    "copies: the slot next to it": (
+        "weights",
+        "at_ = ring_.slot * kSlotBytes + origin_",
+        "at_ = (ring_.slot ^ 1) * kSlotBytes + origin_",
+    ),
+    "bulk: the weights of another rank": ("weights", "(block.rank) * w.rank_units", "(block.rank ^ 1) * w.rank_units"),
+    # words
+    "copies: words that are not there": ("stage", "if (!any_lane(missing != kNone) ||", "if (true ||"),
+    "copies: keys that are not there": ("attention", "if (!any_lane(missing != kNone) ||", "if (true ||"),
+    "copies: words of another set": ("stage", "source = block.words(now.set);", "source = block.words(now.before());"),
+    "copies: words stay": ("product", "    write(block, w, item, now.before(), kEmpty);\n", ""),
+    "copies: words of attention stay": ("attention", "    store_word(block.words(now.before()) + at, kEmpty);\n", ""),
+    "copies: noisy words stay": (
+        "sampler",
+        "    write(block, w, item, now.set, kEmpty);  // all have read this step's\n",
+        "",
+    ),
+    "bulk: no fence in a step": ("worker", "        fence();  // what was made", "        // what was made"),
+    # other ranks
+    "bulk: sums before they have come": (
         "block",
-        "wait_copies<kCopySlots - 2>()",
-        "wait_copies<kCopySlots - 1>()",
+        "block_.wait<true>(sums_barrier(), now_.lap(),",
+        "block_.wait<true>(sums_barrier(), now_.lap() ^ 1,",
     ),
-    "copies: no sync after staging": (
-        "product",
-        "        sync_block();\n        for (int column",
-        "        for (int column",
-    ),
-    "copies: no sync before the sums": ("product", "w);\n    sync_block();\n    float* to", "w);\n    float* to"),
-    "copies: scale and shift while others still work": (
+    "bulk: sums for another rank": ("block", "+ offset, rank), x, at_rank", "+ offset, rank ^ 1), x, at_rank"),
+    "bulk: both addresses of another rank": (
         "block",
-        "poll(tile, index));\n        sync_block();",
-        "poll(tile, index));",
+        "target::push(at_rank(block_.inbox(now_.inbox()) + offset, rank), x, at_rank(sums_barrier(), rank));",
+        "target::push(at_rank(block_.inbox(now_.inbox()) + offset, rank ^ 1), x, at_rank(sums_barrier(), rank ^ 1));",
     ),
-    "copies: a norm of the wrong part": ("stage", "to.row(c - column, token)", "to.row((c - column) % 16, token)"),
-    "copies: ranges of keys without their shares": ("stage", "exponential(score - largest) * sum", "sum"),
-    "copies: the stream is added by all warps": (
+    "bulk: the moments of the first rank alone": (
         "product",
-        "first(thread_index() / 32 < w.tile_rows / 16)",
-        "first(w.tile_rows > 0)",
+        "planes.moments(rank, item.token)",
+        "planes.moments(0, item.token)",
     ),
-    "copies: the state token is left out": ("product", "launch.prefix != nullptr", "false"),
-    "copies: no wait for the counter": ("block", "if (have >= tile.target) return 1;", "return 1;"),
-    "copies: a signal before the tile is done": (
+    "bulk: the keys of another rank": ("attention", "first(block.rank * w.slice)", "first((block.rank ^ 1) * w.slice)"),
+    "bulk: no credit": ("block", "now_.lap() ^ 1, now_.tile, kRoom", "now_.lap(), now_.tile, kRoom"),
+    "bulk: the end without the team": (
         "worker",
-        "        if (!run(block",
-        "        if (thread == 0 && tile.signal != kNone) add_release(block.counter(tile.signal));\n        if (!run(block",
+        "    if (ranks_of(launch) > 1) sync_cluster();  // nobody reaches",
+        "    // nobody reaches",
     ),
-    "copies: queries without a sync": (
-        "attention",
-        "query_tiles * 16, d);\n    sync_block();",
-        "query_tiles * 16, d);",
-    ),
-    "copies: an address off by a row": ("product", "j * 8 + lane % 8)", "j * 8 + (lane + 1) % 8)"),
-    "bulk: the other phase": ("block", "full[slot], used_ / slots() & 1);", "full[slot], ~used_ / slots() & 1);"),
-    "bulk: a slot filled while it is read": (
-        "block",
-        "if (fetched_ >= slots())",
-        "if (false)",
-    ),
-    "bulk: a wait that does not wait": ("block", "if (barrier_try_wait(barrier, parity)) return;", "return;"),
-    "warpgroups: strides exchanged": (
+    # barriers of a block
+    "copies: products before all is staged": (
         "product",
-        "along_columns << 16 | along_tokens << 32",
-        "along_tokens << 16 | along_columns << 32",
+        "        sync_computing();\n        multiply_part(",
+        "        multiply_part(",
+    ),
+    "copies: sums before all have multiplied": ("product", "    sync_computing();\n}\n\n", "}\n\n"),
+    "copies: a part is staged too early": (
+        "product",
+        "        if (begin > 0) sync_computing();  // all have multiplied the part before\n",
+        "",
+    ),
+    "copies: scores before all keys are there": (
+        "attention",
+        "        sync_computing();\n        const int lane",
+        "        const int lane",
+    ),
+    # numbers
+    "copies: the state token is left out": ("product", "launch.prefix != nullptr", "false"),
+    "copies: an address off by a row": (
+        "product",
+        "tokens + (first + j) * 8 * 16)",
+        "tokens + (first + j) * 8 * 16 + 16)",
     ),
 }
 
@@ -72,21 +109,23 @@ MUTANTS = {
 def test_the_emulation_sees_faults_in_the_kernel(name: str, tmp_path: Path) -> None:
     """What it is worth: each of these changes of the kernel gives an error or wrong actions."""
     variant = name.partition(":")[0]
-    file, old, new = MUTANTS[name]
-    kernels = Path(shutil.copytree(KERNELS, tmp_path / "kernels"))
-    changed = kernels / f"action_ode_{file}.cuh"
-    assert changed.read_text().count(old) == 1, "the kernel no longer says this"
-    changed.write_text(changed.read_text().replace(old, new))
-    # with more slots a tile, so that the ring turns within one
-    size = "9 tokens, batch 4" if variant == "warpgroups" else "17 tokens, heads of 48"
-    config, request = SIZES["51 tokens, norms in parts" if "wrong part" in name else size]
-    case = Case(tiny(**config), **request)
-    schedule = plan(case.shape, replace(DEVICES[variant], workers=5))
+    device = DEVICES[variant]
+    if "part is" in name:
+        config, request = SIZES[PARTS]
+        case = Case(tiny(**config), **request)
+        schedule = planned(PARTS, case.shape, device)
+        assert any(m.slice > schedule.part for m in schedule.matrices.values())
+    else:
+        case = Case(tiny(num_layers=2), context=150, steps=4)
+        schedule = plan(case.shape, device, DEAR, ranks=4 if device.clusters else 1)
     packed = pack(case.folded, schedule)
     want = case.twin(schedule, torch.bfloat16).run()
-    run = Emulator(variant, tmp_path, kernels)
+    run = Emulator(variant, tmp_path, changed_kernels(tmp_path, *MUTANTS[name]))
+    state, errors = State(schedule), []
     try:
-        error = max(case.error(run(schedule, packed, *case.given(), seed=s).actions, want) for s in range(2))
+        for seed in range(4):
+            result = run(schedule, packed, *case.given(), seed=seed, state=state, limit_ns=LIMIT)
+            errors.append(case.error(result.actions, want))
     except RuntimeError:
         return
-    assert not error < 2**-5
+    assert not all(error < 2**-5 for error in errors)

@@ -52,6 +52,7 @@ def test_integers_and_other_devices_are_named() -> None:
 
 
 IMAGE, WEIGHT, CHANNELS = torch.zeros(1, 4, 3, 3), torch.zeros(5, 4, 3, 3), torch.zeros(4)
+REQUESTS = torch.zeros(2, 3, dtype=torch.int64)
 GAMMA = torch.ones(4, 1, 1)
 F32, ROWS, FP8 = torch.float32, torch.ones(2, 4), torch.ones(3, 4).to(torch.float8_e4m3fn)
 
@@ -96,8 +97,11 @@ def test_what_does_not_fit_is_named(call: Callable[[], Tensor], fault: str) -> N
     ("call", "op"),
     [
         (lambda out: ops.linear(torch.ones(2, 4), torch.ones(3, 4), None, out=out), "linear"),
-        (lambda out: ops.philox_normal(torch.zeros(2, 3, dtype=torch.int64), 0, (3,), out=out), "philox_normal"),
-        (lambda out: ops.unnormalize(torch.ones(2, 1, 3), torch.ones(5, 3).double(), out=out[:, None]), "unnormalize"),
+        (lambda out: ops.philox_normal(REQUESTS, ((0, (3,)),), out=(out,))[0], "philox_normal"),
+        (
+            lambda out: ops.unnormalize(torch.ones(2, 1, 3), torch.ones(5, 3).double(), out=out[:, None])[0],
+            "unnormalize",
+        ),
         (lambda out: ops.adaln(*2 * [torch.ones(1, 1, 2, 3)], *3 * [None], 1e-6, F32, out=out[None, None]), "adaln"),
         (lambda out: ops.linear_fp8(ROWS, 1.0, FP8, torch.ones(3), None, "none", F32, out=out), "linear_fp8"),
     ],

@@ -32,54 +32,78 @@ def assert_same_numbers(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (got == wanted).double().mean() > 0.999
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 7), (16, 2, 4, 8), (5, 103)])
-@pytest.mark.parametrize("stream", [0, 2])
+SHAPES = [(1,), (3, 7), (16, 2, 4, 8), (5, 103), (40, 29)]
+
+
+def alone(call, requests, stream, shape, **kinds) -> torch.Tensor:
+    (drawn,) = call(requests, ((stream, shape),), **kinds)
+    return drawn
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stream", [0, 1, 2, 2**31 - 1])
 def test_reference_and_kernel_give_the_hosts_numbers(triton_op, shape, stream):
     wanted = expected(REQUESTS, stream, shape)
-    assert_same_numbers(philox_normal(tensor(REQUESTS), stream, shape, backend="torch"), wanted)
-    assert_same_numbers(triton_op("philox_normal", tensor(REQUESTS), stream, shape), wanted)
+    for call in (partial(philox_normal, backend="torch"), partial(triton_op, "philox_normal")):
+        assert_same_numbers(alone(call, tensor(REQUESTS), stream, shape), wanted)
+
+
+@pytest.mark.parametrize("streams", [(2, 0), (0, 1, 2), (2**31 - 1, 1, 0)])
+@pytest.mark.parametrize("shapes", [SHAPES[:3], SHAPES[2:], SHAPES[2::-1]])
+def test_a_draw_has_the_bits_that_it_has_alone(triton_op, streams, shapes):
+    """Whatever is drawn beside it, and into what memory."""
+    requests, draws = tensor(REQUESTS), tuple(zip(streams, shapes[: len(streams)], strict=True))
+    for call in (partial(philox_normal, backend="torch"), partial(triton_op, "philox_normal")):
+        apart = [alone(call, requests, *draw) for draw in draws]
+        for places in (None, tuple(torch.full_like(x, torch.nan) if i else None for i, x in enumerate(apart))):
+            for got, wanted in zip(call(requests, draws, out=places), apart, strict=True):
+                assert torch.equal(got, wanted)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    alone = [philox_normal(tensor([request]), 1, (4, 9)) for request in REQUESTS]
-    assert torch.equal(torch.cat(alone), philox_normal(tensor(REQUESTS), 1, (4, 9)))
-    assert len({float(x.sum()) for x in alone}) == len(REQUESTS)
+    each = [alone(philox_normal, tensor([request]), 1, (4, 9)) for request in REQUESTS]
+    assert torch.equal(torch.cat(each), alone(philox_normal, tensor(REQUESTS), 1, (4, 9)))
+    assert len({float(x.sum()) for x in each}) == len(REQUESTS)
 
 
 @pytest.mark.parametrize("given", [(0, 1, 0, 2**62), (1, 1, 1, 1)])
 def test_what_is_given_stays(triton_op, given):
     """And what is drawn beside it has the bits of a draw alone."""
-    requests, shape = tensor(REQUESTS), (3, 7)
-    fresh = {
-        "torch": philox_normal(requests, 1, shape, backend="torch"),
-        "triton": triton_op("philox_normal", requests, 1, shape),
-    }
-    requests[:, 2] = torch.tensor(given)
-    brought = torch.randn(len(given), *shape, generator=torch.Generator().manual_seed(0))
-    brought[1, 0, 0] = torch.nan
-    for name, drawn in fresh.items():
-        for place in (brought.clone(), None):
-            kinds = {} if place is None else {"out": place}
-            call = partial(philox_normal, backend="torch") if name == "torch" else partial(triton_op, "philox_normal")
-            got = call(requests, 1, shape, **kinds)
-            assert place is None or name != "torch" or got is place
-            for i, is_given in enumerate(given):
-                wanted = drawn[i] if not is_given else torch.zeros(shape) if place is None else brought[i]
-                assert torch.equal(got[i].nan_to_num(nan=7.0), wanted.nan_to_num(nan=7.0)), (name, i)
+    requests, draws = tensor(REQUESTS), ((1, (3, 7)), (0, (5, 103)))
+    brought = tuple(torch.randn(len(given), *shape, generator=torch.Generator().manual_seed(0)) for _, shape in draws)
+    brought[0][1, 0, 0] = torch.nan
+    for name in ("torch", "triton"):
+        call = partial(philox_normal, backend="torch") if name == "torch" else partial(triton_op, "philox_normal")
+        drawn = call(requests, draws)
+        marked = requests.clone()
+        marked[:, 2] = torch.tensor(given)
+        for places in (tuple(place.clone() for place in brought), None):
+            got = call(marked, draws, out=places)
+            assert places is None or name != "torch" or all(a is b for a, b in zip(got, places, strict=True))
+            for n, of in enumerate(got):
+                for i, is_given in enumerate(given):
+                    kept = torch.zeros_like(of[i]) if places is None else brought[n][i]
+                    wanted = kept if is_given else drawn[n][i]
+                    assert torch.equal(of[i].nan_to_num(nan=7.0), wanted.nan_to_num(nan=7.0)), (name, n, i)
 
 
 @pytest.mark.parametrize("out", [torch.zeros(4, 3, 8), torch.zeros(4, 3, 14)[..., ::2], torch.zeros(4, 3, 7).double()])
 def test_refuses_another_place(out):
     with pytest.raises(InputError, match="philox_normal: out: expected"):
-        philox_normal(tensor(REQUESTS), 1, (3, 7), out=out)
+        philox_normal(tensor(REQUESTS), ((0, (2,)), (1, (3, 7))), out=(None, out))
 
 
 def test_refuses_what_does_not_fit():
     with pytest.raises(InputError, match="requests: expected int64"):
-        philox_normal(torch.zeros(1, 3), 0, (3,))
+        philox_normal(torch.zeros(1, 3), ((0, (3,)),))
     with pytest.raises(InputError, match=r"requests: expected \[B, 3\]"):
-        philox_normal(torch.zeros(1, 2, dtype=torch.int64), 0, (3,))
+        philox_normal(torch.zeros(1, 2, dtype=torch.int64), ((0, (3,)),))
     with pytest.raises(InputError, match="stream"):
-        philox_normal(tensor(REQUESTS), -1, (3,))
+        philox_normal(tensor(REQUESTS), ((-1, (3,)),))
     with pytest.raises(InputError, match="at least one element"):
-        philox_normal(tensor(REQUESTS), 0, (0, 3))
+        philox_normal(tensor(REQUESTS), ((0, (3,)), (1, (0, 3))))
+    for draws in ((), ((0, (3,)),) * 4):
+        with pytest.raises(InputError, match=f"draws: expected 1 to 3, and as many places, got {len(draws)}"):
+            philox_normal(tensor(REQUESTS), draws)
+    with pytest.raises(InputError, match="got 1 and 2 places"):
+        philox_normal(tensor(REQUESTS), ((0, (3,)),), out=(None, None))

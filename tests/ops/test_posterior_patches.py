@@ -18,8 +18,18 @@ TINY = preset("tiny").model
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def make(batch: int, z: int, rows: int, columns: int, dtype: torch.dtype, *, layout: str, noisy: bool = True):
-    """Moments whose variances go beyond their bounds on both sides, noise, and numbers of the latents."""
+def make(
+    batch: int,
+    z: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    *,
+    layout: str,
+    noisy: bool = True,
+    biased: bool = True,
+):
+    """Moments whose variances go beyond their bounds on both sides, their bias, noise, and numbers of the latents."""
     generator = torch.Generator().manual_seed(rows * columns)
     moments = torch.randn(batch, 2 * z, rows, columns, generator=generator)
     moments[:, z:] *= 4
@@ -30,18 +40,20 @@ def make(batch: int, z: int, rows: int, columns: int, dtype: torch.dtype, *, lay
     elif layout == "a slice":
         moments = torch.full((batch, 2 * z + 3, rows + 1, columns), torch.nan, dtype=dtype)[:, 1:-2, 1:].copy_(moments)
     noise = torch.randn(batch, z, 1, rows, columns, generator=generator) if noisy else None
-    return moments, noise, torch.randn(z, generator=generator), torch.rand(z, generator=generator) + 0.5
+    bias = torch.randn(2 * z, generator=generator).to(dtype) if biased else None
+    return moments, bias, noise, torch.randn(z, generator=generator), torch.rand(z, generator=generator) + 0.5
 
 
 @pytest.mark.parametrize("layout", ["channels last", "contiguous", "a slice"])
 @pytest.mark.parametrize("dtype, out", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)])
 @pytest.mark.parametrize("size, patch", [((1, 16, 4, 6), 2), ((3, 5, 7, 9), 1), ((2, 3, 6, 9), 3), ((2, 1, 2, 2), 2)])
-def test_triton(triton_op, size, patch, dtype, out, layout) -> None:
+@pytest.mark.parametrize("biased", [True, False])
+def test_triton(triton_op, size, patch, dtype, out, layout, biased) -> None:
     if out == F16:
         size = (*size[:3], size[3])
-    args = (*make(*size, dtype, layout=layout), patch, out)
+    args = (*make(*size, dtype, layout=layout, biased=biased), patch, out)
     if out == F16:
-        args[0][:, size[1] :].clamp_(max=10)  # the result would not be finite
+        args[0][:, size[1] :].clamp_(max=8)  # the result would not be finite
     assert_no_worse(partial(triton_op, "posterior_patches"), reference, args, float32_limit=2e-6)
 
 
@@ -52,11 +64,11 @@ def test_triton_without_noise(triton_op) -> None:
 
 def test_nan_is_not_hidden(triton_op) -> None:
     """By the bounds of the variance: what spoils a chunk is to be seen in its actions."""
-    moments, noise, mean, std = make(1, 4, 2, 4, F32, layout="channels last")
+    moments, bias, noise, mean, std = make(1, 4, 2, 4, F32, layout="channels last")
     moments[0, 5, 1, 2] = torch.nan  # the variance of channel 1, row 1, column 2: token 1
     for got in (
-        posterior_patches(moments, noise, mean, std, 2, F32),
-        triton_op("posterior_patches", moments, noise, mean, std, 2, F32),
+        posterior_patches(moments, bias, noise, mean, std, 2, F32),
+        triton_op("posterior_patches", moments, bias, noise, mean, std, 2, F32),
     ):
         assert got.isnan().nonzero().tolist() == [[0, 1, 1 * 4 + 2]]
 
@@ -73,17 +85,31 @@ def test_is_what_the_model_computes(posterior: str) -> None:
         wanted = backbone.transformer._patchify(wanted)[:, 0]  # with the mask channels
         moments = backbone.frame_encoder.moments(frame)
     mean, std = backbone.scale.mean.flatten(), backbone.scale.std.flatten()
-    got = posterior_patches(moments, noise if posterior == "sample" else None, mean, std, TINY.dit.patch, F32)
+    got = posterior_patches(moments, None, noise if posterior == "sample" else None, mean, std, TINY.dit.patch, F32)
     assert torch.equal(got, wanted[..., : got.shape[-1]])
 
 
+@pytest.mark.parametrize("noisy", [True, False])
+def test_the_bias_is_added_in_float32(triton_op, noisy: bool) -> None:
+    """Not in the moments' dtype, where the sum would be rounded once more."""
+    moments, bias, noise, mean, std = make(2, 4, 4, 6, BF16, layout="channels last", noisy=noisy)
+    whole = moments.float() + bias.float()[:, None, None]
+    want = reference(whole, None, noise, mean, std, 2, F32)
+    for call in (partial(posterior_patches, backend="torch"), partial(triton_op, "posterior_patches")):
+        torch.testing.assert_close(call(moments, bias, noise, mean, std, 2, F32), want, rtol=1e-6, atol=1e-6)
+
+
 def test_refuses_what_does_not_fit() -> None:
-    moments, noise, mean, std = make(2, 4, 4, 6, F32, layout="contiguous")
+    moments, bias, noise, mean, std = make(2, 4, 4, 6, F32, layout="contiguous")
     with pytest.raises(InputError, match=r"moments: expected \[B, 2z, h, w\] = \[2, 8, 4, 6\], got \[2, 7, 4, 6\]"):
-        posterior_patches(moments[:, 1:], noise, mean, std, 2, F32)
+        posterior_patches(moments[:, 1:], bias, noise, mean, std, 2, F32)
     with pytest.raises(InputError, match="patch: expected a divisor of 4 and 6, got 4"):
-        posterior_patches(moments, noise, mean, std, 4, F32)
+        posterior_patches(moments, bias, noise, mean, std, 4, F32)
     with pytest.raises(InputError, match=r"noise: expected torch\.float32"):
-        posterior_patches(moments, noise.bfloat16(), mean, std, 2, F32)
+        posterior_patches(moments, bias, noise.bfloat16(), mean, std, 2, F32)
     with pytest.raises(InputError, match="std: expected"):
-        posterior_patches(moments, noise, mean, std[1:], 2, F32)
+        posterior_patches(moments, bias, noise, mean, std[1:], 2, F32)
+    with pytest.raises(InputError, match=r"bias: expected \[2z\] = \[8\], got \[7\]"):
+        posterior_patches(moments, bias[1:], noise, mean, std, 2, F32)
+    with pytest.raises(InputError, match=r"bias: expected torch\.float32 as moments, got torch\.bfloat16"):
+        posterior_patches(moments, bias.bfloat16(), noise, mean, std, 2, F32)

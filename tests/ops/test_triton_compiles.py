@@ -12,6 +12,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ import torch
 from dit4dit.benchmarks import kernels
 
 from dit4dit.aot_build.compiler import compiled, resources
-from dit4dit.ops import launch, tiles
+from dit4dit.model.video_dit import patches
+from dit4dit.ops import launch, stand_in, tiles
 from dit4dit.ops.aot.specialization import Specialization
 from dit4dit.ops.linear_fp8 import FP8, LEAST_CAPABILITY, launches
 
@@ -109,6 +111,28 @@ def test_fp8_quantised_inside_the_product_compiles(capability, rows):
     assert kernel.metadata.shared <= kernels.SHARED_MEMORY[capability]
     # below 64 rows Triton widens the operands to float16 on 9.0 and 10.0: exact, and there the weights' bytes are what counts
     assert kernels.multiplies_fp8(kernel.asm["ptx"]) or (rows < 64 and capability in (90, 100))
+
+
+@pytest.mark.skipif(launch.interpreting(), reason="a process with TRITON_INTERPRET=1 cannot compile")
+@pytest.mark.parametrize("capability", kernels.SHARED_MEMORY)
+def test_the_longest_patch_fits_every_gpu(capability):
+    """Longer than that of the released models: what is not refused must run."""
+    op = importlib.import_module("dit4dit.ops.patch_tokens")
+
+    def arguments(channels):
+        f32, weight = partial(torch.empty, device="meta"), torch.empty(2048, 4 * channels, dtype=torch.bfloat16)
+        latents, table = f32(1, channels, 2, 28, 28), f32(2, 2048)
+        return patches(latents, 2), weight.to("meta"), f32(1, 2, 196, 2048), table, table, 1e-6
+
+    deepest = op._DEEPEST // 4
+    with stand_in.without_data():
+        assert op._refuse(*arguments(deepest)) is None
+        assert "it takes at most" in op._refuse(*arguments(deepest + 1))
+    (step,), _ = op.launches(arguments(deepest), str(capability))
+    kernel = compiled(Specialization.of(step), capability)
+    found = resources(kernel.asm["cubin"])
+    assert found["stack"] + found["local"] == 0
+    assert kernel.metadata.shared <= kernels.SHARED_MEMORY[capability]
 
 
 LARGE = ("conv2d", "wide_attention")  # products of which all calls are large

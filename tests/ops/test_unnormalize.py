@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -45,20 +47,26 @@ def test_every_normalization_with_dimensions_that_never_move(triton_op, mode):
 
 
 def check(triton_op, chain: Chain, y: np.ndarray) -> None:
-    wanted = chain.inverse(y)
-    table = torch.from_numpy(inverse_table(chain))
-    assert np.array_equal(unnormalize(torch.from_numpy(y), table, backend="torch").numpy(), wanted)
-    assert np.array_equal(triton_op("unnormalize", torch.from_numpy(y), table).numpy(), wanted)
+    """In robot units, and the model's own values beside them, bit by bit."""
+    wanted, table, given = chain.inverse(y), torch.from_numpy(inverse_table(chain)), torch.from_numpy(y)
+    for call in (partial(unnormalize, backend="torch"), partial(triton_op, "unnormalize")):
+        for places in ({}, {"copy": torch.full(y.shape, torch.nan)}):
+            units, actions = call(given, table, **places)
+            assert np.array_equal(units.numpy(), wanted)
+            assert torch.equal(actions, given)
 
 
 def test_what_is_not_a_number_stays_so_and_bounds_may_cross(triton_op):
     crossed = torch.tensor([[torch.nan, 0.5, -0.5, 2, 0.1]] * 2, dtype=torch.float64).T.contiguous()
     given = torch.linspace(-1, 1, 16).reshape(1, 8, 2)
-    assert torch.equal(unnormalize(given, crossed, backend="torch"), triton_op("unnormalize", given, crossed))
+    assert torch.equal(unnormalize(given, crossed, backend="torch")[0], triton_op("unnormalize", given, crossed)[0])
     table = torch.tensor([[torch.nan, -1, 1, 2, 0.5]] * 2, dtype=torch.float64).T.contiguous()
-    y = torch.tensor([[[torch.nan, 0.0]]])
-    for got in (unnormalize(y, table, backend="torch"), triton_op("unnormalize", y, table)):
-        assert got.isnan().tolist() == [[[True, False]]]
+    y = torch.tensor([[[torch.nan, 0.0, -torch.inf]]])
+    for call in (partial(unnormalize, backend="torch"), partial(triton_op, "unnormalize")):
+        units, actions = call(y, table, copy=torch.zeros(1, 1, 3))
+        assert units.isnan().tolist() == [[[True, False]]]
+        assert actions.tolist()[0][0][1:] == [0.0, -torch.inf]
+        assert actions.isnan().tolist() == [[[True, False, False]]]
 
 
 def test_refuses_what_does_not_fit():
@@ -74,9 +82,18 @@ def test_refuses_what_does_not_fit():
 def test_writes_where_it_is_told(triton_op):
     actions = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     table = torch.tensor([[torch.nan, -1.0, 1.0, 2.0, 0.5]] * 4, dtype=torch.float64).T.contiguous()
-    wanted, place = unnormalize(actions, table), torch.full((2, 3, 4), torch.nan)
-    assert unnormalize(actions, table, out=place) is place
+    (wanted, same), place = unnormalize(actions, table, backend="torch"), torch.full((2, 3, 4), torch.nan)
+    assert same is actions
+    copy = torch.full((2, 3, 10), 3.0)[..., ::2]
+    units, copied = unnormalize(actions, table, out=place, copy=copy)
+    assert (units is place, copied is copy) == (True, True)
     assert torch.equal(place, wanted)
-    assert torch.equal(triton_op("unnormalize", actions, table, out=torch.full((2, 3, 4), torch.nan)), wanted)
+    assert torch.equal(copy, actions)
+    for copies in (None, torch.full((2, 3, 5), torch.nan)):
+        units, copied = triton_op("unnormalize", actions, table, out=torch.full((2, 3, 4), torch.nan), copy=copies)
+        assert torch.equal(units, wanted)
+        assert torch.equal(copied, actions)
     with pytest.raises(InputError, match="unnormalize: out: expected float32"):
         unnormalize(actions, table, out=place[:, :2])
+    with pytest.raises(InputError, match=r"unnormalize: copy: expected float32 \[2, 3, 5\] on cpu"):
+        unnormalize(actions, table, copy=place)

@@ -105,7 +105,7 @@ def test_what_a_robot_recorded_it_is_sent(name: str, rule: str) -> None:
     np.testing.assert_allclose(model[1, :-2][scaled], 1, atol=1e-6)
     np.testing.assert_allclose(chain.inverse(model), rows, rtol=1e-5, atol=1e-6)
     table = torch.from_numpy(inverse_table(chain))
-    assert np.array_equal(unnormalize(torch.from_numpy(model[None]), table)[0].numpy(), chain.inverse(model))
+    assert np.array_equal(unnormalize(torch.from_numpy(model[None]), table)[0][0].numpy(), chain.inverse(model))
 
 
 @pytest.mark.parametrize("rule", ["published", "ours", "nothing"])

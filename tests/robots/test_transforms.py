@@ -104,7 +104,7 @@ def test_the_mode_decides_and_the_mask_counts_for_binary_and_none(mode, mask) ->
     assert np.array_equal(np.delete(normalize.inverse(y), 1, 1), np.delete(whole.inverse(y), 1, 1))
     # the table that the engine has
     table = torch.from_numpy(inverse_table(Chain((normalize, Pad(4, 4)))))
-    assert np.array_equal(unnormalize(torch.from_numpy(y[None]), table)[0].numpy(), normalize.inverse(y))
+    assert np.array_equal(unnormalize(torch.from_numpy(y[None]), table)[0][0].numpy(), normalize.inverse(y))
 
 
 def test_a_raw_value_is_never_cut_off_below_its_data() -> None:

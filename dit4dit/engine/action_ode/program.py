@@ -1,4 +1,9 @@
-"""A head made ready for the kernel: schedules and weights on the GPU, launches, and the error flag that comes with them."""
+"""A head made ready for the kernel: schedules and weights on the GPU, launches, and the error flag that comes with them.
+
+A launch begins when all SMs that it needs are free at once, because its blocks wait for each other. Kernels of other streams
+that are already running end first. Those that are not wait behind it: plans run in `Engine.stream`, whose priority is high, and
+the text encoder of `Policy.prepare` runs in a stream of the usual priority.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -13,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dit4dit.config import HeadConfig
-from dit4dit.engine.action_ode.plan import FIXED_SHARED, head_shape, plan
-from dit4dit.engine.action_ode.schedule import COUNTER_STRIDE, NONE, THREADS, WEIGHT_UNIT, Device, Schedule
+from dit4dit.engine.action_ode.plan import head_shape, plan
+from dit4dit.engine.action_ode.schedule import EMPTY, NONE, RANKS, SETS, THREADS, Attend, Device, Schedule
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
 from dit4dit.engine.action_ode.weights import as_bytes, pack_constants, pack_matrices
 from dit4dit.engine.fold import fold_head
@@ -34,7 +40,23 @@ CHOICES = ("auto", "library", "one_launch")
 KINDS = 2
 """Kinds of request that stay ready though no plan reads them."""
 LONGEST_WAIT_NS = 2_000_000_000
-"""A wait inside the kernel that takes longer ends the launch with an error; a launch takes about a thousandth of it."""
+"""A wait inside the kernel for another team's words that takes longer ends the launch with an error; a launch takes about a
+thousandth of it."""
+
+
+class Wanted(IntEnum):
+    """What a block waited for in vain; kernels/action_ode_block.cuh has the same."""
+
+    WORDS = 0  # activations that another team writes
+    SUMS = 1  # from the other blocks of its team
+    ROOM = 2  # in the other blocks' inboxes
+    WEIGHTS = 3  # a panel of its own, on its way into shared memory
+    WEIGHTS_ROOM = 4  # in its own shared memory, for the next panel
+
+    @property
+    def seconds(self) -> float:
+        """The longest wait. The warp that fetches waits for those that compute, which are to say first what they wait for."""
+        return {Wanted.WEIGHTS: 0.25, Wanted.WEIGHTS_ROOM: 1.5}.get(self, 1.0) * LONGEST_WAIT_NS / 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +132,7 @@ class OneLaunchHead:
                 return f"{name} needs a gradient"
         try:
             if stand_in.of(noise.device) is not None:
-                self._plan(noise.device, noise.shape[0], context.shape[1], prefix is not None)
+                self.schedule(noise.device, noise.shape[0], context.shape[1], prefix is not None)
             else:
                 self.prepare(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         except (ConfigError, BackendError) as error:
@@ -124,7 +146,7 @@ class OneLaunchHead:
         if reason is not None:
             return reason
         try:
-            schedule = self._plan(weight.device, 1, 1, self.config.state_dim is not None)
+            schedule = self.schedule(weight.device, 1, 1, self.config.state_dim is not None)
             expect_residency(schedule, weight.device)
         except (ConfigError, BackendError) as error:
             return str(error)
@@ -139,9 +161,16 @@ class OneLaunchHead:
             return f"context is {context} and the head {dtype}, not bfloat16 (head_dtype=torch.bfloat16)"
         return native.no_cuda_kernels(device)
 
-    def _plan(self, device: torch.device, batch: int, context: int, prefix: bool) -> Schedule:
+    def schedule(self, device: torch.device, batch: int, context: int, prefix: bool) -> Schedule:
+        """The schedule of one kind of request. ConfigError: no tiles for this shape, or too little shared memory."""
         shape = head_shape(self.config, batch=batch, context=context, prefix=prefix, steps=self.steps, fp8=self.fp8)
         return plan(shape, device_of(device))
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """Of the kinds of request that are ready."""
+        with self._lock:
+            return [ready.schedule for ready in self._ready.values()]
 
     def prepare(self, device: torch.device, batch: int, context: int, prefix: bool) -> _Ready:
         """Plan, validate and pack for one kind of request, once. It allocates: call it before a CUDA graph is captured.
@@ -153,7 +182,7 @@ class OneLaunchHead:
         with self._lock:
             ready = self._ready.get(key)
             if ready is None:
-                schedule = self._plan(device, *key)
+                schedule = self.schedule(device, *key)
                 try:
                     validate(schedule)
                 except ScheduleError as error:
@@ -172,12 +201,13 @@ class OneLaunchHead:
         weights = self._weights.get(cut)
         if weights is None:
             weights = self._weights[cut] = as_bytes(pack_matrices(self.folded, schedule.matrices))
-        tables = ("tiles", "first_tile", "segments", "first_segment")
-        tensors = {name: torch.from_numpy(getattr(schedule, name)).to(device) for name in tables}
+        tensors = {name: torch.from_numpy(getattr(schedule, name)).to(device) for name in ("tiles", "first_tile")}
         tensors["weights"] = weights
         tensors["constants"] = pack_constants(self.folded, schedule)
-        tensors["workspace"] = torch.empty(schedule.workspace_bytes, dtype=torch.uint8, device=device)
-        tensors["counters"] = torch.zeros(schedule.counters + 1, COUNTER_STRIDE, dtype=torch.int32, device=device)
+        # what launches leave to each other: the kernel keeps it as the next one needs it, also where one fails
+        tensors["words"] = torch.full((SETS, schedule.set_words), EMPTY, dtype=torch.int32, device=device)
+        tensors["private_memory"] = torch.zeros(schedule.private_floats, dtype=torch.float32, device=device)
+        tensors["progress"] = torch.zeros(2, dtype=torch.int32, device=device)
         tensors["status"] = torch.zeros(4, dtype=torch.int32, device=device)
         return _Ready(schedule, tensors)
 
@@ -196,22 +226,19 @@ class OneLaunchHead:
         views = {name: native.view(tensor) for name, tensor in (ready.tensors | given).items()}
         most = 0.0 if guidance is None else guidance.max_guidance
         stream = native.stream(noise.device)
-        launcher_numbers = numbers(ready.schedule)
-        native.compiled().action_ode_cuda(
-            views, launcher_numbers, buffers(ready.schedule), most, LONGEST_WAIT_NS, stream
-        )
+        native.compiled().action_ode_cuda(views, numbers(ready.schedule), most, LONGEST_WAIT_NS, stream)
         return out
 
     def _recorded(self, noise: Tensor, context: Tensor, prefix: Tensor | None) -> Tensor:
         """`launch` of tensors without data: what it does there, for whoever records launches."""
-        schedule = self._plan(noise.device, noise.shape[0], context.shape[1], prefix is not None)
+        schedule = self.schedule(noise.device, noise.shape[0], context.shape[1], prefix is not None)
         given, out = noise.float().contiguous(), torch.empty(noise.shape, dtype=torch.float32, device=noise.device)
         weights = torch.empty(schedule.weight_bytes, dtype=torch.uint8, device=noise.device)
         arguments = {"noise": given, "context": context.contiguous(), "weights": weights, "out": out}
         if prefix is not None:
             arguments["prefix"] = prefix.float().contiguous()
-        facts = {"stages": schedule.stages, "steps": schedule.shape.steps, "slots": schedule.slots}
-        one = Launch("action_ode.cu", (schedule.device.workers,), arguments, facts, {"num_warps": THREADS // 32})
+        facts = {"schedule": schedule}
+        one = Launch("action_ode.cu", (schedule.blocks,), arguments, facts, {"num_warps": THREADS // 32})
         stand_in.recorded(noise.device, [one])
         return out
 
@@ -224,61 +251,88 @@ class OneLaunchHead:
             all_ready = list(self._ready.values())
         for ready in all_ready:
             try:
-                worker, tile, counter, had = ready.status.tolist()
+                status = ready.status.tolist()
             except torch.AcceleratorError as error:
                 native.check_device(ready.status.device, error)
                 raise
-            if worker:
+            if status[0]:
                 ready.status.zero_()
-                seconds = LONGEST_WAIT_NS / 1e9
-                what = f"{seconds:g} s in tile {tile} for counter {counter}, which stood at {had}"
-                if tile == NONE:
-                    what = f"{seconds / 4:g} s for barrier {counter} of its weights"
-                raise OutputError(
-                    f"action_ode: block {worker - 1} waited more than {what}; is something else keeping the GPU? "
-                    "use head='library'"
-                )
+                raise OutputError(waited(ready.schedule, status))
+
+
+def waited(schedule: Schedule, status: list[int]) -> str:
+    """What a launch's `status` says, [1 + block, tile, `Wanted`, detail], in words."""
+    block, tile, wanted, detail = status[0] - 1, status[1], Wanted(status[2]), status[3]
+    what = {
+        Wanted.WORDS: f"{word_text(schedule, detail)} from another team",
+        Wanted.SUMS: "sums from the other blocks of its team",
+        Wanted.ROOM: "room for its sums in the other blocks of its team",
+        Wanted.WEIGHTS: f"weights (slot {detail})",
+        Wanted.WEIGHTS_ROOM: f"room for weights (slot {detail})",
+    }[wanted]
+    team, rank = divmod(block, schedule.ranks)
+    where = "" if tile == NONE else f" in tile {tile} ({tile_text(schedule, tile)})"
+    return (
+        f"action_ode: block {block} (team {team}, rank {rank}) waited more than {wanted.seconds:g} s{where} for {what}. "
+        "Another program may hold the GPU: stop it (nvidia-smi lists them), or load with head='library'"
+    )
+
+
+def word_text(schedule: Schedule, word: int) -> str:
+    """Where a word of a set lies: "row 3, columns 8 and 9 of '0.project'"."""
+    for name, buffer in schedule.buffers.items():
+        row, column = divmod(2 * (word - buffer.offset), buffer.columns)
+        if 0 <= row < buffer.rows:
+            return f"row {row}, columns {column} and {column + 1} of {name!r}"
+    return f"word {word}"
+
+
+def tile_text(schedule: Schedule, index: int) -> str:
+    """What a tile does: "product that reads 'tokens', rows 64 to 127 of its matrix"."""
+    work = schedule.decoded[index].work
+    if isinstance(work, Attend):
+        return f"attention, head {work.head} of sample {work.sample}"
+    (source,) = [name for name, b in schedule.buffers.items() if b.offset <= work.source < b.offset + b.words]
+    return f"product that reads {source!r}, rows {work.row} to {work.row + work.rows - 1} of its matrix"
 
 
 def numbers(schedule: Schedule) -> dict[str, int]:
     """The sizes of a schedule under the launcher's names (`Launch` in kernels/action_ode_tiles.cuh)."""
     shape = schedule.shape
     names = ("rows", "width", "head_dim", "heads", "horizon", "actions", "padded_actions", "steps", "batch")
-    own = ("padded_tokens", "part", "slots", "staging")
+    own = ("teams", "ranks", "set_words", "private_floats", "padded_tokens", "part", "slots", "staging", "inbox")
     return {
         **{name: getattr(shape, name) for name in names},
         **{name: getattr(schedule, name) for name in own},
-        "counter_count": schedule.counters,
-        "workers": schedule.device.workers,
         "context_tokens": shape.context,
         "context_columns": 2 * shape.contexts * shape.width,
         "times": schedule.constants["times"][0],
     }
 
 
-def buffers(schedule: Schedule) -> list[tuple[int, int, int]]:
-    """(offset in bytes, planes, columns) of every buffer."""
-    return [(buffer.offset, buffer.planes, buffer.columns) for buffer in schedule.buffers]
-
-
 def device_of(device: torch.device) -> Device:
-    """What the planner needs to know of a GPU. Under MPS the multiprocessors are those of this process's share."""
+    """What the planner needs to know of a GPU. Under MPS the SMs are those of this process's share."""
     stands = stand_in.of(device)
     if stands is not None:
-        return Device(stands.multiprocessors, stands.shared_memory, int(stands.architecture))
-    facts = native.compiled().action_ode_facts(device.index or 0, 0)
-    return Device(facts["multiprocessors"], facts["shared_memory"], facts["capability"])
+        return Device(stands.multiprocessors, stands.shared_memory, int(stands.architecture), stands.clusters)
+    ask, index = native.compiled().action_ode_facts, device.index or 0
+    shared = ask(index, 0)["shared_memory"]
+    facts = ask(index, shared)  # of blocks that take all of it: one an SM
+    clusters = tuple(min(facts[f"clusters_{n}"], facts["multiprocessors"] // n) for n in RANKS[1:])
+    return Device(facts["multiprocessors"], shared, facts["capability"], clusters)
 
 
 def expect_residency(schedule: Schedule, device: torch.device) -> None:
     """BackendError unless all blocks of the launch can run at the same time, which their waiting for each other needs."""
-    shared = FIXED_SHARED + schedule.slots * 2 * WEIGHT_UNIT + schedule.staging
+    shared = schedule.shared_bytes
     facts = native.compiled().action_ode_facts(device.index or 0, shared)
-    room = facts["blocks_per_multiprocessor"] * facts["multiprocessors"]
-    if room < schedule.device.workers:
+    blocks = facts["blocks_per_multiprocessor"] * facts["multiprocessors"]
+    clusters = facts[f"clusters_{schedule.ranks}"] if schedule.ranks > 1 else blocks
+    if blocks < schedule.blocks or clusters < schedule.teams:
+        of = "" if schedule.ranks == 1 else f" in clusters of {schedule.ranks}"
         raise BackendError(
-            f"action_ode: {device}: expected room for {schedule.device.workers} blocks at once, got {room} "
-            f"({shared} bytes of shared memory each); use head='library'"
+            f"action_ode: {device}: expected room for {schedule.blocks} blocks at once{of}, got "
+            f"{min(blocks, clusters * schedule.ranks)} ({shared} bytes of shared memory each); use head='library'"
         )
 
 

@@ -1,13 +1,21 @@
-"""The schedule: every tile of the action head's ODE, who runs it, what it waits for, and where it reads and writes.
+"""The schedule: every tile of one Euler step of the action head, which team runs it, and where it reads and writes.
 
-One object drives the CUDA kernel and its PyTorch twin. A tile is a record of `RECORD` int32 numbers: opcode, counter to wait
-for (-1: none), its target, counter to signal, then the fields of the opcode's tuple below, in order. The structs of
-kernels/action_ode_tiles.cuh have the same names in the same order; a test compares them.
+One object drives the CUDA kernel and its PyTorch twin. The blocks of a launch are teams of `ranks` blocks each (a thread block
+cluster, where there is more than one). A team runs its tiles in order, once for each Euler step, all its blocks the same tile at
+the same time. A tile is a record of `RECORD` int32 numbers: opcode, then the fields of the opcode's tuple below, in order. The
+structs of kernels/action_ode_tiles.cuh have the same names in the same order; a test compares them.
+
+Teams exchange activations through buffers of 32-bit words, two bfloat16 columns each. **A word is its own flag**: it is `EMPTY`
+until its value is there, and whoever needs it reads it until it is not. No tile waits for anything else of another team. All
+buffers exist in `SETS` sets. In step s, counted on over launches, tiles read and write set s % 3 and make the words that they
+write EMPTY in set (s + 2) % 3, which held the step before and is used again two steps later. NOISY alone is written one step
+ahead: a step's velocity makes the next step's noisy actions, and this step's EMPTY.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -16,27 +24,38 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-RECORD = 24
-THREADS = 256
-SLOT_ELEMENTS = 4096
-"""Weights of one pipeline slot: a tile's rows times as many columns as make this number."""
-WEIGHT_UNIT = 4096
-"""Bytes in which the offset of a slot is counted: a slot of fp8, half a slot of bf16."""
-TILE_ROWS = (16, 32, 64)
-MAX_TOKENS = 64
+RECORD = 32
+WARPS = 8
+"""Warps of a block that compute; one more fetches weights."""
+THREADS = 32 * (WARPS + 1)
+STEP_COLUMNS = 32
+"""Columns of a matrix in one step of a product's loop: two tensor core fragments of 16."""
+WEIGHT_UNIT = 512
+"""Bytes in which weights are counted: 16 rows x 32 columns in fp8, half of them in bf16."""
+SLOT_BYTES = 16384
+"""Of one panel of weights in shared memory."""
+MAX_TOKENS = 72
+PADDED_TOKENS = (16, 24, 40, 56, 72)
+"""Tokens of one product; the kernel has code of its own for each."""
+ATTEND_KEYS = 128
+"""Keys that an attention tile has in shared memory at a time, at most."""
 MAX_HEAD_DIM = 64
 MAX_WIDTH = 2048
-COUNTER_STRIDE = 32
-"""int32 numbers from one counter to the next: 128 bytes, so that polls of one never meet signals of another."""
+MAX_WARP_TILES = 2
+"""Row groups of 16 that one warp may have of a product; with more than MOST_TOKENS_OF_TWO padded tokens it is one."""
+MOST_TOKENS_OF_TWO = 40
+RANKS = (1, 2, 4, 8)
+SETS = 3
+EMPTY = -1
+"""The word (as int32) that no pair of bfloat16 results ever is: 0xffffffff is a NaN that the kernel does not make."""
 NONE = -1
 
 
 class Opcode(IntEnum):
     """What a tile does."""
 
-    START = 0
-    PRODUCT = 1
-    ATTEND = 2
+    PRODUCT = 0
+    ATTEND = 1
 
 
 class Epilogue(IntEnum):
@@ -46,95 +65,83 @@ class Epilogue(IntEnum):
     GELU = 1
     SILU = 2
     RELU = 3
-    TOKENS = 4  # a step's tokens -> STREAM and ROUNDED; a bias for each token, and the state's instead of its own
-    RESIDUAL = 5  # + STREAM -> STREAM and ROUNDED
-    EULER = 6  # the velocity: the sampler's step -> ACTIONS and NOISY, in the last step OUT
-
-
-class Space(IntEnum):
-    """The buffers of the workspace."""
-
-    ACTIONS = 0  # float32: the sampler's state
-    NOISY = 1  # the same in the activations' dtype, columns padded with zeros
-    EMBEDDED = 2  # first token layer
-    STREAM = 3  # float32: the residual stream
-    ROUNDED = 4  # the same in the activations' dtype, which is what products read
-    PROJECTED = 5  # q, or q | k | v
-    ATTENDED = 6  # a plane for each range of keys
-    STATS = 7  # float32: of each head its largest score and its sum, a plane for each range of keys
-    HIDDEN = 8  # feed-forward
-    DECODED = 9  # hidden layer of the action decoder
-    OUT = 10  # float32: the actions, written in the last step
-
-
-class Start(NamedTuple):
-    """Noise of one sample -> ACTIONS and NOISY."""
-
-    token: int  # first row of the sample
-    tokens: int
-    prefix: int  # 1: the first row is the state token
-    sample: int
+    TOKENS = 4  # a step's tokens -> STREAM and its words; a bias for each token, and the state's instead of its own
+    RESIDUAL = 5  # + STREAM -> STREAM and its words
+    EULER = 6  # the velocity: the sampler's step -> ACTIONS and NOISY of the next step, after the last step the result
 
 
 class Product(NamedTuple):
-    """`tokens` rows of `source` times `rows` rows of a matrix.
+    """`tokens` rows of a buffer times `rows` rows of a matrix, by all ranks of a team.
 
-    What it takes: the planes of ranges of keys are merged, and with `norm` each row is layer-normed and modulated first.
+    The team's R = ranks blocks are R / split row parts; block r works for part r // split, whose tile_rows * split / R rows its
+    `split` blocks share by columns: block r takes columns (r % split) * slice to + slice - 1 of K (none are left for some; what
+    lies past K is zero). Sums of a part are then exchanged: of the tile's rows, block r finishes r * tile_rows / R and on.
+
+    Within a block, warp w takes row groups of 16 `w % (8 // parts)`, + 8 // parts, ... and of the slice's steps of 32 columns
+    those with step % parts == w // (8 // parts), counted from each panel's beginning. Planes of sums: split * parts.
+
+    With a norm, layer norm and modulation are y = (sum_k W[n, k] x[k] (1 + scale[k]) - mean * sums[n]) * inverse + bias[n] with
+    sums[n] = sum_k W[n, k] (1 + scale[k]) and shift @ W in the bias: no norm has to wait for a whole row.
     """
 
-    source: int
-    token: int
-    tokens: int
-    planes: int  # of the source; more than 1: ATTENDED
-    norm: int  # bits of the float32 eps; 0: rows are taken as they are
-    modulation: int  # table row of 1 + scale, then shift; NONE without
+    source: int  # word of the first token's first column in a set
+    source_stride: int  # words from token to token
+    columns: int  # K
+    split: int
+    slice: int  # a multiple of STEP_COLUMNS
     row: int  # first row of the matrix, and first column of the result
     rows: int  # at most tile_rows; the matrix is padded with zeros up to them
-    tile_rows: int
-    columns: int
-    weight: int  # WEIGHT_UNITs from the beginning of the weights
-    slots: int
+    tile_rows: int  # a multiple of 16 * ranks / split
+    parts: int  # 1, 2, 4 or 8
+    weight: int  # WEIGHT_UNITs from the beginning of the weights: the tile's; rank after rank
+    rank_units: int  # WEIGHT_UNITs of one rank
+    panel_steps: int  # steps of 32 columns that one slot of shared memory holds; a slice's last panel may have fewer
     fp8: int
-    bias: int  # floats from the beginning of the constants
-    scale: int  # of the rows, fp8 only
+    token: int  # first row of all samples' tokens
+    tokens: int
+    norm: int  # bits of the float32 eps; 0: rows are taken as they are
+    modulation: int  # floats: 1 + scale of all K columns; NONE without
+    modulation_step: int  # floats from step to step
+    sums: int  # floats: of row `row`; NONE without norm
+    bias: int  # floats: of row `row`; TOKENS: of token 0, rows of the width
+    constant_step: int  # floats from step to step, of `sums` and `bias`
+    scale: int  # floats: of row `row`, fp8 only, else NONE
     epilogue: int
-    out: int
-    step: int
+    out: int  # word of the first token's column `row` in a set
+    out_stride: int
+    stream: int  # floats of the private memory: [tile_rows, padded tokens] of STREAM or ACTIONS; else NONE
 
 
 class Attend(NamedTuple):
-    """One head of one sample over a range of keys -> a plane of ATTENDED and STATS."""
+    """One head of one sample. Rank r takes keys r * slice to + slice - 1; of the result, columns r * head_dim / R and on."""
 
-    token: int
-    tokens: int
-    head: int
+    query: int  # word of the sample's first token, first column of the head, in a set
+    key: int  # the same of keys and of values: the tokens themselves; NONE: the features
+    value: int
+    stride: int  # words from token to token of all three
     context: int  # which of the cross-attending blocks; NONE: the tokens themselves
-    key: int
-    keys: int
+    head: int
     sample: int
-    plane: int
+    tokens: int
+    keys: int
+    slice: int
+    out: int
+    out_stride: int
 
 
-Operands = Start | Product | Attend
-OPERANDS: dict[Opcode, type[Operands]] = {
-    Opcode.START: Start,
-    Opcode.PRODUCT: Product,
-    Opcode.ATTEND: Attend,
-}
+Operands = Product | Attend
+OPERANDS: dict[Opcode, type[Operands]] = {Opcode.PRODUCT: Product, Opcode.ATTEND: Attend}
 
 
 class Tile(NamedTuple):
     """One record, with names."""
 
     opcode: Opcode
-    wait: int
-    target: int
-    signal: int
     work: Operands
 
     def record(self) -> list[int]:
         """RECORD numbers."""
-        numbers = [int(self.opcode), self.wait, self.target, self.signal, *self.work]
+        numbers = [int(self.opcode), *(int(n) for n in self.work)]
         return numbers + [0] * (RECORD - len(numbers))
 
     @classmethod
@@ -142,8 +149,7 @@ class Tile(NamedTuple):
         numbers = [int(n) for n in record]
         opcode = Opcode(numbers[0])
         kind = OPERANDS[opcode]
-        wait, target, signal = numbers[1:4]
-        return cls(opcode, wait, target, signal, kind(*numbers[4 : 4 + len(kind._fields)]))
+        return cls(opcode, kind(*numbers[1 : 1 + len(kind._fields)]))
 
 
 @dataclass(frozen=True)
@@ -196,120 +202,174 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class Device:
-    """What the planner must know of a GPU: multiprocessors, bytes of shared memory of one block, capability (90)."""
+    """What the planner must know of a GPU.
 
-    workers: int
+    Attributes:
+        multiprocessors: SMs. shared_memory: bytes that one block may have. capability: 90 for 9.0.
+        clusters: how many clusters of 2, 4 and 8 blocks can be resident at once with all of that shared memory; (): no clusters.
+    """
+
+    multiprocessors: int
     shared_memory: int
     capability: int
+    clusters: tuple[int, ...] = ()
 
     @property
     def bulk_copies(self) -> bool:
         return self.capability >= 90
 
-    @property
-    def warpgroups(self) -> bool:
-        return self.capability == 90
+    def teams(self, ranks: int) -> int:
+        """How many teams of so many blocks can run at once; 0: none."""
+        if ranks == 1:
+            return self.multiprocessors
+        index = RANKS.index(ranks) - 1
+        return self.clusters[index] if self.bulk_copies and index < len(self.clusters) else 0
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """How one matrix lies in the weights: row tiles follow each other, each a row of slots and the work of one product."""
+    """How one matrix is cut and lies in the weights: row tile after row tile, in each rank after rank, in each step after step of
+    32 columns, in each row group after row group of 16. `Product` says what the numbers mean.
+    """
 
     name: str
     rows: int
     columns: int
+    ranks: int
     tile_rows: int
+    split: int
+    parts: int
     fp8: bool
     offset: int  # WEIGHT_UNITs
 
     @property
-    def slot_columns(self) -> int:
-        return SLOT_ELEMENTS // self.tile_rows
+    def slice(self) -> int:
+        """Columns of one rank."""
+        return -(-self.columns // (self.split * STEP_COLUMNS)) * STEP_COLUMNS
 
     @property
-    def slots(self) -> int:
-        """Of one row tile."""
-        return -(-self.columns // self.slot_columns)
+    def steps(self) -> int:
+        """Of 32 columns, in a slice."""
+        return self.slice // STEP_COLUMNS
+
+    @property
+    def rank_rows(self) -> int:
+        """Rows of the tile that one rank multiplies."""
+        return self.tile_rows * self.split // self.ranks
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of the tile that one rank finishes."""
+        return self.tile_rows // self.ranks
+
+    @property
+    def groups(self) -> int:
+        """Of 16 rows, of one rank."""
+        return self.rank_rows // 16
+
+    @property
+    def step_units(self) -> int:
+        """WEIGHT_UNITs of one step of a rank."""
+        return self.groups * (1 if self.fp8 else 2)
+
+    @property
+    def panels(self) -> int:
+        """Of one rank."""
+        return -(-self.steps // (SLOT_BYTES // WEIGHT_UNIT // self.step_units))
+
+    @property
+    def panel_steps(self) -> int:
+        return -(-self.steps // self.panels)
+
+    @property
+    def rank_units(self) -> int:
+        return self.steps * self.step_units
+
+    @property
+    def tile_units(self) -> int:
+        return self.ranks * self.rank_units
 
     @property
     def row_tiles(self) -> int:
         return -(-self.rows // self.tile_rows)
 
     @property
-    def units_per_slot(self) -> int:
-        return 1 if self.fp8 else 2
+    def units(self) -> int:
+        return self.row_tiles * self.tile_units
 
     @property
-    def units(self) -> int:
-        return self.row_tiles * self.slots * self.units_per_slot
+    def planes(self) -> int:
+        """Of partial sums that are added up for one result."""
+        return self.split * self.parts
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """planes x rows x columns; `wide`: float32, else the activations' dtype. `offset`: bytes (bf16 activations)."""
+    """Activations that teams exchange: [rows, columns], two columns a word; `offset`: words from the beginning of a set."""
 
-    planes: int
     rows: int
     columns: int
-    wide: bool
     offset: int
 
     @property
-    def bytes(self) -> int:
-        return self.planes * self.rows * self.columns * (4 if self.wide else 2)
+    def words(self) -> int:
+        return self.rows * self.columns // 2
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """See the module. Workers' tiles follow each other in `tiles`; worker w has first_tile[w] to first_tile[w + 1].
+    """See the module. Teams' tiles follow each other in `tiles`; team t has first_tile[t] to first_tile[t + 1].
 
     Attributes:
-        tiles: int32 [tiles, RECORD].
-        first_tile: int32 [workers + 1].
-        segments: int32 [products, 3]: weight offset, slots, units per slot, in the order of the worker's products.
-        first_segment: int32 [workers + 1].
-        counters: how many there are; all are zero when a launch begins, and its last worker leaves them so.
+        teams, ranks: the launch has teams * ranks blocks; those of team t are t * ranks and on.
+        tiles: int32 [tiles, RECORD], of one step.
+        first_tile: int32 [teams + 1].
+        buffers: what is exchanged, by name: "noisy" (the sampler's state in the activations' dtype, columns padded with zeros),
+            "embedded", "tokens", and of block i "{i}.project" (q, or q | k | v), "{i}.attended", "{i}.out", "{i}.hidden",
+            "{i}.mlp_out", last "decoded". "tokens", "{i}.out" and "{i}.mlp_out" are the rounded residual stream.
+        set_words: of one of the SETS sets. private_floats: memory that each block keeps for itself, of all blocks.
         constants: name -> (offset in floats, length); `constant_floats` of them.
-        padded_tokens: tokens of one product, a multiple of 8.
-        part: columns of activations staged at a time.
-        slots, staging: weight slots in shared memory, and bytes of the rest of it that tiles may use.
+        padded_tokens: tokens of one product, one of PADDED_TOKENS.
+        part: columns of activations that a rank stages at a time, a multiple of 32; a slice is longer only with split 1.
+        slots: panels of weights that shared memory holds. staging: bytes of staged activations and behind them the sums of a
+            product with split 1; or of keys and values. inbox: bytes of sums from other ranks, twice; 0 with one rank.
     """
 
     shape: HeadShape
     device: Device
+    teams: int
+    ranks: int
     tiles: NDArray[np.int32]
     first_tile: NDArray[np.int32]
-    segments: NDArray[np.int32]
-    first_segment: NDArray[np.int32]
-    counters: int
-    buffers: tuple[Buffer, ...]
-    matrices: dict[str, MatrixPlan]
-    constants: dict[str, tuple[int, int]]
+    buffers: Mapping[str, Buffer]
+    set_words: int
+    private_floats: int
+    matrices: Mapping[str, MatrixPlan]
+    constants: Mapping[str, tuple[int, int]]
     constant_floats: int
     padded_tokens: int
     part: int
     slots: int
     staging: int
+    inbox: int
+
+    @property
+    def blocks(self) -> int:
+        return self.teams * self.ranks
 
     @property
     def weight_bytes(self) -> int:
         return WEIGHT_UNIT * sum(m.units for m in self.matrices.values())
 
     @property
-    def workspace_bytes(self) -> int:
-        last = self.buffers[Space.OUT - 1]
-        return last.offset + -(-last.bytes // 256) * 256
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return FIXED_SHARED + self.slots * SLOT_BYTES + self.staging + 2 * self.inbox
 
-    @cached_property
+    @property
     def stages(self) -> int:
-        """Tiles of the longest chain in which each waits for the one before: what a launch takes where weights do not."""
-        depth = np.zeros(self.counters, np.int64)
-        edges = np.unique(self.tiles[:, [1, 3]], axis=0)
-        signals = edges[:, 1] != NONE
-        for _ in range(self.counters + 1):
-            before = np.where(edges[:, 0] == NONE, 0, depth[edges[:, 0]])
-            np.maximum.at(depth, edges[signals, 1], before[signals] + 1)
-        return int(before.max()) + 1
+        """Stages of one Euler step: how often what one team has written must reach another before work can start."""
+        return len(self.buffers)
 
     @cached_property
     def decoded(self) -> list[Tile]:
@@ -317,26 +377,50 @@ class Schedule:
         return [Tile.of(record) for record in self.tiles]
 
 
+FIXED_SHARED = 2048
+"""Bytes for records and barriers: `Fixed` in kernels/action_ode_block.cuh, rounded up."""
+
+
+def warp_tiles(padded_tokens: int) -> int:
+    """Row groups of 16 that one warp may have of a product: what its registers hold."""
+    return MAX_WARP_TILES if padded_tokens <= MOST_TOKENS_OF_TWO else 1
+
+
 def attend_rows(tokens: int, keys: int) -> tuple[int, int, int]:
-    """(rows of queries, rows of keys, keys of one warp) that an attention tile has in shared memory; 64 keys a warp at most."""
+    """(rows of queries, rows of keys, keys of one warp) that an attention tile has in shared memory at a time; more keys than
+    ATTEND_KEYS come one after the other, for which every supported device has room.
+    """
     query_tiles = 1 if tokens <= 16 else 2 if tokens <= 32 else 4
-    groups = THREADS // 32 // query_tiles
-    per_warp = -(-keys // (groups * 16)) * 16
+    groups = WARPS // query_tiles
+    per_warp = min(ATTEND_KEYS // groups, -(-keys // (groups * 16)) * 16)
     return query_tiles * 16, groups * per_warp, per_warp
 
 
 def attend_bytes(tokens: int, keys: int, head_dim: int) -> int:
-    """Staging of an attention tile: queries, keys and values, then what the warps found."""
+    """Staging of an attention tile of so many keys a rank: queries, keys and values, then what the warps found."""
     queries, padded, _ = attend_rows(tokens, keys)
-    return max((queries + 2 * padded) * (2 * head_dim + 16), THREADS // 32 * 16 * (2 + head_dim) * 4)
+    return max((queries + 2 * padded) * (2 * head_dim + 16), WARPS * 16 * (2 + head_dim) * 4)
 
 
-def product_bytes(padded_tokens: int, columns: int, modulated: int) -> int:
-    """Staging of a product: `modulated` columns of scale and shift, then so many columns of tokens; last all sums.
+def attend_inbox(tokens: int, ranks: int, head_dim: int) -> int:
+    """Inbox of an attention tile: of each rank a share of its sums over values, and largest score and sum of each query."""
+    return ranks * tokens * (head_dim // ranks * 4 + 8)
+
+
+def product_staging(padded_tokens: int, part: int, matrix: MatrixPlan) -> int:
+    """Staging of a product: `part` columns of tokens, and behind them, where a rank has all columns, the sums of its warps.
 
     Columns lie in groups of 8, each 16 bytes a token, and 16 more so that neighbours start in another bank.
     """
-    return max(8 * modulated + columns // 8 * (16 * padded_tokens + 16), 640 * padded_tokens)
+    staged = part // 8 * (16 * padded_tokens + 16)
+    return staged + (sums_bytes(padded_tokens, matrix) if matrix.split == 1 else 0)
+
+
+def sums_bytes(padded_tokens: int, matrix: MatrixPlan) -> int:
+    """All planes of the rows that a rank finishes, [planes, own rows, padded tokens + 2] floats, and before them mean and squares
+    of each token from each rank of the split.
+    """
+    return matrix.split * padded_tokens * 8 + matrix.planes * matrix.own_rows * (padded_tokens + 2) * 4
 
 
 def float_bits(x: float) -> int:

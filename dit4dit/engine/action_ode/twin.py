@@ -1,26 +1,31 @@
 """The twin: the same schedule in PyTorch, tile by tile, on any device; what the kernel is held against.
 
-Every buffer is NaN until a tile writes it, so that a tile that comes too early shows. In bfloat16 it rounds where the kernel
-rounds: at every buffer of activations, and the weights of attention's sum. In float32 nothing is rounded.
+Every word is NaN and EMPTY until a tile writes it, and knows of which step it is: a tile that comes too early waits, and a
+schedule that mixes steps or sets is an error. In bfloat16 it rounds where the kernel rounds: at every word, where a norm
+modulates, and the weights of attention's sum. In float32 nothing is rounded.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dit4dit.engine.action_ode.schedule import (
+    EMPTY,
     NONE,
+    SETS,
     Attend,
     Epilogue,
+    HeadShape,
+    Operands,
     Product,
     Schedule,
-    Space,
-    Start,
     float_of,
 )
 from dit4dit.engine.action_ode.weights import PackedHead
@@ -34,8 +39,91 @@ ACTIVATION = {
 }
 
 
+class Area(NamedTuple):
+    """Words of a set: `words` neighbours for each token, `stride` from token to token."""
+
+    first: int
+    tokens: int
+    stride: int
+    words: int
+
+
+class Words:
+    """What launches of one schedule leave to the next.
+
+    Attributes:
+        values: [SETS, set_words, 2]; NaN where EMPTY.
+        step: int64 [SETS, set_words], which step a word is of, counted over all launches, or EMPTY.
+        done: steps of all launches so far.
+    """
+
+    def __init__(self, schedule: Schedule, dtype: torch.dtype, device: torch.device) -> None:
+        size = (SETS, schedule.set_words)
+        self.values = torch.full((*size, 2), math.nan, dtype=dtype, device=device)
+        self.step = torch.full(size, EMPTY, dtype=torch.int64, device=device)
+        self.done = 0
+
+    def missing(self, area: Area, step: int) -> int | None:
+        """A word of step `step` that is not there, or None.
+
+        RuntimeError: a word is of another step.
+        """
+        found = self._of(self.step[step % SETS], area)
+        late = (found != step).flatten().nonzero()
+        if not len(late):
+            return None
+        wrong = found[(found != step) & (found != EMPTY)]
+        if len(wrong):
+            raise RuntimeError(f"action_ode: {area}: expected words of step {step}, got one of step {int(wrong[0])}")
+        token, word = divmod(int(late[0]), area.words)
+        return area.first + token * area.stride + word
+
+    def read(self, area: Area, step: int) -> Tensor:
+        """[tokens, columns]."""
+        if self.missing(area, step) is not None:
+            raise RuntimeError(f"action_ode: {area}: expected words of step {step}, got EMPTY")
+        return self._of(self.values[step % SETS], area)
+
+    def write(self, area: Area, step: int, values: Tensor) -> None:
+        """values [tokens, columns] for step `step`.
+
+        RuntimeError: a word is not EMPTY.
+        """
+        steps = self._of(self.step[step % SETS], area)
+        if (steps != EMPTY).any():
+            raise RuntimeError(f"action_ode: {area}: overwrites a word of step {int(steps.max())} in step {step}")
+        steps.fill_(step)
+        self._of(self.values[step % SETS], area).copy_(values)
+
+    def clear(self, area: Area, step: int) -> None:
+        """Make words EMPTY that will be of step `step`.
+
+        RuntimeError: one is of another step than the last that had the set.
+        """
+        steps = self._of(self.step[step % SETS], area)
+        wrong = steps[(steps != EMPTY) & (steps != step - SETS)]
+        if len(wrong):
+            raise RuntimeError(f"action_ode: {area}: clears a word of step {int(wrong[0])} for step {step}")
+        self._of(self.step[step % SETS], area).fill_(EMPTY)
+        self._of(self.values[step % SETS], area).fill_(math.nan)
+
+    @staticmethod
+    def _of(table: Tensor, area: Area) -> Tensor:
+        """The area of one set of `step` or `values`: [tokens, words or columns], a view."""
+        each = table[0].numel()
+        last = area.first + (area.tokens - 1) * area.stride + area.words
+        assert 0 <= area.first < last <= len(table), area
+        return table[area.first :].as_strided((area.tokens, area.words * each), (area.stride * each, 1))
+
+
 class Twin:
-    """One launch. `run` may be called once; `buffers` can be looked at after it."""
+    """One launch. `run` may be called once; what it leaves can be looked at after it.
+
+    Attributes:
+        out: the actions, float32 [B, K, A]; NaN until a tile writes them.
+        private: float32 [private_floats], what blocks keep for themselves.
+        tiles_run: how many tiles have run.
+    """
 
     def __init__(
         self,
@@ -47,156 +135,250 @@ class Twin:
         *,
         guidance: GuidanceTensors | None = None,
         dtype: torch.dtype = torch.float32,
+        words: Words | None = None,
     ) -> None:
-        """noise float32 [B, K, A]; context [B, S, 2 * contexts * width], k | v of each block; prefix [B, width]."""
+        """noise float32 [B, K, A]; context [B, S, 2 * contexts * width], k | v of each block; prefix [B, width].
+
+        words: as the launch before left them; None: the first launch.
+        """
         self.schedule, self.packed, self.dtype = schedule, packed, dtype
-        self.noise, self.context, self.prefix = noise, context.to(dtype), prefix
+        self.noise, self.context, self.prefix = noise.float(), context.to(dtype), prefix
         self.guidance = guidance
-        nan = torch.full((), math.nan, device=noise.device)
-        self.buffers = [
-            nan.expand(b.planes, b.rows, b.columns).to(torch.float32 if b.wide else dtype).clone()
-            for b in schedule.buffers
-        ]
-        self.counters = [0] * schedule.counters
-        self.cursor = schedule.first_tile[:-1].tolist()
+        self.words = Words(schedule, dtype, noise.device) if words is None else words
+        self.first = self.words.done
+        self.out = torch.full_like(self.noise, math.nan)
+        self.private = torch.full((schedule.private_floats,), math.nan, device=noise.device)
+        self.tiles_run = 0
 
     def run(self, generator: torch.Generator | None = None, stop_after: int | None = None) -> Tensor:
         """The actions, float32 [B, K, A]; those that no tile has written are NaN.
 
-        generator: workers come forward in a random order; else worker after worker as far as it gets.
+        generator: teams come forward in a random order; else team after team as far as it gets.
         stop_after: run so many tiles and no more.
-        """
-        for count, i in enumerate(self._order(generator)):
-            if count == stop_after:
-                break
-            tile = self.schedule.decoded[i]
-            getattr(self, f"_{tile.opcode.name.lower()}")(tile.work)
-            if tile.signal != NONE:
-                self.counters[tile.signal] += 1
-        shape = self.schedule.shape
-        return self.buffers[Space.OUT][0].view(shape.batch, shape.horizon, shape.actions)
 
-    def _order(self, generator: torch.Generator | None) -> Iterator[int]:
-        """Tiles, each at a time when its counter has its target."""
-        end = self.schedule.first_tile[1:].tolist()
-        open_workers = [w for w in range(len(end)) if self.cursor[w] < end[w]]
-        while open_workers:
+        Raises:
+            RuntimeError: teams wait for each other, or a word is not of the step that it should be of.
+        """
+        self.first = self.words.done
+        for step, work in self._order(generator):
+            if self.tiles_run == stop_after:
+                return self.out
+            if isinstance(work, Product):
+                self._product(work, step)
+            else:
+                self._attend(work, step)
+            self.tiles_run += 1
+        self.words.done += self.schedule.shape.steps
+        return self.out
+
+    def buffer(self, name: str, step: int) -> Tensor:
+        """A buffer [rows, columns] as it is in the set of step `step` of this launch."""
+        buffer = self.schedule.buffers[name]
+        values = self.words.values[(self.first + step) % SETS]
+        return values[buffer.offset : buffer.offset + buffer.words].view(buffer.rows, buffer.columns)
+
+    # -- order ---------------------------------------------------------------------------------------------------------
+
+    def _order(self, generator: torch.Generator | None) -> Iterator[tuple[int, Operands]]:
+        """(step, tile), each at a time when all that the tile reads is there."""
+        schedule, steps = self.schedule, self.schedule.shape.steps
+        teams = [schedule.decoded[begin:end] for begin, end in pairwise(schedule.first_tile.tolist())]
+        position = [-1] * len(teams)  # tiles that the team has run; -1: it has not begun
+        missing: dict[int, int] = {}  # a word that a team's next tile did not find
+        waiting = list(range(len(teams)))
+        while waiting:
             came = False
-            chosen = open_workers
             if generator is not None:
-                chosen = [open_workers[j] for j in torch.randperm(len(open_workers), generator=generator).tolist()]
-            for w in chosen:
-                while self.cursor[w] < end[w] and self._may_run(self.cursor[w]):
+                waiting = [waiting[j] for j in torch.randperm(len(waiting), generator=generator).tolist()]
+            for team in waiting:
+                if position[team] < 0:
+                    self._begin(team)
+                    position[team], came = 0, True
+                while position[team] < steps * len(teams[team]):
+                    step, i = divmod(position[team], len(teams[team]))
+                    work = teams[team][i].work
+                    if not self._ready(team, step, work, missing):
+                        break
+                    position[team] += 1
                     came = True
-                    self.cursor[w] += 1
-                    yield self.cursor[w] - 1
+                    yield step, work
                     if generator is not None and torch.rand((), generator=generator) < 0.5:
                         break
+            waiting = [team for team in waiting if position[team] < steps * len(teams[team])]
             if not came:
-                raise RuntimeError(f"action_ode: the workers {open_workers[:4]} wait for each other")
-            open_workers = [w for w in open_workers if self.cursor[w] < end[w]]
+                some = ", ".join(f"{team} for word {missing[team]}" for team in sorted(waiting)[:4])
+                raise RuntimeError(f"action_ode: {len(waiting)} teams wait for each other: {some}")
 
-    def _may_run(self, i: int) -> bool:
-        wait, target = self.schedule.tiles[i, 1:3].tolist()
-        return wait == NONE or self.counters[wait] >= target
+    def _ready(self, team: int, step: int, work: Operands, missing: dict[int, int]) -> bool:
+        """Whether all that the team's next tile reads is there."""
+        now = self.first + step
+        if team in missing and self.words.step[now % SETS, missing[team]] == EMPTY:
+            return False
+        missing.pop(team, None)
+        for area in reads(work, self.schedule.shape):
+            word = self.words.missing(area, now)
+            if word is not None:
+                missing[team] = word
+                return False
+        return True
+
+    def _begin(self, team: int) -> None:
+        """The noise, by the team that makes the noisy actions of later steps."""
+        first, end = self.schedule.first_tile[team : team + 2].tolist()
+        for tile in self.schedule.decoded[first:end]:
+            w = tile.work
+            if not isinstance(w, Product) or w.epilogue != Epilogue.EULER:
+                continue
+            acts, sample, k = self._actions(w)
+            x = torch.zeros(w.tokens, w.rows, device=self.noise.device)
+            x[acts] = self.noise[sample, k, w.row : w.row + w.rows]
+            self._private(w).copy_(x)
+            self._write(w, self.first, x)
 
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
-    def _start(self, w: Start) -> None:
-        rows, x = slice(w.token, w.token + w.tokens), F.pad(self.noise[w.sample].float(), (0, 0, w.prefix, 0))
-        noisy = self.buffers[Space.NOISY][0, rows]
-        self.buffers[Space.ACTIONS][0, rows] = x
-        noisy.copy_(F.pad(x, (0, noisy.shape[1] - x.shape[1])))
-
-    def _product(self, w: Product) -> None:
-        constants, rows = self.packed.constants, slice(w.token, w.token + w.tokens)
-        y = self._source(w).float() @ self.packed.of(w)[: w.rows, : w.columns].float().T
+    def _product(self, w: Product, step: int) -> None:
+        constants, now = self.packed.constants, self.first + step
+        x = self.words.read(source(w), now).float()
+        y = self._multiply(w, x, step)
         if w.scale != NONE:
             y = y * constants[w.scale : w.scale + w.rows]
+        if w.norm:
+            mean, inverse = statistics(x, w)
+            sums = w.sums + step * w.constant_step
+            y = (y - mean * constants[sums : sums + w.rows]) * inverse
         if w.epilogue == Epilogue.TOKENS:
-            return self._to_stream(w, self._tokens(w, y))
-        y = y + constants[w.bias : w.bias + w.rows]
-        columns = slice(w.row, w.row + w.rows)
+            y = self._tokens(w, y)
+        else:
+            bias = w.bias + step * w.constant_step
+            y = y + constants[bias : bias + w.rows]
         if w.epilogue == Epilogue.RESIDUAL:
-            return self._to_stream(w, y + self.buffers[Space.STREAM][0, rows, columns])
+            y = y + self._private(w)
+        if w.epilogue in (Epilogue.TOKENS, Epilogue.RESIDUAL):
+            self._private(w).copy_(y)
         if w.epilogue == Epilogue.EULER:
-            return self._euler(w, y)
-        self.buffers[w.out][0, rows, columns] = ACTIVATION[Epilogue(w.epilogue)](y).to(self.dtype)
+            return self._euler(w, y, step)
+        self._write(w, now, ACTIVATION.get(Epilogue(w.epilogue), ACTIVATION[Epilogue.PLAIN])(y))
+        self._clear(w, now + SETS - 1)
 
-    def _source(self, w: Product) -> Tensor:
-        """[tokens, columns] as the product takes them."""
-        planes = self.buffers[w.source][: w.planes, w.token : w.token + w.tokens, : w.columns]
-        if w.planes > 1:
-            return self._merged(w, planes)
-        if not w.norm:
-            return planes[0]
-        x = F.layer_norm(planes[0].float(), (w.columns,), eps=float_of(w.norm))
+    def _multiply(self, w: Product, x: Tensor, step: int) -> Tensor:
+        """[tokens, rows], sums alone."""
         if w.modulation != NONE:
-            scale, shift = self.packed.constants[w.modulation :][: 2 * w.columns].view(2, w.columns)
-            x = x * scale + shift
-        return x.to(self.dtype)
-
-    def _merged(self, w: Product, planes: Tensor) -> Tensor:
-        """Ranges of keys, each weighted with its part of the sum over all keys."""
-        stats = self.buffers[Space.STATS][: w.planes, w.token : w.token + w.tokens]
-        most, total = stats.unflatten(-1, (-1, 2)).unbind(-1)
-        share = (most - most.amax(0)).exp() * total
-        heads = planes.float().unflatten(-1, (most.shape[-1], -1))
-        x = torch.zeros_like(heads[0])
-        for plane in range(w.planes):
-            x = x + share[plane][..., None] * heads[plane]
-        return (x / share.sum(0)[..., None]).flatten(1).to(self.dtype)
+            scale = w.modulation + step * w.modulation_step
+            x = (x * self.packed.constants[scale : scale + w.columns]).to(self.dtype).float()
+        x = F.pad(x, (0, w.split * w.slice - w.columns))
+        return x @ self.packed.of(w)[: w.rows].float().T
 
     def _tokens(self, w: Product, y: Tensor) -> Tensor:
-        shape, first = self.schedule.shape, w.bias - w.row
-        table = self.packed.constants[first : first + shape.tokens * shape.width].view(shape.tokens, shape.width)
-        x = (y.view(-1, shape.tokens, w.rows) + table[:, w.row : w.row + w.rows]).clone()
+        shape = self.schedule.shape
+        lines = torch.arange(w.token, w.token + w.tokens, device=y.device) % shape.tokens
+        y = y + self.packed.constants[w.bias :].as_strided((shape.tokens, w.rows), (shape.width, 1))[lines]
         if shape.prefix:
             assert self.prefix is not None
-            sample = w.token // shape.tokens
-            x[:, 0] = self.prefix[sample : sample + len(x), w.row : w.row + w.rows].float()
-        return x.flatten(0, 1)
+            state = (lines == 0).nonzero()[:, 0]
+            y[state] = self.prefix[(w.token + state) // shape.tokens, w.row : w.row + w.rows].float()
+        return y
 
-    def _to_stream(self, w: Product, x: Tensor) -> None:
-        rows, columns = slice(w.token, w.token + w.tokens), slice(w.row, w.row + w.rows)
-        self.buffers[Space.STREAM][0, rows, columns] = x
-        self.buffers[Space.ROUNDED][0, rows, columns] = x.to(self.dtype)
-
-    def _attend(self, w: Attend) -> None:
-        shape = self.schedule.shape
-        d, rows = shape.head_dim, slice(w.token, w.token + w.tokens)
-        projected = self.buffers[Space.PROJECTED][0, rows]
-        q, first = projected[:, w.head * d :][:, :d].float(), w.head * d
+    def _attend(self, w: Attend, step: int) -> None:
+        shape, now = self.schedule.shape, self.first + step
+        d = shape.head_dim
+        areas = reads(w, shape)
+        q = self.words.read(areas[0], now).float()
         if w.context == NONE:
-            k, v = (projected[:, part * shape.width + first :][:, :d].float() for part in (1, 2))
+            k, v = (self.words.read(area, now).float() for area in areas[1:])
         else:
-            first += 2 * w.context * shape.width
-            keys = self.context[w.sample, w.key : w.key + w.keys]
-            k, v = (keys[:, part * shape.width + first :][:, :d].float() for part in (0, 1))
-        scores = q @ k.T / math.sqrt(d)
-        most = scores.amax(1, keepdim=True)
-        p = (scores - most).exp()
-        total = p.sum(1, keepdim=True)
-        y = p.to(self.dtype).float() @ v
-        columns = slice(w.head * d, (w.head + 1) * d)
-        self.buffers[Space.ATTENDED][w.plane, rows, columns] = (y / total).to(self.dtype)
-        self.buffers[Space.STATS][w.plane, rows, 2 * w.head : 2 * w.head + 2] = torch.cat([most, total], 1)
+            first = 2 * w.context * shape.width + w.head * d
+            k, v = (self.context[w.sample, : w.keys, first + part * shape.width :][:, :d].float() for part in (0, 1))
+        most, total, y = [], [], []
+        for begin in range(0, w.keys, w.slice):
+            scores = q @ k[begin : begin + w.slice].T / math.sqrt(d)
+            most.append(scores.amax(1, keepdim=True))
+            p = (scores - most[-1]).exp()
+            total.append(p.sum(1, keepdim=True))
+            y.append(p.to(self.dtype).float() @ v[begin : begin + w.slice])
+        share = (torch.stack(most) - torch.stack(most).amax(0)).exp()
+        merged = (share * torch.stack(y)).sum(0) / (share * torch.stack(total)).sum(0)
+        self._write(w, now, merged)
+        self._clear(w, now + SETS - 1)
 
-    def _euler(self, w: Product, velocity: Tensor) -> None:
+    def _euler(self, w: Product, velocity: Tensor, step: int) -> None:
         """velocity [tokens, rows], of actions w.row and on."""
-        shape, columns = self.schedule.shape, slice(w.row, w.row + w.rows)
-        for first in range(w.token, w.token + w.tokens, shape.tokens):
-            sample, rows = first // shape.tokens, slice(first + shape.prefix, first + shape.tokens)
-            x, v = self.buffers[Space.ACTIONS][0, rows, columns], velocity[rows.start - w.token : rows.stop - w.token]
-            if self.guidance is not None:
-                t = self.packed.constants[self.schedule.constants["times"][0] + w.step].item()
-                given = self.guidance
-                pull = guidance_strength(t, given.max_guidance) * given.weights[:, None]
-                v = v - pull * (given.previous[sample, :, columns] - (x - t * v))
-            x = x - (1.0 / shape.steps) * v
-            self.buffers[Space.ACTIONS][0, rows, columns] = x
-            noisy = self.buffers[Space.NOISY][0, rows, w.row : w.row + w.tile_rows]
-            noisy.copy_(F.pad(x, (0, noisy.shape[1] - w.rows)))
-            if w.step == shape.steps - 1:
-                out = self.buffers[Space.OUT][0].view(shape.batch, shape.horizon, shape.actions)
-                out[sample, :, columns] = x
+        now, steps, columns = self.first + step, self.schedule.shape.steps, slice(w.row, w.row + w.rows)
+        acts, sample, k = self._actions(w)
+        actions = self._private(w)
+        x, v = actions[acts], velocity[acts]
+        if self.guidance is not None:
+            t = self.packed.constants[self.schedule.constants["times"][0] + step].item()
+            given = self.guidance
+            pull = guidance_strength(t, given.max_guidance) * given.weights[k, None]
+            v = v - pull * (given.previous[sample, k, columns] - (x - t * v))
+        x = x - (1.0 / steps) * v
+        actions[acts] = x
+        if step < steps - 1:
+            self._write(w, now + 1, actions)
+        else:
+            self.out[sample, k, columns] = x
+        self._clear(w, now + SETS)  # of its own step: all have read them
+
+    def _actions(self, w: Product) -> tuple[Tensor, Tensor, Tensor]:
+        """(which of a tile's tokens have actions, their samples, their places in the horizon); the state token has none."""
+        shape = self.schedule.shape
+        tokens = torch.arange(w.token, w.token + w.tokens, device=self.noise.device)
+        acts = (tokens % shape.tokens >= shape.prefix).nonzero()[:, 0]
+        return acts, tokens[acts] // shape.tokens, tokens[acts] % shape.tokens - int(shape.prefix)
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def _private(self, w: Product) -> Tensor:
+        """[tokens, rows], a view."""
+        last = w.stream + (w.rows - 1) * self.schedule.padded_tokens + w.tokens
+        assert 0 <= w.stream < last <= len(self.private), w
+        return self.private[w.stream :].as_strided((w.tokens, w.rows), (1, self.schedule.padded_tokens))
+
+    def _write(self, w: Operands, step: int, y: Tensor) -> None:
+        area = written(w, self.schedule.shape)
+        self.words.write(area, step, F.pad(y, (0, 2 * area.words - y.shape[1])))
+
+    def _clear(self, w: Operands, step: int) -> None:
+        self.words.clear(written(w, self.schedule.shape), step)
+
+
+def source(w: Product) -> Area:
+    """The words that a product multiplies."""
+    return Area(w.source, w.tokens, w.source_stride, w.columns // 2)
+
+
+def reads(w: Operands, shape: HeadShape) -> list[Area]:
+    """All words that a tile reads: a product's source, or queries, and keys and values where they are words."""
+    if isinstance(w, Product):
+        return [source(w)]
+    words = shape.head_dim // 2
+    areas = [Area(w.query, w.tokens, w.stride, words)]
+    if w.context == NONE:
+        areas += [Area(first, w.keys, w.stride, words) for first in (w.key, w.value)]
+    return areas
+
+
+def written(w: Operands, shape: HeadShape) -> Area:
+    """The words that a tile writes; of the noisy actions all columns are written."""
+    if isinstance(w, Attend):
+        return Area(w.out, w.tokens, w.out_stride, shape.head_dim // 2)
+    columns = min(w.tile_rows, shape.padded_actions - w.row) if w.epilogue == Epilogue.EULER else w.rows
+    return Area(w.out, w.tokens, w.out_stride, columns // 2)
+
+
+def statistics(x: Tensor, w: Product) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each row of x [tokens, K], both [tokens, 1], merged over the ranks' slices."""
+    count, mean, squares = 0, torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
+    for begin in range(0, w.columns, w.slice):
+        part = x[:, begin : begin + w.slice]
+        more, its_mean = part.shape[1], part.mean(1, keepdim=True)
+        difference = its_mean - mean
+        squares = (
+            squares
+            + (part - its_mean).square().sum(1, keepdim=True)
+            + difference.square() * (count * more / (count + more))
+        )
+        mean = mean + difference * (more / (count + more))
+        count += more
+    return mean, (squares / count + float_of(w.norm)).rsqrt()

@@ -1,72 +1,71 @@
-"""The validator: proof that a schedule may run, whatever the order in which its workers come forward.
+"""The validator: proof that a schedule may run, whatever the order in which its teams and ranks come forward.
 
-A stage is all tiles that wait for one counter and signal one counter. Whoever waits must wait for all signals that its counter
-ever gets, so that every tile of the stages that signal it comes before: that is the only order the proof builds on.
+A step is a chain of stages (chain.py): the products with one matrix, or one block's attention. Each reads one buffer and writes
+one. A group is the samples whose tokens one product takes; groups have nothing to do with each other.
 
-- It ends: no stage comes before itself, and each worker has its tiles in the order of the stages' depth, the longest chain of
-  waits before them. So those of the least depth that are left can always run.
-- No tile reads what is not written, or what another may be writing; no two tiles write an element, and none writes what
-  another may still be reading, without an order between their stages. Within a stage there is none.
-- What a stage reads of a buffer was last written by one stage: none of it is left from an earlier block or step.
-- Every access lies within its buffer and its constants, and fits the staging memory; the weights of a product are a row tile
-  of one matrix as it lies in memory, and are fetched in the order in which they are used.
+1. Words. Every number of every record is the one that the chain demands, and each row tile of each matrix has one tile a group,
+   each head of a sample one a block. So every word is written by one tile of a step (of NOISY by an EULER tile, before the first
+   step by the same one), and products read all columns of all their tokens, attention all of its head, and nobody anything else.
+2. It ends. Teams that run their tiles in order, each after all tiles of its group's stage before it, run all of them: this is
+   tried out. No other order can fail where one succeeds, as no word is taken back before it has been read (3). A tile waits for
+   words of its own step alone, of NOISY for the step before: when each step ends, all do. The noise is written before the first
+   step by the tiles at the end of each team, so EULER tiles are last.
+3. The rotation of SETS is sound. A word is stored after all reads of the ranks whose sums are in it, those of its part; each part
+   of each tile has words. All words of a stage are read by the next: products read whole buffers, and each column of queries,
+   keys, values and attention's results belongs to one head. So before any EULER tile of a group stores a word, all tiles of the
+   group's earlier stages are done with their reads of this step, in all ranks. Then
+   - this step's NOISY has been read by all when EULER makes it EMPTY;
+   - whatever is stored for the group in the next step waits, by the chain, for all of the group's new NOISY, thus until all of
+     this step has been read: then this step's words are made EMPTY.
+   And nobody finds an older step's word: who reads a word in step s + 2 has read it in step s + 1, when it was stored by the
+   thread that in step s had made EMPTY what is read in s + 2; of NOISY it is one step more. That holds from launch to launch, as
+   each begins with the set at which the one before has ended.
+4. Private memory. All tiles that add to one part of the residual stream have the team, rows, tokens and memory of the TOKENS
+   tile that begins it, so that the thread which wrote an element is the one that reads it. They follow each other, since each
+   depends, by the chain, on what the one before it wrote. EULER tiles have memory of their own, and no two ranges overlap.
+5. Exchange. Matrices are cut as `Product` demands, what is staged and sums fit into shared memory, and all teams can run at
+   once. Ranks of a team wait for each other's sums of the same tile, or for room that an earlier tile frees. They cover all keys.
+6. Bounds. Buffers, constants and matrices lie in their memory, do not overlap, and are aligned for loads of 16 bytes.
 
-Not proved: that matrix, constants, keys and epilogue are the right ones, which the twin shows, and the layout of the
-buffers, which the launcher checks.
-
-Stages that do the same on the workspace, as those of other blocks and steps do, are looked at in detail once.
+Taken from the kernel: a thread stores its words after the reads and sums of its tile; the same thread stores a word in all steps;
+what it stored in one step is seen before what it stores in the next. Not proved: what weights and constants are, which the twin
+shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dit4dit.engine.action_ode.chain import (
+    ScheduleError,
+    Stage,
+    chain,
+    check_buffers,
+    check_constants,
+    check_matrices,
+    check_sizes,
+    need,
+)
 from dit4dit.engine.action_ode.schedule import (
     NONE,
-    SLOT_ELEMENTS,
-    TILE_ROWS,
-    WEIGHT_UNIT,
-    Attend,
+    OPERANDS,
+    RECORD,
     Epilogue,
+    MatrixPlan,
     Opcode,
-    Product,
     Schedule,
-    Space,
-    Start,
     Tile,
     attend_bytes,
     attend_rows,
-    product_bytes,
+    float_bits,
 )
 
-Integers = NDArray[np.integer]
-CELL = {Space.STATS: 2}
-"""Columns that are told apart, else 16: every access begins at a multiple of them and ends at one, or with the buffer."""
-WRITES_TO = {
-    Epilogue.TOKENS: (Space.STREAM,),
-    Epilogue.RESIDUAL: (Space.STREAM,),
-    Epilogue.EULER: (Space.ACTIONS,),
-}
-PLACE = {name: 4 + i for i, name in enumerate(Product._fields)}
-"""Column of a product's field in its record."""
+__all__ = ["ScheduleError", "validate"]
 
-
-class ScheduleError(ValueError):
-    """A schedule that must not run; the message names the tile."""
-
-
-class Access(NamedTuple):
-    """Columns of rows in planes of a buffer; all half-open."""
-
-    space: Space
-    planes: tuple[int, int]
-    rows: tuple[int, int]
-    columns: tuple[int, int]
+Integers = NDArray[np.int64]
 
 
 def validate(schedule: Schedule) -> None:
@@ -75,359 +74,277 @@ def validate(schedule: Schedule) -> None:
     Raises:
         ScheduleError: it may not.
     """
-    _check_tables(schedule)
-    _check_numbers(schedule)
-    stages = _stages(schedule)
-    _check_accesses(schedule, stages)
-    _check_end(schedule, stages)
+    stages = chain(schedule.shape)
+    check_sizes(schedule)
+    check_buffers(schedule, stages)
+    check_matrices(schedule, stages)
+    check_constants(schedule, stages)
+    _check_records(schedule)
+    tiles = _Tiles(schedule, stages)
+    tiles.check_products()
+    tiles.check_attention()
+    tiles.check_private()
+    tiles.check_end()
 
 
-def reads(schedule: Schedule, tile: Tile) -> Iterator[Access]:
-    """What a tile reads of the workspace."""
-    w, shape = tile.work, schedule.shape
-    if isinstance(w, Product):
-        rows, columns = (w.token, w.token + w.tokens), (w.row, w.row + w.rows)
-        yield Access(Space(w.source), (0, w.planes), rows, (0, w.columns))
-        if w.planes > 1:
-            yield Access(Space.STATS, (0, w.planes), rows, (0, 2 * shape.heads))
-        if w.epilogue == Epilogue.RESIDUAL:
-            yield Access(Space.STREAM, (0, 1), rows, columns)
-        elif w.epilogue == Epilogue.EULER:
-            yield from (Access(Space.ACTIONS, (0, 1), each, columns) for _, each in _samples(schedule, w))
-    elif isinstance(w, Attend):
-        rows, (first, last) = (w.token, w.token + w.tokens), _head(schedule, w.head)
-        for part in (0, 1, 2) if w.context == NONE else (0,):
-            yield Access(Space.PROJECTED, (0, 1), rows, (first + part * shape.width, last + part * shape.width))
-
-
-def writes(schedule: Schedule, tile: Tile) -> Iterator[Access]:
-    """What a tile writes."""
-    w, shape = tile.work, schedule.shape
-    rows, one = (w.token, w.token + w.tokens), (0, 1)
-    if isinstance(w, Start):
-        yield Access(Space.ACTIONS, one, rows, (0, shape.actions))
-        yield Access(Space.NOISY, one, rows, (0, shape.padded_actions))
-    elif isinstance(w, Attend):
-        yield Access(Space.ATTENDED, (w.plane, w.plane + 1), rows, _head(schedule, w.head))
-        yield Access(Space.STATS, (w.plane, w.plane + 1), rows, (2 * w.head, 2 * w.head + 2))
-    elif w.epilogue == Epilogue.EULER:
-        columns = (w.row, w.row + w.rows)
-        for sample, each in _samples(schedule, w):
-            yield Access(Space.ACTIONS, one, each, columns)
-            yield Access(Space.NOISY, one, each, (w.row, min(w.row + w.tile_rows, shape.padded_actions)))
-            if w.step == shape.steps - 1:
-                yield Access(Space.OUT, one, (sample * shape.horizon, (sample + 1) * shape.horizon), columns)
-    else:
-        yield Access(Space(w.out), one, rows, (w.row, w.row + w.rows))
-        if w.out == Space.STREAM:
-            yield Access(Space.ROUNDED, one, rows, (w.row, w.row + w.rows))
-
-
-def _samples(schedule: Schedule, w: Product) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Each sample of a product with its rows, those of the actions alone."""
-    shape = schedule.shape
-    for first in range(w.token, w.token + w.tokens, shape.tokens):
-        yield first // shape.tokens, (first + shape.prefix, first + shape.tokens)
-
-
-def _head(schedule: Schedule, head: int) -> tuple[int, int]:
-    return head * schedule.shape.head_dim, (head + 1) * schedule.shape.head_dim
-
-
-# -- tables and bounds -------------------------------------------------------------------------------------------------
-
-
-def _check_tables(schedule: Schedule) -> None:
-    workers, tiles = schedule.device.workers, schedule.tiles
-    for name, first, count in (
-        ("first_tile", schedule.first_tile, len(tiles)),
-        ("first_segment", schedule.first_segment, len(schedule.segments)),
-    ):
-        if len(first) != workers + 1 or first[0] != 0 or first[-1] != count or (np.diff(first) < 0).any():
-            raise ScheduleError(
-                f"{name}: expected {workers + 1} rising numbers from 0 to {count}, got {first.tolist()}"
-            )
+def _check_records(schedule: Schedule) -> None:
+    tiles, first = schedule.tiles, schedule.first_tile
+    right = tiles.dtype == first.dtype == np.int32 and tiles.shape[1:] == (RECORD,)
+    need(right, "tiles and first_tile", f"int32, [tiles, {RECORD}]", f"{tiles.dtype}, {first.dtype}, {tiles.shape}")
+    right = first.shape == (schedule.teams + 1,) and first[0] == 0 and first[-1] == len(tiles)
+    right = right and bool((np.diff(first) >= 0).all())
+    need(right, "first_tile", f"{schedule.teams + 1} rising numbers from 0 to {len(tiles)}", first.tolist())
     _refuse(schedule, ~np.isin(tiles[:, 0], list(Opcode)), "no such opcode")
-    is_product = tiles[:, 0] == Opcode.PRODUCT
-    products = tiles[is_product]
-    wanted = products[:, [PLACE["weight"], PLACE["slots"], PLACE["fp8"]]].copy()
-    wanted[:, 2] = 2 - wanted[:, 2]
-    begin = np.concatenate([[0], np.cumsum(is_product)])[schedule.first_tile]
-    if not np.array_equal(begin, schedule.first_segment) or not np.array_equal(wanted, schedule.segments):
-        raise ScheduleError("segments: the weights of a worker are not fetched in the order of its products")
 
 
 def _refuse(schedule: Schedule, wrong: NDArray[np.bool_], what: str, among: Integers | None = None) -> None:
     """ScheduleError for the first tile that is `wrong`; `among`: the tiles that it tells of."""
     if wrong.any():
-        i = int(np.argmax(wrong)) if among is None else int(among[np.argmax(wrong)])
-        raise ScheduleError(f"tile {i} {_name(schedule, i)}: {what}")
+        i = int(np.argmax(wrong))
+        raise ScheduleError(f"{_name(schedule, i if among is None else int(among[i]))}: {what}")
 
 
 def _name(schedule: Schedule, i: int) -> str:
     record = schedule.tiles[i]
-    return str(Tile.of(record).work) if record[0] in list(Opcode) else str(record.tolist())
+    return f"tile {i} {Tile.of(record).work if record[0] in list(Opcode) else record.tolist()}"
 
 
-def _check_numbers(schedule: Schedule) -> None:
-    """What no two tiles have in common: counters, weights and constants."""
-    shape, tiles = schedule.shape, schedule.tiles
-    for name, column in (("wait", 1), ("signal", 3)):
-        counter = tiles[:, column]
-        wrong = (counter < NONE) | (counter >= schedule.counters)
-        _refuse(schedule, wrong, f"{name}: not one of the {schedule.counters} counters")
-    signals = np.bincount(tiles[tiles[:, 3] != NONE, 3], minlength=schedule.counters)
-    target, total = tiles[:, 2], signals[tiles[:, 1]]
-    waits = tiles[:, 1] != NONE
-    of = "its target is not the number of signals that its counter gets"
-    _refuse(schedule, waits & (target > total), f"{of}, and is never reached")
-    _refuse(schedule, waits & (target < total), f"{of}, and does not say which tiles are done")
-
-    among = np.flatnonzero(tiles[:, 0] == Opcode.PRODUCT)
-    p = {name: tiles[among, place].astype(np.int64) for name, place in PLACE.items()}
-    end = WEIGHT_UNIT * (p["weight"] + p["slots"] * (2 - p["fp8"]))
-    _refuse(schedule, (p["weight"] < 0) | (end > schedule.weight_bytes), "weights", among)
-    _refuse(schedule, (p["fp8"] & ~1) != 0, "fp8", among)
-    # the matrix that each begins in
-    matrices = sorted(schedule.matrices.values(), key=lambda m: m.offset)
-    names = ("offset", "units", "slots", "tile_rows", "columns", "fp8")
-    m = {name: np.array([int(getattr(matrix, name)) for matrix in matrices]) for name in names}
-    mine = np.searchsorted(m["offset"], p["weight"], side="right") - 1
-    into, length = p["weight"] - m["offset"][mine], p["slots"] * (2 - p["fp8"])
-    like = np.all([p[name] == m[name][mine] for name in names[2:]], axis=0)
-    wrong = ~like | (into % np.maximum(length, 1) != 0) | (into + length > m["units"][mine])
-    _refuse(schedule, wrong, "weights: not a row tile of the matrix there", among)
-    _refuse(schedule, (p["scale"] == NONE) != (p["fp8"] == 0), "fp8 without scale", among)
-    _refuse(schedule, (p["step"] < 0) | (p["step"] >= shape.steps), "step", among)
-    tables = np.where(p["epilogue"] == Epilogue.TOKENS, (shape.tokens - 1) * shape.width, 0)
-    for name, length, there in (
-        ("bias", p["rows"] + tables, True),
-        ("scale", p["rows"], p["scale"] != NONE),
-        ("modulation", 2 * p["columns"], p["modulation"] != NONE),
-    ):
-        wrong = there & ((p[name] < 0) | (p[name] + length > schedule.constant_floats))
-        _refuse(schedule, wrong, f"{name} outside the {schedule.constant_floats} constants", among)
-    _refuse(schedule, (p["modulation"] != NONE) & (p["modulation"] % 4 != 0), "modulation: four at a time", among)
-    times = schedule.constants["times"][0]
-    if times < 0 or times + shape.steps > schedule.constant_floats:
-        raise ScheduleError(f"times: {shape.steps} from {times} are outside the {schedule.constant_floats} constants")
+# -- tiles -------------------------------------------------------------------------------------------------------------
 
 
-def _check_bounds(schedule: Schedule, i: int, tile: Tile) -> None:
-    def need(ok: bool, what: str) -> None:
-        if not ok:
-            raise ScheduleError(f"tile {i} {tile.work}: {what}")
+class _Kind:
+    """All tiles of one opcode: `tiles`, and each field as a column."""
 
-    w, shape = tile.work, schedule.shape
-    if isinstance(w, Product):
-        need(w.source in list(Space) and w.out in list(Space) and w.epilogue in list(Epilogue), "space or epilogue")
-        need(w.tile_rows in TILE_ROWS and 0 < w.rows <= w.tile_rows, "rows")
-        need(0 < w.columns <= w.slots * (SLOT_ELEMENTS // w.tile_rows), "fewer slots than columns")
-        need(not schedule.buffers[w.source].wide, "source")
-        need(w.columns <= schedule.buffers[w.source].columns, "more columns than the source has")
-        need(0 < w.tokens <= schedule.padded_tokens, f"at most {schedule.padded_tokens} tokens")
-        need(w.token % shape.tokens == 0 and w.tokens % shape.tokens == 0, "a part of a sample")
-        need(product_bytes(schedule.padded_tokens, schedule.part, shape.width) <= schedule.staging, "staging")
-        need(w.planes == 1 or (w.source == Space.ATTENDED and w.columns == shape.width), "planes")
-        need(not w.norm or (w.columns == shape.width and w.planes == 1), "norm of another width")
-        need(bool(w.norm) or w.modulation == NONE, "modulation without norm")
-        wanted = WRITES_TO.get(Epilogue(w.epilogue))
-        wide = schedule.buffers[w.out].wide
-        need(not wide if wanted is None else w.out in wanted, "the epilogue writes elsewhere")
-        need(w.rows % 16 == 0 or w.epilogue == Epilogue.EULER, "rows of an odd number")
-    elif isinstance(w, Attend):
-        limit = shape.tokens if w.context == NONE else shape.context
-        need(NONE <= w.context < shape.contexts and 0 <= w.sample < shape.batch, "context or sample")
-        need(w.tokens == shape.tokens and w.token == w.sample * shape.tokens, "sample")
-        need(w.key >= 0 and w.keys > 0 and w.key + w.keys <= limit, f"keys, of {limit}")
-        need(attend_rows(w.tokens, w.keys)[2] <= 64, "more than 64 keys a warp")
-        need(attend_bytes(w.tokens, w.keys, shape.head_dim) <= schedule.staging, "staging")
-    else:
-        need(0 <= w.sample < shape.batch and w.token == w.sample * shape.tokens, "sample")
-        need(w.tokens == shape.tokens and w.prefix == int(shape.prefix), "tokens")
-    for access in (*reads(schedule, tile), *writes(schedule, tile)):
-        buffer = schedule.buffers[access.space]
-        limits = (buffer.planes, buffer.rows, buffer.columns)
-        # a message is made where it is needed: there are many accesses
-        if not all(0 <= first < last <= limit for (first, last), limit in zip(access[1:], limits, strict=True)):
-            need(False, f"{access} is outside {limits}")
-        first, last = access.columns
-        cell = CELL.get(access.space, 16)
-        if first % cell or (last % cell and last != buffer.columns):
-            need(False, f"{access} ends within {cell} columns")
+    def __init__(self, schedule: Schedule, opcode: Opcode) -> None:
+        self.schedule = schedule
+        self.tiles = np.flatnonzero(schedule.tiles[:, 0] == opcode)
+        records = schedule.tiles[self.tiles].astype(np.int64)
+        self.fields = {name: records[:, 1 + i] for i, name in enumerate(OPERANDS[opcode]._fields)}
+
+    def __getitem__(self, name: str) -> Integers:
+        return self.fields[name]
+
+    def refuse(self, wrong: NDArray[np.bool_], what: str) -> None:
+        _refuse(self.schedule, wrong, what, self.tiles)
+
+    def compare(self, name: str, wanted: Integers, why: str = "") -> None:
+        wrong = self[name] != wanted
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            self.refuse(wrong, f"{name}: expected {int(wanted[at])}{why}, got {int(self[name][at])}")
 
 
-# -- order -------------------------------------------------------------------------------------------------------------
+class _Tiles:
+    """What the tiles are, as it is proved.
 
-
-@dataclass(frozen=True)
-class _Stages:
-    """of: the stage of each tile. depth: stages of the longest chain before each. order: stages, each after those before it.
-    before: bool [stages, stages], whether the second comes before the first.
+    Attributes:
+        team, stage, group: of each tile. groups: first token of each, and the end.
     """
 
-    of: Integers
-    depth: Integers
-    before: NDArray[np.bool_]
-    order: list[int]
+    def __init__(self, schedule: Schedule, stages: Sequence[Stage]) -> None:
+        self.schedule, self.stages = schedule, stages
+        self.team = np.repeat(np.arange(schedule.teams), np.diff(schedule.first_tile))
+        self.stage, self.group = (np.full(len(schedule.tiles), NONE, np.int64) for _ in range(2))
+        self.products, self.attends = _Kind(schedule, Opcode.PRODUCT), _Kind(schedule, Opcode.ATTEND)
 
+    def check_products(self) -> None:
+        p, schedule = self.products, self.schedule
+        which = [k for k, stage in enumerate(self.stages) if stage.epilogue is not None]
+        which.sort(key=lambda k: schedule.matrices[self.stages[k].name].offset)
+        matrices = [schedule.matrices[self.stages[k].name] for k in which]
+        offset = np.array([m.offset for m in matrices])
+        mine = np.searchsorted(offset, p["weight"], side="right") - 1
+        p.refuse(mine < 0, "weight: no matrix begins before it")
+        tile, rest = np.divmod(p["weight"] - offset[mine], np.array([m.tile_units for m in matrices])[mine])
+        row_tiles = np.array([m.row_tiles for m in matrices])
+        p.refuse((rest != 0) | (tile >= row_tiles[mine]), "weight: no row tile of a matrix begins there")
+        stage = np.array(which)[mine]
+        self.stage[p.tiles] = stage
+        self._check_groups()
+        bases = [self._bases(self.stages[k], m) for k, m in zip(which, matrices, strict=True)]
+        base = {name: np.array([b[name] for b in bases])[mine] for name in bases[0]}
+        row = tile * base["tile_rows"]
+        rows = np.minimum(base["tile_rows"], np.array([m.rows for m in matrices])[mine] - row)
+        moved = {
+            "row": row,
+            "rows": rows,
+            "source": base["source"] + p["token"] * base["source_stride"],
+            "out": base["out"] + p["token"] * base["out_stride"] + row // 2,
+        }
+        for name in ("sums", "bias", "scale"):
+            moved[name] = np.where(base[name] == NONE, NONE, base[name] + row)
+        for name, wanted in {**moved, **{name: base[name] for name in base.keys() - moved.keys()}}.items():
+            p.compare(name, wanted, " by its weight")
+        self._check_once(p, np.stack([stage, self.group[p.tiles], tile]), self._wanted_products())
+        # EULER writes up to the padded actions
+        end = np.where(p["epilogue"] == Epilogue.EULER, schedule.shape.padded_actions, row + rows)
+        last_part = p["tile_rows"] - p["tile_rows"] * p["split"] // schedule.ranks
+        p.refuse(end - row <= last_part, "rows: none for the last part of its ranks: no word tells when they have read")
 
-def _stages(schedule: Schedule) -> _Stages:
-    pairs, of = np.unique(schedule.tiles[:, [1, 3]], axis=0, return_inverse=True)
-    of = of.reshape(-1)
-    count = len(pairs)
-    signalled_by: dict[int, list[int]] = {}
-    for stage, (_, signal) in enumerate(pairs.tolist()):
-        if signal != NONE:
-            signalled_by.setdefault(signal, []).append(stage)
-    parents = [signalled_by.get(wait, []) if wait != NONE else [] for wait in pairs[:, 0].tolist()]
-    children: list[list[int]] = [[] for _ in range(count)]
-    for stage, mine in enumerate(parents):
-        for parent in mine:
-            children[parent].append(stage)
-    left = [len(mine) for mine in parents]
-    depth = np.zeros(count, np.int64)
-    before = np.zeros((count, count), np.bool_)
-    order = [stage for stage in range(count) if not left[stage]]
-    for stage in order:  # grows
-        for parent in parents[stage]:
-            before[stage] |= before[parent]
-            before[stage, parent] = True
-            depth[stage] = max(depth[stage], depth[parent] + 1)
-        for child in children[stage]:
-            left[child] -= 1
-            if not left[child]:
-                order.append(child)
-    if len(order) < count:
-        stuck = np.isin(of, [stage for stage in range(count) if left[stage]])
-        raise ScheduleError(
-            f"{int(stuck.sum())} tiles wait for each other and never end, such as {int(np.argmax(stuck))}"
+    def _bases(self, stage: Stage, matrix: MatrixPlan) -> dict[str, int]:
+        """What all products with a matrix have in common, and what begins where the first of them begins."""
+        schedule = self.schedule
+        buffers, constants, steps = schedule.buffers, schedule.constants, schedule.shape.steps
+        assert stage.epilogue is not None
+
+        def table(name: str, there: bool) -> tuple[int, int]:
+            return constants[name] if there else (NONE, 0)
+
+        bias, length = constants[f"{stage.name}.bias"]
+        modulation, modulations = table(f"{stage.modulation}", stage.modulation is not None)
+        cut = ("columns", "split", "slice", "tile_rows", "parts", "rank_units", "panel_steps", "fp8")
+        return {
+            **{name: int(getattr(matrix, name)) for name in cut},
+            "epilogue": stage.epilogue,
+            "source": buffers[stage.source].offset,
+            "source_stride": buffers[stage.source].columns // 2,
+            "out": buffers[stage.out].offset,
+            "out_stride": buffers[stage.out].columns // 2,
+            "norm": float_bits(stage.eps),
+            "modulation": modulation,
+            "modulation_step": modulations // steps,
+            "sums": table(f"{stage.name}.sums", stage.eps > 0)[0],
+            "bias": bias,
+            "constant_step": length // steps if stage.stepwise else 0,
+            "scale": table(f"{stage.name}.row_scale", matrix.fp8)[0],
+        }
+
+    def _check_groups(self) -> None:
+        """Groups are the tokens that most products have, as many for each; all others must have them too."""
+        p, shape = self.products, self.schedule.shape
+        ranges, count = np.unique(np.stack([p["token"], p["token"] + p["tokens"]], 1), axis=0, return_counts=True)
+        ranges = ranges[2 * count > count.max(initial=0)]
+        self.groups, ends = np.append(ranges[:, 0], shape.rows), np.append(0, ranges[:, 1])
+        right = np.array_equal(self.groups, ends) and not (ends % shape.tokens).any()
+        need(right, "tokens of products", f"whole samples up to {shape.rows}, each once", ranges.tolist())
+        group = np.searchsorted(self.groups[:-1], p["token"], side="right") - 1
+        p.compare("token", self.groups[group], ", the first of a group")
+        p.compare("tokens", self.groups[group + 1] - self.groups[group], ", those of a group")
+        most = self.schedule.padded_tokens
+        p.refuse(p["tokens"] > most, f"tokens: more than {most}")
+        self.group[p.tiles] = group
+
+    def _wanted_products(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        for k, stage in enumerate(self.stages):
+            for g in range(len(self.groups) - 1):
+                tokens = f"tokens {self.groups[g]} to {self.groups[g + 1] - 1}"
+                tiles = range(self.schedule.matrices[stage.name].row_tiles) if stage.epilogue is not None else ()
+                yield from (((k, g, i), f"row tile {i} of matrix {stage.name!r} for {tokens}") for i in tiles)
+
+    def _check_once(self, kind: _Kind, keys: Integers, wanted: Iterator[tuple[tuple[int, ...], str]]) -> None:
+        """Each of `wanted` has one tile; keys [3, tiles of this kind]."""
+        seen: dict[tuple[int, ...], int] = {}
+        for i, key in zip(kind.tiles.tolist(), map(tuple, keys.T.tolist()), strict=True):
+            if key in seen:
+                raise ScheduleError(f"{_name(self.schedule, i)}: writes the same words as tile {seen[key]}")
+            seen[key] = i
+        for key, what in wanted:
+            if key not in seen:
+                raise ScheduleError(f"no tile has {what}: nobody writes its words")
+
+    def check_attention(self) -> None:
+        a, schedule, shape = self.attends, self.schedule, self.schedule.shape
+        which = [k for k, stage in enumerate(self.stages) if stage.epilogue is None]
+        which.sort(key=lambda k: schedule.buffers[self.stages[k].out].offset)
+        stages = [self.stages[k] for k in which]
+        sources = [schedule.buffers[stage.source] for stage in stages]
+        outs = [schedule.buffers[stage.out] for stage in stages]
+        mine = np.searchsorted(np.array([b.offset for b in outs]), a["out"], side="right") - 1
+        a.refuse(mine < 0, "out: before all buffers of attention")
+        context = np.array([stage.context for stage in stages])[mine]
+        a.refuse((a["head"] < 0) | (a["head"] >= shape.heads), f"head: not one of {shape.heads}")
+        a.refuse((a["sample"] < 0) | (a["sample"] >= shape.batch), f"sample: not one of {shape.batch}")
+        stride = np.array([b.columns // 2 for b in sources])[mine]
+        token, column = a["sample"] * shape.tokens, a["head"] * (shape.head_dim // 2)
+        query = np.array([b.offset for b in sources])[mine] + token * stride + column
+        alone = context == NONE
+        wanted = {
+            "out": np.array([b.offset for b in outs])[mine] + token * (shape.width // 2) + column,
+            "out_stride": np.full_like(mine, shape.width // 2),
+            "context": context,
+            "query": query,
+            "key": np.where(alone, query + shape.width // 2, NONE),
+            "value": np.where(alone, query + shape.width, NONE),
+            "stride": stride,
+            "tokens": np.full_like(mine, shape.tokens),
+            "keys": np.where(alone, shape.tokens, shape.context),
+        }
+        for name, numbers in wanted.items():
+            a.compare(name, numbers, " by its block, sample and head")
+        self._check_keys()
+        self.stage[a.tiles] = np.array(which)[mine]
+        self.group[a.tiles] = np.searchsorted(self.groups[:-1], token, side="right") - 1
+        every = (
+            ((k, b, h), f"head {h} of sample {b} of {self.stages[k].name!r}")
+            for k in which
+            for b in range(shape.batch)
+            for h in range(shape.heads)
         )
-    return _Stages(of, depth, before, order)
+        self._check_once(a, np.stack([self.stage[a.tiles], a["sample"], a["head"]]), every)
 
+    def _check_keys(self) -> None:
+        a, schedule, shape = self.attends, self.schedule, self.schedule.shape
+        a.refuse((a["slice"] < 1) | (a["slice"] * schedule.ranks < a["keys"]), "slice: ranks do not cover the keys")
+        a.refuse(a["slice"] > a["keys"], "slice: more than the keys")
+        for keys in np.unique(a["slice"]).tolist():
+            rows = attend_rows(shape.tokens, keys)[0]
+            a.refuse((a["slice"] == keys) & (a["tokens"] > rows), f"tokens: more than {rows} rows of queries")
+            staging = attend_bytes(shape.tokens, keys, shape.head_dim)
+            a.refuse((a["slice"] == keys) & (staging > schedule.staging), f"staging: expected at least {staging}")
 
-def _check_end(schedule: Schedule, stages: _Stages) -> None:
-    depth = stages.depth[stages.of]
-    worker = np.repeat(np.arange(schedule.device.workers), np.diff(schedule.first_tile))
-    falls = (np.diff(depth) < 0) & (np.diff(worker) == 0)
-    if falls.any():
-        i = int(np.argmax(falls))
-        raise ScheduleError(
-            f"tile {i} {_name(schedule, i)}: comes before tile {i + 1} of its worker, which it may depend on: workers may wait "
-            "for each other and never end"
+    def check_private(self) -> None:
+        """The residual stream's memory is that of encode_out's tiles, which have the same rows."""
+        p, schedule = self.products, self.schedule
+        group, team, epilogue = self.group[p.tiles], self.team[p.tiles], p["epilogue"]
+        size = schedule.matrices["encode_out"].tile_rows
+        adds, begins = epilogue == Epilogue.RESIDUAL, epilogue == Epilogue.TOKENS
+        p.refuse(
+            adds & (p["tile_rows"] != size),
+            f"tile_rows: expected {size} as encode_out's tiles have, whose stream it adds to",
         )
-
-
-class _Cells:
-    """All buffers as one row of cells."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.shapes, self.first, count = [], [], 0
-        for space, buffer in zip(Space, schedule.buffers, strict=True):
-            shape = buffer.planes, buffer.rows, -(-buffer.columns // CELL.get(space, 16))
-            self.first.append(count)
-            self.shapes.append(shape)
-            count += shape[0] * shape[1] * shape[2]
-        self.count = count
-        self.owner = np.full(count, NONE, np.int64)  # the tile of the stage that is looked at
-        self._there = np.zeros(count, np.bool_)
-
-    def of(self, accesses: list[Access]) -> Integers:
-        """The cells of all accesses, some perhaps more than once."""
-        found = [np.zeros(0, np.int64)]
-        for space, planes, rows, (first, last) in accesses:
-            _, height, width = self.shapes[space]
-            cell = CELL.get(space, 16)
-            columns = np.arange(first // cell, -(-last // cell))
-            lines = (np.arange(*planes)[:, None] * height + np.arange(*rows)).reshape(-1, 1)
-            found.append((self.first[space] + lines * width + columns).ravel())
-        return np.concatenate(found)
-
-    def of_stage(self, schedule: Schedule, tiles: Integers) -> tuple[Integers, Integers]:
-        """(read, written) by all tiles of a stage, each cell once; ScheduleError where two of them meet."""
-        read, written = [], []
-        for i in tiles.tolist():
-            tile = Tile.of(schedule.tiles[i])
-            _check_bounds(schedule, i, tile)
-            read.append(self.of(list(reads(schedule, tile))))
-            written.append(self.of(list(writes(schedule, tile))))
-        try:
-            for i, cells in zip(tiles.tolist(), written, strict=True):
-                if (self.owner[cells] != NONE).any():
-                    raise ScheduleError(
-                        f"tile {i} {_name(schedule, i)}: writes what another one does, no order between the two"
-                    )
-                self.owner[cells] = i
-            for i, cells in zip(tiles.tolist(), read, strict=True):
-                owner = self.owner[cells]
-                if ((owner != NONE) & (owner != i)).any():
-                    raise ScheduleError(
-                        f"tile {i} {_name(schedule, i)}: reads what another one writes, no order between the two"
-                    )
-        finally:
-            for cells in written:
-                self.owner[cells] = NONE
-        return self._once(read), self._once(written)
-
-    def _once(self, cells: list[Integers]) -> Integers:
-        """Each of them once, in order; a flag for every cell is quicker than sorting or hashing so many."""
-        for some in cells:
-            self._there[some] = True
-        found = np.flatnonzero(self._there)
-        self._there[found] = False
-        return found
-
-
-def _patterns(schedule: Schedule) -> NDArray[np.int32]:
-    """The records without what is of no account to their accesses, and is checked for all tiles."""
-    shown = schedule.tiles.copy()
-    shown[:, 1:4] = 0
-    products = shown[:, 0] == Opcode.PRODUCT
-    last = shown[:, PLACE["step"]] == schedule.shape.steps - 1
-    shown[products, PLACE["step"]] = last[products]
-    modulated = shown[:, PLACE["modulation"]] != NONE
-    shown[products, PLACE["modulation"]] = np.where(modulated[products], 0, NONE)
-    for name in ("weight", "bias", "scale"):
-        shown[products, PLACE[name]] = 0
-    return shown
-
-
-def _check_accesses(schedule: Schedule, stages: _Stages) -> None:
-    cells, shown = _Cells(schedule), _patterns(schedule)
-    known: dict[bytes, tuple[Integers, Integers]] = {}
-    writer, reader = np.full(cells.count, NONE), np.full(cells.count, NONE)  # the last stages
-    # in an order that does not depend on which worker has which
-    by_stage = np.split(np.lexsort((*shown.T[::-1], stages.of)), np.cumsum(np.bincount(stages.of))[:-1])
-    for stage in stages.order:
-        tiles = by_stage[stage]
-        key = shown[tiles].tobytes()
-        if key not in known:
-            known[key] = cells.of_stage(schedule, tiles)
-        read, written = known[key]
-        before = stages.before[stage]
-
-        def need(ok: NDArray[np.bool_], what: str, which: Integers = tiles) -> None:
-            if not ok.all():
-                raise ScheduleError(
-                    f"tile {int(which[0])} {_name(schedule, int(which[0]))} or another of its stage: {what}"
-                )
-
-        need(writer[read] != NONE, "reads what is not written by then")
-        need(before[writer[read]], "reads what may be being written: no order between the two")
-        need(
-            (writer[written] == NONE) | before[writer[written]],
-            "writes what another one does: no order between the two",
+        owner = np.zeros((len(self.groups) - 1, schedule.matrices["encode_out"].row_tiles), np.int64)
+        owner[group[begins], p["row"][begins] // size] = np.flatnonzero(begins)
+        mine = np.arange(len(p.tiles))
+        mine[adds] = owner[group[adds], p["row"][adds] // size]
+        p.refuse(team != team[mine], "adds to the residual stream of another team")
+        own = begins | (epilogue == Epilogue.EULER)
+        p.compare("stream", np.where(own | adds, p["stream"][mine], NONE), " where the residual stream is kept")
+        first = p["stream"]
+        end = first + p["tile_rows"] * schedule.padded_tokens
+        p.refuse(
+            own & ((first < 0) | (end > schedule.private_floats)),
+            f"stream: outside the {schedule.private_floats} floats of private memory",
         )
-        need((reader[written] == NONE) | before[reader[written]], "writes what may still be being read")
-        # one reader is kept for each cell: the last, after all others
-        need((reader[read] == NONE) | before[reader[read]], "reads what others read: no order between the two")
-        for space, first, end in zip(Space, cells.first, [*cells.first[1:], cells.count], strict=True):
-            # Start's zeros stay in the columns of NOISY that pad the actions, and in the rows of state tokens
-            if space != Space.NOISY:
-                of = writer[read[(read >= first) & (read < end)]]
-                need(of == of[:1], f"reads parts of {space.name} from different stages: one is left from before")
-        reader[read] = stage
-        writer[written] = stage
-    out = cells.first[Space.OUT]
-    if (writer[out:] == NONE).any():
-        raise ScheduleError("some actions are never written")
+        order = np.flatnonzero(own)[np.argsort(first[own], kind="stable")]
+        over = np.zeros_like(own)
+        over[order[1:]] = first[order[1:]] < end[order[:-1]]
+        p.refuse(over, "stream: private memory of two owners overlaps")
+
+    def check_end(self) -> None:
+        """Run all teams as far as they get; EULER tiles are a team's last."""
+        schedule, groups = self.schedule, len(self.groups) - 1
+        number = self.stage * groups + self.group
+        left = np.bincount(number, minlength=len(self.stages) * groups).tolist()
+        needs, numbers = (number - groups).tolist(), number.tolist()
+        at, end = schedule.first_tile[:-1].tolist(), schedule.first_tile[1:].tolist()
+        early = (
+            (self.stage[:-1] == len(self.stages) - 1) & (self.stage[1:] != self.stage[:-1]) & (np.diff(self.team) == 0)
+        )
+        _refuse(schedule, early, "a tile that is not EULER's follows it in its team: its noise is not written")
+        waiting, moved = list(range(schedule.teams)), True
+        while moved:
+            moved = False
+            for team in waiting:
+                while at[team] < end[team] and (needs[at[team]] < 0 or not left[needs[at[team]]]):
+                    left[numbers[at[team]]] -= 1
+                    at[team] += 1
+                    moved = True
+            waiting = [team for team in waiting if at[team] < end[team]]
+        if waiting:
+            # the furthest of them has come too early
+            i = max((at[team] for team in waiting), key=lambda i: numbers[i])
+            source = self.stages[int(self.stage[i])].source
+            raise ScheduleError(
+                f"{_name(schedule, i)}: comes before a tile of its team that {source!r} depends on: "
+                f"{len(waiting)} teams wait for each other and never end"
+            )
