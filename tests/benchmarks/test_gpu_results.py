@@ -97,7 +97,7 @@ def test_the_rows_of_the_h100_are_those_of_its_result() -> None:
     worst = max(stage["error"] for name in ("gr1", "libero") for stage in data[f"parity_{name}"]["stages"])
     assert f"float32 parity is {worst:.1e} at most".replace("e-0", "e-") in text
     head = data["latency_one_launch_robocasa_gr1"]["stages"]["engine"]["action_head"]
-    assert f"one-launch head takes {head:.2f} ms" in text
+    assert f"one-launch head took {head:.2f} ms" in text
     # what did not come to its end is said
     assert data["suite"]["failed"] == ["gpu_tests_alone", "sanitizer"]
     assert "their time was over before pytest had ended" in text

@@ -51,11 +51,11 @@ def cuda_error(cuda: FakeCuda) -> None:
     raise torch.AcceleratorError("CUDA error: planted\nCUDA kernel errors might be reported later")
 
 
-WHERE = {"on the branch": "add_noise", "beside the branch": "moments", "behind it": "actions"}
+WHERE = {"on the branch": "add_noise", "beside the branch": "moments", "behind it": "actions_behind"}
 """Part of a step -> a function of the engine that runs there."""
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, failure: Callable[[], None], function: str = "actions") -> None:
+def plant(monkeypatch: pytest.MonkeyPatch, failure: Callable[[], None], function: str = "actions_behind") -> None:
     """Let a function of the engine run `failure` while it is captured."""
     right = getattr(Engine, function)
 
