@@ -71,7 +71,7 @@ def table_of(schedule: Schedule, gpu: Gpu) -> dict[str, Any]:
         "gpu": gpu.name,
         **facts(schedule),
         "blocks": schedule.blocks,
-        "sms": schedule.device.multiprocessors,
+        "sms": schedule.device.sms,
     }
     found |= {"shared_bytes": schedule.shared_bytes, "weight_mb": steps * _read_bytes(schedule) / 1e6}
     per_step = {name: us[name] / steps for name in (*PARTS, "chain", "weights")}

@@ -41,7 +41,7 @@ from dit4dit.model.action_head import ActionHead
 
 TOKENS = {9: (8, 784), 17: (16, 588), 51: (50, 392)}
 """Tokens with the state's -> action horizon and feature tokens of the released models."""
-H200 = Device(multiprocessors=132, shared_memory=227 << 10, capability=90, clusters=(66, 30, 15))
+H200 = Device(sms=132, shared_memory=227 << 10, capability=90, clusters=(66, 30, 15))
 
 
 def config(horizon: int) -> HeadConfig:

@@ -20,7 +20,7 @@ from dit4dit.engine.action_ode.schedule import NONE, Attend, Opcode, Product
 from dit4dit.presets import preset
 
 BF16 = torch.bfloat16
-H200 = Device(multiprocessors=132, shared_memory=227 << 10, capability=90, clusters=(66, 30, 15))
+H200 = Device(sms=132, shared_memory=227 << 10, capability=90, clusters=(66, 30, 15))
 CONTEXT = {"robocasa_gr1": 588, "libero": 784, "unitree_g1": 392}
 
 

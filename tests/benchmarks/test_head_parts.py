@@ -16,7 +16,7 @@ from dit4dit.engine.action_ode.cost import head_us
 from dit4dit.errors import ConfigError
 
 GR1 = HeadConfig.dit_b(action_horizon=16)
-H200 = Device(multiprocessors=132, shared_memory=227 << 10, capability=90, clusters=(66, 30, 15))
+H200 = Device(sms=132, shared_memory=227 << 10, capability=90, clusters=(66, 30, 15))
 
 
 def planned(variant: Variant, ranks: int | None = 8) -> Schedule:

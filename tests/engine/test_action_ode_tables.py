@@ -233,7 +233,7 @@ def test_residuals_of_other_heights_are_caught() -> None:
 def test_ranks_without_words_are_caught() -> None:
     """All rows of a part lie past the matrix, and its team has nothing else to do that would tell when its ranks have read."""
     shape = replace(faults_case().shape, batch=1)
-    many = replace(DEVICE, multiprocessors=128, clusters=(60, 30, 5))
+    many = replace(DEVICE, sms=128, clusters=(60, 30, 5))
     wrong = planned(shape, many, cuts={"0.mlp_in": (160, 2, 1)})  # 512 = 3 x 160 + 32
     idle = next(team for team in range(wrong.teams) if wrong.first_tile[team] == wrong.first_tile[team + 1])
     wrong = moved(wrong, a_tile(wrong, Product, epilogue=Epilogue.GELU, row=480), idle, 0)

@@ -109,7 +109,7 @@ class Gpu:
         all_of_it = shared_bytes == self.device.shared_memory or self.clusters is None
         clusters = (self.device.clusters if all_of_it else self.clusters) or (0, 0, 0)
         return {
-            "multiprocessors": self.device.multiprocessors,
+            "multiprocessors": self.device.sms,
             "shared_memory": self.device.shared_memory,
             "capability": self.device.capability,
             "blocks_per_multiprocessor": self.blocks if fits else 0,
@@ -132,7 +132,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, **change) -> str | None:
 def test_what_can_run_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     """A share of a GPU's SMs, as MPS gives one, is what the schedule is made for."""
     assert refusal(monkeypatch, Gpu()) is None
-    assert refusal(monkeypatch, Gpu(replace(DEVICE, multiprocessors=3))) is None
+    assert refusal(monkeypatch, Gpu(replace(DEVICE, sms=3))) is None
     assert refusal(monkeypatch, Gpu(CLUSTERS)) is None
 
 

@@ -118,8 +118,8 @@ def plan(
         ConfigError: the shape has no tiles, the device too little shared memory, or what is asked for is not possible.
     """
     check(shape)
-    if device.multiprocessors < 1:
-        raise ConfigError(f"action_ode: multiprocessors: expected at least 1, got {device.multiprocessors}")
+    if device.sms < 1:
+        raise ConfigError(f"action_ode: sms: expected at least 1 SM, got {device.sms}")
     return _Planner(shape, device, choose(shape, device, costs or Costs(), ranks, group)).schedule()
 
 

@@ -205,11 +205,11 @@ class Device:
     """What the planner must know of a GPU.
 
     Attributes:
-        multiprocessors: SMs. shared_memory: bytes that one block may have. capability: 90 for 9.0.
+        sms: SMs. shared_memory: bytes that one block may have. capability: 90 for 9.0.
         clusters: how many clusters of 2, 4 and 8 blocks can be resident at once with all of that shared memory; (): no clusters.
     """
 
-    multiprocessors: int
+    sms: int
     shared_memory: int
     capability: int
     clusters: tuple[int, ...] = ()
@@ -221,7 +221,7 @@ class Device:
     def teams(self, ranks: int) -> int:
         """How many teams of so many blocks can run at once; 0: none."""
         if ranks == 1:
-            return self.multiprocessors
+            return self.sms
         index = RANKS.index(ranks) - 1
         return self.clusters[index] if self.bulk_copies and index < len(self.clusters) else 0
 
