@@ -211,6 +211,25 @@ def test_the_sizes_reach_every_way_of_cutting() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("size", ["9 tokens", "9 tokens, batch 4"])
+def test_norms_of_slices_with_means_of_their_own(gpu: tuple[Emulator, Device], size: str) -> None:
+    """Columns that rise from -4 to 4: what the ranks of a split say of their slices differs, and must be weighed right."""
+    run, device = gpu
+    config, request = SIZES[size]
+    case = Case(tiny(**config), **request)
+    position = case.head.position_embedding
+    assert position is not None
+    with torch.no_grad():
+        position.weight += torch.linspace(-4, 4, position.weight.shape[1])
+        case.folded = fold_head(case.head, case.steps)
+    schedule = planned(size, case.shape, device)
+    normed = [t.work.split for t in schedule.decoded if isinstance(t.work, Product) and t.work.norm]
+    assert (max(normed) > 1) == bool(device.clusters), "or nothing is merged"
+    want = case.twin(schedule, torch.bfloat16).run()
+    assert case.error(run(schedule, pack(case.folded, schedule), *case.given()).actions, want) < 2**-6
+
+
+@needs_compiler
 def test_the_widest_norms(gpu: tuple[Emulator, Device]) -> None:
     """More than 1024 columns, as DiT-L has."""
     run, device = gpu
