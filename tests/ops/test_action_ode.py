@@ -230,6 +230,17 @@ def test_norms_of_slices_with_means_of_their_own(gpu: tuple[Emulator, Device], s
 
 
 @needs_compiler
+def test_a_team_with_many_heads(gpu: tuple[Emulator, Device]) -> None:
+    """Attention after attention: a rank that is ahead must not fill an inbox that another one still reads."""
+    run, device = gpu
+    case = Case(tiny(num_layers=2, num_heads=8), batch=3, context=150, steps=1)
+    schedule = plan(case.shape, device, ranks=8 if device.clusters else 1)
+    packed, want = pack(case.folded, schedule), case.twin(schedule, torch.bfloat16).run()
+    for seed in range(3):
+        assert case.error(run(schedule, packed, *case.given(), seed=seed).actions, want) < 2**-5
+
+
+@needs_compiler
 def test_the_widest_norms(gpu: tuple[Emulator, Device]) -> None:
     """More than 1024 columns, as DiT-L has."""
     run, device = gpu
