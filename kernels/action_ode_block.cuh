@@ -32,7 +32,8 @@ struct Fixed {
     std::uint64_t sums[2], room[2];                     // an inbox has all its sums; all ranks have read theirs
     int tiles[2];                                       // of this team: first, and last and one
     int records[4][kRecord];                            // of tiles in turn: the one before may still be read, the next one comes
-    int failed;                                         // the launch has; nobody waits any more
+    int failed;  // the launch has; nobody waits any more but for its own team
+    int apart;   // the team's ranks have lost each other; nothing is pushed or waited for any more
     int last;                                           // this block is the last one to end
 };
 constexpr int kFixedBytes = 2048;
@@ -72,10 +73,12 @@ struct Block {
     }
 
     DEVICE bool failed() const { return *static_cast<const volatile int*>(&fixed.failed) != 0; }
+    DEVICE bool apart() const { return *static_cast<const volatile int*>(&fixed.apart) != 0; }
 
     // The launch has failed; the first to say so is the one that is heard.
     DEVICE void fail(int tile, Wanted wanted, int detail) const {
         *static_cast<volatile int*>(&fixed.failed) = 1;
+        if (wanted == kSums || wanted == kRoom) *static_cast<volatile int*>(&fixed.apart) = 1;
         if (compare_and_swap(launch.status, 0, 1 + block_index()) != 0) return;
         launch.status[1] = tile;
         launch.status[2] = wanted;
@@ -93,9 +96,11 @@ struct Block {
             return over(wanted == kSums ? barrier_try_wait_cluster(barrier, parity) : barrier_try_wait(barrier, parity));
         };
         if (ready()) return;
-        // who waits for the copy engine is to be heard before those who wait for this block; its fetching warp, which waits early, is
-        // to be heard after what the others wait for
-        const std::int64_t some = wanted == kWeights ? 1 : wanted == kRoomForWeights ? 6 : 4, limit = launch.limit_ns / 4 * some;
+        // who waits for the copy engine is to be heard before those who wait for this block; ranks wait longer for each other than for
+        // words, which some of them may lack, and the fetching warp, which waits early, is to be heard last
+        const bool of_team = wanted == kSums || wanted == kRoom;
+        const int some = wanted == kWeights ? 1 : wanted == kRoomForWeights ? 6 : of_team ? 5 : 4;
+        const std::int64_t limit = launch.limit_ns / 4 * some;
         const std::int64_t begin = nanoseconds();
         for (int looks = 1;; ++looks) {
             // clock and error flag, which is a trip to L2, have their turn now and then; the clock before the barrier: between the two
@@ -103,7 +108,8 @@ struct Block {
             const bool due = looks % kLooksAtBarrier == 0;
             const std::int64_t now = due ? nanoseconds() : begin;
             if (ready()) return;
-            if (!always && over(due ? others_failed() : failed())) return;
+            // ranks go on with each other also in a launch that has failed: no push is on its way when a block ends
+            if (!always && over(of_team ? apart() : due ? others_failed() : failed())) return;
             if (over(now - begin > limit)) break;
         }
         fail(tile, wanted, detail);
@@ -172,7 +178,7 @@ public:
     // By one thread of each rank, once a tile: how many bytes will come into this inbox.
     DEVICE void expect([[maybe_unused]] int bytes) const {
 #if DIT4DIT_BULK_COPIES
-        if (ranks_of(block_.launch) > 1 && !block_.failed()) barrier_expect(sums_barrier(), bytes);
+        if (ranks_of(block_.launch) > 1 && !block_.apart()) barrier_expect(sums_barrier(), bytes);
 #endif
     }
     // By all threads that push, before they do: all ranks have read what lay in this inbox.
@@ -184,7 +190,7 @@ public:
     // Two floats to the same place, an offset in the inbox, of a rank of the team.
     DEVICE void push([[maybe_unused]] int rank, [[maybe_unused]] int offset, [[maybe_unused]] Float2 x) const {
 #if DIT4DIT_BULK_COPIES
-        if (!block_.failed())
+        if (!block_.apart())
             target::push(at_rank(block_.inbox(now_.inbox()) + offset, rank), x, at_rank(sums_barrier(), rank));
 #endif
     }
@@ -197,7 +203,7 @@ public:
 #if DIT4DIT_BULK_COPIES
         if (ranks_of(block_.launch) == 1) return;
         sync_warp();
-        if (block_.lane < ranks_of(block_.launch) && !block_.failed()) arrive_at(at_rank(room_barrier(), block_.lane));
+        if (block_.lane < ranks_of(block_.launch) && !block_.apart()) arrive_at(at_rank(room_barrier(), block_.lane));
 #endif
     }
 

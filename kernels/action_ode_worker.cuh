@@ -9,7 +9,7 @@ namespace dit4dit::ode {
 DEVICE void begin(const Block& block) {
     if (block.thread == 0) {
         const int ranks = ranks_of(block.launch);
-        block.fixed.failed = 0;
+        block.fixed.failed = block.fixed.apart = 0;
         for (int s = 0; s < block.launch.slots; ++s) {
             barrier_init(&block.fixed.full[s], DIT4DIT_BULK_COPIES ? 1 : 32);
             barrier_init(&block.fixed.empty[s], kWarps);

@@ -87,7 +87,7 @@ def test_an_error_names_block_tile_and_what_it_waited_for(device: Device) -> Non
     )
     work = schedule.decoded[attend].work
     text = waited(schedule, [1, attend, Wanted.SUMS, 0])
-    assert f"block 0 (team 0, rank 0) waited more than 2 s in tile {attend} (attention, head {work.head} of" in text
+    assert f"block 0 (team 0, rank 0) waited more than 2.5 s in tile {attend} (attention, head {work.head} of" in text
     assert "for sums from the other blocks of its team" in text
     assert "for room for its sums" in waited(schedule, [1, attend, Wanted.ROOM, 0])
     assert "3 s for room for weights (slot 5)" in waited(schedule, [1, NONE, Wanted.WEIGHTS_ROOM, 5])

@@ -55,8 +55,9 @@ class Wanted(IntEnum):
 
     @property
     def seconds(self) -> float:
-        """The longest wait. The warp that fetches waits for those that compute, which are to say first what they wait for."""
-        return {Wanted.WEIGHTS: 0.25, Wanted.WEIGHTS_ROOM: 1.5}.get(self, 1.0) * LONGEST_WAIT_NS / 1e9
+        """The longest wait. Who waits for what others give only when they have what they wait for is to be heard after them."""
+        share = {Wanted.WORDS: 1.0, Wanted.WEIGHTS: 0.25, Wanted.WEIGHTS_ROOM: 1.5}.get(self, 1.25)
+        return share * LONGEST_WAIT_NS / 1e9
 
 
 @dataclass(frozen=True, eq=False)
