@@ -7,6 +7,7 @@ own defaults, so that constants which are measured on a GPU say here what its sc
 from __future__ import annotations
 
 import dataclasses
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +21,9 @@ from dit4dit.engine.action_ode.cost import PARTS, Costs, head_us, stage_us, tile
 from dit4dit.engine.action_ode.schedule import NONE, WEIGHT_UNIT, Operands, Product
 from dit4dit.tables import table
 
-SHARED = ("memory",)
+SHARED = ("memory", "flat_rate")
 """Constants of `Costs` that other predictions take too; all others are "head_" and their name in `gpus.json`."""
-RATES = ("memory", "sm_stream")
+RATES = ("memory", "flat_rate", "sm_stream")
 """Those of which more is faster."""
 
 
@@ -140,15 +141,15 @@ def _row(schedule: Schedule, buffer: str, work: Sequence[tuple[int, Operands]]) 
         found |= {"split": matrix.split, "parts": matrix.parts}
     else:
         found["kind"] += ", tokens" if one.context == NONE else ", features"
-        found |= {"rows": one.tokens, "columns": one.keys, "tile_rows": None, "split": schedule.ranks, "parts": None}
+        found |= {"rows": one.tokens, "columns": one.keys, "tile_rows": None, "split": one.share, "parts": None}
     most = max(each, key=lambda team: each[team])
     found["each"] = each[most]
     for unit, costs in PER_KB.items():
-        found[unit] = sum(sum(tile_us(schedule, of, costs).values()) for team, of in work if team == most)
+        found[unit] = sum(sum(tile_us(schedule, of, 1, costs).values()) for team, of in work if team == most)
     return found
 
 
-NOTHING = Costs(**{field.name: 0.0 for field in dataclasses.fields(Costs)})
+NOTHING = Costs(**{field.name: math.inf if field.name in RATES else 0.0 for field in dataclasses.fields(Costs)})
 PER_KB = {"staged_kb": dataclasses.replace(NOTHING, read=1.0), "exchanged_kb": dataclasses.replace(NOTHING, inbox=1.0)}
 """What a tile is predicted to take if nothing but a KB costs anything, and that one microsecond, is how many there are."""
 

@@ -96,8 +96,7 @@ void set_schedule(ode::Launch& l, const Arguments& given) {
         refuse("part", "a multiple of 32 that the staging holds", text(l.part));
     if (l.slots > ode::kMostSlots) refuse("slots", "at most 16", text(l.slots));
     if (l.staging % 16) refuse("staging", "a multiple of 16", text(l.staging));
-    if (l.inbox % 16 || (l.ranks == 1) != (l.inbox == 0))
-        refuse("inbox", "a multiple of 16, 0 with one rank and more with several", text(l.inbox));
+    if (l.inbox % 16 || (l.ranks == 1 && l.inbox != 0)) refuse("inbox", "a multiple of 16, 0 with one rank", text(l.inbox));
     if (shared_bytes_of(l) > INT_MAX)
         refuse("staging", "fewer than 2 GiB of shared memory in all", text(shared_bytes_of(l)));
 }

@@ -155,8 +155,8 @@ private:
 // Where a launch is: the sets of the step, and the inbox of the tile.
 struct Moment {
     int step = 0, set;
-    int tile = 0;   // index of the record
-    int count = 0;  // tiles so far
+    int tile = 0;   // of the schedule
+    int count = 0;  // tiles before it, of all steps
 
     DEVICE explicit Moment(int first_set) : set(first_set) {}
 

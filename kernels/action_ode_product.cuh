@@ -1,6 +1,7 @@
 // Products of the action head, transposed: rows of weights are the tall operand of the tensor cores, tokens the narrow one.
 #pragma once
 
+#include "action_ode_attended.cuh"
 #include "action_ode_sampler.cuh"
 #include "action_ode_stage.cuh"
 #include "action_ode_weights.cuh"
@@ -189,7 +190,10 @@ DEVICE void multiply_tile(const Block& block, Ring& ring, const Product& w, cons
         end = begin + steps_at_once(block, w);
         if (end > weights.steps()) end = weights.steps();
         if (begin > 0) sync_computing();  // all have multiplied the part before
-        stage(block, w, now, tokens, begin * kStepColumns, (end - begin) * kStepColumns, moments);
+        if (attends(w))
+            stage_attended(block, w, now, tokens, begin * kStepColumns, (end - begin) * kStepColumns);
+        else
+            stage(block, w, now, tokens, begin * kStepColumns, (end - begin) * kStepColumns, moments);
         sync_computing();
         multiply_part(block, w, exchange, weights, begin, end);
     }

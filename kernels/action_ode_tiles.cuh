@@ -29,10 +29,10 @@ enum Epilogue { kPlain, kGelu, kSilu, kRelu, kTokens, kResidual, kEuler };
 
 struct Product {
     int source, source_stride, columns, split, slice, row, rows, tile_rows, parts, weight, rank_units, panel_steps, fp8, token,
-        tokens, norm, modulation, modulation_step, sums, bias, constant_step, scale, epilogue, out, out_stride, stream;
+        tokens, norm, modulation, modulation_step, sums, bias, constant_step, scale, epilogue, out, out_stride, stream, attend;
 };
 struct Attend {
-    int query, key, value, stride, context, head, sample, tokens, keys, slice, out, out_stride;
+    int query, key, value, stride, context, pair, pairs, share, tokens, keys, slice, out, out_stride;
 };
 
 struct Tile {

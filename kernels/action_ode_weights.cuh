@@ -1,8 +1,9 @@
 // Weights on their way: a warp fetches panels of this rank, one behind the other in the order of the tiles, as far ahead as there are
-// slots; the computing warps take fragments from them. dit4dit/engine/action_ode/weights.py says how a panel lies.
+// slots; the computing warps take fragments from them. dit4dit/engine/action_ode/weights.py says how a panel lies. Keys and values of
+// the features, which a launch never changes, come in the same way.
 #pragma once
 
-#include "action_ode_block.cuh"
+#include "action_ode_shares.cuh"
 
 namespace dit4dit::ode {
 
@@ -36,7 +37,7 @@ struct Panels {
 DEVICE void drain([[maybe_unused]] const Block& block, [[maybe_unused]] const Ring& ring) {
 #if DIT4DIT_BULK_COPIES
     for (int s = 0; s < block.launch.slots; ++s)  // behind the ring's place is the lap before
-        block.wait<false>(&block.fixed.full[s], s < ring.slot ? ring.parity : ring.parity ^ 1, kNone, kWeights, s, true);
+        block.wait<true>(&block.fixed.full[s], s < ring.slot ? ring.parity : ring.parity ^ 1, kNone, kWeights, s, true);
 #else
     commit_copies();
     wait_copies<0>();
@@ -47,6 +48,7 @@ DEVICE void fetch_panel(const Block& block, const Ring& ring, const std::uint8_t
     std::uint8_t* to = block.ring + ring.slot * kSlotBytes;
     std::uint64_t* full = &block.fixed.full[ring.slot];
 #if DIT4DIT_BULK_COPIES
+    if (block.lane != 0) return;
     barrier_expect(full, bytes);
     bulk_copy_once(to, from, bytes, full);
 #else
@@ -55,43 +57,95 @@ DEVICE void fetch_panel(const Block& block, const Ring& ring, const std::uint8_t
 #endif
 }
 
-// Whether the launch has failed, the same for all lanes that fetch.
-DEVICE bool stop_fetching(const Block& block) {
+// A panel by rows: all its bytes are told first, then all lanes copy some of its rows.
+DEVICE void expect_rows([[maybe_unused]] const Block& block, [[maybe_unused]] std::uint64_t* full, [[maybe_unused]] int bytes) {
 #if DIT4DIT_BULK_COPIES
-    return block.failed();
+    if (block.lane == 0) barrier_expect(full, bytes);
+    sync_warp();
+#endif
+}
+DEVICE void copy_row(std::uint8_t* to, const std::uint16_t* from, int bytes, [[maybe_unused]] std::uint64_t* full) {
+#if DIT4DIT_BULK_COPIES
+    bulk_copy(to, from, bytes, full);
 #else
-    return any_lane(block.failed());
+    for (int at = 0; at < bytes; at += 16) copy_async(to + at, reinterpret_cast<const std::uint8_t*>(from) + at);
+#endif
+}
+DEVICE void end_rows([[maybe_unused]] std::uint64_t* full) {
+#if !DIT4DIT_BULK_COPIES
+    arrive_on_copies(full);
 #endif
 }
 
-// Tiles `first` to `last` - 1, of all steps. One lane is enough for bulk copies.
-DEVICE void fetch_weights(const Block& block, int first, int last) {
+// Until the next slot may be filled; false: the launch has failed, and nothing more is to be fetched.
+DEVICE bool wait_for_slot(const Block& block, const Ring& ring, int index) {
+    block.wait<true>(&block.fixed.empty[ring.slot], ring.parity ^ 1, index, kRoomForWeights, ring.slot);
+    return !any_lane(block.failed());
+}
+
+DEVICE bool fetch_product(const Block& block, Ring& ring, const Product& w, int index) {
     const Launch& launch = block.launch;
-    if (DIT4DIT_BULK_COPIES && block.lane != 0) return;
+    const Panels panels(w, ranks_of(launch));
+    const std::uint8_t* from = launch.weights + (w.weight + static_cast<std::int64_t>(block.rank) * w.rank_units) * kWeightUnit;
+    for (int done = 0; done < panels.steps; done += panels.panel_steps) {
+        if (!wait_for_slot(block, ring, index)) return false;
+        const int bytes = panels.length(done) * panels.step_bytes();
+        fetch_panel(block, ring, from, bytes);
+        from += bytes;
+        ring.advance(launch.slots);
+    }
+    return true;
+}
+
+// Panels of keys and behind them as many values, a row for each; behind the last key it is there again: what only pads counts for
+// nothing, but must be a number.
+DEVICE bool fetch_features(const Block& block, Ring& ring, const Attend& w, int index) {
+    const Launch& launch = block.launch;
+    const Shares mine(block, w);
+    const int bytes = launch.head_dim * 2;
+    const std::uint16_t* from = launch.context +
+                                (mine.sample * static_cast<std::int64_t>(launch.context_tokens) + mine.first) * launch.context_columns +
+                                2 * w.context * launch.width + mine.head * launch.head_dim;
+    for (int done = 0; done < mine.keys; done += mine.per_warp) {
+        if (!wait_for_slot(block, ring, index)) return false;
+        std::uint64_t* full = &block.fixed.full[ring.slot];
+        expect_rows(block, full, 2 * mine.per_warp * bytes);
+        for (int row = block.lane; row < 2 * mine.per_warp; row += 32) {
+            const int value = row >= mine.per_warp, here = done + row - value * mine.per_warp;
+            const int key = here < mine.keys ? here : mine.keys - 1;
+            copy_row(block.ring + ring.slot * kSlotBytes + row * row_bytes(launch),
+                     from + static_cast<std::int64_t>(key) * launch.context_columns + value * launch.width, bytes, full);
+        }
+        end_rows(full);
+        ring.advance(launch.slots);
+    }
+    return true;
+}
+
+// Tiles `first` to `last` - 1, of all steps.
+DEVICE void fetch(const Block& block, int first, int last) {
+    const Launch& launch = block.launch;
     Ring ring;
-    bool stop = false;
-    for (int step = 0; step < launch.steps && !stop; ++step)
-        for (int index = first; index < last && !stop; ++index) {
+    bool more = true;
+    for (int step = 0; step < launch.steps && more; ++step)
+        for (int index = first; index < last && more; ++index) {
             const Tile& tile = *reinterpret_cast<const Tile*>(launch.tiles + index * kRecord);
-            if (tile.opcode != kProduct) continue;
-            const Product& w = Block::work<Product>(tile);
-            const Panels panels(w, ranks_of(launch));
-            const std::uint8_t* from =
-                launch.weights + (w.weight + static_cast<std::int64_t>(block.rank) * w.rank_units) * kWeightUnit;
-            for (int done = 0; done < panels.steps; done += panels.panel_steps) {
-                block.wait<!DIT4DIT_BULK_COPIES>(&block.fixed.empty[ring.slot], ring.parity ^ 1, index, kRoomForWeights, ring.slot);
-                stop = stop_fetching(block);
-                if (stop) break;
-                const int bytes = panels.length(done) * panels.step_bytes();
-                fetch_panel(block, ring, from, bytes);
-                from += bytes;
-                ring.advance(launch.slots);
-            }
+            if (tile.opcode == kProduct)
+                more = fetch_product(block, ring, Block::work<Product>(tile), index);
+            else if (Block::work<Attend>(tile).context != kNone)
+                more = fetch_features(block, ring, Block::work<Attend>(tile), index);
         }
     drain(block, ring);
 }
 
 // -- the warps that compute --------------------------------------------------------------------------------------------------
+
+// This warp has read what it needs of the panel.
+DEVICE void leave_panel(const Block& block, Ring& ring) {
+    sync_warp();
+    if (block.lane == 0 && !block.failed()) barrier_arrive(&block.fixed.empty[ring.slot]);
+    ring.advance(block.launch.slots);
+}
 
 // Two e4m3 numbers, which bf16 holds exactly.
 DEVICE std::uint32_t unpack_e4m3(std::uint32_t four, int half) {
@@ -169,7 +223,8 @@ private:
         step_ += parts_;
         at_ += stride_;
         while (step_ >= panel_end_) {
-            if (open_) leave();
+            if (open_) leave_panel(block_, ring_);
+            open_ = false;
             if (panel_end_ >= end) return false;
             open();
         }
@@ -182,13 +237,6 @@ private:
         panel_end_ = next < steps() ? next : steps();
         at_ = ring_.slot * kSlotBytes + origin_;
         open_ = true;
-    }
-    // This warp has read what it needs of the panel.
-    DEVICE void leave() {
-        sync_warp();
-        if (block_.lane == 0 && !block_.failed()) barrier_arrive(&block_.fixed.empty[ring_.slot]);
-        ring_.advance(block_.launch.slots);
-        open_ = false;
     }
 
     const Block& block_;

@@ -46,20 +46,19 @@ DEVICE void compute(const Block& block, int first, int last) {
     sync_computing();
     for (; now.step < launch.steps; now.advance()) {
         fence();  // what was made kEmpty in the step before is so for all that comes of this one
-        for (int index = block.fixed.tiles[0]; index < block.fixed.tiles[1]; ++index) {
-            const Tile& tile = reinterpret_cast<const Tile&>(block.fixed.records[now.count & 3]);
-            const int following = index + 1 < block.fixed.tiles[1] ? index + 1 : block.fixed.tiles[0];
+        for (now.tile = block.fixed.tiles[0]; now.tile < block.fixed.tiles[1]; ++now.tile) {
+            const int following = now.tile + 1 < block.fixed.tiles[1] ? now.tile + 1 : block.fixed.tiles[0];
+            now.count = now.step * (block.fixed.tiles[1] - block.fixed.tiles[0]) + now.tile - block.fixed.tiles[0];
             int next = 0;
             if (thread < kRecord) next = load_int(launch.tiles + following * kRecord + thread);
-            now.tile = index;
             // a warp may still be at the tile before, whose record stays; the one before that is free
             if (thread < kRecord) block.fixed.records[(now.count + 1) & 3][thread] = next;
             const Block here(launch, renewed(block.rank), renewed(block.thread));  // else 50 registers would hold what follows from it
+            const Tile& tile = reinterpret_cast<const Tile&>(block.fixed.records[now.count & 3]);
             if (tile.opcode == kProduct)
                 product(here, ring, tile, now);
             else
-                attend(here, tile, now);
-            ++now.count;
+                attend(here, ring, tile, now);
         }
     }
 }
@@ -95,7 +94,7 @@ DEVICE void worker(const Launch& launch) {
     if (block.warp < kWarps)
         compute(block, first, last);
     else
-        fetch_weights(block, first, last);
+        fetch(block, first, last);
     end(block);
 }
 

@@ -158,14 +158,14 @@ DEVICE std::uint32_t times_two_to_120(std::uint32_t x) {
     return pack_bf16(from_bf16(x & 0xffffu) * scale, from_bf16(x >> 16) * scale);
 }
 
-inline void copy_async(void* to, const void* from) {
+DEVICE void copy_async(void* to, const void* from) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16) machine->fail("copy_async from an address that is no multiple of 16");
+    if (reinterpret_cast<std::uintptr_t>(to) % 16) machine->fail("copy_async to an address that is no multiple of 16");
     std::memset(to, 0xff, 16);
     machine->self().copies.push_back({to, from, 16});
 }
 DEVICE void copy_async_or_zeros(void* to, const void* from, bool there) {
     static const Quad zeros{};
-    if (reinterpret_cast<std::uintptr_t>(to) % 16) machine->fail("copy_async to an address that is no multiple of 16");
     copy_async(to, there ? from : &zeros);
 }
 DEVICE void commit_copies() {
@@ -242,13 +242,14 @@ DEVICE void barrier_expect(std::uint64_t* p, int bytes) {
     count_bytes(p, bytes);
     arrive_now(p);
 }
-DEVICE void bulk_copy_once(void* to, const void* from, int bytes, std::uint64_t* barrier) {
+DEVICE void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barrier) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16 || shared_address(to) % 16 || bytes % 16 || bytes < 1)
-        machine->fail("bulk_copy_once of something that is no multiple of 16");
+        machine->fail("bulk_copy of something that is no multiple of 16");
     barrier_at(barrier);
     std::memset(to, 0xff, bytes);
     machine->begin({emulation::Event::kCopy, machine->self().block, to, from, 0, bytes, barrier, 0});
 }
+DEVICE void bulk_copy_once(void* to, const void* from, int bytes, std::uint64_t* barrier) { bulk_copy(to, from, bytes, barrier); }
 
 // -- other blocks of the cluster -----------------------------------------------------------------------------------------------
 
@@ -295,10 +296,7 @@ DEVICE void sync_cluster() {
                   [&block](auto&) { machine->settle(*block.cluster); });
 }
 #else
-DEVICE void copy_async_once(void* to, const void* from) {
-    if (reinterpret_cast<std::uintptr_t>(to) % 16) machine->fail("copy_async_once to an address that is no multiple of 16");
-    copy_async(to, from);
-}
+DEVICE void copy_async_once(void* to, const void* from) { copy_async(to, from); }
 DEVICE void arrive_on_copies(std::uint64_t* barrier) {
     auto& fiber = machine->self();
     if (!fiber.committed.empty()) machine->fail("arrive_on_copies after commit_copies");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ CLUSTERS = Device(64, 227 << 10, 90, (28, 12, 5))
 """Small, with teams of every size."""
 DEVICES = {"copies": Device(13, 99 << 10, 80), "bulk": Device(16, 227 << 10, 90, (8, 3, 2))}
 """Small devices for the emulation, by its variants."""
-DEAR = Costs(read=0.5, inbox=0.0)
+DEAR = Costs(read=0.5, inbox=0.0, exchange=0.05, step=0.4)
 """Prices by which the planner cuts the columns of small heads as it does those of large ones."""
+FREE = replace(DEAR, exchange=0.0, sync=0.0, step=4.0)
+"""Prices by which ranks share all heads, that of attention to tokens too."""
 
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8 tokens, no state": (dict(num_layers=1), dict(prefix=False, context=33)),
-    "9 tokens": (dict(num_layers=2), dict(batch=1, context=150)),
+    "9 tokens": (dict(num_layers=2), dict(batch=1, context=600)),
     "9 tokens, batch 3": (dict(num_layers=2, num_heads=2, head_dim=32, interleave_self_attention=False), dict(batch=3)),
     "9 tokens, batch 4": (dict(num_layers=2, num_heads=2, head_dim=64, hidden_size=256), dict(batch=4, context=70)),
     "17 tokens, heads of 48": (
@@ -42,7 +45,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "17 tokens, batch 4": (dict(num_layers=2, add_pos_embed=False, action_horizon=16), dict(batch=4, steps=1)),
     "51 tokens": (dict(num_layers=2, num_heads=3, head_dim=32, action_horizon=50), dict(batch=2, context=130)),
     "51 tokens, norms in parts": (
-        dict(num_layers=1, num_heads=8, head_dim=48, action_horizon=50),
+        dict(num_layers=2, num_heads=8, head_dim=48, action_horizon=50),
         dict(batch=1, steps=1),
     ),
     "no state": (dict(num_layers=2, action_dim=1), dict(batch=2, prefix=False, context=150)),
@@ -50,17 +53,19 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Heads and requests that reach every path of the kernel, each of PADDED_TOKENS: changes of `tiny`, arguments of `Case`."""
 
 CUTS = {
-    "8 tokens, no state": (4, 1),
-    "9 tokens": (8, 1),
-    "9 tokens, batch 3": (2, 3),
-    "9 tokens, batch 4": (4, 2),
-    "17 tokens, heads of 48": (8, 1),
-    "17 tokens, batch 4": (2, 4),
-    "51 tokens": (4, 1),
-    "51 tokens, norms in parts": (2, 1),
-    "no state": (1, 1),
+    "8 tokens, no state": (4, 1, False, DEAR),
+    "9 tokens": (8, 1, True, FREE),
+    "9 tokens, batch 3": (2, 3, False, DEAR),
+    "9 tokens, batch 4": (4, 2, True, DEAR),
+    "17 tokens, heads of 48": (8, 1, False, FREE),
+    "17 tokens, batch 4": (2, 4, True, DEAR),
+    "51 tokens": (4, 1, True, DEAR),
+    "51 tokens, norms in parts": (2, 1, True, DEAR),
+    "no state": (1, 1, False, DEAR),
 }
-"""Blocks of a team, where the device has clusters, and samples of one product for each of SIZES."""
+"""Blocks of a team, samples of one product, whether attention to tokens is part of one, and prices, where the device has clusters,
+for each of SIZES.
+"""
 
 TINY: dict[str, Any] = dict(
     num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
@@ -120,8 +125,10 @@ class Case:
 
 def planned(size: str, shape: HeadShape, device: Device) -> Schedule:
     """The schedule of one of SIZES; with all of them teams of every size take part, and every way of cutting."""
-    ranks, group = CUTS[size]
-    return plan(shape, device, DEAR, ranks=ranks if device.clusters else 1, group=group)
+    ranks, group, fused, costs = CUTS[size]
+    if not device.clusters:
+        ranks, fused = 1, False
+    return plan(shape, device, costs, ranks=ranks, group=group, fused=fused)
 
 
 def tiles_of(schedule: Schedule, name: str) -> list[int]:

@@ -24,6 +24,8 @@ from dit4dit.engine.action_ode.schedule import (
     Attend,
     Epilogue,
     MatrixPlan,
+)
+from dit4dit.engine.action_ode.sizes import (
     attend_bytes,
     attend_inbox,
     product_staging,

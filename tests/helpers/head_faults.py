@@ -22,6 +22,8 @@ from dit4dit.engine.action_ode.schedule import (
     Operands,
     Product,
     Tile,
+)
+from dit4dit.engine.action_ode.sizes import (
     attend_bytes,
     attend_inbox,
     product_staging,

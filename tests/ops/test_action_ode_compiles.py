@@ -9,7 +9,13 @@ from sass import Instruction, ahead, innermost, instructions, loops, shortest_tu
 
 from dit4dit import presets
 from dit4dit.engine.action_ode import Device, head_shape, plan
-from dit4dit.engine.action_ode.schedule import PADDED_TOKENS, THREADS, warp_tiles
+from dit4dit.engine.action_ode.schedule import (
+    PADDED_TOKENS,
+    THREADS,
+)
+from dit4dit.engine.action_ode.sizes import (
+    warp_tiles,
+)
 
 SMS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 170}
 PARTITIONS = 4

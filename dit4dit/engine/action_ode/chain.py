@@ -19,7 +19,8 @@ from dit4dit.engine.action_ode.schedule import (
     Epilogue,
     HeadShape,
     Schedule,
-    attend_inbox,
+)
+from dit4dit.engine.action_ode.sizes import (
     product_staging,
     sums_bytes,
     warp_tiles,
@@ -38,7 +39,8 @@ class Stage(NamedTuple):
     Attributes:
         name: of the matrix; of attention, of its buffer. source, out: buffers. rows, columns: of the matrix.
         epilogue: None is attention. eps: of the norm. modulation: its table. stepwise: other sums and bias in each step.
-        context: attention to which of the features; NONE: to the tokens themselves.
+        context: attention to which of the features; NONE: to the tokens themselves. attend: the source has q | k | v, and what is
+            multiplied is the tokens' attention to each other.
     """
 
     name: str
@@ -51,10 +53,14 @@ class Stage(NamedTuple):
     modulation: str | None = None
     stepwise: bool = False
     context: int = NONE
+    attend: bool = False
 
 
-def chain(shape: HeadShape) -> list[Stage]:
-    """The stages of one step, each of which reads what the one before it writes; the first what the last wrote a step before."""
+def chain(shape: HeadShape, fused: bool) -> list[Stage]:
+    """The stages of one step, each of which reads what the one before it writes; the first what the last wrote a step before.
+
+    fused: as of `Schedule`.
+    """
     width = shape.width
     found = [
         Stage("encode", "noisy", "embedded", width, shape.padded_actions, Epilogue.SILU, stepwise=True),
@@ -67,8 +73,12 @@ def chain(shape: HeadShape) -> list[Stage]:
         rows, context = (width, sum(shape.blocks[:i])) if cross else (3 * width, NONE)
         found += [
             Stage(project, found[-1].out, project, rows, width, Epilogue.PLAIN, 1e-5, f"{i}.modulation", True),
-            Stage(attended, project, attended, width, width, context=context),
-            Stage(out, attended, out, width, width, Epilogue.RESIDUAL),
+        ]
+        inside = fused and not cross
+        if not inside:
+            found.append(Stage(attended, project, attended, width, width, context=context))
+        found += [
+            Stage(out, found[-1].out, out, width, width, Epilogue.RESIDUAL, attend=inside),
             Stage(f"{i}.mlp_in", out, hidden, shape.mlp, width, Epilogue.GELU, 1e-5),
             Stage(mlp_out, hidden, mlp_out, width, shape.mlp, Epilogue.RESIDUAL),
         ]
@@ -92,15 +102,14 @@ def check_sizes(schedule: Schedule) -> None:
     need(1 <= s.teams <= most, "teams", f"1 to {most}, which can run at once", s.teams)
     need(s.padded_tokens in PADDED_TOKENS, "padded_tokens", f"one of {PADDED_TOKENS}", s.padded_tokens)
     need(s.part > 0 and s.part % STEP_COLUMNS == 0, "part", f"a multiple of {STEP_COLUMNS}", s.part)
+    need(s.device.bulk_copies or not s.fused, "fused", "False before Hopper", s.fused)
     need(s.slots in SLOTS, "slots", f"{SLOTS.start} to {SLOTS.stop - 1}", s.slots)
     dim = shape.head_dim
-    unit = max(16, 2 * s.ranks)
-    right = dim * shape.heads == shape.width and 0 < dim <= MAX_HEAD_DIM and dim % unit == 0
-    need(right, "head_dim", f"a multiple of {unit} up to {MAX_HEAD_DIM}", f"{shape.width} / {shape.heads} heads")
+    right = dim * shape.heads == shape.width and 0 < dim <= MAX_HEAD_DIM and dim % 16 == 0
+    need(right, "head_dim", f"a multiple of 16 up to {MAX_HEAD_DIM}", f"{shape.width} / {shape.heads} heads")
     need(s.staging % 16 == 0, "staging", "a multiple of 16", s.staging)
     need(s.inbox % 16 == 0, "inbox", "a multiple of 16", s.inbox)
-    least = attend_inbox(shape.tokens, s.ranks, dim) if s.ranks > 1 else 0
-    need(least <= s.inbox if least else s.inbox == 0, "inbox", f"{least} for attention", s.inbox)
+    need(s.ranks > 1 or s.inbox == 0, "inbox", "0 with one rank", s.inbox)
     free = s.device.shared_memory
     need(s.shared_bytes <= free, "shared_bytes", f"at most {free}", s.shared_bytes)
     numbers = max(SETS * s.set_words, s.private_floats, s.constant_floats)

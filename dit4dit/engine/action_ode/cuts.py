@@ -1,4 +1,5 @@
-"""How the work of a head is cut: ranks of a team, rows, columns and warps of each matrix, keys of each rank, shared memory.
+"""How the work of a head is cut: ranks of a team, rows, columns and warps of each matrix, heads and keys of each rank, shared
+memory.
 
 All cuts that the kernel can run are priced by `cost`, and the ones that are predicted to take least are taken. Prices of
 matrices do not depend on each other but for what they share: ranks, shared memory, and the owners of the residual stream.
@@ -12,9 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from operator import le
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from dit4dit.engine.action_ode.cost import Costs, attend_us, product_us, staged_columns, weights_us
+from dit4dit.engine.action_ode.cost import (
+    Costs,
+    attend_us,
+    own_attention_us,
+    product_us,
+    staged_columns,
+    weights_us,
+)
 from dit4dit.engine.action_ode.schedule import (
     FIXED_SHARED,
     MAX_TOKENS,
@@ -27,14 +35,20 @@ from dit4dit.engine.action_ode.schedule import (
     Device,
     HeadShape,
     MatrixPlan,
+)
+from dit4dit.engine.action_ode.sizes import (
     attend_bytes,
     attend_inbox,
+    own_at_once,
+    own_attention_bytes,
+    panel_bytes,
     product_staging,
     sums_bytes,
     warp_tiles,
 )
 from dit4dit.errors import ConfigError
 
+T = TypeVar("T", int, bool)
 LEAST_SLOTS, ENOUGH_SLOTS, MOST_SLOTS = 3, 6, 16
 """Of weights: the fewest, as many as activations leave room for if they can, and as many as the kernel has barriers for."""
 STREAM = ("encode_out", "out", "mlp_out")
@@ -48,6 +62,7 @@ class Kind(NamedTuple):
     rows: int
     columns: int
     fp8: bool
+    attends: bool = False  # its rows are the tokens' attention to each other
 
 
 class Cut(NamedTuple):
@@ -57,10 +72,16 @@ class Cut(NamedTuple):
     tiles: int  # of the team with most
     us: float  # of a stage on that team, without the barriers around parts of the activations
     units: int  # of weights that each rank of that team reads
-    all_units: int  # that all teams read
     inbox: int
-    sums: int  # bytes of staging for sums, without exchange
+    behind: int  # bytes of staging for sums, without exchange, or for attention
     columns: int  # that must be staged at a time
+    slice: int
+
+
+class AttendCut(NamedTuple):
+    """How many ranks do one head of one sample, and how many of its keys each of them takes."""
+
+    share: int
     slice: int
 
 
@@ -76,16 +97,15 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Cuts:
-    """What was chosen. `group`: samples of one product. `slices`: keys of one rank, of attention to the tokens themselves and to
-    the features.
-    """
+    """What was chosen. `group`: samples of one product. `attention`: to the tokens themselves and to the features."""
 
     ranks: int
     teams: int
+    fused: bool
     group: int
     padded_tokens: int
     matrices: dict[str, MatrixPlan]
-    slices: tuple[int, int]
+    attention: tuple[AttendCut, AttendCut]
     part: int
     slots: int
     staging: int
@@ -101,8 +121,8 @@ def group_sizes(shape: HeadShape) -> list[int]:
     return sorted({-(-shape.batch // count) for count in counts}, reverse=True)
 
 
-def kinds_of(shape: HeadShape) -> list[tuple[str, Kind]]:
-    """All matrices with their names, in the order of the weights."""
+def kinds_of(shape: HeadShape, fused: bool) -> list[tuple[str, Kind]]:
+    """All matrices with their names, in the order of the weights; fused: as of `Schedule`."""
     s = shape
     found = [("encode", s.width, s.padded_actions), ("encode_out", s.width, s.width)]
     for i, cross in enumerate(s.blocks):
@@ -114,27 +134,38 @@ def kinds_of(shape: HeadShape) -> list[tuple[str, Kind]]:
         ]
     found += [("decode_in", s.decoder, s.width), ("decode_out", s.actions, s.decoder)]
     # what is outside the blocks is 3 % of the weights, and nearest to the actions
+    inside = {f"{i}.out" for i, cross in enumerate(s.blocks) if fused and not cross}
     return [
-        (name, Kind(name.split(".")[-1], rows, columns, s.fp8 and name[0].isdigit())) for name, rows, columns in found
+        (name, Kind(name.split(".")[-1], rows, columns, s.fp8 and name[0].isdigit(), name in inside))
+        for name, rows, columns in found
     ]
 
 
-def choose(shape: HeadShape, device: Device, costs: Costs, ranks: int | None = None, group: int | None = None) -> Cuts:
-    """The cuts with the least predicted time; of equal ones those with fewer ranks and larger groups. ranks, group: only these.
+def choose(
+    shape: HeadShape,
+    device: Device,
+    costs: Costs,
+    ranks: int | None = None,
+    group: int | None = None,
+    fused: bool | None = None,
+) -> Cuts:
+    """The cuts with the least predicted time; of equal ones those with fewer ranks and larger groups. ranks, group, fused: only
+    these.
 
     Raises:
         ConfigError: the device has too little shared memory for any, or what is asked for is not possible.
     """
-    all_ranks = [n for n in RANKS if device.teams(n) and shape.head_dim % (2 * n) == 0]
-    wanted = {"ranks": (ranks, all_ranks), "group": (group, group_sizes(shape))}
-    for name, (number, possible) in wanted.items():
-        if number is not None and number not in possible:
-            raise ConfigError(f"action_ode: {name}: expected one of {possible} here, got {number}")
-    choices = [possible if number is None else [number] for number, possible in wanted.values()]
+    ways = list(
+        product(
+            _possible("ranks", ranks, [n for n in RANKS if device.teams(n)]),
+            _possible("group", group, group_sizes(shape)),
+            _possible("fused", fused, sorted({False, device.bulk_copies and not all(shape.blocks)})),
+        )
+    )
 
     def found(size: int) -> list[Choice]:
         with_memory = replace(device, shared_memory=size)
-        return [choice for n, g in product(*choices) for choice in _Search(shape, with_memory, n, g, costs).found()]
+        return [choice for way in ways for choice in _Search(shape, with_memory, *way, costs).found()]
 
     every = found(device.shared_memory)
     if not every:
@@ -146,6 +177,15 @@ def choose(shape: HeadShape, device: Device, costs: Costs, ranks: int | None = N
         )
     best = min(every, key=lambda choice: max(choice.chain_us, choice.weights_us))
     return best.search.cuts_of(best)
+
+
+def _possible(name: str, wanted: T | None, possible: list[T]) -> list[T]:
+    """Those, or the one that is asked for."""
+    if wanted is None:
+        return possible
+    if wanted not in possible:
+        raise ConfigError(f"action_ode: {name}: expected one of {possible} here, got {wanted}")
+    return [wanted]
 
 
 def _undominated(cuts: Iterator[Cut], apart: bool) -> list[Cut]:
@@ -172,22 +212,24 @@ def _round(size: int) -> int:
 
 
 class _Search:
-    """All cuts with so many ranks, and so many samples in a group."""
+    """All cuts with so many ranks, and so many samples in a group; fused: as of `Schedule`."""
 
-    def __init__(self, shape: HeadShape, device: Device, ranks: int, group: int, costs: Costs) -> None:
-        self.shape, self.device, self.ranks, self.group, self.costs = shape, device, ranks, group, costs
+    def __init__(self, shape: HeadShape, device: Device, ranks: int, group: int, fused: bool, costs: Costs) -> None:
+        self.shape, self.device, self.ranks, self.group, self.fused = shape, device, ranks, group, fused
+        self.costs = costs
         self.teams = device.teams(ranks)
         self.groups, self.tokens = -(-shape.batch // group), group * shape.tokens
         self.padded = next(n for n in PADDED_TOKENS if n >= self.tokens)
-        self.named = kinds_of(shape)
+        self.named = kinds_of(shape, fused)
         self.count: dict[Kind, int] = defaultdict(int)
         for _, kind in self.named:
             self.count[kind] += 1
         self.candidates = {kind: _undominated(self._cuts(kind), kind.name in STREAM) for kind in self.count}
-        self.slices, self.attend_us = self._attention()
-        pairs = zip((shape.tokens, shape.context), self.slices, strict=True)
-        self.attend_staging = max(attend_bytes(shape.tokens, size, shape.head_dim) for _, size in pairs)
-        self.attend_inbox = attend_inbox(shape.tokens, ranks, shape.head_dim) if ranks > 1 else 0
+        self.attention, self.attend_us = self._attention()
+        self.panel_units = shape.contexts * self._panel_units(self.attention[True])
+        tiles = list(zip((False, True), self.attention, strict=True))[fused:]
+        self.attend_staging = max(attend_bytes(shape.tokens, cut.slice, shape.head_dim, cross) for cross, cut in tiles)
+        self.attend_inbox = max(attend_inbox(shape.tokens, cut.share, shape.head_dim) for _, cut in tiles)
 
     # -- candidates ----------------------------------------------------------------------------------------------------
 
@@ -212,27 +254,58 @@ class _Search:
 
     def _cut(self, kind: Kind, tile_rows: int, split: int, parts: int, rounds: int) -> Cut:
         m = MatrixPlan(kind.name, kind.rows, kind.columns, self.ranks, tile_rows, split, parts, kind.fp8, 0)
-        us = self.costs.hop + rounds * sum(product_us(m, self.ranks, self.tokens, self.padded, m.slice, self.costs))
+        blocks = self.ranks * min(self.teams, m.row_tiles * self.groups)
+        us = sum(product_us(m, self.ranks, self.tokens, self.padded, m.slice, blocks, self.costs))
+        attention, columns = 0, m.slice
+        if kind.attends:
+            per_sample, dim = self.shape.tokens, self.shape.head_dim
+            at_once = own_at_once(m, per_sample, self.group, dim)
+            us += sum(own_attention_us(m, per_sample, self.group, dim, at_once, blocks, self.costs))
+            attention = self._attention_bytes(m)
+        elif split == 1:
+            columns = min(m.slice, m.panel_steps * STEP_COLUMNS)
         sums = sums_bytes(self.padded, m)
-        units, all_units, slice_ = rounds * m.rank_units, self.groups * m.units, m.slice
-        if split > 1:
-            return Cut(m, rounds, us, units, all_units, _round(sums), 0, slice_, slice_)
-        return Cut(m, rounds, us, units, all_units, 0, sums, min(slice_, m.panel_steps * STEP_COLUMNS), slice_)
+        inbox, behind = (_round(sums), attention) if split > 1 else (0, max(sums, attention))
+        us = self.costs.hop + rounds * us
+        return Cut(m, rounds, us, rounds * m.rank_units, inbox, behind, columns, m.slice)
 
-    def _attention(self) -> tuple[tuple[int, int], float]:
-        """(keys of one rank of both kinds of attention, microseconds of a step)."""
-        s, slices, total = self.shape, [], 0.0
-        rounds = -(-s.batch * s.heads // self.teams)
-        for keys, cross, count in ((s.tokens, False, len(s.blocks) - s.contexts), (s.context, True, s.contexts)):
-            prices = []
-            for active in range(1, self.ranks + 1):
+    def _attention_bytes(self, m: MatrixPlan) -> int:
+        """Staging of attention that is part of a product."""
+        tokens, dim = self.shape.tokens, self.shape.head_dim
+        return own_at_once(m, tokens, self.group, dim) * own_attention_bytes(tokens, dim)
+
+    def _attention(self) -> tuple[tuple[AttendCut, AttendCut], float]:
+        """(cuts of both kinds of attention, microseconds of a step)."""
+        s = self.shape
+        own, own_us = self._attend_cut(s.tokens, False)
+        features, features_us = self._attend_cut(s.context, True)
+        return (own, features), (len(s.blocks) - s.contexts) * own_us * (not self.fused) + s.contexts * features_us
+
+    def _attend_cut(self, keys: int, cross: bool) -> tuple[AttendCut, float]:
+        """The cut with the least predicted time, and the microseconds of its stage."""
+        s = self.shape
+        prices: list[tuple[float, AttendCut]] = []
+        for share in (n for n in RANKS if n <= self.ranks):
+            rounds, at_once = self._attend_rounds(share), min(self.group * s.heads, self.ranks // share)
+            for active in range(share // 2 + 1, share + 1):
                 size = -(-keys // active)
-                parts = attend_us(s.tokens, keys, size, cross, s.head_dim, self.ranks, self.costs)
-                prices.append((self.costs.hop + rounds * sum(parts), size))
-            us, size = min(prices)
-            slices.append(size)
-            total += count * us
-        return (slices[0], slices[1]), total
+                blocks = min(s.batch * s.heads, at_once * self.teams) * -(-keys // size)
+                parts = attend_us(s.tokens, keys, size, cross, s.head_dim, share, blocks, self.costs)
+                prices.append((self.costs.hop + rounds * sum(parts), AttendCut(share, size)))
+        us, cut = min(prices)
+        return cut, us
+
+    def _attend_rounds(self, share: int) -> int:
+        """Tiles of attention of the team with most of them."""
+        s = self.shape
+        sizes = [min(self.group, s.batch - first) for first in range(0, s.batch, self.group)]
+        return -(-sum(-(-size * s.heads * share // self.ranks) for size in sizes) // self.teams)
+
+    def _panel_units(self, cut: AttendCut) -> int:
+        """Of keys and values that a block of that team fetches, a WEIGHT_UNIT each."""
+        s = self.shape
+        size = panel_bytes(s.tokens, cut.slice, s.head_dim, min(cut.slice, s.context))
+        return self._attend_rounds(cut.share) * -(-size // WEIGHT_UNIT)
 
     # -- choice --------------------------------------------------------------------------------------------------------
 
@@ -242,22 +315,22 @@ class _Search:
         """
         every = [cut for cuts in self.candidates.values() for cut in cuts]
         inboxes = sorted({max(self.attend_inbox, _limit(cut.inbox)) for cut in every})
-        for inbox, sums in product(inboxes, sorted({_limit(cut.sums) for cut in every})):
+        for inbox, behind in product(inboxes, sorted({_limit(cut.behind) for cut in every})):
             for slots in range(ENOUGH_SLOTS, LEAST_SLOTS - 1, -1):
                 staging = self.device.shared_memory - FIXED_SHARED - slots * SLOT_BYTES - 2 * _round(inbox)
-                best = self._choose(inbox, sums, staging, 0.0)
+                best = self._choose(inbox, behind, staging, 0.0)
                 if best is None:
                     continue
                 yield best
                 if best.weights_us > best.chain_us:
-                    yield from filter(None, (self._choose(inbox, sums, staging, weight) for weight in (0.3, 1.0)))
+                    yield from filter(None, (self._choose(inbox, behind, staging, weight) for weight in (0.3, 1.0)))
                 break
 
-    def _choose(self, inbox: int, sums: int, staging: int, weight: float) -> Choice | None:
-        """The best with such an inbox, and staging in which `sums` are for sums; weight: of the time of weights, which the chain
-        may hide.
+    def _choose(self, inbox: int, behind: int, staging: int, weight: float) -> Choice | None:
+        """The best with such an inbox, and staging in which `behind` are for sums or attention; weight: of the time of weights,
+        which the chain may hide.
         """
-        part = (staging - sums) // (16 * self.padded + 16) * 8 // STEP_COLUMNS * STEP_COLUMNS
+        part = (staging - behind) // (16 * self.padded + 16) * 8 // STEP_COLUMNS * STEP_COLUMNS
         if part < STEP_COLUMNS or self.attend_staging > staging:
             return None
         rate = max(1 / self.costs.sm_stream, self.teams * self.ranks / self.costs.memory) * 1e-6 * WEIGHT_UNIT
@@ -269,7 +342,7 @@ class _Search:
         chosen: dict[Kind, Cut] = {}
         for kind, cuts in self.candidates.items():
             fitting = sorted(
-                (cut for cut in cuts if cut.inbox <= inbox and cut.sums <= sums and cut.columns <= part),
+                (cut for cut in cuts if cut.inbox <= inbox and cut.behind <= behind and cut.columns <= part),
                 key=price,
             )
             if not fitting:
@@ -278,7 +351,8 @@ class _Search:
             if kind.name in STREAM:
                 for cut in reversed(fitting):
                     stream[cut.matrix.tile_rows][kind] = cut
-        shared = [cuts for cuts in stream.values() if len(cuts) == len(STREAM)]
+        wanted = sum(kind.name in STREAM for kind in self.candidates)
+        shared = [cuts for cuts in stream.values() if len(cuts) == wanted]
         if not shared:
             return None
 
@@ -288,9 +362,9 @@ class _Search:
         cheapest = min(shared, key=all_of)
         chosen |= cheapest
         chain = self.attend_us + sum(self.count[kind] * self._us(cut, part) for kind, cut in chosen.items())
-        most = sum(self.count[kind] * cut.units for kind, cut in chosen.items())
-        total = sum(self.count[kind] * cut.all_units for kind, cut in chosen.items())
-        weights = weights_us(total * WEIGHT_UNIT, most * WEIGHT_UNIT, self.costs)
+        most = self.panel_units + sum(self.count[kind] * cut.units for kind, cut in chosen.items())
+        once = WEIGHT_UNIT * sum(self.count[kind] * cut.matrix.units for kind, cut in chosen.items())
+        weights = weights_us(once, self.groups * once, most * WEIGHT_UNIT, self.costs)
         return Choice(chain, weights, min(part, max(cut.slice for cut in chosen.values())), chosen, self)
 
     def _us(self, cut: Cut, part: int) -> float:
@@ -303,8 +377,11 @@ class _Search:
     def cuts_of(self, choice: Choice) -> Cuts:
         """With a place in the weights for each matrix, and shared memory: what activations leave is for weights."""
         chosen = choice.cuts
-        staging = max(product_staging(self.padded, choice.part, cut.matrix) for cut in chosen.values())
-        staging = _round(max(staging, self.attend_staging))
+        staging = self.attend_staging
+        for kind, cut in chosen.items():
+            behind = self._attention_bytes(cut.matrix) if kind.attends else 0
+            staging = max(staging, product_staging(self.padded, choice.part, cut.matrix, behind))
+        staging = _round(staging)
         inbox = _round(max(self.attend_inbox, *(cut.inbox for cut in chosen.values())))
         matrices, offset = {}, 0
         for name, kind in self.named:
@@ -313,10 +390,11 @@ class _Search:
         return Cuts(
             ranks=self.ranks,
             teams=self.teams,
+            fused=self.fused,
             group=self.group,
             padded_tokens=self.padded,
             matrices=matrices,
-            slices=self.slices,
+            attention=self.attention,
             part=choice.part,
             slots=min(MOST_SLOTS, (self.device.shared_memory - FIXED_SHARED - staging - 2 * inbox) // SLOT_BYTES),
             staging=staging,

@@ -32,8 +32,11 @@ from dit4dit.engine.action_ode.schedule import (
     Product,
     Schedule,
     Tile,
-    attend_rows,
     float_bits,
+)
+from dit4dit.engine.action_ode.sizes import (
+    own_at_once,
+    query_rows,
 )
 from dit4dit.errors import ConfigError
 
@@ -90,8 +93,8 @@ def check(shape: HeadShape) -> None:
         refuse("width", f"at most {MAX_WIDTH}", shape.width)
     if shape.width % shape.heads or shape.head_dim % 16 or shape.head_dim > MAX_HEAD_DIM:
         refuse("head_dim", f"16, 32, 48 or {MAX_HEAD_DIM}", f"{shape.width} / {shape.heads} heads")
-    if not 1 <= shape.tokens <= attend_rows(shape.tokens, 1)[0]:
-        most = attend_rows(PADDED_TOKENS[-1], 1)[0]
+    most = query_rows(PADDED_TOKENS[-1])
+    if not 1 <= shape.tokens <= most:
         refuse("tokens", f"1 to {most} a sample, the state token included", shape.tokens)
     for name in ("horizon", "actions", "context", "batch", "steps"):
         if getattr(shape, name) < 1:
@@ -107,12 +110,14 @@ def plan(
     *,
     ranks: int | None = None,
     group: int | None = None,
+    fused: bool | None = None,
 ) -> Schedule:
     """The schedule of `shape` on `device` with the least predicted time, the same for the same arguments.
 
     Args:
         costs: of the GPU, by which times are predicted; an H200's if None.
-        ranks: blocks of a team. group: samples whose tokens one product takes. None: what is predicted to take least.
+        ranks: blocks of a team. group: samples whose tokens one product takes. fused: as of `Schedule`. None: what is predicted
+            to take least.
 
     Raises:
         ConfigError: the shape has no tiles, the device too little shared memory, or what is asked for is not possible.
@@ -120,7 +125,7 @@ def plan(
     check(shape)
     if device.sms < 1:
         raise ConfigError(f"action_ode: sms: expected at least 1 SM, got {device.sms}")
-    return _Planner(shape, device, choose(shape, device, costs or Costs(), ranks, group)).schedule()
+    return _Planner(shape, device, choose(shape, device, costs or Costs(), ranks, group, fused)).schedule()
 
 
 class _Planner:
@@ -147,7 +152,9 @@ class _Planner:
         sizes = {"noisy": s.padded_actions, "embedded": s.width, "tokens": s.width}
         for i, cross in enumerate(s.blocks):
             sizes[f"{i}.project"] = s.width if cross else 3 * s.width
-            sizes |= {f"{i}.attended": s.width, f"{i}.out": s.width, f"{i}.hidden": s.mlp, f"{i}.mlp_out": s.width}
+            if cross or not self.cuts.fused:
+                sizes[f"{i}.attended"] = s.width
+            sizes |= {f"{i}.out": s.width, f"{i}.hidden": s.mlp, f"{i}.mlp_out": s.width}
         sizes["decoded"] = s.decoder
         for name, columns in sizes.items():
             self.buffers[name] = Buffer(s.rows, columns, self.set_words)
@@ -194,8 +201,10 @@ class _Planner:
             yield self._products(
                 project, stream, project, Epilogue.PLAIN, BLOCK_EPS, modulation=f"{i}.modulation", per_step=True
             )
-            yield self._attention(project, attended, sum(s.blocks[:i]) if cross else NONE)
-            yield self._products(out, attended, out, Epilogue.RESIDUAL)
+            inside = self.cuts.fused and not cross
+            if not inside:
+                yield self._attention(project, attended, sum(s.blocks[:i]) if cross else NONE)
+            yield self._products(out, project if inside else attended, out, Epilogue.RESIDUAL, attend=inside)
             yield self._products(f"{i}.mlp_in", out, f"{i}.hidden", Epilogue.GELU, BLOCK_EPS)
             stream = f"{i}.mlp_out"
             yield self._products(stream, f"{i}.hidden", stream, Epilogue.RESIDUAL)
@@ -214,9 +223,11 @@ class _Planner:
         *,
         modulation: str | None = None,
         per_step: bool = False,
+        attend: bool = False,
     ) -> list[Placed]:
-        """All tiles of a matrix. eps: with a norm. per_step: sums and bias differ from step to step."""
+        """All tiles of a matrix. eps: with a norm. per_step: sums and bias differ from step to step. attend: as of `Product`."""
         m = self.cuts.matrices[name]
+        at_once = own_at_once(m, self.shape.tokens, self.cuts.group, self.shape.head_dim) if attend else 0
         read, written, tokens = self.buffers[source], self.buffers[out], self.shape.tokens
         tile_floats = m.tile_rows * self.padded
         private = {Epilogue.TOKENS: 0, Epilogue.RESIDUAL: 0, Epilogue.EULER: self.stream_floats}.get(epilogue, NONE)
@@ -256,33 +267,41 @@ class _Planner:
                     out=written.offset + (token * written.columns + row) // 2,
                     out_stride=written.columns // 2,
                     stream=NONE if private == NONE else private + number * tile_floats,
+                    attend=at_once,
                 )
                 placed.append((number % self.cuts.teams, work))
         return placed
 
     def _attention(self, project: str, attended: str, context: int) -> list[Placed]:
-        """All heads of all samples."""
+        """All heads of all samples, as many of a group in a tile as a team has ranks for. The last teams, which have least
+        weights, come first.
+        """
         s, cross = self.shape, context != NONE
         read, written = self.buffers[project], self.buffers[attended]
+        cut = self.cuts.attention[cross]
+        at_once = self.cuts.ranks // cut.share
         placed: list[Placed] = []
-        for b in range(s.batch):
-            for h in range(s.heads):
-                query = read.offset + (b * s.tokens * read.columns + h * s.head_dim) // 2
-                work = Attend(
-                    query=query,
-                    key=NONE if cross else query + s.width // 2,
-                    value=NONE if cross else query + s.width,
-                    stride=read.columns // 2,
-                    context=context,
-                    head=h,
-                    sample=b,
-                    tokens=s.tokens,
-                    keys=s.context if cross else s.tokens,
-                    slice=self.cuts.slices[cross],
-                    out=written.offset + (b * s.tokens * s.width + h * s.head_dim) // 2,
-                    out_stride=s.width // 2,
-                )
-                placed.append((len(placed) % self.cuts.teams, work))
+        for pair, end in (
+            (pair, group.stop * s.heads)
+            for group in self.groups
+            for pair in range(group.start * s.heads, group.stop * s.heads, at_once)
+        ):
+            work = Attend(
+                query=read.offset,
+                key=NONE if cross else read.offset + s.width // 2,
+                value=NONE if cross else read.offset + s.width,
+                stride=read.columns // 2,
+                context=context,
+                pair=pair,
+                pairs=min(at_once, end - pair),
+                share=cut.share,
+                tokens=s.tokens,
+                keys=s.context if cross else s.tokens,
+                slice=cut.slice,
+                out=written.offset,
+                out_stride=s.width // 2,
+            )
+            placed.append((self.cuts.teams - 1 - len(placed) % self.cuts.teams, work))
         return placed
 
     def schedule(self) -> Schedule:
@@ -296,6 +315,7 @@ class _Planner:
             device=self.device,
             teams=cuts.teams,
             ranks=cuts.ranks,
+            fused=cuts.fused,
             tiles=np.array([record for tiles in teams for record in tiles], dtype=np.int32),
             first_tile=np.cumsum([0, *(len(tiles) for tiles in teams)], dtype=np.int32),
             buffers=self.buffers,

@@ -292,7 +292,11 @@ def tile_text(schedule: Schedule, index: int) -> str:
     """What a tile does: "product that reads 'tokens', rows 64 to 127 of its matrix"."""
     work = schedule.decoded[index].work
     if isinstance(work, Attend):
-        return f"attention, head {work.head} of sample {work.sample}"
+        sample, head = divmod(work.pair, schedule.shape.heads)
+        last_sample, last = divmod(work.pair + work.pairs - 1, schedule.shape.heads)
+        if work.pairs == 1:
+            return f"attention, head {head} of sample {sample}"
+        return f"attention, head {head} of sample {sample} to head {last} of sample {last_sample}"
     (source,) = [name for name, b in schedule.buffers.items() if b.offset <= work.source < b.offset + b.words]
     return f"product that reads {source!r}, rows {work.row} to {work.row + work.rows - 1} of its matrix"
 

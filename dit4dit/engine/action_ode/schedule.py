@@ -37,8 +37,8 @@ SLOT_BYTES = 16384
 MAX_TOKENS = 72
 PADDED_TOKENS = (16, 24, 40, 56, 72)
 """Tokens of one product; the kernel has code of its own for each."""
-ATTEND_KEYS = 128
-"""Keys that an attention tile has in shared memory at a time, at most."""
+PANEL_KEYS = 64
+"""Keys that one warp of an attention tile takes at a time, at most."""
 MAX_HEAD_DIM = 64
 MAX_WIDTH = 2048
 MAX_WARP_TILES = 2
@@ -82,6 +82,9 @@ class Product(NamedTuple):
 
     With a norm, layer norm and modulation are y = (sum_k W[n, k] x[k] (1 + scale[k]) - mean * sums[n]) * inverse + bias[n] with
     sums[n] = sum_k W[n, k] (1 + scale[k]) and shift @ W in the bias: no norm has to wait for a whole row.
+
+    With `attend` the rows that are multiplied are the tokens' attention to each other: the source has q | k | v, each of K
+    columns, and a block works out its own columns, of all heads that they belong to, before it multiplies them.
     """
 
     source: int  # word of the first token's first column in a set
@@ -110,22 +113,29 @@ class Product(NamedTuple):
     out: int  # word of the first token's column `row` in a set
     out_stride: int
     stream: int  # floats of the private memory: [tile_rows, padded tokens] of STREAM or ACTIONS; else NONE
+    attend: int  # heads of samples that the staging memory holds at a time; 0: the source has what is multiplied
 
 
 class Attend(NamedTuple):
-    """One head of one sample. Rank r takes keys r * slice to + slice - 1; of the result, columns r * head_dim / R and on."""
+    """Heads of samples, each by `share` ranks of a team. Pair p is head p % heads of sample p // heads.
 
-    query: int  # word of the sample's first token, first column of the head, in a set
+    Rank r takes pair `pair` + r // share, none from `pair` + `pairs` on. Of it the rank's i = r % share takes keys i * slice to
+    + slice - 1 (none are left for some); of the result, columns i * head_dim / share and on. With a share of one it needs nothing
+    of other ranks.
+    """
+
+    query: int  # word of the first sample's first token, first column of the first head, in a set
     key: int  # the same of keys and of values: the tokens themselves; NONE: the features
     value: int
     stride: int  # words from token to token of all three
     context: int  # which of the cross-attending blocks; NONE: the tokens themselves
-    head: int
-    sample: int
-    tokens: int
+    pair: int
+    pairs: int
+    share: int  # 1, 2, 4 or 8 of the team's ranks
+    tokens: int  # of one sample
     keys: int
     slice: int
-    out: int
+    out: int  # as `query`
     out_stride: int
 
 
@@ -324,6 +334,8 @@ class Schedule:
         teams, ranks: the launch has teams * ranks blocks; those of team t are t * ranks and on.
         tiles: int32 [tiles, RECORD], of one step.
         first_tile: int32 [teams + 1].
+        fused: attention of tokens to each other is part of the products that follow it; such blocks have no "{i}.attended". Only
+            from Hopper on.
         buffers: what is exchanged, by name: "noisy" (the sampler's state in the activations' dtype, columns padded with zeros),
             "embedded", "tokens", and of block i "{i}.project" (q, or q | k | v), "{i}.attended", "{i}.out", "{i}.hidden",
             "{i}.mlp_out", last "decoded". "tokens", "{i}.out" and "{i}.mlp_out" are the rounded residual stream.
@@ -339,6 +351,7 @@ class Schedule:
     device: Device
     teams: int
     ranks: int
+    fused: bool
     tiles: NDArray[np.int32]
     first_tile: NDArray[np.int32]
     buffers: Mapping[str, Buffer]
@@ -379,48 +392,6 @@ class Schedule:
 
 FIXED_SHARED = 2048
 """Bytes for records and barriers: `Fixed` in kernels/action_ode_block.cuh, rounded up."""
-
-
-def warp_tiles(padded_tokens: int) -> int:
-    """Row groups of 16 that one warp may have of a product: what its registers hold."""
-    return MAX_WARP_TILES if padded_tokens <= MOST_TOKENS_OF_TWO else 1
-
-
-def attend_rows(tokens: int, keys: int) -> tuple[int, int, int]:
-    """(rows of queries, rows of keys, keys of one warp) that an attention tile has in shared memory at a time; more keys than
-    ATTEND_KEYS come one after the other, for which every supported device has room.
-    """
-    query_tiles = 1 if tokens <= 16 else 2 if tokens <= 32 else 4
-    groups = WARPS // query_tiles
-    per_warp = min(ATTEND_KEYS // groups, -(-keys // (groups * 16)) * 16)
-    return query_tiles * 16, groups * per_warp, per_warp
-
-
-def attend_bytes(tokens: int, keys: int, head_dim: int) -> int:
-    """Staging of an attention tile of so many keys a rank: queries, keys and values, then what the warps found."""
-    queries, padded, _ = attend_rows(tokens, keys)
-    return max((queries + 2 * padded) * (2 * head_dim + 16), WARPS * 16 * (2 + head_dim) * 4)
-
-
-def attend_inbox(tokens: int, ranks: int, head_dim: int) -> int:
-    """Inbox of an attention tile: of each rank a share of its sums over values, and largest score and sum of each query."""
-    return ranks * tokens * (head_dim // ranks * 4 + 8)
-
-
-def product_staging(padded_tokens: int, part: int, matrix: MatrixPlan) -> int:
-    """Staging of a product: `part` columns of tokens, and behind them, where a rank has all columns, the sums of its warps.
-
-    Columns lie in groups of 8, each 16 bytes a token, and 16 more so that neighbours start in another bank.
-    """
-    staged = part // 8 * (16 * padded_tokens + 16)
-    return staged + (sums_bytes(padded_tokens, matrix) if matrix.split == 1 else 0)
-
-
-def sums_bytes(padded_tokens: int, matrix: MatrixPlan) -> int:
-    """All planes of the rows that a rank finishes, [planes, own rows, padded tokens + 2] floats, and before them mean and squares
-    of each token from each rank of the split.
-    """
-    return matrix.split * padded_tokens * 8 + matrix.planes * matrix.own_rows * (padded_tokens + 2) * 4
 
 
 def float_bits(x: float) -> int:

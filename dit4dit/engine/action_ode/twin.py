@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,13 @@ from dit4dit.engine.action_ode.schedule import (
     SETS,
     Attend,
     Epilogue,
-    HeadShape,
     Operands,
     Product,
     Schedule,
     float_of,
 )
 from dit4dit.engine.action_ode.weights import PackedHead
+from dit4dit.engine.action_ode.words import Words, pair_out, pair_reads, reads, source, written
 from dit4dit.model.flow import GuidanceTensors, guidance_strength
 
 ACTIVATION = {
@@ -37,83 +36,6 @@ ACTIVATION = {
     Epilogue.SILU: F.silu,
     Epilogue.RELU: F.relu,
 }
-
-
-class Area(NamedTuple):
-    """Words of a set: `words` neighbours for each token, `stride` from token to token."""
-
-    first: int
-    tokens: int
-    stride: int
-    words: int
-
-
-class Words:
-    """What launches of one schedule leave to the next.
-
-    Attributes:
-        values: [SETS, set_words, 2]; NaN where EMPTY.
-        step: int64 [SETS, set_words], which step a word is of, counted over all launches, or EMPTY.
-        done: steps of all launches so far.
-    """
-
-    def __init__(self, schedule: Schedule, dtype: torch.dtype, device: torch.device) -> None:
-        size = (SETS, schedule.set_words)
-        self.values = torch.full((*size, 2), math.nan, dtype=dtype, device=device)
-        self.step = torch.full(size, EMPTY, dtype=torch.int64, device=device)
-        self.done = 0
-
-    def missing(self, area: Area, step: int) -> int | None:
-        """A word of step `step` that is not there, or None.
-
-        RuntimeError: a word is of another step.
-        """
-        found = self._of(self.step[step % SETS], area)
-        late = (found != step).flatten().nonzero()
-        if not len(late):
-            return None
-        wrong = found[(found != step) & (found != EMPTY)]
-        if len(wrong):
-            raise RuntimeError(f"action_ode: {area}: expected words of step {step}, got one of step {int(wrong[0])}")
-        token, word = divmod(int(late[0]), area.words)
-        return area.first + token * area.stride + word
-
-    def read(self, area: Area, step: int) -> Tensor:
-        """[tokens, columns]."""
-        if self.missing(area, step) is not None:
-            raise RuntimeError(f"action_ode: {area}: expected words of step {step}, got EMPTY")
-        return self._of(self.values[step % SETS], area)
-
-    def write(self, area: Area, step: int, values: Tensor) -> None:
-        """values [tokens, columns] for step `step`.
-
-        RuntimeError: a word is not EMPTY.
-        """
-        steps = self._of(self.step[step % SETS], area)
-        if (steps != EMPTY).any():
-            raise RuntimeError(f"action_ode: {area}: overwrites a word of step {int(steps.max())} in step {step}")
-        steps.fill_(step)
-        self._of(self.values[step % SETS], area).copy_(values)
-
-    def clear(self, area: Area, step: int) -> None:
-        """Make words EMPTY that will be of step `step`.
-
-        RuntimeError: one is of another step than the last that had the set.
-        """
-        steps = self._of(self.step[step % SETS], area)
-        wrong = steps[(steps != EMPTY) & (steps != step - SETS)]
-        if len(wrong):
-            raise RuntimeError(f"action_ode: {area}: clears a word of step {int(wrong[0])} for step {step}")
-        self._of(self.step[step % SETS], area).fill_(EMPTY)
-        self._of(self.values[step % SETS], area).fill_(math.nan)
-
-    @staticmethod
-    def _of(table: Tensor, area: Area) -> Tensor:
-        """The area of one set of `step` or `values`: [tokens, words or columns], a view."""
-        each = table[0].numel()
-        last = area.first + (area.tokens - 1) * area.stride + area.words
-        assert 0 <= area.first < last <= len(table), area
-        return table[area.first :].as_strided((area.tokens, area.words * each), (area.stride * each, 1))
 
 
 class Twin:
@@ -239,7 +161,7 @@ class Twin:
 
     def _product(self, w: Product, step: int) -> None:
         constants, now = self.packed.constants, self.first + step
-        x = self.words.read(source(w), now).float()
+        x = self._own_attention(w, now) if w.attend else self.words.read(source(w), now).float()
         y = self._multiply(w, x, step)
         if w.scale != NONE:
             y = y * constants[w.scale : w.scale + w.rows]
@@ -269,6 +191,18 @@ class Twin:
         x = F.pad(x, (0, w.split * w.slice - w.columns))
         return x @ self.packed.of(w)[: w.rows].float().T
 
+    def _own_attention(self, w: Product, now: int) -> Tensor:
+        """The tokens' attention to each other [tokens, K], as it would be in words."""
+        shape = self.schedule.shape
+        q, k, v = (
+            part.view(-1, shape.tokens, shape.heads, shape.head_dim).transpose(1, 2)
+            for part in self.words.read(source(w), now).float().chunk(3, 1)
+        )
+        scores = q @ k.mT / math.sqrt(shape.head_dim)
+        p = (scores - scores.amax(-1, keepdim=True)).exp()
+        y = p.to(self.dtype).float() @ v / p.sum(-1, keepdim=True)
+        return y.transpose(1, 2).reshape(w.tokens, shape.width).to(self.dtype).float()
+
     def _tokens(self, w: Product, y: Tensor) -> Tensor:
         shape = self.schedule.shape
         lines = torch.arange(w.token, w.token + w.tokens, device=y.device) % shape.tokens
@@ -280,15 +214,20 @@ class Twin:
         return y
 
     def _attend(self, w: Attend, step: int) -> None:
+        for pair in range(w.pair, w.pair + w.pairs):
+            self._attend_pair(w, pair, step)
+
+    def _attend_pair(self, w: Attend, pair: int, step: int) -> None:
         shape, now = self.schedule.shape, self.first + step
         d = shape.head_dim
-        areas = reads(w, shape)
+        areas = pair_reads(w, pair, shape)
         q = self.words.read(areas[0], now).float()
         if w.context == NONE:
             k, v = (self.words.read(area, now).float() for area in areas[1:])
         else:
-            first = 2 * w.context * shape.width + w.head * d
-            k, v = (self.context[w.sample, : w.keys, first + part * shape.width :][:, :d].float() for part in (0, 1))
+            sample, head = divmod(pair, shape.heads)
+            first = 2 * w.context * shape.width + head * d
+            k, v = (self.context[sample, : w.keys, first + part * shape.width :][:, :d].float() for part in (0, 1))
         most, total, y = [], [], []
         for begin in range(0, w.keys, w.slice):
             scores = q @ k[begin : begin + w.slice].T / math.sqrt(d)
@@ -298,8 +237,9 @@ class Twin:
             y.append(p.to(self.dtype).float() @ v[begin : begin + w.slice])
         share = (torch.stack(most) - torch.stack(most).amax(0)).exp()
         merged = (share * torch.stack(y)).sum(0) / (share * torch.stack(total)).sum(0)
-        self._write(w, now, merged)
-        self._clear(w, now + SETS - 1)
+        area = pair_out(w, pair, shape)
+        self.words.write(area, now, merged)
+        self.words.clear(area, now + SETS - 1)
 
     def _euler(self, w: Product, velocity: Tensor, step: int) -> None:
         """velocity [tokens, rows], of actions w.row and on."""
@@ -335,36 +275,12 @@ class Twin:
         assert 0 <= w.stream < last <= len(self.private), w
         return self.private[w.stream :].as_strided((w.tokens, w.rows), (1, self.schedule.padded_tokens))
 
-    def _write(self, w: Operands, step: int, y: Tensor) -> None:
+    def _write(self, w: Product, step: int, y: Tensor) -> None:
         area = written(w, self.schedule.shape)
         self.words.write(area, step, F.pad(y, (0, 2 * area.words - y.shape[1])))
 
-    def _clear(self, w: Operands, step: int) -> None:
+    def _clear(self, w: Product, step: int) -> None:
         self.words.clear(written(w, self.schedule.shape), step)
-
-
-def source(w: Product) -> Area:
-    """The words that a product multiplies."""
-    return Area(w.source, w.tokens, w.source_stride, w.columns // 2)
-
-
-def reads(w: Operands, shape: HeadShape) -> list[Area]:
-    """All words that a tile reads: a product's source, or queries, and keys and values where they are words."""
-    if isinstance(w, Product):
-        return [source(w)]
-    words = shape.head_dim // 2
-    areas = [Area(w.query, w.tokens, w.stride, words)]
-    if w.context == NONE:
-        areas += [Area(first, w.keys, w.stride, words) for first in (w.key, w.value)]
-    return areas
-
-
-def written(w: Operands, shape: HeadShape) -> Area:
-    """The words that a tile writes; of the noisy actions all columns are written."""
-    if isinstance(w, Attend):
-        return Area(w.out, w.tokens, w.out_stride, shape.head_dim // 2)
-    columns = min(w.tile_rows, shape.padded_actions - w.row) if w.epilogue == Epilogue.EULER else w.rows
-    return Area(w.out, w.tokens, w.out_stride, columns // 2)
 
 
 def statistics(x: Tensor, w: Product) -> tuple[Tensor, Tensor]:

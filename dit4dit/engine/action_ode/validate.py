@@ -52,15 +52,21 @@ from dit4dit.engine.action_ode.chain import (
 from dit4dit.engine.action_ode.schedule import (
     NONE,
     OPERANDS,
+    RANKS,
     RECORD,
     Epilogue,
     MatrixPlan,
     Opcode,
     Schedule,
     Tile,
-    attend_bytes,
-    attend_rows,
     float_bits,
+)
+from dit4dit.engine.action_ode.sizes import (
+    attend_bytes,
+    attend_inbox,
+    own_attention_bytes,
+    product_staging,
+    query_rows,
 )
 
 __all__ = ["ScheduleError", "validate"]
@@ -74,7 +80,7 @@ def validate(schedule: Schedule) -> None:
     Raises:
         ScheduleError: it may not.
     """
-    stages = chain(schedule.shape)
+    stages = chain(schedule.shape, schedule.fused)
     check_sizes(schedule)
     check_buffers(schedule, stages)
     check_matrices(schedule, stages)
@@ -175,11 +181,26 @@ class _Tiles:
             moved[name] = np.where(base[name] == NONE, NONE, base[name] + row)
         for name, wanted in {**moved, **{name: base[name] for name in base.keys() - moved.keys()}}.items():
             p.compare(name, wanted, " by its weight")
-        self._check_once(p, np.stack([stage, self.group[p.tiles], tile]), self._wanted_products())
+        self._check_once(p.tiles, np.stack([stage, self.group[p.tiles], tile]), self._wanted_products())
+        self._check_own_attention(np.array([self.stages[k].attend for k in which])[mine], matrices, mine)
         # EULER writes up to the padded actions
         end = np.where(p["epilogue"] == Epilogue.EULER, schedule.shape.padded_actions, row + rows)
         last_part = p["tile_rows"] - p["tile_rows"] * p["split"] // schedule.ranks
         p.refuse(end - row <= last_part, "rows: none for the last part of its ranks: no word tells when they have read")
+
+    def _check_own_attention(self, attends: NDArray[np.bool_], matrices: Sequence[MatrixPlan], mine: Integers) -> None:
+        """Results of attention are staged at once, and what they are worked out from lies behind them.
+
+        attends: of each product, whether its rows are such.
+        """
+        p, schedule, shape = self.products, self.schedule, self.schedule.shape
+        p.refuse((p["attend"] > 0) != attends, "attend: not as its stage is")
+        p.refuse(attends & (p["slice"] > schedule.part), "attend: its columns are not staged at once")
+        each = own_attention_bytes(shape.tokens, shape.head_dim)
+        for matrix, at_once in set(zip(mine[attends].tolist(), p["attend"][attends].tolist(), strict=True)):
+            size = product_staging(schedule.padded_tokens, schedule.part, matrices[matrix], at_once * each)
+            wrong = attends & (mine == matrix) & (p["attend"] == at_once) & (size > schedule.staging)
+            p.refuse(wrong, f"attend: expected a staging of at least {size}")
 
     def _bases(self, stage: Stage, matrix: MatrixPlan) -> dict[str, int]:
         """What all products with a matrix have in common, and what begins where the first of them begins."""
@@ -231,10 +252,10 @@ class _Tiles:
                 tiles = range(self.schedule.matrices[stage.name].row_tiles) if stage.epilogue is not None else ()
                 yield from (((k, g, i), f"row tile {i} of matrix {stage.name!r} for {tokens}") for i in tiles)
 
-    def _check_once(self, kind: _Kind, keys: Integers, wanted: Iterator[tuple[tuple[int, ...], str]]) -> None:
-        """Each of `wanted` has one tile; keys [3, tiles of this kind]."""
+    def _check_once(self, tiles: Integers, keys: Integers, wanted: Iterator[tuple[tuple[int, ...], str]]) -> None:
+        """Each of `wanted` has one tile; keys [3, tiles]."""
         seen: dict[tuple[int, ...], int] = {}
-        for i, key in zip(kind.tiles.tolist(), map(tuple, keys.T.tolist()), strict=True):
+        for i, key in zip(tiles.tolist(), map(tuple, keys.T.tolist()), strict=True):
             if key in seen:
                 raise ScheduleError(f"{_name(self.schedule, i)}: writes the same words as tile {seen[key]}")
             seen[key] = i
@@ -252,45 +273,69 @@ class _Tiles:
         mine = np.searchsorted(np.array([b.offset for b in outs]), a["out"], side="right") - 1
         a.refuse(mine < 0, "out: before all buffers of attention")
         context = np.array([stage.context for stage in stages])[mine]
-        a.refuse((a["head"] < 0) | (a["head"] >= shape.heads), f"head: not one of {shape.heads}")
-        a.refuse((a["sample"] < 0) | (a["sample"] >= shape.batch), f"sample: not one of {shape.batch}")
-        stride = np.array([b.columns // 2 for b in sources])[mine]
-        token, column = a["sample"] * shape.tokens, a["head"] * (shape.head_dim // 2)
-        query = np.array([b.offset for b in sources])[mine] + token * stride + column
+        query = np.array([b.offset for b in sources])[mine]
         alone = context == NONE
         wanted = {
-            "out": np.array([b.offset for b in outs])[mine] + token * (shape.width // 2) + column,
+            "out": np.array([b.offset for b in outs])[mine],
             "out_stride": np.full_like(mine, shape.width // 2),
             "context": context,
             "query": query,
             "key": np.where(alone, query + shape.width // 2, NONE),
             "value": np.where(alone, query + shape.width, NONE),
-            "stride": stride,
+            "stride": np.array([b.columns // 2 for b in sources])[mine],
             "tokens": np.full_like(mine, shape.tokens),
             "keys": np.where(alone, shape.tokens, shape.context),
         }
         for name, numbers in wanted.items():
-            a.compare(name, numbers, " by its block, sample and head")
-        self._check_keys()
-        self.stage[a.tiles] = np.array(which)[mine]
-        self.group[a.tiles] = np.searchsorted(self.groups[:-1], token, side="right") - 1
-        every = (
-            ((k, b, h), f"head {h} of sample {b} of {self.stages[k].name!r}")
-            for k in which
-            for b in range(shape.batch)
-            for h in range(shape.heads)
+            a.compare(name, numbers, " by its block")
+        a.refuse(
+            ~np.isin(a["share"], RANKS) | (a["share"] > schedule.ranks), f"share: not one of {RANKS} up to the ranks"
         )
-        self._check_once(a, np.stack([self.stage[a.tiles], a["sample"], a["head"]]), every)
+        most = schedule.ranks // a["share"]
+        a.refuse((a["pairs"] < 1) | (a["pairs"] > most), "pairs: not 1 to the ranks by the share")
+        pairs = shape.batch * shape.heads
+        a.refuse((a["pair"] < 0) | (a["pair"] + a["pairs"] > pairs), f"pair: not all of {pairs} heads of samples")
+        first, last = (self._group_of(pair // shape.heads) for pair in (a["pair"], a["pair"] + a["pairs"] - 1))
+        a.refuse(first != last, "pairs: of samples of several groups")
+        self.group[a.tiles] = first
+        self.stage[a.tiles] = np.array(which)[mine]
+        self._check_keys()
+        self._check_pairs(which)
+
+    def _group_of(self, sample: Integers) -> Integers:
+        return np.searchsorted(self.groups[:-1], sample * self.schedule.shape.tokens, side="right") - 1
+
+    def _check_pairs(self, which: Sequence[int]) -> None:
+        """Each head of each sample has one tile in each of the stages `which`."""
+        a, shape = self.attends, self.schedule.shape
+        of = np.repeat(np.arange(len(a.tiles)), a["pairs"])
+        first = np.cumsum(a["pairs"]) - a["pairs"]
+        pair = a["pair"][of] + np.arange(len(of)) - first[of]
+        self._check_once(
+            a.tiles[of],
+            np.stack([self.stage[a.tiles][of], pair // shape.heads, pair % shape.heads]),
+            (
+                ((k, b, h), f"head {h} of sample {b} of {self.stages[k].name!r}")
+                for k in which
+                for b in range(shape.batch)
+                for h in range(shape.heads)
+            ),
+        )
 
     def _check_keys(self) -> None:
         a, schedule, shape = self.attends, self.schedule, self.schedule.shape
-        a.refuse((a["slice"] < 1) | (a["slice"] * schedule.ranks < a["keys"]), "slice: ranks do not cover the keys")
+        a.refuse((a["slice"] < 1) | (a["slice"] * a["share"] < a["keys"]), "slice: ranks do not cover the keys")
         a.refuse(a["slice"] > a["keys"], "slice: more than the keys")
-        for keys in np.unique(a["slice"]).tolist():
-            rows = attend_rows(shape.tokens, keys)[0]
-            a.refuse((a["slice"] == keys) & (a["tokens"] > rows), f"tokens: more than {rows} rows of queries")
-            staging = attend_bytes(shape.tokens, keys, shape.head_dim)
-            a.refuse((a["slice"] == keys) & (staging > schedule.staging), f"staging: expected at least {staging}")
+        for share in np.unique(a["share"]).tolist():
+            inbox = attend_inbox(shape.tokens, share, shape.head_dim)
+            a.refuse((a["share"] == share) & (inbox > schedule.inbox), f"share: expected an inbox of at least {inbox}")
+        rows = query_rows(shape.tokens)
+        a.refuse(a["tokens"] > rows, f"tokens: more than {rows} rows of queries")
+        features = a["context"] != NONE
+        for keys, cross in set(zip(a["slice"].tolist(), features.tolist(), strict=True)):
+            staging = attend_bytes(shape.tokens, keys, shape.head_dim, cross)
+            wrong = (a["slice"] == keys) & (features == cross) & (staging > schedule.staging)
+            a.refuse(wrong, f"staging: expected at least {staging}")
 
     def check_private(self) -> None:
         """The residual stream's memory is that of encode_out's tiles, which have the same rows."""
