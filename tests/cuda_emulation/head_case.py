@@ -63,8 +63,8 @@ CUTS = {
     "51 tokens, norms in parts": (2, 1, True, DEAR),
     "no state": (1, 1, False, DEAR),
 }
-"""Blocks of a team, samples of one product, whether attention to tokens is part of one, and prices, where the device has clusters,
-for each of SIZES.
+"""Blocks of a team, samples of one product, whether attention to tokens is part of one, and prices, where the device has
+clusters; for each of SIZES.
 """
 
 TINY: dict[str, Any] = dict(
