@@ -12,15 +12,31 @@ import numpy as np
 import pytest
 import torch
 from head_case import Case, tiny
-from head_faults import a_tile, changed, faults_case, in_teams, moved, sound_schedule, swapped, team_of, without
+from head_faults import (
+    a_tile,
+    changed,
+    faults_case,
+    in_teams,
+    least_inbox,
+    moved,
+    plan_with,
+    sound_schedule,
+    swapped,
+    team_of,
+    without,
+)
 from rank_order import Order
 
 from dit4dit.engine.action_ode import Device, Schedule, head_shape, plan
 from dit4dit.engine.action_ode.cost import Costs
+from dit4dit.engine.action_ode.cuts import AttendCut
 from dit4dit.engine.action_ode.schedule import NONE, RANKS, SETS, Attend, Epilogue, Opcode, Operands, Product
 from dit4dit.engine.action_ode.twin import Twin
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
 from dit4dit.engine.action_ode.weights import pack
+
+FEW = Device(8, 227 << 10, 90, (4, 3, 2))
+"""SMs for few teams of each size."""
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +48,13 @@ def case() -> Case:
 def sound() -> Schedule:
     validate(sound_schedule())
     return sound_schedule()
+
+
+@pytest.fixture(scope="module")
+def fused() -> Schedule:
+    """With attention to the tokens as part of the products that follow it."""
+    validate(sound_schedule(fused=True))
+    return sound_schedule(fused=True)
 
 
 # -- single numbers ----------------------------------------------------------------------------------------------------
@@ -92,6 +115,8 @@ PRODUCTS: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {
     "a result behind the set": (GELU, {"out": lambda s: s.set_words}, "out: expected"),
     "results closer than they lie": (GELU, {"out_stride": -1}, "out_stride: expected"),
     "a stream that is none": (GELU, {"stream": +1}, "stream: expected"),
+    "attention where there is none": (RESIDUAL, {"attend": +1}, "attend: not as its stage is"),
+    "heads less than none": (GELU, {"attend": -1}, "attend: not as its stage is"),
     "the stream of another tile": (RESIDUAL, {"stream": +64 * 56}, "stream: expected"),
     "a stream an element on": (RESIDUAL, {"stream": +1}, "stream: expected"),
     "actions over others": (EULER, {"stream": -1}, "stream: private memory of two owners overlaps"),
@@ -108,10 +133,17 @@ ATTENDS: dict[str, tuple[int, dict[str, Any], str]] = {
     "another stride": (NONE, {"stride": -64}, "stride: expected"),
     "other features": (0, {"context": +1}, "context: expected"),
     "the features instead of itself": (NONE, {"context": +1}, "context: expected"),
-    "another head": (NONE, {"head": +1}, "out: expected"),
-    "no head": (NONE, {"head": +8}, "head: not one of 8"),
-    "another sample": (0, {"sample": +1}, "out: expected"),
-    "no sample": (0, {"sample": -6}, "sample: not one of 6"),
+    "the next head": (NONE, {"pair": +1}, "writes the same words as"),
+    "no head": (NONE, {"pair": lambda s: s.shape.heads * s.shape.batch}, "pair: not all of 48 heads of samples"),
+    "a head before all": (0, {"pair": -48}, "pair: not all of 48 heads of samples"),
+    "a head more": (NONE, {"pairs": +1}, "pairs: not 1 to the ranks by the share"),
+    "no pairs": (NONE, {"pairs": -2}, "pairs: not 1 to the ranks by the share"),
+    "more pairs than any": (0, {"pairs": lambda s: 1 << 30}, "pairs: not 1 to the ranks by the share"),
+    "half of the ranks": (0, {"share": -2}, "slice: ranks do not cover the keys"),
+    "more ranks for each head": (NONE, {"share": +2}, "pairs: not 1 to the ranks by the share"),
+    "ranks that do not divide the team": (NONE, {"share": +1}, "share: not one of .* up to the ranks"),
+    "no ranks": (NONE, {"share": -2}, "share: not one of .* up to the ranks"),
+    "more ranks than the team has": (0, {"share": +4}, "share: not one of .* up to the ranks"),
     "fewer tokens": (0, {"tokens": -1}, "tokens: expected"),
     "fewer keys": (0, {"keys": -1}, "keys: expected"),
     "keys of another sample": (NONE, {"keys": +1}, "keys: expected"),
@@ -143,8 +175,36 @@ def test_a_wrong_number_of_a_product_is_caught(sound: Schedule, fault: str) -> N
 def test_a_wrong_number_of_attention_is_caught(sound: Schedule, fault: str) -> None:
     context, change, message = ATTENDS[fault]
     i = a_tile(sound, Attend, context=context)
-    with pytest.raises(ScheduleError, match=rf"^tile {i} Attend.*: {message}"):
+    which = r"\d+" if message.startswith("writes") else i  # of two tiles the later one is named
+    with pytest.raises(ScheduleError, match=rf"^tile {which} Attend.*: {message}"):
         validate(planted(sound, i, change))
+
+
+INSIDE: dict[str, tuple[int, str]] = {
+    # what is more by how much of a product that attends
+    "no attention": (-4, "attend: not as its stage is"),
+    "less than no attention": (-5, "attend: not as its stage is"),
+    "a head more than there is room for": (+1, r"attend: expected a staging of at least \d+"),
+    "all heads": (1 << 30, r"attend: expected a staging of at least \d+"),
+}
+
+
+@pytest.mark.parametrize("fault", INSIDE)
+def test_wrong_attention_inside_a_product_is_caught(fused: Schedule, fault: str) -> None:
+    more, message = INSIDE[fault]
+    i = next(i for i, t in enumerate(fused.decoded) if isinstance(t.work, Product) and t.work.attend)
+    assert fused.decoded[i].work.attend == 4
+    with pytest.raises(ScheduleError, match=rf"^tile {i} Product.*: {message}"):
+        validate(planted(fused, i, {"attend": more}))
+
+
+def test_fewer_heads_at_a_time_are_fine(case: Case, fused: Schedule) -> None:
+    """It is only how they are staged."""
+    want = case.twin(fused).run()
+    for i in [i for i, t in enumerate(fused.decoded) if isinstance(t.work, Product) and t.work.attend]:
+        fused = changed(fused, i, attend=1)
+    validate(fused)
+    assert torch.equal(case.twin(fused).run(), want)
 
 
 def test_every_number_has_a_planted_fault() -> None:
@@ -168,10 +228,13 @@ VALUES: list[Callable[[int, np.random.Generator], int]] = [
 ]
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("seed", range(2))
-def test_one_wrong_number_is_caught_or_harmless(case: Case, sound: Schedule, seed: int) -> None:
-    """Harmless: words and their order by trying, and actions as before. That can only be other ranges of keys."""
-    rng, messages = np.random.default_rng(seed), []
+def test_one_wrong_number_is_caught_or_harmless(case: Case, seed: int, inside: bool) -> None:
+    """Harmless: words and their order by trying, and actions as before. That can only be other ranges of keys, and how many heads
+    are staged at a time.
+    """
+    rng, messages, sound = np.random.default_rng(seed), [], sound_schedule(inside)
     packed = pack(case.folded, sound, torch.float32)
     want, known = Twin(sound, packed, *case.given()).run(), set()
     for _ in range(400):
@@ -187,13 +250,14 @@ def test_one_wrong_number_is_caught_or_harmless(case: Case, sound: Schedule, see
         except ScheduleError as error:
             messages.append(str(error))
         else:
-            assert name == "slice"
+            assert name in ("slice", "attend")
             if (number, other) not in known:
                 assert Order(wrong).fault() is None
                 assert case.error(Twin(wrong, packed, *case.given()).run(), want) < 1e-5
             known.add((number, other))
     assert len(messages) > 250
-    assert [m for m in messages if not re.match(r"tile \d+ (Product|Attend)\(.*\): \w+: ", m)] == []
+    named = r"tile \d+ (Product|Attend)\(.*\): (\w+: |writes the same words as tile)|no tile has head \d of sample \d of"
+    assert [m for m in messages if not re.match(named, m)] == []
 
 
 # -- tiles and teams ---------------------------------------------------------------------------------------------------
@@ -203,35 +267,94 @@ def test_the_sound_one_is_sound_by_trying(sound: Schedule) -> None:
     assert Order(sound).fault() is None
 
 
+def test_a_fused_one_is_sound_by_trying(fused: Schedule) -> None:
+    assert Order(fused).fault() is None
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("costs", [Costs(read=0.5, inbox=0.0), Costs()], ids=["split", "whole"])
-def test_schedules_are_sound_by_trying(ranks: int, costs: Costs) -> None:
+@pytest.mark.parametrize("inside", [False, True], ids=["", "fused"])
+def test_schedules_are_sound_by_trying(ranks: int, costs: Costs, inside: bool) -> None:
     """What is proved of them, found out without the chain: who reads which words of whom, and is done in time."""
     shape = head_shape(tiny(num_layers=2, action_dim=20), batch=3, context=70, prefix=True, steps=2)
-    schedule = plan(shape, Device(8, 227 << 10, 90, (4, 3, 2)), costs, ranks=ranks)
+    schedule = plan(shape, FEW, costs, ranks=ranks, fused=inside)
     validate(schedule)
     assert Order(schedule).fault() is None
 
 
-@pytest.mark.parametrize("which", [*(dict(epilogue=e) for e in Epilogue), dict(context=0), dict(context=NONE)], ids=str)
-def test_a_tile_left_out_is_caught(sound: Schedule, which: dict[str, int]) -> None:
-    kind: type[Operands] = Product if "epilogue" in which else Attend
-    wrong = without(sound, a_tile(sound, kind, **which))
+@pytest.mark.parametrize("inside", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("ranks, share", [(ranks, share) for ranks in RANKS for share in RANKS if share <= ranks])
+def test_shares_are_sound_by_trying(ranks: int, share: int, group: int, inside: bool) -> None:
+    """Heads of 48 lie across the columns of ranks, three heads leave ranks without one, and some of a head have no keys."""
+    heads = dict(num_heads=2, head_dim=48) if share % 4 else dict(num_heads=3, head_dim=16)
+    shape = head_shape(tiny(num_layers=2, **heads), batch=3, context=70, prefix=True, steps=2)
+    keys, active = (shape.tokens, shape.context), share // 2 + 1
+    attention = tuple(AttendCut(share, -(-n // active)) for n in keys)
+    costs = Costs(read=0.5, inbox=0.0)
+    schedule = plan_with(
+        lambda cuts: replace(cuts, attention=attention), shape, FEW, costs, ranks=ranks, group=group, fused=inside
+    )
+    schedule = replace(schedule, inbox=max(schedule.inbox, least_inbox(schedule)), slots=4)
+    attends = [t.work for t in schedule.decoded if isinstance(t.work, Attend)]
+    assert {w.share for w in attends} == {share}
+    assert {w.context == NONE for w in attends} == {not inside, False}
+    assert any(w.attend for w in (t.work for t in schedule.decoded) if isinstance(w, Product)) == inside
+    validate(schedule)
+    assert Order(schedule).fault() is None
+
+
+WHICH = [*(dict(epilogue=e) for e in Epilogue), dict(context=0), dict(context=NONE), dict(attend=4)]
+"""A tile of each kind, the last of a schedule that is fused."""
+
+
+def schedule_and_tile(which: dict[str, int]) -> tuple[Schedule, int]:
+    schedule = sound_schedule(fused="attend" in which)
+    return schedule, a_tile(schedule, Attend if "context" in which else Product, **which)
+
+
+@pytest.mark.parametrize("which", WHICH, ids=str)
+def test_a_tile_left_out_is_caught(which: dict[str, int]) -> None:
+    wrong = without(*schedule_and_tile(which))
     assert "reads what nobody stores" in str(Order(wrong).fault())
     with pytest.raises(ScheduleError, match=r"^no tile has (row tile \d of matrix|head \d of sample \d of) .*: nobody"):
         validate(wrong)
 
 
-@pytest.mark.parametrize("which", [*(dict(epilogue=e) for e in Epilogue), dict(context=0), dict(context=NONE)], ids=str)
-def test_a_tile_that_two_teams_have_is_caught(sound: Schedule, which: dict[str, int]) -> None:
-    kind: type[Operands] = Product if "epilogue" in which else Attend
-    i = a_tile(sound, kind, **which)
-    teams = [list(range(begin, end)) for begin, end in pairwise(sound.first_tile.tolist())]
-    teams[(team_of(sound, i) + 1) % sound.teams].append(i)
-    wrong = in_teams(sound, teams)
+@pytest.mark.parametrize("which", WHICH, ids=str)
+def test_a_tile_that_two_teams_have_is_caught(which: dict[str, int]) -> None:
+    schedule, i = schedule_and_tile(which)
+    teams = [list(range(begin, end)) for begin, end in pairwise(schedule.first_tile.tolist())]
+    teams[(team_of(schedule, i) + 1) % schedule.teams].append(i)
+    wrong = in_teams(schedule, teams)
     assert "stores a word of another" in str(Order(wrong).fault())
     with pytest.raises(ScheduleError, match=r"^tile \d+ .*: writes the same words as tile \d+"):
         validate(wrong)
+
+
+@pytest.mark.parametrize("pair", [0, 24, 46])
+def test_a_head_that_nobody_has_is_caught(sound: Schedule, pair: int) -> None:
+    """The second of two heads of a tile."""
+    wrong = changed(sound, a_tile(sound, Attend, context=NONE, pair=pair), pairs=1)
+    assert "reads what nobody stores" in str(Order(wrong).fault())
+    head = f"head {(pair + 1) % 8} of sample {(pair + 1) // 8} of '1.attended'"
+    with pytest.raises(ScheduleError, match=f"^no tile has {head}: nobody writes its words"):
+        validate(wrong)
+
+
+def test_a_head_that_two_tiles_have_is_caught(sound: Schedule) -> None:
+    i, j = (a_tile(sound, Attend, context=NONE, pair=pair) for pair in (4, 6))
+    wrong = changed(sound, i, pair=5)
+    assert "stores a word of another" in str(Order(wrong).fault())
+    with pytest.raises(ScheduleError, match=rf"^tile {max(i, j)} Attend.*: writes the same words as tile {min(i, j)}$"):
+        validate(wrong)
+
+
+def test_heads_of_two_groups_in_one_tile_are_caught(sound: Schedule) -> None:
+    """The last head of one group and the first of the next."""
+    i = a_tile(sound, Attend, context=NONE, pair=22)
+    with pytest.raises(ScheduleError, match=rf"^tile {i} Attend.*: pairs: of samples of several groups"):
+        validate(changed(sound, i, pair=23))
 
 
 def test_two_results_swapped_are_caught(sound: Schedule) -> None:
@@ -293,7 +416,7 @@ def test_groups_that_wait_for_each_other_are_caught(sound: Schedule) -> None:
 
     def group(i: int) -> int:
         w = sound.decoded[i].work
-        return int((w.token if isinstance(w, Product) else w.sample * shape.tokens) >= half)
+        return int((w.token if isinstance(w, Product) else w.pair // shape.heads * shape.tokens) >= half)
 
     teams = [list(range(begin, end)) for begin, end in pairwise(sound.first_tile.tolist())]
     euler = {i for i, t in enumerate(sound.decoded) if getattr(t.work, "epilogue", NONE) == Epilogue.EULER}

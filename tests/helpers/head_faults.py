@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -14,7 +14,7 @@ import pytest
 from head_case import Case, tiny
 
 from dit4dit.engine.action_ode import Device, HeadShape, Schedule, plan
-from dit4dit.engine.action_ode.cuts import Cuts, choose
+from dit4dit.engine.action_ode.cuts import AttendCut, Cuts, choose
 from dit4dit.engine.action_ode.schedule import (
     NONE,
     Attend,
@@ -26,6 +26,7 @@ from dit4dit.engine.action_ode.schedule import (
 from dit4dit.engine.action_ode.sizes import (
     attend_bytes,
     attend_inbox,
+    own_attention_bytes,
     product_staging,
     sums_bytes,
 )
@@ -42,6 +43,10 @@ TILES = {
     "decode_out": (16, 4, 1),
 }
 """tile_rows, split and parts of matrices; (64, 4, 1) of the rest. Not the planner's choice, so that it stays as it is."""
+ATTENTION = (AttendCut(2, 9), AttendCut(4, 38))
+"""Of the tokens two heads a tile, each by two ranks; of the features one, by all. Some ranks have fewer keys than others."""
+FUSED = (AttendCut(1, 17), AttendCut(2, 75))
+"""Where attention to the tokens is part of a product, and two heads a tile attend to the features."""
 planner = sys.modules["dit4dit.engine.action_ode.plan"]
 
 
@@ -53,8 +58,8 @@ def faults_case() -> Case:
 
 
 @cache
-def sound_schedule() -> Schedule:
-    schedule = planned(faults_case().shape)
+def sound_schedule(fused: bool = False) -> Schedule:
+    schedule = planned(faults_case().shape, fused=fused)
     products = [t.work for t in schedule.decoded if isinstance(t.work, Product)]
     assert {w.epilogue for w in products} == set(Epilogue)
     assert {w.fp8 for w in products} == {0, 1}
@@ -62,44 +67,65 @@ def sound_schedule() -> Schedule:
     assert {w.parts for w in products} == {1, 2}
     assert len({w.token for w in products}) == 2, "groups"
     assert min(m.row_tiles for m in schedule.matrices.values()) > 1
-    assert {t.work.context for t in schedule.decoded if isinstance(t.work, Attend)} == {0, NONE}
+    assert {bool(w.attend) for w in products} == {False, fused}
+    attends = [t.work for t in schedule.decoded if isinstance(t.work, Attend)]
+    wanted = {(0, 2, 2)} if fused else {(NONE, 2, 2), (0, 4, 1)}
+    assert {(w.context, w.share, w.pairs) for w in attends} == wanted
     return schedule
 
 
 def planned(
-    shape: HeadShape, device: Device = DEVICE, cuts: Mapping[str, tuple[int, int, int]] | None = None
+    shape: HeadShape,
+    device: Device = DEVICE,
+    cuts: Mapping[str, tuple[int, int, int]] | None = None,
+    fused: bool = False,
+    attention: tuple[AttendCut, AttendCut] | None = None,
 ) -> Schedule:
-    """With TILES, or with `cuts` for some of them, keys of attention for all ranks, and just as much memory as that needs."""
+    """With TILES, or with `cuts` for some of them, ATTENTION or FUSED or what is given, and just as much memory as that needs."""
     tiles = TILES | (cuts or {})
 
-    def forced(*arguments: Any) -> Cuts:
-        found, matrices, offset = choose(*arguments), {}, 0
+    def change(found: Cuts) -> Cuts:
+        matrices, offset = {}, 0
         for name, matrix in found.matrices.items():
             tile_rows, split, parts = tiles.get(name) or tiles.get(name.split(".")[-1]) or (64, 4, 1)
             matrices[name] = replace(matrix, tile_rows=tile_rows, split=split, parts=parts, offset=offset)
             offset += matrices[name].units
-        slices = (-(-keys // RANKS_OF_TEAM) for keys in (shape.tokens, shape.context))
-        return replace(found, matrices=matrices, slices=tuple(slices))
+        return replace(found, matrices=matrices, attention=attention or (FUSED if fused else ATTENTION))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "choose", forced)
-        schedule = plan(shape, device, ranks=RANKS_OF_TEAM, group=min(GROUP, shape.batch))
+    schedule = plan_with(change, shape, device, ranks=RANKS_OF_TEAM, group=min(GROUP, shape.batch), fused=fused)
     schedule = replace(schedule, part=max(m.slice for m in schedule.matrices.values()), slots=4)
     return replace(schedule, staging=least_staging(schedule), inbox=least_inbox(schedule))
 
 
+def plan_with(change: Callable[[Cuts], Cuts], *arguments: Any, **ways: Any) -> Schedule:
+    """`plan` with other cuts than those that are predicted to be best."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "choose", lambda *given: change(choose(*given)))
+        return plan(*arguments, **ways)
+
+
 def least_staging(schedule: Schedule) -> int:
     """Bytes of staging that its tiles need."""
-    products = (product_staging(schedule.padded_tokens, schedule.part, m) for m in schedule.matrices.values())
-    slices = {t.work.slice for t in schedule.decoded if isinstance(t.work, Attend)}
-    attends = (attend_bytes(schedule.shape.tokens, n, schedule.shape.head_dim) for n in slices)
+    shape, padded = schedule.shape, schedule.padded_tokens
+    each = own_attention_bytes(shape.tokens, shape.head_dim)
+    works = [t.work for t in schedule.decoded]
+    at_once = {(w.weight, w.attend * each) for w in works if isinstance(w, Product)}
+    by_offset = sorted(schedule.matrices.values(), key=lambda m: m.offset)
+    products = {
+        product_staging(padded, schedule.part, [m for m in by_offset if m.offset <= weight][-1], behind)
+        for weight, behind in at_once
+    }
+    slices = {(w.slice, w.context != NONE) for w in works if isinstance(w, Attend)}
+    attends = (attend_bytes(shape.tokens, n, shape.head_dim, features) for n, features in slices)
     return -(-max(*products, *attends) // 16) * 16
 
 
 def least_inbox(schedule: Schedule) -> int:
-    sums = (sums_bytes(schedule.padded_tokens, m) for m in schedule.matrices.values() if m.split > 1)
-    attends = attend_inbox(schedule.shape.tokens, schedule.ranks, schedule.shape.head_dim)
-    return -(-max(*sums, attends) // 16) * 16
+    shape = schedule.shape
+    sums = [sums_bytes(schedule.padded_tokens, m) for m in schedule.matrices.values() if m.split > 1]
+    shares = {t.work.share for t in schedule.decoded if isinstance(t.work, Attend)}
+    attends = [attend_inbox(shape.tokens, share, shape.head_dim) for share in shares]
+    return -(-max(sums + attends, default=0) // 16) * 16
 
 
 def a_tile(schedule: Schedule, kind: type[Operands], nth: int = 0, **fields: int) -> int:

@@ -26,36 +26,68 @@ def area(first: int, tokens: int, stride: int, columns: int) -> set[int]:
 
 def read_words(w: Operands, schedule: Schedule, rank: int) -> set[int]:
     if isinstance(w, Product):
-        first = rank % w.split * w.slice
-        columns = min(max(w.columns - first, 0), w.slice)
-        return area(w.source + first // 2, w.tokens, w.source_stride, columns)
-    keys, dim = min(max(w.keys - rank * w.slice, 0), w.slice), schedule.shape.head_dim
-    if keys == 0:
+        return read_by_product(w, schedule, rank)
+    pair, index = pair_of(w, rank)
+    keys, dim = min(max(w.keys - index * w.slice, 0), w.slice), schedule.shape.head_dim
+    if pair is None or keys == 0:
         return set()
-    found = area(w.query, w.tokens, w.stride, dim)
+    place = place_of(pair, w.stride, schedule)
+    found = area(w.query + place, w.tokens, w.stride, dim)
     if w.context == NONE:
         for first in (w.key, w.value):
-            found |= area(first + rank * w.slice * w.stride, keys, w.stride, dim)
+            found |= area(first + place + index * w.slice * w.stride, keys, w.stride, dim)
     return found
 
 
+def read_by_product(w: Product, schedule: Schedule, rank: int) -> set[int]:
+    """Its own columns; where they are attention's results, q, k and v of every head that one of them belongs to."""
+    first = rank % w.split * w.slice
+    end = min(first + w.slice, w.columns)
+    if end <= first:
+        return set()
+    if not w.attend:
+        return area(w.source + first // 2, w.tokens, w.source_stride, end - first)
+    dim = schedule.shape.head_dim
+    heads = {column // dim for column in range(first, end)}
+    begins = [w.source + (part * w.columns + head * dim) // 2 for part in range(3) for head in heads]
+    return set().union(*(area(begin, w.tokens, w.source_stride, dim) for begin in begins))
+
+
+def pair_of(w: Attend, rank: int) -> tuple[int | None, int]:
+    """(the pair that a rank has a share of, which share of it); of pairs that a tile does not have None."""
+    which, index = divmod(rank, w.share)
+    return w.pair + which if which < w.pairs else None, index
+
+
+def place_of(pair: int, stride: int, schedule: Schedule) -> int:
+    """Words from the first sample's first head to a pair."""
+    sample, head = divmod(pair, schedule.shape.heads)
+    return sample * schedule.shape.tokens * stride + head * schedule.shape.head_dim // 2
+
+
 def stored_words(w: Operands, schedule: Schedule, rank: int) -> set[int]:
-    ranks = schedule.ranks
     if isinstance(w, Attend):
-        columns = schedule.shape.head_dim // ranks
-        return area(w.out + rank * columns // 2, w.tokens, w.out_stride, columns)
-    own = w.tile_rows // ranks
+        pair, index = pair_of(w, rank)
+        if pair is None:
+            return set()
+        columns = schedule.shape.head_dim // w.share
+        first = w.out + place_of(pair, w.out_stride, schedule) + index * columns // 2
+        return area(first, w.tokens, w.out_stride, columns)
+    own = w.tile_rows // schedule.ranks
     end = schedule.shape.padded_actions - w.row if w.epilogue == Epilogue.EULER else w.rows
     columns = min(max(end - rank * own, 0), own)
     return area(w.out + rank * own // 2, w.tokens, w.out_stride, columns)
 
 
-def summed(w: Operands, ranks: int, rank: int) -> range:
-    """Ranks whose sums are in what a rank stores."""
-    if isinstance(w, Attend):
-        return range(ranks)
-    first = rank // w.split * w.split
-    return range(first, first + w.split)
+def summed(w: Operands, rank: int) -> list[int]:
+    """Ranks whose sums are in what a rank stores, itself included; of attention those that have keys of the same pair."""
+    if isinstance(w, Product):
+        first = rank // w.split * w.split
+        return list(range(first, first + w.split))
+    if pair_of(w, rank)[0] is None:
+        return [rank]
+    first = rank // w.share * w.share
+    return [r for r in range(first, first + w.share) if r == rank or (r - first) * w.slice < w.keys]
 
 
 @dataclass
@@ -120,7 +152,7 @@ class Order:
                 since = step - self.is_ahead(who)
                 if since >= 0:
                     edges[node].add(late + self.number[who, by, since])
-            for other in summed(self.work[i], ranks, rank):
+            for other in summed(self.work[i], rank):
                 edges[late + node].add(self.number[i, other, step])
         for begin, end in pairwise(self.schedule.first_tile.tolist()):
             tiles = [(i, step) for step in range(STEPS) for i in range(begin, end)]

@@ -194,7 +194,7 @@ class _Tiles:
         attends: of each product, whether its rows are such.
         """
         p, schedule, shape = self.products, self.schedule, self.schedule.shape
-        p.refuse((p["attend"] > 0) != attends, "attend: not as its stage is")
+        p.refuse(np.where(attends, p["attend"] < 1, p["attend"] != 0), "attend: not as its stage is")
         p.refuse(attends & (p["slice"] > schedule.part), "attend: its columns are not staged at once")
         each = own_attention_bytes(shape.tokens, shape.head_dim)
         for matrix, at_once in set(zip(mine[attends].tolist(), p["attend"][attends].tolist(), strict=True)):
