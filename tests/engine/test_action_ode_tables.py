@@ -24,9 +24,12 @@ from head_faults import (
 from rank_order import Order
 
 from dit4dit import presets
+from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode import Schedule, head_shape, plan
 from dit4dit.engine.action_ode.chain import chain
+from dit4dit.engine.action_ode.cuts import AttendCut
 from dit4dit.engine.action_ode.schedule import SETS, Epilogue, Product, Tile
+from dit4dit.engine.action_ode.sizes import attend_inbox
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
 
 
@@ -79,7 +82,7 @@ SCHEDULES: dict[str, tuple[Callable[[Schedule], dict[str, Any]], str]] = {
     "staging that is too small": (lambda s: {"staging": least_staging(s) - 16}, "staging.*: expected at least"),
     "staging that is not aligned": (lambda s: {"staging": s.staging + 8}, "^staging: expected a multiple of 16"),
     "an inbox that is too small": (lambda s: {"inbox": least_inbox(s) - 16}, "^inbox, of matrix '.*': expected"),
-    "an inbox too small for attention": (lambda s: {"inbox": 16}, r"^inbox: expected \d+ for attention"),
+    "attention that is part of no product": (lambda s: {"fused": True}, "^buffers: expected"),
     "an inbox that is not aligned": (lambda s: {"inbox": s.inbox + 8}, "^inbox: expected a multiple of 16"),
     "more words than numbers": (lambda s: {"set_words": (1 << 31) // SETS + 4}, "^words, .*: expected less than 2"),
     "a buffer that is missing": (
@@ -168,7 +171,7 @@ def test_one_rank_has_no_inbox() -> None:
     shape = head_shape(tiny(), batch=1, context=40, prefix=True, steps=1)
     schedule = plan(shape, SMALL)
     validate(schedule)
-    with pytest.raises(ScheduleError, match=r"^inbox: expected 0 for attention, got 16"):
+    with pytest.raises(ScheduleError, match=r"^inbox: expected 0 with one rank, got 16"):
         validate(replace(schedule, inbox=16))
 
 
@@ -203,6 +206,55 @@ def test_staging_too_small_for_attention_alone_is_caught() -> None:
     validate(schedule)
     with pytest.raises(ScheduleError, match=rf"^tile \d+ Attend.*: staging: expected at least {schedule.staging}"):
         validate(replace(schedule, staging=schedule.staging - 16))
+
+
+def test_staging_too_small_for_attention_inside_a_product_is_caught() -> None:
+    schedule = sound_schedule(fused=True)
+    validate(schedule)
+    with pytest.raises(
+        ScheduleError, match=rf"^tile \d+ Product.*: attend: expected a staging of at least {schedule.staging}"
+    ):
+        validate(replace(schedule, staging=schedule.staging - 16))
+
+
+def test_an_inbox_too_small_for_attention_alone_is_caught() -> None:
+    """Wide heads of many tokens, and products without exchange but where there are few rows."""
+    shape = replace(faults_case().shape, batch=1, heads=2, horizon=50)
+    whole = dict.fromkeys(("encode", "encode_out", "0.project", "1.project", "out", "mlp_in", "mlp_out"), (64, 1, 1))
+    schedule = planned(shape, cuts=whole, attention=(AttendCut(2, 26), AttendCut(4, 38)))
+    validate(schedule)
+    assert schedule.inbox == attend_inbox(51, 4, 64)
+    with pytest.raises(
+        ScheduleError, match=rf"^tile \d+ Attend.*share=4.*: share: expected an inbox of at least {schedule.inbox}"
+    ):
+        validate(replace(schedule, inbox=schedule.inbox - 16))
+    # which one rank for each head does not need
+    alone = planned(shape, cuts=whole, attention=(AttendCut(1, 51), AttendCut(1, 150)))
+    assert alone.inbox < schedule.inbox
+    validate(alone)
+
+
+def test_attention_inside_products_before_hopper_is_caught() -> None:
+    shape = head_shape(tiny(), batch=1, context=40, prefix=True, steps=1)
+    hopper = replace(SMALL, capability=90)
+    schedule = plan(shape, hopper, fused=True)
+    validate(schedule)
+    with pytest.raises(ScheduleError, match="^fused: expected False before Hopper, got True"):
+        validate(replace(schedule, device=replace(hopper, capability=89)))
+
+
+def test_attention_that_is_not_staged_at_once_is_caught() -> None:
+    """A product without a split may stage its columns in several parts, but not where they are attention's results."""
+    config = HeadConfig.dit_b(num_layers=2, action_horizon=16)
+    shape = head_shape(config, batch=1, context=40, prefix=True, steps=1)
+    schedule = plan(shape, replace(H200, clusters=()), fused=True)
+    validate(schedule)
+    i = next(i for i, t in enumerate(schedule.decoded) if isinstance(t.work, Product) and t.work.attend)
+    assert schedule.part >= schedule.decoded[i].work.slice == shape.width
+    least = max(32 * m.panel_steps for m in schedule.matrices.values())
+    assert least < shape.width
+    with pytest.raises(ScheduleError, match=rf"^tile {i} Product.*: attend: its columns are not staged at once"):
+        validate(replace(schedule, part=least))
 
 
 def test_groups_of_parts_of_samples_are_caught(sound: Schedule) -> None:
@@ -257,12 +309,17 @@ def test_parts_of_activations_that_the_kernel_cannot_stage_are_caught(split: int
         validate(replace(fits, part=fits.part - 32))
 
 
-def test_the_chain_is_what_buffers_are_for(sound: Schedule) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_chain_is_what_buffers_are_for(fused: bool) -> None:
     """Each buffer is written by one stage and read by the next, the first by the first."""
-    stages = chain(sound.shape)
+    sound = sound_schedule(fused)
+    stages = chain(sound.shape, fused)
     assert [stage.out for stage in stages[:-1]] == [stage.source for stage in stages[1:]]
     assert sorted(stage.out for stage in stages) == sorted(sound.buffers)
     assert stages[-1].out == stages[0].source
+    assert ("1.attended" in sound.buffers) == (not fused)
+    assert "0.attended" in sound.buffers, "the features are not in a buffer"
+    assert [stage.name for stage in stages if stage.attend] == (["1.out"] if fused else [])
 
 
 def test_validating_is_fast() -> None:
