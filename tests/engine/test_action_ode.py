@@ -5,49 +5,102 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from head_case import A100, CLUSTERS, DEAR, DEVICES, H200, SIZES, SMALL, Case, planned, tiles_of, tiny
+from head_faults import changed, least_inbox, plan_with, without
 from torch import Tensor
 
 from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode import Device, Schedule, plan
 from dit4dit.engine.action_ode.cost import Costs
+from dit4dit.engine.action_ode.cuts import AttendCut
 from dit4dit.engine.action_ode.schedule import (
-    ATTEND_KEYS,
     EMPTY,
     NONE,
     PADDED_TOKENS,
     RANKS,
     SETS,
+    WARPS,
     Attend,
     Epilogue,
     Product,
-    Tile,
 )
-from dit4dit.engine.action_ode.twin import Area, Twin, Words
+from dit4dit.engine.action_ode.sizes import query_rows, warp_keys
+from dit4dit.engine.action_ode.twin import Twin
 from dit4dit.engine.action_ode.validate import validate
 from dit4dit.engine.action_ode.weights import pack
+from dit4dit.engine.action_ode.words import Area, Words
 from dit4dit.model.flow import GuidanceTensors, prefix_weights
 
 
-def sound(case: Case, device: Device, ranks: int | None = None, costs: Costs = DEAR) -> Schedule:
-    schedule = plan(case.shape, device, costs, ranks=ranks)
+def sound(
+    case: Case, device: Device, ranks: int | None = None, costs: Costs = DEAR, fused: bool | None = None
+) -> Schedule:
+    schedule = plan(case.shape, device, costs, ranks=ranks, fused=fused)
     validate(schedule)
     return schedule
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
-@pytest.mark.parametrize("horizon", [8, 16, 50])
-@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def all_ways(case: Case, ranks: int = 8) -> list[Schedule]:
+    """On blocks alone; in teams whose ranks share heads as far as they can; and with heads inside products, if there are such."""
+    ways = [sound(case, SMALL), shared(case, ranks, fused=False)]
+    return ways if all(case.shape.blocks) else [*ways, shared(case, ranks, fused=True)]
+
+
+def shared(case: Case, ranks: int, fused: bool) -> Schedule:
+    """All ranks of a team share each head, of the features half of them where attention is not part of products. There are few
+    keys for so many ranks: some have none.
+    """
+    shape = case.shape
+    shares = ranks, ranks if fused else max(1, ranks // 2)
+    attention = tuple(
+        AttendCut(share, -(-keys // (share // 2 + 1)))
+        for share, keys in zip(shares, (shape.tokens, shape.context), strict=True)
+    )
+    schedule = plan_with(
+        lambda cuts: replace(cuts, attention=attention), shape, CLUSTERS, DEAR, ranks=ranks, fused=fused
+    )
+    schedule = replace(schedule, inbox=max(schedule.inbox, least_inbox(schedule)))
+    validate(schedule)
+    return schedule
+
+
+HORIZONS, BATCHES, STEPS = (8, 16, 50), (1, 2, 3, 4), (1, 2, 4, 8)
+
+
+def request(horizon: int, batch: int, steps: int) -> tuple[Case, int]:
+    """(one rank takes the features' keys in more than one go, of several ranks some have none; blocks of a team)"""
+    return Case(tiny(horizon), batch, context=150, steps=steps), RANKS[(batch + STEPS.index(steps)) % len(RANKS)]
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("batch", BATCHES)
 def test_the_twin_is_the_head(horizon: int, batch: int, steps: int) -> None:
-    """9, 17 and 51 tokens; one rank takes the features' keys in more than one go, of several ranks some have none."""
-    case = Case(tiny(horizon), batch, context=150, steps=steps)
-    ranks = RANKS[(batch + steps) % len(RANKS)]
-    for schedule in (sound(case, SMALL), sound(case, CLUSTERS, ranks)):
+    """9, 17 and 51 tokens."""
+    case, ranks = request(horizon, batch, steps)
+    want = case.want()
+    for schedule in all_ways(case, ranks):
         got = case.twin(schedule).run(torch.Generator().manual_seed(3))
-        assert case.error(got, case.want()) < 1e-5
+        assert case.error(got, want) < 1e-5
+
+
+def test_the_requests_reach_every_way_of_attention() -> None:
+    """Of each number of tokens, in several groups of samples."""
+    for horizon in HORIZONS:
+        found = [all_ways(*request(horizon, batch, steps)) for batch in BATCHES for steps in STEPS]
+        before, inside = ([schedules[which] for schedules in found] for which in (1, 2))
+        for schedules, fused, contexts in ((before, False, (0, NONE)), (inside, True, (0,))):
+            assert {(s.ranks, s.fused) for s in schedules} == {(ranks, fused) for ranks in RANKS}
+            works = [t.work for s in schedules for t in s.decoded]
+            for context in contexts:
+                attends = [w for w in works if isinstance(w, Attend) and w.context == context]
+                assert {w.share for w in attends} == set(RANKS[: 4 if fused or context == NONE else 3])
+                assert any(w.keys <= w.slice * (w.share - 1) for w in attends), "a rank without keys"
+            products = [w for w in works if isinstance(w, Product) and (w.attend or not fused)]
+            assert {w.split for w in products} >= {1, 2}
+            assert any(w.token for w in products)
 
 
 @pytest.mark.parametrize("costs", [Costs(), DEAR], ids=["usual", "dear"])
@@ -56,9 +109,11 @@ def test_the_twin_is_the_head(horizon: int, batch: int, steps: int) -> None:
 def test_teams_of_every_size(size: str, ranks: int, costs: Costs) -> None:
     config, request = SIZES[size]
     case = Case(tiny(**config), **request)
-    schedule = sound(case, CLUSTERS, ranks, costs)
-    assert (schedule.ranks, schedule.teams) == (ranks, CLUSTERS.teams(ranks))
-    assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
+    want = case.want()
+    for fused in sorted({False, not all(case.shape.blocks)}):
+        schedule = sound(case, CLUSTERS, ranks, costs, fused)
+        assert (schedule.ranks, schedule.teams, schedule.fused) == (ranks, CLUSTERS.teams(ranks), fused)
+        assert case.error(case.twin(schedule).run(), want) < 1e-5
 
 
 def test_the_sizes_reach_every_way_of_cutting() -> None:
@@ -81,11 +136,26 @@ def test_the_sizes_reach_every_way_of_cutting() -> None:
         assert {work.epilogue for work in products} == {*Epilogue}
         assert any(work.token for work in products)
         in_parts = [t for s in found for t in s.decoded if isinstance(t.work, Product) and t.work.slice > s.part]
-        assert any(tile.work.norm for tile in in_parts) == (name == "copies")
+        assert any(tile.work.norm for tile in in_parts)
         assert any(work.rows < work.tile_rows for work in products)
+        assert {s.fused for s in found} == {False, name == "bulk"}
+        inside = [(s, work) for s in found for t in s.decoded if isinstance(work := t.work, Product) and work.attend]
+        assert {work.split for _, work in inside} == ({2, 4} if name == "bulk" else set())
         heads = [work for work in works if isinstance(work, Attend)]
-        assert any(work.keys > work.slice for work in heads) == (name == "bulk")
-        assert any(work.slice > ATTEND_KEYS for work in heads)
+        assert {work.share for work in heads} >= ({1, 2, 4} if name == "bulk" else {1})
+        assert {work.context == NONE for work in heads if work.share > 1} == (
+            {True, False} if name == "bulk" else set()
+        )
+        assert any(work.pairs > 1 for work in heads) == (name == "bulk")
+        # the features come in panels; where a block has all of them a warp takes several
+        several = any(rounds_of(s, t.work) > 1 for s in found for t in s.decoded if isinstance(t.work, Attend))
+        assert several or name == "bulk"
+
+
+def rounds_of(schedule: Schedule, w: Attend) -> int:
+    """How often a warp takes keys."""
+    panel = warp_keys(w.tokens, w.slice, schedule.shape.head_dim, w.context != NONE)
+    return -(-w.slice // (panel * WARPS * 16 // query_rows(w.tokens)))
 
 
 @pytest.mark.parametrize(
@@ -102,38 +172,59 @@ def test_the_sizes_reach_every_way_of_cutting() -> None:
 )
 def test_other_heads(change: dict[str, Any]) -> None:
     case = Case(tiny(**change), batch=2)
-    for device in (SMALL, CLUSTERS):
-        assert case.error(case.twin(sound(case, device)).run(), case.want()) < 1e-5
+    want = case.want()
+    for schedule in all_ways(case):
+        assert case.error(case.twin(schedule).run(), want) < 1e-5
 
 
 @pytest.mark.parametrize("horizon", [9, 16])
 def test_a_request_without_state(horizon: int) -> None:
     case = Case(tiny(horizon), batch=3, prefix=False)
     assert case.shape.tokens == horizon
-    for device in (SMALL, CLUSTERS):
-        assert case.error(case.twin(sound(case, device)).run(), case.want()) < 1e-5
+    want = case.want()
+    for schedule in all_ways(case):
+        assert case.error(case.twin(schedule).run(), want) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", [A100, H200], ids=["a100", "h200"])
+@pytest.mark.parametrize("device, fused", [(A100, False), (H200, False), (H200, True)], ids=["a100", "h200", "fused"])
 @pytest.mark.parametrize("size", ["dit_b", "dit_l"])
-def test_true_sizes(size: str, device: Device) -> None:
-    """True widths; DiT-B in its full depth on one device."""
+def test_true_sizes(size: str, device: Device, fused: bool) -> None:
+    """True widths and the usual prices; DiT-B in its full depth where attention is part of products."""
     make = HeadConfig.dit_b if size == "dit_b" else HeadConfig.dit_l
-    deep = size == "dit_b" and device is H200
+    deep = size == "dit_b" and fused
     config = make(action_horizon=16, **({} if deep else {"num_layers": 2}))
     case = Case(config, batch=1, context=588, steps=4 if deep else 1)
-    schedule = sound(case, device)
+    schedule = sound(case, device, costs=Costs(), fused=fused)
     assert case.error(case.twin(schedule).run(), case.want()) < 1e-5
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_guidance(steps: int) -> None:
-    case = Case(tiny(), batch=2, steps=steps)
-    guidance = GuidanceTensors(torch.randn_like(case.noise), prefix_weights("exp", 2, 6, 8), 5.0)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, horizon, batch", [("dit_b", 50, 2), ("dit_b", 8, 4), ("dit_l", 50, 1), ("dit_l", 16, 3)]
+)
+def test_true_sizes_with_guidance(size: str, horizon: int, batch: int) -> None:
+    make = HeadConfig.dit_b if size == "dit_b" else HeadConfig.dit_l
+    case = Case(make(action_horizon=horizon, num_layers=2), batch, context=70, steps=2)
+    guidance = guided(case)
     want = case.want(guidance)
-    for device in (SMALL, CLUSTERS):
-        got = case.twin(sound(case, device), guidance=guidance).run()
+    for fused in (False, True):
+        schedule = sound(case, H200, costs=Costs(), fused=fused)
+        assert case.error(case.twin(schedule, guidance=guidance).run(), want) < 1e-5
+
+
+def guided(case: Case) -> GuidanceTensors:
+    return GuidanceTensors(torch.randn_like(case.noise), prefix_weights("exp", 2, 6, case.config.action_horizon), 5.0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("horizon", HORIZONS)
+def test_guidance(horizon: int, steps: int) -> None:
+    case = Case(tiny(horizon), batch=2, steps=steps)
+    guidance = guided(case)
+    want = case.want(guidance)
+    for schedule in all_ways(case):
+        got = case.twin(schedule, guidance=guidance).run(torch.Generator().manual_seed(steps))
         assert case.error(got, want) < 1e-5
     assert case.error(case.want(), want) > 1e-2
 
@@ -142,8 +233,9 @@ def test_guidance(steps: int) -> None:
 def test_the_twin_in_bfloat16_is_as_near_as_pytorch(ranks: int) -> None:
     case = Case(tiny(16), batch=2, context=150, steps=4)
     want = case.want()
-    error = case.error(case.twin(sound(case, CLUSTERS, ranks), torch.bfloat16).run(), want)
-    assert 1e-4 < error < 2 * case.error(case.want_in_bf16(), want)
+    most = 2 * case.error(case.want_in_bf16(), want)
+    for schedule in all_ways(case, ranks):
+        assert 1e-4 < case.error(case.twin(schedule, torch.bfloat16).run(), want) < most
 
 
 def test_bfloat16_rounds_where_the_kernel_does() -> None:
@@ -179,6 +271,17 @@ def test_bfloat16_rounds_where_the_kernel_does() -> None:
         assert same(buffer, wanted(False)) < 0.9
 
 
+def test_attention_inside_a_product_rounds_like_attention_before_it() -> None:
+    """Queries, keys and values are the same: so are the words that follow, but for the order of sums."""
+    case = Case(tiny(16), batch=2, context=150, steps=1)
+    twins = [case.twin(sound(case, CLUSTERS, 1, fused=fused), torch.bfloat16) for fused in (False, True)]
+    for twin in twins:
+        twin.run()
+    for buffer in ("1.project", "1.out"):
+        before, inside = (twin.buffer(buffer, 0) for twin in twins)
+        assert (before == inside).float().mean() > 0.99, buffer
+
+
 @pytest.mark.parametrize("device", [SMALL, CLUSTERS], ids=["blocks", "clusters"])
 def test_fp8_weights_are_near(device: Device) -> None:
     case = Case(tiny(), batch=2)
@@ -192,19 +295,21 @@ def test_fp8_weights_are_near(device: Device) -> None:
 # -- order, words and sets ---------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_the_teams_does_not_matter() -> None:
+@pytest.mark.parametrize("way", [0, 1, 2], ids=["blocks", "shared", "fused"])
+def test_the_order_of_the_teams_does_not_matter(way: int) -> None:
     case = Case(tiny(), batch=2, context=150)
-    schedule = plan(case.shape, SMALL)
+    schedule = all_ways(case)[way]
     runs = [case.twin(schedule).run(torch.Generator().manual_seed(seed)) for seed in range(4)]
     runs.append(case.twin(schedule).run())
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
+@pytest.mark.parametrize("way", [0, 1, 2], ids=["blocks", "shared", "fused"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_launches_follow_each_other(steps: int) -> None:
+def test_launches_follow_each_other(steps: int, way: int) -> None:
     """Each begins in the set where the one before ended; what it leaves are the words of its last step, the noisy ones EMPTY."""
     case = Case(tiny(), steps=steps)
-    schedule = plan(case.shape, SMALL)
+    schedule = all_ways(case)[way]
     want, words = case.twin(schedule).run(), None
     for launch in range(1, 5):
         twin = case.twin(schedule, words=words)
@@ -236,26 +341,12 @@ def test_the_twin_stops_after_any_tile() -> None:
     assert not early.private.isnan().all()
 
 
-def changed(schedule: Schedule, i: int, **change: int) -> Schedule:
-    tiles = schedule.tiles.copy()
-    tile = schedule.decoded[i]
-    tiles[i] = Tile(tile.opcode, tile.work._replace(**change)).record()
-    return replace(schedule, tiles=tiles)
-
-
-def team_of(schedule: Schedule, i: int) -> int:
-    return int(np.searchsorted(schedule.first_tile, i, side="right")) - 1
-
-
 def test_a_tile_that_is_missing_is_waited_for() -> None:
     case = Case(tiny())
     schedule = plan(case.shape, SMALL)
     lost = tiles_of(schedule, "1.mlp_in")[0]
-    first_tile = schedule.first_tile.copy()
-    first_tile[team_of(schedule, lost) + 1 :] -= 1
-    broken = replace(schedule, tiles=np.delete(schedule.tiles, lost, axis=0), first_tile=first_tile)
     with pytest.raises(RuntimeError, match="wait for each other"):
-        case.twin(broken).run()
+        case.twin(without(schedule, lost)).run()
 
 
 def test_tiles_in_a_wrong_order_wait_for_each_other() -> None:
@@ -285,7 +376,10 @@ def test_a_word_that_is_written_twice_is_an_error() -> None:
     ],
 )
 @pytest.mark.parametrize("steps", [2, 4])
-def test_a_wrong_set_is_an_error(own: bool, message: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [0, 1, 2], ids=["blocks", "shared", "fused"])
+def test_a_wrong_set_is_an_error(
+    way: int, own: bool, message: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Words are made EMPTY in the step's own set, or not at all: seen in one launch, or in the next."""
     clear = Words.clear
 
@@ -295,7 +389,7 @@ def test_a_wrong_set_is_an_error(own: bool, message: str, steps: int, monkeypatc
 
     monkeypatch.setattr(Words, "clear", wrong)
     case = Case(tiny(), steps=steps)
-    schedule = plan(case.shape, SMALL)
+    schedule = all_ways(case)[way]
     first = case.twin(schedule)
     again = case.twin(schedule, words=first.words)
 
@@ -305,6 +399,51 @@ def test_a_wrong_set_is_an_error(own: bool, message: str, steps: int, monkeypatc
 
     with pytest.raises(RuntimeError, match=message):
         run()
+
+
+def of_part(schedule: Schedule, part: int) -> list[int]:
+    """Products that make queries, keys or values of the tokens of block 1, and nothing else."""
+    width = schedule.shape.width
+    found = [(i, schedule.decoded[i].work) for i in tiles_of(schedule, "1.project")]
+    return [i for i, w in found if part * width <= w.row < w.row + w.rows <= (part + 1) * width]
+
+
+@pytest.mark.parametrize("way", [1, 2], ids=["shared", "fused"])
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["queries", "keys", "values"])
+def test_attention_waits_for_queries_keys_and_values(part: int, way: int) -> None:
+    """One tile is missing: its heads are not attended to, and no product that needs them comes."""
+    case = Case(tiny())
+    schedule = all_ways(case, ranks=2)[way]
+    lost = of_part(schedule, part)[0]
+    twin = case.twin(without(schedule, lost))
+    with pytest.raises(RuntimeError, match="teams wait for each other"):
+        twin.run()
+    assert twin.buffer("1.out", 0).isnan().all()
+    work = schedule.decoded[lost].work
+    assert isinstance(work, Product)
+    if not schedule.fused:
+        first = work.row - part * schedule.shape.width
+        lost_columns = torch.zeros(schedule.shape.width, dtype=torch.bool)
+        lost_columns[first : first + work.rows] = True
+        assert torch.equal(twin.buffer("1.attended", 0).isnan().any(0), lost_columns)
+
+
+@pytest.mark.parametrize("way", [1, 2], ids=["shared", "fused"])
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["queries", "keys", "values"])
+def test_attention_to_words_of_another_step_is_an_error(part: int, way: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tiny())
+    schedule = all_ways(case, ranks=2)[way]
+    outs, write = {schedule.decoded[i].work.out for i in of_part(schedule, part)}, Words.write
+    assert outs
+
+    def late(self: Words, area: Area, step: int, values: Tensor) -> None:
+        write(self, area, step, values)
+        if area.first in outs:
+            self._of(self.step[step % SETS], area).fill_(step - SETS)
+
+    monkeypatch.setattr(Words, "write", late)
+    with pytest.raises(RuntimeError, match="expected words of step 0, got one of step -3"):
+        case.twin(schedule).run()
 
 
 WRONG = {

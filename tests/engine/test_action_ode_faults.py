@@ -30,7 +30,7 @@ from rank_order import Order
 from dit4dit.engine.action_ode import Device, Schedule, head_shape, plan
 from dit4dit.engine.action_ode.cost import Costs
 from dit4dit.engine.action_ode.cuts import AttendCut
-from dit4dit.engine.action_ode.schedule import NONE, RANKS, SETS, Attend, Epilogue, Opcode, Operands, Product
+from dit4dit.engine.action_ode.schedule import NONE, RANKS, SETS, Attend, Epilogue, Opcode, Product
 from dit4dit.engine.action_ode.twin import Twin
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
 from dit4dit.engine.action_ode.weights import pack
@@ -256,7 +256,9 @@ def test_one_wrong_number_is_caught_or_harmless(case: Case, seed: int, inside: b
                 assert case.error(Twin(wrong, packed, *case.given()).run(), want) < 1e-5
             known.add((number, other))
     assert len(messages) > 250
-    named = r"tile \d+ (Product|Attend)\(.*\): (\w+: |writes the same words as tile)|no tile has head \d of sample \d of"
+    named = (
+        r"tile \d+ (Product|Attend)\(.*\): (\w+: |writes the same words as tile)|no tile has head \d of sample \d of"
+    )
     assert [m for m in messages if not re.match(named, m)] == []
 
 

@@ -152,7 +152,9 @@ def every_row_once(schedule: Schedule) -> None:
     inside = {m.name for m, _, w in products(schedule) if w.attend}
     own = {i for i, cross in enumerate(shape.blocks) if not cross}
     assert inside == ({f"{i}.out" for i in own} if schedule.fused else set())
-    assert {f"{i}.attended" for i in own if not schedule.fused} == {f"{i}.attended" for i in own} & set(stages(schedule))
+    assert {f"{i}.attended" for i in own if not schedule.fused} == {f"{i}.attended" for i in own} & set(
+        stages(schedule)
+    )
 
 
 def work_is_equal(schedule: Schedule) -> None:
