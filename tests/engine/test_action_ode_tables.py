@@ -239,7 +239,7 @@ def test_attention_inside_products_before_hopper_is_caught() -> None:
     hopper = replace(SMALL, capability=90)
     schedule = plan(shape, hopper, fused=True)
     validate(schedule)
-    with pytest.raises(ScheduleError, match="^fused: expected False before Hopper, got True"):
+    with pytest.raises(ScheduleError, match=r"^fused: expected False before Hopper, got True"):
         validate(replace(schedule, device=replace(hopper, capability=89)))
 
 
