@@ -9,7 +9,7 @@ import pytest
 from head_faults import planner
 from head_plans import DEVICES, H200, PRESETS, SHAPES, products, released
 
-from dit4dit.engine.action_ode import plan
+from dit4dit.engine.action_ode import HeadShape, plan
 from dit4dit.engine.action_ode.cost import Costs, head_us, own_attention_us, product_us, stage_us, staged_columns
 from dit4dit.engine.action_ode.cuts import AttendCut, choose, group_sizes
 from dit4dit.engine.action_ode.schedule import (
@@ -27,11 +27,8 @@ from dit4dit.engine.action_ode.sizes import (
 from dit4dit.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "dit_l, 16 x 3", "51 tokens", "dit_b, 8 x 2, fp8"])
-def test_the_way_with_the_least_prediction_is_taken(name: str) -> None:
+def predictions(shape: HeadShape) -> dict[tuple[int, int, bool], float]:
     """Of all sizes of teams and of groups, and with attention to the tokens inside products or before them."""
-    shape = SHAPES[name]
-    got = plan(shape, H200)
     found = {}
     for way in product(RANKS, group_sizes(shape), (False, True)):
         ranks, group, fused = way
@@ -40,8 +37,23 @@ def test_the_way_with_the_least_prediction_is_taken(name: str) -> None:
         except ConfigError:  # columns of many tokens' attention have to be staged at once
             assert fused
     assert len(found) > 4
+    return found
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "dit_l, 16 x 3", "51 tokens", "dit_b, 8 x 2, fp8"])
+def test_the_way_with_the_least_prediction_is_taken(name: str) -> None:
+    shape = SHAPES[name]
+    got, found = plan(shape, H200), predictions(shape)
     way = got.ranks, max(w.tokens for *_, w in products(got)) // shape.tokens, got.fused
     assert head_us(got)["total"] == found[way] == min(found.values())
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+@pytest.mark.parametrize("name", PRESETS)
+def test_more_samples_are_planned_well(name: str, batch: int) -> None:
+    """To 0.2 %: where weights take as long as the chain, the planner counts them as if one team had most of all kinds."""
+    shape = released(name, batch)
+    assert head_us(plan(shape, H200))["total"] <= 1.002 * min(predictions(shape).values())
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])

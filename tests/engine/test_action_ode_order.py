@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from head_case import Case, tiny
+from head_case import DEVICES, SIZES, Case, planned, tiny
 from head_faults import (
     a_tile,
     changed,
@@ -23,6 +23,7 @@ from head_faults import (
     team_of,
     without,
 )
+from head_plans import small
 from rank_order import Order
 
 from dit4dit.engine.action_ode import Device, Schedule, head_shape, plan
@@ -95,6 +96,14 @@ def test_shares_are_sound_by_trying(ranks: int, share: int, group: int, inside: 
     assert {w.share for w in attends} == {share}
     assert {w.context == NONE for w in attends} == {not inside, False}
     assert any(w.attend for w in (t.work for t in schedule.decoded) if isinstance(w, Product)) == inside
+    validate(schedule)
+    assert Order(schedule).fault() is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_emulated_is_sound_by_trying(size: str, device: str) -> None:
+    schedule = planned(size, small(size), DEVICES[device])
     validate(schedule)
     assert Order(schedule).fault() is None
 

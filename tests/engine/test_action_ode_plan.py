@@ -202,6 +202,16 @@ def test_heads_fill_the_ranks_of_a_team(batch: int, group: int) -> None:
         assert (min(pairs for _, pairs in wanted) < 8) == (batch != 4)
 
 
+def test_an_inbox_that_attention_alone_needs() -> None:
+    """Wide heads of many tokens, and few rows."""
+    head = tiny(50, num_layers=2, num_heads=2, head_dim=64)
+    shape = head_shape(head, batch=1, context=600, prefix=True, steps=1)
+    schedule = plan(shape, H200, ranks=8)
+    (share,) = {t.work.share for t in schedule.decoded if isinstance(t.work, Attend)}
+    sums = max(sums_bytes(schedule.padded_tokens, m) for m in schedule.matrices.values() if m.split > 1)
+    assert sums < attend_inbox(shape.tokens, share, shape.head_dim) <= schedule.inbox
+
+
 def groups(schedule: Schedule) -> set[tuple[int, int]]:
     return {(w.token, w.tokens) for *_, w in products(schedule)}
 

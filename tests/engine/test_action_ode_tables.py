@@ -201,10 +201,14 @@ def test_columns_of_half_a_fragment_are_caught(monkeypatch: pytest.MonkeyPatch) 
         validate(planned(replace(faults_case().shape, decoder=88)))
 
 
-def test_staging_too_small_for_attention_alone_is_caught() -> None:
-    schedule = planned(replace(faults_case().shape, batch=1))
+@pytest.mark.parametrize("horizon, context", [(16, r"\d+"), (8, "-1")])
+def test_staging_too_small_for_attention_alone_is_caught(horizon: int, context: str) -> None:
+    """What warps have found takes most of it; where a warp has few queries, the keys and values of the tokens themselves."""
+    schedule = planned(replace(faults_case().shape, batch=1, horizon=horizon))
     validate(schedule)
-    with pytest.raises(ScheduleError, match=rf"^tile \d+ Attend.*: staging: expected at least {schedule.staging}"):
+    with pytest.raises(
+        ScheduleError, match=rf"^tile \d+ Attend.*context={context}.*: staging: expected at least {schedule.staging}"
+    ):
         validate(replace(schedule, staging=schedule.staging - 16))
 
 
