@@ -317,6 +317,10 @@ def test_devices_without_what_was_asked_for() -> None:
         plan(shape, Device(0, 99 << 10, 80))
     with pytest.raises(ConfigError, match=r"ranks: expected one of \[1\] here, got 2"):
         plan(shape, DEVICES["a100"], ranks=2)
+    # attention inside products: from Hopper on, where some block attends to its own tokens
+    for head, device in ((shape, DEVICES["a100"]), (replace(shape, blocks=(True, True)), H200)):
+        with pytest.raises(ConfigError, match=r"fused: expected one of \[False\] here, got True"):
+            plan(head, device, fused=True)
     # clusters need the architecture as well
     with pytest.raises(ConfigError, match=r"ranks: expected one of \[1\]"):
         plan(shape, replace(H200, capability=80), ranks=8)
