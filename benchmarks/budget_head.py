@@ -25,7 +25,11 @@ SHARED = ("memory", "flat_rate")
 """Constants of `Costs` that other predictions take too; all others are "head_" and their name in `gpus.json`."""
 RATES = ("memory", "flat_rate", "sm_stream")
 """Those of which more is faster; each limits weights, as `LIMITS` says."""
-LIMITS = {"memory": "all from memory once", "flat_rate": "all that is read from L2", "sm_stream": "what one SM reads"}
+LIMITS = {
+    "memory": "each once from memory",
+    "flat_rate": "all reads from L2",
+    "sm_stream": "reads of the SM with most of them",
+}
 
 
 def constant(field: str) -> str:
@@ -68,7 +72,7 @@ def table_of(schedule: Schedule, gpu: Gpu) -> dict[str, Any]:
     microseconds of weights if it were the only limit. "weight_mb", "features_mb": megabytes that come to the slots of all blocks
     in all steps, of weights, and of keys and values of the features. "kinds": matrices and attention; those of equal cut are
     one: `_row`, their "count", and "us" of the team that takes longest with its parts, "us_of". "if_twice": constant that is a
-    guess -> microseconds that the total grows by if it costs twice as much.
+    guess -> microseconds that the total grows by if it costs twice as much, or is half of a rate.
     """
     costs, steps = costs_of(gpu), schedule.shape.steps
     us = head_us(schedule, costs)
@@ -175,7 +179,7 @@ def said(head: Mapping[str, Any]) -> str:
     return (
         f"{head['teams']} teams x {head['ranks']} blocks on {head['sms']} SMs of {head['gpu']}, {head['stages']} stages a step, "
         f"{head['steps']} steps, {head['padded_tokens']} padded tokens, {head['slots']} slots for weights, "
-        f"{head['shared_bytes'] / 1024:,.0f} KB of shared memory a block; read are {head['weight_mb']:,.0f} MB of weights and "
+        f"{head['shared_bytes'] / 1024:,.0f} KB of shared memory a block; it reads {head['weight_mb']:,.0f} MB of weights and "
         f"{head['features_mb']:,.0f} MB of the features' keys and values"
     )
 
@@ -196,24 +200,26 @@ def tables(head: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
 
 
 def notes(head: Mapping[str, Any]) -> list[str]:
-    """How the parts come to the total, and what hangs on guesses."""
+    """How the parts come to the total, what the columns are, and what hangs on guesses."""
     start = head["us"]["total"] - max(head["us"]["chain"], head["us"]["weights"])
-    slower = sorted(head["if_twice"].items(), key=lambda item: -item[1])
+    limits = ", ".join(f"{what} {head['weights_us'][name]:,.1f}" for name, what in LIMITS.items())
     lines = [
         f"chain is the sum of the parts above it, weights run beside it: the total is the longer of the two and {start:,.1f} us; "
         "KB and us of a kind are of the team that has most of it",
-        "weights is the longest of, in us: "
-        + ", ".join(f"{what} {head['weights_us'][name]:,.1f}" for name, what in LIMITS.items()),
-        "attend: rows are queries, columns keys, split is how many blocks share a head; keys and values of the features come with "
+        f"weights take as long as the longest of, in us: {limits}",
+        "split, parts: how many blocks of a team, and groups of a block's warps, share the columns of a tile",
+        "attend: rows are queries, columns keys, and split is how many blocks share a head; the features' keys and values come with "
         "the weights",
     ]
     if head["fused"]:
         lines.append(
-            "attend + out: each block works out the attention of the columns that it multiplies; KB staged are q, k and v of their heads"
+            "attend + out: each block works out the attention of the columns that it multiplies; the KB staged are q, k and v of "
+            "those heads"
         )
+    slower = sorted(head["if_twice"].items(), key=lambda item: -item[1])
     if slower:
         each = ", ".join(f"{name} {us:+,.1f}" for name, us in slower)
-        lines.append(f"guesses; if one costs twice as much the head takes, in us: {each}")
+        lines.append(f"guesses; if one costs twice as much, or a rate is half of it, the head takes, in us: {each}")
     return lines
 
 
