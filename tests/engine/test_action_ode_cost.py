@@ -9,9 +9,10 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from head_case import DEAR, tiny
 from head_plans import H200, SHAPES, products, released, stages
 
-from dit4dit.engine.action_ode import Schedule, plan
+from dit4dit.engine.action_ode import Schedule, head_shape, plan
 from dit4dit.engine.action_ode.cost import PARTS, Costs, fetched_bytes, head_us, stage_us, tile_us, weights_us
 from dit4dit.engine.action_ode.schedule import NONE, SLOT_BYTES, WARPS, WEIGHT_UNIT, Attend, Product
 
@@ -113,7 +114,8 @@ def scores(schedule: Schedule, w: Product | Attend) -> float:
     if isinstance(w, Product):
         rows = padded_queries(schedule.shape.tokens)
         return sum(most_rows(turn * rows // 16) for turn in turns(schedule, w)) * rows * of_key if w.attend else 0
-    return panels(w)[0] * panels(w)[1] * of_key
+    keys, taken = panels(schedule, w)
+    return keys * taken * of_key
 
 
 def most_rows(rows: int) -> int:
@@ -121,11 +123,11 @@ def most_rows(rows: int) -> int:
     return max(Counter(row % WARPS for row in range(rows)).values())
 
 
-def panels(w: Attend) -> tuple[int, int]:
+def panels(schedule: Schedule, w: Attend) -> tuple[int, int]:
     """(keys of a panel, panels of the warp with most)."""
     groups = WARPS // (padded_queries(w.tokens) // 16)
     keys = next(n for n in (16, 32, 48, 64) if n == 64 or n * groups >= w.slice)
-    if w.context != NONE and 2 * keys * (2 * 64 + 16) > SLOT_BYTES:
+    if w.context != NONE and 2 * keys * (2 * schedule.shape.head_dim + 16) > SLOT_BYTES:
         keys = 48
     return keys, -(-w.slice // (keys * groups))
 
@@ -166,7 +168,18 @@ def most(schedule: Schedule, count: Callable[[Schedule, Product | Attend], float
     return schedule.shape.steps * total
 
 
+def heads_of_48() -> Schedule:
+    """A rank's 128 columns are of four heads, or of three."""
+    shape = head_shape(
+        tiny(num_layers=2, num_heads=10, head_dim=48, action_horizon=16), batch=2, context=90, prefix=True, steps=2
+    )
+    found = plan(shape, H200, DEAR, ranks=4, group=2, fused=True)
+    assert found.matrices["1.out"].slice == 128
+    return found
+
+
 COUNTED = {
+    "heads of 48": heads_of_48,
     "GR1": lambda: plan(released("robocasa_gr1"), H200),
     "GR1, batch 4": lambda: plan(released("robocasa_gr1", batch=4), H200),
     "G1, 2 ranks": lambda: plan(released("unitree_g1"), H200, ranks=2, fused=True),
@@ -220,7 +233,7 @@ def test_weights_are_counted_by_what_limits_them(name: str) -> None:
         for team, w in works:
             if not isinstance(w, Attend) or w.context == NONE:
                 continue
-            keys = panels(w)[0]
+            keys = panels(schedule, w)[0]
             for rank in range(w.pairs * w.share):
                 if rank % w.share * w.slice < w.keys:  # each panel is full, of keys and of values
                     of_rank[team, rank] += -(-w.slice // keys) * keys * 2 * 2 * schedule.shape.head_dim
@@ -263,8 +276,12 @@ def test_a_stage_takes_what_the_team_with_most_of_it_takes(batch: int) -> None:
     assert several, "or one tile would do as well"
 
 
-def test_it_does_not_matter_which_team_has_most() -> None:
-    schedule = plan(released("unitree_g1", batch=3), H200)
+@pytest.mark.parametrize("name", ["unitree_g1", "libero"])
+def test_it_does_not_matter_which_team_has_most(name: str) -> None:
+    """Of one sample a product each, or of two and one."""
+    schedule = plan(released(name, batch=3), H200)
+    tokens = {w.tokens for _, _, w in products(schedule)}
+    assert tokens == ({51} if name == "unitree_g1" else {9, 18})
     teams = np.split(schedule.tiles, schedule.first_tile[1:-1])[::-1]
     ends = np.cumsum([len(tiles) for tiles in teams], dtype=np.int32)
     backwards = replace(schedule, tiles=np.concatenate(teams), first_tile=np.append(np.int32(0), ends))
