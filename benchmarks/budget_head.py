@@ -208,8 +208,8 @@ def notes(head: Mapping[str, Any]) -> list[str]:
         "KB and us of a kind are of the team that has most of it",
         f"weights take as long as the longest of, in us: {limits}",
         "split, parts: how many blocks of a team, and groups of a block's warps, share the columns of a tile",
-        "attend: rows are queries, columns keys, and split is how many blocks share a head; the features' keys and values come with "
-        "the weights",
+        "attend: rows are queries, columns keys, and split is how many blocks share a head; the features' keys and values come "
+        "with the weights",
     ]
     if head["fused"]:
         lines.append(

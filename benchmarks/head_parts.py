@@ -86,8 +86,8 @@ def solve(us: Mapping[str, float], config: HeadConfig, steps: int) -> dict[str, 
 
 
 def cut(schedule: Schedule) -> set[tuple[object, ...]]:
-    """What two schedules have in common that are the same plan: of each kind of matrix how it is cut, how many blocks share a head
-    of attention, and whether attention of tokens to each other is inside the product that follows.
+    """What two schedules have in common that are the same plan: of each kind of matrix how it is cut, how many blocks share a
+    head of attention, and whether attention of tokens to each other is inside the product that follows.
     """
     found: set[tuple[object, ...]] = {
         (name.rpartition(".")[2], m.ranks, m.tile_rows, m.split, m.parts) for name, m in schedule.matrices.items()
