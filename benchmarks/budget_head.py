@@ -17,14 +17,19 @@ from dit4dit.benchmarks.budget_gpu import Gpu
 
 from dit4dit.engine import Engine
 from dit4dit.engine.action_ode import Schedule
-from dit4dit.engine.action_ode.cost import PARTS, Costs, head_us, stage_us, tile_us
-from dit4dit.engine.action_ode.schedule import NONE, WEIGHT_UNIT, Operands, Product
+from dit4dit.engine.action_ode.cost import PARTS, Costs, blocks_of, fetched_bytes, head_us, stage_us, tile_us
+from dit4dit.engine.action_ode.schedule import NONE, Attend, Operands, Product
 from dit4dit.tables import table
 
 SHARED = ("memory", "flat_rate")
 """Constants of `Costs` that other predictions take too; all others are "head_" and their name in `gpus.json`."""
 RATES = ("memory", "flat_rate", "sm_stream")
-"""Those of which more is faster."""
+"""Those of which more is faster; each limits weights, as `LIMITS` says."""
+LIMITS = {
+    "memory": "each once from memory",
+    "flat_rate": "all reads from L2",
+    "sm_stream": "reads of the SM with most of them",
+}
 
 
 def constant(field: str) -> str:
@@ -43,6 +48,7 @@ def facts(schedule: Schedule) -> dict[str, int]:
         "teams": schedule.teams,
         "ranks": schedule.ranks,
         "stages": schedule.stages,
+        "fused": schedule.fused,
         "steps": schedule.shape.steps,
         "padded_tokens": schedule.padded_tokens,
         "slots": schedule.slots,
@@ -62,9 +68,11 @@ def launch_facts(engine: Engine, head: str) -> list[dict[str, int]] | None:
 def table_of(schedule: Schedule, gpu: Gpu) -> dict[str, Any]:
     """The head's table, ready for JSON.
 
-    "us": of all steps (`head_us`). "per_step_us": of one step, "total" without the start. "kinds": matrices and attention;
-    those of equal cut are one: `_row`, their "count", and "us" of the team that takes longest with its parts, "us_of".
-    "if_twice": constant that is a guess -> microseconds that the total grows by if it costs twice as much.
+    "us": of all steps (`head_us`). "per_step_us": of one step, "total" without the start. "weights_us": rate of `LIMITS` ->
+    microseconds of weights if it were the only limit. "weight_mb", "features_mb": megabytes that come to the slots of all blocks
+    in all steps, of weights, and of keys and values of the features. "kinds": matrices and attention; those of equal cut are
+    one: `_row`, their "count", and "us" of the team that takes longest with its parts, "us_of". "if_twice": constant that is a
+    guess -> microseconds that the total grows by if it costs twice as much, or is half of a rate.
     """
     costs, steps = costs_of(gpu), schedule.shape.steps
     us = head_us(schedule, costs)
@@ -74,9 +82,14 @@ def table_of(schedule: Schedule, gpu: Gpu) -> dict[str, Any]:
         "blocks": schedule.blocks,
         "sms": schedule.device.sms,
     }
-    found |= {"shared_bytes": schedule.shared_bytes, "weight_mb": steps * _read_bytes(schedule) / 1e6}
+    found |= {"shared_bytes": schedule.shared_bytes}
+    found |= {"weight_mb": _fetched_mb(schedule, Product), "features_mb": _fetched_mb(schedule, Attend)}
     per_step = {name: us[name] / steps for name in (*PARTS, "chain", "weights")}
     found |= {"us": us, "per_step_us": per_step | {"total": (us["total"] - costs.start) / steps}}
+    alone = {name: dict.fromkeys(set(RATES) - {name}, math.inf) for name in LIMITS}
+    found["weights_us"] = {
+        name: head_us(schedule, dataclasses.replace(costs, **others))["weights"] for name, others in alone.items()
+    }
     found["kinds"] = list(_kinds(schedule, costs))
     found["if_twice"] = {
         constant(one.name): head_us(schedule, _twice(costs, one.name))["total"] - us["total"]
@@ -86,10 +99,11 @@ def table_of(schedule: Schedule, gpu: Gpu) -> dict[str, Any]:
     return found
 
 
-def _read_bytes(schedule: Schedule) -> int:
-    """Bytes of weights that all tiles of one step read: each matrix once for each group of samples."""
-    units = sum(tile.work.rank_units for tile in schedule.decoded if isinstance(tile.work, Product))
-    return units * schedule.ranks * WEIGHT_UNIT
+def _fetched_mb(schedule: Schedule, kind: type[Operands]) -> float:
+    """Megabytes that come to the slots of all blocks in all steps, for tiles of this kind."""
+    works = (tile.work for tile in schedule.decoded if isinstance(tile.work, kind))
+    sizes = (fetched_bytes(schedule, work) * blocks_of(work, schedule.ranks) for work in works)
+    return schedule.shape.steps * sum(sizes) / 1e6
 
 
 def _twice(costs: Costs, field: str) -> Costs:
@@ -131,7 +145,8 @@ def matrix_of(buffer: str) -> str:
 
 def _row(schedule: Schedule, buffer: str, work: Sequence[tuple[int, Operands]]) -> dict[str, Any]:
     """One stage. "teams" have work, the one with most of it "each" tiles; KB are those of one block of that team, as predictions
-    count them: of activations, or of keys and values, that it stages, and of sums that it receives from its team's others.
+    count them: what it stages that other teams wrote, and sums that it receives from its team's others. "split": blocks that
+    share the columns of a tile, of attention a head.
     """
     name, each, one = matrix_of(buffer), Counter(team for team, _ in work), work[0][1]
     found: dict[str, Any] = {"kind": name.rpartition(".")[2], "tiles": len(work), "teams": len(each)}
@@ -139,6 +154,8 @@ def _row(schedule: Schedule, buffer: str, work: Sequence[tuple[int, Operands]]) 
         matrix = schedule.matrices[name]
         found |= {"rows": matrix.rows, "columns": matrix.columns, "tile_rows": matrix.tile_rows}
         found |= {"split": matrix.split, "parts": matrix.parts}
+        if one.attend:
+            found["kind"] = f"attend + {found['kind']}, tokens"
     else:
         found["kind"] += ", tokens" if one.context == NONE else ", features"
         found |= {"rows": one.tokens, "columns": one.keys, "tile_rows": None, "split": one.share, "parts": None}
@@ -162,7 +179,8 @@ def said(head: Mapping[str, Any]) -> str:
     return (
         f"{head['teams']} teams x {head['ranks']} blocks on {head['sms']} SMs of {head['gpu']}, {head['stages']} stages a step, "
         f"{head['steps']} steps, {head['padded_tokens']} padded tokens, {head['slots']} slots for weights, "
-        f"{head['shared_bytes'] / 1024:,.0f} KB of shared memory a block, {head['weight_mb']:,.0f} MB of weights read"
+        f"{head['shared_bytes'] / 1024:,.0f} KB of shared memory a block; it reads {head['weight_mb']:,.0f} MB of weights and "
+        f"{head['features_mb']:,.0f} MB of the features' keys and values"
     )
 
 
@@ -182,16 +200,26 @@ def tables(head: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
 
 
 def notes(head: Mapping[str, Any]) -> list[str]:
-    """How the parts come to the total, and what hangs on guesses."""
+    """How the parts come to the total, what the columns are, and what hangs on guesses."""
     start = head["us"]["total"] - max(head["us"]["chain"], head["us"]["weights"])
-    slower = sorted(head["if_twice"].items(), key=lambda item: -item[1])
+    limits = ", ".join(f"{what} {head['weights_us'][name]:,.1f}" for name, what in LIMITS.items())
     lines = [
         f"chain is the sum of the parts above it, weights run beside it: the total is the longer of the two and {start:,.1f} us; "
-        "KB and us of a kind are of the team that has most of it"
+        "KB and us of a kind are of the team that has most of it",
+        f"weights take as long as the longest of, in us: {limits}",
+        "split, parts: how many blocks of a team, and groups of a block's warps, share the columns of a tile",
+        "attend: rows are queries, columns keys, and split is how many blocks share a head; the features' keys and values come "
+        "with the weights",
     ]
+    if head["fused"]:
+        lines.append(
+            "attend + out: each block works out the attention of the columns that it multiplies; the KB staged are q, k and v of "
+            "those heads"
+        )
+    slower = sorted(head["if_twice"].items(), key=lambda item: -item[1])
     if slower:
         each = ", ".join(f"{name} {us:+,.1f}" for name, us in slower)
-        lines.append(f"guesses; if one costs twice as much the head takes, in us: {each}")
+        lines.append(f"guesses; if one costs twice as much, or a rate is half of it, the head takes, in us: {each}")
     return lines
 
 

@@ -8,14 +8,15 @@ head. `variants` differ by one thing from one to the next, so that the differenc
              way of words between teams, exchange within them, barriers and epilogues; a launch cannot tell these apart.
     width    the head's own width: its weights, and with them their products and the staging of few tokens.
     tokens   the request's tokens: what they add to staging, products, exchange and epilogues.
-    keys     the request's feature tokens, which attention alone reads.
+    keys     the request's feature tokens, which attention alone reads; with them, more blocks may share a head.
 
 A second way to cut the same time is by place: one block that attends to the features, one that attends to the tokens, by leaving
 the last one or two blocks out, and "ends", what is left: start, encoder and decoder.
 
-Teams have as many blocks in all of them as in the request's schedule. Where the planner cuts matrices otherwise than there, a
-difference is one between two plans: "same_cut" says whether it is. Beside each difference stands that of the predictions for the
-same schedules.
+In all of them teams have as many blocks as in the request's schedule, and tokens attend to each other where they do there: inside
+the product that follows, or in a stage of its own. Where the planner cuts matrices or heads otherwise than there, a difference
+is one between two plans: "same_cut" says whether it is. Beside each difference stands that of the predictions for the same
+schedules.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode import Schedule
+from dit4dit.engine.action_ode.schedule import NONE, Attend
 from dit4dit.tables import number, table
 
 NARROW = 64
@@ -83,9 +85,16 @@ def solve(us: Mapping[str, float], config: HeadConfig, steps: int) -> dict[str, 
     return found
 
 
-def cut(schedule: Schedule) -> set[tuple[str, int, int, int, int]]:
-    """(kind of matrix, ranks, tile_rows, split, parts): what two schedules have in common that are the same plan."""
-    return {(name.rpartition(".")[2], m.ranks, m.tile_rows, m.split, m.parts) for name, m in schedule.matrices.items()}
+def cut(schedule: Schedule) -> set[tuple[object, ...]]:
+    """What two schedules have in common that are the same plan: of each kind of matrix how it is cut, how many blocks share a
+    head of attention, and whether attention of tokens to each other is inside the product that follows.
+    """
+    found: set[tuple[object, ...]] = {
+        (name.rpartition(".")[2], m.ranks, m.tile_rows, m.split, m.parts) for name, m in schedule.matrices.items()
+    }
+    attends = (tile.work for tile in schedule.decoded if isinstance(tile.work, Attend))
+    found |= {("tokens" if work.context == NONE else "features", work.share) for work in attends}
+    return found | {("fused", schedule.fused)}
 
 
 def measure(

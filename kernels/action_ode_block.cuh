@@ -6,7 +6,10 @@
 //   reads that slice of the activations only, and the sums are put together through the cluster's shared memory;
 // - what teams give each other is words, two bfloat16 numbers each, that are kEmpty until they are there. Who needs words reads
 //   them until none is kEmpty: no counter, no fence and no second trip for the data behind a flag;
-// - a warp of its own fetches weights from the first tile to the last one without waiting for any activation;
+// - a warp of its own fetches weights, and keys and values of the features, from the first tile to the last one without waiting for
+//   any activation;
+// - what few tokens need of each other, their attention, each block works out for the columns that it is going to multiply: doing it
+//   in many blocks takes less time than another trip from team to team;
 // - the residual stream and the sampler's state are private: the thread that writes an element is the one that reads it.
 //
 // Why no word is read that is old: a step's words lie in one of three sets. The thread that writes a word makes the same word

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dit4dit import ops
 from dit4dit.config import HeadConfig
-from dit4dit.engine.action_ode import Device, Schedule, head_shape, plan
+from dit4dit.engine.action_ode import Device, HeadShape, Schedule, head_shape, plan
 from dit4dit.engine.action_ode.cost import head_us
 from dit4dit.engine.action_ode.program import OneLaunchHead, device_of
 from dit4dit.engine.action_ode.weights import FP8, row_scale
@@ -91,15 +91,23 @@ def candidates(head: OneLaunchHead, args: tuple[Tensor, ...]) -> dict[str, Calla
 
 
 def schedule_of(
-    config: HeadConfig, steps: int, *, device: str, batch: int, context: int, ranks: int | None = None
+    config: HeadConfig, steps: int, *, device: str, batch: int, context: int, like: Schedule | None = None
 ) -> Schedule:
-    """The kernel's schedule, on this GPU or, where there is none, on an H200, of teams of so many blocks where that is said.
+    """The kernel's schedule, on this GPU or, where there is none, on an H200. like: as `planned_like`.
 
-    ConfigError: no tiles for this head, or no such teams.
+    ConfigError: no tiles for this head, or no such plan.
     """
     here = device_of(torch.device(device)) if device.startswith("cuda") and torch.cuda.is_available() else H200
     prefix = config.state_dim is not None
-    return plan(head_shape(config, batch=batch, context=context, prefix=prefix, steps=steps), here, ranks=ranks)
+    shape = head_shape(config, batch=batch, context=context, prefix=prefix, steps=steps)
+    return plan(shape, here) if like is None else planned_like(like, shape, here)
+
+
+def planned_like(like: Schedule, shape: HeadShape, device: Device) -> Schedule:
+    """Of teams with as many blocks as `like` has, and with attention of tokens to each other in the same place, whatever would be
+    predicted to take least. ConfigError: no such plan.
+    """
+    return plan(shape, device, ranks=like.ranks, fused=like.fused and not all(shape.blocks))
 
 
 def constants() -> Gpu:
@@ -239,12 +247,12 @@ def parts(
     settings: device, dtype, samples, batch.
     """
     record, place = rows.record, {name: settings[name] for name in ("device", "batch")}
-    ranks = schedule_of(config, steps, context=context, **place).ranks
+    like = schedule_of(config, steps, context=context, **place)
 
     def time(name: str, variant: head_parts.Variant) -> Mapping[str, Any]:
         if record.remaining() == 0.0:  # the rows are whole without: no record is cut by what is left out here
             return failures.NO_TIME
-        row = time_variant(variant, ranks, remaining=record.remaining(), **settings)
+        row = time_variant(variant, like, remaining=record.remaining(), **settings)
         if "left_out" in row:
             rows.add(f"cuda, {name}", row)
         return row
@@ -253,25 +261,25 @@ def parts(
         config,
         context,
         steps,
-        plan=lambda v: schedule_of(v.config, v.steps, context=v.context, ranks=ranks, **place),
+        plan=lambda v: schedule_of(v.config, v.steps, context=v.context, like=like, **place),
         predict=lambda schedule: head_us(schedule, budget_head.costs_of(gpu))["total"],
         time=time,
     )
 
 
-class HeldRanks(OneLaunchHead):
-    """A head whose teams have so many blocks, whatever would be predicted to take least."""
+class HeldPlan(OneLaunchHead):
+    """A head that is planned like another one: `planned_like`."""
 
-    ranks: int
+    like: Schedule
 
     def schedule(self, device: torch.device, batch: int, context: int, prefix: bool) -> Schedule:
         shape = head_shape(self.config, batch=batch, context=context, prefix=prefix, steps=self.steps)
-        return plan(shape, device_of(device), ranks=self.ranks)
+        return planned_like(self.like, shape, device_of(device))
 
 
 def time_variant(
     variant: head_parts.Variant,
-    ranks: int,
+    like: Schedule,
     *,
     device: str,
     dtype: torch.dtype,
@@ -280,13 +288,16 @@ def time_variant(
     remaining: float | None = None,
     backend: str = "cuda",
 ) -> dict[str, Any]:
-    """`timed` of the kernel's graph with a head and a request of this kind, held to the head in float32 on the CPU."""
+    """`timed` of the kernel's graph with a head and a request of this kind, held to the head in float32 on the CPU.
+
+    like: the plan of the request that it is a variant of.
+    """
     head, steps = random_head(variant.config, 0), variant.steps
     exact = inputs(head.config, variant.context, batch)
     given = on_device(exact, device, dtype)
     want = ops.action_ode(OneLaunchHead(fold_head(head, steps), head.config, steps), *exact, backend="torch")
-    small = HeldRanks(fold_head(head.to(device, dtype), steps), head.config, steps)
-    small.ranks = ranks
+    small = HeldPlan(fold_head(head.to(device, dtype), steps), head.config, steps)
+    small.like = like
     plain = ops.action_ode(small, *given, backend="torch").cpu()
     kernel, cuda = partial(ops.action_ode, small, *given, backend=backend), device.startswith("cuda")
     entry = Contender(graph_of(kernel) if cuda else kernel, small, want, dtype.itemsize)

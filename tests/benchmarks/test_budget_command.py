@@ -44,12 +44,14 @@ def test_every_released_model_without_a_gpu(name: str, tmp_path: Path, capsys: p
         assert result["stages"]["today"][stage]["launches"] > 0
     assert all(row["us"] > 0 and row["stage"] for rows in result["launches"].values() for row in rows)
     head = result["one_launch_head"]
-    assert (head["gpu"], head["stages"], head["steps"]) == (result["gpu"], 84, 4)
+    assert (head["gpu"], head["stages"], head["steps"]) == (result["gpu"], 76, 4)
     lines = [line.split() for line in printed.splitlines()]
     for part in ("synchronisation", "staging", "products", "epilogues", "attention", "chain", "weights"):
         assert [part, f"{head['per_step_us'][part]:,.1f}", f"{head['us'][part]:,.1f}"] in lines
     for kind in ("encode", "encode_out", "project", "out", "mlp_in", "mlp_out", "decode_in", "decode_out"):
         assert f"\n{kind} " in printed
+    assert "\nattend, features " in printed
+    assert "\nattend + out, tokens " in printed
     assert not torch.cuda.is_initialized()
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dit4dit.benchmarks.ops import bench_action_ode
 from head_case import SMALL, Case, small_head, tiny
 
 from dit4dit import ops
-from dit4dit.engine.action_ode import plan
+from dit4dit.engine.action_ode import head_shape, plan
 from dit4dit.engine.action_ode.program import OneLaunchHead
 from dit4dit.engine.fold import fold_head
 from dit4dit.errors import OutputError
@@ -36,13 +37,13 @@ def test_the_head_is_benchmarked(tmp_path, monkeypatch, capsys, dtype):
     assert [(row["case"], row["implementation"]) for row in rows] == wanted
     assert all(row["gb_per_s"] > 0 for row in rows)
     left_out = [row for row in every if "left_out" in row]
-    assert [row["one_launch"][0]["stages"] for row in left_out] == [4 + 5 * 2] * 3, "of a step of two blocks"
+    assert [row["one_launch"][0]["stages"] for row in left_out] == [4 + 5 + 4] * 3, "of a step of two blocks"
     heads = json.loads(path.read_text())["heads"]
     assert list(heads) == ["9", "17", "51"]
     printed = capsys.readouterr().out
     for tokens, found in heads.items():
         assert found["parts"] is None, "nothing is measured without the kernel"
-        assert found["predicted"]["stages"] == 14
+        assert (found["predicted"]["stages"], found["predicted"]["fused"]) == (13, True)
         assert f"\n{tokens} tokens, {budget_head.show(found['predicted'])}\n" in printed
 
 
@@ -52,7 +53,9 @@ def test_parts_of_the_kernels_time_are_measured_where_it_runs(tmp_path, monkeypa
     head = partial(replace, num_layers=3)
     monkeypatch.setattr(bench_action_ode, "config", lambda horizon: head(small_head(horizon)))
     right = bench_action_ode.schedule_of
-    in_twos = lambda *args, ranks=None, **rest: right(*args, ranks=ranks or 2, **rest)  # noqa: E731 the planner would take one
+    # the planner would take teams of one, and attention inside products
+    otherwise = SimpleNamespace(ranks=2, fused=False)
+    in_twos = lambda *args, like=None, **rest: right(*args, like=like or otherwise, **rest)  # noqa: E731
     monkeypatch.setattr(bench_action_ode, "schedule_of", in_twos)
     everyone, loop = bench_action_ode.candidates, find("action_ode").implementations["loop"]
 
@@ -64,8 +67,8 @@ def test_parts_of_the_kernels_time_are_measured_where_it_runs(tmp_path, monkeypa
     seen = set()
 
     def run(of, noise, context, *rest):
-        seen.update({of.ranks} if isinstance(of, bench_action_ode.HeldRanks) else ())
-        few = isinstance(of, bench_action_ode.HeldRanks) and context.shape[1] == head_parts.FEW_KEYS
+        seen.update({(of.like.ranks, of.like.fused)} if isinstance(of, bench_action_ode.HeldPlan) else ())
+        few = isinstance(of, bench_action_ode.HeldPlan) and context.shape[1] == head_parts.FEW_KEYS
         return loop.run(of, noise, context, *rest) + wrong * few
 
     kernel = replace(find("action_ode").implementations["cuda"], refuse=lambda *_: None, run=run, device=None)
@@ -78,8 +81,9 @@ def test_parts_of_the_kernels_time_are_measured_where_it_runs(tmp_path, monkeypa
     found, printed = result["heads"]["17"]["parts"], capsys.readouterr().out
     assert set(found["measured"]["by_place"]) == {"ends", "a block on features", "a block on tokens"}
     assert head_parts.show(found) in printed
-    assert seen == {result["heads"]["17"]["predicted"]["ranks"]} == {row["ranks"] for row in found["variants"].values()}
-    assert seen != {1}, "or ranks that are lost would not be seen"
+    predicted = result["heads"]["17"]["predicted"]
+    assert seen == {(predicted["ranks"], predicted["fused"])} == {(2, False)}
+    assert {row["ranks"] for row in found["variants"].values()} == {2}
     few = {"narrow, one step", "narrow", "few tokens", "few keys"}
     assert set(found["variants"]) - few == {"request", "one block less", "two blocks less"}
     assert {name for name, row in found["variants"].items() if row["us"] is None} == (few if wrong else set())
@@ -134,12 +138,18 @@ def test_times_of_a_launch_that_failed_are_not_given(monkeypatch, capsys):
     assert "eager: not timed: action_ode: block 3 waited" in capsys.readouterr().out
 
 
-def test_a_head_keeps_the_ranks_that_it_is_given():
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_variant_is_planned_like_its_request(ranks):
     config, meta = small_head(16), torch.device("meta")
-    head = bench_action_ode.HeldRanks(fold_head(ActionHead(config), 4), config, 4)
-    with stand_in.without_data():
-        for head.ranks in (1, 2, 4):
-            schedule = head.schedule(meta, 1, 588, True)
-            given = bench_action_ode.schedule_of(config, 4, device="cpu", batch=1, context=588, ranks=head.ranks)
-            assert schedule.ranks == head.ranks
+    for fused in (False, True):
+        shape = head_shape(config, batch=1, context=588, prefix=True, steps=4)
+        like = plan(shape, bench_action_ode.H200, ranks=ranks, fused=fused)
+        for blocks in (2, 1):  # one attends to the features, and nothing is fused
+            variant = replace(config, num_layers=blocks)
+            head = bench_action_ode.HeldPlan(fold_head(ActionHead(variant), 4), variant, 4)
+            head.like = like
+            with stand_in.without_data():
+                schedule = head.schedule(meta, 1, 588, True)
+            given = bench_action_ode.schedule_of(variant, 4, device="cpu", batch=1, context=588, like=like)
+            assert (schedule.ranks, schedule.fused) == (ranks, fused and blocks == 2)
             assert (schedule.tiles == given.tiles).all(), "what is launched is what is predicted"

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 from dit4dit.benchmarks import head_parts
+from dit4dit.benchmarks.budget_head import RATES
 from dit4dit.benchmarks.head_parts import FEW_KEYS, FEW_TOKENS, NARROW, Variant
 
 from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode import Device, Schedule, head_shape, plan
-from dit4dit.engine.action_ode.cost import head_us
+from dit4dit.engine.action_ode.cost import Costs, head_us
 from dit4dit.errors import ConfigError
 
 GR1 = HeadConfig.dit_b(action_horizon=16)
 H200 = Device(sms=132, shared_memory=227 << 10, capability=90, clusters=(66, 30, 15))
 
 
-def planned(variant: Variant, ranks: int | None = 8) -> Schedule:
+def planned(variant: Variant, ranks: int | None = 8, fused: bool | None = None) -> Schedule:
     prefix = variant.config.state_dim is not None
     shape = head_shape(variant.config, batch=1, context=variant.context, prefix=prefix, steps=variant.steps)
-    return plan(shape, H200, ranks=ranks)
+    return plan(shape, H200, ranks=ranks, fused=fused)
 
 
 def made_of(variant: Variant) -> dict[str, float]:
@@ -83,6 +85,25 @@ def test_predicted_parts_add_up_to_the_prediction(context: int) -> None:
     assert (predicted["by_work"]["keys"] > 0) == (context > FEW_KEYS)
 
 
+@pytest.mark.parametrize(("fused", "stages"), [(True, 4), (False, 5)])
+def test_a_block_takes_its_stages(fused: bool, stages: int) -> None:
+    """Where nothing but the words' way costs anything, all that is left of a block is how often they go."""
+    only_hops = Costs(
+        **{field.name: math.inf if field.name in RATES else 0.0 for field in fields(Costs)} | {"hop": 1.0}
+    )
+    rows = head_parts.measure(
+        GR1,
+        588,
+        4,
+        plan=lambda variant: planned(variant, fused=fused),
+        predict=lambda schedule: head_us(schedule, only_hops)["total"],
+        time=lambda *_: {"left_out": "no time"},
+    )
+    place = rows["predicted"]["by_place"]
+    assert place == pytest.approx({"ends": 4 * 4, "a block on features": 4 * 5, "a block on tokens": 4 * stages})
+    assert rows["predicted"]["by_work"]["stages"] == pytest.approx(4 * (4 + 8 * 5 + 8 * stages))
+
+
 def test_what_was_not_timed_takes_its_parts_along_and_no_other() -> None:
     found, _ = measured(GR1, lost=("narrow",))
     assert found["measured"]["by_work"] == {}
@@ -130,5 +151,9 @@ def test_another_cut_is_said() -> None:
     assert (same["few keys"], same["few tokens"]) == (False, False)
     assert same["request"]
     assert (same["one block less"], same["two blocks less"]) == (True, True)
+    request = Variant(GR1, 588, 4)
+    assert head_parts.cut(planned(request, fused=False)) != head_parts.cut(planned(request))
+    shares = [head_parts.cut(planned(replace(request, context=context))) for context in (588, FEW_KEYS)]
+    assert shares[0] - shares[1] == {("features", 8)}
     with pytest.raises(ConfigError):
         head_parts.measure(GR1, 588, 4, plan=lambda v: planned(v, 16), predict=lambda _: 1.0, time=time)

@@ -217,16 +217,18 @@ def head_us(schedule: Schedule, costs: Costs | None = None) -> dict[str, float]:
     stages = [parts for _, parts in stage_us(schedule, costs)]
     found = {name: steps * sum(parts[name] for parts in stages) for name in PARTS}
     found["chain"] = sum(found.values())
-    read = [0] * schedule.teams
+    read, total = [0] * schedule.teams, 0
     for team in range(schedule.teams):
-        tiles = schedule.decoded[schedule.first_tile[team] : schedule.first_tile[team + 1]]
-        read[team] = steps * sum(_fetched(schedule, tile.work) for tile in tiles)
-    found["weights"] = weights_us(steps * schedule.weight_bytes, sum(read) * schedule.ranks, max(read), costs)
+        for tile in schedule.decoded[schedule.first_tile[team] : schedule.first_tile[team + 1]]:
+            size = fetched_bytes(schedule, tile.work)
+            read[team] += size
+            total += size * blocks_of(tile.work, schedule.ranks)
+    found["weights"] = weights_us(steps * schedule.weight_bytes, steps * total, steps * max(read), costs)
     found["total"] = costs.start + max(found["chain"], found["weights"])
     return found
 
 
-def _fetched(schedule: Schedule, work: Operands) -> int:
+def fetched_bytes(schedule: Schedule, work: Operands) -> int:
     """Bytes that come to the slots of a block for a tile, of the one with most of them."""
     if isinstance(work, Product):
         return WEIGHT_UNIT * work.rank_units

@@ -11,8 +11,9 @@ one. A group is the samples whose tokens one product takes; groups have nothing 
    words of its own step alone, of NOISY for the step before: when each step ends, all do. The noise is written before the first
    step by the tiles at the end of each team, so EULER tiles are last.
 3. The rotation of SETS is sound. A word is stored after all reads of the ranks whose sums are in it, those of its part; each part
-   of each tile has words. All words of a stage are read by the next: products read whole buffers, and each column of queries,
-   keys, values and attention's results belongs to one head. So before any EULER tile of a group stores a word, all tiles of the
+   of each tile has words. All words of a stage are read by the next: products read whole buffers (of q | k | v a block reads the
+   heads that its columns belong to, of all columns), and each column of queries, keys, values and attention's results belongs to
+   one head. So before any EULER tile of a group stores a word, all tiles of the
    group's earlier stages are done with their reads of this step, in all ranks. Then
    - this step's NOISY has been read by all when EULER makes it EMPTY;
    - whatever is stored for the group in the next step waits, by the chain, for all of the group's new NOISY, thus until all of
