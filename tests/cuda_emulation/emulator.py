@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dit4dit.engine.action_ode import Schedule
+    from dit4dit.engine.action_ode.twin import Twin
     from dit4dit.engine.action_ode.weights import PackedHead
     from dit4dit.model.flow import GuidanceTensors
 
@@ -67,8 +69,13 @@ def build(name: str, variant: str, folder: Path, kernels: Path = ROOT / "kernels
 
 
 def changed_kernels(folder: Path, part: str, old: str, new: str) -> Path:
-    """A copy of the kernels in `folder`, with other text in action_ode_PART.cuh, which must have `old` once."""
-    kernels = Path(shutil.copytree(ROOT / "kernels", folder / "kernels"))
+    """A copy of the kernels in `folder`, with other text in action_ode_PART.cuh, which must have `old` once.
+
+    Called again, it changes the copy that is there.
+    """
+    kernels = folder / "kernels"
+    if not kernels.exists():
+        shutil.copytree(ROOT / "kernels", kernels)
     path = kernels / f"action_ode_{part}.cuh"
     text = path.read_text()
     assert text.count(old) == 1, "the kernel has another text"
@@ -99,9 +106,35 @@ class State:
         self._progress, self.progress = guarded(2, 0)
         self._status, self.status = guarded(4, 0)
 
+    def buffer(self, schedule: Schedule, name: str, step: int) -> Tensor:
+        """[rows, columns] as they are in the set of step `step`; EMPTY words are NaN."""
+        b = schedule.buffers[name]
+        return self.words[step, b.offset : b.offset + b.words].view(torch.bfloat16).view(b.rows, b.columns).float()
+
+    def error(self, twin: Twin, first: int = 0) -> tuple[float, str, int]:
+        """Of the buffer furthest from the twin's, relative to its largest number: how far; its name; the step.
+
+        first: the set of the launch's first step. Infinite where other words are EMPTY.
+        """
+        errors = []
+        for step in range(SETS):
+            for name in twin.schedule.buffers:
+                got = self.buffer(twin.schedule, name, (first + step) % SETS)
+                want = twin.buffer(name, step).float()
+                same = torch.equal(got.isnan(), want.isnan())
+                apart = (got - want).nan_to_num().abs().max() / want.nan_to_num().abs().max().clamp(min=1e-30)
+                errors.append((apart.item() if same else math.inf, name, step))
+        return max(errors)
+
     def check(self) -> None:
         for whole in (self._words, self._progress, self._status):
             check_guards(whole)
+
+
+def followed_by_nan(context: Tensor) -> Tensor:
+    """[..., columns] in bf16 with GUARD rows behind it, which are no features."""
+    rows = context.bfloat16().reshape(-1, context.shape[-1])
+    return torch.cat([rows, rows.new_full((GUARD, rows.shape[1]), math.nan)])
 
 
 def check_guards(whole: Tensor) -> None:
@@ -153,7 +186,7 @@ class Emulator:
             "weights": packed.bytes(),
             "constants": packed.constants,
             "noise": noise.float().contiguous(),
-            "context": context.bfloat16().contiguous(),
+            "context": followed_by_nan(context),
             "prefix": None if prefix is None else prefix.float().contiguous(),
             "previous": None if guidance is None else guidance.previous,
             "guidance": None if guidance is None else guidance.weights,
