@@ -84,11 +84,15 @@ class Attention(NamedTuple):
     active: tuple[int, int]
     split: int | None = None
     group: int = 1
+    slots: int | None = None
 
 
 ATTENTION = {
     "columns end inside heads of 64": Attention(
-        dict(num_heads=3, head_dim=64), dict(context=70), 4, (1, 4), (1, 3), split=2
+        dict(num_heads=3, head_dim=64), dict(context=70), 8, (1, 4), (1, 3), split=2
+    ),
+    "four samples, few slots": Attention(
+        dict(num_heads=3, head_dim=64), dict(batch=4, context=70), 4, (1, 4), (1, 3), split=2, group=4, slots=3
     ),
     "columns inside heads of 48": Attention(
         dict(num_heads=4, head_dim=48), dict(context=33), 8, (1, 8), (1, 5), split=8
@@ -99,7 +103,7 @@ ATTENTION = {
     "all columns in several rounds": Attention(
         dict(num_heads=6, action_horizon=16), dict(batch=2), 2, (1, 2), (1, 2), split=1, group=2
     ),
-    "ranks without a head": Attention(dict(num_heads=3, head_dim=32), dict(batch=2), 8, (4, 4), (3, 4)),
+    "ranks without a head": Attention(dict(num_heads=5, head_dim=32), dict(batch=2), 8, (4, 4), (3, 4)),
     "panels of 48 keys": Attention(
         dict(num_heads=2, head_dim=64, action_horizon=16), dict(context=300), 8, (8, 1), (6, 1)
     ),
@@ -197,7 +201,8 @@ def attention_schedule(name: str, shape: HeadShape, device: Device) -> Schedule:
         return plan(shape, device, DEAR)
     search = _Wanted(shape, device, wanted)
     best = min(search.found(), key=lambda choice: choice.chain_us)
-    return _Planner(shape, device, search.cuts_of(best)).schedule()
+    schedule = _Planner(shape, device, search.cuts_of(best)).schedule()
+    return replace(schedule, slots=wanted.slots or schedule.slots)
 
 
 def tiles_of(schedule: Schedule, name: str) -> list[int]:
