@@ -64,7 +64,8 @@ def compile_for_cpu(source: str, output: Path, *flags: str, kernels: Path = ROOT
 def build(name: str, variant: str, folder: Path, kernels: Path = ROOT / "kernels") -> ctypes.CDLL:
     """NAME.cpp as a library, which goes into `folder`."""
     library = folder / f"{name}_{variant}.so"
-    compile_for_cpu(f"{name}.cpp", library, "-shared", "-fPIC", kernels=kernels, variant=variant)
+    quick = () if kernels == ROOT / "kernels" else ("-O1",)  # changed ones run a few times only
+    compile_for_cpu(f"{name}.cpp", library, "-shared", "-fPIC", *quick, kernels=kernels, variant=variant)
     return ctypes.CDLL(str(library))
 
 
@@ -81,6 +82,18 @@ def changed_kernels(folder: Path, part: str, old: str, new: str) -> Path:
     assert text.count(old) == 1, "the kernel has another text"
     path.write_text(text.replace(old, new))
     return kernels
+
+
+FORGET = (
+    "worker",
+    "            if (tile.opcode == kProduct)\n",
+    "            sync_computing();\n"
+    "            for (int i = thread; i < launch.staging / 4; i += kComputing)\n"
+    "                reinterpret_cast<std::uint32_t*>(block.staging)[i] = kEmpty;\n"
+    "            sync_computing();\n"
+    "            if (tile.opcode == kProduct)\n",
+)
+"""For `changed_kernels`: fills the staging memory with NaN where a tile begins."""
 
 
 class LaunchRecord(ctypes.Structure):

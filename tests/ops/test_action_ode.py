@@ -19,7 +19,7 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
-from emulator import Emulator, Result, State, changed_kernels, needs_compiler
+from emulator import FORGET, Emulator, Result, State, changed_kernels, needs_compiler
 from head_case import A100, ATTENTION, DEAR, DEVICES, H200, SIZES, Case, attention_case, attention_schedule, planned, tiny
 from torch import Tensor
 
@@ -368,18 +368,6 @@ def test_same_bits_in_any_order_and_again(gpu: tuple[Emulator, Device], steps: i
     given = (case.noise + 1, *case.given()[1:])
     other = run(schedule, packed, *given, state=state).actions
     assert torch.equal(other, run(schedule, packed, *given).actions), "nothing of the launch before is left"
-
-
-FORGET = (
-    "worker",
-    "            if (tile.opcode == kProduct)\n",
-    "            sync_computing();\n"
-    "            for (int i = thread; i < launch.staging / 4; i += kComputing)\n"
-    "                reinterpret_cast<std::uint32_t*>(block.staging)[i] = kEmpty;\n"
-    "            sync_computing();\n"
-    "            if (tile.opcode == kProduct)\n",
-)
-"""Fills the staging memory with NaN where a tile begins."""
 
 
 # -- waits in vain -----------------------------------------------------------------------------------------------------

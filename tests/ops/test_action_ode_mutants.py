@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import Emulator, State, changed_kernels, needs_compiler
+from emulator import FORGET, Emulator, State, changed_kernels, needs_compiler
 from head_case import DEAR, DEVICES, SIZES, Case, attention_case, attention_schedule, planned, tiny
 
 from dit4dit.engine.action_ode import plan
@@ -239,14 +239,27 @@ ATTENTION_MUTANTS = {
         "d, block.lane);\n    sync_computing();\n",
         "d, block.lane);\n",
     ),
-    "copies: queries where a product's sums lie": (
+    "copies: keys where a product's sums lie": (
         IDLE,
         "attention",
         "    sync_computing();  // a product's sums may still be read where keys will lie\n",
         "",
     ),
+    # whatever the tile before has left
+    "bulk after FORGET: attention past the last column": (
+        OVER_END,
+        "attended",
+        "    clear_past_end(block, w, all, span, to);\n",
+        "",
+    ),
+    "bulk after FORGET: columns past the last": (
+        OVER_END,
+        "stage",
+        "if (offset(p) >= span_ || token",
+        "if (!inside(p) || token",
+    ),
 }
-"""By where it shows: one of ATTENTION, then as MUTANTS."""
+"""Where it shows, one of ATTENTION; then as MUTANTS. After FORGET: of a kernel that has been changed so already."""
 
 
 @needs_compiler
@@ -280,11 +293,13 @@ def test_the_emulation_sees_faults_in_the_kernel(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ATTENTION_MUTANTS)
 def test_the_emulation_sees_faults_in_attention(name: str, tmp_path: Path) -> None:
     """In words or actions, of launches that follow each other."""
-    variant, (where, *change) = name.partition(":")[0], ATTENTION_MUTANTS[name]
+    variant, (where, *change) = name.partition(":")[0].split()[0], ATTENTION_MUTANTS[name]
     case = attention_case(where)
     schedule = attention_schedule(where, case.shape, DEVICES[variant])
     packed, twin = pack(case.folded, schedule), case.twin(schedule, torch.bfloat16)
     want = twin.run()
+    if "FORGET" in name:
+        changed_kernels(tmp_path, *FORGET)
     run, state = Emulator(variant, tmp_path, changed_kernels(tmp_path, *change)), State(schedule)
     try:
         for seed in range(8):
