@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -168,6 +170,8 @@ class Result:
 
 
 class Emulator:
+    """Of the kernel as it is, `built` has one."""
+
     def __init__(self, variant: str, folder: Path, kernels: Path = ROOT / "kernels") -> None:
         """Compile `kernels` for one of VARIANTS; the library goes into `folder`."""
         self.library = build("action_ode", variant, folder, kernels)
@@ -232,3 +236,10 @@ class Emulator:
         check_guards(out_whole)
         check_guards(private_whole)
         return Result(out.view(torch.float32).view(shape.batch, shape.horizon, shape.actions), device_state)
+
+
+@cache
+def built(variant: str) -> Emulator:
+    """Of the kernel as it is, for one of VARIANTS; compiled once."""
+    with TemporaryDirectory() as folder:
+        return Emulator(variant, Path(folder))

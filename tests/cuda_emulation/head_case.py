@@ -70,6 +70,7 @@ CUTS = {
 clusters; for each of SIZES.
 """
 
+
 class Attention(NamedTuple):
     """How a head's attention is cut, whatever that is predicted to take: a config, a request, and what `cut` is given.
 

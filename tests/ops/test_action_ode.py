@@ -10,17 +10,14 @@ import copy
 import os
 import pickle
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import emulator
 import pytest
 import torch
-from emulator import FORGET, Emulator, Result, State, changed_kernels, needs_compiler
-from head_case import A100, ATTENTION, DEAR, DEVICES, H200, SIZES, Case, attention_case, attention_schedule, planned, tiny
+from emulator import Emulator, Result, State, built, changed_kernels, needs_compiler
+from head_case import A100, DEAR, DEVICES, H200, SIZES, Case, planned, tiny
 from torch import Tensor
 
 from dit4dit import ops
@@ -28,8 +25,7 @@ from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode import Device, Schedule, plan
 from dit4dit.engine.action_ode import schedule as definition
 from dit4dit.engine.action_ode.program import OneLaunchHead, Wanted
-from dit4dit.engine.action_ode.schedule import EMPTY, NONE, OPERANDS, RECORD, Attend, Epilogue, Opcode, Product
-from dit4dit.engine.action_ode.sizes import query_rows, warp_keys
+from dit4dit.engine.action_ode.schedule import EMPTY, OPERANDS, RECORD, Attend, Epilogue, Opcode, Product
 from dit4dit.engine.action_ode.validate import validate
 from dit4dit.engine.action_ode.weights import pack
 from dit4dit.engine.fold import fold_head
@@ -41,16 +37,10 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 LIMIT = 4_000_000  # ns, of the emulation's clock
 
 
-@pytest.fixture(scope="module")
-def emulators(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Emulator]:
-    """Runs the kernel of one of DEVICES; built once."""
-    return cache(lambda variant: Emulator(variant, tmp_path_factory.mktemp("emulated")))
-
-
 @pytest.fixture(scope="module", params=list(DEVICES))
-def gpu(request: pytest.FixtureRequest, emulators: Callable[[str], Emulator]) -> tuple[Emulator, Device]:
+def gpu(request: pytest.FixtureRequest) -> tuple[Emulator, Device]:
     """What runs the kernel for a device without clusters, and one with them."""
-    return emulators(request.param), DEVICES[request.param]
+    return built(request.param), DEVICES[request.param]
 
 
 # -- the reference and the op ------------------------------------------------------------------------------------------
@@ -185,96 +175,6 @@ def test_the_kernel_is_its_twin(gpu: tuple[Emulator, Device], size: str, fp8: bo
     with torch.no_grad():
         truth = case.want() if not fp8 else case.twin(schedule).run()
     assert case.error(result.actions, truth) < 2 * case.error(case.want_in_bf16(), case.want())
-
-
-@needs_compiler
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention_is_its_twins(gpu: tuple[Emulator, Device], name: str) -> None:
-    """However it is cut, in a step and in the one that follows on the same words."""
-    run, device = gpu
-    case = attention_case(name)
-    schedule = attention_schedule(name, case.shape, device)
-    validate(schedule)
-    twin, state = case.twin(schedule, torch.bfloat16), State(schedule)
-    want = twin.run()
-    for launch in range(2):
-        result = run(schedule, pack(case.folded, schedule), *case.given(), seed=launch, state=state)
-        assert result.status == [0, 0, 0, 0]
-        assert state.error(twin, launch) < (2**-6,)
-        assert case.error(result.actions, want) < 2**-5
-
-
-@needs_compiler
-def test_nothing_of_the_tile_before_is_used(tmp_path: Path) -> None:
-    """Staging memory that is NaN when a tile begins: what a slice has past the last column is made zeros, not found so."""
-    device = DEVICES["bulk"]
-    run = Emulator("bulk", tmp_path, changed_kernels(tmp_path, *FORGET))
-    for name in ATTENTION:
-        case = attention_case(name)
-        schedule = attention_schedule(name, case.shape, device)
-        twin, state = case.twin(schedule, torch.bfloat16), State(schedule)
-        twin.run()
-        run(schedule, pack(case.folded, schedule), *case.given(), state=state)
-        assert state.error(twin) < (2**-6,), name
-
-
-def test_the_sizes_reach_every_way_of_attention() -> None:
-    """Ranks that share a head, or have none, or no keys; columns of a product that begin or end inside a head, or past the last."""
-    device = DEVICES["bulk"]
-    schedules = [planned(name, Case(tiny(**c), **r).shape, device) for name, (c, r) in SIZES.items()]
-    schedules += [attention_schedule(name, attention_case(name).shape, device) for name in ATTENTION]
-    seen: set[tuple[str, object]] = set()
-    for s in schedules:
-        tokens, dim = s.shape.tokens, s.shape.head_dim
-        for w in (tile.work for tile in s.decoded):
-            if isinstance(w, Attend):
-                cross = w.context != NONE
-                panel, groups = warp_keys(tokens, w.slice, dim, cross), definition.WARPS * 16 // query_rows(tokens)
-                panels = [-(-min(w.slice, w.keys - first) // panel) for first in range(0, w.keys, w.slice)]
-                kind = "features" if cross else "tokens"
-                found: dict[str, object] = {"share": w.share, "keys of a panel": panel}
-                found |= {"a rank without a head": w.share * w.pairs < s.ranks, "a rank without keys": len(panels) < w.share}
-                found["fewer panels than warps"] = min(panels) < groups
-                found["more panels than warps"] = max(panels) > groups
-                found["some panels fewer"] = min(panels) < max(panels)
-            elif w.attend:
-                kind, samples = "inside", w.tokens // tokens
-                ends = [min(first, w.columns) for first in range(0, w.slice * (w.split + 1), w.slice)]
-                heads = [-(-end // dim) - first // dim for first, end in pairwise(ends) if first < end]
-                found = {"split": w.split, "samples": samples, "rounds": samples * max(heads) > w.attend}
-                found["inside a head"] = any(end % dim for end in ends)
-                found["a part of one head"] = w.slice < dim
-                found["past the last column"] = any(0 < end - first < w.slice for first, end in pairwise(ends))
-                found["no column"] = len(set(ends)) < len(ends)
-                found["rows of queries"] = query_rows(tokens)
-            else:
-                continue
-            found["head_dim"] = dim
-            seen |= {(f"{kind}: {name}", value) for name, value in found.items() if value is not False}
-    wanted: dict[str, tuple[object, ...]] = {
-        "tokens: share": (1, 2, 4, 8),
-        "tokens: a rank without a head": (True,),
-        "tokens: a rank without keys": (True,),
-        "features: share": (1, 2, 4, 8),
-        "features: keys of a panel": (16, 32, 48),
-        "features: a rank without a head": (True,),
-        "features: a rank without keys": (True,),
-        "features: fewer panels than warps": (True,),
-        "features: more panels than warps": (True,),
-        "features: some panels fewer": (True,),
-        "features: head_dim": (16, 32, 48, 64),
-        "inside: split": (1, 2, 4, 8),
-        "inside: samples": (1, 2, 4),
-        "inside: rounds": (True,),
-        "inside: inside a head": (True,),
-        "inside: a part of one head": (True,),
-        "inside: past the last column": (True,),
-        "inside: no column": (True,),
-        "inside: rows of queries": (16, 32, 64),
-        "inside: head_dim": (16, 32, 48, 64),
-    }
-    missing = {(name, value) for name, values in wanted.items() for value in values} - seen
-    assert not missing
 
 
 def test_the_sizes_reach_every_way_of_cutting() -> None:
@@ -467,9 +367,7 @@ VAIN = {
 
 @needs_compiler
 @pytest.mark.parametrize("fault", VAIN)
-def test_a_wait_in_vain_for_a_barrier_ends_in_an_error(
-    fault: str, emulators: Callable[[str], Emulator], tmp_path: Path
-) -> None:
+def test_a_wait_in_vain_for_a_barrier_ends_in_an_error(fault: str, tmp_path: Path) -> None:
     """In one block: all end, the flag says why, no action is left and the next launch is sound."""
     case, device = Case(tiny(num_layers=2)), DEVICES["bulk"]
     wanted, file, old, new = VAIN[fault]
@@ -481,7 +379,7 @@ def test_a_wait_in_vain_for_a_barrier_ends_in_an_error(
     # a rank without room gives the others no sums
     fails(result, sound, wanted, *([Wanted.SUMS] if wanted == Wanted.ROOM else []))
     state.status.zero_()
-    run = emulators("bulk")
+    run = built("bulk")
     again = run(sound, packed, *case.given(), state=state)
     assert again.status == [0, 0, 0, 0]
     assert torch.equal(again.actions, run(sound, packed, *case.given()).actions)
