@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,11 +12,14 @@ import torch
 from emulator import FORGET, Emulator, State, built, changed_kernels, needs_compiler
 from head_case import ATTENTION, DEVICES, SIZES, Case, attention_case, attention_schedule, planned, tiny
 
+from dit4dit import ops
 from dit4dit.engine.action_ode import schedule as definition
-from dit4dit.engine.action_ode.schedule import NONE, Attend
+from dit4dit.engine.action_ode.program import OneLaunchHead, device_of
+from dit4dit.engine.action_ode.schedule import NONE, RANKS, Attend
 from dit4dit.engine.action_ode.sizes import query_rows, warp_keys
 from dit4dit.engine.action_ode.validate import validate
 from dit4dit.engine.action_ode.weights import pack
+from dit4dit.engine.fold import fold_head
 
 LIMIT = 4_000_000  # ns, of the emulation's clock
 
@@ -110,6 +115,30 @@ def test_the_sizes_reach_every_way_of_attention() -> None:
     }
     missing = {(name, value) for name, values in wanted.items() for value in values} - seen
     assert not missing
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same cuts on tensor cores, and on clusters where the GPU has them and as much shared memory as they take."""
+    found = device_of(torch.device("cuda"))
+    bulk = DEVICES["bulk"]
+    room = found.shared_memory >= bulk.shared_memory and all(found.teams(n) >= bulk.teams(n) for n in RANKS)
+    like = bulk if room else DEVICES["copies"]
+    case = attention_case(name, steps=4)
+    schedule = attention_schedule(name, case.shape, replace(found, sms=like.sms, clusters=like.clusters))
+    monkeypatch.setattr(OneLaunchHead, "schedule", lambda *_: schedule)
+    half = copy.deepcopy(case.head).cuda().bfloat16()
+    head = OneLaunchHead(fold_head(half, case.steps), case.config, case.steps)
+    noise, context, prefix = case.given()
+    given = noise.cuda(), context.cuda().bfloat16(), None if prefix is None else prefix.cuda().bfloat16()
+    with torch.no_grad():
+        plain = ops.action_ode(head, *given, backend="torch").cpu()
+        got = [ops.action_ode(head, *given, backend="cuda") for _ in range(20)]
+        head.check()
+    assert case.error(got[0].cpu(), case.want()) <= 2 * case.error(plain, case.want())
+    assert all(torch.equal(actions, got[0]) for actions in got)
 
 
 # -- faults ----------------------------------------------------------------------------------------------------
