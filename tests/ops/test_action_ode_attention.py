@@ -42,11 +42,14 @@ def test_attention_is_its_twins(name: str, variant: str) -> None:
 
 
 @needs_compiler
-def test_nothing_of_the_tile_before_is_used(tmp_path: Path) -> None:
-    """Staging memory that is NaN when a tile begins: what a slice has past the last column is made zeros, not found so."""
+@pytest.mark.parametrize("word,names", [("FORGET", [*ATTENTION]), ("FIRST_LAST", ["columns end inside heads of 64"])])
+def test_what_a_right_kernel_does_not_mind(word: str, names: list[str], tmp_path: Path) -> None:
+    """NaN in the staging memory where a tile begins: what a slice has past the last column is made zeros, not found so. And a
+    head that comes after others.
+    """
     device = DEVICES["bulk"]
-    run = Emulator("bulk", tmp_path, changed_kernels(tmp_path, *FORGET))
-    for name in ATTENTION:
+    run = Emulator("bulk", tmp_path, changed_kernels(tmp_path, *BEFORE[word]))
+    for name in names:
         case = attention_case(name)
         schedule = attention_schedule(name, case.shape, device)
         twin, state = case.twin(schedule, torch.bfloat16), State(schedule)
@@ -143,6 +146,17 @@ def test_attention_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # -- faults ----------------------------------------------------------------------------------------------------
 
+BEFORE = {
+    "FORGET": FORGET,
+    "FIRST_LAST": (  # the first head of a product comes when all others are done: what they do to it shows
+        "attended",
+        "        for (int task = block.warp; task < count * all.query_tiles; task += kWarps) {\n",
+        "        for (int turn = 0; turn < 2; ++turn, sync_computing())\n"
+        "        for (int task = block.warp; task < count * all.query_tiles; task += kWarps) {\n"
+        "            if ((task > 0) == (turn > 0)) continue;\n",
+    ),
+}
+"""Changes that a right kernel does not mind, and a wrong one does."""
 INSIDE, SLOTS = "columns end inside heads of 64", "four samples, few slots"
 OVER_END, ROUNDS = "slices past the end, two samples", "all columns in several rounds"
 IDLE, PANELS, FEW_KEYS = "ranks without a head", "panels of 48 keys", "columns inside heads of 48"
@@ -181,7 +195,7 @@ MUTANTS = {
     "bulk: one sample's rows for another's": (OVER_END, "attended", "sample * all.tokens + row)", "row)"),
     "bulk: a head's columns where it begins": (INSIDE, "attended", "* d - all.begin;", "* d - all.begin / d * d;"),
     "bulk: columns before the first": (SLOTS, "attended", "column < 0 || ", ""),
-    "bulk: columns behind the last": (INSIDE, "attended", " || all.begin + column >= all.end", ""),
+    "bulk after FIRST_LAST: columns behind the last": (INSIDE, "attended", " || all.begin + column >= all.end", ""),
     "bulk: keys that only pad": (
         INSIDE,
         "attended",
@@ -315,7 +329,7 @@ MUTANTS = {
         "if (!inside(p) || token",
     ),
 }
-"""Where it shows, one of ATTENTION; the file; what is there, once; what is there instead. After FORGET: that is changed too."""
+"""Where it shows, one of ATTENTION; the file; what is there, once; what is there instead. After a word: one of BEFORE as well."""
 
 
 @needs_compiler
@@ -327,8 +341,8 @@ def test_the_emulation_sees_faults_in_attention(name: str, tmp_path: Path) -> No
     schedule = attention_schedule(where, case.shape, DEVICES[variant])
     packed, twin = pack(case.folded, schedule), case.twin(schedule, torch.bfloat16)
     want = twin.run()
-    if "FORGET" in name:
-        changed_kernels(tmp_path, *FORGET)
+    for before in (change for word, change in BEFORE.items() if f"after {word}:" in name):
+        changed_kernels(tmp_path, *before)
     run, state = Emulator(variant, tmp_path, changed_kernels(tmp_path, *change)), State(schedule)
     try:
         for seed in range(8):
