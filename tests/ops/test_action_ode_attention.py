@@ -247,7 +247,21 @@ MUTANTS = {
         "    sync_computing();\n    Warp found;\n    int turn",
         "    Warp found;\n    int turn",
     ),
+    "bulk: features of the first head": (IDLE, "weights", "mine.head * launch.head_dim", "0"),
+    "bulk: features of the first sample": (
+        IDLE,
+        "weights",
+        "(mine.sample * static_cast<std::int64_t>(launch.context_tokens) + mine.first)",
+        "static_cast<std::int64_t>(mine.first)",
+    ),
     # of the tokens
+    "bulk: words of the first sample": (
+        IDLE,
+        "shares",
+        "(sample * w.tokens + token)",
+        "(sample * 0 * w.tokens + token)",
+    ),
+    "bulk: words of the first head": (IDLE, "shares", " + head * (block.launch", " + 0 * head * (block.launch"),
     "copies: scores before all keys are there": (
         IDLE,
         "attention",
