@@ -359,7 +359,7 @@ def test_the_emulation_sees_faults_in_attention(name: str, tmp_path: Path) -> No
         changed_kernels(tmp_path, *before)
     run, state = Emulator(variant, tmp_path, changed_kernels(tmp_path, *change)), State(schedule)
     try:
-        for seed in range(8):
+        for seed in range(16):
             result = run(schedule, packed, *case.given(), seed=seed, state=state, limit_ns=LIMIT)
             if not case.error(result.actions, want) < 2**-5 or not state.error(twin, seed % 3) < (2**-6,):
                 return
