@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +19,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dit4dit.engine.action_ode import Schedule
+    from dit4dit.engine.action_ode.twin import Twin
     from dit4dit.engine.action_ode.weights import PackedHead
     from dit4dit.model.flow import GuidanceTensors
 
@@ -62,18 +66,36 @@ def compile_for_cpu(source: str, output: Path, *flags: str, kernels: Path = ROOT
 def build(name: str, variant: str, folder: Path, kernels: Path = ROOT / "kernels") -> ctypes.CDLL:
     """NAME.cpp as a library, which goes into `folder`."""
     library = folder / f"{name}_{variant}.so"
-    compile_for_cpu(f"{name}.cpp", library, "-shared", "-fPIC", kernels=kernels, variant=variant)
+    quick = () if kernels == ROOT / "kernels" else ("-O1",)  # changed ones run a few times only
+    compile_for_cpu(f"{name}.cpp", library, "-shared", "-fPIC", *quick, kernels=kernels, variant=variant)
     return ctypes.CDLL(str(library))
 
 
 def changed_kernels(folder: Path, part: str, old: str, new: str) -> Path:
-    """A copy of the kernels in `folder`, with other text in action_ode_PART.cuh, which must have `old` once."""
-    kernels = Path(shutil.copytree(ROOT / "kernels", folder / "kernels"))
+    """A copy of the kernels in `folder`, with other text in action_ode_PART.cuh, which must have `old` once.
+
+    Called again, it changes the copy that is there.
+    """
+    kernels = folder / "kernels"
+    if not kernels.exists():
+        shutil.copytree(ROOT / "kernels", kernels)
     path = kernels / f"action_ode_{part}.cuh"
     text = path.read_text()
     assert text.count(old) == 1, "the kernel has another text"
     path.write_text(text.replace(old, new))
     return kernels
+
+
+FORGET = (
+    "worker",
+    "            if (tile.opcode == kProduct)\n",
+    "            sync_computing();\n"
+    "            for (int i = thread; i < launch.staging / 4; i += kComputing)\n"
+    "                reinterpret_cast<std::uint32_t*>(block.staging)[i] = kEmpty;\n"
+    "            sync_computing();\n"
+    "            if (tile.opcode == kProduct)\n",
+)
+"""For `changed_kernels`: fills the staging memory with NaN where a tile begins."""
 
 
 class LaunchRecord(ctypes.Structure):
@@ -99,9 +121,35 @@ class State:
         self._progress, self.progress = guarded(2, 0)
         self._status, self.status = guarded(4, 0)
 
+    def buffer(self, schedule: Schedule, name: str, step: int) -> Tensor:
+        """[rows, columns] as they are in the set of step `step`; EMPTY words are NaN."""
+        b = schedule.buffers[name]
+        return self.words[step, b.offset : b.offset + b.words].view(torch.bfloat16).view(b.rows, b.columns).float()
+
+    def error(self, twin: Twin, first: int = 0) -> tuple[float, str, int]:
+        """Of the buffer furthest from the twin's, relative to its largest number: how far; its name; the step.
+
+        first: the set of the launch's first step. Infinite where other words are EMPTY.
+        """
+        errors = []
+        for step in range(SETS):
+            for name in twin.schedule.buffers:
+                got = self.buffer(twin.schedule, name, (first + step) % SETS)
+                want = twin.buffer(name, step).float()
+                same = torch.equal(got.isnan(), want.isnan())
+                apart = (got - want).nan_to_num().abs().max() / want.nan_to_num().abs().max().clamp(min=1e-30)
+                errors.append((apart.item() if same else math.inf, name, step))
+        return max(errors)
+
     def check(self) -> None:
         for whole in (self._words, self._progress, self._status):
             check_guards(whole)
+
+
+def followed_by_nan(context: Tensor) -> Tensor:
+    """[..., columns] in bf16 with GUARD rows behind it, which are no features."""
+    rows = context.bfloat16().reshape(-1, context.shape[-1])
+    return torch.cat([rows, rows.new_full((GUARD, rows.shape[1]), math.nan)])
 
 
 def check_guards(whole: Tensor) -> None:
@@ -122,6 +170,8 @@ class Result:
 
 
 class Emulator:
+    """Of the kernel as it is, `built` has one."""
+
     def __init__(self, variant: str, folder: Path, kernels: Path = ROOT / "kernels") -> None:
         """Compile `kernels` for one of VARIANTS; the library goes into `folder`."""
         self.library = build("action_ode", variant, folder, kernels)
@@ -153,7 +203,7 @@ class Emulator:
             "weights": packed.bytes(),
             "constants": packed.constants,
             "noise": noise.float().contiguous(),
-            "context": context.bfloat16().contiguous(),
+            "context": followed_by_nan(context),
             "prefix": None if prefix is None else prefix.float().contiguous(),
             "previous": None if guidance is None else guidance.previous,
             "guidance": None if guidance is None else guidance.weights,
@@ -186,3 +236,10 @@ class Emulator:
         check_guards(out_whole)
         check_guards(private_whole)
         return Result(out.view(torch.float32).view(shape.batch, shape.horizon, shape.actions), device_state)
+
+
+@cache
+def built(variant: str) -> Emulator:
+    """Of the kernel as it is, for one of VARIANTS; compiled once."""
+    with TemporaryDirectory() as folder:
+        return Emulator(variant, Path(folder))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from dit4dit import ops
 from dit4dit.config import HeadConfig
 from dit4dit.engine.action_ode import Device, HeadShape, Schedule, head_shape, plan
 from dit4dit.engine.action_ode.cost import Costs
+from dit4dit.engine.action_ode.cuts import AttendCut, Cut, Kind, _Search
+from dit4dit.engine.action_ode.plan import _Planner
 from dit4dit.engine.action_ode.schedule import Product
 from dit4dit.engine.action_ode.twin import Twin
 from dit4dit.engine.action_ode.weights import pack
@@ -66,6 +69,47 @@ CUTS = {
 """Blocks of a team, samples of one product, whether attention to tokens is part of one, and prices, where the device has
 clusters; for each of SIZES.
 """
+
+
+class Attention(NamedTuple):
+    """How a head's attention is cut, whatever that is predicted to take: a config, a request, and what `cut` is given.
+
+    share, active: of attention to the tokens themselves and to the features, how many ranks do a head, and how many of them have
+    keys. split: of the product that attends, where attention to tokens is part of one.
+    """
+
+    config: dict[str, Any]
+    request: dict[str, Any]
+    ranks: int
+    share: tuple[int, int]
+    active: tuple[int, int]
+    split: int | None = None
+    group: int = 1
+    slots: int | None = None
+
+
+ATTENTION = {
+    "columns end inside heads of 64": Attention(
+        dict(num_heads=3, head_dim=64), dict(context=70), 8, (1, 4), (1, 3), split=2
+    ),
+    "four samples, few slots": Attention(
+        dict(num_heads=3, head_dim=64), dict(batch=4, context=70), 4, (1, 4), (1, 3), split=2, group=4, slots=3
+    ),
+    "columns inside heads of 48": Attention(
+        dict(num_heads=4, head_dim=48), dict(context=33), 8, (1, 8), (1, 5), split=8
+    ),
+    "slices past the end, two samples": Attention(
+        dict(num_heads=5, head_dim=32), dict(batch=2), 4, (1, 1), (1, 1), split=4, group=2
+    ),
+    "all columns in several rounds": Attention(
+        dict(num_heads=6, action_horizon=16), dict(batch=2), 2, (1, 2), (1, 2), split=1, group=2
+    ),
+    "ranks without a head": Attention(dict(num_heads=5, head_dim=32), dict(batch=2), 8, (4, 4), (3, 4)),
+    "panels of 48 keys": Attention(
+        dict(num_heads=2, head_dim=64, action_horizon=16), dict(context=300), 8, (8, 1), (6, 1)
+    ),
+}
+"""Small heads of one block that attends to the features and one to the tokens, for a device with clusters."""
 
 TINY: dict[str, Any] = dict(
     num_layers=3, num_heads=4, head_dim=16, hidden_size=96, output_dim=80, action_dim=7, state_dim=16, context_dim=64
@@ -129,6 +173,37 @@ def planned(size: str, shape: HeadShape, device: Device) -> Schedule:
     if not device.clusters:
         ranks, fused = 1, False
     return plan(shape, device, costs, ranks=ranks, group=group, fused=fused)
+
+
+class _Wanted(_Search):
+    """Cuts as one of ATTENTION has them."""
+
+    def __init__(self, shape: HeadShape, device: Device, wanted: Attention) -> None:
+        self.wanted = wanted
+        super().__init__(shape, device, wanted.ranks, wanted.group, wanted.split is not None, DEAR)
+
+    def _attend_cut(self, keys: int, cross: bool) -> tuple[AttendCut, float]:
+        return AttendCut(self.wanted.share[cross], -(-keys // self.wanted.active[cross])), 0.0
+
+    def _cuts(self, kind: Kind) -> Iterator[Cut]:
+        return (cut for cut in super()._cuts(kind) if not kind.attends or cut.matrix.split == self.wanted.split)
+
+
+def attention_case(name: str, steps: int = 1) -> Case:
+    """Of one of ATTENTION."""
+    wanted = ATTENTION[name]
+    return Case(tiny(num_layers=2, **wanted.config), steps=steps, **wanted.request)
+
+
+def attention_schedule(name: str, shape: HeadShape, device: Device) -> Schedule:
+    """Of one of ATTENTION; on a device without clusters one block has whole heads."""
+    wanted = ATTENTION[name]
+    if not device.clusters:
+        return plan(shape, device, DEAR)
+    search = _Wanted(shape, device, wanted)
+    best = min(search.found(), key=lambda choice: choice.chain_us)
+    schedule = _Planner(shape, device, search.cuts_of(best)).schedule()
+    return replace(schedule, slots=wanted.slots or schedule.slots)
 
 
 def tiles_of(schedule: Schedule, name: str) -> list[int]:

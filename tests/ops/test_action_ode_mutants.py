@@ -1,7 +1,7 @@
 """What the emulation of action_ode's kernel is worth: changes of the kernel that it must see.
 
 It cannot see another order of planes or of ranks in a sum, which is within what rounding allows, a missing fence of loads, or a
-first barrier of the team that is missing, as pushes come long after it.
+first barrier of the team that is missing, as pushes come long after it. Faults of attention: test_action_ode_attention.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MUTANTS = {
     "bulk: the weights of another rank": ("weights", "(block.rank) * w.rank_units", "(block.rank ^ 1) * w.rank_units"),
     # words
     "copies: words that are not there": ("stage", "if (!any_lane(missing != kNone) ||", "if (true ||"),
-    "copies: keys that are not there": ("attention", "if (!any_lane(missing != kNone) ||", "if (true ||"),
+    "copies: keys that are not there": ("scores", "if (!any_lane(missing != kNone) ||", "if (true ||"),
     "copies: words of another set": ("stage", "source = block.words(now.set);", "source = block.words(now.before());"),
     "copies: words stay": ("product", "    write(block, w, item, now.before(), kEmpty);\n", ""),
     "copies: words of attention stay": ("attention", "    store_word(block.words(now.before()) + at, kEmpty);\n", ""),
@@ -70,7 +70,6 @@ MUTANTS = {
         "planes.moments(rank, item.token)",
         "planes.moments(0, item.token)",
     ),
-    "bulk: the keys of another rank": ("attention", "first(block.rank * w.slice)", "first((block.rank ^ 1) * w.slice)"),
     "bulk: no credit": ("block", "now_.lap() ^ 1, now_.tile, kRoom", "now_.lap(), now_.tile, kRoom"),
     "bulk: the end without the team": (
         "worker",
@@ -88,11 +87,6 @@ MUTANTS = {
         "product",
         "        if (begin > 0) sync_computing();  // all have multiplied the part before\n",
         "",
-    ),
-    "copies: scores before all keys are there": (
-        "attention",
-        "        sync_computing();\n        const int lane",
-        "        const int lane",
     ),
     # numbers
     "copies: the state token is left out": ("product", "launch.prefix != nullptr", "false"),
@@ -120,12 +114,12 @@ def test_the_emulation_sees_faults_in_the_kernel(name: str, tmp_path: Path) -> N
         schedule = plan(case.shape, device, DEAR, ranks=4 if device.clusters else 1)
     packed = pack(case.folded, schedule)
     want = case.twin(schedule, torch.bfloat16).run()
-    run = Emulator(variant, tmp_path, changed_kernels(tmp_path, *MUTANTS[name]))
-    state, errors = State(schedule), []
+    run, state = Emulator(variant, tmp_path, changed_kernels(tmp_path, *MUTANTS[name])), State(schedule)
     try:
         for seed in range(4):
             result = run(schedule, packed, *case.given(), seed=seed, state=state, limit_ns=LIMIT)
-            errors.append(case.error(result.actions, want))
+            if not case.error(result.actions, want) < 2**-5:
+                return
     except RuntimeError:
         return
-    assert not all(error < 2**-5 for error in errors)
+    pytest.fail("nothing is wrong")
