@@ -7,18 +7,25 @@
 
 namespace dit4dit::ode {
 
-// Two columns of one query as they come together from parts of the keys, one after the other.
+// Two columns of one query, put together from parts of the keys.
 struct Merged {
     float most = -INFINITY, total = 0, y[2] = {};
 
-    DEVICE void add(float part_most, float part_total, float a, float b) {
-        if (part_most == -INFINITY) return;
-        const float largest = fmaxf(most, part_most);
-        const float fade = exponential(most - largest), share = exponential(part_most - largest);
-        most = largest;
-        total = total * fade + share * part_total;
-        y[0] = y[0] * fade + share * a;
-        y[1] = y[1] * fade + share * b;
+    // stats(part): where a part's largest score and its sum lie, value(part): its sums over values. Parts' weights do not wait for
+    // each other. Some parts may have no keys, and sums of 0.
+    template <class Stats, class Value>
+    DEVICE Merged(int parts, const Stats& stats, const Value& value) {
+#pragma unroll 4
+        for (int part = 0; part < parts; ++part) most = fmaxf(most, stats(part)[0]);
+        const float base = most == -INFINITY ? 0.0f : most;
+#pragma unroll 4
+        for (int part = 0; part < parts; ++part) {
+            const Float2 sums = *reinterpret_cast<const Float2*>(value(part));
+            const float share = exponential(stats(part)[0] - base);
+            total += share * stats(part)[1];
+            y[0] += share * sums.v[0];
+            y[1] += share * sums.v[1];
+        }
     }
 };
 
@@ -79,13 +86,9 @@ DEVICE Merged merge_warps(const Block& block, const Shares& mine, int query, int
     const int d = block.launch.head_dim;
     const float* stats = reinterpret_cast<const float*>(block.staging);
     const float* left = stats + kWarps * 16 * 2;
-    Merged all;
-    for (int warp = query / 16; warp < kWarps; warp += mine.query_tiles) {
-        const int row = warp * 16 + query % 16;
-        const Float2 y = *reinterpret_cast<const Float2*>(left + place_of(row, column, d));
-        all.add(stats[row * 2], stats[row * 2 + 1], y.v[0], y.v[1]);
-    }
-    return all;
+    const auto row = [&](int part) { return (query / 16 + part * mine.query_tiles) * 16 + query % 16; };
+    return {mine.groups(), [&](int part) { return stats + row(part) * 2; },
+            [&](int part) { return left + place_of(row(part), column, d); }};
 }
 
 // The inbox: of each rank with keys, largest score and sum of each query, then of each the sums over values of this rank's columns.
@@ -128,11 +131,8 @@ DEVICE void attend_together(const Block& block, const Attend& w, const Moment& n
     const float* found = exchange.sums();
     for (int i = block.thread; i < w.tokens * own_pairs; i += kComputing) {
         const int query = i / own_pairs, column = i % own_pairs * 2;
-        Merged all;
-        for (int rank = 0; rank < mine.ranks; ++rank) {
-            const float *stats = found + inbox.stats(rank, query), *y = found + inbox.value(rank, query, column);
-            all.add(stats[0], stats[1], y[0], y[1]);
-        }
+        const Merged all(mine.ranks, [&](int rank) { return found + inbox.stats(rank, query); },
+                         [&](int rank) { return found + inbox.value(rank, query, column); });
         write(block, w, now, mine, query, mine.index * mine.columns + column, all);
     }
 }

@@ -16,15 +16,13 @@ struct Rows {
 // By one warp: words that another team writes, from `first` on, and zeros for rows that only pad.
 DEVICE void load_words_of_rows(const Block& block, const Moment& now, const Rows& to, int first, int stride, int count, int padded) {
     constexpr int kAtOnce = DIT4DIT_BULK_COPIES ? 6 : 4;
-    // of 16 bytes: 2, 4, 6 or 8 a row; rows: of one pass, as many as the lanes have all pieces of
-    const int pieces = block.launch.head_dim / 8, rows = pieces == 6 ? 5 : 32 >> log2_of(pieces);
-    const int row = pieces == 6 ? block.lane * 43 >> 8 : block.lane >> log2_of(pieces), column = (block.lane - row * pieces) * 8;
+    const Sweep sweep(block);
     const std::uint32_t* source = block.words(now.set);
-    for (int begin = 0; begin < padded; begin += rows * kAtOnce) {
+    for (int begin = 0; begin < padded; begin += sweep.rows * kAtOnce) {
         Quad q[kAtOnce];
-        const auto at = [&](int u) { return begin + u * rows + row; };
-        const auto wanted = [&](int u) { return row < rows && at(u) < count; };
-        const auto word = [&](int u) { return first + at(u) * stride + column / 2; };
+        const auto at = [&](int u) { return begin + u * sweep.rows + sweep.row; };
+        const auto wanted = [&](int u) { return !sweep.idle() && at(u) < count; };
+        const auto word = [&](int u) { return first + at(u) * stride + sweep.column / 2; };
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) q[u] = wanted(u) ? load_words(source + word(u)) : Quad{};
         Patience patience(block, now.tile);
@@ -40,7 +38,7 @@ DEVICE void load_words_of_rows(const Block& block, const Moment& now, const Rows
         }
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u)
-            if (row < rows && at(u) < padded) *reinterpret_cast<Quad*>(to.row(at(u), column)) = q[u];
+            if (!sweep.idle() && at(u) < padded) *reinterpret_cast<Quad*>(to.row(at(u), sweep.column)) = q[u];
     }
 }
 

@@ -11,6 +11,19 @@ DEVICE int share_of(const Attend& w) { return DIT4DIT_BULK_COPIES ? w.share : 1;
 // Bytes from row to row of a head's queries, keys or values in shared memory: 16 apart from a multiple of the banks.
 DEVICE int row_bytes(const Launch& launch) { return launch.head_dim * 2 + 16; }
 
+// How a warp goes through rows of one head, 16 bytes a lane: so many rows at a time, of which this lane has one, or none.
+struct Sweep {
+    int rows, row, column;
+
+    DEVICE explicit Sweep(const Block& block) {
+        const int pieces = block.launch.head_dim / 8;  // of 16 bytes: 2, 4, 6 or 8 a row
+        rows = pieces == 6 ? 5 : 32 >> log2_of(pieces);
+        row = pieces == 6 ? block.lane * 43 >> 8 : block.lane >> log2_of(pieces);
+        column = (block.lane - row * pieces) * 8;
+    }
+    DEVICE bool idle() const { return row >= rows; }
+};
+
 // One head of one sample, some of its keys, and of its result some columns.
 struct Shares {
     int sample, head;

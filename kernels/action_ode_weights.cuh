@@ -50,29 +50,11 @@ DEVICE void fetch_panel(const Block& block, const Ring& ring, const std::uint8_t
 #if DIT4DIT_BULK_COPIES
     if (block.lane != 0) return;
     barrier_expect(full, bytes);
+    barrier_arrive_times(full, 31);  // for the other lanes, which arrive themselves when they copy rows
+    fence_shared_for_copies();       // of what lanes have copied into this slot
     bulk_copy_once(to, from, bytes, full);
 #else
     for (int at = block.lane * 16; at < bytes; at += 32 * 16) copy_async_once(to + at, from + at);
-    arrive_on_copies(full);
-#endif
-}
-
-// A panel by rows: all its bytes are told first, then all lanes copy some of its rows.
-DEVICE void expect_rows([[maybe_unused]] const Block& block, [[maybe_unused]] std::uint64_t* full, [[maybe_unused]] int bytes) {
-#if DIT4DIT_BULK_COPIES
-    if (block.lane == 0) barrier_expect(full, bytes);
-    sync_warp();
-#endif
-}
-DEVICE void copy_row(std::uint8_t* to, const std::uint16_t* from, int bytes, [[maybe_unused]] std::uint64_t* full) {
-#if DIT4DIT_BULK_COPIES
-    bulk_copy(to, from, bytes, full);
-#else
-    for (int at = 0; at < bytes; at += 16) copy_async(to + at, reinterpret_cast<const std::uint8_t*>(from) + at);
-#endif
-}
-DEVICE void end_rows([[maybe_unused]] std::uint64_t* full) {
-#if !DIT4DIT_BULK_COPIES
     arrive_on_copies(full);
 #endif
 }
@@ -98,25 +80,25 @@ DEVICE bool fetch_product(const Block& block, Ring& ring, const Product& w, int 
 }
 
 // Panels of keys and behind them as many values, a row for each; behind the last key it is there again: what only pads counts for
-// nothing, but must be a number.
+// nothing, but must be a number. Lanes copy them, on all GPUs: the copy engine takes rows of so few bytes one by one.
 DEVICE bool fetch_features(const Block& block, Ring& ring, const Attend& w, int index) {
     const Launch& launch = block.launch;
     const Shares mine(block, w);
-    const int bytes = launch.head_dim * 2;
+    const Sweep sweep(block);
     const std::uint16_t* from = launch.context +
                                 (mine.sample * static_cast<std::int64_t>(launch.context_tokens) + mine.first) * launch.context_columns +
-                                2 * w.context * launch.width + mine.head * launch.head_dim;
+                                2 * w.context * launch.width + mine.head * launch.head_dim + sweep.column;
+    const int stride = row_bytes(launch), end = sweep.idle() ? 0 : mine.per_warp;
     for (int done = 0; done < mine.keys; done += mine.per_warp) {
         if (!wait_for_slot(block, ring, index)) return false;
-        std::uint64_t* full = &block.fixed.full[ring.slot];
-        expect_rows(block, full, 2 * mine.per_warp * bytes);
-        for (int row = block.lane; row < 2 * mine.per_warp; row += 32) {
-            const int value = row >= mine.per_warp, here = done + row - value * mine.per_warp;
-            const int key = here < mine.keys ? here : mine.keys - 1;
-            copy_row(block.ring + ring.slot * kSlotBytes + row * row_bytes(launch),
-                     from + static_cast<std::int64_t>(key) * launch.context_columns + value * launch.width, bytes, full);
+        const int last = mine.keys - 1 - done;
+        for (int value = 0; value < 2; ++value) {
+            std::uint8_t* to = block.ring + ring.slot * kSlotBytes + value * mine.per_warp * stride + sweep.column * 2;
+            const std::uint16_t* source = from + static_cast<std::int64_t>(done) * launch.context_columns + value * launch.width;
+            for (int row = sweep.row; row < end; row += sweep.rows)
+                copy_async(to + row * stride, source + static_cast<std::int64_t>(row < last ? row : last) * launch.context_columns);
         }
-        end_rows(full);
+        arrive_on_copies(&block.fixed.full[ring.slot]);
         ring.advance(launch.slots);
     }
     return true;

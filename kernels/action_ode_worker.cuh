@@ -11,7 +11,7 @@ DEVICE void begin(const Block& block) {
         const int ranks = ranks_of(block.launch);
         block.fixed.failed = block.fixed.apart = 0;
         for (int s = 0; s < block.launch.slots; ++s) {
-            barrier_init(&block.fixed.full[s], DIT4DIT_BULK_COPIES ? 1 : 32);
+            barrier_init(&block.fixed.full[s], 32);  // of all lanes that fetch
             barrier_init(&block.fixed.empty[s], kWarps);
         }
         for (int i = 0; i < 2; ++i) {

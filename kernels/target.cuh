@@ -163,6 +163,9 @@ DEVICE void copy_async_or_zeros(void* to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
+DEVICE void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 DEVICE void wait_copies() {
@@ -183,6 +186,10 @@ DEVICE void fence_barrier_init() {
 DEVICE void barrier_arrive(std::uint64_t* barrier) {
     [[maybe_unused]] std::uint64_t state;
     asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(state) : "r"(shared_address(barrier)) : "memory");
+}
+// One of the barrier's arrivals, when all copies that this thread has begun are there.
+DEVICE void arrive_on_copies(std::uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 // Whether the phase of this parity is over; from sm_90 on it may sleep for a while before it says no.
 DEVICE bool barrier_try_wait(std::uint64_t* barrier, int parity) {
@@ -221,10 +228,12 @@ DEVICE void barrier_expect(std::uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-DEVICE void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+// So many arrivals of one thread.
+DEVICE void barrier_arrive_times(std::uint64_t* barrier, int times) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(times) : "memory");
 }
+// What threads wrote into shared memory, which this one knows of, comes before what the copy engine writes for it.
+DEVICE void fence_shared_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void bulk_copy_once(void* to, const void* from, int bytes, std::uint64_t* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(evict_first())
@@ -256,16 +265,9 @@ DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 #else
-DEVICE void copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
 DEVICE void copy_async_once(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
                  ::"r"(shared_address(to)), "l"(from), "l"(evict_first()) : "memory");
-}
-// One of the barrier's arrivals, when all copies that this thread has begun are there.
-DEVICE void arrive_on_copies(std::uint64_t* barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 #endif
 

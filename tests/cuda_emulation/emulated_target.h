@@ -237,19 +237,31 @@ DEVICE bool barrier_try_wait(std::uint64_t* p, int parity) {
 }
 DEVICE bool barrier_try_wait_cluster(std::uint64_t* p, int parity) { return barrier_try_wait(p, parity); }
 
+DEVICE void arrive_on_copies(std::uint64_t* barrier) {
+    auto& fiber = machine->self();
+    if (!fiber.committed.empty()) machine->fail("arrive_on_copies after commit_copies");
+    barrier_at(barrier);
+    fiber.announced.emplace_back(std::move(fiber.copies), barrier);
+    fiber.copies.clear();
+    machine->begin({emulation::Event::kCopies, fiber.block, nullptr, nullptr, 0, 0, barrier, machine->index()});
+}
+
 #if DIT4DIT_BULK_COPIES
 DEVICE void barrier_expect(std::uint64_t* p, int bytes) {
     count_bytes(p, bytes);
     arrive_now(p);
 }
-DEVICE void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barrier) {
+DEVICE void barrier_arrive_times(std::uint64_t* p, int times) {
+    for (int i = 0; i < times; ++i) arrive_now(p);
+}
+DEVICE void fence_shared_for_copies() {}
+DEVICE void bulk_copy_once(void* to, const void* from, int bytes, std::uint64_t* barrier) {
     if (reinterpret_cast<std::uintptr_t>(from) % 16 || shared_address(to) % 16 || bytes % 16 || bytes < 1)
-        machine->fail("bulk_copy of something that is no multiple of 16");
+        machine->fail("bulk_copy_once of something that is no multiple of 16");
     barrier_at(barrier);
     std::memset(to, 0xff, bytes);
     machine->begin({emulation::Event::kCopy, machine->self().block, to, from, 0, bytes, barrier, 0});
 }
-DEVICE void bulk_copy_once(void* to, const void* from, int bytes, std::uint64_t* barrier) { bulk_copy(to, from, bytes, barrier); }
 
 // -- other blocks of the cluster -----------------------------------------------------------------------------------------------
 
@@ -297,14 +309,6 @@ DEVICE void sync_cluster() {
 }
 #else
 DEVICE void copy_async_once(void* to, const void* from) { copy_async(to, from); }
-DEVICE void arrive_on_copies(std::uint64_t* barrier) {
-    auto& fiber = machine->self();
-    if (!fiber.committed.empty()) machine->fail("arrive_on_copies after commit_copies");
-    barrier_at(barrier);
-    fiber.announced.emplace_back(std::move(fiber.copies), barrier);
-    fiber.copies.clear();
-    machine->begin({emulation::Event::kCopies, fiber.block, nullptr, nullptr, 0, 0, barrier, machine->index()});
-}
 #endif
 
 // -- tensor cores --------------------------------------------------------------------------------------------------------------
