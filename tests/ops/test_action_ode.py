@@ -353,8 +353,9 @@ VAIN = {
     "a key that never comes": (
         Wanted.WEIGHTS,
         "weights",
-        "if (block.lane == 0) barrier_expect(full, bytes);",
-        "if (block.lane == 0) barrier_expect(full, bytes + (block_index() == 10 ? 16 : 0));",
+        "        arrive_on_copies(&block.fixed.full[ring.slot]);",
+        "        if (block_index() == 10 && block.lane == 3) { commit_copies(); wait_copies<0>(); } else\n"
+        "        arrive_on_copies(&block.fixed.full[ring.slot]);",
     ),
     "a warp that never gives a slot back": (
         Wanted.WEIGHTS,

@@ -219,8 +219,8 @@ MUTANTS = {
         "int turn = mine.group(block.warp) + 1;",
     ),
     "bulk: a warp's panels too far apart": (PANELS, "attention", "turn = mine.groups() - 1;", "turn = mine.groups();"),
-    "copies: keys behind the last": (PANELS, "weights", "here < mine.keys ? here : mine.keys - 1", "here"),
-    "bulk: keys behind the last": (PANELS, "weights", "here < mine.keys ? here : mine.keys - 1", "here"),
+    "copies: keys behind the last": (PANELS, "weights", "row < last ? row : last", "row < last ? row : row"),
+    "bulk: keys behind the last": (PANELS, "weights", "row < last ? row : last", "row < last ? row : row"),
     "bulk: a panel too many is fetched": (
         PANELS,
         "weights",
