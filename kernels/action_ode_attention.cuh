@@ -57,7 +57,7 @@ DEVICE void attend_to_tokens(const Block& block, const Attend& w, const Moment& 
     leave(block, found);
 }
 
-// Of the features, which come with the weights, panel after panel; each is one warp's of each row of queries.
+// Of the features, which come with the weights, panel after panel. Of each row of queries the warps take keys in turn.
 DEVICE void attend_to_features(const Block& block, Ring& ring, const Attend& w, const Moment& now, const Shares& mine) {
     const int d = block.launch.head_dim;
     const Rows q{block.staging, row_bytes(block.launch)};
@@ -65,17 +65,18 @@ DEVICE void attend_to_features(const Block& block, Ring& ring, const Attend& w, 
         load_words_of_rows(block, now, q, mine.word(block, w, w.query, w.stride, 0), w.stride, w.tokens, mine.query_tiles * 16);
     sync_computing();
     Warp found;
-    int turn = mine.group(block.warp);  // panels until this warp's next
-    for (int done = 0; done < mine.keys; done += mine.per_warp) {
+    int next = mine.group(block.warp) * mine.per_warp;  // this warp's next keys, from the panel's first on
+    for (int done = 0; done < mine.keys; done += mine.panel) {
         block.wait<true>(&block.fixed.full[ring.slot], ring.parity, now.tile, kWeights, ring.slot);
-        if (turn-- == 0) {
+#pragma unroll 1
+        for (; next < mine.panel && done + next < mine.keys; next += mine.padded()) {
             const int lane = renewed(block.lane);
-            const Rows k{block.ring + ring.slot * kSlotBytes, q.stride}, v{k.row(mine.per_warp, 0), q.stride};
-            found.score(q, k, mine.query(block.warp), 0, mine.per_warp, d, lane);
-            found.soften(0, mine.per_warp, mine.keys - done, inverse_root(static_cast<float>(d)), lane);
-            found.gather(v, 0, mine.per_warp, d, lane);
-            turn = mine.groups() - 1;
+            const Rows k{block.ring + ring.slot * kSlotBytes, q.stride}, v{k.row(mine.panel, 0), q.stride};
+            found.score(q, k, mine.query(block.warp), next, mine.per_warp, d, lane);
+            found.soften(next, mine.per_warp, mine.keys - done, inverse_root(static_cast<float>(d)), lane);
+            found.gather(v, next, mine.per_warp, d, lane);
         }
+        next -= mine.panel;
         leave_panel(block, ring);
     }
     leave(block, found);

@@ -32,7 +32,8 @@ struct Shares {
     int first, keys;  // of this rank; none, with no columns, if the tile has no head for it
     int columns;
     int query_tiles;  // rows of 16 queries; each has kWarps / query_tiles warps, groups
-    int per_warp;     // keys that a warp takes at a time: of the tokens its only ones, of the features a panel
+    int per_warp;     // keys that a warp takes at a time: of the tokens its only ones
+    int panel;        // of the features: keys of one panel, as many times per_warp as it holds
 
     DEVICE Shares(const Block& block, const Attend& w)
         : index(block.rank & (share_of(w) - 1)), base(block.rank & -share_of(w)), ranks((w.keys + w.slice - 1) / w.slice), first(index * w.slice),
@@ -45,10 +46,18 @@ struct Shares {
         keys = left < 0 ? 0 : left < w.slice ? left : w.slice;
         per_warp = ((w.slice + groups() * 16 - 1) >> (7 - log2_of(query_tiles))) * 16;
         if (per_warp > kMostKeys) per_warp = kMostKeys;
-        if (w.context != kNone && 2 * per_warp * row_bytes(block.launch) > kSlotBytes) per_warp -= 16;
+        const int most = kSlotBytes / 2 / row_bytes(block.launch);
+        if (w.context != kNone && per_warp > most) per_warp -= 16;
+        panel = per_warp;
+        while (panel < w.slice && panel + per_warp <= most) panel += per_warp;
     }
 
     DEVICE int groups() const { return kWarps >> log2_of(query_tiles); }
+    DEVICE int filled(int done) const {  // rows of the panel that begins with key `done`
+        int rows = 0;
+        while (rows < panel && done + rows < keys) rows += per_warp;
+        return rows;
+    }
     DEVICE int padded() const { return per_warp * groups(); }  // keys of all warps of a row of queries
     DEVICE int query(int warp) const { return (warp & (query_tiles - 1)) * 16; }
     DEVICE int group(int warp) const { return warp >> log2_of(query_tiles); }

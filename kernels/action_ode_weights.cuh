@@ -79,8 +79,8 @@ DEVICE bool fetch_product(const Block& block, Ring& ring, const Product& w, int 
     return true;
 }
 
-// Panels of keys and behind them as many values, a row for each; behind the last key it is there again: what only pads counts for
-// nothing, but must be a number. Lanes copy them, on all GPUs: the copy engine takes rows of so few bytes one by one.
+// Panels of keys and behind them values, a row for each; behind the last key it is there again, up to the end of what a warp takes:
+// what only pads counts for nothing, but must be a number. Lanes copy them, on all GPUs: the copy engine takes rows of so few bytes one by one.
 DEVICE bool fetch_features(const Block& block, Ring& ring, const Attend& w, int index) {
     const Launch& launch = block.launch;
     const Shares mine(block, w);
@@ -88,12 +88,12 @@ DEVICE bool fetch_features(const Block& block, Ring& ring, const Attend& w, int 
     const std::uint16_t* from = launch.context +
                                 (mine.sample * static_cast<std::int64_t>(launch.context_tokens) + mine.first) * launch.context_columns +
                                 2 * w.context * launch.width + mine.head * launch.head_dim + sweep.column;
-    const int stride = row_bytes(launch), end = sweep.idle() ? 0 : mine.per_warp;
-    for (int done = 0; done < mine.keys; done += mine.per_warp) {
+    const int stride = row_bytes(launch);
+    for (int done = 0; done < mine.keys; done += mine.panel) {
         if (!wait_for_slot(block, ring, index)) return false;
-        const int last = mine.keys - 1 - done;
+        const int last = mine.keys - 1 - done, end = sweep.idle() ? 0 : mine.filled(done);
         for (int value = 0; value < 2; ++value) {
-            std::uint8_t* to = block.ring + ring.slot * kSlotBytes + value * mine.per_warp * stride + sweep.column * 2;
+            std::uint8_t* to = block.ring + ring.slot * kSlotBytes + value * mine.panel * stride + sweep.column * 2;
             const std::uint16_t* source = from + static_cast<std::int64_t>(done) * launch.context_columns + value * launch.width;
             for (int row = sweep.row; row < end; row += sweep.rows)
                 copy_async(to + row * stride, source + static_cast<std::int64_t>(row < last ? row : last) * launch.context_columns);

@@ -16,7 +16,7 @@ from dit4dit import ops
 from dit4dit.engine.action_ode import schedule as definition
 from dit4dit.engine.action_ode.program import OneLaunchHead, device_of
 from dit4dit.engine.action_ode.schedule import NONE, RANKS, Attend
-from dit4dit.engine.action_ode.sizes import query_rows, warp_keys
+from dit4dit.engine.action_ode.sizes import query_rows, row_bytes, warp_keys
 from dit4dit.engine.action_ode.validate import validate
 from dit4dit.engine.action_ode.weights import pack
 from dit4dit.engine.fold import fold_head
@@ -69,17 +69,19 @@ def test_the_sizes_reach_every_way_of_attention() -> None:
         for w in (tile.work for tile in s.decoded):
             if isinstance(w, Attend):
                 cross = w.context != NONE
-                panel, groups = warp_keys(tokens, w.slice, dim, cross), definition.WARPS * 16 // query_rows(tokens)
-                panels = [-(-min(w.slice, w.keys - first) // panel) for first in range(0, w.keys, w.slice)]
+                each, groups = warp_keys(tokens, w.slice, dim, cross), definition.WARPS * 16 // query_rows(tokens)
+                turns = [-(-min(w.slice, w.keys - first) // each) for first in range(0, w.keys, w.slice)]
                 kind = "features" if cross else "tokens"
-                found: dict[str, object] = {"share": w.share, "keys of a panel": panel}
+                found: dict[str, object] = {"share": w.share, "keys of a warp": each}
                 found |= {
                     "a rank without a head": w.share * w.pairs < s.ranks,
-                    "a rank without keys": len(panels) < w.share,
+                    "a rank without keys": len(turns) < w.share,
                 }
-                found["fewer panels than warps"] = min(panels) < groups
-                found["more panels than warps"] = max(panels) > groups
-                found["some panels fewer"] = min(panels) < max(panels)
+                found["fewer turns than warps"] = min(turns) < groups
+                found["more turns than warps"] = max(turns) > groups
+                found["some turns fewer"] = min(turns) < max(turns)
+                of_panel = definition.SLOT_BYTES // 2 // row_bytes(dim) // each
+                found["several turns in one of several panels"] = 1 < of_panel < max(turns)
             elif w.attend:
                 kind, samples = "inside", w.tokens // tokens
                 ends = [min(first, w.columns) for first in range(0, w.slice * (w.split + 1), w.slice)]
@@ -99,12 +101,13 @@ def test_the_sizes_reach_every_way_of_attention() -> None:
         "tokens: a rank without a head": (True,),
         "tokens: a rank without keys": (True,),
         "features: share": (1, 2, 4, 8),
-        "features: keys of a panel": (16, 32, 48),
+        "features: keys of a warp": (16, 32, 48),
+        "features: several turns in one of several panels": (True,),
         "features: a rank without a head": (True,),
         "features: a rank without keys": (True,),
-        "features: fewer panels than warps": (True,),
-        "features: more panels than warps": (True,),
-        "features: some panels fewer": (True,),
+        "features: fewer turns than warps": (True,),
+        "features: more turns than warps": (True,),
+        "features: some turns fewer": (True,),
         "features: head_dim": (16, 32, 48, 64),
         "inside: split": (1, 2, 4, 8),
         "inside: samples": (1, 2, 4),
@@ -159,6 +162,7 @@ BEFORE = {
 """Changes that a right kernel does not mind, and a wrong one does."""
 INSIDE, SLOTS = "columns end inside heads of 64", "four samples, few slots"
 OVER_END, ROUNDS = "slices past the end, two samples", "all columns in several rounds"
+SEVERAL = "columns end inside heads of 64"
 IDLE, PANELS, FEW_KEYS = "ranks without a head", "panels of 48 keys", "columns inside heads of 48"
 MUTANTS = {
     # inside a product
@@ -209,16 +213,36 @@ MUTANTS = {
         PANELS,
         "attention",
         "        leave_panel(block, ring);\n",
-        "        if (turn == mine.groups() - 1) leave_panel(block, ring);\n"
+        "        if (next >= mine.padded() - mine.panel) leave_panel(block, ring);\n"
         "        else ring.advance(block.launch.slots);\n",
     ),
     "bulk: the panel of another warp": (
         PANELS,
         "attention",
-        "int turn = mine.group(block.warp);",
-        "int turn = mine.group(block.warp) + 1;",
+        "int next = mine.group(block.warp) *",
+        "int next = (mine.group(block.warp) + 1) *",
     ),
-    "bulk: a warp's panels too far apart": (PANELS, "attention", "turn = mine.groups() - 1;", "turn = mine.groups();"),
+    "bulk: a warp's panels too far apart": (
+        PANELS,
+        "attention",
+        "next += mine.padded())",
+        "next += mine.padded() + mine.per_warp)",
+    ),
+    "bulk: a warp's place is not carried on": (PANELS, "attention", "        next -= mine.panel;\n", ""),
+    "bulk: a warp takes the panel's first keys": (
+        SEVERAL,
+        "attention",
+        "(block.warp), next, mine",
+        "(block.warp), 0, mine",
+    ),
+    "bulk: a warp takes the panel's first values": (SEVERAL, "attention", "gather(v, next,", "gather(v, 0,"),
+    "bulk: values behind one warp's keys": (
+        SEVERAL,
+        "attention",
+        "v{k.row(mine.panel, 0)",
+        "v{k.row(mine.per_warp, 0)",
+    ),
+    "bulk: the last keys are not fetched": (SEVERAL, "shares", "done + rows < keys)", "done + rows + per_warp < keys)"),
     "copies: keys behind the last": (PANELS, "weights", "row < last ? row : last", "row < last ? row : row"),
     "bulk: keys behind the last": (PANELS, "weights", "row < last ? row : last", "row < last ? row : row"),
     "bulk: a panel too many is fetched": (
@@ -237,15 +261,15 @@ MUTANTS = {
         PANELS,
         "attention",
         "mine.per_warp, mine.keys - done,",
-        "mine.per_warp, mine.per_warp,",
+        "mine.per_warp, next + mine.per_warp,",
     ),
     "bulk: keys for values": (PANELS, "weights", "+ value * launch.width", ""),
-    "bulk: panels that have no room": (PANELS, "shares", "> kSlotBytes) per_warp -= 16", "> kSlotBytes) per_warp -= 0"),
+    "bulk: panels that have no room": (PANELS, "shares", "> most) per_warp -= 16", "> most) per_warp -= 0"),
     "copies: scores before all queries are there": (
         PANELS,
         "attention",
-        "    sync_computing();\n    Warp found;\n    int turn",
-        "    Warp found;\n    int turn",
+        "    sync_computing();\n    Warp found;\n    int next",
+        "    Warp found;\n    int next",
     ),
     "bulk: features of the first head": (IDLE, "weights", "mine.head * launch.head_dim", "0"),
     "bulk: features of the first sample": (

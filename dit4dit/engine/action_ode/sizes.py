@@ -24,7 +24,9 @@ def query_rows(tokens: int) -> int:
 
 
 def warp_keys(tokens: int, keys: int, head_dim: int, features: bool) -> int:
-    """Keys that one warp takes at a time, of `keys` that its rank has: of the tokens all that are its, of features a panel."""
+    """Keys that one warp takes at a time, of `keys` that its rank has: of the tokens all that are its, of features no more than
+    half a slot holds with as many values.
+    """
     groups = WARPS * 16 // query_rows(tokens)
     per_warp = min(PANEL_KEYS, -(-keys // (groups * 16)) * 16)
     return per_warp - 16 if features and 2 * per_warp * row_bytes(head_dim) > SLOT_BYTES else per_warp
@@ -44,9 +46,9 @@ def attend_bytes(tokens: int, keys: int, head_dim: int, features: bool) -> int:
 
 
 def panel_bytes(tokens: int, slice_: int, head_dim: int, keys: int) -> int:
-    """Keys and values of the features that a rank with `keys` of them fetches, panels filled up."""
-    panel = warp_keys(tokens, slice_, head_dim, True)
-    return -(-keys // panel) * panel * 2 * 2 * head_dim
+    """Keys and values of the features that a rank with `keys` of them fetches, filled up to what a warp takes."""
+    each = warp_keys(tokens, slice_, head_dim, True)
+    return -(-keys // each) * each * 2 * 2 * head_dim
 
 
 def attend_inbox(tokens: int, share: int, head_dim: int) -> int:
