@@ -45,7 +45,8 @@ DEVICE void attend_inside(const Block& block, const Heads& all, const Rows& q, c
             const int column = first + j * 8;
             if (j * 8 >= d || column < 0 || all.begin + column >= all.end) continue;
             std::uint8_t* at = to.row(column, sample * all.tokens + row) + lane % 4 * 4;
-            *reinterpret_cast<std::uint32_t*>(at) = pack_bf16(found.values[j][half * 2] * share, found.values[j][half * 2 + 1] * share);
+            *reinterpret_cast<std::uint32_t*>(at) =
+                pack_bf16(found.values[j][half * 2] * share, found.values[j][half * 2 + 1] * share);
         }
     }
 }
@@ -78,7 +79,8 @@ DEVICE void stage_attended(const Block& block, const Product& w, const Moment& n
         sync_computing();
         for (int task = block.warp; task < count * all.query_tiles; task += kWarps) {
             const int pair = task >> log2_of(all.query_tiles), query = (task & (all.query_tiles - 1)) * 16;
-            attend_inside(Block(block.launch, renewed(block.rank), renewed(block.thread)), all, rows(pair, 0), rows(pair, 1), rows(pair, 2), done + pair, query, to);
+            const Block here(block.launch, renewed(block.rank), renewed(block.thread));
+            attend_inside(here, all, rows(pair, 0), rows(pair, 1), rows(pair, 2), done + pair, query, to);
         }
     }
 }

@@ -36,8 +36,8 @@ struct Shares {
     int panel;        // of the features: keys of one panel, as many times per_warp as it holds
 
     DEVICE Shares(const Block& block, const Attend& w)
-        : index(block.rank & (share_of(w) - 1)), base(block.rank & -share_of(w)), ranks((w.keys + w.slice - 1) / w.slice), first(index * w.slice),
-          query_tiles(w.tokens <= 16 ? 1 : w.tokens <= 32 ? 2 : 4) {
+        : index(block.rank & (share_of(w) - 1)), base(block.rank & -share_of(w)), ranks((w.keys + w.slice - 1) / w.slice),
+          first(index * w.slice), query_tiles(w.tokens <= 16 ? 1 : w.tokens <= 32 ? 2 : 4) {
         const int which = block.rank >> log2_of(share_of(w)), pair = w.pair + which;
         const bool busy = which < w.pairs;
         sample = pair / block.launch.heads, head = pair - sample * block.launch.heads;

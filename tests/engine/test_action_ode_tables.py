@@ -182,16 +182,23 @@ def test_heads_that_the_kernel_cannot_have_are_caught(sound: Schedule, heads: in
         validate(replace(sound, shape=shape))
 
 
-def test_more_tokens_than_rows_of_queries_are_caught() -> None:
+@pytest.mark.parametrize(
+    "fused,message",
+    [
+        (False, "tile .* Attend.*: tokens: more than 64 rows of queries"),
+        (True, "tile .* Product.*: attend: more than 64 tokens of a sample"),
+    ],
+)
+def test_more_tokens_than_rows_of_queries_are_caught(fused: bool, message: str) -> None:
     """Of one sample: attention has at most 64."""
     shape = head_shape(tiny(63), batch=1, context=40, prefix=True, steps=1)
-    validate(plan(shape, DEVICE))
+    validate(plan(shape, DEVICE, fused=fused))
     longer = replace(shape, horizon=64)
     assert longer.tokens == 65
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planner, "check", lambda shape: None)
-        schedule = plan(longer, DEVICE)
-    with pytest.raises(ScheduleError, match=r"^tile \d+ Attend.*: tokens: more than 64 rows of queries"):
+        schedule = plan(longer, DEVICE, fused=fused)
+    with pytest.raises(ScheduleError, match=message):
         validate(schedule)
 
 

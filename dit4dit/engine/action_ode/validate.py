@@ -197,6 +197,8 @@ class _Tiles:
         p, schedule, shape = self.products, self.schedule, self.schedule.shape
         p.refuse(np.where(attends, p["attend"] < 1, p["attend"] != 0), "attend: not as its stage is")
         p.refuse(attends & (p["slice"] > schedule.part), "attend: its columns are not staged at once")
+        rows = query_rows(shape.tokens)
+        p.refuse(attends & (shape.tokens > rows), f"attend: more than {rows} tokens of a sample")
         each = own_attention_bytes(shape.tokens, shape.head_dim)
         for matrix, at_once in set(zip(mine[attends].tolist(), p["attend"][attends].tolist(), strict=True)):
             size = product_staging(schedule.padded_tokens, schedule.part, matrices[matrix], at_once * each)
