@@ -184,7 +184,7 @@ public:
         if (ranks_of(block_.launch) > 1 && !block_.apart()) barrier_expect(sums_barrier(), bytes);
 #endif
     }
-    // By all threads that push, before they do: all ranks have read what lay in this inbox.
+    // By all threads that write to an inbox, before they do: all ranks have read what lay in this one.
     DEVICE void wait_for_room() const {
 #if DIT4DIT_BULK_COPIES
         if (ranks_of(block_.launch) > 1) block_.wait<true>(room_barrier(), now_.lap() ^ 1, now_.tile, kRoom, now_.inbox());
@@ -201,6 +201,8 @@ public:
         block_.wait<true>(sums_barrier(), now_.lap(), now_.tile, kSums, now_.inbox());
         return reinterpret_cast<const float*>(block_.inbox(now_.inbox()));
     }
+    // The tile's inbox, for a rank's own sums where ranks give each other none.
+    DEVICE float* own() const { return reinterpret_cast<float*>(block_.inbox(now_.inbox())); }
     // By all computing threads, at the end of every tile: this inbox may be filled again.
     DEVICE void release() const {
 #if DIT4DIT_BULK_COPIES

@@ -75,8 +75,9 @@ struct Delivery {
     DEVICE Delivery(const Block& b, const Product& product, const Exchange& e)
         : block(b), w(product), exchange(e), planes(b, product) {}
 
-    // Behind the staged tokens.
+    // In an inbox, to which nobody else gives anything in this tile; in a team of one behind the staged tokens.
     DEVICE float* own_sums() const {
+        if (ranks_of(block.launch) > 1) return exchange.own();
         return reinterpret_cast<float*>(block.staging + block.launch.part / 8 * (block.launch.padded_tokens * 16 + 16));
     }
     // `rank` of those that share this one's rows; more: to be added to what the part before left there.

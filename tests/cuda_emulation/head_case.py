@@ -55,6 +55,9 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Heads and requests that reach every path of the kernel, each of PADDED_TOKENS: changes of `tiny`, arguments of `Case`."""
 
+PARTS = "51 tokens, norms in parts"
+"""Of SIZES, for devices whose shared memory does not hold all columns of a product."""
+
 CUTS = {
     "8 tokens, no state": (4, 1, False, DEAR),
     "9 tokens": (8, 1, True, FREE),
@@ -63,7 +66,7 @@ CUTS = {
     "17 tokens, heads of 48": (8, 1, False, FREE),
     "17 tokens, batch 4": (2, 4, True, DEAR),
     "51 tokens": (4, 1, True, DEAR),
-    "51 tokens, norms in parts": (2, 1, True, DEAR),
+    PARTS: (2, 1, False, DEAR),
     "no state": (1, 1, False, DEAR),
 }
 """Blocks of a team, samples of one product, whether attention to tokens is part of one, and prices, where the device has
@@ -75,7 +78,8 @@ class Attention(NamedTuple):
     """How a head's attention is cut, whatever that is predicted to take: a config, a request, and what `cut` is given.
 
     share, active: of attention to the tokens themselves and to the features, how many ranks do a head, and how many of them have
-    keys. split: of the product that attends, where attention to tokens is part of one.
+    keys. split: of the product that attends, where attention to tokens is part of one. memory: shared memory of a device without
+    clusters; where it is scarce, keys come where a product's sums lie.
     """
 
     config: dict[str, Any]
@@ -86,6 +90,7 @@ class Attention(NamedTuple):
     split: int | None = None
     group: int = 1
     slots: int | None = None
+    memory: int = 99 << 10
 
 
 ATTENTION = {
@@ -104,7 +109,9 @@ ATTENTION = {
     "all columns in several rounds": Attention(
         dict(num_heads=6, action_horizon=16), dict(batch=2), 2, (1, 2), (1, 2), split=1, group=2
     ),
-    "ranks without a head": Attention(dict(num_heads=5, head_dim=32), dict(batch=2), 8, (4, 4), (3, 4)),
+    "ranks without a head": Attention(
+        dict(num_heads=5, head_dim=32), dict(batch=2), 8, (4, 4), (3, 4), memory=76 << 10
+    ),
     "panels of 48 keys": Attention(
         dict(num_heads=2, head_dim=64, action_horizon=16), dict(context=300), 8, (8, 1), (6, 1)
     ),
@@ -170,6 +177,8 @@ class Case:
 def planned(size: str, shape: HeadShape, device: Device) -> Schedule:
     """The schedule of one of SIZES; with all of them teams of every size take part, and every way of cutting."""
     ranks, group, fused, costs = CUTS[size]
+    if size == PARTS:
+        device = replace(device, shared_memory=min(device.shared_memory, (112 if shape.fp8 else 104) << 10))
     if not device.clusters:
         ranks, fused = 1, False
     return plan(shape, device, costs, ranks=ranks, group=group, fused=fused)
@@ -199,7 +208,7 @@ def attention_schedule(name: str, shape: HeadShape, device: Device) -> Schedule:
     """Of one of ATTENTION; on a device without clusters one block has whole heads."""
     wanted = ATTENTION[name]
     if not device.clusters:
-        return plan(shape, device, DEAR)
+        return plan(shape, replace(device, shared_memory=wanted.memory), DEAR)
     search = _Wanted(shape, device, wanted)
     best = min(search.found(), key=lambda choice: choice.chain_us)
     schedule = _Planner(shape, device, search.cuts_of(best)).schedule()

@@ -79,7 +79,7 @@ def fits(schedule: Schedule) -> None:
         assert m.slice % STEP_COLUMNS == 0
         assert staged_columns(m, schedule.part) > 0
         assert product_staging(padded, schedule.part, m) <= schedule.staging
-        if m.split > 1:
+        if ranks > 1:
             assert sums_bytes(padded, m) <= schedule.inbox
     for works in stages(schedule).values():
         for _, work in works:
@@ -208,7 +208,7 @@ def test_an_inbox_that_attention_alone_needs() -> None:
     shape = head_shape(head, batch=1, context=600, prefix=True, steps=1)
     schedule = plan(shape, H200, ranks=8)
     (share,) = {t.work.share for t in schedule.decoded if isinstance(t.work, Attend)}
-    sums = max(sums_bytes(schedule.padded_tokens, m) for m in schedule.matrices.values() if m.split > 1)
+    sums = max(sums_bytes(schedule.padded_tokens, m) for m in schedule.matrices.values())
     assert sums < attend_inbox(shape.tokens, share, shape.head_dim) <= schedule.inbox
 
 

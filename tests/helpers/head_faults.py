@@ -122,7 +122,7 @@ def least_staging(schedule: Schedule) -> int:
 
 def least_inbox(schedule: Schedule) -> int:
     shape = schedule.shape
-    sums = [sums_bytes(schedule.padded_tokens, m) for m in schedule.matrices.values() if m.split > 1]
+    sums = [sums_bytes(schedule.padded_tokens, m) for m in schedule.matrices.values() if m.ranks > 1]
     shares = {t.work.share for t in schedule.decoded if isinstance(t.work, Attend)}
     attends = [attend_inbox(shape.tokens, share, shape.head_dim) for share in shares]
     return -(-max(sums + attends, default=0) // 16) * 16

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from emulator import Emulator, State, changed_kernels, needs_compiler
-from head_case import DEAR, DEVICES, SIZES, Case, planned, tiny
+from head_case import DEAR, DEVICES, PARTS, SIZES, Case, planned, tiny
 
 from dit4dit.engine.action_ode import plan
 from dit4dit.engine.action_ode.weights import pack
 
 LIMIT = 4_000_000  # ns, of the emulation's clock
-PARTS = "51 tokens, norms in parts"
 MUTANTS = {
     # weights
     "bulk: weights before they are there": (

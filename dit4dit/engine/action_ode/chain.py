@@ -156,7 +156,7 @@ def check_matrices(schedule: Schedule, stages: Sequence[Stage]) -> None:
         need(schedule.part >= columns, f"part, of {what}", f"{columns} or more", schedule.part)
         staging = product_staging(schedule.padded_tokens, schedule.part, m)
         need(staging <= schedule.staging, f"staging, of {what}", f"at least {staging}", schedule.staging)
-        inbox = sums_bytes(schedule.padded_tokens, m) if m.split > 1 else 0
+        inbox = sums_bytes(schedule.padded_tokens, m) if m.ranks > 1 else 0
         need(inbox <= schedule.inbox, f"inbox, of {what}", f"at least {inbox}", schedule.inbox)
     end = schedule.weight_bytes // WEIGHT_UNIT
     _check_ranges("matrix", {name: (m.offset, m.units) for name, m in schedule.matrices.items()}, end, 1)

@@ -50,7 +50,7 @@ from dit4dit.errors import ConfigError
 
 T = TypeVar("T", int, bool)
 LEAST_SLOTS, ENOUGH_SLOTS, MOST_SLOTS = 3, 6, 16
-"""Of weights: the fewest, as many as activations leave room for if they can, and as many as the kernel has barriers for."""
+"""Of weights: the fewest, the most that cuts leave room for on purpose, and as many as the kernel has barriers for."""
 STREAM = ("encode_out", "out", "mlp_out")
 """Matrices whose results are the residual stream: they have the same rows in the same teams."""
 
@@ -73,7 +73,7 @@ class Cut(NamedTuple):
     us: float  # of a stage on that team, without the barriers around parts of the activations
     units: int  # of weights that each rank of that team reads
     inbox: int
-    behind: int  # bytes of staging for sums, without exchange, or for attention
+    behind: int  # bytes of staging for sums, in a team of one, or for attention
     columns: int  # that must be staged at a time
     slice: int
 
@@ -265,7 +265,7 @@ class _Search:
         elif split == 1:
             columns = min(m.slice, m.panel_steps * STEP_COLUMNS)
         sums = sums_bytes(self.padded, m)
-        inbox, behind = (_round(sums), attention) if split > 1 else (0, max(sums, attention))
+        inbox, behind = (_round(sums), attention) if self.ranks > 1 else (0, max(sums, attention))
         us = self.costs.hop + rounds * us
         return Cut(m, rounds, us, rounds * m.rank_units, inbox, behind, columns, m.slice)
 
@@ -310,8 +310,8 @@ class _Search:
     # -- choice --------------------------------------------------------------------------------------------------------
 
     def found(self) -> Iterator[Choice]:
-        """The best for each limit on the inbox and on sums in staging, first for the chain of stages alone; where weights take
-        longer, with their time counted too.
+        """The best for each limit on the inbox, on what lies behind staged activations and on slots: first for the chain of
+        stages alone; where weights take longer, with their time counted too.
         """
         every = [cut for cuts in self.candidates.values() for cut in cuts]
         inboxes = sorted({max(self.attend_inbox, _limit(cut.inbox)) for cut in every})
@@ -324,7 +324,6 @@ class _Search:
                 yield best
                 if best.weights_us > best.chain_us:
                     yield from filter(None, (self._choose(inbox, behind, staging, weight) for weight in (0.3, 1.0)))
-                break
 
     def _choose(self, inbox: int, behind: int, staging: int, weight: float) -> Choice | None:
         """The best with such an inbox, and staging in which `behind` are for sums or attention; weight: of the time of weights,

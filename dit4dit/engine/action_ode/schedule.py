@@ -343,8 +343,9 @@ class Schedule:
         constants: name -> (offset in floats, length); `constant_floats` of them.
         padded_tokens: tokens of one product, one of PADDED_TOKENS.
         part: columns of activations that a rank stages at a time, a multiple of 32; a slice is longer only with split 1.
-        slots: panels of weights that shared memory holds. staging: bytes of staged activations and behind them the sums of a
-            product with split 1; or of keys and values. inbox: bytes of sums from other ranks, twice; 0 with one rank.
+        slots: panels of weights that shared memory holds. staging: bytes of staged activations, and behind them of what
+            attention inside a product is worked out from, or with one rank of sums; or of what attention stages. inbox: bytes of
+            sums, from other ranks or a rank's own, twice; 0 with one rank.
     """
 
     shape: HeadShape

@@ -60,12 +60,12 @@ def attend_inbox(tokens: int, share: int, head_dim: int) -> int:
 
 def product_staging(padded_tokens: int, part: int, matrix: MatrixPlan, attention: int = 0) -> int:
     """Staging of a product: `part` columns of tokens, and behind them `attention` bytes for what they are worked out from and
-    then, where a rank has all columns, the sums of its warps.
+    then, in a team of one, the sums of its warps.
 
     Columns lie in groups of 8, each 16 bytes a token, and 16 more so that neighbours start in another bank.
     """
     staged = part // 8 * (16 * padded_tokens + 16)
-    return staged + max(attention, sums_bytes(padded_tokens, matrix) if matrix.split == 1 else 0)
+    return staged + max(attention, sums_bytes(padded_tokens, matrix) if matrix.ranks == 1 else 0)
 
 
 def own_attention_bytes(tokens: int, head_dim: int) -> int:
