@@ -76,11 +76,6 @@ MUTANTS = {
         "    // nobody reaches",
     ),
     # barriers of a block
-    "bulk: own sums in the inbox of the tile before": (
-        "block",
-        "float* own() const { return reinterpret_cast<float*>(block_.inbox(now_.inbox()",
-        "float* own() const { return reinterpret_cast<float*>(block_.inbox(now_.inbox() ^ 1",
-    ),
     "copies: products before all is staged": (
         "product",
         "        sync_computing();\n        multiply_part(",
