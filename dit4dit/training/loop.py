@@ -73,7 +73,9 @@ def train(config: TrainConfig, data: TrainingData, *, resume: Path | None = None
                     "of what the run did after step %d before: %s; delete it when you like", trainer.step, folder
                 )
             write_config(run / "config.yaml", config)
-        return trainer.run(stop)
+        code = trainer.run(stop)
+        processes.end()
+        return code
     return PREEMPTED
 
 

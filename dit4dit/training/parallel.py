@@ -70,6 +70,11 @@ class Processes:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
+    def end(self) -> None:
+        """Leave the group, after the last step: a process whose interpreter ends with it may abort."""
+        if self.ranks > 1:
+            self.accelerator.end_training()
+
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all processes, in place."""
         if self.ranks > 1:
