@@ -14,7 +14,6 @@ from head_case import Case
 from head_faults import (
     a_tile,
     changed,
-    faults_case,
     sound_schedule,
 )
 from rank_order import Order
@@ -24,24 +23,6 @@ from dit4dit.engine.action_ode.schedule import NONE, SETS, Attend, Epilogue, Opc
 from dit4dit.engine.action_ode.twin import Twin
 from dit4dit.engine.action_ode.validate import ScheduleError, validate
 from dit4dit.engine.action_ode.weights import pack
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return faults_case()
-
-
-@pytest.fixture(scope="module")
-def sound() -> Schedule:
-    validate(sound_schedule())
-    return sound_schedule()
-
-
-@pytest.fixture(scope="module")
-def fused() -> Schedule:
-    """With attention to the tokens as part of the products that follow it."""
-    validate(sound_schedule(fused=True))
-    return sound_schedule(fused=True)
 
 
 def word_of(schedule: Schedule, name: str) -> int:

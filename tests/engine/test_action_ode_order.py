@@ -13,7 +13,6 @@ from head_case import DEVICES, SIZES, Case, planned, tiny
 from head_faults import (
     a_tile,
     changed,
-    faults_case,
     in_teams,
     least_inbox,
     moved,
@@ -36,24 +35,6 @@ from dit4dit.engine.action_ode.weights import pack
 
 FEW = Device(8, 227 << 10, 90, (4, 3, 2))
 """SMs for few teams of each size."""
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return faults_case()
-
-
-@pytest.fixture(scope="module")
-def sound() -> Schedule:
-    validate(sound_schedule())
-    return sound_schedule()
-
-
-@pytest.fixture(scope="module")
-def fused() -> Schedule:
-    """With attention to the tokens as part of the products that follow it."""
-    validate(sound_schedule(fused=True))
-    return sound_schedule(fused=True)
 
 
 GELU, RESIDUAL, EULER = ({"epilogue": Epilogue[name]} for name in ("GELU", "RESIDUAL", "EULER"))

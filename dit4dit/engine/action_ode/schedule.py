@@ -37,7 +37,7 @@ SLOT_BYTES = 16384
 MAX_TOKENS = 72
 PADDED_TOKENS = (16, 24, 40, 56, 72)
 """Tokens of one product; the kernel has code of its own for each."""
-PANEL_KEYS = 64
+WARP_KEYS = 64
 """Keys that one warp of an attention tile takes at a time, at most."""
 MAX_HEAD_DIM = 64
 MAX_WIDTH = 2048

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dit4dit.engine.action_ode.schedule import (
     MAX_WARP_TILES,
     MOST_TOKENS_OF_TWO,
-    PANEL_KEYS,
     SLOT_BYTES,
+    WARP_KEYS,
     WARPS,
     MatrixPlan,
     Product,
@@ -28,7 +28,7 @@ def warp_keys(tokens: int, keys: int, head_dim: int, features: bool) -> int:
     half a slot holds with as many values.
     """
     groups = WARPS * 16 // query_rows(tokens)
-    per_warp = min(PANEL_KEYS, -(-keys // (groups * 16)) * 16)
+    per_warp = min(WARP_KEYS, -(-keys // (groups * 16)) * 16)
     return per_warp - 16 if features and 2 * per_warp * row_bytes(head_dim) > SLOT_BYTES else per_warp
 
 
