@@ -71,12 +71,6 @@ DEVICE void wait_for_inputs() {
 
 // -- global memory: what other blocks write is read from L2, never from this SM's own cache ----------------------------------
 
-DEVICE Quad load_quad(const void* p) {
-    Quad q;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3]) : "l"(p) : "memory");
-    return q;
-}
 DEVICE int load_int(const int* p) { return __ldg(p); }  // of the schedule, which nobody writes
 // Of what nobody writes while the kernel runs: the SM's own cache may keep it. It is issued where it is written.
 DEVICE Float4 load_constant_float4(const float* p) {

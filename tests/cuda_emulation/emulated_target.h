@@ -86,10 +86,6 @@ DEVICE float shuffle_xor(float x, int mask) {
 
 DEVICE void wait_for_inputs() {}  // the host calls a kernel when what it reads is there
 
-DEVICE Quad load_quad(const void* p) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_quad from an address that is no multiple of 16");
-    return *static_cast<const Quad*>(p);
-}
 DEVICE Float4 load_constant_float4(const float* p) {
     if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_constant_float4 from an address that is no multiple of 16");
     return *reinterpret_cast<const Float4*>(p);
@@ -98,7 +94,9 @@ DEVICE int load_int(const int* p) { return *p; }
 DEVICE float load_constant_float(const float* p) { return *p; }
 
 DEVICE Quad load_words(const std::uint32_t* p) {
-    const Quad q = load_quad((machine->catch_up(p), p));
+    if (reinterpret_cast<std::uintptr_t>(p) % 16) machine->fail("load_words from an address that is no multiple of 16");
+    machine->catch_up(p);
+    const Quad q = *reinterpret_cast<const Quad*>(p);
     const bool all_there = q.v[0] + 1 && q.v[1] + 1 && q.v[2] + 1 && q.v[3] + 1;
     if (!all_there)
         machine->sleep(p);  // whoever finds a word empty will ask again
