@@ -253,19 +253,19 @@ class LimiterReference:
         least, most = np.where(turn < m.x, turn, m.x), np.where(turn > m.x, turn, m.x)
         return np.where(end < least, end, least), np.where(end > most, end, most)
 
-    def _leaves(self, m):
+    def _leaves(self, m, rounding=4e-16):
         level, v, a = m.v + m.a * np.abs(m.a) * self.half, self.v * REACHED, self.a * REACHED
         up = (level > v) | (m.v > v) | (m.a > a)
         down = (level < -v) | (m.v < -v) | (m.a < -a)
         side = np.where(up, 1, np.where(down, -1, 0))
         least, most = self._span(m, np.zeros_like(v))
-        slack = 4e-16 * (np.abs(least) + np.abs(most)) + 1e-17 * self.j
+        slack = rounding * (np.abs(least) + np.abs(most)) + 1e-17 * self.j
         floor, ceiling = self.floor - slack, self.ceiling + slack
         stops = (side != 0) | ~self.bounded | ((least >= floor) & (most <= ceiling))
         s, full = np.where(most > ceiling, 1.0, -1.0), self.a * self.a * self.half
         back = m.a * m.a * self.half + s * m.v
         back = np.where(back > full, full, back)
-        turns = (s * m.v > 0) & (back > 0) & (back <= self.v)
+        turns = (s * m.v > 0) & (back > 0) & (back <= v)
         goal = np.where(stops, 0.0, np.where(turns, -s * back, 0.0))
         least, most = self._span(m, -s * back)
         turned = np.where(most > ceiling, 1, np.where(least < floor, -1, 0))
@@ -335,16 +335,17 @@ class LimiterReference:
         m = settled(self.now, drive, full, t)
         r = minus(m, since.after(t).at)
         stop = ramp_to(0.0, r.v, r.a, reach)
-        met = (dt - t >= stop.duration) & (np.abs(end_of(r, stop)) <= tolerance)
+        off = np.where(dt - t >= stop.duration, np.abs(end_of(r, stop)), 1 / tolerance)
         stop = stop._replace(j1=stop.j1 + since.jerk, j3=stop.j3 + since.jerk)
-        m = pick(met, to.at, along(m, stop, since.jerk, dt - t))
-        admissible, goal = self._admissible(m, dt)
+        m, met = along(m, stop, since.jerk, dt - t), off <= 100 * tolerance
+        m = pick(met, to.at._replace(x=np.where(off <= tolerance, target, m.x)), m)
+        admissible, goal = self._admissible(m, dt, 1e-13)
         rest = np.flatnonzero(~admissible)
         near, way = taken(self, rest)._nearest(taken(m, rest), dt[rest])
         return put(m, rest, near), put(goal, rest, way), met & admissible
 
-    def _admissible(self, m, dt):
-        side, goal = self._leaves(m)
+    def _admissible(self, m, dt, rounding=4e-16):
+        side, goal = self._leaves(m, rounding)
         return (np.abs(m.x - self.now.x) <= self.v * REACHED * dt) & (side == 0), goal
 
     def _nearest(self, m, dt):

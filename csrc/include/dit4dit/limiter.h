@@ -215,7 +215,8 @@ private:
     }
 
     // 0 where there is a way to rest within the bounds, by way of velocity `goal`; otherwise the direction in which they are left.
-    int leaves(const Motion& m, double& goal) const noexcept {
+    // `rounding`: how much of a position may be missing to the limits.
+    int leaves(const Motion& m, double& goal, double rounding = 4e-16) const noexcept {
         const double level = m.v + m.a * std::fabs(m.a) * half_, v = v_ * kReached, a = a_ * kReached;
         goal = 0;
         if (level > v || m.v > v || m.a > a) return 1;
@@ -223,14 +224,14 @@ private:
         if (!bounded_) return 0;
         double least, most;
         span(m, 0, least, most);
-        const double slack = 4e-16 * (std::fabs(least) + std::fabs(most)) + 1e-17 * j_;
+        const double slack = rounding * (std::fabs(least) + std::fabs(most)) + 1e-17 * j_;
         const double floor = floor_ - slack, ceiling = ceiling_ + slack;
         if (least >= floor && most <= ceiling) return 0;
         // brake as hard as possible until the velocity is 0, and let go of the acceleration only then
         const double s = most > ceiling ? 1.0 : -1.0, full = a_ * a_ * half_;
         double back = m.a * m.a * half_ + s * m.v;
         back = back > full ? full : back;
-        if (!(s * m.v > 0 && back > 0 && back <= v_)) return most > ceiling ? 1 : -1;
+        if (!(s * m.v > 0 && back > 0 && back <= v)) return most > ceiling ? 1 : -1;
         goal = -s * back;
         span(m, goal, least, most);
         return most > ceiling ? 1 : least < floor ? -1 : 0;
@@ -323,11 +324,13 @@ private:
         Motion m = limiter::settled(now_, drive, full, t);
         const Motion r = m - from.after(t).at;
         Ramp stop = limiter::ramp_to(0, r.v, r.a, left);
-        exact_ = dt - t >= stop.duration() && std::fabs(limiter::end_of(r, stop)) <= tolerance;  // met within the tick
+        const double off = dt - t >= stop.duration() ? std::fabs(limiter::end_of(r, stop)) : 1 / tolerance;
         stop.j1 += from.jerk, stop.j3 += from.jerk;
-        m = exact_ ? to.at : limiter::along(m, stop, from.jerk, dt - t);  // absolute: a far target would cost digits
+        m = limiter::along(m, stop, from.jerk, dt - t);  // absolute: a far target would cost digits
+        exact_ = off <= 100 * tolerance;                 // met within the tick, but for what rounding has added up to
+        if (exact_) m = {off <= tolerance ? target : m.x, to.at.v, to.at.a};
         double goal;
-        if (!admissible(m, dt, goal)) {
+        if (!admissible(m, dt, goal, 1e-13)) {  // a target at a limit: rounding must not decide
             exact_ = false;
             m = nearest(m, dt, goal);
         }
@@ -357,8 +360,8 @@ private:
         return a;  // where it ends before the target
     }
 
-    bool admissible(const Motion& m, double dt, double& goal) const noexcept {
-        return std::fabs(m.x - now_.x) <= v_ * kReached * dt && leaves(m, goal) == 0;
+    bool admissible(const Motion& m, double dt, double& goal, double rounding = 4e-16) const noexcept {
+        return std::fabs(m.x - now_.x) <= v_ * kReached * dt && leaves(m, goal, rounding) == 0;
     }
 
     // The admissible motion that is nearest to m on the line from the way to rest, which always is.
