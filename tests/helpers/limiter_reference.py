@@ -142,9 +142,9 @@ def switching(now, drive, full, since, reach, error, dt, tolerance):
     at_b = miss(settled(now, drive, full, dt), since.after(dt), reach)
     left = np.flatnonzero(at_b * full > 0)
     state = taken((now, drive, full, since, reach, tolerance, a, at_a, b, at_b, np.zeros(len(dt), int)), left)
-    for i in range(48):
+    for i in range(72):
         now, drive, full, since, reach, tolerance, a, at_a, b, at_b, side = state
-        t[left] = new = (a * at_b - b * at_a) / (at_b - at_a) if i % 16 < 13 else 0.5 * (a + b)
+        t[left] = new = (a * at_b - b * at_a) / (at_b - at_a) if i < 20 else 0.5 * (a + b)
         f = miss(settled(now, drive, full, new), since.after(new), reach)
         beyond = f * full > 0
         at_a, at_b = (

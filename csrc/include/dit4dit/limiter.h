@@ -342,8 +342,8 @@ private:
         double a = 0, at_a = error, b = dt, at_b = miss(limiter::settled(now_, drive, full, dt), from.after(dt), left), t = 0;
         if (!(at_b * full > 0)) return dt;  // it ends before the target still
         int side = 0;  // of the end that was moved last: the other one counts half if it stays (Illinois)
-        for (int i = 0; i < 48; ++i) {
-            t = i % 16 < 13 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
+        for (int i = 0; i < 72; ++i) {
+            t = i < 20 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
             const double f = miss(limiter::settled(now_, drive, full, t), from.after(t), left);
             if (std::fabs(f) <= tolerance) return t;
             if (f * full > 0) {
