@@ -87,9 +87,11 @@ class Lanes(NamedTuple):
 
 
 def lanes_of(rng: np.random.Generator, lanes: int, number: int, hostile: bool) -> Lanes:
-    """Channels with random bounds and targets [number, lanes]. Not hostile: steps, ramps, sines, and cubics through chunks at 10
-    to 50 rows a second with seams that jump. Hostile: chunks with corners, white noise and walks too, NaN, poses that are outside
-    or unknown, ticks that are too short."""
+    """Channels with random bounds and targets [number, lanes].
+
+    Not hostile: steps, ramps, sines, and cubics through chunks at 10 to 50 rows a second with seams that jump; ticks of 1 to
+    10 ms that vary by a tenth. Hostile: chunks with corners, white noise and walks too, NaN, poses that are outside or unknown,
+    ticks of all kinds, some of them too short."""
     velocity = 10 ** rng.uniform(-1, 1.5, lanes)
     acceleration = velocity * 10 ** rng.uniform(-0.5, 2.5, lanes)
     jerk = acceleration * 10 ** rng.uniform(-0.5, 3, lanes)
@@ -101,6 +103,8 @@ def lanes_of(rng: np.random.Generator, lanes: int, number: int, hostile: bool) -
     limits = np.stack([low, high, velocity, acceleration, jerk], 1)
     pose = np.clip(centre + size * rng.uniform(-1, 1, lanes), low, high)
     dts = ticks(rng, number, lanes)
+    if not hostile:
+        dts = 10 ** rng.uniform(-3, -2, lanes) * rng.uniform(0.9, 1.1, (number, lanes))
     targets = centre + size * _targets(rng, dts, np.minimum(velocity, 1e3) / size, hostile)
     if hostile:
         limits[rng.random(lanes) < 0.01, 2 + rng.integers(0, 3)] = 0
