@@ -16,6 +16,10 @@
 #define DIT4DIT_CUDA_VERSION ""
 #endif
 
+namespace dit4dit {
+void add_snapshot(pybind11::module_& m);
+}
+
 using namespace dit4dit;
 using namespace py::literals;
 
@@ -187,6 +191,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         }
     });
     add_driver(m);
+    add_snapshot(m);
     m.attr("cuda_architectures") = cuda_architectures();
     m.def("build_info", &build_info, "compiler, cuda (version, empty without), architectures");
     m.def("preprocess", &preprocess, "views"_a, "widths"_a, "out"_a, "filter"_a);

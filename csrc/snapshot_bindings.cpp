@@ -5,9 +5,9 @@
 
 #include "arguments.h"
 
-using namespace py::literals;
-
 namespace dit4dit {
+
+using namespace py::literals;
 
 namespace {
 

@@ -175,6 +175,15 @@ LoopTimes run_loop(const std::string& name, std::int64_t period_ns, std::int64_t
     return times;
 }
 
+std::vector<double> read_at(const std::string& name, const Times& times) {
+    Options options{};
+    options.name = name.c_str();
+    Reader reader = got(Reader::open(options));
+    std::vector<double> found(times.size() * reader.dims());
+    for (std::size_t i = 0; i < times.size(); ++i) reader.read(times[i], found.data() + i * reader.dims());
+    return found;
+}
+
 void run_producer(const std::string& name, std::int64_t period_ns, int until, int ready) {
     Writer writer = got(Writer::open_or_create(name, bench_layout()));
     const std::int64_t begin = monotonic_ns();

@@ -93,4 +93,40 @@ def _list(dead_after_ms: float, json: Path | None) -> int:
     return 0
 
 
+def bench_stream(
+    samples: int = 10_000,
+    reads: int = 200_000,
+    seconds: float | None = None,
+    json: Path | None = None,
+    report: Path | None = None,
+) -> int:
+    """What an action stream costs here: reads, and the age and jitter of a 1 kHz reader in C++ and in Python.
+
+    Each loop with and without load (as many busy processes as cores), and under SCHED_FIFO where this user may. Nothing else should
+    run meanwhile; it takes about 1.5 minutes.
+
+    Args:
+        samples: ticks of each loop, a millisecond each.
+        reads: timed reads of each kind.
+        seconds: end after about this long; loops that were not reached are named in the result.
+        json: also write every number to this file, as they come.
+        report: write an HTML page and its images into this folder, or as one page to this file if it ends in .html.
+    """
+    from dit4dit.benchmarks import stream as module
+    from dit4dit.benchmarks import stream_report
+    from dit4dit.benchmarks.recording import Recording, left_out
+    from dit4dit.progress import bar
+
+    at_least(2, samples=samples)
+    at_least(1, reads=reads)
+    if report is not None:
+        stream_report.check(report)
+    with bar("stream") as shown, Recording(json, seconds) as record:
+        module.measure(samples, reads, record=record, shown=shown)
+    say(module.show(record.result) + left_out(record.result))
+    if report is not None:
+        say(f"wrote {stream_report.write(report, record.result)}")
+    return 0
+
+
 CONTROL: dict[str, Callable[..., int]] = {"watch": watch}

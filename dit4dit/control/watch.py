@@ -7,6 +7,7 @@ are not finite: "..._at_ns" are stamps of CLOCK_MONOTONIC, "..._ms" durations, N
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,6 +97,7 @@ def findings(name: str, seen: dict[str, Any], dead_after_ms: float = DEAD_AFTER_
         "bytes": seen["bytes"],
         "now_ns": now,
         "created_at_ns": seen["created_at_ns"],
+        "age_ms": _ms(now - seen["created_at_ns"]),
         "command_hz": 1e9 / seen["command_period_ns"],
         "interpolation": seen["interpolation"],
         "seam": _seam(seen["seam"]),
@@ -197,16 +199,19 @@ def _driver(name: str, seen: dict[str, Any], channels: list[str]) -> dict[str, A
 
 def _process(pid: int, name: str) -> tuple[str | None, bool]:
     """The program's name, and whether a signal has stopped it; (None, False) of a process that has not mapped this segment:
-    a producer in a container has a number there that is another process's here.
+    the number that a producer has in its container is another process's here.
     """
     folder = Path(f"/proc/{pid}")
     try:
-        if f"{FOLDER}{name}\n" not in (folder / "maps").read_text(errors="replace"):
+        facts = (FOLDER / name[1:]).stat()
+        # not by its path: a file that was made without a name has none here
+        mapped = f" {os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x} {facts.st_ino} "
+        if mapped not in (folder / "maps").read_text(errors="replace"):
             return None, False
-        facts = (folder / "stat").read_text(errors="replace")
+        stat = (folder / "stat").read_text(errors="replace")
     except OSError:
         return None, False
-    program, _, rest = facts.partition("(")[2].rpartition(")")
+    program, _, rest = stat.partition("(")[2].rpartition(")")
     return said(program, 20), rest.split()[0] in ("T", "t")
 
 
@@ -239,7 +244,8 @@ def _status(found: dict[str, Any], dead_after_ms: float) -> tuple[str, str]:
             return "ok", f"row {row} of chunk {newest['id']} is due; its observation is {duration(newest['age_ms'])} old"
         why = f"chunk {begun[-1]['id']} ended {duration(begun[-1]['ended_ms'])} ago"
     elif found["chunks"]:
-        why = f"chunk {found['chunks'][0]['id']} begins in {duration(found['chunks'][0]['begins_in_ms'])}"
+        first = min(found["chunks"], key=lambda chunk: chunk["begins_in_ms"])
+        why = f"chunk {first['id']} begins in {duration(first['begins_in_ms'])}"
     else:
         why = "no chunk yet"
     return "dry", f"{why}; {_rules(found['groups'], 'on_dry')}"

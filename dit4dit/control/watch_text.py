@@ -15,9 +15,9 @@ def show(found: dict[str, Any], chunks: int = 4) -> str:
     """What was found, as lines: what changes first, channels last. chunks: of the newest, how many."""
     head = [
         f"{found['name']}: {found['robot']}, {len(found['channels'])} channels, commands at {found['command_hz']:g} Hz, "
-        f"{found['interpolation']} interpolation, {_seam(found['seam'])}",
+        f"{found['interpolation']} interpolation, {_seam(found['seam'])}; made {duration(found['age_ms'])} ago",
         f"status    {found['status'].upper()}: {found['why']}",
-        f"producer  {_producer(found)}",
+        f"producer  {_producer(found['producer'])}",
         f"driver    {_driver(found['driver'])}",
         f"e-stop    {_estop(found['estop'])}",
         f"chunks    {found['published']} published",
@@ -47,23 +47,22 @@ def _who(process: dict[str, Any]) -> str:
     return f"process {process['pid']}" + (f" ({process['program']})" if process["program"] else "")
 
 
-def _producer(found: dict[str, Any]) -> str:
-    producer = found["producer"]
+def _producer(producer: dict[str, Any]) -> str:
     who = _who(producer)
+    if producer["count"] > 1:
+        who += f", the {_ordinal(producer['count'])} producer of this segment,"
     last = "it has never stamped" if producer["alive_ms"] is None else f"last stamp {duration(producer['alive_ms'])} ago"
-    loop = "" if producer["loop_ms"] is None else f", its loop's {duration(producer['loop_ms'])} ago"
-    words = {
-        "alive": f"{who} is alive: {last}{loop}",
-        "late": f"{who} holds its lock but does not stamp, for want of CPU or in a debugger: {last}{loop}",
-        "halted": f"{who} was stopped by a signal (SIGSTOP): {last}{loop}; kill -CONT {producer['pid']} lets it go on",
-        "killed": f"{who} was killed or has crashed: its lock is free, and it has not closed the stream; {last}{loop}",
-    }
+    if producer["loop_ms"] is not None:
+        last += f", of its loop {duration(producer['loop_ms'])} ago"
     if producer["state"] == "closed":
-        text = f"{who} stopped in order {duration(producer['closed_ms'])} ago"
-    else:
-        text = words[producer["state"]]
-    made = duration((found["now_ns"] - found["created_at_ns"]) / 1e6)
-    return f"{text}; {_ordinal(producer['count'])} producer of this segment, which was made {made} ago"
+        return f"{who} stopped in order {duration(producer['closed_ms'])} ago"
+    does = {
+        "alive": "is alive",
+        "late": "has its lock but does not stamp, for want of CPU or in a debugger",
+        "halted": f"was stopped by a signal (kill -CONT {producer['pid']} lets it go on)",
+        "killed": "was killed or has crashed: its lock is free and the stream was not closed",
+    }
+    return f"{who} {does[producer['state']]}; {last}"
 
 
 def _ordinal(count: int) -> str:

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "refusal.h"
 #include "ring.h"
 #include "segment.h"
 
@@ -54,6 +55,11 @@ inline void read_stamps(const Stamps& from, Snapshot& into) noexcept {
     }
 }
 
+// What no producer publishes, and a stranger may have written: ages and rows could not be told of it.
+inline bool sound(const HeldChunk& chunk) noexcept {
+    return chunk.rows > 0 && chunk.period_ns >= 1e9 / kMostControlHz && chunk.period_ns <= 1e9 / kLeastControlHz;
+}
+
 }  // namespace detail
 
 inline Snapshot take_snapshot(const Memory& memory) {
@@ -63,14 +69,16 @@ inline Snapshot take_snapshot(const Memory& memory) {
     auto held = std::make_unique<HeldChunk>();
     const std::uint64_t newest = head(segment);
     for (std::uint64_t id = newest < kSlots ? 1 : newest - kSlots + 1; id <= newest; ++id)
-        if (copy_rows(segment, id, 0, 0, *held) && held->rows > 0 && held->period_ns > 0)
+        if (copy_rows(segment, id, 0, 0, *held) && detail::sound(*held))
             seen.chunks.push_back({id, held->observed_at, held->computed_at, held->starts_at, held->published_at,
                                    held->period_ns, held->rows});
     seen.driven = read_feedback(segment, seen.feedback);
-    // the locks before the stamps: who ends in order stamps first and frees its lock then, and must not look killed
-    seen.producer_holds = memory.locked(Role::producer);
     seen.driver_holds = memory.locked(Role::driver);
+    // the lock before the stamps: who ends in order stamps first and frees its lock then, and must not look killed. After them too:
+    // who begins has the lock first
+    seen.producer_holds = memory.locked(Role::producer);
     detail::read_stamps(segment.header.stamps, seen);
+    seen.producer_holds = seen.producer_holds || memory.locked(Role::producer);
     return seen;
 }
 

@@ -1,0 +1,592 @@
+"""`dit4dit control watch`: right about every producer, one line about everything else, and never a byte written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import random
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from waiting import WAIT
+
+from dit4dit import ActionChunk
+from dit4dit.control import ActionStream, Blend
+from dit4dit.control import watch as module
+from dit4dit.control.watch import FOLDER, Watch, duration
+from dit4dit.control.watch_text import Screen, show, show_list
+from dit4dit.errors import StreamError
+from dit4dit.robots import embodiment
+
+ROBOT = "unitree_g1"
+S = 1_000_000_000
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """Of a segment that no other test has."""
+    name = f"/dit4dit.test.{os.getpid()}.{random.randrange(10**9)}"
+    yield name
+    (FOLDER / name[1:]).unlink(missing_ok=True)
+
+
+def stream(name: str, **options: Any) -> ActionStream:
+    return ActionStream(embodiment(ROBOT), shared=name, command_hz=500, seam=Blend(rows=3), **options)
+
+
+def chunk(observed_at: int, rows: int = 15, hz: float = 30.0, value: float = 0.25) -> ActionChunk:
+    robot = embodiment(ROBOT)
+    actions = np.full((rows, len(robot.action_names)), value, np.float32)
+    computed_at = min(observed_at + S // 10, time.monotonic_ns())
+    return ActionChunk(actions, robot.action_names, hz, observed_at_ns=observed_at, computed_at_ns=computed_at)
+
+
+def look(name: str, **options: Any) -> dict[str, Any]:
+    return Watch(name, **options).look()
+
+
+def until(name: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """What is found as soon as it holds; what is found in the end, if it never does."""
+    end = time.monotonic() + WAIT
+    while not holds(found := look(name)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
+# -- a live one ------------------------------------------------------------------------------------
+
+
+def test_a_live_segment_is_described_as_it_is(name: str) -> None:
+    with stream(name, max_age_ms=5000) as made, ActionStream.attach(name, driver=True) as driver:
+        observed = time.monotonic_ns() - S // 20
+        made.publish(chunk(observed))
+        driver.at(time.monotonic_ns())
+        command = driver.at(time.monotonic_ns())
+        found = until(name, lambda found: found["producer"]["state"] == "alive")
+    robot = embodiment(ROBOT)
+    assert (found["name"], found["robot"], found["published"]) == (name, robot.name, 1)
+    assert [c["name"] for c in found["channels"]] == list(robot.action_names)
+    assert [c["kind"] for c in found["channels"]] == list(robot.kinds)
+    assert [g["name"] for g in found["groups"]] == [group.name for group in robot.channel_groups]
+    assert {g["name"]: g["on_dry"] for g in found["groups"]}["base"] == "decay"
+    assert {g["max_age_ms"] for g in found["groups"]} == {5000.0}
+    assert (found["command_hz"], found["interpolation"], found["seam"]) == (500.0, "cubic", {"kind": "blend", "rows": 3.0})
+    producer = found["producer"]
+    assert (producer["pid"], producer["count"], producer["state"]) == (os.getpid(), 1, "alive")
+    assert producer["program"]
+    assert 0 <= producer["alive_ms"] < 50
+    (one,) = found["chunks"]
+    assert (one["id"], one["rows"], one["control_hz"], one["observed_at_ns"]) == (1, 15, pytest.approx(30), observed)
+    assert one["published_after_ms"] >= one["computed_after_ms"] > 49
+    assert one["left_rows"] == pytest.approx(15 - (found["now_ns"] - observed) / (S / 30), abs=1e-3)
+    assert found["status"] == "ok"
+    sent = found["driver"]
+    assert (sent["pid"], sent["tick"], sent["chunk"], sent["row"]) == (os.getpid(), 2, 1, command.row)
+    assert (sent["state"], sent["status"]) == ("reads", "ok")
+    assert list(sent["values"].values()) == command.values.tolist()
+    assert not found["estop"]["latched"]
+
+
+def test_the_text_says_the_same(name: str) -> None:
+    with stream(name) as made, ActionStream.attach(name, driver=True) as driver:
+        made.publish(chunk(time.monotonic_ns() - S // 20))
+        driver.at(time.monotonic_ns())
+        found = until(name, lambda found: found["producer"]["state"] == "alive")
+        text = show(found)
+    lines = {line.split()[0]: line for line in reversed(text.splitlines()) if line.strip()}
+    assert lines[f"{name}:"].startswith(f"{name}: {found['robot']}, ")
+    assert "commands at 500 Hz, cubic interpolation, blend over 3 rows" in text
+    assert "OK: row " in lines["status"]
+    assert f"process {os.getpid()} (" in lines["producer"]
+    assert "is alive; last stamp" in lines["producer"]
+    assert "tick 1 " in lines["driver"]
+    assert "of chunk 1, OK" in lines["driver"]
+    assert lines["e-stop"].endswith("not latched")
+    for channel in found["channels"]:
+        assert channel["name"] in text
+    assert text.index("status") < text.index("1 published") < text.index("on dry") < text.index("acceleration")
+
+
+def test_only_the_newest_chunks_are_shown_and_all_are_found(name: str) -> None:
+    with stream(name) as made:
+        for i in range(20):
+            made.publish(chunk(time.monotonic_ns(), rows=1 + i))
+        found = look(name)
+    assert [one["id"] for one in found["chunks"]] == list(range(5, 21))
+    assert [one["rows"] for one in found["chunks"]] == list(range(5, 21))
+    shown = [line.split()[0] for line in show(found, chunks=3).splitlines() if line.startswith("  ") and line.split()[0].isdigit()]
+    assert shown == ["20", "19", "18"], "the newest first"
+
+
+def test_the_drivers_rate_is_between_two_looks(name: str) -> None:
+    with stream(name) as made, ActionStream.attach(name, driver=True) as driver:
+        made.publish(chunk(time.monotonic_ns()))
+        now, watched = time.monotonic_ns(), Watch(name)
+        assert watched.look()["driver"]["hz"] is None
+        driver.at(now)
+        assert watched.look()["driver"]["hz"] is None, "one tick has no rate"
+        for i in range(1, 11):
+            driver.at(now + i * 2_000_000)
+        found = watched.look()
+        assert found["driver"]["hz"] == pytest.approx(500)
+        assert "at 500.0 Hz" in show(found)
+        assert watched.look()["driver"]["hz"] is None, "it has not read since"
+    with ActionStream.attach(name, driver=True) as driver:
+        driver.at(now + S)
+        assert watched.look()["driver"]["hz"] is None, "another driver begins to count anew"
+    found = look(name)
+    assert found["driver"]["state"] == "gone"
+    assert " has ended: tick 1 " in show(found)
+
+
+def test_a_driver_that_has_not_read_and_one_that_reads_no_more(name: str) -> None:
+    with stream(name):
+        assert look(name)["driver"]["state"] == "none"
+        with ActionStream.attach(name, driver=True) as driver:
+            assert look(name)["driver"]["state"] == "waiting"
+            assert "has not read yet" in show(look(name))
+            driver.at(time.monotonic_ns() - 5 * S)
+            found = look(name)
+    assert found["driver"]["state"] == "silent"
+    assert found["driver"]["tick_ms"] >= 5000
+    assert "does not read: tick 1 5." in show(found)
+
+
+def test_channels_that_are_not_the_drivers_have_no_value(name: str) -> None:
+    with stream(name) as made, ActionStream.attach(name, driver=True, group="base") as driver:
+        made.publish(chunk(time.monotonic_ns()))
+        driver.at(time.monotonic_ns())
+        found = look(name)
+    base = [c["name"] for c in found["channels"] if c["group"] == "base"]
+    assert list(found["driver"]["values"]) == base
+    row = next(line for line in show(found).splitlines() if line.startswith("left_arm"))
+    assert row.endswith("-")
+
+
+# -- every status ----------------------------------------------------------------------------------
+
+
+def test_status_follows_the_stream(name: str) -> None:
+    with stream(name, max_age_ms={"arms": 700}, on_stale={"arms": "hold"}, on_dry={"base": "decay"}) as made:
+
+        def status(wanted: str) -> str:
+            # a producer that waits for the CPU looks dead for a moment
+            found = until(name, lambda found: found["producer"]["state"] == "alive")
+            assert found["status"] == wanted, found["why"]
+            return str(found["why"])
+
+        assert status("dry").startswith("no chunk yet; arms: hold, ")
+        made.publish(chunk(time.monotonic_ns(), rows=64, hz=10), starts_at_ns=time.monotonic_ns() + 60 * S)
+        assert status("dry").startswith("chunk 1 begins in 59.")
+        made.publish(chunk(time.monotonic_ns(), rows=64, hz=0.1))
+        assert status("ok").startswith("row 0 of chunk 2 is due")
+        made.publish(chunk(time.monotonic_ns(), rows=1, hz=1000))
+        time.sleep(0.005)
+        assert status("dry").startswith("chunk 3 ended ")
+        made.publish(chunk(time.monotonic_ns(), rows=64, hz=0.1))
+        time.sleep(0.72)
+        assert "of chunk 4 is 7" in status("stale")
+        assert status("stale").endswith("(arms allows 700 ms); readers hold")
+        made.estop()
+        assert f"by process {os.getpid()}, until clear_estop()" in status("estop")
+        made.clear_estop()
+        status("stale")
+    assert look(name)["status"] == "dead"
+    assert look(name)["why"].startswith("the producer has closed the stream; ")
+
+
+@pytest.mark.parametrize("rule", ["hold", "decay", "finish"])
+def test_what_readers_do_without_a_producer_is_in_the_status(rule: str, name: str) -> None:
+    stream(name, on_dead=rule).close()
+    says = {"hold": "readers hold", "decay": "readers let velocities fall to 0", "finish": "readers execute the rows that are left"}
+    assert look(name)["why"] == f"the producer has closed the stream; {says[rule]}"
+
+
+# -- producers that end ----------------------------------------------------------------------------
+
+PRODUCER = """
+import sys, time
+from dit4dit.control import ActionStream
+from dit4dit.robots import embodiment
+made = ActionStream(embodiment(sys.argv[2]), shared=sys.argv[1], command_hz=500)
+print("ready", flush=True)
+sys.stdin.read()
+made.close()
+print("closed", flush=True)
+sys.stdin.close()
+time.sleep(600)
+"""
+
+
+@contextmanager
+def producer(name: str) -> Iterator[subprocess.Popen[str]]:
+    words = [sys.executable, "-c", PRODUCER, name, ROBOT]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_producer_that_is_stopped_killed_and_followed_by_another(name: str) -> None:
+    with producer(name) as process:
+        found = until(name, lambda found: found["producer"]["state"] == "alive")
+        assert (found["producer"]["state"], found["producer"]["pid"]) == ("alive", process.pid)
+        process.send_signal(signal.SIGSTOP)
+        found = until(name, lambda found: found["producer"]["state"] == "halted")
+        assert (found["producer"]["state"], found["status"]) == ("halted", "dead")
+        assert f"kill -CONT {process.pid}" in show(found)
+        assert "no sign of life from the producer for 50 ms" in found["why"]
+        process.send_signal(signal.SIGCONT)
+        assert until(name, lambda found: found["producer"]["state"] == "alive")["producer"]["state"] == "alive"
+        process.kill()
+        process.wait()
+        found = look(name)
+        assert (found["producer"]["state"], found["status"]) == ("killed", "dead")
+        assert f"process {process.pid} was killed or has crashed" in show(found)
+        assert "was killed or has crashed" in found["why"]
+    with producer(name) as process:
+        found = until(name, lambda found: found["producer"]["state"] == "alive")
+        assert (found["producer"]["pid"], found["producer"]["count"]) == (process.pid, 2)
+        assert "the 2nd producer of this segment, is alive" in show(found)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        assert process.stdout.readline() == "closed\n"
+        found = look(name)
+        assert (found["producer"]["state"], found["status"]) == ("closed", "dead"), "its process goes on"
+        assert f"process {process.pid}, the 2nd producer of this segment, stopped in order" in show(found)
+
+
+def test_a_producer_that_does_not_stamp_and_was_not_stopped_waits_for_the_cpu(name: str) -> None:
+    with stream(name):
+        found = look(name, dead_after_ms=1e-6)
+    assert (found["producer"]["state"], found["status"]) == ("late", "dead")
+    assert "has its lock but does not stamp" in show(found)
+
+
+def test_another_process_of_the_same_number_is_not_named(name: str) -> None:
+    """A producer in a container of its own has a number there that may be anybody's here."""
+    stream(name).close()
+    assert module._process(1, name) == (None, False)
+    with stream(name):
+        assert module._process(os.getpid(), name)[0] is not None
+
+
+# -- what it must not do ---------------------------------------------------------------------------
+
+
+def test_nothing_is_written(name: str, main) -> None:
+    with stream(name) as made, ActionStream.attach(name, driver=True) as driver:
+        made.publish(chunk(time.monotonic_ns()))
+        driver.at(time.monotonic_ns())
+    file = FOLDER / name[1:]
+    before, facts = file.read_bytes(), file.stat()
+    assert main("control", "watch", name, "--once")[0] == 0
+    assert main("control", "watch")[0] == 0
+    assert file.read_bytes() == before
+    after = file.stat()
+    assert (after.st_mtime_ns, after.st_ctime_ns, after.st_size) == (facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size)
+
+
+AS_A_READER = """
+import os, sys
+from dit4dit import _C
+if os.geteuid() == 0:
+    os.setuid(65534)
+try:
+    open("/dev/shm" + sys.argv[1], "r+b").close()
+    sys.exit("it may write")
+except PermissionError:
+    print(_C.segment_snapshot(sys.argv[1])["robot"])
+"""
+
+
+def test_a_user_who_may_only_read_can_watch(name: str) -> None:
+    stream(name).close()
+    (FOLDER / name[1:]).chmod(0o444)
+    done = subprocess.run([sys.executable, "-c", AS_A_READER, name], capture_output=True, text=True)
+    assert done.stdout.strip() == embodiment(ROBOT).name, done.stderr
+
+
+def test_it_takes_no_lock(name: str) -> None:
+    stream(name).close()
+    watched = Watch(name)
+    watched.look()
+    with stream(name) as made, ActionStream.attach(name, driver=True):
+        watched.look()
+        made.publish(chunk(time.monotonic_ns()))
+    assert watched.look()["producer"]["count"] == 2
+
+
+# -- what is no segment of ours --------------------------------------------------------------------
+
+BYTES = 263_296
+SPOILT: dict[str, tuple[Callable[[bytearray], bytes], str]] = {
+    "empty": (lambda b: b"", "is no segment of dit4dit"),
+    "short": (lambda b: bytes(b[:7]), "is no segment of dit4dit"),
+    "magic": (lambda b: b"ELF\x7f" + bytes(b[4:]), "is no segment of dit4dit"),
+    "zeros": (lambda b: bytes(len(b)), "is no segment of dit4dit"),
+    "version": (lambda b: put(b, 8, "I", 7), "version 7, this program wants 1"),
+    "header alone": (lambda b: bytes(b[:100]), "truncated: the file has 100 bytes"),
+    "truncated": (lambda b: bytes(b[:-1]), "truncated: the file has"),
+    "longer": (lambda b: bytes(b) + b"\0", "the file has"),
+    "bytes": (lambda b: put(b, 12, "I", 99), "bytes is 99, this program wants"),
+    "header_bytes": (lambda b: put(b, 16, "I", 99), "header_bytes is 99, this program wants"),
+    "slots": (lambda b: put(b, 24, "I", 8), "slots is 8, this program wants 16"),
+    "max_channels": (lambda b: put(b, 32, "I", 128), "max_channels is 128, this program wants 64"),
+    "layout": (lambda b: put(b, 56 + 56, "I", 65), "65 channels, wanted 1 to 64"),
+}
+
+
+def put(data: bytearray, offset: int, form: str, value: int) -> bytes:
+    struct.pack_into("<" + form, data, offset, value)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_foreign_segment_is_one_line(how: str, name: str, main) -> None:
+    stream(name).close()
+    file = FOLDER / name[1:]
+    spoil, message = SPOILT[how]
+    file.write_bytes(spoil(bytearray(file.read_bytes())))
+    before = file.read_bytes()
+    code, out, error = main("control", "watch", name, "--once")
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"dit4dit control: error: {name}")
+    assert message in error
+    assert file.read_bytes() == before
+
+
+def test_what_is_no_file_is_one_line(name: str, main) -> None:
+    file = FOLDER / name[1:]
+    file.mkdir()
+    try:
+        assert_one_line(main("control", "watch", name))
+    finally:
+        file.rmdir()
+    os.mkfifo(file)
+    assert_one_line(main("control", "watch", name))
+    file.unlink()
+    file.symlink_to("/etc/passwd")
+    assert_one_line(main("control", "watch", name))
+
+
+def assert_one_line(ended: tuple[int, str, str]) -> None:
+    code, out, error = ended
+    assert (code, out, error.count("\n")) == (2, "", 1)
+
+
+def test_a_name_that_is_not_there_says_which_are(name: str, main) -> None:
+    stream(name).close()
+    code, out, error = main("control", "watch", name + "x", "--once")
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert f"'{name}x': no such segment; did you mean '{name}'?; here are " in error
+
+
+def test_a_name_that_no_segment_can_have(main) -> None:
+    for bad in ("/a/b", "..", "/", "a" * 300):
+        assert_one_line(main("control", "watch", bad, "--once"))
+
+
+@pytest.mark.parametrize("form", ["/{}", "{}", "/dev/shm/{}"])
+def test_the_slash_and_the_folder_may_be_given(form: str, name: str, main) -> None:
+    stream(name).close()
+    code, out, _ = main("control", "watch", form.format(name[1:]), "--once")
+    assert code == 0
+    assert out.startswith(f"{name}: ")
+
+
+def test_any_bytes_after_the_header_are_survived(name: str) -> None:
+    """What strangers wrote into a segment is shown as numbers or refused in a line; nothing else may happen."""
+    with stream(name) as made, ActionStream.attach(name, driver=True) as driver:
+        made.publish(chunk(time.monotonic_ns()))
+        driver.at(time.monotonic_ns())
+    file = FOLDER / name[1:]
+    whole, rng = file.read_bytes(), random.Random(0)
+    refused = 0
+    for i in range(300):
+        data = bytearray(whole)
+        end = (len(data), 8000, 400)[i % 3]  # the layout is in the first 7 KB, texts and counts at its beginning
+        for _ in range(rng.choice((1, 30, 3000))):
+            data[rng.randrange(56, end)] = rng.randrange(256)
+        with file.open("r+b") as out:
+            out.write(data)
+        try:
+            found = look(name)
+            json.dumps(found)
+            show(found)
+        except StreamError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 0 < refused < 300
+
+
+# -- the list --------------------------------------------------------------------------------------
+
+
+def test_without_a_name_all_are_listed(name: str, main, tmp_path: Path) -> None:
+    stream(name).close()
+    other, foreign = FOLDER / f"{name[1:]}.old", FOLDER / f"{name[1:]}.foreign"
+    try:
+        other.write_bytes(put(bytearray((FOLDER / name[1:]).read_bytes()), 8, "I", 7))
+        foreign.write_bytes(b"another program's")
+        code, out, _ = main("control", "watch", "--json", tmp_path / "all.json")
+    finally:
+        other.unlink()
+        foreign.unlink()
+    assert code == 0
+    (row,) = [line for line in out.splitlines() if line.split()[0] == name]
+    assert row.split()[1:] == [embodiment(ROBOT).name, "closed", "none", "0", "DEAD"]
+    assert f"{name}.old: version 7, this program wants 1" in out
+    assert "foreign" not in out
+    found = {one["name"]: one for one in json.loads((tmp_path / "all.json").read_text())}
+    assert found[name]["producer"]["state"] == "closed"
+    assert "version 7" in found[f"{name}.old"]["error"]
+
+
+def test_a_list_of_none_says_how_to_get_one() -> None:
+    assert "ActionStream(..., shared=NAME)" in show_list([])
+
+
+# -- live ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """looks(a, b): between two looks a, then b is called; then comes Ctrl-C."""
+
+    def between(*steps: Callable[[], object]) -> None:
+        todo = iter((lambda: None, *steps))
+
+        def sleep(seconds: float) -> None:
+            step = next(todo, None)
+            if step is None:
+                raise KeyboardInterrupt
+            step()
+
+        monkeypatch.setattr(time, "sleep", sleep)
+
+    return between
+
+
+def test_it_looks_again_until_ctrl_c(name: str, main, looks, tmp_path: Path) -> None:
+    out_file, seen = tmp_path / "seen.json", []
+    with stream(name) as made:
+        looks(
+            lambda: seen.append(json.loads(out_file.read_text())["published"]),
+            lambda: made.publish(chunk(time.monotonic_ns())),
+            lambda: seen.append(json.loads(out_file.read_text())["published"]),
+        )
+        code, out, error = main("control", "watch", name, "--json", out_file)
+    assert (code, error) == (0, "")
+    blocks = out.strip().split(f"{name}: ")[1:]
+    assert ["0 published" in block for block in blocks] == [True, True, False, False]
+    assert "1 published" in blocks[-1]
+    assert seen == [0, 1]
+
+
+def test_a_segment_that_goes_and_comes_back_is_followed(name: str, main, looks) -> None:
+    looks(
+        lambda: ActionStream.remove(name),
+        lambda: None,
+        lambda: stream(name).close(),
+    )
+    stream(name).close()
+    code, out, error = main("control", "watch", name)
+    assert (code, error) == (0, "")
+    shown = [block.splitlines()[0] for block in out.strip().split("\n\n") if name in block.splitlines()[0]]
+    assert [f"{name}: " in line for line in shown] == [True, False, False, True]
+    assert "no such segment" in shown[1]
+
+
+@contextmanager
+def terminal(lines: int, columns: int = 80) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """A terminal's end to write to, and what has been written to it since it was last asked."""
+    import fcntl
+    import termios
+
+    own, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def read() -> str:
+        data = b""
+        while select.select([own], [], [], 0.2)[0]:
+            data += os.read(own, 65536)
+        return data.decode()
+
+    with os.fdopen(other, "w") as out:
+        yield out, read
+    os.close(own)
+
+
+def test_a_terminal_is_drawn_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(lines=10) as (out, read):
+        monkeypatch.setattr("shutil.get_terminal_size", lambda: os.get_terminal_size(out.fileno()))
+        screen = Screen(out)
+        screen.draw("a\nb\nc")
+        first = read()
+        assert first.startswith("\x1b[J\x1b[?7l")
+        assert first.endswith("\x1b[?7h\r\n"), "lines are cut by the terminal only while a block is drawn"
+        screen.draw("d\ne")
+        assert read().startswith("\x1b[3F\x1b[J"), "up by the lines of the block before, which is wiped"
+        screen.draw("\n".join(f"line {i}" for i in range(30)))
+        second = read()
+        assert second.startswith("\x1b[2F\x1b[J")
+        assert second.count("\n") == 9, "no more than the terminal has, or the block before scrolls away"
+        assert "22 more lines" in second
+        screen.draw("f")
+        assert read().startswith("\x1b[9F\x1b[J")
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ms,text",
+    [
+        (0.04, "0.0 ms"),
+        (9.94, "9.9 ms"),
+        (9.96, "10 ms"),
+        (999.4, "999 ms"),
+        (999.6, "1.00 s"),
+        (59_990.0, "59.99 s"),
+        (59_999.0, "1 min 0 s"),
+        (192_000.0, "3 min 12 s"),
+        (3_599_600.0, "1 h 0 min"),
+        (18_720_000.0, "5 h 12 min"),
+        (-500.0, "-500 ms"),
+    ],
+)
+def test_durations(ms: float, text: str) -> None:
+    assert duration(ms) == text
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--every-ms", "0"], "--every-ms: expected at least 10, got 0"),
+        (["--chunks", "0"], "--chunks: expected at least 1, got 0"),
+        (["--dead-after-ms", "0"], "--dead-after-ms: expected milliseconds above 0, got 0.0"),
+        (["--json", "/proc/no-such-folder/x"], "--json /proc/no-such-folder/x: cannot be written"),
+    ],
+)
+def test_a_wrong_option_is_one_line(words: list[str], message: str, name: str, main) -> None:
+    code, _, error = main("control", "watch", name, *words)
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
