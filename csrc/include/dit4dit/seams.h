@@ -110,12 +110,12 @@ class Seams {
         for (; known_ <= n; ++known_) {
             const Link& link = (*chain_)[known_];
             const Moment at = moment(link.chunk, now_);
-            double* out = &values_[known_ * columns_.size()];
+            double* out = values_.data() + static_cast<std::size_t>(known_) * columns_.size();
             for (const Column& c : columns_)
                 *out++ = c.path < 0 ? value_at(c.kind, interpolation_, link.chunk, at, c.column)
                                     : displacement(link, c, own_, known_ > 0);
         }
-        return &values_[n * columns_.size()];
+        return values_.data() + static_cast<std::size_t>(n) * columns_.size();
     }
 
     void copy(int group, const double* values, double* out) const noexcept {
