@@ -238,7 +238,9 @@ def agree(name: str, ticks: int = 50, tries: int = 20) -> None:
 
 # -- beside them -----------------------------------------------------------------------------------
 
-_PRODUCE = "import sys; from dit4dit import _C; _C.stream_bench_produce(sys.argv[1], int(sys.argv[2]), 0, 1)"
+_PRODUCE = "import sys; sys.path[:] = {path}; from dit4dit import _C; _C.stream_bench_produce({name!r}, {period}, 0, 1)"
+_CHILD: Any = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+"""Ctrl-C is the parent's, who ends them."""
 _BUSY = "import os\nparent = os.getppid()\nprint(flush=True)\nwhile os.getppid() == parent: sum(range(100_000))"
 
 
@@ -246,9 +248,8 @@ _BUSY = "import os\nparent = os.getppid()\nprint(flush=True)\nwhile os.getppid()
 def producer() -> Iterator[str]:
     """A process that publishes to a segment; gives its name."""
     name = f"/dit4dit.bench.{os.getpid()}"
-    words = [sys.executable, "-c", _PRODUCE, name, str(CHUNK_NS)]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(words, **pipes) as process:
+    script = _PRODUCE.format(path=sys.path, name=name, period=CHUNK_NS)
+    with subprocess.Popen([sys.executable, "-c", script], **_CHILD, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:
             if process.stdout.readline() != "ready\n":
@@ -267,7 +268,7 @@ def busy(count: int) -> Iterator[None]:
     """So many processes that compute all the time; they end with this one too."""
     with contextlib.ExitStack() as stack:
         for _ in range(count):
-            process = stack.enter_context(subprocess.Popen([sys.executable, "-Sc", _BUSY], stdout=subprocess.PIPE))
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-Sc", _BUSY], **_CHILD))
             stack.callback(process.kill)
             assert process.stdout is not None
             process.stdout.readline()

@@ -18,6 +18,7 @@
 
 namespace dit4dit {
 void add_snapshot(pybind11::module_& m);
+void add_stream_bench(pybind11::module_& m);
 }
 
 using namespace dit4dit;
@@ -192,6 +193,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     });
     add_driver(m);
     add_snapshot(m);
+    add_stream_bench(m);
     m.attr("cuda_architectures") = cuda_architectures();
     m.def("build_info", &build_info, "compiler, cuda (version, empty without), architectures");
     m.def("preprocess", &preprocess, "views"_a, "widths"_a, "out"_a, "filter"_a);

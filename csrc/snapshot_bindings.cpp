@@ -1,9 +1,11 @@
-// dit4dit._C.segment_snapshot and segment_names: what `dit4dit control watch` shows, as plain numbers and texts.
+// What `dit4dit control watch` shows, as plain numbers and texts, and what `dit4dit bench stream` times.
 #include <dit4dit/snapshot.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "arguments.h"
+#include "stream_bench.h"
+#include "without_gil.h"
 
 namespace dit4dit {
 
@@ -81,7 +83,75 @@ py::dict segment_snapshot(const py::object& name) {
         "estop"_a = py::dict("at_ns"_a = seen.estop_at, "pid"_a = seen.estop_by));
 }
 
+// -- times -----------------------------------------------------------------------------------------
+
+constexpr std::int64_t kMostTimes = 100'000'000;
+
+// int64 or float64 numbers, for numpy.frombuffer.
+template <class T>
+py::bytes raw(const std::vector<T>& numbers) {
+    return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(T)};
+}
+
+template <class Work>
+auto alone(Work work) {
+    decltype(work()) found;
+    without_gil([&] { found = work(); });
+    return found;
+}
+
+py::bytes bench_clock(const py::object& count) {
+    const auto times = whole<std::int64_t>(count, "count", 1, kMostTimes);
+    return raw(alone([&] { return time_clock(times); }));
+}
+
+py::tuple bench_ring(const py::object& count) {
+    const auto times = whole<std::int64_t>(count, "count", 1, kMostTimes);
+    const RingTimes found = alone([&] { return time_ring(times); });
+    return py::make_tuple(raw(found.took), found.contended);
+}
+
+py::bytes bench_reader(const py::object& count, const py::object& at_limits) {
+    const auto times = whole<std::int64_t>(count, "count", 1, kMostTimes);
+    const bool limited = truth(at_limits, "at_limits");
+    return raw(alone([&] { return time_reader(times, limited); }));
+}
+
+py::dict bench_loop(const py::object& name, const py::object& period_ns, const py::object& ticks, const py::object& priority) {
+    const auto segment = text(name, "name");
+    const auto period = whole<std::int64_t>(period_ns, "period_ns", 1000, 1'000'000'000);
+    const auto count = whole<std::int64_t>(ticks, "ticks", 1, kMostTimes);
+    const auto wanted = whole<int>(priority, "priority", 0, 99);
+    const LoopTimes found = alone([&] { return run_loop(segment, period, count, wanted); });
+    return py::dict("late"_a = raw(found.late), "age"_a = raw(found.age), "took"_a = raw(found.took),
+                    "chunk"_a = raw(found.chunk), "missed"_a = found.missed,
+                    "status"_a = std::vector<std::int64_t>(std::begin(found.status), std::end(found.status)),
+                    "refused"_a = found.refused);
+}
+
+py::bytes bench_values(const py::object& name, const py::object& times) {
+    const auto segment = text(name, "name");
+    const auto moments = whole_numbers(times, "times", 1'000'000);
+    return raw(alone([&] { return read_at(segment, moments); }));
+}
+
+void bench_produce(const py::object& name, const py::object& period_ns, const py::object& until, const py::object& ready) {
+    const auto segment = text(name, "name");
+    const auto period = whole<std::int64_t>(period_ns, "period_ns", 1'000'000, 1'000'000'000);
+    const auto end = whole<int>(until, "until", 0), line = whole<int>(ready, "ready", 0);
+    without_gil([&] { run_producer(segment, period, end, line); });
+}
+
 }  // namespace
+
+void add_stream_bench(py::module_& m) {
+    m.def("stream_bench_clock", &bench_clock, "count"_a);
+    m.def("stream_bench_ring", &bench_ring, "count"_a);
+    m.def("stream_bench_reader", &bench_reader, "count"_a, "at_limits"_a);
+    m.def("stream_bench_loop", &bench_loop, "name"_a, "period_ns"_a, "ticks"_a, "priority"_a);
+    m.def("stream_bench_values", &bench_values, "name"_a, "times"_a);
+    m.def("stream_bench_produce", &bench_produce, "name"_a, "period_ns"_a, "until"_a, "ready"_a);
+}
 
 void add_snapshot(py::module_& m) {
     m.def("segment_snapshot", &segment_snapshot, "name"_a, "What is in a segment of shared memory; ValueError says why not.");

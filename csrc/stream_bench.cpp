@@ -112,10 +112,10 @@ void loop(Reader& reader, std::int64_t period, std::int64_t ticks, LoopTimes& ti
         const std::int64_t woke = monotonic_ns();
         const Command command = reader.read(woke, values);
         const std::int64_t took = monotonic_ns() - woke;
-        times.late[i] = woke - deadline;
-        times.took[i] = took;
-        times.age[i] = command.chunk ? command.age_ns + took : -1;
-        times.chunk[i] = static_cast<std::int64_t>(command.chunk);
+        times.late[static_cast<std::size_t>(i)] = woke - deadline;
+        times.took[static_cast<std::size_t>(i)] = took;
+        times.age[static_cast<std::size_t>(i)] = command.chunk ? command.age_ns + took : -1;
+        times.chunk[static_cast<std::size_t>(i)] = static_cast<std::int64_t>(command.chunk);
         ++times.status[static_cast<int>(command.status)];
         const std::int64_t over = (woke + took - deadline) / period;
         times.missed += over;
@@ -140,7 +140,7 @@ RingTimes time_ring(std::int64_t count) {
     RingTimes times{Times(count), 0};
     for (std::int64_t i = 0; i < count; ++i) {
         Read read;
-        times.took[i] = timed([&] { read = copy_newest(segment, held, static_cast<int>(i % (kBenchRows - 1)), 2); });
+        times.took[static_cast<std::size_t>(i)] = timed([&] { read = copy_newest(segment, held, static_cast<int>(i % (kBenchRows - 1)), 2); });
         times.contended += read.found == Found::contended;
     }
     return times;
