@@ -53,14 +53,14 @@ class ActionChunk:
     Attributes:
         actions: float32 [K, A] in robot units.
         names: A names, one per column of `actions`, such as "x" or "left_arm.3".
-        rate_hz: how many of them the robot executes per second.
+        control_hz: how many of them the robot executes per second.
         normalized: float32 [K, A_model], what the model wrote, before un-normalisation.
         noise: the noise that led to them; give it again to get the same bits.
     """
 
     actions: NDArray[np.float32]
     names: tuple[str, ...]
-    rate_hz: float
+    control_hz: float
     normalized: NDArray[np.float32]
     noise: Noise
 

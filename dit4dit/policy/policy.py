@@ -253,7 +253,7 @@ class Policy:
                 "where they were given, the prompt embeddings"
             )
         chunks: dict[int, ActionChunk] = {}
-        names, rate = self.embodiment.action_names, self.embodiment.rate_hz
+        names, rate = self.embodiment.action_names, self.embodiment.control_hz
         for group, (normalized, actions) in passes:
             self.codec.check(actions)
             for row, i in enumerate(group):

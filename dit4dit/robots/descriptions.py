@@ -83,13 +83,13 @@ class Robot:
         return self.language.removeprefix("annotation.")
 
     def to_embodiment(
-        self, sizes: Mapping[str, int], rate_hz: float, where: str, absolute: Mapping[str, bool] | None = None
+        self, sizes: Mapping[str, int], control_hz: float, where: str, absolute: Mapping[str, bool] | None = None
     ) -> Embodiment:
         """What the policy calls this robot.
 
         Args:
             sizes: values of each key as a sample holds it, by "state.<key>" and "action.<key>".
-            rate_hz: frames per second of the data, for a robot that the policy does not know yet.
+            control_hz: frames per second of the data, for a robot that the policy does not know yet.
             where: the data set, for the message.
             absolute: action key -> what the data set says of it: True a target, False a displacement.
 
@@ -120,7 +120,7 @@ class Robot:
                 for key in self._keys("action", self.action, sizes)
             ),
             state_encoding="sin_cos" if self.sin_cos_state else "normalized",
-            rate_hz=rate_hz,
+            control_hz=control_hz,
             observe=_Observe(self),
             command=_Command(tuple((key, sizes[f"action.{key}"]) for key in self.action)),
             record=_Record(tuple((key, sizes[f"action.{key}"]) for key in self.action)),
@@ -183,18 +183,20 @@ def described(embodiment: Embodiment) -> str | dict[str, Any]:
     return {
         "robot": asdict(replace(robot, kinds=kinds)),
         "sizes": {f"{part}.{key.name}": key.dim for part, keys in parts.items() for key in keys},
-        "rate_hz": embodiment.rate_hz,
+        "control_hz": embodiment.control_hz,
     }
 
 
 def restored(data: Mapping[str, Any], where: str) -> Embodiment:
     """The robot that `described` wrote; ConfigError names `where` and the key that is wrong."""
+    if "rate_hz" in data:  # one key for one fact: a reader of both would have to choose where a file has both
+        raise ConfigError(f"{where}: 'rate_hz' is called 'control_hz'; rename the key in its config.json")
     stored = build(_Described, dict(data), where)
     for part, keys in (("state", stored.robot.state), ("action", stored.robot.action)):
         for key in keys:
             if f"{part}.{key}" not in stored.sizes:
                 raise ConfigError(f"{where}.sizes: missing key '{part}.{key}'; add it")
-    made = stored.robot.to_embodiment(stored.sizes, stored.rate_hz, where)
+    made = stored.robot.to_embodiment(stored.sizes, stored.control_hz, where)
     return replace(
         made, kind_hint=f'add "action.KEY": "position" or "relative" to robot.kinds of {where} in its config.json'
     )
@@ -204,7 +206,7 @@ def restored(data: Mapping[str, Any], where: str) -> Embodiment:
 class _Described:
     robot: Robot
     sizes: dict
-    rate_hz: float
+    control_hz: float
 
 
 @dataclass(frozen=True)

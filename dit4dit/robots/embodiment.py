@@ -93,7 +93,7 @@ class Embodiment:
     state: tuple[Key, ...]
     action: tuple[Key, ...]
     state_encoding: StateEncoding
-    rate_hz: float
+    control_hz: float
     """Actions per second that the robot executes."""
     observe: Callable[[Mapping[str, Any]], Observation]
     """The robot's own observation -> named data."""

@@ -49,7 +49,7 @@ G1 = Embodiment(
         Key("target_yaw", 1, kind="angle"),
     ),
     state_encoding="normalized",
-    rate_hz=30.0,
+    control_hz=30.0,
     observe=observe,
     command=command,
     record=record,

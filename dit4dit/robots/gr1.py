@@ -41,7 +41,7 @@ GR1 = Embodiment(
     # a hand's state lists its joints in another order than its action, so no value of one is the target of the other's
     action=tuple(Key(name, dim, kind="position", moves=None if name.endswith("hand") else name) for name, dim in PARTS),
     state_encoding="sin_cos",
-    rate_hz=20.0,
+    control_hz=20.0,
     observe=observe,
     command=command,
     record=record,

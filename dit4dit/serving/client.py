@@ -90,7 +90,7 @@ class Chunk(NamedTuple):
     Attributes:
         actions: float32 [K, A] in robot units.
         names: A names, one per column.
-        rate_hz: how many of them the robot executes per second.
+        control_hz: how many of them the robot executes per second.
         normalized: float32 [K, A_model], what the model wrote.
         seed, chunk: of the noise that led to them.
         timing: milliseconds, as in `Client.timing`.
@@ -98,7 +98,7 @@ class Chunk(NamedTuple):
 
     actions: np.ndarray
     names: tuple[str, ...]
-    rate_hz: float
+    control_hz: float
     normalized: np.ndarray
     seed: int
     chunk: int
@@ -227,7 +227,7 @@ class Client:
     `close` may be called from any thread, and ends what the others wait for.
 
     Attributes:
-        metadata: what the server said on connecting; this project's tells views, state_keys, action_names, rate_hz,
+        metadata: what the server said on connecting; this project's tells views, state_keys, action_names, control_hz,
             action_horizon, steps, checkpoint_hash and versions.
         timing: of the last request, milliseconds: encode, network (this project's server only), queue, infer, server (all of its
             time), decode, total.
@@ -611,11 +611,11 @@ class Client:
 
     def _chunk(self, reply: dict[str, Any]) -> Chunk:
         actions, normalized = (self._actions(reply, name, 1)[0] for name in ("actions", "normalized_actions"))
-        names, rate = self.metadata.get("action_names"), self.metadata.get("rate_hz")
+        names, rate = self.metadata.get("action_names"), self.metadata.get("control_hz")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise self._wrong("the greeting's action_names", "a list of names", names)
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-            raise self._wrong("the greeting's rate_hz", "a rate above 0", rate)
+            raise self._wrong("the greeting's control_hz", "a rate above 0", rate)
         if actions.shape[1] != len(names) or len(normalized) != len(actions):
             raise self._wrong("data['actions']", f"float32 [1, {len(normalized)}, {len(names)}]", actions[None])
         seed, chunk = self._advance(reply, 1)

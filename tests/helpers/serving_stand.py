@@ -35,7 +35,7 @@ class StandIn:
         self.ready, self.preparing, self.fail_prepare = threading.Event(), threading.Semaphore(0), None
         self.ready.set()
         self._background = ThreadPoolExecutor(1)
-        self.metadata = {"server": "dit4dit", "embodiment": "stand-in", "action_names": ["x"], "rate_hz": 10.0}
+        self.metadata = {"server": "dit4dit", "embodiment": "stand-in", "action_names": ["x"], "control_hz": 10.0}
         self.gate, self.entered = threading.Event(), threading.Semaphore(0)
         self.gate.set()
         self.passes: list[list[float]] = []

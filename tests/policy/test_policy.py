@@ -82,7 +82,7 @@ def test_chunk_is_in_robot_units(libero_policy: Policy, golden_dir: Path, observ
     assert chunk.actions.shape == (8, 7)
     assert chunk.normalized.shape == (8, 8)
     assert chunk.names == ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-    assert chunk.rate_hz == 20.0
+    assert chunk.control_hz == 20.0
     limits = json.loads((golden_dir / "libero_tiny" / "dataset_statistics.json").read_text())["franka"]["action"]
     low, high = np.array(limits["min"]), np.array(limits["max"])
     a = np.clip(chunk.normalized[:, :7], -1, 1)

@@ -74,7 +74,7 @@ def test_a_session_goes_on_after_a_lost_connection() -> None:
         with Client(port=server.port) as client:
             assert client.reset(7) == 7
             first = infer(client, 2.5)
-            assert (first.actions.tolist(), first.names, first.rate_hz) == ([[2.5]], ("x",), 10.0)
+            assert (first.actions.tolist(), first.names, first.control_hz) == ([[2.5]], ("x",), 10.0)
             assert (first.seed, first.chunk, infer(client).chunk) == (7, 0, 1)
             assert set(first.timing) == {"encode", "network", "queue", "infer", "server", "decode", "total"}
             assert first.timing["total"] >= first.timing["server"] >= first.timing["infer"]
