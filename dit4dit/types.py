@@ -56,6 +56,9 @@ class ActionChunk:
         control_hz: how many of them the robot executes per second.
         normalized: float32 [K, A_model], what the model wrote, before un-normalisation.
         noise: the noise that led to them; give it again to get the same bits.
+        observed_at_ns: when what they follow from was seen, ns of CLOCK_MONOTONIC on this machine (`time.monotonic_ns`); row i is
+            meant for i / control_hz seconds later. None where nobody stamped it.
+        computed_at_ns: when the chunk was there, on the same clock; None where nobody stamped it.
     """
 
     actions: NDArray[np.float32]
@@ -63,6 +66,8 @@ class ActionChunk:
     control_hz: float
     normalized: NDArray[np.float32]
     noise: Noise
+    observed_at_ns: int | None = None
+    computed_at_ns: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
