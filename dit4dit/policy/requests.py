@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -190,8 +190,8 @@ class Door:
         requests = []
         for i, words in enumerate(published.instructions(found)):
             state, length = None if encoded is None else encoded[i], self._embedder.length(words)
-            size, resize, units, guidance = None, "bilinear", False, None
-            requests.append(Request([pictures[i]], state, words, length, noises[i], size, resize, units, guidance, now))
+            one = Request([pictures[i]], state, words, length, noises[i], None, "bilinear", units=False)
+            requests.append(replace(one, observed_at_ns=now))
         return requests
 
     def check_joined(self, where: str, size: tuple[int, ...]) -> None:

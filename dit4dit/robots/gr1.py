@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dit4dit.robots.channels import ChannelGroup
 from dit4dit.robots.embodiment import Array, Embodiment, Key, field_of, join_action, split_action, state_of
 from dit4dit.types import Observation
 
@@ -45,4 +46,9 @@ GR1 = Embodiment(
     observe=observe,
     command=command,
     record=record,
+    groups=(
+        ChannelGroup("arms", ("left_arm", "right_arm")),
+        ChannelGroup("hands", ("left_hand", "right_hand")),
+        ChannelGroup("waist", ("waist",)),
+    ),
 )
