@@ -85,7 +85,7 @@ py::dict segment_snapshot(const py::object& name) {
 
 // -- times -----------------------------------------------------------------------------------------
 
-constexpr std::int64_t kMostTimes = 100'000'000;
+constexpr std::int64_t kMostTimes = 20'000;  // at a time: a call is not to take longer than a moment
 
 // int64 or float64 numbers, for numpy.frombuffer.
 template <class T>
@@ -119,7 +119,7 @@ py::bytes bench_reader(const py::object& count, const py::object& at_limits) {
 
 py::dict bench_loop(const py::object& name, const py::object& period_ns, const py::object& ticks, const py::object& priority) {
     const auto segment = text(name, "name");
-    const auto period = whole<std::int64_t>(period_ns, "period_ns", 1000, 1'000'000'000);
+    const auto period = whole<std::int64_t>(period_ns, "period_ns", 1000, 10'000'000);
     const auto count = whole<std::int64_t>(ticks, "ticks", 1, kMostTimes);
     const auto wanted = whole<int>(priority, "priority", 0, 99);
     const LoopTimes found = alone([&] { return run_loop(segment, period, count, wanted); });
@@ -129,19 +129,6 @@ py::dict bench_loop(const py::object& name, const py::object& period_ns, const p
                     "refused"_a = found.refused);
 }
 
-py::bytes bench_values(const py::object& name, const py::object& times) {
-    const auto segment = text(name, "name");
-    const auto moments = whole_numbers(times, "times", 1'000'000);
-    return raw(alone([&] { return read_at(segment, moments); }));
-}
-
-void bench_produce(const py::object& name, const py::object& period_ns, const py::object& until, const py::object& ready) {
-    const auto segment = text(name, "name");
-    const auto period = whole<std::int64_t>(period_ns, "period_ns", 1'000'000, 1'000'000'000);
-    const auto end = whole<int>(until, "until", 0), line = whole<int>(ready, "ready", 0);
-    without_gil([&] { run_producer(segment, period, end, line); });
-}
-
 }  // namespace
 
 void add_stream_bench(py::module_& m) {
@@ -149,8 +136,6 @@ void add_stream_bench(py::module_& m) {
     m.def("stream_bench_ring", &bench_ring, "count"_a);
     m.def("stream_bench_reader", &bench_reader, "count"_a, "at_limits"_a);
     m.def("stream_bench_loop", &bench_loop, "name"_a, "period_ns"_a, "ticks"_a, "priority"_a);
-    m.def("stream_bench_values", &bench_values, "name"_a, "times"_a);
-    m.def("stream_bench_produce", &bench_produce, "name"_a, "period_ns"_a, "until"_a, "ready"_a);
 }
 
 void add_snapshot(py::module_& m) {

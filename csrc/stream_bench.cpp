@@ -1,7 +1,6 @@
 #include "stream_bench.h"
 
 #include <dit4dit/action_stream.h>
-#include <poll.h>
 #include <sched.h>
 
 #include <atomic>
@@ -173,30 +172,6 @@ LoopTimes run_loop(const std::string& name, std::int64_t period_ns, std::int64_t
         loop(reader, period_ns, ticks, times);
     }).join();
     return times;
-}
-
-std::vector<double> read_at(const std::string& name, const Times& times) {
-    Options options{};
-    options.name = name.c_str();
-    Reader reader = got(Reader::open(options));
-    std::vector<double> found(times.size() * reader.dims());
-    for (std::size_t i = 0; i < times.size(); ++i) reader.read(times[i], found.data() + i * reader.dims());
-    return found;
-}
-
-void run_producer(const std::string& name, std::int64_t period_ns, int until, int ready) {
-    Writer writer = got(Writer::open_or_create(name, bench_layout()));
-    const std::int64_t begin = monotonic_ns();
-    publish_bench(writer, begin, 0, false);
-    if (::write(ready, "ready\n", 6) != 6) return;
-    for (std::int64_t next = begin + period_ns;; next += period_ns) {
-        pollfd end{until, POLLIN, 0};
-        const std::int64_t left = next - monotonic_ns();
-        if (::poll(&end, 1, static_cast<int>(left > 0 ? left / kMillisecond : 0)) != 0) return;
-        sleep_until(next);
-        const std::int64_t now = monotonic_ns();
-        publish_bench(writer, now, static_cast<double>(now - begin) / 1e9, false);
-    }
 }
 
 }  // namespace dit4dit

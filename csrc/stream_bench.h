@@ -40,11 +40,4 @@ Times time_reader(std::int64_t count, bool at_limits);
 // The driver of the segment `name`, for so many ticks, in a thread of its own. priority: of SCHED_FIFO; 0: as the process is.
 LoopTimes run_loop(const std::string& name, std::int64_t period_ns, std::int64_t ticks, int priority);
 
-// The commands of a reader of the segment `name` at these times, one after the other, 23 numbers each.
-std::vector<double> read_at(const std::string& name, const Times& times);
-
-// Publishes a chunk every period_ns, observed at that moment, until the file `until` has something to read or ends. Writes a line to
-// the file `ready` when the segment is there.
-void run_producer(const std::string& name, std::int64_t period_ns, int until, int ready);
-
 }  // namespace dit4dit
