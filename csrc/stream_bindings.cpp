@@ -245,10 +245,10 @@ void start_at(Given self, Given values) {
     Buffers lent;
     const double* const pose = row_of(values, "values", from->reader, lent, false);
     for (std::size_t i = 0; i < from->reader.dims(); ++i)
-        if (!std::isfinite(pose[i])) {
+        if (std::isinf(pose[i])) {
             const int channel = from->reader.channel(static_cast<int>(i));
-            refuse("channel '" + std::string(from->reader.layout().channel[channel].name) + "'", "a finite number",
-                   std::to_string(pose[i]));
+            refuse("channel '" + std::string(from->reader.layout().channel[channel].name) + "'",
+                   "a finite number, or NaN where it is not known", std::to_string(pose[i]));
         }
     const std::lock_guard<std::mutex> lock(from->one_at_a_time);
     from->reader.start_at(pose);

@@ -311,10 +311,10 @@ class ActionStream:
 
     def start_at(self, pose: ArrayLike) -> None:
         """Begin at this pose, [A] in the order of `names`, at rest: the measured one, before the first `at` and whenever
-        somebody else has moved the robot. It ends `stop`.
+        somebody else has moved the robot. NaN where it is not known, and of displacements nothing is taken. It ends `stop`.
 
         Raises:
-            InputError: another number of values, or one that is not finite.
+            InputError: another number of values, or an infinite one.
         """
         given = numbers(pose)
         if given is None or given.shape != (len(self.names),):
