@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from dit4dit.commands.shell import at_least, check_outputs, finish, say
-from dit4dit.errors import InputError
+from dit4dit.errors import InputError, StreamError
 
 
 def watch(
@@ -71,7 +71,7 @@ def _live(watched: Any, found: dict[str, Any], every_s: float, chunks: int, json
             time.sleep(every_s)
             try:
                 found = watched.look()
-            except InputError as error:
+            except StreamError as error:
                 found = {"name": watched.name, "error": str(error)}
     except KeyboardInterrupt:
         return
@@ -86,7 +86,7 @@ def _list(dead_after_ms: float, json: Path | None) -> int:
     for name in module.names():
         try:
             found.append((name, module.Watch(name, dead_after_ms).look()))
-        except InputError as error:
+        except StreamError as error:
             found.append((name, str(error)))
     data = [one if isinstance(one, dict) else {"name": name, "error": one} for name, one in found]
     finish(show_list(found), strict(data), json)

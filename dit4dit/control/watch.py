@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dit4dit.errors import InputError, did_you_mean, listed, said, shown
+from dit4dit.errors import StreamError, did_you_mean, listed, said, shown
 
 FOLDER = Path("/dev/shm")
 DEAD_AFTER_MS = 50.0
@@ -44,7 +44,7 @@ class Watch:
         """What is in it at this moment.
 
         Raises:
-            InputError: there is no such segment, or it is none of this version of dit4dit.
+            StreamError: there is no such segment, or it is none of this version of dit4dit.
         """
         found = findings(self.name, _snapshot(self.name), self._dead_after_ms)
         driver = found["driver"]
@@ -73,12 +73,11 @@ def _snapshot(name: str) -> dict[str, Any]:
     try:
         return _C.segment_snapshot(name)
     except ValueError as error:
-        file = FOLDER / name[1:]
-        if "/" in name[1:] or file.exists() or file.is_symlink():
-            raise InputError(said(error, 400)) from None
+        if "no such segment" not in str(error):
+            raise StreamError(said(error, 400)) from None
     there = names()
     here = f"here are {listed(there)}" if there else "there is none here; a producer makes one: ActionStream(..., shared=NAME)"
-    raise InputError(f"{shown(name)}: no such segment{did_you_mean(name, there)}; {here}")
+    raise StreamError(f"{shown(name)}: no such segment{did_you_mean(name, there)}; {here}")
 
 
 # -- what it means ---------------------------------------------------------------------------------
