@@ -1,11 +1,11 @@
 """What an action stream costs: single reads, and how a driver at 1 kHz fares in C++ and in Python, with and without load.
 
-Reads are timed one by one in C++, so that the clock's own cost is in each: its row says how much. The loops drive a segment in shared
-memory that another process publishes to: 23 channels with limits, cubic, a chunk of 16 rows at 30 Hz every 47.3 ms, observed at
-the moment at which it is published. So an age is what is added to a policy's own delay, and grows to about 47 ms until the next
-chunk; the age of the first command of each chunk is how long a chunk takes to reach the motors. Lateness is that of the wake-up.
+Reads are timed one by one in C++, so that the clock's own cost is in each: its row says how much.
 
-Both readers are the same C++ code; Python's has the binding, a tuple and an array on top.
+The loops drive a segment in shared memory that another process publishes to: 23 channels with limits, cubic, a chunk of 16 rows at
+30 Hz every 47.3 ms, observed at the moment at which it is published. So an age is what comes on top of a policy's own delay, and
+grows to about 47 ms until the next chunk; the age of the first command of each chunk is how long a chunk takes to reach the motors.
+Lateness is that of the wake-up. Both readers are the same C++ code; Python's has the binding, an array and an object on top.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from dit4dit import _C
 from dit4dit.control.watch import FOLDER
-from dit4dit.errors import BackendError
+from dit4dit.errors import BackendError, said
 from dit4dit.progress import Bar
 from dit4dit.tables import number, quantiles, table
 
@@ -55,7 +55,7 @@ SAYS = {
     "clock": "nothing, twice the clock",
     "ring": "2 rows x 23 of the newest chunk",
     "reader": "a command: 23 channels, cubic, blend, limits",
-    "reader at its limits": "the same, every channel held by its limits",
+    "reader at its limits": "the same, chunks of steps that the limits hold back",
 }
 
 
@@ -147,7 +147,9 @@ def _loop(case: Case, name: str, samples: int, record: Recording, shown: Bar) ->
 
 
 def _summary(case: Case, times: Sequence[Times]) -> dict[str, Any]:
-    late, age, took, chunk = (np.concatenate([getattr(t, key) for t in times]) for key in ("late", "age", "took", "chunk"))
+    late, age, took, chunk = (
+        np.concatenate([getattr(t, key) for t in times]) for key in ("late", "age", "took", "chunk")
+    )
     # of each block the first chunk was there before
     first = np.concatenate([np.diff(t.chunk, prepend=t.chunk[:1]) > 0 for t in times])
     answers = age >= 0
@@ -231,12 +233,14 @@ def producer() -> Iterator[str]:
     """A process that publishes to a segment; gives its name."""
     name = f"/dit4dit.bench.{os.getpid()}"
     script = _PRODUCE.format(path=sys.path, name=name, period=CHUNK_NS)
-    with subprocess.Popen([sys.executable, "-c", script], **_CHILD, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], **_CHILD, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         try:
             if process.stdout.readline() != "ready\n":
                 _, errors = process.communicate(timeout=START_S)
-                raise BackendError(f"the producer of the benchmark failed: {errors.strip().splitlines()[-1:]}")
+                raise BackendError(f"the benchmark's producer failed: {said(errors.strip().rpartition(chr(10))[2])}")
             yield name
         finally:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -271,7 +275,7 @@ def fifo_allowed() -> tuple[bool, str | None]:
 
 @contextlib.contextmanager
 def fifo(priority: int) -> Iterator[None]:
-    """This thread under SCHED_FIFO; 0 leaves it as it is. OSError: it is not allowed. Processes that are started meanwhile have it too."""
+    """This thread under SCHED_FIFO, as are processes that it starts meanwhile; 0 leaves it as it is. OSError: it is not allowed."""
     if priority == 0:
         yield
         return
@@ -288,7 +292,13 @@ def fifo(priority: int) -> Iterator[None]:
 
 def show(result: Mapping[str, Any]) -> str:
     """Tables of the reads and the loops, and what was left out."""
-    parts = [table(["read, ns", *HEADS, "reads"], [_row(one["says"], one["ns"], ".0f") for one in result["reads"]], right=range(1, 7))]
+    parts = [
+        table(
+            ["read, ns", *HEADS, "reads"],
+            [_row(one["says"], one["ns"], ".0f") for one in result["reads"]],
+            right=range(1, 7),
+        )
+    ]
     for key, title, of, form in (
         ("late_us", "wakes up late, us", "ticks", ".0f"),
         ("age_ms", "age of a command, ms", "ticks", ".2f"),
@@ -325,7 +335,10 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     for loop in result["loops"]:
         other = {status: count for status, count in loop["statuses"].items() if status != "ok"}
         if other:
-            told.append(f"{name_of(loop)}: " + ", ".join(f"{count} commands {status.upper()}" for status, count in other.items()))
+            told.append(
+                f"{name_of(loop)}: "
+                + ", ".join(f"{count} commands {status.upper()}" for status, count in other.items())
+            )
     if result["fifo"]["why"]:
         told.append(result["fifo"]["why"])
     if result["load_before"] > 0.5:

@@ -17,7 +17,11 @@ __all__ = ["check", "write"]
 COLOURS = {"c++": "#2a7f62", "python": "#b0623c"}
 IMAGES = {
     "late": ("late_us_beyond", "microseconds that a tick wakes up late", "share of the ticks that are later"),
-    "handover": ("handover_ms_beyond", "milliseconds from publish to the first command", "share of the chunks that take longer"),
+    "handover": (
+        "handover_ms_beyond",
+        "milliseconds from publish to the first command",
+        "share of the chunks that take longer",
+    ),
 }
 
 

@@ -34,7 +34,7 @@ Times time_clock(std::int64_t count);
 RingTimes time_ring(std::int64_t count);
 
 // Reader::read of 23 channels at 1 kHz of a time that is made up: cubic, blended seams, limits, a chunk every 300 ms. at_limits: the
-// chunks jump, so that every channel of every read is held by its limits; else none is.
+// chunks are steps, so that nearly every read is held by its limits; else none is.
 Times time_reader(std::int64_t count, bool at_limits);
 
 // The driver of the segment `name`, for so many ticks, in a thread of its own. priority: of SCHED_FIFO; 0: as the process is.

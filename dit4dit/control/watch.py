@@ -1,7 +1,7 @@
 """What is in a segment of shared memory, for people and scripts: who produces, which chunks there are, what the driver sent.
 
-Nothing here writes to the segment: `dit4dit._C` maps it for reading alone. What `look` gives is ready for JSON but for numbers that
-are not finite: "..._at_ns" are stamps of CLOCK_MONOTONIC, "..._ms" durations, None where there is none.
+Nothing here writes to the segment: `dit4dit._C` maps it for reading alone. What `look` gives is ready for JSON, but for limits that
+are infinite: "..._at_ns" are stamps of CLOCK_MONOTONIC, "..._ms" durations, None where there is none.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ def _snapshot(name: str) -> dict[str, Any]:
         if "no such segment" not in str(error):
             raise StreamError(said(error, 400)) from None
     there = names()
-    here = f"here are {listed(there)}" if there else "there is none here; a producer makes one: ActionStream(..., shared=NAME)"
+    here = (
+        f"here are {listed(there)}"
+        if there
+        else "there is none here; a producer makes one: ActionStream(..., shared=NAME)"
+    )
     raise StreamError(f"{shown(name)}: no such segment{did_you_mean(name, there)}; {here}")
 
 
@@ -221,7 +225,11 @@ def _estop(estop: dict[str, Any], now: int) -> dict[str, Any]:
 
 def _status(found: dict[str, Any], dead_after_ms: float) -> tuple[str, str]:
     """The status, and why, as readers find it: the last of ok, dry, stale, dead, estop that applies."""
-    producer, estop, begun = found["producer"], found["estop"], [c for c in found["chunks"] if c["begins_in_ms"] is None]
+    producer, estop, begun = (
+        found["producer"],
+        found["estop"],
+        [c for c in found["chunks"] if c["begins_in_ms"] is None],
+    )
     if estop["latched"]:
         why = f"latched {duration(estop['since_ms'])} ago by process {estop['pid']}, until clear_estop()"
         return "estop", f"{why}; the robot brakes and stays"
@@ -236,11 +244,17 @@ def _status(found: dict[str, Any], dead_after_ms: float) -> tuple[str, str]:
         if over:
             allowed = ", ".join(f"{group['name']} allows {group['max_age_ms']:g} ms" for group in over)
             age = duration(begun[-1]["age_ms"])
-            return "stale", f"the observation of chunk {begun[-1]['id']} is {age} old ({allowed}); {_rules(over, 'on_stale')}"
+            return (
+                "stale",
+                f"the observation of chunk {begun[-1]['id']} is {age} old ({allowed}); {_rules(over, 'on_stale')}",
+            )
         if begun[-1]["ended_ms"] is None:
             newest = begun[-1]
             row = min(newest["rows"] - 1, int(newest["rows"] - newest["left_rows"] + 1e-6))
-            return "ok", f"row {row} of chunk {newest['id']} is due; its observation is {duration(newest['age_ms'])} old"
+            return (
+                "ok",
+                f"row {row} of chunk {newest['id']} is due; its observation is {duration(newest['age_ms'])} old",
+            )
         why = f"chunk {begun[-1]['id']} ended {duration(begun[-1]['ended_ms'])} ago"
     elif found["chunks"]:
         first = min(found["chunks"], key=lambda chunk: chunk["begins_in_ms"])

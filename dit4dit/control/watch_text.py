@@ -30,7 +30,10 @@ def show_list(found: Sequence[tuple[str, dict[str, Any] | str]]) -> str:
     if not found:
         return "no segment here; a producer makes one: ActionStream(..., shared=NAME)"
     readable = [(name, one) for name, one in found if not isinstance(one, str)]
-    rows = [[n, f["robot"], f["producer"]["state"], f["driver"]["state"], f["published"], f["status"].upper()] for n, f in readable]
+    rows = [
+        [n, f["robot"], f["producer"]["state"], f["driver"]["state"], f["published"], f["status"].upper()]
+        for n, f in readable
+    ]
     lines = [table(["name", "robot", "producer", "driver", "chunks", "status"], rows, right=(4,))] if rows else []
     return "\n".join([*lines, *(one for _, one in found if isinstance(one, str))])
 
@@ -51,7 +54,9 @@ def _producer(producer: dict[str, Any]) -> str:
     who = _who(producer)
     if producer["count"] > 1:
         who += f", the {_ordinal(producer['count'])} producer of this segment,"
-    last = "it has never stamped" if producer["alive_ms"] is None else f"last stamp {duration(producer['alive_ms'])} ago"
+    last = (
+        "it has never stamped" if producer["alive_ms"] is None else f"last stamp {duration(producer['alive_ms'])} ago"
+    )
     if producer["loop_ms"] is not None:
         last += f", of its loop {duration(producer['loop_ms'])} ago"
     if producer["state"] == "closed":
@@ -170,7 +175,10 @@ class Screen:
             return
         lines, room = text.splitlines(), max(shutil.get_terminal_size().lines - 1, 1)
         if len(lines) > room:
-            lines = [*lines[: room - 1], f"... {len(lines) - room + 1} more lines: make the terminal taller, or use --once"]
+            lines = [
+                *lines[: room - 1],
+                f"... {len(lines) - room + 1} more lines: make the terminal taller, or use --once",
+            ]
         up = f"\x1b[{self._drawn}F" if self._drawn else ""
         # the terminal cuts long lines (?7l), so that each is one; one write, so that it does not flicker
         self._out.write(f"{up}\x1b[J\x1b[?7l" + "\n".join(lines) + "\x1b[?7h\n")

@@ -8,6 +8,7 @@ python fuzz_native.py --driver FAKE_LIBRARY --only 1234 --seed 0 --last FILE    
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import functools
 import json
@@ -17,6 +18,7 @@ import os
 import random
 import re
 import sys
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -48,6 +50,17 @@ class World:
         self.driver = _C.Driver(library)
         self.library = library
         self.memory: list[np.ndarray] = []
+        self.segment = f"/dit4dit.fuzz.{os.getpid()}"
+        """A stream in shared memory with one chunk; its producer lives as long as this."""
+        channels, groups = (
+            [("joint", "position", 0, (-1.0, 1.0, 1.0, 1.0, 1.0))],
+            [("arm", "hold", "hold", "hold", 0, 0)],
+        )
+        self.producer = _C.StreamWriter(
+            self.segment, "robot", 1_000_000, "cubic", ("newest", 1, 0.0, 1.0), channels, groups
+        )
+        self.producer.publish(np.zeros((2, 1), np.float32), 1, 1, 1, 30.0, time.monotonic_ns())
+        atexit.register(lambda: (self.producer.close(time.monotonic_ns()), _C.stream_remove(self.segment)))
 
     def array(self, shape: tuple[int, ...], dtype: str, rng: random.Random) -> np.ndarray:
         """Of exactly its size, dense in a random order of dimensions, some of them mirrored."""
@@ -176,6 +189,14 @@ SOUND: dict[str, Callable[[World, random.Random], dict[str, Any]]] = {
     "action_ode_cuda": action_ode_cuda,
     "action_ode_facts": lambda world, rng: dict(device=0, shared_bytes=0),
     "build_info": lambda world, rng: {},
+    "segment_snapshot": lambda world, rng: dict(name=world.segment),
+    "segment_names": lambda world, rng: {},
+    "stream_bench_clock": lambda world, rng: dict(count=rng.randint(1, 9)),
+    "stream_bench_ring": lambda world, rng: dict(count=rng.randint(1, 9)),
+    "stream_bench_reader": lambda world, rng: dict(count=rng.randint(1, 9), at_limits=rng.random() < 0.5),
+    "stream_bench_loop": lambda world, rng: dict(
+        name=world.segment, period_ns=1000, ticks=rng.randint(1, 9), priority=0
+    ),
     "Driver": lambda world, rng: dict(library=world.library),
     "Driver.load": load,
     "Driver.version": lambda world, rng: {},
