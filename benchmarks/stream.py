@@ -2,10 +2,10 @@
 
 Reads are timed one by one in C++, so that the clock's own cost is in each: its row says how much.
 
-The loops drive a segment in shared memory that another process publishes to: 23 channels with limits, cubic, a chunk of 16 rows at
-30 Hz every 47.3 ms, observed at the moment at which it is published. So an age is what comes on top of a policy's own delay, and
-grows to about 47 ms until the next chunk; the age of the first command of each chunk is how long a chunk takes to reach the motors.
-Lateness is that of the wake-up. Both readers are the same C++ code; Python's has the binding, an array and an object on top.
+The loops drive a segment in shared memory that another process publishes to: 23 channels with limits, cubic, a chunk of 16 rows
+at 30 Hz every 47.3 ms, observed at the moment at which it is published. So an age is what comes on top of a policy's own delay,
+and grows to about 47 ms until the next chunk; the age of the first command of each chunk is how long a chunk takes to reach the
+motors. Lateness is that of the wake-up. Both readers are the same C++ code; Python has its binding on top.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def fifo_allowed() -> tuple[bool, str | None]:
 
 @contextlib.contextmanager
 def fifo(priority: int) -> Iterator[None]:
-    """This thread under SCHED_FIFO, as are processes that it starts meanwhile; 0 leaves it as it is. OSError: it is not allowed."""
+    """This thread, and processes that it starts, under SCHED_FIFO; 0 leaves it as it is. OSError: it is not allowed."""
     if priority == 0:
         yield
         return

@@ -102,8 +102,8 @@ def bench_stream(
 ) -> int:
     """What an action stream costs here: reads, and the age and jitter of a 1 kHz reader in C++ and in Python.
 
-    Each loop with and without load (as many busy processes as cores), and under SCHED_FIFO where this user may. It takes about 1.5
-    minutes, in which nothing else should run.
+    Each loop with and without load (as many busy processes as cores), and under SCHED_FIFO where this user may. It takes about
+    1.5 minutes, in which nothing else should run.
 
     Args:
         samples: ticks of each loop, a millisecond each.

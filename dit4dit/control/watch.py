@@ -1,7 +1,7 @@
 """What is in a segment of shared memory, for people and scripts: who produces, which chunks there are, what the driver sent.
 
-Nothing here writes to the segment: `dit4dit._C` maps it for reading alone. What `look` gives is ready for JSON, but for limits that
-are infinite: "..._at_ns" are stamps of CLOCK_MONOTONIC, "..._ms" durations, None where there is none.
+Nothing here writes to the segment: `dit4dit._C` maps it for reading alone. What `look` gives is ready for JSON, but for limits
+that are infinite: "..._at_ns" are stamps of CLOCK_MONOTONIC, "..._ms" durations, None where there is none.
 """
 
 from __future__ import annotations

@@ -69,9 +69,10 @@ print("published", flush=True)
 def producer(robot: Embodiment, name: str, value: float, then: str = "sys.stdin.read()") -> Iterator[subprocess.Popen]:
     """A process that has published one chunk of `value` and then does `then`: it waits for the end of its input."""
     command = [sys.executable, "-c", PRODUCER.format(then=then), robot.name, name, str(value)]
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **pipes) as process:
+    # from a folder without a dit4dit in it, which Python would take first
+    folder, environment = Path(__file__).parent, {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, cwd=folder, **pipes) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "published\n"
