@@ -45,7 +45,7 @@ def _drawn(result: Mapping[str, Any], key: str, across: str, up: str) -> bytes:
     axis = figure.subplots()
     for loop in result["loops"]:
         points = [(max(value, 1e-3), share) for value, share in loop[key]]
-        style = {"linestyle": "--" if loop["load"] else "-", "linewidth": 2.2 if loop["fifo"] else 1.0}
+        style: Any = {"linestyle": "--" if loop["load"] else "-", "linewidth": 2.2 if loop["fifo"] else 1.0}
         if points:
             axis.plot(*zip(*points, strict=True), color=COLOURS[loop["reader"]], label=stream.name_of(loop), **style)
     axis.set_xscale("log")

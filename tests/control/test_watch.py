@@ -1,54 +1,45 @@
-"""`dit4dit control watch`: right about every producer, one line about everything else, and never a byte written."""
+"""What `dit4dit control watch` finds in a segment: right about every producer, driver and status, and never a byte written."""
 
 from __future__ import annotations
 
 import json
 import os
-import pty
 import random
-import select
 import signal
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from stream_chunks import S, chunk, producer, unused_segment
 from waiting import WAIT
 
-from dit4dit import ActionChunk, Noise
+from dit4dit import ActionChunk
 from dit4dit.control import ActionStream, Blend
 from dit4dit.control import watch as module
-from dit4dit.control.watch import FOLDER, Watch, duration
-from dit4dit.control.watch_text import Screen, show, show_list
+from dit4dit.control.watch import FOLDER, Watch
+from dit4dit.control.watch_text import show
 from dit4dit.errors import StreamError
-from dit4dit.robots import embodiment
+from dit4dit.robots import G1
 
-ROBOT = "g1"
-S = 1_000_000_000
+PATIENT_MS = 1e9  # a producer that waits for the CPU is not to look dead
 
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    """Of a segment that no other test has."""
-    name = f"/dit4dit.test.{os.getpid()}.{random.randrange(10**9)}"
-    yield name
-    (FOLDER / name[1:]).unlink(missing_ok=True)
+    with unused_segment() as name:
+        yield name
 
 
 def stream(name: str, **options: Any) -> ActionStream:
-    return ActionStream(embodiment(ROBOT), shared=name, command_hz=500, seam=Blend(rows=3), **options)
+    return ActionStream(G1, shared=name, command_hz=500, seam=Blend(rows=3), **options)
 
 
-def chunk(observed_at: int, rows: int = 15, hz: float = 30.0, value: float = 0.25) -> ActionChunk:
-    robot = embodiment(ROBOT)
-    actions = np.full((rows, len(robot.action_names)), value, np.float32)
-    return ActionChunk(actions, robot.action_names, hz, actions, Noise.from_seed(0), observed_at, observed_at)
+def plain(observed_at: int, rows: int = 15) -> ActionChunk:
+    return chunk(G1, np.full((rows, G1.action_dim), 0.25), observed_at)
 
 
 def look(name: str, **options: Any) -> dict[str, Any]:
@@ -69,16 +60,15 @@ def until(name: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
 def test_a_live_segment_is_described_as_it_is(name: str) -> None:
     with stream(name, max_age_ms=5000) as made, ActionStream.attach(name, driver=True) as driver:
         observed = time.monotonic_ns() - S // 20
-        made.publish(chunk(observed))
+        made.publish(plain(observed))
         now = time.monotonic_ns()
         driver.at(now)
         command = driver.at(now + 2_000_000)
         found = until(name, lambda found: found["producer"]["state"] == "alive")
-    robot = embodiment(ROBOT)
-    assert (found["name"], found["robot"], found["published"]) == (name, robot.name, 1)
-    assert [c["name"] for c in found["channels"]] == list(robot.action_names)
-    assert [c["kind"] for c in found["channels"]] == list(robot.kinds)
-    assert [g["name"] for g in found["groups"]] == [group.name for group in robot.channel_groups]
+    assert (found["name"], found["robot"], found["published"]) == (name, G1.name, 1)
+    assert [c["name"] for c in found["channels"]] == list(G1.action_names)
+    assert [c["kind"] for c in found["channels"]] == list(G1.kinds)
+    assert [g["name"] for g in found["groups"]] == [group.name for group in G1.channel_groups]
     assert {g["name"]: g["on_dry"] for g in found["groups"]}["base"] == "decay"
     assert {g["max_age_ms"] for g in found["groups"]} == {5000.0}
     assert (found["command_hz"], found["interpolation"], found["seam"]) == (
@@ -104,7 +94,7 @@ def test_a_live_segment_is_described_as_it_is(name: str) -> None:
 
 def test_the_text_says_the_same(name: str) -> None:
     with stream(name) as made, ActionStream.attach(name, driver=True) as driver:
-        made.publish(chunk(time.monotonic_ns() - S // 20))
+        made.publish(plain(time.monotonic_ns() - S // 20))
         driver.at(time.monotonic_ns())
         found = until(name, lambda found: found["producer"]["state"] == "alive")
         text = show(found)
@@ -125,7 +115,7 @@ def test_the_text_says_the_same(name: str) -> None:
 def test_only_the_newest_chunks_are_shown_and_all_are_found(name: str) -> None:
     with stream(name) as made:
         for i in range(20):
-            made.publish(chunk(time.monotonic_ns(), rows=1 + i))
+            made.publish(plain(time.monotonic_ns(), rows=1 + i))
         found = look(name)
     assert [one["id"] for one in found["chunks"]] == list(range(5, 21))
     assert [one["rows"] for one in found["chunks"]] == list(range(5, 21))
@@ -139,7 +129,7 @@ def test_only_the_newest_chunks_are_shown_and_all_are_found(name: str) -> None:
 
 def test_the_drivers_rate_is_between_two_looks(name: str) -> None:
     with stream(name) as made, ActionStream.attach(name, driver=True) as driver:
-        made.publish(chunk(time.monotonic_ns()))
+        made.publish(plain(time.monotonic_ns()))
         now, watched = time.monotonic_ns(), Watch(name)
         assert watched.look()["driver"]["hz"] is None
         driver.at(now)
@@ -173,7 +163,7 @@ def test_a_driver_that_has_not_read_and_one_that_reads_no_more(name: str) -> Non
 
 def test_channels_that_are_not_the_drivers_have_no_value(name: str) -> None:
     with stream(name) as made, ActionStream.attach(name, driver=True, group="base") as driver:
-        made.publish(chunk(time.monotonic_ns()))
+        made.publish(plain(time.monotonic_ns()))
         driver.at(time.monotonic_ns())
         found = look(name)
     base = [c["name"] for c in found["channels"] if c["group"] == "base"]
@@ -183,9 +173,6 @@ def test_channels_that_are_not_the_drivers_have_no_value(name: str) -> None:
 
 
 # -- every status ----------------------------------------------------------------------------------
-
-
-PATIENT_MS = 1e9  # a producer that waits for the CPU is not to look dead
 
 
 def at(name: str, now: int) -> tuple[str, str]:
@@ -202,16 +189,16 @@ def test_status_and_reason_of_every_moment(name: str) -> None:
             "dry",
             "no chunk yet; arms: hold, hands: hold, torso: hold, base: let velocities fall to 0",
         )
-        made.publish(chunk(now - S), starts_at_ns=now + 40 * S, now_ns=now)
+        made.publish(plain(now - S), starts_at_ns=now + 40 * S, now_ns=now)
         status, why = at(name, now + S)
         assert (status, why.partition(";")[0]) == ("dry", "chunk 1 begins in 39.00 s")
-        made.publish(chunk(now, rows=30), now_ns=now + S // 10)
+        made.publish(plain(now, rows=30), now_ns=now + S // 10)
         assert at(name, now + S // 2) == ("ok", "row 15 of chunk 2 is due; its observation is 500 ms old")
         assert at(name, now + S * 7 // 10 + 1000) == (
             "stale",
             "the observation of chunk 2 is 700 ms old (arms allows 700 ms); readers hold",
         )
-        made.publish(chunk(now, rows=15), now_ns=now + S // 5)
+        made.publish(plain(now, rows=15), now_ns=now + S // 5)
         status, why = at(name, now + S * 6 // 10)
         assert (status, why.partition(";")[0]) == ("dry", "chunk 3 ended 100 ms ago")
         made.estop(now + S // 5)
@@ -239,7 +226,7 @@ def test_the_status_is_the_one_that_a_reader_gets(seed: int, name: str) -> None:
                 if rng.random() < 0.5:
                     observed = max(begin, now - rng.randrange(S // 2))
                     starts = observed + rng.choice([0, 0, S // 5, -S // 3])
-                    made.publish(chunk(observed, rng.randint(1, 20)), starts_at_ns=starts, now_ns=now)
+                    made.publish(plain(observed, rng.randint(1, 20)), starts_at_ns=starts, now_ns=now)
                     begin = observed
                 for moment in (now, now + rng.randrange(S)):
                     wanted = reader.at(moment).status.name.lower()
@@ -262,36 +249,12 @@ def test_what_readers_do_without_a_producer_is_in_the_status(rule: str, name: st
 
 # -- producers that end ----------------------------------------------------------------------------
 
-PRODUCER = """
-import sys, time
-from dit4dit.control import ActionStream
-from dit4dit.robots import embodiment
-made = ActionStream(embodiment(sys.argv[2]), shared=sys.argv[1], command_hz=500)
-print("ready", flush=True)
-sys.stdin.read()
-made.close()
-print("closed", flush=True)
-sys.stdin.close()
-time.sleep(600)
-"""
-
-
-@contextmanager
-def producer(name: str) -> Iterator[subprocess.Popen[str]]:
-    words = [sys.executable, "-c", PRODUCER, name, ROBOT]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(words, cwd=FOLDER, text=True, **pipes) as process:  # away from the source tree
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            yield process
-        finally:
-            process.kill()
+THEN = "sys.stdin.read(); stream.close(); print('closed', flush=True); time.sleep(600)"
 
 
 @pytest.mark.slow
 def test_a_producer_that_is_stopped_killed_and_followed_by_another(name: str) -> None:
-    with producer(name) as process:
+    with producer(G1, name, 0.25, THEN) as process:
         found = until(name, lambda found: found["producer"]["state"] == "alive")
         assert (found["producer"]["state"], found["producer"]["pid"]) == ("alive", process.pid)
         process.send_signal(signal.SIGSTOP)
@@ -307,7 +270,7 @@ def test_a_producer_that_is_stopped_killed_and_followed_by_another(name: str) ->
         assert (found["producer"]["state"], found["status"]) == ("killed", "dead")
         assert f"process {process.pid} was killed or has crashed" in show(found)
         assert "was killed or has crashed" in found["why"]
-    with producer(name) as process:
+    with producer(G1, name, 0.25, THEN) as process:
         found = until(name, lambda found: found["producer"]["state"] == "alive")
         assert (found["producer"]["pid"], found["producer"]["count"]) == (process.pid, 2)
         assert "the 2nd producer of this segment, is alive" in show(found)
@@ -340,7 +303,7 @@ def test_another_process_of_the_same_number_is_not_named(name: str) -> None:
 
 def test_nothing_is_written(name: str, main) -> None:
     with stream(name) as made, ActionStream.attach(name, driver=True) as driver:
-        made.publish(chunk(time.monotonic_ns()))
+        made.publish(plain(time.monotonic_ns()))
         driver.at(time.monotonic_ns())
     file = FOLDER / name[1:]
     before, facts = file.read_bytes(), file.stat()
@@ -372,7 +335,7 @@ def test_a_user_who_may_only_read_can_watch(name: str) -> None:
     stream(name).close()
     (FOLDER / name[1:]).chmod(0o444)
     done = subprocess.run([sys.executable, "-c", AS_A_READER, name], cwd=FOLDER, capture_output=True, text=True)
-    assert done.stdout.strip() == embodiment(ROBOT).name, done.stderr
+    assert done.stdout.strip() == G1.name, done.stderr
 
 
 def test_it_takes_no_lock(name: str) -> None:
@@ -381,92 +344,14 @@ def test_it_takes_no_lock(name: str) -> None:
     watched.look()
     with stream(name) as made, ActionStream.attach(name, driver=True):
         watched.look()
-        made.publish(chunk(time.monotonic_ns()))
+        made.publish(plain(time.monotonic_ns()))
     assert watched.look()["producer"]["count"] == 2
-
-
-# -- what is no segment of ours --------------------------------------------------------------------
-
-BYTES = 263_296
-SPOILT: dict[str, tuple[Callable[[bytearray], bytes], str]] = {
-    "empty": (lambda b: b"", "is no segment of dit4dit"),
-    "short": (lambda b: bytes(b[:7]), "is no segment of dit4dit"),
-    "magic": (lambda b: b"ELF\x7f" + bytes(b[4:]), "is no segment of dit4dit"),
-    "zeros": (lambda b: bytes(len(b)), "is no segment of dit4dit"),
-    "version": (lambda b: put(b, 8, "I", 7), "version 7, this program wants 1"),
-    "header alone": (lambda b: bytes(b[:100]), "truncated: the file has 100 bytes"),
-    "truncated": (lambda b: bytes(b[:-1]), "truncated: the file has"),
-    "longer": (lambda b: bytes(b) + b"\0", "the file has"),
-    "bytes": (lambda b: put(b, 12, "I", 99), "bytes is 99, this program wants"),
-    "header_bytes": (lambda b: put(b, 16, "I", 99), "header_bytes is 99, this program wants"),
-    "slots": (lambda b: put(b, 24, "I", 8), "slots is 8, this program wants 16"),
-    "max_channels": (lambda b: put(b, 32, "I", 128), "max_channels is 128, this program wants 64"),
-    "layout": (lambda b: put(b, 56 + 56, "I", 65), "65 channels, wanted 1 to 64"),
-}
-
-
-def put(data: bytearray, offset: int, form: str, value: int) -> bytes:
-    struct.pack_into("<" + form, data, offset, value)
-    return bytes(data)
-
-
-@pytest.mark.parametrize("how", SPOILT)
-def test_a_foreign_segment_is_one_line(how: str, name: str, main) -> None:
-    stream(name).close()
-    file = FOLDER / name[1:]
-    spoil, message = SPOILT[how]
-    file.write_bytes(spoil(bytearray(file.read_bytes())))
-    before = file.read_bytes()
-    code, out, error = main("control", "watch", name, "--once")
-    assert (code, out, error.count("\n")) == (2, "", 1)
-    assert error.startswith(f"dit4dit control: error: {name}")
-    assert message in error
-    assert file.read_bytes() == before
-
-
-def test_what_is_no_file_is_one_line(name: str, main) -> None:
-    file = FOLDER / name[1:]
-    file.mkdir()
-    try:
-        assert_one_line(main("control", "watch", name))
-    finally:
-        file.rmdir()
-    os.mkfifo(file)
-    assert_one_line(main("control", "watch", name))
-    file.unlink()
-    file.symlink_to("/etc/passwd")
-    assert_one_line(main("control", "watch", name))
-
-
-def assert_one_line(ended: tuple[int, str, str]) -> None:
-    code, out, error = ended
-    assert (code, out, error.count("\n")) == (2, "", 1)
-
-
-def test_a_name_that_is_not_there_says_which_are(name: str, main) -> None:
-    stream(name).close()
-    code, out, error = main("control", "watch", name + "x", "--once")
-    assert (code, out, error.count("\n")) == (2, "", 1)
-    assert f"'{name}x': no such segment; did you mean '{name}'?; here are " in error
-
-
-def test_a_name_that_no_segment_can_have(main) -> None:
-    for bad in ("/a/b", "..", "/", "a" * 300):
-        assert_one_line(main("control", "watch", bad, "--once"))
-
-
-@pytest.mark.parametrize("form", ["/{}", "{}", "/dev/shm/{}"])
-def test_the_slash_and_the_folder_may_be_given(form: str, name: str, main) -> None:
-    stream(name).close()
-    code, out, _ = main("control", "watch", form.format(name[1:]), "--once")
-    assert code == 0
-    assert out.startswith(f"{name}: ")
 
 
 def test_any_bytes_after_the_header_are_survived(name: str) -> None:
     """What strangers wrote into a segment is shown as numbers or refused in a line; nothing else may happen."""
     with stream(name) as made, ActionStream.attach(name, driver=True) as driver:
-        made.publish(chunk(time.monotonic_ns()))
+        made.publish(plain(time.monotonic_ns()))
         driver.at(time.monotonic_ns())
     file = FOLDER / name[1:]
     whole, rng = file.read_bytes(), random.Random(0)
@@ -486,159 +371,3 @@ def test_any_bytes_after_the_header_are_survived(name: str) -> None:
             refused.append(str(error))
     assert 0 < len(refused) < 300
     assert "\n" not in "".join(refused)
-
-
-# -- the list --------------------------------------------------------------------------------------
-
-
-def test_without_a_name_all_are_listed(name: str, main, tmp_path: Path) -> None:
-    stream(name).close()
-    other, foreign = FOLDER / f"{name[1:]}.old", FOLDER / f"{name[1:]}.foreign"
-    try:
-        other.write_bytes(put(bytearray((FOLDER / name[1:]).read_bytes()), 8, "I", 7))
-        foreign.write_bytes(b"another program's")
-        code, out, _ = main("control", "watch", "--json", tmp_path / "all.json")
-    finally:
-        other.unlink()
-        foreign.unlink()
-    assert code == 0
-    (row,) = [line for line in out.splitlines() if line.split()[0] == name]
-    assert row.split()[1:] == [embodiment(ROBOT).name, "closed", "none", "0", "DEAD"]
-    assert f"{name}.old: version 7, this program wants 1" in out
-    assert "foreign" not in out
-    found = {one["name"]: one for one in json.loads((tmp_path / "all.json").read_text())}
-    assert found[name]["producer"]["state"] == "closed"
-    assert "version 7" in found[f"{name}.old"]["error"]
-
-
-def test_a_list_of_none_says_how_to_get_one() -> None:
-    assert "ActionStream(..., shared=NAME)" in show_list([])
-
-
-# -- live ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """looks(a, b): between two looks a, then b is called; then comes Ctrl-C."""
-
-    def between(*steps: Callable[[], object]) -> None:
-        todo = iter((lambda: None, *steps))
-
-        def sleep(seconds: float) -> None:
-            step = next(todo, None)
-            if step is None:
-                raise KeyboardInterrupt
-            step()
-
-        monkeypatch.setattr(time, "sleep", sleep)
-
-    return between
-
-
-def test_it_looks_again_until_ctrl_c(name: str, main, looks, tmp_path: Path) -> None:
-    out_file, seen = tmp_path / "seen.json", []
-    with stream(name) as made:
-        looks(
-            lambda: seen.append(json.loads(out_file.read_text())["published"]),
-            lambda: made.publish(chunk(time.monotonic_ns())),
-            lambda: seen.append(json.loads(out_file.read_text())["published"]),
-        )
-        code, out, error = main("control", "watch", name, "--json", out_file)
-    assert (code, error) == (0, "")
-    blocks = out.strip().split(f"{name}: ")[1:]
-    assert ["0 published" in block for block in blocks] == [True, True, False, False]
-    assert "1 published" in blocks[-1]
-    assert seen == [0, 1]
-
-
-def test_a_segment_that_goes_and_comes_back_is_followed(name: str, main, looks) -> None:
-    looks(
-        lambda: ActionStream.remove(name),
-        lambda: None,
-        lambda: stream(name).close(),
-    )
-    stream(name).close()
-    code, out, error = main("control", "watch", name)
-    assert (code, error) == (0, "")
-    shown = [block.splitlines()[0] for block in out.strip().split("\n\n") if name in block.splitlines()[0]]
-    assert [f"{name}: " in line for line in shown] == [True, False, False, True]
-    assert "no such segment" in shown[1]
-
-
-@contextmanager
-def terminal(lines: int, columns: int = 80) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """A terminal's end to write to, and what has been written to it since it was last asked."""
-    import fcntl
-    import termios
-
-    own, other = pty.openpty()
-    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-
-    def read() -> str:
-        data = b""
-        while select.select([own], [], [], 0.2)[0]:
-            data += os.read(own, 65536)
-        return data.decode()
-
-    with os.fdopen(other, "w") as out:
-        yield out, read
-    os.close(own)
-
-
-def test_a_terminal_is_drawn_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    with terminal(lines=10) as (out, read):
-        monkeypatch.setattr("shutil.get_terminal_size", lambda: os.get_terminal_size(out.fileno()))
-        screen = Screen(out)
-        screen.draw("a\nb\nc")
-        first = read()
-        assert first.startswith("\x1b[J\x1b[?7l")
-        assert first.endswith("\x1b[?7h\r\n"), "lines are cut by the terminal only while a block is drawn"
-        screen.draw("d\ne")
-        assert read().startswith("\x1b[3F\x1b[J"), "up by the lines of the block before, which is wiped"
-        screen.draw("\n".join(f"line {i}" for i in range(30)))
-        second = read()
-        assert second.startswith("\x1b[2F\x1b[J")
-        assert second.count("\n") == 9, "no more than the terminal has, or the block before scrolls away"
-        assert "22 more lines" in second
-        screen.draw("f")
-        assert read().startswith("\x1b[9F\x1b[J")
-
-
-# -- words -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "ms,text",
-    [
-        (0.04, "0.0 ms"),
-        (9.94, "9.9 ms"),
-        (9.96, "10 ms"),
-        (999.4, "999 ms"),
-        (999.6, "1.00 s"),
-        (59_990.0, "59.99 s"),
-        (59_999.0, "1 min 0 s"),
-        (192_000.0, "3 min 12 s"),
-        (3_599_600.0, "1 h 0 min"),
-        (18_720_000.0, "5 h 12 min"),
-        (-500.0, "-500 ms"),
-    ],
-)
-def test_durations(ms: float, text: str) -> None:
-    assert duration(ms) == text
-
-
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        (["--every-ms", "0"], "--every-ms: expected at least 10, got 0"),
-        (["--chunks", "0"], "--chunks: expected at least 1, got 0"),
-        (["--dead-after-ms", "0"], "--dead-after-ms: expected milliseconds above 0, got 0.0"),
-        (["--json", "/proc/no-such-folder/x"], "--json /proc/no-such-folder/x: cannot be written"),
-    ],
-)
-def test_a_wrong_option_is_one_line(words: list[str], message: str, name: str, main) -> None:
-    code, _, error = main("control", "watch", name, *words)
-    assert code == 2
-    assert message in error
-    assert error.count("\n") == 1
