@@ -275,12 +275,14 @@ def fifo_allowed() -> tuple[bool, str | None]:
 
 @contextlib.contextmanager
 def fifo(priority: int) -> Iterator[None]:
-    """This thread, and processes that it starts, under SCHED_FIFO; 0 leaves it as it is. OSError: it is not allowed."""
+    """This thread under SCHED_FIFO; 0 leaves it as it is. OSError: it is not allowed."""
     if priority == 0:
         yield
         return
-    before = os.sched_getscheduler(0), os.sched_getparam(0)
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    # a process that is started meanwhile is not to have it: two that compute all the time would stop the machine. Taking the mark
+    # away again is not for every user
+    before = os.sched_getscheduler(0) | os.SCHED_RESET_ON_FORK, os.sched_getparam(0)
+    os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
     try:
         yield
     finally:

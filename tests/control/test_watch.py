@@ -148,6 +148,12 @@ def test_the_drivers_rate_is_between_two_looks(name: str) -> None:
     assert " has ended: tick 1 " in show(found)
 
 
+def test_two_drivers_have_no_rate_together() -> None:
+    """The second one's ticks may be more than the first one's were."""
+    assert module._rate((7, 100, 1 * S), (7, 150, 2 * S)) == 50
+    assert module._rate((7, 100, 1 * S), (8, 150, 2 * S)) is None
+
+
 def test_a_driver_that_has_not_read_and_one_that_reads_no_more(name: str) -> None:
     with stream(name):
         assert look(name)["driver"]["state"] == "none"
