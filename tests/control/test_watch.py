@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -377,3 +379,18 @@ def test_any_bytes_after_the_header_are_survived(name: str) -> None:
             refused.append(str(error))
     assert 0 < len(refused) < 300
     assert "\n" not in "".join(refused)
+
+
+@pytest.mark.parametrize("field,value", [(40, v) for v in (0.0, -1.0, 1e-300, 1e300, math.inf, math.nan)] + [(48, 0)])
+def test_a_chunk_that_no_producer_publishes_is_left_out(field: int, value: float, name: str) -> None:
+    """Its period, a double at byte 40 of its slot, or its number of rows, at 48."""
+    with stream(name) as made:
+        made.publish(plain(time.monotonic_ns()))
+    file = FOLDER / name[1:]
+    (header_bytes,) = struct.unpack_from("<I", file.read_bytes(), 16)
+    with file.open("r+b") as out:
+        out.seek(header_bytes + field)
+        out.write(struct.pack("<d" if field == 40 else "<q", value))
+    found = look(name)
+    assert (found["published"], found["chunks"]) == (1, [])
+    assert "1 published" in show(found)
