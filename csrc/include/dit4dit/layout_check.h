@@ -89,7 +89,7 @@ inline std::string why_bad_seam(const Seam& seam) {
 
 inline std::string why_bad_group(const Layout& layout, std::uint32_t index) {
     const Group& group = layout.group[index];
-    if (!is_name(group.name)) return "group " + std::to_string(index) + " has no name";
+    if (!is_name(group.name)) return "group " + std::to_string(index) + " has no name of 1 to " + std::to_string(sizeof group.name - 1) + " bytes";
     const std::string where = "group " + quoted(group.name) + ": ";
     for (std::uint32_t i = 0; i < index; ++i)
         if (std::strcmp(layout.group[i].name, group.name) == 0) return where + "the name is there twice";
@@ -107,7 +107,7 @@ inline std::string why_bad_group(const Layout& layout, std::uint32_t index) {
 
 inline std::string why_bad_channel(const Layout& layout, std::uint32_t index) {
     const Channel& channel = layout.channel[index];
-    if (!is_name(channel.name)) return "channel " + std::to_string(index) + " has no name";
+    if (!is_name(channel.name)) return "channel " + std::to_string(index) + " has no name of 1 to " + std::to_string(sizeof channel.name - 1) + " bytes";
     const std::string where = "channel " + quoted(channel.name) + ": ";
     for (std::uint32_t i = 0; i < index; ++i)
         if (std::strcmp(layout.channel[i].name, channel.name) == 0) return where + "the name is there twice";
@@ -124,7 +124,7 @@ inline std::string why_bad_channel(const Layout& layout, std::uint32_t index) {
 inline std::string why_bad(const Layout& layout) {
     using std::to_string;
     constexpr std::int64_t shortest = 50'000, longest = 1'000'000'000;
-    if (!detail::is_name(layout.robot)) return "the layout has no robot's name";
+    if (!detail::is_name(layout.robot)) return "robot has no name of 1 to " + to_string(sizeof layout.robot - 1) + " bytes";
     if (layout.channels < 1 || layout.channels > kMaxChannels)
         return to_string(layout.channels) + " channels, wanted 1 to " + to_string(kMaxChannels);
     if (layout.groups < 1 || layout.groups > kMaxGroups)
