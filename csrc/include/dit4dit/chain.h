@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "interpolation.h"
@@ -76,10 +78,12 @@ class Chain {
     // False: the newest one itself was being overwritten. Where an older one is, all before it are lost.
     bool take_down_from(const Segment& segment, std::uint64_t newest, std::int64_t covered) noexcept {
         int deep = 0;
+        std::int64_t next_begins_at = std::numeric_limits<std::int64_t>::max();
         for (std::uint64_t id = newest; id > seen_; --id) {
             Link& link = *order_[kMostHeld];  // never one that is held
             if (!copy(segment, id, link.chunk)) return id != newest;
-            if (!complete(link)) continue;
+            if (!complete(link) || link.begins_at >= next_begins_at) continue;
+            next_begins_at = link.begins_at;
             insert();
             if (link.begins_at <= covered && ++deep >= depth_) break;
         }
