@@ -213,7 +213,7 @@ def random_robots(rng: np.random.Generator, lanes: int, channels: int) -> tuple[
         on_dry=ruled(rng.integers(0, 2, (lanes, 3))),
         on_stale=ruled(rng.integers(0, 3, (lanes, 3))),
         on_dead=ruled(rng.integers(0, 3, (lanes, 3))),
-        max_age_ns=ruled(rng.choice([0, 300 * MS, 800 * MS], (lanes, 3))),
+        max_age_ns=ruled(rng.choice([0, 0, 300 * MS, 1000 * MS], (lanes, 3))),
         decay_ns=ruled(rng.choice([0, 30 * MS, 200 * MS], (lanes, 3))),
         command_period_ns=rng.choice([1, 2, 5, 10, 20, 50], lanes) * MS,
         interpolation=rng.integers(0, 3, lanes),
@@ -221,7 +221,7 @@ def random_robots(rng: np.random.Generator, lanes: int, channels: int) -> tuple[
         history=rng.integers(1, 9, lanes),
         alpha=rng.choice([-3.0, 0.0, 0.1, 2.0], lanes),
         blend_rows=rng.choice([0.3, 1.0, 3.0, 6.5], lanes),
-        loop_dead_after_ns=rng.choice([0, 100 * MS, 400 * MS], lanes),
+        loop_dead_after_ns=rng.choice([0, 0, 100 * MS, 600 * MS], lanes),
     )
     return robots, group, only
 
@@ -232,16 +232,21 @@ def random_chunks(rng: np.random.Generator, robots: Robots, start: Array, length
     lanes, channels = robots.kind.shape
     most = 10
     rows = rng.integers(1, most + 1, (lanes, number))
-    hz = rng.choice([10.0, 20.0, 30.0, 50.0, 37.3], (lanes, number))
-    hz = np.where(rng.random(lanes)[:, None] < 0.5, hz[:, :1], hz)
+    factor = rng.choice([0.7, 1.5, 1.5, 3.0], (lanes, number))
+    factor = np.where(rng.random(lanes)[:, None] < 0.5, factor[:, :1], factor)
+    round_hz = np.array([2, 5, 10, 20, 30, 50, 100, 250])
+    hz = np.clip(5.5e9 / (length[:, None] / number * factor), 0.5, 500)  # most chunks last until about the next
+    near = round_hz[np.abs(np.log(hz[..., None] / round_hz)).argmin(-1)]
+    hz = np.where(rng.random(lanes)[:, None] < 0.5, near, hz)
     gap = rng.exponential(1.0, (lanes, number)) * (length / number)[:, None]
     gap = np.where(rng.random((lanes, number)) < 0.15, 0, gap)
     gap = np.where(rng.random(lanes)[:, None] < 0.2, np.minimum(gap, 4 * MS), gap)  # many ramps at once
     observed = start[:, None] + np.cumsum(gap, axis=1).astype(np.int64)
-    late = np.where(rng.random((lanes, number)) < 0.2, 0, rng.exponential(60 * MS, (lanes, number)))
+    late = rng.exponential(0.3, (lanes, number)) * (length / number)[:, None]
+    late = np.where(rng.random((lanes, number)) < 0.2, 0, late)
     published = np.maximum.accumulate(observed + late.astype(np.int64), axis=1)
     way = rng.random((lanes, number))
-    ahead = (rng.random((lanes, number)) * 300 * MS).astype(np.int64)
+    ahead = (rng.random((lanes, number)) * (length / number)[:, None]).astype(np.int64)
     starts = np.where(way < 0.6, observed, np.where(way < 0.8, published, np.where(way < 0.9, observed + ahead, observed - ahead)))
     steps = rng.normal(0, 0.2, (lanes, number, most, channels))
     values = rng.normal(0, 0.5, (lanes, number, 1, channels)) + np.cumsum(steps, axis=2)
@@ -273,9 +278,9 @@ def random_streams(seed: int, lanes: int, ticks: int = 200, chunks: int = 8, cha
     now = random_ticks(rng, robots, start, ticks)
     made, hz = random_chunks(rng, robots, start - 50 * MS, np.abs(now[:, -1] - start), chunks)
     odd = rng.random((6, lanes, ticks))
-    often = rng.random(lanes)[:, None] < 0.5
-    events = (odd[0] < 0.01 * often) * LATCH + (odd[1] < 0.1) * CLEAR + (odd[2] < 0.004) * START
-    events += (odd[3] < 0.003 * often) * STOP + (odd[4] < 0.01) * HEARTBEAT
+    often = rng.random(lanes)[:, None] < 0.3
+    events = (odd[0] < 0.006 * often) * LATCH + (odd[1] < 0.2) * CLEAR + (odd[2] < 0.003) * START
+    events += (odd[3] < 0.001 * often) * STOP + (odd[4] < 0.02) * HEARTBEAT
     events[:, 0] |= (rng.random(lanes) < 0.5) * START
     pose = rng.normal(0, 0.7, (lanes, channels))
     pose[rng.random(pose.shape) < 0.1] = np.nan

@@ -88,7 +88,7 @@ class Chunks:
 
     @property
     def ends(self) -> Array:
-        return self.starts + np.ceil(self.rows * self.period_ns).astype(np.int64)
+        return np.maximum(self.starts + np.ceil(self.rows * self.period_ns).astype(np.int64), self.begins)
 
 
 @dataclass
@@ -267,7 +267,7 @@ class Reader:
     def read(self, now: Array, estop: Array, sign_of_life: Array) -> Commands:
         """For now, estop (is it latched?), sign_of_life (the producer's loop, ns), all [L]."""
         robots, chunks = self.robots, self.chunks
-        now = np.maximum(now, np.where(self.ticked, self.last, 0))
+        now = np.maximum(now, self.last)
         estop = estop | self.stopped
         self.released = np.where(estop, now, self.released)  # the robot stops elsewhere than these chunks planned
         chain = Chain.of(chunks, now, self.released)
@@ -290,16 +290,17 @@ class Reader:
         any_follows = follows.any(1)
         end = now + robots.command_period_ns
         start = np.where(self.ticked, self.until, now)
-        to = np.where(any_follows, np.minimum(end, np.maximum(chain.pick(chunks.ends), start)), end)
+        to = np.where(some, np.minimum(end, np.maximum(chain.pick(chunks.ends), start)), end)
         span = Span(start, to, chain.pick(chunks.begins))
         wanted, seconds = self._follow(chain, now, span, ticks[:, None] & follows, followed)
-        self._move(now, ticks, wanted, seconds, brakes)
+        ends = self.relative & followed & (self.mode != Mode.FOLLOW) & ~brakes & some[:, None]
+        self._move(now, ticks, np.where(follows | ends, wanted, 0.0), seconds, brakes)
 
         row = np.minimum(row_of(chunks, u), rows - 1).astype(np.int64)
         self.row = np.where(ticks, np.where(any_follows, row, -1), self.row)
         self.chunk = np.where(ticks, self.newest_id, self.chunk)
         self.observed = np.where(ticks, self.newest_observed, self.observed)
-        self.until = np.where(ticks, to, self.until)
+        self.until = np.where(ticks, np.where(any_follows, to, end), self.until)
         self.last = np.where(ticks, now, self.last)
         self.ticked |= ticks
         status = np.select([estop, dead, stale.any(1), dry], [Status.ESTOP, Status.DEAD, Status.STALE, Status.DRY], Status.OK)
@@ -329,14 +330,14 @@ class Reader:
 
     def _follow(self, chain: Chain, now: Array, span: Span, follows: Array, followed: Array) -> tuple[Array, Array]:
         """What the chunks ask for [L, C], and the seconds that displacements are for. Relative channels that followed at the tick
-        before also owe what older chunks say for their part of the span."""
+        before also owe what older chunks say for their part of the span; where the chunk has ended, what is left of it."""
         own = self._displacements(chain, np.maximum(span.own, 0)[:, None], span.to[:, None], chain.place > 0)
         says = np.where(self.relative[:, None], own, values_at(self.robots, self.chunks, now))
         own_seconds = ((span.to - span.own).astype(np.float64) * 1e-9)[:, None]
         seam = self.robots.seam[:, None]
         wanted = chain.pick(says)
-        wanted = np.where(seam == Seam.ENSEMBLE, self._average(chain, now, span, says), wanted)
-        wanted = np.where(seam == Seam.BLEND, self._blend(chain, now, own_seconds, says, follows), wanted)
+        wanted = np.where(follows & (seam == Seam.ENSEMBLE), self._average(chain, now, span, says), wanted)
+        wanted = np.where(follows & (seam == Seam.BLEND), self._blend(chain, now, own_seconds, says, follows), wanted)
         owes = self.relative & followed & (span.own != span.start)[:, None]
         if owes.any():
             wanted = np.where(owes, wanted + self._earlier(chain, span), wanted)
@@ -430,7 +431,7 @@ class Reader:
         rate = np.where(seconds > 0, wanted / np.where(seconds > 0, seconds, 1), self.asked)
         asked = np.where(follows, np.where(relative, rate, wanted), self.asked)
         asked = np.where(moves & ~follows, np.where(fades, self.fades_from * left, 0.0), asked)
-        displaced = np.where(follows, wanted, asked * tick_seconds)
+        displaced = np.where(follows, wanted, wanted + asked * tick_seconds)
         brakes = brakes & ~fades & (robots.kind != Kind.VELOCITY)
 
         before = self.limiter.now.x.reshape(asked.shape)

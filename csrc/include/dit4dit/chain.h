@@ -16,7 +16,7 @@ namespace dit4dit {
 // Some have begun, some are meant for later.
 constexpr int kMostHeld = kMostHistory + kSlots;
 
-// One chunk and what follows from it. It begins when it is there and its first row's time has come.
+// One chunk and what follows from it. It begins when it is there and its first row's time has come; one that is too late ends then.
 struct Link {
     HeldChunk chunk;
     std::int64_t begins_at, ends_at;
@@ -97,6 +97,7 @@ class Chain {
         if (chunk.observed_at < forgotten_ || chunk.rows < 1 || !(chunk.period_ns > 0 && chunk.period_ns <= longest)) return false;
         link.begins_at = chunk.published_at > chunk.starts_at ? chunk.published_at : chunk.starts_at;
         link.ends_at = chunk.starts_at + static_cast<std::int64_t>(std::ceil(chunk.rows * chunk.period_ns));
+        if (link.ends_at < link.begins_at) link.ends_at = link.begins_at;
         for (std::size_t i = 0; i < relative_.size(); ++i) sum_rows(chunk, relative_[i], link.sums + i * (kMaxRows + 1));
         return true;
     }
