@@ -316,6 +316,7 @@ private:
         const Aim to = aimed(target, dt), from = to.after(-dt);
         const limiter::Reach left = reach(from, to);
         const double tolerance = 4e-16 * (std::fabs(now_.x) + std::fabs(target)) + 1e-12 * j_ * (dt * dt * dt);
+
         const double error = miss(now_, from, left), full = error < 0 ? v_ : -v_;
         const Ramp drive = limiter::ramp_to(full, now_.v, now_.a, own_);
         const double t = std::fabs(error) <= tolerance ? 0 : switching(drive, full, from, left, error, dt, tolerance);
@@ -336,19 +337,24 @@ private:
     // How long to drive, at most dt.
     double switching(const Ramp& drive, double full, const Aim& from, const limiter::Reach& left, double error, double dt,
                      double tolerance) const noexcept {
-        double a = 0, at_a = error, b = dt, at_b = miss(limiter::settled(now_, drive, full, dt), from.after(dt), left), t = dt;
+        double a = 0, at_a = error, b = dt, at_b = miss(limiter::settled(now_, drive, full, dt), from.after(dt), left), t = 0;
         if (!(at_b * full > 0)) return dt;  // it ends before the target still
-        for (int i = 0; i < 40; ++i) {  // false position; every third time in the middle
-            t = i % 3 == 2 ? 0.5 * (a + b) : (a * at_b - b * at_a) / (at_b - at_a);
+        int side = 0;  // of the end that was moved last: the other one counts half if it stays (Illinois)
+        for (int i = 0; i < 48; ++i) {
+            t = i % 16 < 13 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
             const double f = miss(limiter::settled(now_, drive, full, t), from.after(t), left);
-            if (std::fabs(f) <= tolerance) break;
+            if (std::fabs(f) <= tolerance) return t;
             if (f * full > 0) {
                 b = t, at_b = f;
+                at_a = side > 0 ? at_a * 0.5 : at_a;
+                side = 1;
             } else {
                 a = t, at_a = f;
+                at_b = side < 0 ? at_b * 0.5 : at_b;
+                side = -1;
             }
         }
-        return t;
+        return a;  // where it ends before the target
     }
 
     bool admissible(const Motion& m, double dt, double& goal) const noexcept {
