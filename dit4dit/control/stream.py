@@ -215,9 +215,10 @@ class ActionStream:
         if embodiment is not None:
             wanted = [name for name in embodiment.action_names if group is None or name in self.names]
             if self.robot != embodiment.name or list(self.names) != wanted:
+                got = f"{self._channels(self.names)} of {self.robot!r}"
                 raise StreamError(
-                    f"{name}: expected {self._channels(wanted)} of robot {embodiment.name!r}, got {self._channels(self.names)} of "
-                    f"{self.robot!r}; start the robot's own producer, or choose another name"
+                    f"{name}: expected {self._channels(wanted)} of robot {embodiment.name!r}, got {got}; start the robot's own "
+                    "producer, or choose another name"
                 )
         return self
 
