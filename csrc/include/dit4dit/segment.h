@@ -1,7 +1,8 @@
-// The memory that a Segment lies in: of one process, or shared under a name such as "/dit4dit.g1" (a file of that name in /dev/shm).
+// The memory that a Segment lies in: of one process, or shared under a name such as "/dit4dit.g1" (a file of that name in
+// /dev/shm).
 //
-// A shared segment appears at once and complete: it is written without a name and linked then. Nothing that is not a segment of ours,
-// of this version and size, is ever written to or deleted.
+// A shared segment appears at once and complete: it is written without a name and linked then. Nothing that is not a segment of
+// ours, of this version and size, is ever written to or deleted.
 #pragma once
 
 #include <sys/mman.h>
@@ -23,15 +24,16 @@ namespace dit4dit {
 // watch: mapped read-only. use: what readers (estop, feedback) and producers need.
 enum class Access { watch, use };
 
-// Each is one's at a time, and is free again when its process ends, however it does. The values are bytes of the file that are locked.
+// Each is one's at a time, and is free again when its process ends, however it does. The values are bytes of the file that are
+// locked.
 enum class Role { producer = 0, driver = 1 };
 
 class Memory {
   public:
     // What is there under the name. An error for anything but a complete segment of this version and size.
     static Result<std::shared_ptr<Memory>> open(const std::string& name, Access access);
-    // Made if it is not there; with the producer's lock, or an error that names who has it. The segment of a dead producer is taken
-    // over: its ids go on if the layout is the same, and it is replaced if not, unless a driver is at work on it.
+    // Made if it is not there; with the producer's lock, or an error that names who has it. The segment of a dead producer is
+    // taken over: its ids go on if the layout is the same, and it is replaced if not, unless a driver is at work on it.
     static Result<std::shared_ptr<Memory>> produce(const std::string& name, const Layout& layout, unsigned mode = 0600);
     // Memory that threads of this process share; a forked child has a copy. With the producer's lock.
     static Result<std::shared_ptr<Memory>> in_process(const Layout& layout);
@@ -179,7 +181,8 @@ inline Result<std::shared_ptr<Memory>> Memory::adopt(const std::string& name, de
 inline Result<std::shared_ptr<Memory>> Memory::open(const std::string& name, Access access) {
     const std::string why = detail::why_bad_name(name);
     if (!why.empty()) return Error{why};
-    detail::Descriptor file(detail::path_of(name).c_str(), (access == Access::watch ? O_RDONLY : O_RDWR) | O_NOFOLLOW | O_NONBLOCK);
+    const int flags = (access == Access::watch ? O_RDONLY : O_RDWR) | O_NOFOLLOW | O_NONBLOCK;
+    detail::Descriptor file(detail::path_of(name).c_str(), flags);
     if (file) return adopt(name, std::move(file), access);
     if (errno == ENOENT) return Error{name + ": there is no such segment; start the producer first"};
     return detail::failed(name, "open", errno);
@@ -245,7 +248,8 @@ inline Result<std::shared_ptr<Memory>> Memory::in_process(const Layout& layout) 
     return memory;
 }
 
-// A file of /dev/shm that nobody else can open yet: without a name, or where that is unsupported under `hidden`, a name of its own.
+// A file of /dev/shm that nobody else can open yet: without a name, or where that is unsupported under `hidden`, a name of its
+// own.
 inline detail::Descriptor Memory::new_file(unsigned mode, std::string& hidden) {
     hidden.clear();
 #ifndef DIT4DIT_WITHOUT_TMPFILE
@@ -272,7 +276,8 @@ inline std::string Memory::prepare(int file, const Layout& layout, unsigned mode
     if (file < 0) return detail::failed(name_, "a new file in /dev/shm", errno).text;
     if (fchmod(file, mode) != 0) return detail::failed(name_, "fchmod", errno).text;
     // not ftruncate: where /dev/shm is full, the first write to a page would kill the process
-    if (const int error = posix_fallocate(file, 0, sizeof(Segment))) return detail::failed(name_, "no room in /dev/shm", error).text;
+    const int error = posix_fallocate(file, 0, sizeof(Segment));
+    if (error) return detail::failed(name_, "no room in /dev/shm", error).text;
     if (!map(Access::use, file)) return detail::failed(name_, "mmap", errno).text;
     if (!open_for_locks(file)) return detail::failed(name_, "open once more, in /proc", errno).text;
     if (!set_lock(Role::producer, F_WRLCK)) return detail::failed(name_, "lock", errno).text;

@@ -1,4 +1,5 @@
-// What one thread can see of the ring, the stamps, the feedback and the checks at publish: ring_checks CASE. Silent and 0 if it holds.
+// What one thread can see of the ring, the stamps, the feedback and the checks at publish: ring_checks CASE. Silent and 0 if it
+// holds.
 //
 // `ring_checks refusals` prints one line for each refused chunk, "case: text"; `ring_checks layouts` one for each bad layout.
 #include <cfloat>
