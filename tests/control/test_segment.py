@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import resource
 import signal
@@ -104,13 +105,15 @@ def test_a_second_live_producer_is_refused_with_the_pid_of_the_first(tool: Path,
         wait_until(lambda: ask(tool, "open", segment_name, "watch")["head"] > head, "the first one goes on")
 
 
-def test_of_many_that_begin_at_once_one_produces(tool: Path, segment_name: str) -> None:
+@pytest.mark.parametrize("layouts", [("arms", "arms", "arms", "arms"), ("arms", "base", "long", "base")])
+def test_of_many_that_begin_at_once_one_produces(tool: Path, segment_name: str, layouts: tuple[str, ...]) -> None:
+    """On a new name, and on a dead producer's, of another layout or not."""
     for _ in range(5):
         started = [
             subprocess.Popen(
                 [tool, "produce", segment_name, layout], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            for layout in ("arms", "arms", "arms", "arms")
+            for layout in layouts
         ]
         try:
             lines = [process.stdout.readline() for process in started if process.stdout]
@@ -120,7 +123,7 @@ def test_of_many_that_begin_at_once_one_produces(tool: Path, segment_name: str) 
                 process.communicate()
         assert sorted(line.startswith("ready") for line in lines) == [False, False, False, True], lines
         assert all("is its producer and lives" in line for line in lines if not line.startswith("ready"))
-    assert ask(tool, "open", segment_name, "watch")["producers"] == 5
+    assert ask(tool, "open", segment_name, "watch")["producer_locked"] == 0
 
 
 def test_one_driver(tool: Path, segment_name: str) -> None:
@@ -147,6 +150,45 @@ def test_a_killed_producer_frees_the_segment(tool: Path, segment_name: str) -> N
         seen = ask(tool, "open", segment_name, "watch")
         assert (seen["closed"], seen["producer_locked"]) == (0, 0)
         assert ask(tool, "create", segment_name) == {"ready": seen["head"] + 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("-DDIT4DIT_WITHOUT_TMPFILE",)])
+def test_a_producer_killed_while_it_begins_leaves_a_segment_or_none(
+    cpp: Build, segment_name: str, flags: tuple[str, ...]
+) -> None:
+    program = cpp("ring_tool", *flags)
+    generator = random.Random(1)
+    seen = {True: 0, False: 0}
+    for _ in range(100):
+        file_of(segment_name).unlink(missing_ok=True)
+        for _ in range(2):  # a new one, and perhaps the one that the first has left
+            with subprocess.Popen([program, "produce", segment_name], stdout=subprocess.DEVNULL) as producer:
+                time.sleep(generator.uniform(0, 0.004))
+                producer.kill()
+            there = file_of(segment_name).exists()
+            seen[there] += 1
+            if there:
+                assert ask(program, "open", segment_name, "watch")["producer_locked"] == 0
+    assert min(seen.values()) > 0, seen
+    ask(program, "create", segment_name)
+    for left in Path("/dev/shm").glob(".dit4dit.*"):
+        assert flags, left  # only where files without a name are unsupported
+        left.unlink()
+
+
+def test_a_segment_appears_at_once(cpp: Build, segment_name: str) -> None:
+    lines_of(cpp("ring_checks"), "appears", segment_name)
+
+
+@pytest.mark.slow
+def test_the_one_that_opens_sees_a_segment_that_is_not_complete(
+    cpp: Build, segment_name: str, faulty_include: Plant
+) -> None:
+    right = "    held_[static_cast<int>(Role::producer)].store(true);\n    fill(layout);"
+    fault = right.replace("fill(", 'give_name(file, "");\n    fill(')
+    with pytest.raises(AssertionError, match="not so"):
+        lines_of(cpp("ring_checks", include=faulty_include("segment.h", right, fault)), "appears", segment_name)
 
 
 @pytest.mark.slow
@@ -429,8 +471,8 @@ REFUSED = {
 }
 
 
-def lines_of(program: Path, case: str) -> dict[str, str]:
-    done = subprocess.run([program, case], capture_output=True, text=True, check=False)
+def lines_of(program: Path, *case: str) -> dict[str, str]:
+    done = subprocess.run([program, *case], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
