@@ -138,9 +138,26 @@ def test_a_hundred_kills(cpp: Build, segment_name: str) -> None:
     counts = json.loads(run(cpp("ring_kill"), segment_name, 100, 1))
     wrong = ("torn", "older", "beyond", "not_refused", "lost", "not_dead", "idle_failed")
     assert {key: counts[key] for key in wrong} == dict.fromkeys(wrong, 0), counts
-    assert counts["inside"] >= 20, counts
+    assert counts["inside"] >= 15, counts
     assert counts["reads"] > 10_000
     assert counts["published"] > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "right, fault, seen",
+    [
+        (
+            "return fcntl(file_.get(), F_OFD_SETLK, &range) == 0;",
+            "fcntl(file_.get(), F_OFD_SETLK, &range); return true;",
+            "not_refused",
+        ),
+        ("stamps.producers.fetch_add(1,", "stamps.head.store(0); stamps.producers.fetch_add(1,", "older"),
+    ],
+)
+def test_the_kills_see(cpp: Build, segment_name: str, faulty_include: Plant, right: str, fault: str, seen: str) -> None:
+    program = cpp("ring_kill", include=faulty_include("segment.h", right, fault))
+    assert json.loads(run(program, segment_name, 10, 1))[seen] > 0
 
 
 # -- any machine -----------------------------------------------------------------------------------
