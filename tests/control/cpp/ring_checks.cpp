@@ -1,4 +1,5 @@
-// What one thread can see of the ring, the stamps, the feedback and the checks at publish: ring_checks CASE. Silent and 0 if it holds.
+// What one thread can see of the ring, the stamps, the feedback and the checks at publish: ring_checks CASE [NAME]. Silent and 0 if it
+// holds.
 //
 // `ring_checks refusals` prints one line for each refused chunk, "case: text"; `ring_checks layouts` one for each bad layout.
 #include <cfloat>
@@ -6,6 +7,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <thread>
 #include <vector>
 
 #include <dit4dit/writer.h>
@@ -426,6 +428,31 @@ void moves() {
     CHECK(two->lock(Role::driver));
 }
 
+// Whoever opens a name finds a complete segment or none, while another one makes and removes it, and replaces it by another layout.
+void appears(const std::string& name) {
+    std::atomic<bool> done{false};
+    std::atomic<int> found{0};
+    std::thread reader([&] {
+        while (!done.load()) {
+            const auto memory = Memory::open(name, Access::watch);
+            CHECK(memory || memory.error().find("there is no such segment") != std::string::npos);
+            if (memory) found.fetch_add(1);
+        }
+    });
+    for (int i = 0; i < 300 || found.load() < 100; ++i) {
+        const auto writer = Writer::open_or_create(name, ring_case::layout(1 + i % 2), {0600, 0});
+        CHECK(writer);
+        CHECK(!Writer::remove(name));  // it lives
+        if (i % 3 == 1) {
+            writer->memory()->unlock(Role::producer);
+            CHECK(Writer::remove(name));
+        }
+    }
+    done.store(true);
+    reader.join();
+    CHECK(Writer::remove(name));
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -435,6 +462,10 @@ int main(int count, char** arguments) {
         {"latch", latch},         {"feedback", feedback},       {"refusals", refusals},       {"layouts", layouts},
         {"moves", moves},         {"differences", differences},
     };
+    if (count == 3 && std::string(arguments[1]) == "appears") {
+        appears(arguments[2]);
+        return 0;
+    }
     const auto found = cases.find(count == 2 ? arguments[1] : "");
     CHECK(found != cases.end());
     found->second();

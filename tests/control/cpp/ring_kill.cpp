@@ -1,7 +1,8 @@
-// A producer that writes all the time is killed at random moments, again and again, while a reader reads: ring_kill NAME KILLS SEED
+// A producer that writes all the time is killed at random moments, again and again, while a reader reads: ring_kill NAME KILLS
+// SEED
 //
-// Prints one line of JSON. Between two kills a second live producer is tried and must be refused with the pid of the first; with the
-// producer dead, every read must succeed at once.
+// Prints one line of JSON. Between two kills a second live producer is tried and must be refused with the pid of the first;
+// with the producer dead, every read must succeed at once.
 #include <chrono>
 #include <random>
 #include <thread>

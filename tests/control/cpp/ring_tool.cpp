@@ -8,8 +8,8 @@
 //   ring_tool dead NAME AFTER           whether a reader that is AFTER - 1, then AFTER, past the producer's stamp calls it dead
 //   ring_tool remove NAME
 //
-// LAYOUT: arms (default), base (another robot), long (arms with 24 channels). Each prints lines; "error: ..." is the last one of a
-// failure, exit code 1.
+// LAYOUT: arms (default), base (another robot), long (arms with 24 channels). Each prints lines; "error: ..." is the last one
+// of a failure, exit code 1.
 #include <chrono>
 #include <iostream>
 #include <thread>
