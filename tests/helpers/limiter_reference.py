@@ -142,9 +142,9 @@ def switching(now, drive, full, since, reach, error, dt, tolerance):
     at_b = miss(settled(now, drive, full, dt), since.after(dt), reach)
     left = np.flatnonzero(at_b * full > 0)
     state = taken((now, drive, full, since, reach, tolerance, a, at_a, b, at_b, np.zeros(len(dt), int)), left)
-    for i in range(48):
+    for i in range(72):
         now, drive, full, since, reach, tolerance, a, at_a, b, at_b, side = state
-        t[left] = new = (a * at_b - b * at_a) / (at_b - at_a) if i % 16 < 13 else 0.5 * (a + b)
+        t[left] = new = (a * at_b - b * at_a) / (at_b - at_a) if i < 20 else 0.5 * (a + b)
         f = miss(settled(now, drive, full, new), since.after(new), reach)
         beyond = f * full > 0
         at_a, at_b = (
@@ -182,7 +182,7 @@ class LimiterReference:
         self.started, self.first, self.exact, self.aimless = no, ~no, ~no, ~no
         self.now = Motion(zero, zero, zero)
         self.goal = self.v1 = self.a1 = self.d1 = self.d2 = zero
-        self.targets = (zero, zero, zero)
+        self.targets, self.met = (zero, zero, zero), np.zeros(v.shape, int)
 
     def reset(self, position: np.ndarray, lanes: np.ndarray | bool = True) -> None:
         """position [N]; `lanes` [N]: which."""
@@ -190,6 +190,7 @@ class LimiterReference:
         zero = np.zeros_like(position)
         self.started, self.first = self.started | lanes, self.first | lanes
         self.exact, self.aimless = self.exact | lanes, self.aimless | lanes
+        self.met = np.where(lanes, 0, self.met)
         self.now = pick(lanes, Motion(position, zero, zero), self.now)
         self.goal, self.v1, self.a1 = (np.where(lanes, 0.0, x) for x in (self.goal, self.v1, self.a1))
 
@@ -217,10 +218,17 @@ class LimiterReference:
         self.aimless = (self.aimless & ~aims) | brakes
         self.exact = self.exact & ~brakes
 
-        sent, m, goal = self._exactly(target, dt, aims & self.exact)
+        some = np.flatnonzero(aims & self.exact & (self.met > 0))
+        part = taken(self, some)
+        fits, on, on_goal = part._along(target[some], dt[some])
+        self.met = put(self.met, some, part.met)
+        kept = put(np.zeros(dt.shape, bool), some, fits)
+        sent, m, goal = self._exactly(target, dt, aims & self.exact & ~kept)
+        m, goal, sent = put(m, some[fits], taken(on, fits)), put(goal, some[fits], on_goal[fits]), sent | kept
         rest = np.flatnonzero(aims & ~sent)
-        approached, way, met = taken(self, rest)._approach(target[rest], dt[rest])
+        approached, way, met, hit = taken(self, rest)._approach(target[rest], dt[rest])
         m, goal, self.exact = put(m, rest, approached), put(goal, rest, way), put(self.exact, rest, met)
+        self.met = put(self.met, rest, np.where(hit, 3, 0))
         braked, end = self._backup(dt)
         m, goal = pick(brakes, braked, m), np.where(brakes, end, goal)
         floor = np.where(self.now.x < self.low, self.now.x, self.low)
@@ -298,6 +306,16 @@ class LimiterReference:
             q = 0.5 * (low + high) if attempt else np.where(side > 0, low, high)
         return sent, best, way
 
+    def _along(self, target, dt):
+        v = (target - self.now.x) / dt
+        jerk = (target - self.now.x - dt * (self.now.v + dt * (self.now.a * 0.5))) * 6 / (dt * dt * dt)
+        m = Motion(target, self.now.v + dt * (self.now.a + dt * (jerk * 0.5)), self.now.a + dt * jerk)
+        side, goal = self._leaves(m)
+        fits = (np.abs(jerk) <= self.j) & (np.abs(v) <= self.v * REACHED) & (side == 0)
+        stays = (jerk == 0) & (self.now.v == 0) & (self.now.a == 0)
+        self.met = np.where(fits & ~stays, self.met - 1, self.met)
+        return fits, m, goal
+
     def _aimed(self, target, dt):
         t1, t2, t3 = self.targets
         v, v1, v2 = (target - t1) / dt, (t1 - t2) / self.d1, (t2 - t3) / self.d2
@@ -337,7 +355,7 @@ class LimiterReference:
         admissible, goal = self._admissible(m, dt, 1e-13)
         rest = np.flatnonzero(~admissible)
         near, way = taken(self, rest)._nearest(taken(m, rest), dt[rest])
-        return put(m, rest, near), put(goal, rest, way), met & admissible
+        return put(m, rest, near), put(goal, rest, way), met & admissible, met
 
     def _admissible(self, m, dt, rounding=4e-16):
         side, goal = self._leaves(m, rounding)

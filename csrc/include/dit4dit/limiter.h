@@ -119,7 +119,7 @@ public:
     // NaN and infinities are ignored.
     void reset(double position) noexcept {
         if (!finite(position)) return;
-        started_ = true, first_ = true, exact_ = true, aimless_ = true;
+        started_ = true, first_ = true, exact_ = true, aimless_ = true, met_ = 0;
         now_ = {position, 0, 0};
         goal_ = 0, v1_ = 0, a1_ = 0;
     }
@@ -252,6 +252,7 @@ private:
     bool send_exactly(double target, double dt) noexcept {
         const double v = (target - now_.x) / dt;
         const double a = (v - v1_) * 2 / (dt + d1_);
+        if (met_ > 0 && send_along(target, v, a, dt)) return true;
         const double j = (a - a1_) * 3 / (dt + d1_ + d2_);
         const double part = v1_ == 0 && a1_ == 0 ? kFromRest : 1.0;
         if (!(std::fabs(v) <= part * v_ && std::fabs(a) <= part * a_ && std::fabs(j) <= part * j_)) return false;
@@ -277,6 +278,18 @@ private:
             low_tried = true, high_tried = true;
         }
         return false;
+    }
+
+    // The same with the path so far, of another jerk in this tick, while values from before the target was met tell nothing about
+    // the target. (Not for long: what is off in the path's velocity grows from tick to tick.)
+    bool send_along(double target, double v, double a, double dt) noexcept {
+        const double jerk = (target - now_.x - dt * (now_.v + dt * (now_.a * 0.5))) * 6 / (dt * dt * dt);
+        const Motion m{target, now_.v + dt * (now_.a + dt * (jerk * 0.5)), now_.a + dt * jerk};
+        double goal;
+        if (!(std::fabs(jerk) <= j_ && std::fabs(v) <= v_ * kReached && leaves(m, goal) == 0)) return false;
+        if (!(jerk == 0 && now_.v == 0 && now_.a == 0)) --met_;  // at rest it may stay
+        moved(m, goal, v, a, dt);
+        return true;
     }
 
     // --- a target that is approached
@@ -327,6 +340,7 @@ private:
         stop.j1 += from.jerk, stop.j3 += from.jerk;
         m = limiter::along(m, stop, from.jerk, dt - t);  // absolute: a far target would cost digits
         exact_ = off <= 100 * tolerance;                 // met within the tick, but for what rounding has added up to
+        met_ = exact_ ? 3 : 0;
         if (exact_) m = {off <= tolerance ? target : m.x, to.at.v, to.at.a};
         double goal;
         if (!admissible(m, dt, goal, 1e-13)) {  // a target at a limit: rounding must not decide
@@ -342,8 +356,8 @@ private:
         double a = 0, at_a = error, b = dt, at_b = miss(limiter::settled(now_, drive, full, dt), from.after(dt), left), t = 0;
         if (!(at_b * full > 0)) return dt;  // it ends before the target still
         int side = 0;  // of the end that was moved last: the other one counts half if it stays (Illinois)
-        for (int i = 0; i < 48; ++i) {
-            t = i % 16 < 13 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
+        for (int i = 0; i < 72; ++i) {
+            t = i < 20 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
             const double f = miss(limiter::settled(now_, drive, full, t), from.after(t), left);
             if (std::fabs(f) <= tolerance) return t;
             if (f * full > 0) {
@@ -383,6 +397,7 @@ private:
     bool dynamic_, still_, bounded_;
     bool started_ = false, first_ = true;
     bool exact_ = true;     // what was sent last is the target
+    int met_ = 0;           // for how many ticks a target that was met just now is followed by the path's own motion
     bool aimless_ = true;   // no target before the next one
     Motion now_{0, 0, 0};   // of the path that the values sent are samples of
     double goal_ = 0;       // of its way to rest
