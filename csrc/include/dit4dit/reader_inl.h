@@ -45,18 +45,17 @@ inline Reader::Reader(std::shared_ptr<Memory> memory, const Options& options)
       seams_(*layout_, columns_),
       follows_(columns_.size()),
       bases_(columns_.size()) {
-    constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
     for (Regime& regime : regimes_) regime.base.values = bases_.data();
     for (const Column& column : columns_) {
         groups_ |= 1u << column.group;
         const Limits limits = limits_of(layout_->channel[column.column]);
         const bool moves = column.kind == Kind::velocity || column.kind == Kind::relative;
-        State state{ChannelLimiter(limits), limits.limited(), moves, moves ? 0 : unknown, 0, 0, moves ? 0 : unknown};
+        State state{ChannelLimiter(limits), limits.limited(), moves, moves ? 0 : kUnknown, 0, 0, moves ? 0 : kUnknown};
         if (moves) state.limiter.reset(0);  // until something is asked for it stands
         states_.push_back(state);
     }
     feedback_.driver = static_cast<std::uint64_t>(getpid());
-    for (double& value : feedback_.values) value = unknown;
+    for (double& value : feedback_.values) value = kUnknown;
 }
 
 inline std::vector<Column> Reader::columns_of(const Layout& layout, const char* group) {
@@ -112,8 +111,7 @@ inline void Reader::start_at(const double* values) noexcept {
 // -- reading ---------------------------------------------------------------------------------------
 
 inline Command Reader::read(std::int64_t now_ns, double* out) noexcept {
-    const std::int64_t earliest = ticked_ ? last_ : 0;
-    const std::int64_t now = now_ns > earliest ? now_ns : earliest;
+    const std::int64_t now = now_ns > last_ ? now_ns : last_;
     const bool whole = chain_.take(memory_->segment(), ticked_ ? until_ : now);
     const Situation seen = look(now, whole);
     const bool again = ticked_ && now == last_, ticks = !ticked_ || now - last_ >= kShortestTick;
@@ -151,9 +149,8 @@ inline Reader::Situation Reader::look(std::int64_t now, bool whole) noexcept {
 }
 
 inline void Reader::tick(std::int64_t now, const Situation& seen) noexcept {
-    const std::int64_t end = now + layout_->command_period_ns;
-    const double dt = static_cast<double>(ticked_ ? now - last_ : layout_->command_period_ns) * 1e-9;
-    Span span{ticked_ ? until_ : now, end};
+    const std::int64_t period = layout_->command_period_ns, end = now + period;
+    const double dt = static_cast<double>(ticked_ ? now - last_ : period) * 1e-9;
     bool followed[kMaxGroups], any = false;
     for (std::uint32_t g = 0; g < layout_->groups; ++g) {
         if (!(groups_ >> g & 1)) continue;
@@ -161,7 +158,9 @@ inline void Reader::tick(std::int64_t now, const Situation& seen) noexcept {
         enter(g, now, seen);
         any = any || regimes_[g].mode == Mode::follow;
     }
-    if (any) {
+    Span span{ticked_ ? until_ : now, end};
+    const bool some = chain_.begun() > 0;
+    if (some) {
         const std::int64_t ends_at = chain_[0].ends_at;
         if (span.to > ends_at) span.to = ends_at > span.from ? ends_at : span.from;
         seams_.begin(chain_, now, span);
@@ -169,11 +168,16 @@ inline void Reader::tick(std::int64_t now, const Situation& seen) noexcept {
     for (std::uint32_t g = 0; g < layout_->groups; ++g) {
         if (!(groups_ >> g & 1)) continue;
         Regime& regime = regimes_[g];
-        double seconds = static_cast<double>(layout_->command_period_ns) * 1e-9;
-        if (regime.mode == Mode::follow)
-            seconds = seams_.follow(static_cast<int>(g), regime.base, followed[g], follows_.data()).seconds();
-        for (std::size_t i = 0; i < columns_.size(); ++i)
-            if (columns_[i].group == static_cast<int>(g)) move(i, regime, now, seconds, dt);
+        const int group = static_cast<int>(g);
+        const bool follows = regime.mode == Mode::follow, ends = some && followed[g] && !follows && !regime.brakes;
+        double seconds = static_cast<double>(period) * 1e-9;
+        if (follows) seconds = seams_.follow(group, regime.base, followed[g], follows_.data()).seconds();
+        if (ends) seams_.finish(group, follows_.data());
+        for (std::size_t i = 0; i < columns_.size(); ++i) {
+            if (columns_[i].group != group) continue;
+            if (!follows && !ends) follows_[i] = 0;
+            move(i, regime, now, seconds, dt);
+        }
     }
     command_.chunk = newest_, command_.row = any ? moment(chain_[0].chunk, now).row : -1;
     sent_observed_at_ = newest_observed_at_;
@@ -199,14 +203,17 @@ inline void Reader::enter(std::uint32_t group, std::int64_t now, const Situation
     if (mode != regime.mode && mode != Mode::hold) {
         regime.since = now;
         if (mode == Mode::follow) regime.base.at = now;
-        for (std::size_t i = 0; i < columns_.size(); ++i)
-            if (columns_[i].group == static_cast<int>(group))
-                (mode == Mode::follow ? bases_[i] : states_[i].fades_from) = states_[i].asked;
+        for (std::size_t i = 0; i < columns_.size(); ++i) {
+            if (columns_[i].group != static_cast<int>(group)) continue;
+            if (mode == Mode::decay) states_[i].fades_from = states_[i].asked;
+            // the first displacements are not made smaller
+            if (mode == Mode::follow) bases_[i] = columns_[i].path < 0 ? states_[i].asked : kUnknown;
+        }
     }
     regime.mode = mode;
 }
 
-// seconds: that a relative channel's displacement is for.
+// follows_[i]: what the chunks say. seconds: that a relative channel's displacement is for.
 inline void Reader::move(std::size_t i, const Regime& regime, std::int64_t now, double seconds, double dt) noexcept {
     State& state = states_[i];
     const Kind kind = columns_[i].kind;
@@ -220,7 +227,7 @@ inline void Reader::move(std::size_t i, const Regime& regime, std::int64_t now, 
         const std::int64_t length = layout_->group[columns_[i].group].decay_ns, passed = now - regime.since;
         const double left = length > passed ? 1 - static_cast<double>(passed) / static_cast<double>(length) : 0;
         state.asked = fades ? state.fades_from * left : 0;
-        wanted = state.asked * seconds;
+        wanted += state.asked * seconds;
     }
     if (kind == Kind::relative)
         state.sent = displaced(state, brakes, wanted, dt);
