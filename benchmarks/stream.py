@@ -60,7 +60,7 @@ SAYS = {
 
 
 class Case(NamedTuple):
-    """One loop. reader: c++ or python. load: beside as many busy processes as cores. fifo: under SCHED_FIFO."""
+    """One loop. reader: C++ or Python. load: beside as many busy processes as cores. fifo: under SCHED_FIFO."""
 
     reader: str
     load: bool
@@ -71,7 +71,7 @@ class Case(NamedTuple):
         return f"{self.reader}, {'loaded' if self.load else 'idle'}, {scheduler}"
 
 
-CASES = [Case(reader, load, fifo) for load, reader, fifo in product((False, True), ("c++", "python"), (False, True))]
+CASES = [Case(reader, load, fifo) for load, reader, fifo in product((False, True), ("C++", "Python"), (False, True))]
 
 
 @dataclass
@@ -136,7 +136,7 @@ def _reads(what: str, count: int) -> dict[str, Any]:
 
 def _loop(case: Case, name: str, samples: int, record: Recording, shown: Bar) -> list[Times]:
     """Its ticks, in blocks, as far as there is time."""
-    run = {"c++": cpp_loop, "python": python_loop}[case.reader]
+    run = {"C++": cpp_loop, "Python": python_loop}[case.reader]
     found = list[Times]()
     for begin in range(0, samples, BLOCK):
         found.append(run(name, min(BLOCK, samples - begin), PRIORITY if case.fifo else 0))
@@ -317,7 +317,7 @@ HEADS = ("p50", "p90", "p99", "p99.9", "max")
 
 
 def name_of(loop: Mapping[str, Any]) -> str:
-    """Which loop of a result it is: "python, loaded, SCHED_FIFO"."""
+    """Which loop of a result it is: "Python, loaded, SCHED_FIFO"."""
     return str(Case(loop["reader"], loop["load"], loop["fifo"]))
 
 

@@ -14,7 +14,7 @@ from dit4dit.benchmarks.latency_report import check, machine_facts, write_page
 
 __all__ = ["check", "write"]
 
-COLOURS = {"c++": "#2a7f62", "python": "#b0623c"}
+COLOURS = {"C++": "#2a7f62", "Python": "#b0623c"}
 IMAGES = {
     "late": ("late_us_beyond", "microseconds that a tick wakes up late", "share of the ticks that are later"),
     "handover": (

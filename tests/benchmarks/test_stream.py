@@ -95,10 +95,10 @@ def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert [loop["ticks"] for loop in result["loops"]] == [10]
     assert result["cut"]["by"] == "seconds"
     assert result["cut"]["left"] == [
-        "c++, idle, normal priority, ticks from 10 on",
-        "python, idle, normal priority",
-        "c++, loaded, normal priority",
-        "python, loaded, normal priority",
+        "C++, idle, normal priority, ticks from 10 on",
+        "Python, idle, normal priority",
+        "C++, loaded, normal priority",
+        "Python, loaded, normal priority",
     ]
     assert "SCHED_FIFO is not allowed here (Operation not permitted); give this user rtprio" in stream.show(result)
     assert segments_of_benchmarks() == set()
@@ -123,8 +123,8 @@ def test_no_loops_is_a_result_too(tmp_path: Path) -> None:
 def test_a_loop_in_numbers() -> None:
     first = times([1, 2, 3, 4], [5, 6, 1, 2], [7, 7, 8, 8], missed=1, ok=4)
     second = times([5, 6], [-1, 3], [0, 9], missed=2, ok=1, dry=1)
-    found = stream._summary(stream.Case("python", True, False), [first, second])
-    assert (found["reader"], found["load"], found["fifo"]) == ("python", True, False)
+    found = stream._summary(stream.Case("Python", True, False), [first, second])
+    assert (found["reader"], found["load"], found["fifo"]) == ("Python", True, False)
     assert (found["ticks"], found["missed"], found["chunks"]) == (6, 3, 3)
     assert found["statuses"] == {"ok": 5, "dry": 1}
     assert (found["late_us"]["p50"], found["late_us"]["max"]) == (3000, 6000)
@@ -142,13 +142,13 @@ def test_a_loop_in_numbers() -> None:
     ]
     said = stream.notes({"loops": [found], "fifo": {"why": None}, "load_before": 0.0})
     assert said == [
-        "python, loaded, normal priority: 3 ticks left out because one before ended too late",
-        "python, loaded, normal priority: 1 commands DRY",
+        "Python, loaded, normal priority: 3 ticks left out because one before ended too late",
+        "Python, loaded, normal priority: 1 commands DRY",
     ]
 
 
 def test_the_loop_without_a_command_has_no_ages() -> None:
-    found = stream._summary(stream.Case("c++", False, False), [times([1], [-1], [0], dry=1)])
+    found = stream._summary(stream.Case("C++", False, False), [times([1], [-1], [0], dry=1)])
     assert (found["age_ms"], found["handover_ms"], found["handover_ms_beyond"]) == (None, None, [])
 
 
