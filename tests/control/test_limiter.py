@@ -290,6 +290,10 @@ def hostile(program: Program) -> None:
     assert program.stress(1_000_000)["violations"] == 0
 
 
+def from_outside(program: Program) -> None:
+    test_a_start_outside_the_limits_comes_in(program, 2.5)
+
+
 FAULTS = {
     "bounds that are not kept inside": (hostile, "kInside = 0.999", "kInside = 1.001"),
     "the last ticks are taken for uniform ones": (hostile, "d2_ = d1_, d1_ = dt;", "d2_ = dt, d1_ = dt;"),
@@ -347,7 +351,7 @@ FAULTS = {
         "dt * (dt + d1_) * (1.0 / 6)), end}, jerk}",
         "0), 0}, 0}",
     ),
-    "in and out again": (hostile, "(up > x || way.turn < x)) return 1;", "up > x) return 1;"),
+    "a start outside is a fault": (from_outside, "&& (up > x || way.turn < x)) return 1;", ") return 1;"),
 }
 
 
