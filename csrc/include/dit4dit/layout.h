@@ -4,8 +4,8 @@
 // Everything that changes while others read is a lock-free atomic of 8 bytes; the rest is written before the segment has a name.
 #pragma once
 
-#ifdef __FAST_MATH__
-#error "dit4dit/action_stream.h: -ffast-math makes NaN checks and time sums meaningless; compile this file without it"
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "dit4dit/action_stream.h: -ffast-math and -ffinite-math-only take its NaN checks away; compile this file without them"
 #endif
 
 #include <atomic>
@@ -103,7 +103,7 @@ struct alignas(64) Feedback {
     Word chunk;   // 0: none yet
     Stamp row;    // of that chunk; -1: none was followed
     Word status;  // of Status
-    Word values[kMaxChannels];  // bits of doubles; only the driver's channels
+    Word values[kMaxChannels];  // bits of doubles, by the layout's channels; NaN where the driver has not this one
 };
 
 // Chunk n is whole while sequence == 2 n. Rows are floats, two to a word, kMaxChannels to a row.
