@@ -1,0 +1,218 @@
+"""A C++ user's journey with the installed package: find_package, build examples/cpp_controller, run it at 1 kHz against a producer in
+Python; examples/python_controller beside it. No number of seconds is asserted: episodes, commands and exit codes are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from waiting import WAIT, eventually
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PRODUCER = EXAMPLES / "python_controller" / "producer.py"
+IN_ORDER, NO_STREAM, MISUSE, DEAD = 0, 1, 2, 4
+
+needs_a_compiler = pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which("g++") is None, reason="needs cmake and g++ on PATH"
+)
+
+
+class Started:
+    """A process whose lines are read from files: nothing waits for a pipe."""
+
+    def __init__(self, *command: str | Path, folder: Path) -> None:
+        self.out, self.err = folder / "out", folder / "err"
+        folder.mkdir()
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen([*map(str, command)], stdout=out, stderr=err, cwd=folder)
+
+    def has_said(self, words: str) -> bool:
+        """Fails where it has ended without."""
+        said = words in self.out.read_text() + self.err.read_text()
+        assert said or self.process.poll() is None, self.err.read_text()
+        return said
+
+    def ended(self) -> int:
+        """Its exit code."""
+        return self.process.wait(timeout=WAIT)
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+@contextlib.contextmanager
+def started(*command: str | Path, folder: Path) -> Iterator[Started]:
+    one = Started(*command, folder=folder)
+    try:
+        yield one
+    finally:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.wait()
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a stream that no other test has."""
+    chosen = f"/dit4dit.test-{os.getpid()}-{abs(hash(request.node.nodeid)) % 10**6}"
+    yield chosen
+    (Path("/dev/shm") / chosen[1:]).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def cmake_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    command = [sys.executable, "-m", "dit4dit.control", "--cmake-dir"]
+    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.rstrip("\n"))
+
+
+def configure(source: Path, build: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["cmake", "-S", str(source), "-B", str(build), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def controller(cmake_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/cpp_controller, built as its README says."""
+    build = tmp_path_factory.mktemp("cpp") / "build"
+    done = configure(EXAMPLES / "cpp_controller", build, f"-Ddit4dit_DIR={cmake_dir}", "-DCMAKE_CXX_FLAGS=-Werror")
+    assert done.returncode == 0, done.stderr
+    made = subprocess.run(["cmake", "--build", str(build)], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return build / "controller"
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("wanted", "options", "says"),
+    [
+        ("0.1 REQUIRED", ["-DCMAKE_PREFIX_PATH={site}"], "Configuring done"),
+        ("REQUIRED", ["-Ddit4dit_DIR={cmake}"], "Configuring done"),
+        ("9.9 REQUIRED", ["-Ddit4dit_DIR={cmake}"], 'compatible with requested version "9.9"'),
+        ("REQUIRED", ["-Ddit4dit_DIR={cmake}", "-DCMAKE_SYSTEM_NAME=Generic"], "needs Linux"),
+    ],
+    ids=["by prefix", "any version", "another version", "another system"],
+)
+def test_find_package(wanted: str, options: list[str], says: str, cmake_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.16)\n"
+        "set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)\n"
+        "project(user LANGUAGES CXX)\n"
+        f"find_package(dit4dit {wanted})\n"
+        f"find_package(dit4dit {wanted})\n"  # as subprojects do: each finds what it needs
+        "get_target_property(found dit4dit::action_stream INTERFACE_INCLUDE_DIRECTORIES)\n"
+        "if(NOT EXISTS ${found}/dit4dit/action_stream.h)\n  message(FATAL_ERROR ${found})\nendif()\n"
+    )
+    places = {"site": cmake_dir.parents[1], "cmake": cmake_dir}
+    done = configure(source, tmp_path / "build", *(option.format(**places) for option in options))
+    assert (done.returncode == 0) == (says == "Configuring done"), done.stderr
+    assert says in " ".join((done.stdout + done.stderr).split())
+
+
+@needs_a_compiler
+@pytest.mark.slow
+def test_wrong_words_and_no_stream(controller: Path, tmp_path: Path) -> None:
+    for words in ([], ["/a", "/b"], ["/a", "--seconds"], ["/a", "--no-such"]):
+        done = subprocess.run([controller, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == MISUSE
+        assert done.stderr.startswith("usage: controller NAME")
+    command = [controller, "/dit4dit.there-is-no-such-stream", "--wait", "0.3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT)
+    assert done.returncode == NO_STREAM
+    assert done.stderr.count("dit4dit.there-is-no-such-stream") == 2, "once while it waits, once at the end"
+
+
+def check_followed(result: dict[str, Any]) -> None:
+    """A controller's summary: commands came from several chunks, and none was outside the limits."""
+    assert result["status"]["ok"] > 100, result
+    assert result["chunks"] >= 3
+    assert result["refused"] == ""
+    assert 0.01 < result["limit_used"] <= 1 + 1e-6
+    assert result["at_rest"]
+    assert result["age_ns"]["p50"] > 0
+
+
+@needs_a_compiler
+@pytest.mark.slow
+def test_a_controller_follows_a_producer_and_outlives_it(controller: Path, name: str, tmp_path: Path) -> None:
+    """The controller is there first. A whole episode in closed loop: the block lies on the plate. Then the producer is killed."""
+    summary = tmp_path / "summary.json"
+    command = (controller, name, "--stop-when-dead", "--wait", str(WAIT), "--json", summary)
+    with started(*command, folder=tmp_path / "controller") as robot:
+        eventually(lambda: robot.has_said("waiting: "))
+        with started(sys.executable, PRODUCER, "--name", name, folder=tmp_path / "producer") as producer:
+            eventually(lambda: producer.has_said("episode 1: "))
+            assert producer.has_said(": done after ")
+            producer.process.kill()
+            producer.ended()
+        assert robot.ended() == DEAD, robot.err.read_text()
+    said = robot.err.read_text()
+    assert f"controller: {name}: robot tabletop, 3 channels, 1000 Hz" in said
+    assert said.index("controller: ok\n") < said.index("controller: dead\n")
+    result = json.loads(summary.read_text())
+    check_followed(result)
+    assert result["period_ns"] == 1_000_000
+    assert result["status"]["dead"] > 0
+    assert result["status"]["estop"] == 0
+
+
+@needs_a_compiler
+@pytest.mark.slow
+def test_estop_and_ending_in_order(controller: Path, name: str, tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    with (
+        started(sys.executable, PRODUCER, "--name", name, folder=tmp_path / "producer") as producer,
+        started(controller, name, "--json", summary, folder=tmp_path / "controller") as robot,
+    ):
+        eventually(lambda: robot.has_said("controller: ok\n"))
+        robot.send(signal.SIGUSR1)
+        eventually(lambda: robot.has_said("controller: estop\n"))
+        clear = "import sys; from dit4dit.control import ActionStream; ActionStream.attach(sys.argv[1]).clear_estop()"
+        subprocess.run([sys.executable, "-c", clear, name], cwd=tmp_path, check=True)
+        eventually(lambda: robot.err.read_text().count("controller: ok\n") == 2)
+        robot.send(signal.SIGTERM)
+        assert robot.ended() == IN_ORDER
+        # the producer is none the worse for it: it plays on, and the next driver may come
+        with started(controller, name, "--seconds", "0.5", folder=tmp_path / "next") as following:
+            assert following.ended() == IN_ORDER, following.err.read_text()
+        assert "controller: ok\n" in following.err.read_text()
+        producer.send(signal.SIGTERM)
+        assert producer.ended() == IN_ORDER
+    result = json.loads(summary.read_text())
+    check_followed(result)
+    assert result["status"]["estop"] > 0
+    assert result["status"]["dead"] == 0
+
+
+@pytest.mark.slow
+def test_the_python_controller_follows_too(name: str, tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    script = EXAMPLES / "python_controller" / "controller.py"
+    with (
+        started(sys.executable, PRODUCER, "--name", name, "--command-hz", "200", folder=tmp_path / "producer") as producer,
+        started(
+            sys.executable, script, "--name", name, "--stop-when-dead", "--json", summary, folder=tmp_path / "controller"
+        ) as robot,
+    ):
+        eventually(lambda: producer.has_said("episode 1: "))
+        assert producer.has_said(": done after ")
+        producer.process.kill()
+        producer.ended()
+        assert robot.ended() == DEAD, robot.err.read_text()
+    result = json.loads(summary.read_text())
+    assert result["status"]["ok"] > 100
+    assert result["status"]["dead"] > 0
+    assert result["exit_code"] == DEAD
