@@ -40,7 +40,9 @@ else:
         for row in rows:
             assert hashlib.sha256((folder / row["file"]).read_bytes()).hexdigest() == row["sha256"]
 for option, wanted in (("--include-dir", "dit4dit/action_stream.h"), ("--cmake-dir", "dit4ditConfig.cmake")):
-    found = subprocess.run([sys.executable, "-m", "dit4dit.control", option], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "dit4dit.control", option], capture_output=True, text=True, check=True
+    )
     assert (Path(found.stdout.rstrip("\n")) / wanted).is_file(), f"no {wanted} in {found.stdout}"
 headers = Path(dit4dit.__file__).parent / "include" / "dit4dit"
 unread, read = {"action_stream.h"}, set()

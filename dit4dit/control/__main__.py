@@ -31,7 +31,9 @@ def place(option: str) -> Path:
         )
     found = Path(module.origin).resolve().parent / folder
     if not (found / wanted).is_file():
-        raise FileNotFoundError(f"{found}: no {wanted}; the installation is incomplete: pip install --force-reinstall dit4dit")
+        raise FileNotFoundError(
+            f"{found}: no {wanted}; the installation is incomplete: pip install --force-reinstall dit4dit"
+        )
     return found
 
 
@@ -41,7 +43,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dit4dit.control", description=__doc__, formatter_class=lines)
     asked = parser.add_mutually_exclusive_group(required=True)
     for option, what in (("cmake_dir", "find_package(dit4dit): its dit4dit_DIR"), ("include_dir", "-I of a compiler")):
-        asked.add_argument(f"--{option.replace('_', '-')}", dest="option", action="store_const", const=option, help=what)
+        asked.add_argument(
+            f"--{option.replace('_', '-')}", dest="option", action="store_const", const=option, help=what
+        )
     option = parser.parse_args().option
     try:
         print(place(option))

@@ -4,8 +4,8 @@
 
 Python is good for some hundred commands a second where a late one does no harm; ../cpp_controller is the same loop in C++.
 
-SIGINT, SIGTERM: bring the robot to rest, then end. Exit code 0: ended in order; 1: no stream; 4: with --stop-when-dead, the policy's
-process died and the robot is at rest.
+SIGINT, SIGTERM: bring the robot to rest, then end. Exit code 0: ended in order; 1: no stream; 4: with --stop-when-dead, the
+policy's process died and the robot is at rest.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Controller:
         period = round(1e9 / self.stream.command_hz)
         self.stream.start_at(self.robot.measured())  # the limits begin where the robot stands
         began = moved = due = time.monotonic_ns()
-        stopped = dead = 0
+        stopped = 0
         while True:
             due = max(due + period, time.monotonic_ns())  # ticks that are over are not made up for
             time.sleep(max(0, due - time.monotonic_ns()) * 1e-9)
@@ -132,7 +132,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=lines)
     parser.add_argument("--name", default="/dit4dit.tabletop", help="of the stream; %(default)s")
     parser.add_argument("--seconds", type=float, default=0.0, help="end after so long; 0: at a signal")
-    parser.add_argument("--wait", type=float, default=30.0, help="seconds for the policy's side to be there; %(default)s")
+    parser.add_argument(
+        "--wait", type=float, default=30.0, help="seconds for the policy's side to be there; %(default)s"
+    )
     parser.add_argument("--stop-when-dead", action="store_true", help="end when the policy's process is dead")
     parser.add_argument("--json", type=Path, help="write the summary to this file")
     args = parser.parse_args()

@@ -4,8 +4,8 @@
     python examples/python_controller/producer.py --name /dit4dit.tabletop --policy tabletop
 
 The world is the built-in tabletop, ten steps a second. Its gripper goes where the driver of the stream (../cpp_controller or
-controller.py) says that it has sent it, so the whole loop is closed: image, policy, stream, controller, world. Without a driver the
-world stands still.
+controller.py) says that it has sent it, so the loop is closed: image, policy, stream, controller, world. Without a driver the world
+stands still.
 
 By default the chunks come from a script that knows where everything lies, so that this starts at once and needs no torch. With
 --policy tabletop they come from the policy that ships with the package, from what the camera sees.
@@ -128,19 +128,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="end after so long; 0: at a signal")
     args = parser.parse_args()
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
     world = TabletopEnv(args.seed)
     policy = Script(world) if args.policy is None else load(args.policy)
     limits = Limits.of(TABLETOP).override(LIMITS)
     with ActionStream(
-        TABLETOP, command_hz=args.command_hz, interpolation="linear", seam=Blend(rows=1), limits=limits, shared=args.name
+        TABLETOP,
+        command_hz=args.command_hz,
+        interpolation="linear",
+        seam=Blend(rows=1),
+        limits=limits,
+        shared=args.name,
     ) as stream:
         print(f"{args.name}: {TABLETOP.name}, {args.command_hz:g} commands a second", flush=True)
         Play(world, policy, stream).run(args.seconds)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        pass
+    main()

@@ -72,7 +72,9 @@ def name(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def cmake_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "dit4dit.control", "--cmake-dir"]
-    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.rstrip("\n"))
 
@@ -202,9 +204,18 @@ def test_the_python_controller_follows_too(name: str, tmp_path: Path) -> None:
     summary = tmp_path / "summary.json"
     script = EXAMPLES / "python_controller" / "controller.py"
     with (
-        started(sys.executable, PRODUCER, "--name", name, "--command-hz", "200", folder=tmp_path / "producer") as producer,
         started(
-            sys.executable, script, "--name", name, "--stop-when-dead", "--json", summary, folder=tmp_path / "controller"
+            sys.executable, PRODUCER, "--name", name, "--command-hz", "200", folder=tmp_path / "producer"
+        ) as producer,
+        started(
+            sys.executable,
+            script,
+            "--name",
+            name,
+            "--stop-when-dead",
+            "--json",
+            summary,
+            folder=tmp_path / "controller",
         ) as robot,
     ):
         eventually(lambda: producer.has_said("episode 1: "))
