@@ -4,8 +4,8 @@
     python examples/python_controller/producer.py --name /dit4dit.tabletop --policy tabletop
 
 The world is the built-in tabletop, ten steps a second. Its gripper goes where the driver of the stream (../cpp_controller or
-controller.py) says that it has sent it, so the loop is closed: image, policy, stream, controller, world. Without a driver the world
-stands still.
+controller.py) says that it has sent it, so the loop is closed: image, policy, stream, controller, world. Without a driver the
+world stands still.
 
 By default the chunks come from a script that knows where everything lies, so that this starts at once and needs no torch. With
 --policy tabletop they come from the policy that ships with the package, from what the camera sees.

@@ -1,5 +1,5 @@
-"""A C++ user's journey with the installed package: find_package, build examples/cpp_controller, run it at 1 kHz against a producer in
-Python; examples/python_controller beside it. No number of seconds is asserted: episodes, commands and exit codes are.
+"""A C++ user's journey with the installed package: find_package, build examples/cpp_controller, run it at 1 kHz against a producer
+in Python; examples/python_controller beside it. Episodes, commands and exit codes are asserted, seconds are not.
 """
 
 from __future__ import annotations
