@@ -1,0 +1,361 @@
+// The memory that a Segment lies in: of one process, or shared under a name such as "/dit4dit.g1" (a file of that name in /dev/shm).
+//
+// A shared segment appears at once and complete: it is written without a name and linked then. Nothing that is not a segment of ours,
+// of this version and size, is ever written to or deleted.
+#pragma once
+
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <string>
+#include <system_error>
+#include <utility>
+
+#include "descriptor.h"
+#include "layout_check.h"
+#include "result.h"
+#include "ring.h"
+
+namespace dit4dit {
+
+// watch: mapped read-only. use: what readers (estop, feedback) and producers need.
+enum class Access { watch, use };
+
+// Each is one's at a time, and is free again when its process ends, however it does. The values are bytes of the file that are locked.
+enum class Role { producer = 0, driver = 1 };
+
+class Memory {
+  public:
+    // What is there under the name. An error for anything but a complete segment of this version and size.
+    static Result<std::shared_ptr<Memory>> open(const std::string& name, Access access);
+    // Made if it is not there; with the producer's lock, or an error that names who has it. The segment of a dead producer is taken
+    // over: its ids go on if the layout is the same, and it is replaced if not, unless a driver is at work on it.
+    static Result<std::shared_ptr<Memory>> produce(const std::string& name, const Layout& layout, unsigned mode = 0600);
+    // Memory that threads of this process share; a forked child has a copy. With the producer's lock.
+    static Result<std::shared_ptr<Memory>> in_process(const Layout& layout);
+    // Takes the name away; who has the segment open keeps it. True: it is gone, or was not there. An error where a producer is at
+    // work on it, and for what is no segment of dit4dit (of any version).
+    static Result<bool> remove(const std::string& name);
+
+    ~Memory() {
+        if (address_) munmap(address_, sizeof(Segment));
+    }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+
+    const Segment& segment() const noexcept { return *segment_; }
+    // Only with Access::use.
+    Segment& writable() noexcept { return *segment_; }
+    const Layout& layout() const noexcept { return segment_->header.layout; }
+    const std::string& name() const noexcept { return name_; }  // empty: of one process
+    Access access() const noexcept { return access_; }
+    bool shared() const noexcept { return !name_.empty(); }
+
+    // False: another one has it, of whichever process. errno is EAGAIN then.
+    bool lock(Role role) noexcept;
+    void unlock(Role role) noexcept;
+    // Whether this Memory has it; never in a child forked since. No system call.
+    bool holds(Role role) const noexcept {
+        return held_[static_cast<int>(role)].load(std::memory_order_relaxed) && !forked();
+    }
+    // Whether anybody has it.
+    bool locked(Role role) const noexcept;
+    // This process was forked from the one that opened the shared segment, whose part it must not play.
+    bool forked() const noexcept { return shared() && file_.forked(); }
+
+  private:
+    Memory() = default;
+
+    static std::string why_bad_name(const std::string& name);
+    static std::string path_of(const std::string& name) { return "/dev/shm" + name; }
+    static Error failed(const std::string& name, const char* what, int error);
+    static Result<std::shared_ptr<Memory>> adopt(const std::string& name, detail::Descriptor file, Access access);
+    static std::string why_foreign(const std::string& name, int file);
+    static std::string why_other_size(const std::string& name, const Header& header);
+    // Null: there is something of that name meanwhile.
+    static Result<std::shared_ptr<Memory>> create(const std::string& name, const Layout& layout, unsigned mode);
+    bool map(Access access) noexcept;
+    void fill(const Layout& layout) noexcept;
+    void begin() noexcept;
+    bool link(const std::string& path) const noexcept;
+    bool has_its_name() const noexcept;
+    enum class Taken { yes, no, again };
+    Taken take_over(const Layout& layout, std::string& why);
+    bool set_lock(Role role, short type) const noexcept;
+
+    std::string name_;
+    detail::Descriptor file_;
+    Access access_ = Access::use;
+    void* address_ = nullptr;
+    Segment* segment_ = nullptr;
+    std::atomic<bool> held_[2] = {{false}, {false}};
+};
+
+// -- locks -----------------------------------------------------------------------------------------
+
+inline bool Memory::set_lock(Role role, short type) const noexcept {
+    struct flock range{};
+    range.l_type = type;
+    range.l_whence = SEEK_SET;
+    range.l_start = static_cast<off_t>(role);
+    range.l_len = 1;
+    return fcntl(file_.get(), F_OFD_SETLK, &range) == 0;
+}
+
+inline bool Memory::lock(Role role) noexcept {
+    // within this Memory the file's lock does not tell one from another
+    errno = EAGAIN;
+    std::atomic<bool>& held = held_[static_cast<int>(role)];
+    if (forked() || held.exchange(true)) return false;
+    if (!shared() || set_lock(role, F_WRLCK)) return true;
+    held.store(false);
+    return false;
+}
+
+inline void Memory::unlock(Role role) noexcept {
+    if (!holds(role)) return;
+    if (shared()) set_lock(role, F_UNLCK);
+    held_[static_cast<int>(role)].store(false);
+}
+
+inline bool Memory::locked(Role role) const noexcept {
+    if (holds(role)) return true;
+    if (!shared() || forked()) return false;
+    struct flock range{};
+    range.l_type = F_WRLCK;
+    range.l_whence = SEEK_SET;
+    range.l_start = static_cast<off_t>(role);
+    range.l_len = 1;
+    return fcntl(file_.get(), F_OFD_GETLK, &range) == 0 && range.l_type != F_UNLCK;
+}
+
+// -- what is found under a name --------------------------------------------------------------------
+
+inline Error Memory::failed(const std::string& name, const char* what, int error) {
+    const char* hint = error == EACCES ? "; it belongs to another user: run as that one, or give the producer a wider mode" : "";
+    return {name + ": " + what + ": " + std::generic_category().message(error) + hint};
+}
+
+inline std::string Memory::why_bad_name(const std::string& name) {
+    constexpr std::size_t longest = 200;
+    const bool good = name.size() > 1 && name.size() <= longest && name[0] == '/' && name[1] != '.' &&
+                      name.find('/', 1) == std::string::npos && name.find('\0') == std::string::npos;
+    return good ? "" : detail::quoted(name) + " is no name for a segment; wanted one such as \"/dit4dit.g1\", with no other slash";
+}
+
+inline std::string Memory::why_other_size(const std::string& name, const Header& header) {
+    const struct {
+        const char* field;
+        std::uint64_t have, wanted;
+    } sizes[] = {
+        {"bytes", header.bytes, sizeof(Segment)},
+        {"header_bytes", header.header_bytes, sizeof(Header)},
+        {"slot_bytes", header.slot_bytes, sizeof(Slot)},
+        {"slots", header.slots, kSlots},
+        {"max_rows", header.max_rows, kMaxRows},
+        {"max_channels", header.max_channels, kMaxChannels},
+        {"max_groups", header.max_groups, kMaxGroups},
+    };
+    for (const auto& size : sizes)
+        if (size.have != size.wanted)
+            return name + ": " + size.field + " is " + std::to_string(size.have) + ", this program wants " +
+                   std::to_string(size.wanted) + "; build producer and reader from the same dit4dit";
+    return "";
+}
+
+// Looks with pread: a file that is shorter than its mapping would kill the process (SIGBUS).
+inline std::string Memory::why_foreign(const std::string& name, int file) {
+    struct stat found{};
+    if (fstat(file, &found) != 0) return failed(name, "fstat", errno).text;
+    // the fixed part of a header, before the layout
+    alignas(Header) unsigned char bytes[offsetof(Header, layout)] = {};
+    const Header& header = *reinterpret_cast<const Header*>(bytes);
+    const bool whole = S_ISREG(found.st_mode) && pread(file, bytes, sizeof bytes, 0) == static_cast<ssize_t>(sizeof bytes);
+    if (!whole || header.magic.load(std::memory_order_relaxed) != kMagic)
+        return name + " is no segment of dit4dit (its magic number is not there) and is left alone; use another name";
+    if (header.version != kVersion)
+        return name + ": version " + std::to_string(header.version) + ", this program wants " + std::to_string(kVersion) +
+               "; install the same dit4dit on both sides, or end both and remove the segment (rm " + path_of(name) + ")";
+    std::string why = why_other_size(name, header);
+    if (why.empty() && found.st_size != static_cast<off_t>(sizeof(Segment)))
+        why = name + ": truncated: the file has " + std::to_string(found.st_size) + " bytes, its header says " +
+              std::to_string(header.bytes) + "; remove it (rm " + path_of(name) + ")";
+    return why;
+}
+
+inline bool Memory::map(Access access) noexcept {
+    access_ = access;
+    const int protection = access == Access::watch ? PROT_READ : PROT_READ | PROT_WRITE;
+    const int flags = MAP_POPULATE | (shared() ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS);
+    void* address = mmap(nullptr, sizeof(Segment), protection, flags, file_.get(), 0);
+    if (address == MAP_FAILED) return false;
+    address_ = address;
+    segment_ = static_cast<Segment*>(address);
+    // where it is not allowed to stay in memory, pages may be swapped out, and a read may take longer
+    static_cast<void>(mlock(address, sizeof(Segment)));
+    return true;
+}
+
+inline Result<std::shared_ptr<Memory>> Memory::adopt(const std::string& name, detail::Descriptor file, Access access) {
+    std::string why = why_foreign(name, file.get());
+    if (!why.empty()) return Error{why};
+    std::shared_ptr<Memory> memory(new Memory);
+    memory->name_ = name;
+    memory->file_ = std::move(file);
+    if (!memory->map(access)) return failed(name, "mmap", errno);
+    why = why_bad(memory->layout());
+    if (!why.empty()) return Error{name + ": its layout is spoilt (" + why + "); remove it (rm " + path_of(name) + ")"};
+    return memory;
+}
+
+inline Result<std::shared_ptr<Memory>> Memory::open(const std::string& name, Access access) {
+    const std::string why = why_bad_name(name);
+    if (!why.empty()) return Error{why};
+    detail::Descriptor file(path_of(name).c_str(), (access == Access::watch ? O_RDONLY : O_RDWR) | O_NOFOLLOW | O_NONBLOCK);
+    if (file) return adopt(name, std::move(file), access);
+    if (errno == ENOENT) return Error{name + ": there is no such segment; start the producer first"};
+    return failed(name, "open", errno);
+}
+
+inline Result<bool> Memory::remove(const std::string& name) {
+    std::string why = why_bad_name(name);
+    if (!why.empty()) return Error{why};
+    Memory memory;
+    memory.name_ = name;
+    memory.file_ = detail::Descriptor(path_of(name).c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK);
+    if (!memory.file_) return errno == ENOENT ? Result<bool>(true) : Result<bool>(failed(name, "open", errno));
+    Word magic{0};
+    if (pread(memory.file_.get(), &magic, sizeof magic, 0) != static_cast<ssize_t>(sizeof magic) || magic.load() != kMagic)
+        return Error{name + " is no segment of dit4dit and is left alone; remove it yourself (rm " + path_of(name) + ")"};
+    // held until the name is gone: nobody takes it over meanwhile
+    if (!memory.lock(Role::producer)) return Error{name + ": a producer is at work on it; close it first"};
+    if (!memory.has_its_name() || unlink(path_of(name).c_str()) == 0 || errno == ENOENT) return true;
+    return failed(name, "unlink", errno);
+}
+
+// -- making one ------------------------------------------------------------------------------------
+
+// A producer begins, on a new segment or on a dead one's.
+inline void Memory::begin() noexcept {
+    Stamps& stamps = segment_->header.stamps;
+    const std::int64_t now = monotonic_ns();
+    stamps.producer.store(static_cast<std::uint64_t>(getpid()), std::memory_order_release);
+    stamps.producers.fetch_add(1, std::memory_order_acq_rel);
+    stamps.loop_at.store(now, std::memory_order_release);
+    stamps.alive_at.store(now, std::memory_order_release);
+    stamps.closed_at.store(0, std::memory_order_release);
+}
+
+inline void Memory::fill(const Layout& layout) noexcept {
+    new (address_) Segment{};
+    Header& header = segment_->header;
+    header.version = kVersion;
+    header.bytes = sizeof(Segment);
+    header.header_bytes = sizeof(Header);
+    header.slot_bytes = sizeof(Slot);
+    header.slots = kSlots;
+    header.max_rows = kMaxRows;
+    header.max_channels = kMaxChannels;
+    header.max_groups = kMaxGroups;
+    header.shared = shared();
+    header.created_at = monotonic_ns();
+    header.layout = layout;
+    begin();
+    header.magic.store(kMagic, std::memory_order_release);
+}
+
+inline Result<std::shared_ptr<Memory>> Memory::in_process(const Layout& layout) {
+    const std::string why = why_bad(layout);
+    if (!why.empty()) return Error{why};
+    std::shared_ptr<Memory> memory(new Memory);
+    if (!memory->map(Access::use)) return failed("action stream", "mmap", errno);
+    memory->fill(layout);
+    memory->lock(Role::producer);
+    return memory;
+}
+
+// False: errno says why; EEXIST: there is something of that name.
+inline bool Memory::link(const std::string& path) const noexcept {
+    char own[64];
+    std::snprintf(own, sizeof own, "/proc/self/fd/%d", file_.get());
+    return linkat(AT_FDCWD, own, AT_FDCWD, path.c_str(), AT_SYMLINK_FOLLOW) == 0;
+}
+
+inline Result<std::shared_ptr<Memory>> Memory::create(const std::string& name, const Layout& layout, unsigned mode) {
+    std::shared_ptr<Memory> memory(new Memory);
+    memory->name_ = name;
+    memory->file_ = detail::Descriptor("/dev/shm", O_TMPFILE | O_RDWR, mode);
+    if (!memory->file_) return failed(name, "a file without a name in /dev/shm", errno);
+    const int file = memory->file_.get();
+    if (fchmod(file, mode) != 0) return failed(name, "fchmod", errno);
+    // not ftruncate: where /dev/shm is full, the first write to a page would kill the process
+    if (const int error = posix_fallocate(file, 0, sizeof(Segment))) return failed(name, "no room in /dev/shm", error);
+    if (!memory->map(Access::use)) return failed(name, "mmap", errno);
+    if (!memory->lock(Role::producer)) return failed(name, "lock", errno);
+    memory->fill(layout);
+    if (memory->link(path_of(name))) return memory;
+    if (errno == EEXIST) return std::shared_ptr<Memory>();
+    return failed(name, "linkat", errno);
+}
+
+// Whether the file that this one has open is the one under its name: it may have been replaced between open and lock.
+inline bool Memory::has_its_name() const noexcept {
+    struct stat own{}, named{};
+    return fstat(file_.get(), &own) == 0 && lstat(path_of(name_).c_str(), &named) == 0 && own.st_ino == named.st_ino &&
+           own.st_dev == named.st_dev;
+}
+
+inline Memory::Taken Memory::take_over(const Layout& layout, std::string& why) {
+    if (!lock(Role::producer)) {
+        const std::uint64_t producer = segment_->header.stamps.producer.load(std::memory_order_acquire);
+        why = name_ + ": process " + std::to_string(producer) + " is its producer and lives; end it, or use another name";
+        if (errno != EAGAIN && errno != EACCES) why = failed(name_, "lock", errno).text;
+        return Taken::no;
+    }
+    if (!has_its_name()) return Taken::again;
+    const std::string other = difference(this->layout(), layout);
+    if (other.empty()) {
+        begin();
+        return Taken::yes;
+    }
+    // kept while the name goes: no driver begins on what is about to be replaced
+    if (!lock(Role::driver)) {
+        const std::uint64_t driver = segment_->header.feedback.driver.load(std::memory_order_acquire);
+        why = name_ + ": a driver (process " + std::to_string(driver) + ") is at work on another layout: " + other +
+              "; end the driver, or use another name";
+        return Taken::no;
+    }
+    if (unlink(path_of(name_).c_str()) == 0 || errno == ENOENT) return Taken::again;
+    why = failed(name_, "unlink", errno).text;
+    return Taken::no;
+}
+
+inline Result<std::shared_ptr<Memory>> Memory::produce(const std::string& name, const Layout& layout, unsigned mode) {
+    std::string why = why_bad_name(name);
+    if (why.empty() && !(why = why_bad(layout)).empty()) why = name + ": " + why;
+    if (!why.empty()) return Error{why};
+    constexpr int tries = 100;  // each means that somebody else made or removed it meanwhile
+    for (int i = 0; i < tries; ++i) {
+        detail::Descriptor file(path_of(name).c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK);
+        if (!file) {
+            if (errno != ENOENT) return failed(name, "open", errno);
+            Result<std::shared_ptr<Memory>> made = create(name, layout, mode);
+            if (!made || *made) return made;
+            continue;
+        }
+        Result<std::shared_ptr<Memory>> found = adopt(name, std::move(file), Access::use);
+        if (!found) return found;
+        switch ((*found)->take_over(layout, why)) {
+            case Taken::yes: return found;
+            case Taken::no: return Error{why};
+            case Taken::again: break;
+        }
+    }
+    return Error{name + ": others make and remove it all the time"};
+}
+
+}  // namespace dit4dit
