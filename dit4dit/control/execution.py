@@ -69,10 +69,11 @@ class Latency:
         if self.ms is not None and not 0.0 <= self.ms < math.inf:
             raise ConfigError(f"latency: expected milliseconds >= 0, got {shown(self.ms)}")
 
-    def steps(self, seconds: float, rate_hz: float) -> int:
+    def steps(self, seconds: float, control_hz: float) -> int:
         """d for a chunk whose pass took so long."""
         late = seconds if self.ms is None else self.ms / 1e3
-        return math.ceil(late * rate_hz - 1e-6)  # a latency of exactly two periods is two steps, whatever its last bit
+        # a latency of exactly two periods is two steps, whatever its last bit
+        return math.ceil(late * control_hz - 1e-6)
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ class Executor:
         steps: control steps so far. held: how many of them were held. delays: d of each chunk.
     """
 
-    def __init__(self, execution: Execution, rate_hz: float, hold: Callable[[Row], Row]) -> None:
-        self._execution, self._rate, self._hold = execution, rate_hz, hold
+    def __init__(self, execution: Execution, control_hz: float, hold: Callable[[Row], Row]) -> None:
+        self._execution, self._rate, self._hold = execution, control_hz, hold
         self.steps = self.held = 0
         self.delays: list[int] = []
         self._chunks: list[_Chunk] = []

@@ -137,7 +137,7 @@ def seams(policy: Policy, execution: Execution) -> tuple[float, float]:
         env = TabletopEnv(TEST_SEEDS_FROM + episode)
         frame = env.reset()
         seen = policy.embodiment.observe(env.observation())
-        executor = Executor(execution, policy.embodiment.rate_hz, lambda last: last)
+        executor = Executor(execution, policy.embodiment.control_hz, lambda last: last)
         rows: list[np.ndarray] = []
         chunks: list[tuple[int, np.ndarray]] = []
         takes_over = []
