@@ -227,3 +227,44 @@ def test_the_python_controller_follows_too(name: str, tmp_path: Path) -> None:
     assert result["status"]["ok"] > 100
     assert result["status"]["dead"] > 0
     assert result["exit_code"] == DEAD
+
+
+@pytest.fixture(scope="module")
+def guard(cmake_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("guard") / "guard"
+    source = Path(__file__).parent / "cpp" / "guard_program.cpp"
+    include = (f"-I{cmake_dir.parent / 'include'}", f"-I{EXAMPLES / 'cpp_controller'}")
+    command = ["g++", "-std=c++17", "-Wall", "-Wextra", *include, str(source), "-o", str(program), "-pthread"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    return program
+
+
+@needs_a_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("commands", "says"),
+    [
+        (["1 0 0 0 0 0", "2 0.001 0.001 0.001 0.001 1"], ["sent still", "sent moving"]),
+        (["1 0 0 0 0 1", "2 0 0 0 0 0"], ["sent still", "sent still"]),  # fingers do not count as motion
+        (["1 0 0 0.3 0 0", "2 0 0 0.3 0 0"], ["sent moving", "sent moving"]),  # the same speed is motion
+        (["1 nan 0 0 0 0"], ["position still"]),
+        (["1 0 inf 0 0 0"], ["angle still"]),
+        (["1 1.0 0 0 0 0"], ["sent moving"]),  # a first command's rate is unknown
+        (["1 1.001 0 0 0 0"], ["position moving"]),
+        (["1 0 0 -0.501 0 0"], ["velocity moving"]),
+        (["1 0 0 0 0 0.5"], ["binary still"]),
+        (["1 0 0 0 0 0", "2 0.0021 0 0 0 0"], ["sent still", "position moving"]),
+        (["1 0 0 0 0 0", "2 0 0.0021 0 0 0"], ["sent still", "angle moving"]),
+        (["1 0 3.141 0 0 0", "2 0 -3.141 0 0 0"], ["sent moving", "sent moving"]),  # over pi, the short way
+        (["1 0 0 0 0 0", "2 0 0 0.0041 0 0"], ["sent still", "velocity moving"]),
+        (["1 0 0 0 0 0", "2 0 0 0 -0.0021 0"], ["sent still", "relative moving"]),
+        (["1 0 0 0 0 0", "3 0.0039 0 0 0 0"], ["sent still", "sent moving"]),  # by the time that has passed
+    ],
+)
+def test_the_examples_guard(commands: list[str], says: list[str], guard: Path) -> None:
+    done = subprocess.run([guard], input="\n".join(commands), capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[:-1] == says
+    if len(commands) == 1:
+        assert float(lines[-1]) == 0
