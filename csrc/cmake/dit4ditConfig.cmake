@@ -5,13 +5,13 @@
 #   find_package(dit4dit REQUIRED)
 #   target_link_libraries(controller PRIVATE dit4dit::action_stream)
 #
-# Not set here, because it is for all of your target's code: -ffp-contract=off makes its commands those of the Python package bit for
-# bit (g++ fuses multiplications and additions where the processor can: always on arm64, with -march=native on x86-64).
+# Not set here, because it is for all of your target's code: -ffp-contract=off makes its commands those of the Python package bit
+# for bit (g++ fuses multiplications and additions where the processor can: always on arm64, with -march=native on x86-64).
 # -ffast-math is refused by the headers.
 
 if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
   set(dit4dit_FOUND FALSE)
-  set(dit4dit_NOT_FOUND_MESSAGE "dit4dit::action_stream needs Linux (/dev/shm, open file description locks), not ${CMAKE_SYSTEM_NAME}")
+  set(dit4dit_NOT_FOUND_MESSAGE "dit4dit::action_stream needs Linux (/dev/shm, file locks), not ${CMAKE_SYSTEM_NAME}")
   return()
 endif()
 

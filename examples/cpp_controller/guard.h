@@ -58,7 +58,8 @@ class Guard {
                 break;
             case Kind::velocity:
                 moving_ |= value != 0.0;
-                if (value < limits.low || value > limits.high || std::fabs(value) > limits.velocity * (1.0 + kRounding)) return false;
+                if (value < limits.low || value > limits.high) return false;
+                if (std::fabs(value) > limits.velocity * (1.0 + kRounding)) return false;
                 most = limits.acceleration;
                 break;
             case Kind::relative:

@@ -14,8 +14,8 @@
 #include <cstring>
 #include <vector>
 
-// SCHED_FIFO for the calling thread. False, and a message, where the system does not allow it; the loop then runs, but may wake up
-// late whenever another process wants the core.
+// SCHED_FIFO for the calling thread. False, and a message, where the system does not allow it: the loop runs, and may wake up late
+// whenever another process wants the core.
 inline bool request_priority(int priority) {
     sched_param param{};
     param.sched_priority = priority;
@@ -48,6 +48,10 @@ inline void sleep_until(std::int64_t moment_ns) noexcept {
     }
 }
 
+struct Quantiles {
+    std::int64_t p50 = 0, p99 = 0, p999 = 0, max = 0;
+};
+
 // The last `capacity` values, in memory that is there from the start; quantiles are for afterwards.
 class Samples {
  public:
@@ -55,12 +59,13 @@ class Samples {
 
     void add(std::int64_t value) noexcept { values_[count_++ % values_.size()] = value; }
 
-    // {p50, p99, p99.9, max}; zeros where there is none
-    std::vector<std::int64_t> quantiles() const {
-        std::vector<std::int64_t> sorted(values_.begin(), values_.begin() + static_cast<std::ptrdiff_t>(std::min(count_, values_.size())));
-        if (sorted.empty()) return {0, 0, 0, 0};
+    Quantiles quantiles() const {
+        std::vector<std::int64_t> sorted = values_;
+        sorted.resize(std::min(count_, values_.size()));
+        if (sorted.empty()) return {};
         std::sort(sorted.begin(), sorted.end());
-        const auto at = [&](double share) { return sorted[static_cast<std::size_t>(share * static_cast<double>(sorted.size() - 1))]; };
+        const double last = static_cast<double>(sorted.size() - 1);
+        const auto at = [&](double share) { return sorted[static_cast<std::size_t>(share * last)]; };
         return {at(0.5), at(0.99), at(0.999), sorted.back()};
     }
 

@@ -1,6 +1,7 @@
-// examples/cpp_controller/guard.h on commands that a stream never gives. One channel of each kind, bounds: a position -1 to 1 and 2 a
-// second, an angle 2 a second, a velocity -0.5 to 0.5 and 4 a second, a relative one 2 a second, a binary one.
-// Lines of "ms position angle velocity relative binary" on stdin; for each: the refused channel's name or "sent", and "moving" or "still".
+// examples/cpp_controller/guard.h on commands that a stream never gives. One channel of each kind, bounds: a position -1 to 1 and 2
+// a second, an angle 2 a second, a velocity -0.5 to 0.5 and 4 a second, a relative one 2 a second, a binary one.
+// Lines of "ms position angle velocity relative binary" on stdin; for each the refused channel's name or "sent", and "moving" or
+// "still"; last the share of a limit that was used.
 #include <cstdint>
 #include <cstdio>
 
@@ -20,9 +21,8 @@ int main() {
     for (int i = 0; i < 5; ++i) {
         std::snprintf(layout.channel[i].name, sizeof layout.channel[i].name, "%s", names[i]);
         layout.channel[i].kind = static_cast<Kind>(i);
-        if (layout.channel[i].kind == Kind::position || layout.channel[i].kind == Kind::angle || layout.channel[i].kind == Kind::relative)
-            layout.channel[i].limits.velocity = 2.0;
     }
+    for (const int i : {0, 1, 3}) layout.channel[i].limits.velocity = 2.0;
     layout.channel[0].limits.low = -1.0;
     layout.channel[0].limits.high = 1.0;
     layout.channel[2].limits.low = -0.5;
