@@ -1,7 +1,7 @@
 // A 1 kHz motor controller without Python: it attaches to the stream of a policy as the driver and sends one command per tick.
 //
-// Two threads. The control thread wakes up once per command period (1 ms where the policy's side says command_hz=1000), reads, checks,
-// sends; it makes no system call but its sleep. The main thread waits for signals, says what happens and writes the summary.
+// Two threads. The control thread wakes up once per command period (1 ms where the policy's side says command_hz=1000), reads,
+// checks, sends; it makes no system call but its sleep. The main thread waits for signals, says what happens, writes the summary.
 #include <pthread.h>
 #include <signal.h>
 
@@ -235,7 +235,7 @@ int main(int count, char** words) {
 
     const Report& report = controller.report();
     if (report.code == kRefused) {
-        std::fprintf(stderr, "controller: channel %s: a command was outside its limits and was not sent\n", report.refused.c_str());
+        std::fprintf(stderr, "controller: %s: a command was outside the limits and was not sent\n", report.refused.c_str());
     }
     print(report);
     if (!arguments.json.empty() && !write_json(arguments.json, report, *reader)) return kMisuse;

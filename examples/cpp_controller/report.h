@@ -28,7 +28,8 @@ struct Report {
 };
 
 inline void print(const Report& report) {
-    std::printf("controller: %" PRIu64 " ticks, %" PRIu64 " missed, %" PRIu64 " chunks;", report.ticks, report.missed, report.chunks);
+    std::printf("controller: %" PRIu64 " ticks, %" PRIu64 " missed, ", report.ticks, report.missed);
+    std::printf("%" PRIu64 " chunks;", report.chunks);
     for (std::size_t i = 0; i < kStatuses; ++i) {
         const char* name = dit4dit::name_of(static_cast<dit4dit::Status>(i));
         if (report.of_status[i] != 0) std::printf(" %s %" PRIu64, name, report.of_status[i]);
@@ -48,15 +49,14 @@ inline bool write_json(const std::string& path, const Report& report, const dit4
     }
     const auto said = [](bool value) { return value ? "true" : "false"; };
     const auto quantiles = [&](const char* name, const Quantiles& q) {
-        std::fprintf(file, " \"%s\": {\"p50\": %" PRId64 ", \"p99\": %" PRId64 ", \"p99.9\": %" PRId64 ", \"max\": %" PRId64 "},\n", name,
-                     q.p50, q.p99, q.p999, q.max);
+        std::fprintf(file, " \"%s\": {\"p50\": %" PRId64 ", \"p99\": %" PRId64, name, q.p50, q.p99);
+        std::fprintf(file, ", \"p99.9\": %" PRId64 ", \"max\": %" PRId64 "},\n", q.p999, q.max);
     };
     std::fprintf(file, "{\"channels\": %zu, \"period_ns\": %" PRId64 ",\n", reader.dims(), reader.command_period_ns());
     std::fprintf(file, " \"exit_code\": %d, \"at_rest\": %s,\n", report.code, said(report.at_rest));
     std::fprintf(file, " \"fifo\": %s, \"memory_locked\": %s,\n", said(report.fifo), said(report.locked));
-    std::fprintf(file, " \"ticks\": %" PRIu64 ", \"missed\": %" PRIu64 ", \"chunks\": %" PRIu64 ",\n", report.ticks, report.missed,
-                 report.chunks);
-    std::fprintf(file, " \"limit_used\": %.9f,\n", report.limit_used);
+    std::fprintf(file, " \"ticks\": %" PRIu64 ", \"missed\": %" PRIu64 ",\n", report.ticks, report.missed);
+    std::fprintf(file, " \"chunks\": %" PRIu64 ", \"limit_used\": %.9f,\n", report.chunks, report.limit_used);
     quantiles("wake_up_late_ns", report.late_ns.quantiles());
     quantiles("age_ns", report.age_ns.quantiles());
     for (std::size_t i = 0; i < kStatuses; ++i) {

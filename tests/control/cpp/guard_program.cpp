@@ -1,5 +1,5 @@
-// examples/cpp_controller/guard.h on commands that a stream never gives. One channel of each kind, bounds: a position -1 to 1 and 2
-// a second, an angle 2 a second, a velocity -0.5 to 0.5 and 4 a second, a relative one 2 a second, a binary one.
+// examples/cpp_controller/guard.h on commands that a stream never gives. One channel of each kind, bounds: a position -1 to 1 and
+// 2 a second, an angle 2 a second, a velocity -0.5 to 0.5 and 4 a second, a relative one 2 a second, a binary one.
 // Lines of "ms position angle velocity relative binary" on stdin; for each the refused channel's name or "sent", and "moving" or
 // "still"; last the share of a limit that was used.
 #include <cstdint>
