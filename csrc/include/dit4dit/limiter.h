@@ -126,7 +126,7 @@ public:
 private:
     using Motion = limiter::Motion;
     using Ramp = limiter::Ramp;
-    static constexpr double kInside = 0.999, kFromRest = 0.8, kLeast = 50e-6;
+    static constexpr double kInside = 0.999, kFromRest = 0.8, kLeast = 50e-6, kRounded = 1 + 1e-9;
 
     static bool finite(double x) noexcept { return x - x == 0; }
     static bool usable(double dt) noexcept { return dt >= kLeast && finite(dt); }
@@ -184,24 +184,26 @@ private:
         if (end.x > most) most = end.x;
     }
 
-    // Whether a motion can come to rest inside the bounds, and by way of which velocity.
-    bool safe(const Motion& m, double& goal) const noexcept {
+    // Whether a motion can come to rest inside the bounds, and by way of which velocity: 0, or the direction in which it leaves them.
+    int leaves(const Motion& m, double& goal) const noexcept {
         const double level = m.v + m.a * std::fabs(m.a) * half_;
         goal = 0;
-        if (!(std::fabs(level) <= v_ && std::fabs(m.v) <= v_ && std::fabs(m.a) <= a_)) return false;
-        if (!bounded_) return true;
+        if (level > v_ * kRounded || m.v > v_ * kRounded || m.a > a_ * kRounded) return 1;
+        if (level < -v_ * kRounded || m.v < -v_ * kRounded || m.a < -a_ * kRounded) return -1;
+        if (!bounded_) return 0;
         double least, most;
         reach(m, 0, least, most);
         const double slack = 4e-16 * (std::fabs(least) + std::fabs(most));
-        if (least >= floor_ - slack && most <= ceiling_ + slack) return true;
+        if (least >= floor_ - slack && most <= ceiling_ + slack) return 0;
         // brake as hard as possible until the velocity is 0, and let go of the acceleration then
         const double s = most > ceiling_ + slack ? 1.0 : -1.0;
         double way = m.a * m.a * half_ + s * m.v;
         if (way > a_ * a_ * half_) way = a_ * a_ * half_;
-        if (!(way > 0 && way <= v_ && s * m.v > 0)) return false;
+        if (!(way > 0 && way <= v_ && s * m.v > 0)) return static_cast<int>(s);
         goal = -s * way;
         reach(m, goal, least, most);
-        return least >= floor_ - slack && most <= ceiling_ + slack;
+        if (most > ceiling_ + slack) return 1;
+        return least < floor_ - slack ? -1 : 0;
     }
 
     // The motion after dt on the way to rest.
@@ -223,20 +225,27 @@ private:
         if (!(std::fabs(v) <= most * v_ && std::fabs(a) <= most * a_ && std::fabs(j) <= most * j_)) return false;
         // the cubic through the last three positions whose third derivative is j
         const double begin = v + a * dt * 0.5, by_v = dt * (dt + d1_) * (1.0 / 6), by_a = (2 * dt + d1_) * (1.0 / 3);
-        for (int attempt = 0; attempt < 4; ++attempt) {
-            double q = attempt == 0 ? j : attempt == 1 ? 0 : -a / by_a;
-            if (attempt == 3) {
-                const double s = begin + a * std::fabs(a) * half_ > 0 ? 1.0 : -1.0;
-                q = (-s * a_ - a) / by_a;
-            }
-            q = q > j_ ? j_ : q < -j_ ? -j_ : q;
+        double low = -j_, high = j_, goal;
+        if (a + low * by_a < -a_) low = (-a_ - a) / by_a;
+        if (a + high * by_a > a_) high = (a_ - a) / by_a;
+        double q = j < low ? low : j > high ? high : j;
+        bool low_tried = false, high_tried = false;
+        for (int attempt = 0; attempt < 8; ++attempt) {
             const Motion m{target, begin + q * by_v, a + q * by_a};
-            double goal;
-            if (!safe(m, goal)) continue;
-            goal_ = goal;
-            moved(m, v, a, dt);
-            remember(target);
-            return true;
+            const int side = leaves(m, goal);
+            if (side == 0) {
+                goal_ = goal;
+                moved(m, v, a, dt);
+                remember(target);
+                return true;
+            }
+            if (q == (side > 0 ? low : high)) return false;
+            // too high: lower, to the end first
+            bool& tried = side > 0 ? low_tried : high_tried;
+            (side > 0 ? high : low) = q;
+            (side > 0 ? high_tried : low_tried) = true;
+            q = tried ? 0.5 * (low + high) : side > 0 ? low : high;
+            tried = true;
         }
         return false;
     }
@@ -292,7 +301,7 @@ private:
     }
 
     bool admissible(const Motion& m, double dt, double& goal) const noexcept {
-        return std::fabs(m.x - now_.x) <= v_ * dt && m.x >= floor_ && m.x <= ceiling_ && safe(m, goal);
+        return std::fabs(m.x - now_.x) <= v_ * dt && m.x >= floor_ && m.x <= ceiling_ && leaves(m, goal) == 0;
     }
 
     // As far from the way to rest toward `m` as can be.
