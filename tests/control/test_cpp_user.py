@@ -240,7 +240,6 @@ def guard(cmake_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_a_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("commands", "says"),
     [

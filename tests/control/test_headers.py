@@ -129,7 +129,6 @@ def compiled(compiler: str, *words: str | Path) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
 
 
-@pytest.mark.slow
 def test_two_files_of_one_program(compiler: str, include: Path, tmp_path: Path) -> None:
     (tmp_path / "one.cpp").write_text(ONE)
     (tmp_path / "other.cpp").write_text(OTHER)
@@ -155,7 +154,6 @@ def test_two_files_of_one_program(compiler: str, include: Path, tmp_path: Path) 
     assert not needed & LIBRT, "dit4ditConfig.cmake would have to link librt"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
