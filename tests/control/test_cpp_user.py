@@ -86,9 +86,10 @@ def configure(source: Path, build: Path, *options: str) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def controller(cmake_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """examples/cpp_controller, built as its README says."""
+    """examples/cpp_controller, built as its README says, by a user whose own code is C++14."""
     build = tmp_path_factory.mktemp("cpp") / "build"
-    done = configure(EXAMPLES / "cpp_controller", build, f"-Ddit4dit_DIR={cmake_dir}", "-DCMAKE_CXX_FLAGS=-Werror")
+    options = (f"-Ddit4dit_DIR={cmake_dir}", "-DCMAKE_CXX_FLAGS=-Werror", "-DCMAKE_CXX_STANDARD=14")
+    done = configure(EXAMPLES / "cpp_controller", build, *options)
     assert done.returncode == 0, done.stderr
     made = subprocess.run(["cmake", "--build", str(build)], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout + made.stderr
