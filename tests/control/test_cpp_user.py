@@ -258,6 +258,7 @@ def guard(cmake_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["1 0 3.141 0 0 0", "2 0 -3.141 0 0 0"], ["sent moving", "sent moving"]),  # over pi, the short way
         (["1 0 0 0 0 0", "2 0 0 0.0041 0 0"], ["sent still", "velocity moving"]),
         (["1 0 0 0 0 0", "2 0 0 0 -0.0021 0"], ["sent still", "relative moving"]),
+        (["1 0 0 0 0.0015 0", "2 0 0 0 -0.0015 0"], ["sent moving", "sent moving"]),  # displacements, not places
         (["1 0 0 0 0 0", "3 0.0039 0 0 0 0"], ["sent still", "sent moving"]),  # by the time that has passed
     ],
 )
