@@ -1,8 +1,22 @@
-// Bounds of position, velocity, acceleration and jerk of one channel, kept by what is sent, whatever the targets and the ticks.
+// Bounds of position, velocity, acceleration and jerk of one channel, kept by what is sent, for any targets at any ticks.
+//
+// What holds: with the first, second and third divided differences of the values sent (v = f[t0,t1], a = 2 f[t0,t1,t2],
+// j = 6 f[t0..t3]; before the first tick the channel has been at rest), every bound holds and low..high is never left. On uniform
+// ticks these are the usual backward differences. A target whose own differences stay below 0.8 of the bounds is sent as it is; any
+// other is approached in nearly the least time that the bounds allow, and sent as it is from where it is met.
+//
+// Why: n! times the n-th divided difference of samples of a path is an average of the path's n-th derivative. The values sent are
+// samples of a path within the bounds whose rest of the way is known at every tick: it comes to rest within the bounds. What is sent
+// next is accepted only where that holds again; otherwise the known way to rest is followed, which is possible at any tick.
+//
+// What cannot hold: a step from rest with differences below 0.8 of the bounds looks like a ramp until the next tick, and is sent. If
+// the target stays there, a step of more than a sixth of jerk * dt^3 may be passed, by at most about jerk * dt^3. The jerk of doubles
+// near x has a noise of 4 ulp(x) / dt^3: bounds below a thousand times that cannot be kept.
+//
+// Only + - * / sqrt and comparisons: without contraction (-ffp-contract=off) the same bits everywhere.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 #include <limits>
 
 #include "limits.h"
@@ -16,108 +30,127 @@ struct Motion {
     double x, v, a;
 };
 
+inline Motion operator-(const Motion& m, const Motion& n) noexcept { return {m.x - n.x, m.v - n.v, m.a - n.a}; }
+
 inline Motion advanced(const Motion& m, double jerk, double t) noexcept {
     return {m.x + t * (m.v + t * (m.a * 0.5 + t * (jerk * (1.0 / 6)))), m.v + t * (m.a + t * (jerk * 0.5)), m.a + t * jerk};
 }
 
-// The fastest change to a velocity and no acceleration: `jerk` for t1, none for t2, -`jerk` for t3.
-struct Ramp {
-    double jerk, t1, t2, t3;
+// The most acceleration and jerk in either direction; all > 0.
+struct Reach {
+    double down, up, jerk_down, jerk_up;
 };
 
-// `down` and `up`: the most acceleration in either direction, both > 0.
-inline Ramp ramp_to(double goal, double v, double a, double down, double up, double jerk) noexcept {
-    const double half = 0.5 / jerk;
-    const bool rises = v + a * std::fabs(a) * half < goal;
-    const double s = rises ? 1.0 : -1.0, most = rises ? up : down;
-    const double missing = s * (goal - v), begin = s * a;
-    const double square = jerk * missing + begin * begin * 0.5;
+// A way to another velocity: jerk j1 for t1, none for t2, j3 for t3.
+struct Ramp {
+    double j1, j3, t1, t2, t3;
+    double duration() const noexcept { return t1 + t2 + t3; }
+};
+
+// The fastest way to velocity `goal` and no acceleration.
+inline Ramp ramp_to(double goal, double v, double a, const Reach& reach) noexcept {
+    const double level = v + a * std::fabs(a) * 0.5 / (a > 0 ? reach.jerk_down : reach.jerk_up);  // where letting go leads to
+    const bool rises = level < goal;
+    const double s = rises ? 1.0 : -1.0, most = rises ? reach.up : reach.down;
+    const double on = rises ? reach.jerk_up : reach.jerk_down, off = rises ? reach.jerk_down : reach.jerk_up;
+    const double begin = s * a, gap = s * (goal - v);
+    if (begin > most) {  // more than there may be: back to it first
+        const double t2 = (gap - begin * begin * 0.5 / off) / most;
+        return {-s * off, -s * off, (begin - most) / off, t2 > 0 ? t2 : 0, most / off};
+    }
+    const double missing = gap + begin * begin * 0.5 / on, square = missing * (2 * on * off / (on + off));
     double peak = square > 0 ? std::sqrt(square) : 0, t2 = 0;
     if (peak > most) {
         peak = most;
-        t2 = (missing + begin * begin * half - peak * peak / jerk) / peak;
-        if (t2 < 0) t2 = 0;
+        t2 = missing / peak - peak * (0.5 / on + 0.5 / off);
     }
-    double t1 = (peak - begin) / jerk;
-    if (t1 < 0) t1 = 0;
-    return {s * jerk, t1, t2, peak / jerk};
+    const double t1 = (peak - begin) / on;
+    return {s * on, -s * off, t1 > 0 ? t1 : 0, t2 > 0 ? t2 : 0, peak / off};
 }
 
-// The motion after `t`; at most to the end of the ramp, whose velocity and acceleration are then `goal` and 0.
-inline Motion along(const Motion& from, const Ramp& r, double goal, double t) noexcept {
-    if (t <= r.t1) return advanced(from, r.jerk, t);
-    Motion m = advanced(from, r.jerk, r.t1);
+// The motion `t` after the ramp's begin, with jerk `between` in its second phase and behind its end.
+inline Motion along(const Motion& from, const Ramp& r, double between, double t) noexcept {
+    if (t <= r.t1) return advanced(from, r.j1, t);
+    Motion m = advanced(from, r.j1, r.t1);
     t -= r.t1;
-    if (t <= r.t2) return advanced(m, 0, t);
-    m = advanced(m, 0, r.t2);
+    if (t <= r.t2) return advanced(m, between, t);
+    m = advanced(m, between, r.t2);
     t -= r.t2;
-    if (t < r.t3) return advanced(m, -r.jerk, t);
-    return {advanced(m, -r.jerk, r.t3).x, goal, 0};
+    if (t <= r.t3) return advanced(m, r.j3, t);
+    return advanced(advanced(m, r.j3, r.t3), between, t - r.t3);
 }
 
-// The motion after `t`, without a jerk behind the ramp's end.
-inline Motion phases(const Motion& from, const Ramp& r, double t) noexcept {
-    if (t <= r.t1) return advanced(from, r.jerk, t);
-    Motion m = advanced(from, r.jerk, r.t1);
-    t -= r.t1;
-    if (t <= r.t2) return advanced(m, 0, t);
-    m = advanced(m, 0, r.t2);
-    t -= r.t2;
-    if (t <= r.t3) return advanced(m, -r.jerk, t);
-    return advanced(advanced(m, -r.jerk, r.t3), 0, t - r.t3);
+// The position at the ramp's end.
+inline double end_of(const Motion& from, const Ramp& r) noexcept {
+    return advanced(advanced(advanced(from, r.j1, r.t1), 0, r.t2), r.j3, r.t3).x;
 }
 
-inline double duration(const Ramp& r) noexcept { return r.t1 + r.t2 + r.t3; }
+// The motion `t` after the ramp's begin, where velocity `goal` is kept behind its end; without what rounding leaves.
+inline Motion settled(const Motion& from, const Ramp& r, double goal, double t) noexcept {
+    const double over = t - r.duration();
+    if (over < 0) return along(from, r, 0, t);
+    return {end_of(from, r) + over * goal, goal, 0};
+}
 
 }  // namespace limiter
 
 class ChannelLimiter {
 public:
+    // Shorter ticks are ignored, in seconds.
+    static constexpr double kLeastTick = 50e-6;
+
+    // A bound of velocity, acceleration or jerk that is not > 0, or low > high: the channel never moves.
     explicit ChannelLimiter(const Limits& limits) noexcept : low_(limits.low), high_(limits.high) {
         constexpr double infinity = std::numeric_limits<double>::infinity();
         double v = limits.velocity, a = limits.acceleration, j = limits.jerk;
-        dynamic_ = v < infinity || a < infinity || j < infinity;
         still_ = !(v > 0 && a > 0 && j > 0 && low_ <= high_);
+        dynamic_ = v < infinity || a < infinity || j < infinity;
+        bounded_ = low_ > -infinity || high_ < infinity;
         // an unlimited derivative gets a bound that the limited ones never let it reach
         if (!(a < infinity)) a = v < infinity ? v * 1e6 : j < infinity ? j * 1e6 : 1;
         if (!(j < infinity)) j = a * 1e6;
         if (!(v < infinity)) v = a * 1e6;
         v_ = v * kInside, a_ = a * kInside, j_ = j * kInside;
-        bounded_ = low_ > -infinity || high_ < infinity;
+        own_ = {a_, a_, j_, j_};
         half_ = 0.5 / j_;
     }
 
-    // At rest there; the next tick is the first.
+    // At rest there; the next tick is the first. May lie outside low..high: the channel then comes in, and never goes farther out.
+    // NaN and infinities are ignored.
     void reset(double position) noexcept {
         if (!finite(position)) return;
-        started_ = true, first_ = true, locked_ = true;
+        started_ = true, first_ = true, exact_ = true, aimless_ = true;
         now_ = {position, 0, 0};
         goal_ = 0, v1_ = 0, a1_ = 0;
         floor_ = position < low_ ? position : low_;
         ceiling_ = position > high_ ? position : high_;
     }
 
+    // `dt`: seconds since the last tick that was not ignored. Returns what is sent. NaN or an infinity as target: as `brake`; as dt, or
+    // less than kLeastTick: ignored. Before any `reset` the first target is taken for the position at rest.
     double tick(double target, double dt) noexcept {
-        if (!usable(dt)) return now_.x;
+        if (!(dt >= kLeastTick && finite(dt))) return now_.x;
         if (!finite(target)) return brake(dt);
         target = target < low_ ? low_ : target > high_ ? high_ : target;
         if (!started_) reset(target);
         if (still_) return now_.x;
         if (!dynamic_) return now_.x = target;
-        begin(target, dt);
-        if (locked_ && send_exactly(target, dt)) return now_.x;
-        approach(target, dt);
+        begin(dt);
+        if (aimless_) target1_ = target2_ = target3_ = target;
+        aimless_ = false;
+        if (!(exact_ && send_exactly(target, dt))) approach(target, dt);
+        target3_ = target2_, target2_ = target1_, target1_ = target;
         return now_.x;
     }
 
+    // Comes to rest within the bounds as fast as they allow, wherever that is, and stays. `dt` as for `tick`.
     double brake(double dt) noexcept {
-        if (!usable(dt) || !started_ || still_ || !dynamic_) return now_.x;
-        begin(now_.x, dt);
-        known_ = 0, locked_ = false;
-        double goal = goal_;
+        if (!(dt >= kLeastTick && finite(dt)) || !started_ || still_ || !dynamic_) return now_.x;
+        begin(dt);
+        exact_ = false, aimless_ = true;
+        double goal;
         const Motion m = backup(dt, goal);
-        goal_ = goal;
-        send(m, dt);
+        send(m, goal, dt);
         return now_.x;
     }
 
@@ -126,234 +159,228 @@ public:
 private:
     using Motion = limiter::Motion;
     using Ramp = limiter::Ramp;
-    static constexpr double kInside = 0.999, kFromRest = 0.8, kLeast = 50e-6, kRounded = 1 + 1e-9;
+    // room for rounding; a step from rest to be sent as it is; a bound that is reached, after rounding
+    static constexpr double kInside = 0.999, kFromRest = 0.8 / kInside, kReached = 1 + 1e-9;
+
+    // A target's motion and its jerk, which is kept.
+    struct Aim {
+        Motion at;
+        double jerk;
+        Aim after(double t) const noexcept { return {advanced(at, jerk, t), jerk}; }
+    };
 
     static bool finite(double x) noexcept { return x - x == 0; }
-    static bool usable(double dt) noexcept { return dt >= kLeast && finite(dt); }
 
-    void begin(double target, double dt) noexcept {
-        if (first_) {
-            d1_ = dt, d2_ = dt, known_ = 0;
-            first_ = false;
-        }
-        if (known_ == 0) target1_ = target2_ = target3_ = target;
-        known_ = 1;
+    void begin(double dt) noexcept {
+        if (first_) d1_ = d2_ = dt;
+        first_ = false;
     }
 
-    // `m` is sent.
-    void send(const Motion& m, double dt) noexcept {
+    void send(const Motion& m, double goal, double dt) noexcept {
         const double x = m.x < floor_ ? floor_ : m.x > ceiling_ ? ceiling_ : m.x;
         const double v = (x - now_.x) / dt;
-        const double a = (v - v1_) * 2 / (dt + d1_);
-        moved(Motion{x, m.v, m.a}, v, a, dt);
+        moved({x, m.v, m.a}, goal, v, (v - v1_) * 2 / (dt + d1_), dt);
     }
-    void moved(const Motion& m, double v, double a, double dt) noexcept {
-        now_ = m, v1_ = v, a1_ = a;
+
+    // v and a: the differences of what is sent.
+    void moved(const Motion& m, double goal, double v, double a, double dt) noexcept {
+        now_ = m, goal_ = goal, v1_ = v, a1_ = a;
         d2_ = d1_, d1_ = dt;
-        if (floor_ < low_ || ceiling_ > high_) tighten();
+        if (floor_ >= low_ && ceiling_ <= high_) return;
+        double least, most;  // a start outside low..high: it is not gone back to
+        span(now_, goal_, least, most);
+        if (least > floor_) floor_ = least < low_ ? least : low_;
+        if (most < ceiling_) ceiling_ = most > high_ ? most : high_;
     }
 
-    // Out of low..high: what has been come back from is never gone out to again.
-    void tighten() noexcept {
-        double least, most;
-        reach(now_, goal_, least, most);
-        if (floor_ < low_) floor_ = least > floor_ ? (least < low_ ? least : low_) : floor_;
-        if (ceiling_ > high_) ceiling_ = most < ceiling_ ? (most > high_ ? most : high_) : ceiling_;
-    }
+    // --- the way to rest: to velocity `goal` first and then to 0, both as fast as possible
 
-    // The least and the most position on the way to rest, by way of velocity `goal`.
-    void reach(const Motion& m, double goal, double& least, double& most) const noexcept {
-        const Ramp r = limiter::ramp_to(goal, m.v, m.a, a_, a_, j_);
-        least = most = m.x;
-        double turn = m.x;
-        if (goal != 0) {  // the goal of backup's first ramp is such that the velocity is 0 as its last phase begins
-            turn = advanced(advanced(m, r.jerk, r.t1), 0, r.t2).x;
-        } else if (m.v * r.jerk < 0 ? false : m.v != 0) {
-            // turns in the first phase: the jerk already has the direction of the way back
-            const double square = m.a * m.a - 2 * r.jerk * m.v, root = square > 0 ? std::sqrt(square) : 0;
-            turn = advanced(m, r.jerk, (std::fabs(m.a) - root) / j_).x;
+    // The least and the most position on the way.
+    void span(const Motion& m, double goal, double& least, double& most) const noexcept {
+        const Ramp r = limiter::ramp_to(goal, m.v, m.a, own_);
+        double turn = m.x, end;
+        if (goal != 0) {  // such a goal that the velocity is 0 when the last phase begins
+            turn = advanced(advanced(m, r.j1, r.t1), 0, r.t2).x;
+            end = limiter::end_of(m, r);
+            end = limiter::end_of({end, goal, 0}, limiter::ramp_to(0, goal, 0, own_));
+        } else {
+            end = limiter::end_of(m, r);
+            if (m.v * r.j1 > 0) {  // the first phase accelerates although the velocity is to end: it turns before
+                const double square = m.a * m.a - 2 * r.j1 * m.v, root = square > 0 ? std::sqrt(square) : 0;
+                turn = advanced(m, r.j1, (std::fabs(m.a) - root) / j_).x;
+            }
         }
-        Motion end = limiter::along(m, r, goal, limiter::duration(r) + 1);
-        if (goal != 0) {
-            const Ramp back = limiter::ramp_to(0, end.v, end.a, a_, a_, j_);
-            end = limiter::along(end, back, 0, limiter::duration(back) + 1);
-        }
-        if (turn < least) least = turn;
-        if (turn > most) most = turn;
-        if (end.x < least) least = end.x;
-        if (end.x > most) most = end.x;
+        least = turn < m.x ? turn : m.x, most = turn > m.x ? turn : m.x;
+        least = end < least ? end : least, most = end > most ? end : most;
     }
 
-    // Whether a motion can come to rest inside the bounds, and by way of which velocity: 0, or the direction in which it leaves them.
+    // 0 where there is a way to rest within the bounds, by way of velocity `goal`; otherwise the direction in which they are left.
     int leaves(const Motion& m, double& goal) const noexcept {
-        const double level = m.v + m.a * std::fabs(m.a) * half_;
+        const double level = m.v + m.a * std::fabs(m.a) * half_, v = v_ * kReached, a = a_ * kReached;
         goal = 0;
-        if (level > v_ * kRounded || m.v > v_ * kRounded || m.a > a_ * kRounded) return 1;
-        if (level < -v_ * kRounded || m.v < -v_ * kRounded || m.a < -a_ * kRounded) return -1;
+        if (level > v || m.v > v || m.a > a) return 1;
+        if (level < -v || m.v < -v || m.a < -a) return -1;
         if (!bounded_) return 0;
         double least, most;
-        reach(m, 0, least, most);
-        const double slack = 4e-16 * (std::fabs(least) + std::fabs(most));
-        if (least >= floor_ - slack && most <= ceiling_ + slack) return 0;
-        // brake as hard as possible until the velocity is 0, and let go of the acceleration then
-        const double s = most > ceiling_ + slack ? 1.0 : -1.0;
-        double way = m.a * m.a * half_ + s * m.v;
-        if (way > a_ * a_ * half_) way = a_ * a_ * half_;
-        if (!(way > 0 && way <= v_ && s * m.v > 0)) return static_cast<int>(s);
-        goal = -s * way;
-        reach(m, goal, least, most);
-        if (most > ceiling_ + slack) return 1;
-        return least < floor_ - slack ? -1 : 0;
+        span(m, 0, least, most);
+        const double slack = 4e-16 * (std::fabs(least) + std::fabs(most)) + 1e-17 * j_;
+        const double floor = floor_ - slack, ceiling = ceiling_ + slack;
+        if (least >= floor && most <= ceiling) return 0;
+        // brake as hard as possible until the velocity is 0, and let go of the acceleration only then
+        const double s = most > ceiling ? 1.0 : -1.0, full = a_ * a_ * half_;
+        double back = m.a * m.a * half_ + s * m.v;
+        back = back > full ? full : back;
+        if (!(s * m.v > 0 && back > 0 && back <= v_)) return most > ceiling ? 1 : -1;
+        goal = -s * back;
+        span(m, goal, least, most);
+        return most > ceiling ? 1 : least < floor ? -1 : 0;
     }
 
-    // The motion after dt on the way to rest.
+    // The motion after dt on the way to rest, and the goal from there.
     Motion backup(double dt, double& goal) const noexcept {
-        const Ramp r = limiter::ramp_to(goal, now_.v, now_.a, a_, a_, j_);
-        const double t = limiter::duration(r);
-        const Motion m = limiter::along(now_, r, goal, dt);
-        if (goal == 0 || dt < t) return m;
-        goal = 0;
-        const Ramp back = limiter::ramp_to(0, m.v, m.a, a_, a_, j_);
-        return limiter::along(m, back, 0, dt - t);
+        const Ramp r = limiter::ramp_to(goal_, now_.v, now_.a, own_);
+        const double left = dt - r.duration();
+        goal = left < 0 ? goal_ : 0;
+        const Motion m = limiter::settled(now_, r, goal_, left < 0 ? dt : r.duration());
+        if (left < 0 || goal_ == 0) return m;
+        return limiter::settled(m, limiter::ramp_to(0, m.v, m.a, own_), 0, left);
     }
 
+    // --- a target that is followed
+
+    // Sends the target where that keeps the bounds and leaves a way to rest.
     bool send_exactly(double target, double dt) noexcept {
         const double v = (target - now_.x) / dt;
         const double a = (v - v1_) * 2 / (dt + d1_);
         const double j = (a - a1_) * 3 / (dt + d1_ + d2_);
-        const double most = v1_ == 0 && a1_ == 0 ? kFromRest / kInside : 1.0;
-        if (!(std::fabs(v) <= most * v_ && std::fabs(a) <= most * a_ && std::fabs(j) <= most * j_)) return false;
-        // the cubic through the last three positions whose third derivative is j
-        const double begin = v + a * dt * 0.5, by_v = dt * (dt + d1_) * (1.0 / 6), by_a = (2 * dt + d1_) * (1.0 / 3);
-        double low = -j_, high = j_, goal;
-        if (a + low * by_a < -a_) low = (-a_ - a) / by_a;
-        if (a + high * by_a > a_) high = (a_ - a) / by_a;
+        const double part = v1_ == 0 && a1_ == 0 ? kFromRest : 1.0;
+        if (!(std::fabs(v) <= part * v_ && std::fabs(a) <= part * a_ && std::fabs(j) <= part * j_)) return false;
+        // a path through the last three values: a cubic with any jerk q within the bounds; it begins with the one of the difference
+        const double v0 = v + a * dt * 0.5, by_v = dt * (dt + d1_) * (1.0 / 6), by_a = (2 * dt + d1_) * (1.0 / 3);
+        double low = (-a_ - a) / by_a, high = (a_ - a) / by_a;
+        low = low < -j_ ? -j_ : low, high = high > j_ ? j_ : high;
         double q = j < low ? low : j > high ? high : j;
         bool low_tried = false, high_tried = false;
-        for (int attempt = 0; attempt < 8; ++attempt) {
-            const Motion m{target, begin + q * by_v, a + q * by_a};
+        for (int i = 0; i < 8; ++i) {
+            const Motion m{target, v0 + q * by_v, a + q * by_a};
+            double goal;
             const int side = leaves(m, goal);
             if (side == 0) {
-                goal_ = goal;
-                moved(m, v, a, dt);
-                remember(target);
+                moved(m, goal, v, a, dt);
                 return true;
             }
             if (q == (side > 0 ? low : high)) return false;
-            // too high: lower, to the end first
-            bool& tried = side > 0 ? low_tried : high_tried;
+            // the end on the other side, and halves after that
+            const bool tried = side > 0 ? low_tried : high_tried;
             (side > 0 ? high : low) = q;
-            (side > 0 ? high_tried : low_tried) = true;
             q = tried ? 0.5 * (low + high) : side > 0 ? low : high;
-            tried = true;
+            low_tried = true, high_tried = true;
         }
         return false;
     }
 
-    void remember(double target) noexcept { target3_ = target2_, target2_ = target1_, target1_ = target; }
+    // --- a target that is approached
 
-    // Velocity and acceleration of the target at its last value; of a target that jumps: rest.
-    Motion aimed(double target, double dt) const noexcept {
+    // The target's motion, by its last four values; of one that jumps: as if it stayed.
+    Aim aimed(double target, double dt) const noexcept {
         const double v = (target - target1_) / dt, v1 = (target1_ - target2_) / d1_, v2 = (target2_ - target3_) / d2_;
         const double a = (v - v1) * 2 / (dt + d1_), a1 = (v1 - v2) * 2 / (d1_ + d2_);
         const double j = (a - a1) * 3 / (dt + d1_ + d2_);
-        if (!(std::fabs(v) <= v_ && std::fabs(a) <= a_)) return {target, 0, 0};
-        if (!(std::fabs(j) <= j_)) return {target, v, 0};
-        double at = a + j * ((2 * dt + d1_) * (1.0 / 3));
-        const double vt = v + a * dt * 0.5 + j * (dt * (dt + d1_) * (1.0 / 6));
-        at = at > 0.9 * a_ ? 0.9 * a_ : at < -0.9 * a_ ? -0.9 * a_ : at;
-        return {target, vt, at};
+        if (!(std::fabs(v) <= v_ && std::fabs(a) <= a_)) return {{target, 0, 0}, 0};
+        if (!(std::fabs(j) <= j_)) return {{target, v, 0}, 0};
+        const double most = 0.9 * a_, most_jerk = 0.9 * j_;  // some of the bounds is left for coming nearer
+        const double now = a + j * ((2 * dt + d1_) * (1.0 / 3));
+        const double end = now > most ? most : now < -most ? -most : now;
+        double begin = end - j * dt;
+        begin = begin > most ? most : begin < -most ? -most : begin;
+        double jerk = (end - begin) / dt;
+        jerk = jerk > most_jerk ? most_jerk : jerk < -most_jerk ? -most_jerk : jerk;
+        return {{target, v + a * dt * 0.5 + j * (dt * (dt + d1_) * (1.0 / 6)), end}, jerk};
     }
 
-    static Motion minus(const Motion& m, const Motion& n) noexcept { return {m.x - n.x, m.v - n.v, m.a - n.a}; }
-
-    // Where, relative to the target, a motion comes to rest relative to it.
-    double miss(const Motion& m, const Motion& from, double t) const noexcept {
-        const Motion r = minus(m, advanced(from, 0, t));
-        const Ramp stop = limiter::ramp_to(0, r.v, r.a, a_ + from.a, a_ - from.a, j_);
-        return limiter::along(r, stop, 0, limiter::duration(stop) + 1).x;
+    // What is left for coming to rest relative to a target, whose acceleration is between `low` and `high` in this tick.
+    limiter::Reach reach(const Aim& from, const Aim& to) const noexcept {
+        const double low = from.at.a < to.at.a ? from.at.a : to.at.a, high = from.at.a < to.at.a ? to.at.a : from.at.a;
+        return {a_ + low, a_ - high, j_ + from.jerk, j_ - from.jerk};
     }
 
+    // Where, relative to the target, the way to rest relative to it ends.
+    static double miss(const Motion& m, const Aim& aim, const limiter::Reach& reach) noexcept {
+        const Motion r = m - aim.at;
+        return limiter::end_of(r, limiter::ramp_to(0, r.v, r.a, reach));
+    }
+
+    // Drives toward the target as hard as the bounds allow, for as long as the way to rest relative to the target ends before it;
+    // that way follows. Both end with the tick: the next one plans again.
     void approach(double target, double dt) noexcept {
-        const Motion aim = aimed(target, dt);
-        const Motion from = advanced(aim, 0, -dt);
-        const double tolerance = 4e-16 * (std::fabs(now_.x) + std::fabs(target)) + 1e-12 * j_ * dt * dt * dt;
-        const double error = miss(now_, from, 0);
-        const double s = error < 0 ? 1.0 : -1.0;
-        const Ramp drive = limiter::ramp_to(s * v_, now_.v, now_.a, a_, a_, j_);
-        double t = 0;
-        if (std::fabs(error) > tolerance) t = switching(drive, s, from, error, dt, tolerance);
-        Motion m = driven(drive, s, t);
-        const double left = dt - t;
-        const Motion r = minus(m, advanced(from, 0, t));
-        const Ramp stop = limiter::ramp_to(0, r.v, r.a, a_ + aim.a, a_ - aim.a, j_);
-        bool landed = left >= limiter::duration(stop) && std::fabs(limiter::along(r, stop, 0, left).x) <= tolerance;
-        m = landed ? aim : limiter::phases(m, stop, left);  // not relative: a far target would cost digits
+        const Aim to = aimed(target, dt), from = to.after(-dt);
+        const limiter::Reach left = reach(from, to);
+        const double tolerance = 4e-16 * (std::fabs(now_.x) + std::fabs(target)) + 1e-12 * j_ * (dt * dt * dt);
+        const double error = miss(now_, from, left), full = error < 0 ? v_ : -v_;
+        const Ramp drive = limiter::ramp_to(full, now_.v, now_.a, own_);
+        const double t = std::fabs(error) <= tolerance ? 0 : switching(drive, full, from, left, error, dt, tolerance);
+        Motion m = limiter::settled(now_, drive, full, t);
+        const Motion r = m - from.after(t).at;
+        Ramp stop = limiter::ramp_to(0, r.v, r.a, left);
+        exact_ = dt - t >= stop.duration() && std::fabs(limiter::end_of(r, stop)) <= tolerance;  // met within the tick
+        stop.j1 += from.jerk, stop.j3 += from.jerk;
+        m = exact_ ? to.at : limiter::along(m, stop, from.jerk, dt - t);  // absolute: a far target would cost digits
         double goal;
         if (!admissible(m, dt, goal)) {
-            landed = false;
+            exact_ = false;
             m = nearest(m, dt, goal);
         }
-        locked_ = landed;
-        goal_ = goal;
-        send(m, dt);
-        remember(target);
+        send(m, goal, dt);
     }
 
-    bool admissible(const Motion& m, double dt, double& goal) const noexcept {
-        return std::fabs(m.x - now_.x) <= v_ * dt && m.x >= floor_ && m.x <= ceiling_ && leaves(m, goal) == 0;
-    }
-
-    // As far from the way to rest toward `m` as can be.
-    Motion nearest(const Motion& m, double dt, double& goal) const noexcept {
-        double best = goal_;
-        const Motion rest = backup(dt, best);
-        Motion found = rest;
-        double part = 0, step = 0.5;
-        for (int i = 0; i < 12; ++i, step *= 0.5) {
-            const double f = part + step;
-            const Motion mixed{rest.x + f * (m.x - rest.x), rest.v + f * (m.v - rest.v), rest.a + f * (m.a - rest.a)};
-            double way;
-            if (!admissible(mixed, dt, way)) continue;
-            part = f, found = mixed, best = way;
-        }
-        goal = best;
-        return found;
-    }
-
-    // Driving toward velocity s * v_, which is kept when it is reached.
-    Motion driven(const Ramp& drive, double s, double t) const noexcept {
-        Motion m = limiter::along(now_, drive, s * v_, t);
-        const double over = t - limiter::duration(drive);
-        if (over > 0) m.x += over * m.v;
-        return m;
-    }
-
-    // How long to drive before the way to rest relative to the target ends at the target; at most dt.
-    double switching(const Ramp& drive, double s, const Motion& from, double error, double dt, double tolerance) const noexcept {
-        double a = 0, fa = error, b = dt, fb = miss(driven(drive, s, dt), from, dt);
-        if (!(s * fb > 0)) return dt;
-        double t = 0;
-        for (int i = 0; i < 40; ++i) {
-            t = i % 3 == 2 ? 0.5 * (a + b) : (a * fb - b * fa) / (fb - fa);
-            const double f = miss(driven(drive, s, t), from, t);
+    // How long to drive, at most dt.
+    double switching(const Ramp& drive, double full, const Aim& from, const limiter::Reach& left, double error, double dt,
+                     double tolerance) const noexcept {
+        double a = 0, at_a = error, b = dt, at_b = miss(limiter::settled(now_, drive, full, dt), from.after(dt), left), t = dt;
+        if (!(at_b * full > 0)) return dt;  // it ends before the target still
+        for (int i = 0; i < 40; ++i) {  // false position; every third time in the middle
+            t = i % 3 == 2 ? 0.5 * (a + b) : (a * at_b - b * at_a) / (at_b - at_a);
+            const double f = miss(limiter::settled(now_, drive, full, t), from.after(t), left);
             if (std::fabs(f) <= tolerance) break;
-            if (s * f > 0) {
-                b = t, fb = f;
+            if (f * full > 0) {
+                b = t, at_b = f;
             } else {
-                a = t, fa = f;
+                a = t, at_a = f;
             }
         }
         return t;
     }
 
-    double low_, high_, v_, a_, j_, half_;
+    bool admissible(const Motion& m, double dt, double& goal) const noexcept {
+        return std::fabs(m.x - now_.x) <= v_ * kReached * dt && leaves(m, goal) == 0;
+    }
+
+    // The admissible motion that is nearest to m on the line from the way to rest, which always is.
+    Motion nearest(const Motion& m, double dt, double& goal) const noexcept {
+        const Motion rest = backup(dt, goal), d = m - rest;
+        Motion best = rest;
+        double part = 0;
+        for (double step = 0.5; step > 1e-4; step *= 0.5) {
+            const double f = part + step;
+            const Motion mixed{rest.x + f * d.x, rest.v + f * d.v, rest.a + f * d.a};
+            double way;
+            if (!admissible(mixed, dt, way)) continue;
+            part = f, best = mixed, goal = way;
+        }
+        return best;
+    }
+
+    double low_, high_, v_, a_, j_, half_;  // the bounds, a little inside what was asked for
+    limiter::Reach own_;
     bool dynamic_, still_, bounded_;
-    bool started_ = false, first_ = true, locked_ = true;
-    int known_ = 0;
-    Motion now_{0, 0, 0};
-    double goal_ = 0, v1_ = 0, a1_ = 0, d1_ = 0, d2_ = 0;
-    double floor_ = 0, ceiling_ = 0, target1_ = 0, target2_ = 0, target3_ = 0;
+    bool started_ = false, first_ = true;
+    bool exact_ = true;     // what was sent last is the target
+    bool aimless_ = true;   // no target before the next one
+    Motion now_{0, 0, 0};   // of the path that the values sent are samples of
+    double goal_ = 0;       // of its way to rest
+    double v1_ = 0, a1_ = 0, d1_ = 0, d2_ = 0;  // the last differences of what was sent, the last ticks
+    double floor_ = 0, ceiling_ = 0;            // low..high, wider as long as a start outside it is being left
+    double target1_ = 0, target2_ = 0, target3_ = 0;
 };
 
 }  // namespace dit4dit
