@@ -39,23 +39,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dit4dit.control.seams import Ensemble
 from dit4dit.errors import ConfigError, InputError, shown
 from dit4dit.types import MAX_GUIDANCE, Guidance, Schedule, check_strength
 
 Row = NDArray[np.float32]
 Waiting = Literal["hold", "continue"]
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """alpha: weight of agreement with the newest chunk. history: chunks that are averaged at most."""
-
-    alpha: float = 0.1
-    history: int = 3
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.alpha) or self.history < 1:
-            raise ConfigError(f"ensemble: expected a finite alpha and a history of at least 1, got {self}")
 
 
 @dataclass(frozen=True)

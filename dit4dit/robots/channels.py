@@ -120,6 +120,10 @@ def check_key(where: str, key: Key) -> None:
     if key.kind in ("angle", "relative") and any((b.low, b.high) != (None, None) for b in bounds):
         why = "an angle wraps" if key.kind == "angle" else "a displacement has no place"
         raise ConfigError(f"{where}: limits of {key.name!r}: {why}: leave low and high out")
+    if key.kind == "velocity" and any((b.low or 0) > 0 or (b.high or 0) < 0 for b in bounds):
+        raise ConfigError(
+            f"{where}: limits of {key.name!r}: low and high of a velocity must include 0, at which it stops"
+        )
     if key.clip is not None and key.kind in ("angle", "binary"):
         raise ConfigError(f"{where}: action {key.name!r}: expected no clip of a key of kind {key.kind}")
     if any(b.limited for b in bounds) and (key.kind == "binary" or key.rotation is not None):

@@ -166,15 +166,17 @@ class Embodiment:
         return {key.name: slice(end - key.dim, end) for key, end in zip(self.action, ends, strict=True)}
 
     @cached_property
-    def _kept(self) -> NDArray[np.bool_]:
-        """Action dimensions whose last value moves nothing [A]; ConfigError where a key has no kind."""
+    def kinds(self) -> tuple[Kind, ...]:
+        """What each action dimension asks for [A]; ConfigError where a key has no kind."""
+        kinds: list[Kind] = []
         for key in self.action:
             if key.kind is None:
                 raise ConfigError(
                     f"embodiment {self.name!r}: action {key.name!r}: nothing says whether it is an absolute target or a "
                     f"displacement, so how the robot stands still is unknown; {self.kind_hint.replace('KEY', key.name)}"
                 )
-        return np.array([key.kind in KEPT for key in self.action for _ in range(key.dim)], dtype=bool)
+            kinds += [key.kind] * key.dim
+        return tuple(kinds)
 
     def hold(self, last: Array) -> Array:
         """The row that keeps the robot where it is, for steps without a chunk: an absolute target stays what was commanded last,
@@ -190,7 +192,7 @@ class Embodiment:
             raise InputError(
                 f"embodiment {self.name!r}: hold: expected a row of {self.action_dim} actions, got shape {list(np.shape(last))}"
             )
-        return np.where(self._kept, last, 0).astype(np.float32)
+        return np.where([kind in KEPT for kind in self.kinds], last, 0).astype(np.float32)
 
     def still(self, state: Mapping[str, Any], rest: Array | None = None) -> Array:
         """The row that keeps a robot that has not been commanded yet where its named `state` says that it is: `hold` of a row

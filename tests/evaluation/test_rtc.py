@@ -12,7 +12,8 @@ from eval_standin import StandIn, make_plan, play, untimed
 
 from dit4dit import Guidance, Noise, Policy
 from dit4dit.commands.eval_run import RunOptions
-from dit4dit.control.execution import Ensemble, Execution, Executor, Latency, RealTime
+from dit4dit.control.execution import Execution, Executor, Latency, RealTime
+from dit4dit.control.seams import Ensemble
 from dit4dit.envs import tabletop_policy_dir
 from dit4dit.envs.tabletop import TEST_SEEDS_FROM, TabletopEnv
 from dit4dit.errors import ConfigError, InputError
