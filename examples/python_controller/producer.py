@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import signal
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dit4dit.control import ActionStream, Blend, Limits
+from dit4dit.control import ActionStream, Limits, Switch
 from dit4dit.envs import tabletop_policy_dir
 from dit4dit.envs.tabletop import HZ, ScriptedExpert, TabletopEnv, advance
 from dit4dit.robots import TABLETOP
@@ -82,11 +83,16 @@ class Play:
         self.world, self.policy, self.stream = world, policy, stream
         self.done = 0
 
-    def publish(self) -> None:
-        """One chunk for what the camera sees at this moment."""
+    def publish(self) -> int:
+        """One chunk for what the camera sees at this moment; returns the time that its row 0 is for."""
         seen = time.monotonic_ns()
         observation = TABLETOP.observe(self.world.observation())
-        self.stream.publish(self.policy.infer(observation, self.world.instruction, observed_at_ns=seen))
+        chunk = self.policy.infer(observation, self.world.instruction, observed_at_ns=seen)
+        # A real world goes on while the policy computes, and row 0 is for when the camera looked: publish(chunk). This one steps
+        # below, so it is still as it was seen.
+        starts_at = time.monotonic_ns()
+        self.stream.publish(chunk, starts_at_ns=starts_at)
+        return starts_at
 
     def step(self) -> None:
         """The world goes on by 0.1 s under what the driver sent last; without a driver at work it stands still."""
@@ -101,17 +107,19 @@ class Play:
             self.world.reset(self.world.seed + 1)
 
     def run(self, seconds: float) -> None:
-        """Until so many seconds are over (0: for ever)."""
-        began = due = time.monotonic_ns()
-        step = 0
-        while seconds == 0 or due - began < seconds * 1e9:
-            if step % STEPS == 0:
-                self.publish()
-            self.stream.heartbeat()  # this loop lives, not only its process
-            step += 1
-            due = max(due + STEP_NS, time.monotonic_ns())  # steps that are over are not made up for
-            time.sleep(max(0, due - time.monotonic_ns()) * 1e-9)
-            self.step()
+        """Until so many seconds are over; 0: for ever."""
+        end = time.monotonic() + (seconds or math.inf)
+        while time.monotonic() < end:
+            starts_at = self.publish()
+            for row in range(STEPS):
+                sleep_until(starts_at + (row + 0.5) * STEP_NS)  # in the middle of the time that the row is for
+                self.step()
+                self.stream.heartbeat()  # this loop lives, not only its process
+            sleep_until(starts_at + STEPS * STEP_NS)
+
+
+def sleep_until(moment_ns: float) -> None:
+    time.sleep(max(0.0, moment_ns - time.monotonic_ns()) * 1e-9)
 
 
 def end(number: int, frame: FrameType | None) -> None:
@@ -133,11 +141,12 @@ def main() -> None:
     world = TabletopEnv(args.seed)
     policy = Script(world) if args.policy is None else load(args.policy)
     limits = Limits.of(TABLETOP).override(LIMITS)
+    # hold, Switch: rows are targets of the world's servo, which jump; the limits make motion of them
     with ActionStream(
         TABLETOP,
         command_hz=args.command_hz,
-        interpolation="linear",
-        seam=Blend(rows=1),
+        interpolation="hold",
+        seam=Switch(),
         limits=limits,
         shared=args.name,
     ) as stream:
