@@ -11,7 +11,8 @@
 
 class Guard {
  public:
-    Guard(const dit4dit::Reader& reader, const double* pose) : last_(pose, pose + reader.dims()) {
+    Guard(const dit4dit::Reader& reader, const double* pose)
+        : last_(pose, pose + reader.dims()), period_ns_(reader.command_period_ns()) {
         for (std::size_t i = 0; i < last_.size(); ++i) {
             channels_.push_back(&reader.layout().channel[reader.channel(static_cast<int>(i))]);
         }
@@ -19,8 +20,7 @@ class Guard {
 
     // -1, or the channel whose value must not be sent. Allocates nothing.
     int check(const double* command, std::int64_t now_ns) noexcept {
-        // a first command has no time since the one before, so its rate is unknown
-        const double seconds = last_ns_ == 0 ? 0.0 : static_cast<double>(now_ns - last_ns_) * 1e-9;
+        const double seconds = static_cast<double>(last_ns_ == 0 ? period_ns_ : now_ns - last_ns_) * 1e-9;
         moving_ = false;
         for (std::size_t i = 0; i < last_.size(); ++i) {
             if (!allowed(*channels_[i], command[i], last_[i], seconds)) return static_cast<int>(i);
@@ -75,7 +75,7 @@ class Guard {
 
     std::vector<const dit4dit::Channel*> channels_;
     std::vector<double> last_;
-    std::int64_t last_ns_ = 0;
+    std::int64_t period_ns_, last_ns_ = 0;
     bool moving_ = false;
     double used_ = 0.0;
 };

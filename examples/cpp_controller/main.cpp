@@ -25,11 +25,13 @@ namespace {
 using dit4dit::Status;
 
 constexpr const char* kUsage =
-    "usage: controller NAME [--group GROUP] [--seconds S] [--wait S] [--stop-when-dead] [--priority P] [--json FILE]\n"
+    "usage: controller NAME [--group GROUP] [--seconds S] [--wait S] [--dead-after MS] [--stop-when-dead]\n"
+    "                  [--priority P] [--json FILE]\n"
     "  NAME              of the stream, such as /dit4dit.g1: shared=... of ActionStream on the policy's side\n"
     "  --group GROUP     drive one group of channels alone\n"
     "  --seconds S       end after so long; 0: at a signal\n"
     "  --wait S          for the policy's side to be there; 30\n"
+    "  --dead-after MS   the policy's process counts as dead after so long without a sign of life; 50\n"
     "  --stop-when-dead  end when the policy's process is dead and the robot is at rest; without: wait for the next one\n"
     "  --priority P      of SCHED_FIFO, 1 to 99; 80\n"
     "  --json FILE       write the summary\n"
@@ -41,7 +43,7 @@ constexpr std::int64_t kToRest = 5'000'000'000;  // ns that it has to get there
 
 struct Arguments {
     std::string name, group, json;
-    double seconds = 0.0, wait = 30.0;
+    double seconds = 0.0, wait = 30.0, dead_after_ms = 50.0;
     int priority = 80;
     bool stop_when_dead = false;
 };
@@ -63,6 +65,7 @@ bool parse(int count, char** words, Arguments& arguments) {
         else if (word == "--json") arguments.json = value;
         else if (word == "--seconds") arguments.seconds = std::atof(value);
         else if (word == "--wait") arguments.wait = std::atof(value);
+        else if (word == "--dead-after") arguments.dead_after_ms = std::atof(value);
         else if (word == "--priority") arguments.priority = std::atoi(value);
         else return false;
     }
@@ -89,6 +92,7 @@ dit4dit::Result<dit4dit::Reader> open(const Arguments& arguments) {
     dit4dit::Options options;
     options.name = arguments.name.c_str();
     options.driver = true;
+    options.dead_after_ns = static_cast<std::int64_t>(arguments.dead_after_ms * 1e6);
     options.group = arguments.group.empty() ? nullptr : arguments.group.c_str();
     const std::int64_t until = dit4dit::monotonic_ns() + static_cast<std::int64_t>(arguments.wait * 1e9);
     std::string said;

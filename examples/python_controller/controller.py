@@ -44,12 +44,12 @@ class Robot:
         self.pose = values
 
 
-def attach(name: str, wait_s: float) -> ActionStream:
+def attach(name: str, wait_s: float, dead_after_ms: float) -> ActionStream:
     """The stream as its driver, tried again until the policy's side has made it; its error where that takes too long."""
     until, said = time.monotonic() + wait_s, ""
     while True:
         try:
-            return ActionStream.attach(name, driver=True)
+            return ActionStream.attach(name, driver=True, dead_after_ms=dead_after_ms)
         except Dit4DitError as error:
             if str(error) != said:
                 said = str(error)
@@ -135,12 +135,13 @@ def main() -> int:
     parser.add_argument(
         "--wait", type=float, default=30.0, help="seconds for the policy's side to be there; %(default)s"
     )
+    parser.add_argument("--dead-after", type=float, default=50.0, help="ms without a sign of life; %(default)s")
     parser.add_argument("--stop-when-dead", action="store_true", help="end when the policy's process is dead")
     parser.add_argument("--json", type=Path, help="write the summary to this file")
     args = parser.parse_args()
 
     try:
-        stream = attach(args.name, args.wait)
+        stream = attach(args.name, args.wait, args.dead_after)
     except Dit4DitError as error:
         print(f"controller: {error}", file=sys.stderr)
         return 1

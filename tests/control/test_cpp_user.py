@@ -1,5 +1,5 @@
-"""A C++ user's journey with the installed package: find_package, build examples/cpp_controller, run it at 1 kHz against a producer
-in Python; examples/python_controller beside it. Episodes, commands and exit codes are asserted, seconds are not.
+"""A C++ user's journey with the installed package: find_package, build examples/cpp_controller, run it at 1 kHz by a producer in
+Python; examples/python_controller too. Episodes, commands and exit codes are asserted, seconds are not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from waiting import WAIT, eventually
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRODUCER = EXAMPLES / "python_controller" / "producer.py"
+PATIENT = ("--dead-after", "5000")
+"""The machine of a test may keep a thread from its core for longer than a robot could wait."""
 IN_ORDER, NO_STREAM, MISUSE, DEAD = 0, 1, 2, 4
 
 needs_a_compiler = pytest.mark.skipif(
@@ -147,17 +149,25 @@ def check_followed(result: dict[str, Any]) -> None:
     assert result["age_ns"]["p50"] > 0
 
 
+def plays(producer: Started) -> bool:
+    """Whether it has begun its third episode, and the block lay on the plate in one of the first two."""
+    return producer.has_said("episode 2: ") and producer.has_said(": done after ")
+
+
+def producing(name: str, folder: Path, hz: int = 1000) -> contextlib.AbstractContextManager[Started]:
+    return started(sys.executable, PRODUCER, "--name", name, "--command-hz", str(hz), folder=folder / "producer")
+
+
 @needs_a_compiler
 @pytest.mark.slow
 def test_a_controller_follows_a_producer_and_outlives_it(controller: Path, name: str, tmp_path: Path) -> None:
-    """The controller is there first. A whole episode in closed loop: the block lies on the plate. Then the producer is killed."""
+    """The controller is there first. Episodes in closed loop: a block lies on its plate. Then the producer is killed."""
     summary = tmp_path / "summary.json"
-    command = (controller, name, "--stop-when-dead", "--wait", str(WAIT), "--json", summary)
+    command = (controller, name, "--stop-when-dead", *PATIENT, "--wait", str(WAIT), "--json", summary)
     with started(*command, folder=tmp_path / "controller") as robot:
         eventually(lambda: robot.has_said("waiting: "))
-        with started(sys.executable, PRODUCER, "--name", name, folder=tmp_path / "producer") as producer:
-            eventually(lambda: producer.has_said("episode 1: "))
-            assert producer.has_said(": done after ")
+        with producing(name, tmp_path) as producer:
+            eventually(lambda: plays(producer))
             producer.process.kill()
             producer.ended()
         assert robot.ended() == DEAD, robot.err.read_text()
@@ -175,27 +185,24 @@ def test_a_controller_follows_a_producer_and_outlives_it(controller: Path, name:
 @pytest.mark.slow
 def test_estop_and_ending_in_order(controller: Path, name: str, tmp_path: Path) -> None:
     summary = tmp_path / "summary.json"
-    with (
-        started(sys.executable, PRODUCER, "--name", name, folder=tmp_path / "producer") as producer,
-        started(controller, name, "--json", summary, folder=tmp_path / "controller") as robot,
-    ):
-        eventually(lambda: robot.has_said("controller: ok\n"))
+    command = (controller, name, *PATIENT, "--json", summary)
+    with producing(name, tmp_path) as producer, started(*command, folder=tmp_path / "controller") as robot:
+        eventually(lambda: plays(producer))
         robot.send(signal.SIGUSR1)
         eventually(lambda: robot.has_said("controller: estop\n"))
         clear = "import sys; from dit4dit.control import ActionStream; ActionStream.attach(sys.argv[1]).clear_estop()"
         subprocess.run([sys.executable, "-c", clear, name], cwd=tmp_path, check=True)
-        eventually(lambda: robot.err.read_text().count("controller: ok\n") == 2)
+        eventually(lambda: "controller: ok\n" in robot.err.read_text().partition("controller: estop\n")[2])
         robot.send(signal.SIGTERM)
         assert robot.ended() == IN_ORDER
-        # the producer is none the worse for it: it plays on, and the next driver may come
-        with started(controller, name, "--seconds", "0.5", folder=tmp_path / "next") as following:
+        # its end is no e-stop: the next driver may come
+        with started(controller, name, *PATIENT, "--seconds", "0.5", folder=tmp_path / "next") as following:
             assert following.ended() == IN_ORDER, following.err.read_text()
         assert "controller: ok\n" in following.err.read_text()
         producer.send(signal.SIGTERM)
         assert producer.ended() == IN_ORDER
     result = json.loads(summary.read_text())
     check_followed(result)
-    assert result["status"]["estop"] > 0
     assert result["status"]["dead"] == 0
 
 
@@ -203,23 +210,9 @@ def test_estop_and_ending_in_order(controller: Path, name: str, tmp_path: Path) 
 def test_the_python_controller_follows_too(name: str, tmp_path: Path) -> None:
     summary = tmp_path / "summary.json"
     script = EXAMPLES / "python_controller" / "controller.py"
-    with (
-        started(
-            sys.executable, PRODUCER, "--name", name, "--command-hz", "200", folder=tmp_path / "producer"
-        ) as producer,
-        started(
-            sys.executable,
-            script,
-            "--name",
-            name,
-            "--stop-when-dead",
-            "--json",
-            summary,
-            folder=tmp_path / "controller",
-        ) as robot,
-    ):
-        eventually(lambda: producer.has_said("episode 1: "))
-        assert producer.has_said(": done after ")
+    command = (sys.executable, script, "--name", name, "--stop-when-dead", *PATIENT, "--json", summary)
+    with producing(name, tmp_path, hz=200) as producer, started(*command, folder=tmp_path / "controller") as robot:
+        eventually(lambda: plays(producer))
         producer.process.kill()
         producer.ended()
         assert robot.ended() == DEAD, robot.err.read_text()
@@ -246,16 +239,18 @@ def guard(cmake_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["1 0 0 0 0 0", "2 0.001 0.001 0.001 0.001 1"], ["sent still", "sent moving"]),
         (["1 0 0 0 0 1", "2 0 0 0 0 0"], ["sent still", "sent still"]),  # fingers do not count as motion
-        (["1 0 0 0.3 0 0", "2 0 0 0.3 0 0"], ["sent moving", "sent moving"]),  # the same speed is motion
+        (["1 0 0 0.003 0 0", "2 0 0 0.003 0 0"], ["sent moving", "sent moving"]),  # the same speed is motion
         (["1 nan 0 0 0 0"], ["position still"]),
         (["1 0 inf 0 0 0"], ["angle still"]),
-        (["1 1.0 0 0 0 0"], ["sent moving"]),  # a first command's rate is unknown
-        (["1 1.001 0 0 0 0"], ["position moving"]),
-        (["1 0 0 -0.501 0 0"], ["velocity moving"]),
+        (["1 0.0021 0 0 0 0"], ["position moving"]),  # the first one too: from the pose, in one period
+        (["1 0 0 0 0 0", "4001 1.0 0 0 0 0"], ["sent still", "sent moving"]),
+        (["1 0 0 0 0 0", "4001 1.001 0 0 0 0"], ["sent still", "position moving"]),
+        (["1 0 0 0 0 0", "4001 0 0 -0.501 0 0"], ["sent still", "velocity moving"]),
         (["1 0 0 0 0 0.5"], ["binary still"]),
         (["1 0 0 0 0 0", "2 0.0021 0 0 0 0"], ["sent still", "position moving"]),
         (["1 0 0 0 0 0", "2 0 0.0021 0 0 0"], ["sent still", "angle moving"]),
-        (["1 0 3.141 0 0 0", "2 0 -3.141 0 0 0"], ["sent moving", "sent moving"]),  # over pi, the short way
+        # over pi, the short way
+        (["1 0 0 0 0 0", "4001 0 3.141 0 0 0", "4002 0 -3.141 0 0 0"], ["sent still", "sent moving", "sent moving"]),
         (["1 0 0 0 0 0", "2 0 0 0.0041 0 0"], ["sent still", "velocity moving"]),
         (["1 0 0 0 0 0", "2 0 0 0 -0.0021 0"], ["sent still", "relative moving"]),
         (["1 0 0 0 0.0015 0", "2 0 0 0 -0.0015 0"], ["sent moving", "sent moving"]),  # displacements, not places
@@ -264,7 +259,4 @@ def guard(cmake_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_the_examples_guard(commands: list[str], says: list[str], guard: Path) -> None:
     done = subprocess.run([guard], input="\n".join(commands), capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert lines[:-1] == says
-    if len(commands) == 1:
-        assert float(lines[-1]) == 0
+    assert done.stdout.splitlines()[:-1] == says
