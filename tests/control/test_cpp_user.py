@@ -242,7 +242,7 @@ def guard(cmake_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["1 0 0 0.003 0 0", "2 0 0 0.003 0 0"], ["sent moving", "sent moving"]),  # the same speed is motion
         (["1 nan 0 0 0 0"], ["position still"]),
         (["1 0 inf 0 0 0"], ["angle still"]),
-        (["1 0.0021 0 0 0 0"], ["position moving"]),  # the first one too: from the pose, in one period
+        (["500 0.0021 0 0 0 0"], ["position moving"]),  # the first one too: from the pose, in one period
         (["1 0 0 0 0 0", "4001 1.0 0 0 0 0"], ["sent still", "sent moving"]),
         (["1 0 0 0 0 0", "4001 1.001 0 0 0 0"], ["sent still", "position moving"]),
         (["1 0 0 0 0 0", "4001 0 0 -0.501 0 0"], ["sent still", "velocity moving"]),
