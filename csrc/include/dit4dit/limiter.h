@@ -215,7 +215,8 @@ private:
     }
 
     // 0 where there is a way to rest within the bounds, by way of velocity `goal`; otherwise the direction in which they are left.
-    int leaves(const Motion& m, double& goal) const noexcept {
+    // `rounding`: how much of a position may be missing to the limits.
+    int leaves(const Motion& m, double& goal, double rounding = 4e-16) const noexcept {
         const double level = m.v + m.a * std::fabs(m.a) * half_, v = v_ * kReached, a = a_ * kReached;
         goal = 0;
         if (level > v || m.v > v || m.a > a) return 1;
@@ -223,14 +224,14 @@ private:
         if (!bounded_) return 0;
         double least, most;
         span(m, 0, least, most);
-        const double slack = 4e-16 * (std::fabs(least) + std::fabs(most)) + 1e-17 * j_;
+        const double slack = rounding * (std::fabs(least) + std::fabs(most)) + 1e-17 * j_;
         const double floor = floor_ - slack, ceiling = ceiling_ + slack;
         if (least >= floor && most <= ceiling) return 0;
         // brake as hard as possible until the velocity is 0, and let go of the acceleration only then
         const double s = most > ceiling ? 1.0 : -1.0, full = a_ * a_ * half_;
         double back = m.a * m.a * half_ + s * m.v;
         back = back > full ? full : back;
-        if (!(s * m.v > 0 && back > 0 && back <= v_)) return most > ceiling ? 1 : -1;
+        if (!(s * m.v > 0 && back > 0 && back <= v)) return most > ceiling ? 1 : -1;
         goal = -s * back;
         span(m, goal, least, most);
         return most > ceiling ? 1 : least < floor ? -1 : 0;
@@ -316,17 +317,20 @@ private:
         const Aim to = aimed(target, dt), from = to.after(-dt);
         const limiter::Reach left = reach(from, to);
         const double tolerance = 4e-16 * (std::fabs(now_.x) + std::fabs(target)) + 1e-12 * j_ * (dt * dt * dt);
+
         const double error = miss(now_, from, left), full = error < 0 ? v_ : -v_;
         const Ramp drive = limiter::ramp_to(full, now_.v, now_.a, own_);
         const double t = std::fabs(error) <= tolerance ? 0 : switching(drive, full, from, left, error, dt, tolerance);
         Motion m = limiter::settled(now_, drive, full, t);
         const Motion r = m - from.after(t).at;
         Ramp stop = limiter::ramp_to(0, r.v, r.a, left);
-        exact_ = dt - t >= stop.duration() && std::fabs(limiter::end_of(r, stop)) <= tolerance;  // met within the tick
+        const double off = dt - t >= stop.duration() ? std::fabs(limiter::end_of(r, stop)) : 1 / tolerance;
         stop.j1 += from.jerk, stop.j3 += from.jerk;
-        m = exact_ ? to.at : limiter::along(m, stop, from.jerk, dt - t);  // absolute: a far target would cost digits
+        m = limiter::along(m, stop, from.jerk, dt - t);  // absolute: a far target would cost digits
+        exact_ = off <= 100 * tolerance;                 // met within the tick, but for what rounding has added up to
+        if (exact_) m = {off <= tolerance ? target : m.x, to.at.v, to.at.a};
         double goal;
-        if (!admissible(m, dt, goal)) {
+        if (!admissible(m, dt, goal, 1e-13)) {  // a target at a limit: rounding must not decide
             exact_ = false;
             m = nearest(m, dt, goal);
         }
@@ -336,23 +340,28 @@ private:
     // How long to drive, at most dt.
     double switching(const Ramp& drive, double full, const Aim& from, const limiter::Reach& left, double error, double dt,
                      double tolerance) const noexcept {
-        double a = 0, at_a = error, b = dt, at_b = miss(limiter::settled(now_, drive, full, dt), from.after(dt), left), t = dt;
+        double a = 0, at_a = error, b = dt, at_b = miss(limiter::settled(now_, drive, full, dt), from.after(dt), left), t = 0;
         if (!(at_b * full > 0)) return dt;  // it ends before the target still
-        for (int i = 0; i < 40; ++i) {  // false position; every third time in the middle
-            t = i % 3 == 2 ? 0.5 * (a + b) : (a * at_b - b * at_a) / (at_b - at_a);
+        int side = 0;  // of the end that was moved last: the other one counts half if it stays (Illinois)
+        for (int i = 0; i < 48; ++i) {
+            t = i % 16 < 13 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
             const double f = miss(limiter::settled(now_, drive, full, t), from.after(t), left);
-            if (std::fabs(f) <= tolerance) break;
+            if (std::fabs(f) <= tolerance) return t;
             if (f * full > 0) {
                 b = t, at_b = f;
+                at_a = side > 0 ? at_a * 0.5 : at_a;
+                side = 1;
             } else {
                 a = t, at_a = f;
+                at_b = side < 0 ? at_b * 0.5 : at_b;
+                side = -1;
             }
         }
-        return t;
+        return a;  // where it ends before the target
     }
 
-    bool admissible(const Motion& m, double dt, double& goal) const noexcept {
-        return std::fabs(m.x - now_.x) <= v_ * kReached * dt && leaves(m, goal) == 0;
+    bool admissible(const Motion& m, double dt, double& goal, double rounding = 4e-16) const noexcept {
+        return std::fabs(m.x - now_.x) <= v_ * kReached * dt && leaves(m, goal, rounding) == 0;
     }
 
     // The admissible motion that is nearest to m on the line from the way to rest, which always is.
