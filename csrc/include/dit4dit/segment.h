@@ -55,7 +55,7 @@ class Memory {
     Access access() const noexcept { return access_; }
     bool shared() const noexcept { return !name_.empty(); }
 
-    // False: another one has it, of whichever process. errno is EAGAIN then.
+    // False: another one has it, of whichever process (errno is EAGAIN), or the name is another segment's by now (ESTALE).
     bool lock(Role role) noexcept;
     void unlock(Role role) noexcept;
     // Whether this Memory has it; never in a child forked since. No system call.
@@ -81,7 +81,9 @@ class Memory {
     bool map(Access access) noexcept;
     void fill(const Layout& layout) noexcept;
     void begin() noexcept;
-    bool link(const std::string& path) const noexcept;
+    static detail::Descriptor new_file(unsigned mode, std::string& hidden);
+    std::string prepare(const Layout& layout, unsigned mode);
+    bool give_name(const std::string& hidden) const noexcept;
     bool has_its_name() const noexcept;
     enum class Taken { yes, no, again };
     Taken take_over(const Layout& layout, std::string& why);
@@ -111,9 +113,21 @@ inline bool Memory::lock(Role role) noexcept {
     errno = EAGAIN;
     std::atomic<bool>& held = held_[static_cast<int>(role)];
     if (forked() || held.exchange(true)) return false;
-    if (!shared() || set_lock(role, F_WRLCK)) return true;
+    if (!shared()) return true;
+    if (set_lock(role, F_WRLCK)) {
+        if (has_its_name()) return true;
+        set_lock(role, F_UNLCK);
+        errno = ESTALE;
+    }
     held.store(false);
     return false;
+}
+
+// Whether the file that this one has open is the one under its name: it may have been replaced since open.
+inline bool Memory::has_its_name() const noexcept {
+    struct stat own{}, named{};
+    return fstat(file_.get(), &own) == 0 && lstat(path_of(name_).c_str(), &named) == 0 && own.st_ino == named.st_ino &&
+           own.st_dev == named.st_dev;
 }
 
 inline void Memory::unlock(Role role) noexcept {
@@ -232,8 +246,11 @@ inline Result<bool> Memory::remove(const std::string& name) {
     if (pread(memory.file_.get(), &magic, sizeof magic, 0) != static_cast<ssize_t>(sizeof magic) || magic.load() != kMagic)
         return Error{name + " is no segment of dit4dit and is left alone; remove it yourself (rm " + path_of(name) + ")"};
     // held until the name is gone: nobody takes it over meanwhile
-    if (!memory.lock(Role::producer)) return Error{name + ": a producer is at work on it; close it first"};
-    if (!memory.has_its_name() || unlink(path_of(name).c_str()) == 0 || errno == ENOENT) return true;
+    if (!memory.lock(Role::producer)) {
+        if (errno == ESTALE) return true;
+        return Error{name + ": a producer is at work on it; close it first"};
+    }
+    if (unlink(path_of(name).c_str()) == 0 || errno == ENOENT) return true;
     return failed(name, "unlink", errno);
 }
 
@@ -278,45 +295,64 @@ inline Result<std::shared_ptr<Memory>> Memory::in_process(const Layout& layout) 
     return memory;
 }
 
+// A file of /dev/shm that nobody else can open yet: without a name, or where that is unsupported under `hidden`, a name of its own.
+inline detail::Descriptor Memory::new_file(unsigned mode, std::string& hidden) {
+    hidden.clear();
+#ifndef DIT4DIT_WITHOUT_TMPFILE
+    detail::Descriptor file("/dev/shm", O_TMPFILE | O_RDWR, mode);
+    if (file || (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL)) return file;
+#endif
+    static std::atomic<unsigned> count{0};
+    hidden = "/dev/shm/.dit4dit." + std::to_string(getpid()) + "." + std::to_string(count.fetch_add(1));
+    unlink(hidden.c_str());  // of a process of this id that died before it was done
+    return detail::Descriptor(hidden.c_str(), O_CREAT | O_EXCL | O_RDWR | O_NOFOLLOW, mode);
+}
+
 // False: errno says why; EEXIST: there is something of that name.
-inline bool Memory::link(const std::string& path) const noexcept {
+inline bool Memory::give_name(const std::string& hidden) const noexcept {
+    const std::string path = path_of(name_);
+    if (!hidden.empty()) return ::link(hidden.c_str(), path.c_str()) == 0;
     char own[64];
     std::snprintf(own, sizeof own, "/proc/self/fd/%d", file_.get());
     return linkat(AT_FDCWD, own, AT_FDCWD, path.c_str(), AT_SYMLINK_FOLLOW) == 0;
 }
 
+// Everything before the name: an error says what failed.
+inline std::string Memory::prepare(const Layout& layout, unsigned mode) {
+    if (!file_) return failed(name_, "a new file in /dev/shm", errno).text;
+    if (fchmod(file_.get(), mode) != 0) return failed(name_, "fchmod", errno).text;
+    // not ftruncate: where /dev/shm is full, the first write to a page would kill the process
+    if (const int error = posix_fallocate(file_.get(), 0, sizeof(Segment)))
+        return failed(name_, "no room in /dev/shm", error).text;
+    if (!map(Access::use)) return failed(name_, "mmap", errno).text;
+    if (!set_lock(Role::producer, F_WRLCK)) return failed(name_, "lock", errno).text;
+    held_[static_cast<int>(Role::producer)].store(true);
+    fill(layout);
+    return "";
+}
+
 inline Result<std::shared_ptr<Memory>> Memory::create(const std::string& name, const Layout& layout, unsigned mode) {
     std::shared_ptr<Memory> memory(new Memory);
     memory->name_ = name;
-    memory->file_ = detail::Descriptor("/dev/shm", O_TMPFILE | O_RDWR, mode);
-    if (!memory->file_) return failed(name, "a file without a name in /dev/shm", errno);
-    const int file = memory->file_.get();
-    if (fchmod(file, mode) != 0) return failed(name, "fchmod", errno);
-    // not ftruncate: where /dev/shm is full, the first write to a page would kill the process
-    if (const int error = posix_fallocate(file, 0, sizeof(Segment))) return failed(name, "no room in /dev/shm", error);
-    if (!memory->map(Access::use)) return failed(name, "mmap", errno);
-    if (!memory->lock(Role::producer)) return failed(name, "lock", errno);
-    memory->fill(layout);
-    if (memory->link(path_of(name))) return memory;
-    if (errno == EEXIST) return std::shared_ptr<Memory>();
-    return failed(name, "linkat", errno);
-}
-
-// Whether the file that this one has open is the one under its name: it may have been replaced between open and lock.
-inline bool Memory::has_its_name() const noexcept {
-    struct stat own{}, named{};
-    return fstat(file_.get(), &own) == 0 && lstat(path_of(name_).c_str(), &named) == 0 && own.st_ino == named.st_ino &&
-           own.st_dev == named.st_dev;
+    std::string hidden;
+    memory->file_ = new_file(mode, hidden);
+    const std::string why = memory->prepare(layout, mode);
+    const int error = !why.empty() || memory->give_name(hidden) ? 0 : errno;
+    if (!hidden.empty()) unlink(hidden.c_str());
+    if (!why.empty()) return Error{why};
+    if (error == EEXIST) return std::shared_ptr<Memory>();
+    if (error) return failed(name, "link", error);
+    return memory;
 }
 
 inline Memory::Taken Memory::take_over(const Layout& layout, std::string& why) {
     if (!lock(Role::producer)) {
+        if (errno == ESTALE) return Taken::again;
         const std::uint64_t producer = segment_->header.stamps.producer.load(std::memory_order_acquire);
         why = name_ + ": process " + std::to_string(producer) + " is its producer and lives; end it, or use another name";
         if (errno != EAGAIN && errno != EACCES) why = failed(name_, "lock", errno).text;
         return Taken::no;
     }
-    if (!has_its_name()) return Taken::again;
     const std::string other = difference(this->layout(), layout);
     if (other.empty()) {
         begin();
