@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "interpolation.h"
@@ -14,7 +16,7 @@ namespace dit4dit {
 // Some have begun, some are meant for later.
 constexpr int kMostHeld = kMostHistory + kSlots;
 
-// One chunk and what follows from it. It begins when it is there and its first row's time has come.
+// One chunk and what follows from it. It begins when it is there and its first row's time has come; one that is too late ends then.
 struct Link {
     HeldChunk chunk;
     std::int64_t begins_at, ends_at;
@@ -76,10 +78,12 @@ class Chain {
     // False: the newest one itself was being overwritten. Where an older one is, all before it are lost.
     bool take_down_from(const Segment& segment, std::uint64_t newest, std::int64_t covered) noexcept {
         int deep = 0;
+        std::int64_t next_begins_at = std::numeric_limits<std::int64_t>::max();
         for (std::uint64_t id = newest; id > seen_; --id) {
             Link& link = *order_[kMostHeld];  // never one that is held
             if (!copy(segment, id, link.chunk)) return id != newest;
-            if (!complete(link)) continue;
+            if (!complete(link) || link.begins_at >= next_begins_at) continue;
+            next_begins_at = link.begins_at;
             insert();
             if (link.begins_at <= covered && ++deep >= depth_) break;
         }
@@ -93,6 +97,7 @@ class Chain {
         if (chunk.observed_at < forgotten_ || chunk.rows < 1 || !(chunk.period_ns > 0 && chunk.period_ns <= longest)) return false;
         link.begins_at = chunk.published_at > chunk.starts_at ? chunk.published_at : chunk.starts_at;
         link.ends_at = chunk.starts_at + static_cast<std::int64_t>(std::ceil(chunk.rows * chunk.period_ns));
+        if (link.ends_at < link.begins_at) link.ends_at = link.begins_at;
         for (std::size_t i = 0; i < relative_.size(); ++i) sum_rows(chunk, relative_[i], link.sums + i * (kMaxRows + 1));
         return true;
     }

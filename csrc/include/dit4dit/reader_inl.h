@@ -112,8 +112,7 @@ inline void Reader::start_at(const double* values) noexcept {
 // -- reading ---------------------------------------------------------------------------------------
 
 inline Command Reader::read(std::int64_t now_ns, double* out) noexcept {
-    const std::int64_t earliest = ticked_ ? last_ : 0;
-    const std::int64_t now = now_ns > earliest ? now_ns : earliest;
+    const std::int64_t now = now_ns > last_ ? now_ns : last_;
     const bool whole = chain_.take(memory_->segment(), ticked_ ? until_ : now);
     const Situation seen = look(now, whole);
     const bool again = ticked_ && now == last_, ticks = !ticked_ || now - last_ >= kShortestTick;
@@ -151,9 +150,8 @@ inline Reader::Situation Reader::look(std::int64_t now, bool whole) noexcept {
 }
 
 inline void Reader::tick(std::int64_t now, const Situation& seen) noexcept {
-    const std::int64_t end = now + layout_->command_period_ns;
-    const double dt = static_cast<double>(ticked_ ? now - last_ : layout_->command_period_ns) * 1e-9;
-    Span span{ticked_ ? until_ : now, end};
+    const std::int64_t period = layout_->command_period_ns, end = now + period;
+    const double dt = static_cast<double>(ticked_ ? now - last_ : period) * 1e-9;
     bool followed[kMaxGroups], any = false;
     for (std::uint32_t g = 0; g < layout_->groups; ++g) {
         if (!(groups_ >> g & 1)) continue;
@@ -161,7 +159,9 @@ inline void Reader::tick(std::int64_t now, const Situation& seen) noexcept {
         enter(g, now, seen);
         any = any || regimes_[g].mode == Mode::follow;
     }
-    if (any) {
+    Span span{ticked_ ? until_ : now, end};
+    const bool some = chain_.begun() > 0;
+    if (some) {
         const std::int64_t ends_at = chain_[0].ends_at;
         if (span.to > ends_at) span.to = ends_at > span.from ? ends_at : span.from;
         seams_.begin(chain_, now, span);
@@ -169,11 +169,16 @@ inline void Reader::tick(std::int64_t now, const Situation& seen) noexcept {
     for (std::uint32_t g = 0; g < layout_->groups; ++g) {
         if (!(groups_ >> g & 1)) continue;
         Regime& regime = regimes_[g];
-        double seconds = static_cast<double>(layout_->command_period_ns) * 1e-9;
-        if (regime.mode == Mode::follow)
-            seconds = seams_.follow(static_cast<int>(g), regime.base, followed[g], follows_.data()).seconds();
-        for (std::size_t i = 0; i < columns_.size(); ++i)
-            if (columns_[i].group == static_cast<int>(g)) move(i, regime, now, seconds, dt);
+        const int group = static_cast<int>(g);
+        const bool follows = regime.mode == Mode::follow, ends = some && followed[g] && !follows && !regime.brakes;
+        double seconds = static_cast<double>(period) * 1e-9;
+        if (follows) seconds = seams_.follow(group, regime.base, followed[g], follows_.data()).seconds();
+        if (ends) seams_.finish(group, follows_.data());
+        for (std::size_t i = 0; i < columns_.size(); ++i) {
+            if (columns_[i].group != group) continue;
+            if (!follows && !ends) follows_[i] = 0;
+            move(i, regime, now, seconds, dt);
+        }
     }
     command_.chunk = newest_, command_.row = any ? moment(chain_[0].chunk, now).row : -1;
     sent_observed_at_ = newest_observed_at_;
@@ -206,7 +211,7 @@ inline void Reader::enter(std::uint32_t group, std::int64_t now, const Situation
     regime.mode = mode;
 }
 
-// seconds: that a relative channel's displacement is for.
+// follows_[i]: what the chunks say. seconds: that a relative channel's displacement is for.
 inline void Reader::move(std::size_t i, const Regime& regime, std::int64_t now, double seconds, double dt) noexcept {
     State& state = states_[i];
     const Kind kind = columns_[i].kind;
@@ -220,7 +225,7 @@ inline void Reader::move(std::size_t i, const Regime& regime, std::int64_t now, 
         const std::int64_t length = layout_->group[columns_[i].group].decay_ns, passed = now - regime.since;
         const double left = length > passed ? 1 - static_cast<double>(passed) / static_cast<double>(length) : 0;
         state.asked = fades ? state.fades_from * left : 0;
-        wanted = state.asked * seconds;
+        wanted += state.asked * seconds;
     }
     if (kind == Kind::relative)
         state.sent = displaced(state, brakes, wanted, dt);

@@ -54,7 +54,7 @@ struct Base {
 };
 
 // Values are those of the reader's channels; of a relative one the displacement over the span. For one moment after the other:
-// begin(), then follow() for each group.
+// begin(), then follow() or finish() for each group.
 class Seams {
   public:
     Seams(const Layout& layout, const std::vector<Column>& columns)
@@ -82,6 +82,12 @@ class Seams {
         for (std::size_t i = 0; i < columns_.size(); ++i)
             if (columns_[i].path >= 0 && columns_[i].group == group) out[i] += earlier(columns_[i]);
         return whole_;
+    }
+
+    // For a group that followed the chain at the read before and finds it ended: what is left of relative channels' rows.
+    void finish(int group, double* out) noexcept {
+        for (std::size_t i = 0; i < columns_.size(); ++i)
+            if (columns_[i].path >= 0 && columns_[i].group == group) out[i] = value(0)[i] + earlier(columns_[i]);
     }
 
     // Drops the chunks that no later moment needs.
