@@ -109,6 +109,7 @@ T expect(Result<T> result) {
 }
 
 TensorView lent_by(Given object, const std::string& name, Buffers& buffers, bool writable = false) {
+    if (!PyObject_CheckBuffer(object.ptr())) refuse_type(name, "an array", object);
     TensorView view = buffers.view(object, name, writable);
     expect_sound(view);
     return view;

@@ -91,5 +91,7 @@ class Limits:
                 with naming(f"limits: {name}"):
                     bounds[i] = replace(bounds[i], **new)
         for key in self.robot.action:
-            check_key("limits", replace(key, clip=None, limits=tuple(bounds[self.robot.places[key.name]])))
+            check_key(
+                f"robot {self.robot.name!r}", replace(key, clip=None, limits=tuple(bounds[self.robot.places[key.name]]))
+            )
         return Limits(self.robot, tuple(bounds))

@@ -223,6 +223,7 @@ def test_what_an_action_asks_for_is_what_modality_says(tmp_path: Path, absolute,
     (recording,) = open_one(tmp_path / "set", "turned", tmp_path / "my.yaml").recordings
     robot, last = recording.embodiment, np.arange(1, 6, dtype=np.float32)
     assert [key.kind for key in robot.action] == [kind, "position"]
+    assert [key.rotation for key in robot.action] == [rotation, None]
     assert recording.relative.tolist() == [absolute is False] * 4 + [False]
     warned = [
         line for line in check(tmp_path / "set", robot=recording.robot)["warnings"] if "cannot be held: turn;" in line
