@@ -5,9 +5,8 @@
 #   find_package(dit4dit REQUIRED)
 #   target_link_libraries(controller PRIVATE dit4dit::action_stream)
 #
-# Not set here, because it is for all of your target's code: -ffp-contract=off makes its commands those of the Python package bit
-# for bit (g++ fuses multiplications and additions where the processor can: always on arm64, with -march=native on x86-64).
-# -ffast-math is refused by the headers.
+# No flags are set for your code. The headers keep their own arithmetic exact, so that commands are those of the Python package bit for
+# bit under -O3 -march=native too; -ffast-math is refused.
 
 if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
   set(dit4dit_FOUND FALSE)

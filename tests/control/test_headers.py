@@ -16,6 +16,7 @@ import dit4dit
 HEAVY = {"numpy", "torch", "tyro", "yaml"}
 LIBRT = {"shm_open", "shm_unlink", "timer_create", "timer_delete", "timer_settime", "timer_gettime", "mq_open"}
 """Of what programs for real time call, the part that glibc before 2.34 has in librt; of clock_* that was before 2.17."""
+PAIR = ("exact_begin.h", "exact_end.h")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror")
 
 
@@ -174,11 +175,18 @@ def test_flags_that_users_have(flags: tuple[str, ...], compiler: str, include: P
 
 @pytest.mark.slow
 def test_each_header_stands_alone(compiler: str, include: Path, tmp_path: Path) -> None:
-    for header in sorted((include / "dit4dit").glob("*.h")):
+    for header in sorted({*(include / "dit4dit").glob("*.h")} - {include / "dit4dit" / name for name in PAIR}):
         alone = tmp_path / f"{header.stem}.cpp"
         alone.write_text(f"#include <dit4dit/{header.name}>\n#include <dit4dit/{header.name}>\n")
         done = compiled(compiler, "-std=c++17", *WARNINGS, f"-I{include}", "-fsyntax-only", alone)
         assert done.returncode == 0, f"{header.name}: {done.stderr}"
+
+
+def test_the_exact_pair_changes_nothing_behind_it(include: Path) -> None:
+    """Who has the one has the other: code of a user behind our headers is compiled by the user's flags."""
+    for header in (include / "dit4dit").glob("*.h"):
+        found = re.findall(r'^#include "(exact_\w+\.h)"', header.read_text(), re.MULTILINE)
+        assert found in ([], list(PAIR)), header.name
 
 
 @pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-ffinite-math-only"])
