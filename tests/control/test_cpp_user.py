@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PRODUCER = EXAMPLES / "python_controller" / "producer.py"
 PATIENT = ("--dead-after", "5000")
 """The machine of a test may keep a thread from its core for longer than a robot could wait."""
-IN_ORDER, NO_STREAM, MISUSE, DEAD = 0, 1, 2, 4
+IN_ORDER, NO_STREAM, MISUSE, REFUSED, DEAD = range(5)
 
 needs_a_compiler = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which("g++") is None, reason="needs cmake and g++ on PATH"
@@ -200,6 +201,29 @@ def test_estop_and_ending_in_order(controller: Path, segment_name: str, tmp_path
     following_result = json.loads((tmp_path / "next.json").read_text())
     assert following_result["status"]["ok"] > 0
     assert following_result["status"]["estop"] > 0
+
+
+@needs_a_compiler
+@pytest.mark.slow
+def test_what_a_faulty_stream_gives_does_not_reach_the_motors(
+    faulty_include: Callable[[str, str, str], Path], segment_name: str, tmp_path: Path
+) -> None:
+    """The example's guard trusts nothing: with limiters that do nothing, the first step of the targets ends the controller."""
+    include = faulty_include("reader_inl.h", "state.sent = state.limited ?", "state.sent = false ?")
+    program = tmp_path / "unlimited"
+    source = EXAMPLES / "cpp_controller" / "main.cpp"
+    made = subprocess.run(["g++", "-std=c++17", f"-I{include}", source, "-o", program, "-pthread"], check=False)
+    assert made.returncode == 0
+    summary = tmp_path / "summary.json"
+    with (
+        producing(segment_name, tmp_path),
+        started(
+            program, segment_name, *PATIENT, "--wait", str(WAIT), "--json", summary, folder=tmp_path / "controller"
+        ) as robot,
+    ):
+        assert robot.ended() == REFUSED
+    assert re.search("controller: [xy]: a command was outside the limits and was not sent\n", robot.err.read_text())
+    assert json.loads(summary.read_text())["limit_used"] > 1
 
 
 @pytest.mark.slow
