@@ -1,9 +1,10 @@
 // ring.h on the memory model of C++ instead of a machine's: a release/acquire view machine in place of std::atomic.
 //
-// Every atomic keeps all values that were ever stored to it. A load takes any of them that its thread's view still allows, so that it
-// sees what a machine with weak memory, or an unlucky moment, could show. A thread's view says how far it has seen each atomic; a
-// release store carries its thread's view along, an acquire load takes it over. Readers never write, so the writer runs first and every
-// interleaving is one of the readers' choices. Writers may die between any two stores: what they would store after that is lost.
+// Every atomic keeps all values that were ever stored to it. A load takes any of them that its thread's view still allows, so
+// that it sees what a machine with weak memory, or an unlucky moment, could show. A thread's view says how far it has seen each
+// atomic; a release store carries its thread's view along, an acquire load takes it over. Readers never write, so the writer
+// runs first and every interleaving is one of the readers' choices. Writers may die between any two stores: what they would
+// store after that is lost.
 //
 //   ring_model --reads 2000000 --seed 1        prints one line of JSON: reads, torn, older, ...
 #include <algorithm>
@@ -131,7 +132,8 @@ constexpr int kRows = 2, kChannels = 3;
 constexpr int kReads = 6;  // of a reader: after more it has seen all there is
 
 struct Tally {
-    unsigned long long reads = 0, torn = 0, older = 0, whole = 0, tries_beyond = 0, contended = 0, gone = 0, ids_lost = 0, missed = 0;
+    unsigned long long reads = 0, torn = 0, older = 0, whole = 0, tries_beyond = 0, contended = 0, gone = 0;
+    unsigned long long ids_lost = 0, missed = 0;
     unsigned long long deaths = 0, feedback = 0, feedback_torn = 0;
 };
 
@@ -217,8 +219,8 @@ void nothing_overwritten(Segment& segment, int reads, Tally& tally) {
     }
 }
 
-// A writer that dies after `stores` of the `all` stores of its last chunk, and a successor that goes on. Unless it was counted, nobody
-// ever sees what it has written of that chunk.
+// A writer that dies after `stores` of the `all` stores of its last chunk, and a successor that goes on. Unless it was counted,
+// nobody ever sees what it has written of that chunk.
 void dying_writer(Segment& segment, std::size_t stores, std::size_t all, int reads, Tally& tally) {
     model::Machine& machine = model::Machine::one();
     fresh(segment);
@@ -279,8 +281,9 @@ int main(int count, char** arguments) {
     for (std::size_t died = 0; died <= stores; ++died)
         dying_writer(*segment, died, stores, reads / static_cast<int>(stores), tally);
     for (int i = 0; i < 20; ++i) feedback(*segment, reads / 40, tally);
-    std::printf("{\"reads\": %llu, \"torn\": %llu, \"older\": %llu, \"whole\": %llu, \"beyond\": %llu, \"contended\": %llu, \"gone\": %llu, "
-                "\"missed\": %llu, \"ids_lost\": %llu, \"deaths\": %llu, \"feedback\": %llu, \"feedback_torn\": %llu}\n",
+    std::printf("{\"reads\": %llu, \"torn\": %llu, \"older\": %llu, \"whole\": %llu, \"beyond\": %llu, \"contended\": %llu, "
+                "\"gone\": %llu, \"missed\": %llu, \"ids_lost\": %llu, \"deaths\": %llu, \"feedback\": %llu, "
+                "\"feedback_torn\": %llu}\n",
                 tally.reads, tally.torn, tally.older, tally.whole, tally.tries_beyond, tally.contended, tally.gone, tally.missed,
                 tally.ids_lost, tally.deaths, tally.feedback, tally.feedback_torn);
     return 0;

@@ -1,10 +1,11 @@
 // Readers against a producer: reads that were torn, older than the head on entry, tried too often, or given up.
 //
-//   ring_stress --reads 100000000 --readers 4 --hz 1000 --rows 2 --channels 23 [--behind 15] [--processes 1] [--one-mapping 1] [--time 1]
+//   ring_stress --reads 100000000 --readers 4 --hz 1000 --rows 2 --channels 23 [--behind 15]
+//       [--processes 1] [--one-mapping 1] [--time 1]
 //
-// hz 0: the producer writes all the time. behind: chunks that far behind the head are copied, not the newest; 15 is the next to be
-// overwritten, so that it often is, and is gone then. processes: each reader is a process of its own. one-mapping: readers look at the producer's
-// own mapping, for ThreadSanitizer. time: the first reader times its reads. Prints one line of JSON.
+// hz 0: the producer writes all the time. behind: chunks that far behind the head are copied, not the newest; 15 is the next to
+// be overwritten, so that it often is, and is gone then. processes: each reader is a process of its own. one-mapping: readers
+// look at the producer's own mapping, for ThreadSanitizer. time: the first reader times its reads. Prints one line of JSON.
 #include <algorithm>
 #include <chrono>
 #include <thread>
@@ -162,7 +163,7 @@ static void report_times(std::vector<std::uint32_t> times) {
         const double value = times[static_cast<std::size_t>(part * static_cast<double>(times.size() - 1))];
         return std::max(0.0, (value - static_cast<double>(empty)) * ns);
     };
-    std::printf("\"p50_ns\": %.1f, \"p99_ns\": %.1f, \"p999_ns\": %.1f, \"p9999_ns\": %.1f, ", at(0.5), at(0.99), at(0.999), at(0.9999));
+    std::printf("\"p50_ns\": %.1f, \"p99_ns\": %.1f, \"p999_ns\": %.1f, ", at(0.5), at(0.99), at(0.999));
 }
 
 int main(int count, char** arguments) {
@@ -208,11 +209,11 @@ int main(int count, char** arguments) {
     std::printf("{");
     report_times(times);
     using Number = unsigned long long;
-    std::printf("\"reads\": %llu, \"torn\": %llu, \"older\": %llu, \"none\": %llu, \"contended\": %llu, \"gone\": %llu, \"ids\": %llu, "
-                "\"beyond\": %llu, \"tries\": [%llu, %llu, %llu, %llu], \"published\": %llu}\n",
+    std::printf("\"reads\": %llu, \"torn\": %llu, \"older\": %llu, \"none\": %llu, \"contended\": %llu, \"gone\": %llu, "
+                "\"ids\": %llu, \"beyond\": %llu, \"tries\": [%llu, %llu, %llu, %llu], \"published\": %llu}\n",
                 Number{sum.reads}, Number{sum.torn}, Number{sum.older}, Number{sum.none}, Number{sum.contended}, Number{sum.gone},
-                Number{sum.ids}, Number{sum.beyond}, Number{sum.tries[1]}, Number{sum.tries[2]}, Number{sum.tries[3]}, Number{sum.tries[4]},
-                Number{head(writer->memory()->segment())});
+                Number{sum.ids}, Number{sum.beyond}, Number{sum.tries[1]}, Number{sum.tries[2]}, Number{sum.tries[3]},
+                Number{sum.tries[4]}, Number{head(writer->memory()->segment())});
     writer->close(monotonic_ns());
     Writer::remove(name);
     return 0;
