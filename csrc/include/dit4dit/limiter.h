@@ -119,11 +119,9 @@ public:
     // NaN and infinities are ignored.
     void reset(double position) noexcept {
         if (!finite(position)) return;
-        started_ = true, first_ = true, exact_ = true, aimless_ = true;
+        started_ = true, first_ = true, exact_ = true, aimless_ = true, met_ = 0;
         now_ = {position, 0, 0};
         goal_ = 0, v1_ = 0, a1_ = 0;
-        floor_ = position < low_ ? position : low_;
-        ceiling_ = position > high_ ? position : high_;
     }
 
     // `dt`: seconds since the last tick that was not ignored. Returns what is sent. NaN or an infinity as target: as `brake`; as dt, or
@@ -177,7 +175,8 @@ private:
     }
 
     void send(const Motion& m, double goal, double dt) noexcept {
-        const double x = m.x < floor_ ? floor_ : m.x > ceiling_ ? ceiling_ : m.x;
+        const double floor = now_.x < low_ ? now_.x : low_, ceiling = now_.x > high_ ? now_.x : high_;
+        const double x = m.x < floor ? floor : m.x > ceiling ? ceiling : m.x;
         const double v = (x - now_.x) / dt;
         moved({x, m.v, m.a}, goal, v, (v - v1_) * 2 / (dt + d1_), dt);
     }
@@ -186,32 +185,33 @@ private:
     void moved(const Motion& m, double goal, double v, double a, double dt) noexcept {
         now_ = m, goal_ = goal, v1_ = v, a1_ = a;
         d2_ = d1_, d1_ = dt;
-        if (floor_ >= low_ && ceiling_ <= high_) return;
-        double least, most;  // a start outside low..high: it is not gone back to
-        span(now_, goal_, least, most);
-        if (least > floor_) floor_ = least < low_ ? least : low_;
-        if (most < ceiling_) ceiling_ = most > high_ ? most : high_;
     }
 
     // --- the way to rest: to velocity `goal` first and then to 0, both as fast as possible
 
-    // The least and the most position on the way.
-    void span(const Motion& m, double goal, double& least, double& most) const noexcept {
+    struct Turns {
+        double turn, end;  // positions; without a turn it is where the way begins
+    };
+
+    Turns turns(const Motion& m, double goal) const noexcept {
         const Ramp r = limiter::ramp_to(goal, m.v, m.a, own_);
-        double turn = m.x, end;
+        const double end = limiter::end_of(m, r);
         if (goal != 0) {  // such a goal that the velocity is 0 when the last phase begins
-            turn = advanced(advanced(m, r.j1, r.t1), 0, r.t2).x;
-            end = limiter::end_of(m, r);
-            end = limiter::end_of({end, goal, 0}, limiter::ramp_to(0, goal, 0, own_));
-        } else {
-            end = limiter::end_of(m, r);
-            if (m.v * r.j1 > 0) {  // the first phase accelerates although the velocity is to end: it turns before
-                const double square = m.a * m.a - 2 * r.j1 * m.v, root = square > 0 ? std::sqrt(square) : 0;
-                turn = advanced(m, r.j1, (std::fabs(m.a) - root) / j_).x;
-            }
+            return {advanced(advanced(m, r.j1, r.t1), 0, r.t2).x,
+                    limiter::end_of({end, goal, 0}, limiter::ramp_to(0, goal, 0, own_))};
         }
-        least = turn < m.x ? turn : m.x, most = turn > m.x ? turn : m.x;
-        least = end < least ? end : least, most = end > most ? end : most;
+        // letting go of the acceleration turns the velocity around
+        const double square = m.a * m.a - 2 * r.j1 * m.v;
+        const bool turning = m.v * r.j1 > 0 && square > 0;
+        return {turning ? advanced(m, r.j1, (std::fabs(m.a) - std::sqrt(square)) / j_).x : m.x, end};
+    }
+
+    // 1 if the way from x goes up to more than `high_`, -1 if it goes down to less than `low_`. A start outside is no fault.
+    int beyond(double x, const Turns& way, double rounding) const noexcept {
+        const double slack = rounding * (std::fabs(way.turn) + std::fabs(way.end)) + 1e-17 * j_;
+        const double up = way.turn > x ? way.turn : way.end, down = way.turn < x ? way.turn : way.end;
+        if (up > high_ + slack && (up > x || way.turn < x)) return 1;
+        return down < low_ - slack && (down < x || way.turn > x) ? -1 : 0;
     }
 
     // 0 where there is a way to rest within the bounds, by way of velocity `goal`; otherwise the direction in which they are left.
@@ -222,19 +222,18 @@ private:
         if (level > v || m.v > v || m.a > a) return 1;
         if (level < -v || m.v < -v || m.a < -a) return -1;
         if (!bounded_) return 0;
-        double least, most;
-        span(m, 0, least, most);
-        const double slack = rounding * (std::fabs(least) + std::fabs(most)) + 1e-17 * j_;
-        const double floor = floor_ - slack, ceiling = ceiling_ + slack;
-        if (least >= floor && most <= ceiling) return 0;
+        const double slack = rounding * std::fabs(m.x) + 1e-17 * j_;
+        if (m.x > high_ + slack && m.x > now_.x) return 1;
+        if (m.x < low_ - slack && m.x < now_.x) return -1;
+        const int side = beyond(m.x, turns(m, 0), rounding);
+        if (side == 0) return 0;
         // brake as hard as possible until the velocity is 0, and let go of the acceleration only then
-        const double s = most > ceiling ? 1.0 : -1.0, full = a_ * a_ * half_;
-        double back = m.a * m.a * half_ + s * m.v;
+        const double full = a_ * a_ * half_;
+        double back = m.a * m.a * half_ + side * m.v;
         back = back > full ? full : back;
-        if (!(s * m.v > 0 && back > 0 && back <= v)) return most > ceiling ? 1 : -1;
-        goal = -s * back;
-        span(m, goal, least, most);
-        return most > ceiling ? 1 : least < floor ? -1 : 0;
+        if (!(side * m.v > 0 && back > 0 && back <= v)) return side;
+        goal = -side * back;
+        return beyond(m.x, turns(m, goal), rounding);
     }
 
     // The motion after dt on the way to rest, and the goal from there.
@@ -253,6 +252,7 @@ private:
     bool send_exactly(double target, double dt) noexcept {
         const double v = (target - now_.x) / dt;
         const double a = (v - v1_) * 2 / (dt + d1_);
+        if (met_ > 0 && send_along(target, v, a, dt)) return true;
         const double j = (a - a1_) * 3 / (dt + d1_ + d2_);
         const double part = v1_ == 0 && a1_ == 0 ? kFromRest : 1.0;
         if (!(std::fabs(v) <= part * v_ && std::fabs(a) <= part * a_ && std::fabs(j) <= part * j_)) return false;
@@ -278,6 +278,18 @@ private:
             low_tried = true, high_tried = true;
         }
         return false;
+    }
+
+    // The same with the path so far, of another jerk in this tick, while values from before the target was met tell nothing about
+    // the target. (Not for long: what is off in the path's velocity grows from tick to tick.)
+    bool send_along(double target, double v, double a, double dt) noexcept {
+        const double jerk = (target - now_.x - dt * (now_.v + dt * (now_.a * 0.5))) * 6 / (dt * dt * dt);
+        const Motion m{target, now_.v + dt * (now_.a + dt * (jerk * 0.5)), now_.a + dt * jerk};
+        double goal;
+        if (!(std::fabs(jerk) <= j_ && std::fabs(v) <= v_ * kReached && leaves(m, goal) == 0)) return false;
+        if (!(jerk == 0 && now_.v == 0 && now_.a == 0)) --met_;  // at rest it may stay
+        moved(m, goal, v, a, dt);
+        return true;
     }
 
     // --- a target that is approached
@@ -328,6 +340,7 @@ private:
         stop.j1 += from.jerk, stop.j3 += from.jerk;
         m = limiter::along(m, stop, from.jerk, dt - t);  // absolute: a far target would cost digits
         exact_ = off <= 100 * tolerance;                 // met within the tick, but for what rounding has added up to
+        met_ = exact_ ? 3 : 0;
         if (exact_) m = {off <= tolerance ? target : m.x, to.at.v, to.at.a};
         double goal;
         if (!admissible(m, dt, goal, 1e-13)) {  // a target at a limit: rounding must not decide
@@ -343,8 +356,8 @@ private:
         double a = 0, at_a = error, b = dt, at_b = miss(limiter::settled(now_, drive, full, dt), from.after(dt), left), t = 0;
         if (!(at_b * full > 0)) return dt;  // it ends before the target still
         int side = 0;  // of the end that was moved last: the other one counts half if it stays (Illinois)
-        for (int i = 0; i < 48; ++i) {
-            t = i % 16 < 13 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
+        for (int i = 0; i < 72; ++i) {
+            t = i < 20 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
             const double f = miss(limiter::settled(now_, drive, full, t), from.after(t), left);
             if (std::fabs(f) <= tolerance) return t;
             if (f * full > 0) {
@@ -384,11 +397,11 @@ private:
     bool dynamic_, still_, bounded_;
     bool started_ = false, first_ = true;
     bool exact_ = true;     // what was sent last is the target
+    int met_ = 0;           // for how many ticks a target that was met just now is followed by the path's own motion
     bool aimless_ = true;   // no target before the next one
     Motion now_{0, 0, 0};   // of the path that the values sent are samples of
     double goal_ = 0;       // of its way to rest
     double v1_ = 0, a1_ = 0, d1_ = 0, d2_ = 0;  // the last differences of what was sent, the last ticks
-    double floor_ = 0, ceiling_ = 0;            // low..high, wider as long as a start outside it is being left
     double target1_ = 0, target2_ = 0, target3_ = 0;
 };
 
