@@ -322,7 +322,7 @@ class Reader:
         mode = np.where(ticks[:, None], np.select(cases, modes, Mode.FOLLOW), self.mode)
         begins, fades = ((mode == m) & (self.mode != m) for m in (Mode.FOLLOW, Mode.DECAY))
         self.base_at = np.where(begins, now[:, None], self.base_at)
-        self.base = np.where(begins, self.asked, self.base)
+        self.base = np.where(begins, np.where(self.relative, np.nan, self.asked), self.base)  # first displacements are whole
         self.since = np.where(fades, now[:, None], self.since)
         self.fades_from = np.where(fades, self.asked, self.fades_from)
         self.mode = mode
@@ -394,7 +394,8 @@ class Reader:
         return np.where(self.binary, voted, newest + away)
 
     def _blend(self, chain: Chain, now: Array, seconds: Array, says: Array, follows: Array) -> Array:
-        """Each chunk ramps up over what would have been sent without it, from the last one that nothing older shows through."""
+        """Each chunk ramps up over what would have been sent without it, from the last one that nothing older shows through. But
+        displacements of a chunk that comes when the one before has ended are sent as they are."""
         chunks, kind = self.chunks, self.robots.kind
         begins, number = chunks.begins, chunks.begins.shape[1]
         length = self.robots.blend_rows[:, None] * chunks.period_ns
@@ -409,15 +410,18 @@ class Reader:
             shows[n] = open_ & chain.usable[:, n, None]
             bottom[n] = shows[n] & (on_base[n] | (weight[n] == 1) | oldest[:, n, None])
             open_ = open_ & ~bottom[n]
-        y = np.zeros(kind.shape)
+        y, ended = np.zeros(kind.shape), np.zeros(len(now), np.int64)
         for n in range(number):
+            alone = self.relative & (ended <= begins[:, n])[:, None]
+            ended = np.where(chain.usable[:, n], chunks.ends[:, n], ended)
             from_base = bottom[n] & on_base[n] & ~np.isnan(base)
             renews = shows[n] & ~bottom[n] & (chain.place[:, n, None] == MOST_HISTORY - 1) & follows
             renews &= (self.robots.seam == Seam.BLEND)[:, None]
             per_second = np.where(seconds > 0, y / np.where(seconds > 0, seconds, 1), 0.0)
             self.base = np.where(renews, np.where(self.relative, per_second, y), self.base)
             self.base_at = np.where(renews, begins[:, n, None], self.base_at)
-            y = np.where(bottom[n], says[:, n], np.where(shows[n], mix(kind, says[:, n], y, weight[n]), y))
+            mixed = np.where(alone, says[:, n], mix(kind, says[:, n], y, weight[n]))
+            y = np.where(bottom[n], says[:, n], np.where(shows[n], mixed, y))
             y = np.where(from_base, mix(kind, says[:, n], base, weight[n]), y)
         return y
 

@@ -69,6 +69,8 @@ class Reader {
     void clear_estop() noexcept { dit4dit::clear_estop(memory_->writable()); }
 
   private:
+    static constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+
     enum class Mode : std::uint8_t { none, follow, hold, decay };
 
     // What a group does.

@@ -45,18 +45,17 @@ inline Reader::Reader(std::shared_ptr<Memory> memory, const Options& options)
       seams_(*layout_, columns_),
       follows_(columns_.size()),
       bases_(columns_.size()) {
-    constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
     for (Regime& regime : regimes_) regime.base.values = bases_.data();
     for (const Column& column : columns_) {
         groups_ |= 1u << column.group;
         const Limits limits = limits_of(layout_->channel[column.column]);
         const bool moves = column.kind == Kind::velocity || column.kind == Kind::relative;
-        State state{ChannelLimiter(limits), limits.limited(), moves, moves ? 0 : unknown, 0, 0, moves ? 0 : unknown};
+        State state{ChannelLimiter(limits), limits.limited(), moves, moves ? 0 : kUnknown, 0, 0, moves ? 0 : kUnknown};
         if (moves) state.limiter.reset(0);  // until something is asked for it stands
         states_.push_back(state);
     }
     feedback_.driver = static_cast<std::uint64_t>(getpid());
-    for (double& value : feedback_.values) value = unknown;
+    for (double& value : feedback_.values) value = kUnknown;
 }
 
 inline std::vector<Column> Reader::columns_of(const Layout& layout, const char* group) {
@@ -204,9 +203,12 @@ inline void Reader::enter(std::uint32_t group, std::int64_t now, const Situation
     if (mode != regime.mode && mode != Mode::hold) {
         regime.since = now;
         if (mode == Mode::follow) regime.base.at = now;
-        for (std::size_t i = 0; i < columns_.size(); ++i)
-            if (columns_[i].group == static_cast<int>(group))
-                (mode == Mode::follow ? bases_[i] : states_[i].fades_from) = states_[i].asked;
+        for (std::size_t i = 0; i < columns_.size(); ++i) {
+            if (columns_[i].group != static_cast<int>(group)) continue;
+            if (mode == Mode::decay) states_[i].fades_from = states_[i].asked;
+            // the first displacements are not made smaller
+            if (mode == Mode::follow) bases_[i] = columns_[i].path < 0 ? states_[i].asked : kUnknown;
+        }
     }
     regime.mode = mode;
 }

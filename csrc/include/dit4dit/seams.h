@@ -180,35 +180,41 @@ class Seams {
         }
     }
 
-    // Each chunk ramps up over what would have been sent without it. Where more than kMostHistory do so at once, what lies under the
-    // oldest of them becomes the group's base: it stands still from then on instead of jumping.
+    // Each chunk ramps up over what would have been sent without it, from the last one that nothing older shows through. Where more
+    // than kMostHistory do so at once, what lies under the oldest of them becomes the group's base: it stands still instead of
+    // jumping.
     void blend(int group, Base& base, double* out) noexcept {
-        const int begun = chain_->begun();
-        int bottom = 0;  // the chunk that nothing older shows through
+        int bottom = 0;
         bool on_base = false;
         double weights[kMostHeld];
         for (;; ++bottom) {
             const Link& link = (*chain_)[bottom];
             on_base = link.begins_at <= base.at;
             weights[bottom] = weight(link, on_base ? base.at : link.begins_at, now_);
-            if (on_base || weights[bottom] == 1 || bottom + 1 == begun) break;
+            if (on_base || weights[bottom] == 1 || bottom + 1 == chain_->begun()) break;
         }
         copy(group, value(bottom), out);
         const double seconds = own_.seconds();
         if (on_base)
-            for (std::size_t i = 0; i < columns_.size(); ++i)
-                if (columns_[i].group == group && base.values[i] == base.values[i])
-                    out[i] = mix(columns_[i].kind, out[i], base.values[i] * (columns_[i].path < 0 ? 1 : seconds), weights[bottom]);
-        for (int n = bottom - 1; n >= 0; --n) {
-            const bool renews = n == kMostHistory - 1;
-            if (renews) base.at = (*chain_)[n].begins_at;
-            const double* values = value(n);
             for (std::size_t i = 0; i < columns_.size(); ++i) {
-                if (columns_[i].group != group) continue;
-                if (renews) base.values[i] = columns_[i].path < 0 ? out[i] : seconds > 0 ? out[i] / seconds : 0;
-                out[i] = mix(columns_[i].kind, values[i], out[i], weights[n]);
+                const double under = base.values[i] * (columns_[i].path < 0 ? 1 : seconds);
+                if (columns_[i].group == group && under == under) out[i] = mix(columns_[i].kind, out[i], under, weights[bottom]);
             }
+        for (int n = bottom - 1; n >= 0; --n) {
+            if (n == kMostHistory - 1) freeze(group, base, (*chain_)[n].begins_at, out, seconds);
+            // displacements are not made up: a chunk that comes when the one before has ended is sent as it is
+            const bool alone = (*chain_)[n + 1].ends_at <= (*chain_)[n].begins_at;
+            const double* values = value(n);
+            for (std::size_t i = 0; i < columns_.size(); ++i)
+                if (columns_[i].group == group)
+                    out[i] = alone && columns_[i].path >= 0 ? values[i] : mix(columns_[i].kind, values[i], out[i], weights[n]);
         }
+    }
+
+    void freeze(int group, Base& base, std::int64_t at, const double* values, double seconds) const noexcept {
+        base.at = at;
+        for (std::size_t i = 0; i < columns_.size(); ++i)
+            if (columns_[i].group == group) base.values[i] = columns_[i].path < 0 ? values[i] : seconds > 0 ? values[i] / seconds : 0;
     }
 
     Seam seam_;
