@@ -176,7 +176,8 @@ class ActionStream:
             if shared is not None and str(error).startswith(shared):
                 raise StreamError(str(error)) from None
             raise ConfigError(f"{self._where}: {error}") from None
-        self._reader: Any = None
+        # in one process it is this reader that moves the robot; a producer of a shared stream may look at what is sent
+        self._reader = self._writer.reader(shared is None, *self._options)
         # readers are told at once when this process ends in order, not after dead_after_ms
         self._closing = weakref.finalize(self, _close, self._writer)
 
@@ -206,17 +207,18 @@ class ActionStream:
         self._options = (ns_of("dead_after_ms", dead_after_ms), ns_of("loop_dead_after_ms", loop_dead_after_ms))
         try:
             self._reader = _native().StreamReader(name, driver, *self._options, group)
-        except ValueError as error:
+            found = self._reader.described()
+        except ValueError as error:  # a name in it that is no text, too
             raise StreamError(str(error)) from None
-        found = self._reader.described()
         self.robot, self.names = found["robot"], tuple(found["names"])
         self.command_hz = 1e9 / found["command_period_ns"]
         if embodiment is not None:
             wanted = [name for name in embodiment.action_names if group is None or name in self.names]
             if self.robot != embodiment.name or list(self.names) != wanted:
+                got = f"{self._channels(self.names)} of {self.robot!r}"
                 raise StreamError(
-                    f"{name}: expected robot {embodiment.name!r} with {len(wanted)} channels, got {self.robot!r} with "
-                    f"{len(self.names)}; start its own producer, or choose another name"
+                    f"{name}: expected {self._channels(wanted)} of robot {embodiment.name!r}, got {got}; start the robot's own "
+                    "producer, or choose another name"
                 )
         return self
 
@@ -365,10 +367,7 @@ class ActionStream:
 
     def _reading(self) -> Any:
         if self._reader is None:
-            if self._writer is None:
-                raise StreamError(f"{self._where}: closed; ActionStream.attach opens it again")
-            # in one process it is this reader that moves the robot; of a shared stream one may look at what is sent
-            self._reader = self._writer.reader(self._shared is None, *self._options)
+            raise StreamError(f"{self._where}: closed; ActionStream.attach opens it again")
         return self._reader
 
     @staticmethod

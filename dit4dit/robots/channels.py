@@ -8,12 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from dit4dit.errors import ConfigError, did_you_mean, shown
-
-if TYPE_CHECKING:
-    from dit4dit.robots.embodiment import Key
 
 Rule = Literal["hold", "decay", "finish"]
 """What a group does without a chunk to follow. hold: it stands still. decay: velocities and displacements fall to 0 linearly, the
@@ -71,6 +68,25 @@ class Bounds:
 
 
 UNLIMITED = Bounds()
+
+
+class BoundedKey(Protocol):
+    """What of an action's `embodiment.Key` matters here."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def kind(self) -> str | None: ...
+    @property
+    def clip(self) -> float | None: ...
+    @property
+    def limits(self) -> Bounds | tuple[Bounds, ...]: ...
+    @property
+    def rotation(self) -> str | None: ...
+
+
 BOUNDS = tuple(field.name for field in fields(Bounds))
 
 
@@ -95,7 +111,7 @@ class ChannelGroup:
             check_rule(f"group {self.name!r}", when, getattr(self, when))
 
 
-def bounds_of(key: Key, control_hz: float) -> tuple[Bounds, ...]:
+def bounds_of(key: BoundedKey, control_hz: float) -> tuple[Bounds, ...]:
     """What each value of an action key is bounded by: its limits, and no more than the robot takes (`Key.clip`)."""
     each = key.limits if isinstance(key.limits, tuple) else (key.limits,) * key.dim
     if key.clip is None:
@@ -112,7 +128,7 @@ def check_rule(where: str, when: str, rule: object) -> None:
         raise ConfigError(f"{where}: {when}: expected one of {', '.join(WHEN[when])}, got {shown(rule)}{near}")
 
 
-def check_key(where: str, key: Key) -> None:
+def check_key(where: str, key: BoundedKey) -> None:
     """ConfigError where an action key has bounds that its kind cannot have, or for another number of values."""
     bounds = key.limits if isinstance(key.limits, tuple) else (key.limits,)
     if isinstance(key.limits, tuple) and len(bounds) != key.dim:
@@ -131,7 +147,7 @@ def check_key(where: str, key: Key) -> None:
         raise ConfigError(f"{where}: limits of {key.name!r}: it {what}; leave them out")
 
 
-def check_groups(where: str, groups: Sequence[ChannelGroup], keys: Sequence[Key]) -> None:
+def check_groups(where: str, groups: Sequence[ChannelGroup], keys: Sequence[BoundedKey]) -> None:
     """ConfigError unless each action key is in exactly one group."""
     known, found = [key.name for key in keys], dict[str, str]()
     if len({group.name for group in groups}) != len(groups):

@@ -86,6 +86,11 @@ def test_rows_are_found_by_time() -> None:
     moved = ActionStream(TABLETOP, interpolation="linear", seam=Switch())
     moved.publish(chunk(TABLETOP, rows), now_ns=T0 + 250 * MS, starts_at_ns=T0 + 250 * MS)
     assert np.allclose(moved.at(T0 + 300 * MS).values, [0.01, -0.01, 0.0], atol=1e-6)
+    faster = ActionStream(TABLETOP, interpolation="linear", seam=Switch())  # the chunk's rate counts, not the robot's
+    faster.publish(chunk(TABLETOP, rows, control_hz=30.0), now_ns=T0)
+    command = faster.at(T0 + 150 * MS)
+    assert (command.row, command.values[2]) == (4, 1.0)
+    assert np.allclose(command.values[:2], [0.09, -0.09], atol=1e-6)
 
 
 def g1_rows(value: float) -> np.ndarray:

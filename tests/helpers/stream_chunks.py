@@ -27,8 +27,9 @@ def chunk(robot: Embodiment, rows: Any, observed_at_ns: int | None = T0, **chang
     """rows [K, A] (or [A], repeated 8 times), computed when they were observed."""
     actions = np.asarray(rows, np.float32)
     actions = np.tile(actions, (8, 1)) if actions.ndim == 1 else actions
-    given = {"observed_at_ns": observed_at_ns, "computed_at_ns": observed_at_ns, **changes}
-    return ActionChunk(actions, robot.action_names, robot.control_hz, actions, Noise.from_seed(0), **given)
+    stamps = {"observed_at_ns": observed_at_ns, "computed_at_ns": observed_at_ns}
+    given = {"control_hz": robot.control_hz, "noise": Noise.from_seed(0), **stamps, **changes}
+    return ActionChunk(actions=actions, names=robot.action_names, normalized=actions, **given)
 
 
 def commands(stream: ActionStream, times: Any) -> list[Command]:
