@@ -5,8 +5,8 @@
 #   find_package(dit4dit REQUIRED)
 #   target_link_libraries(controller PRIVATE dit4dit::action_stream)
 #
-# No flags are set for your code. The headers keep their own arithmetic exact, so that commands are those of the Python package bit for
-# bit under -O3 -march=native too; -ffast-math is refused.
+# No flags are set for your code. The headers keep their own arithmetic exact, so that commands are those of the Python package bit
+# for bit under -O3 -march=native too; -ffast-math is refused.
 
 if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
   set(dit4dit_FOUND FALSE)

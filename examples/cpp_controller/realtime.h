@@ -14,8 +14,8 @@
 #include <cstring>
 #include <vector>
 
-// SCHED_FIFO for the calling thread. False, and a message, where the system does not allow it: the loop runs, and may wake up late
-// whenever another process wants the core.
+// SCHED_FIFO for the calling thread. False, and a message, where the system does not allow it: the loop runs, and may wake up
+// late whenever another process wants the core.
 inline bool request_priority(int priority) {
     sched_param param{};
     param.sched_priority = priority;
