@@ -17,7 +17,9 @@
 #endif
 
 namespace dit4dit {
-void add_stream(py::module_& m);  // stream_bindings.cpp
+void add_stream(py::module_& m);        // stream_bindings.cpp
+void add_snapshot(py::module_& m);      // snapshot_bindings.cpp
+void add_stream_bench(py::module_& m);  // snapshot_bindings.cpp
 }
 
 using namespace dit4dit;
@@ -179,6 +181,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     });
     add_driver(m);
     add_stream(m);
+    add_snapshot(m);
+    add_stream_bench(m);
     m.attr("cuda_architectures") = cuda_architectures();
     m.def("build_info", &build_info, "compiler, cuda (version, empty without), architectures");
     m.def("preprocess", &preprocess, "views"_a, "widths"_a, "out"_a, "filter"_a);

@@ -163,7 +163,9 @@ def test_from_rest_to_rest_hardly_takes_longer_than_the_optimum(program: Program
     over = (np.sign(distance) * (sent - distance)).max(0)
     assert over[judged].max() < 1e-6
     print(f"overshoot {over[judged].max():.2g}, {judged.sum()} lanes")  # noqa: T201
-    assert (over[small] <= dynamic[small, 2] * dts[:, small].max(0) ** 3).all()
+    assert small.sum() > 100
+    assert (over < 0.7 * np.abs(distance))[small].all()
+    assert (over[small] > 1e-6).any()  # as limiter.h says
 
 
 def test_it_settles_on_a_target_that_stays_or_moves_steadily(program: Program) -> None:

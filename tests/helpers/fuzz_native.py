@@ -216,6 +216,14 @@ SOUND: dict[str, Callable[[World, random.Random], dict[str, Any]]] = {
     "action_ode_cuda": action_ode_cuda,
     "action_ode_facts": lambda world, rng: dict(device=0, shared_bytes=0),
     "build_info": lambda world, rng: {},
+    "segment_snapshot": lambda world, rng: dict(name=world.segment),
+    "segment_names": lambda world, rng: {},
+    "stream_bench_clock": lambda world, rng: dict(count=rng.randint(1, 9)),
+    "stream_bench_ring": lambda world, rng: dict(count=rng.randint(1, 9)),
+    "stream_bench_reader": lambda world, rng: dict(count=rng.randint(1, 9), at_limits=rng.random() < 0.5),
+    "stream_bench_loop": lambda world, rng: dict(
+        name=world.segment, period_ns=1000, ticks=rng.randint(1, 9), priority=0
+    ),
     "Driver": lambda world, rng: dict(library=world.library),
     "Driver.load": load,
     "Driver.version": lambda world, rng: {},

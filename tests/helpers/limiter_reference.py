@@ -182,7 +182,7 @@ class LimiterReference:
         self.started, self.first, self.exact, self.aimless = no, ~no, ~no, ~no
         self.now = Motion(zero, zero, zero)
         self.goal = self.v1 = self.a1 = self.d1 = self.d2 = zero
-        self.targets, self.met = (zero, zero, zero), np.zeros(v.shape, int)
+        self.targets, self.met, self.open = (zero, zero, zero), np.zeros(v.shape, int), no
 
     def reset(self, position: np.ndarray, lanes: np.ndarray | bool = True) -> None:
         """position [N]; `lanes` [N]: which."""
@@ -190,7 +190,7 @@ class LimiterReference:
         zero = np.zeros_like(position)
         self.started, self.first = self.started | lanes, self.first | lanes
         self.exact, self.aimless = self.exact | lanes, self.aimless | lanes
-        self.met = np.where(lanes, 0, self.met)
+        self.met, self.open = np.where(lanes, 0, self.met), self.open & ~lanes
         self.now = pick(lanes, Motion(position, zero, zero), self.now)
         self.goal, self.v1, self.a1 = (np.where(lanes, 0.0, x) for x in (self.goal, self.v1, self.a1))
 
@@ -224,11 +224,13 @@ class LimiterReference:
         self.met = put(self.met, some, part.met)
         kept = put(np.zeros(dt.shape, bool), some, fits)
         sent, m, goal = self._exactly(target, dt, aims & self.exact & ~kept)
+        open_now = (self.open & ~(aims | brakes)) | sent
         m, goal, sent = put(m, some[fits], taken(on, fits)), put(goal, some[fits], on_goal[fits]), sent | kept
         rest = np.flatnonzero(aims & ~sent)
         approached, way, met, hit = taken(self, rest)._approach(target[rest], dt[rest])
         m, goal, self.exact = put(m, rest, approached), put(goal, rest, way), put(self.exact, rest, met)
         self.met = put(self.met, rest, np.where(hit, 3, 0))
+        self.open = open_now
         braked, end = self._backup(dt)
         m, goal = pick(brakes, braked, m), np.where(brakes, end, goal)
         floor = np.where(self.now.x < self.low, self.now.x, self.low)
@@ -287,14 +289,12 @@ class LimiterReference:
         j = (a - self.a1) * 3 / (dt + self.d1 + self.d2)
         part = np.where((self.v1 == 0) & (self.a1 == 0), FROM_REST, 1.0)
         left = lanes & (np.abs(v) <= part * self.v) & (np.abs(a) <= part * self.a) & (np.abs(j) <= part * self.j)
-        v0, by_v, by_a = v + a * dt * 0.5, dt * (dt + self.d1) * (1.0 / 6), (2 * dt + self.d1) * (1.0 / 3)
-        low, high = (-self.a - a) / by_a, (self.a - a) / by_a
-        low, high = np.where(low < -self.j, -self.j, low), np.where(high > self.j, self.j, high)
+        past, low, high = self._cubics(target, v, a, dt, self.d1)
         q = clipped(j, low, high)
         sent, best, way = np.zeros(v.shape, bool), self.now, self.goal
         for attempt in range(8):
             some = np.flatnonzero(left)
-            m = Motion(target, v0 + q * by_v, a + q * by_a)
+            m = past(q)
             side, goal = taken(self, some)._leaves(taken(m, some))
             side, goal = put(np.zeros(v.shape, int), some, side), put(way, some, goal)
             found = left & (side == 0)
@@ -305,6 +305,22 @@ class LimiterReference:
             low, high = np.where(side > 0, low, q), np.where(side > 0, q, high)
             q = 0.5 * (low + high) if attempt else np.where(side > 0, low, high)
         return sent, best, way
+
+    def _cubics(self, x, v, a, dt, before):
+        v0, by_v, by_a = v + a * dt * 0.5, dt * (dt + before) * (1.0 / 6), (2 * dt + before) * (1.0 / 3)
+        low, high = (-self.a - a) / by_a, (self.a - a) / by_a
+        low, high = np.where(low < -self.j, -self.j, low), np.where(high > self.j, self.j, high)
+        return lambda q: Motion(x, v0 + q * by_v, a + q * by_a), low, high
+
+    def _choose_past(self, since, reach):
+        past, low, high = self._cubics(self.now.x, self.v1, self.a1, self.d1, self.d2)
+        for _ in range(12):
+            q = 0.5 * (low + high)
+            above = miss(past(q), since, reach) > 0
+            low, high = np.where(above, low, q), np.where(above, q, high)
+        m = past(0.5 * (low + high))
+        side, goal = self._leaves(m)
+        return pick(side == 0, m, self.now), np.where(side == 0, goal, self.goal)
 
     def _along(self, target, dt):
         v = (target - self.now.x) / dt
@@ -337,6 +353,9 @@ class LimiterReference:
         low = np.where(since.at.a < to.at.a, since.at.a, to.at.a)
         high = np.where(since.at.a < to.at.a, to.at.a, since.at.a)
         reach = Reach(self.a + low, self.a - high, self.j + since.jerk, self.j - since.jerk)
+        some = np.flatnonzero(self.open)
+        now, goal = taken(self, some)._choose_past(*taken((since, reach), some))
+        self.now, self.goal = put(self.now, some, now), put(self.goal, some, goal)
         tolerance = 4e-16 * (np.abs(self.now.x) + np.abs(target)) + 1e-12 * self.j * (dt * dt * dt)
         error = miss(self.now, since, reach)
         full = np.where(error < 0, self.v, -self.v)

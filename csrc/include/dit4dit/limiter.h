@@ -5,13 +5,15 @@
 // ticks these are the usual backward differences. A target whose own differences stay below 0.8 of the bounds is sent as it is; any
 // other is approached in nearly the least time that the bounds allow, and sent as it is from where it is met.
 //
-// Why: n! times the n-th divided difference of samples of a path is an average of the path's n-th derivative. The values sent are
-// samples of a path within the bounds whose rest of the way is known at every tick: it comes to rest within the bounds. What is sent
-// next is accepted only where that holds again; otherwise the known way to rest is followed, which is possible at any tick.
+// Why: n! times the n-th divided difference of samples of a path is an average of the path's n-th derivative. The values sent
+// are samples of a path within the bounds whose rest of the way is known at every tick: it comes to rest within the bounds. What
+// is sent next is accepted only where that holds again; otherwise the known way to rest is followed, which is possible at any tick.
 //
-// What cannot hold: a step from rest with differences below 0.8 of the bounds looks like a ramp until the next tick, and is sent. If
-// the target stays there, a step of more than a sixth of jerk * dt^3 may be passed, by at most about jerk * dt^3. The jerk of doubles
-// near x has a noise of 4 ulp(x) / dt^3: bounds below a thousand times that cannot be kept.
+// What cannot hold: a step from rest whose differences are below 0.8 of the bounds looks like a ramp until the next tick, and is
+// sent. If the target stays there, it may be passed, by less than the step; steps that small are below jerk * dt^3. Where ticks
+// vary, a target that turns around within a tick or two is not followed when a next tick as short as kLeastTick would leave no
+// way to rest, and near low and high even at uniform ticks. The jerk of doubles near x has a noise of 4 ulp(x) / dt^3: bounds
+// below a thousand times that cannot be kept.
 //
 // Only + - * / sqrt and comparisons: without contraction (-ffp-contract=off) the same bits everywhere.
 #pragma once
@@ -20,79 +22,9 @@
 #include <limits>
 
 #include "limits.h"
+#include "ramp.h"
 
 namespace dit4dit {
-
-namespace limiter {
-
-// Position, velocity and acceleration at one moment.
-struct Motion {
-    double x, v, a;
-};
-
-inline Motion operator-(const Motion& m, const Motion& n) noexcept { return {m.x - n.x, m.v - n.v, m.a - n.a}; }
-
-inline Motion advanced(const Motion& m, double jerk, double t) noexcept {
-    return {m.x + t * (m.v + t * (m.a * 0.5 + t * (jerk * (1.0 / 6)))), m.v + t * (m.a + t * (jerk * 0.5)), m.a + t * jerk};
-}
-
-// The most acceleration and jerk in either direction; all > 0.
-struct Reach {
-    double down, up, jerk_down, jerk_up;
-};
-
-// A way to another velocity: jerk j1 for t1, none for t2, j3 for t3.
-struct Ramp {
-    double j1, j3, t1, t2, t3;
-    double duration() const noexcept { return t1 + t2 + t3; }
-};
-
-// The fastest way to velocity `goal` and no acceleration.
-inline Ramp ramp_to(double goal, double v, double a, const Reach& reach) noexcept {
-    const double level = v + a * std::fabs(a) * 0.5 / (a > 0 ? reach.jerk_down : reach.jerk_up);  // where letting go leads to
-    const bool rises = level < goal;
-    const double s = rises ? 1.0 : -1.0, most = rises ? reach.up : reach.down;
-    const double on = rises ? reach.jerk_up : reach.jerk_down, off = rises ? reach.jerk_down : reach.jerk_up;
-    const double begin = s * a, gap = s * (goal - v);
-    if (begin > most) {  // more than there may be: back to it first
-        const double t2 = (gap - begin * begin * 0.5 / off) / most;
-        return {-s * off, -s * off, (begin - most) / off, t2 > 0 ? t2 : 0, most / off};
-    }
-    const double missing = gap + begin * begin * 0.5 / on, square = missing * (2 * on * off / (on + off));
-    double peak = square > 0 ? std::sqrt(square) : 0, t2 = 0;
-    if (peak > most) {
-        peak = most;
-        t2 = missing / peak - peak * (0.5 / on + 0.5 / off);
-    }
-    const double t1 = (peak - begin) / on;
-    return {s * on, -s * off, t1 > 0 ? t1 : 0, t2 > 0 ? t2 : 0, peak / off};
-}
-
-// The motion `t` after the ramp's begin, with jerk `between` in its second phase and behind its end.
-inline Motion along(const Motion& from, const Ramp& r, double between, double t) noexcept {
-    if (t <= r.t1) return advanced(from, r.j1, t);
-    Motion m = advanced(from, r.j1, r.t1);
-    t -= r.t1;
-    if (t <= r.t2) return advanced(m, between, t);
-    m = advanced(m, between, r.t2);
-    t -= r.t2;
-    if (t <= r.t3) return advanced(m, r.j3, t);
-    return advanced(advanced(m, r.j3, r.t3), between, t - r.t3);
-}
-
-// The position at the ramp's end.
-inline double end_of(const Motion& from, const Ramp& r) noexcept {
-    return advanced(advanced(advanced(from, r.j1, r.t1), 0, r.t2), r.j3, r.t3).x;
-}
-
-// The motion `t` after the ramp's begin, where velocity `goal` is kept behind its end; without what rounding leaves.
-inline Motion settled(const Motion& from, const Ramp& r, double goal, double t) noexcept {
-    const double over = t - r.duration();
-    if (over < 0) return along(from, r, 0, t);
-    return {end_of(from, r) + over * goal, goal, 0};
-}
-
-}  // namespace limiter
 
 class ChannelLimiter {
 public:
@@ -119,13 +51,13 @@ public:
     // NaN and infinities are ignored.
     void reset(double position) noexcept {
         if (!finite(position)) return;
-        started_ = true, first_ = true, exact_ = true, aimless_ = true, met_ = 0;
+        started_ = true, first_ = true, exact_ = true, aimless_ = true, met_ = 0, open_ = false;
         now_ = {position, 0, 0};
         goal_ = 0, v1_ = 0, a1_ = 0;
     }
 
-    // `dt`: seconds since the last tick that was not ignored. Returns what is sent. NaN or an infinity as target: as `brake`; as dt, or
-    // less than kLeastTick: ignored. Before any `reset` the first target is taken for the position at rest.
+    // `dt`: seconds since the last tick that was not ignored. Returns what is sent. NaN or an infinity as target: as `brake`; as
+    // dt, or less than kLeastTick: ignored. Before any `reset` the first target is taken for the position at rest.
     double tick(double target, double dt) noexcept {
         if (!(dt >= kLeastTick && finite(dt))) return now_.x;
         if (!finite(target)) return brake(dt);
@@ -167,6 +99,17 @@ private:
         Aim after(double t) const noexcept { return {advanced(at, jerk, t), jerk}; }
     };
 
+    // Paths through the last three values: cubics of any jerk between low and high, by their motion at the last one.
+    struct Cubics {
+        double x, v0, a0, by_v, by_a, low, high;
+        Cubics(double x_, double v, double a, double dt, double before, double most, double jerk) noexcept
+            : x(x_), v0(v + a * dt * 0.5), a0(a), by_v(dt * (dt + before) * (1.0 / 6)), by_a((2 * dt + before) * (1.0 / 3)),
+              low((-most - a) / by_a), high((most - a) / by_a) {
+            low = low < -jerk ? -jerk : low, high = high > jerk ? jerk : high;
+        }
+        Motion end(double q) const noexcept { return {x, v0 + q * by_v, a0 + q * by_a}; }
+    };
+
     static bool finite(double x) noexcept { return x - x == 0; }
 
     void begin(double dt) noexcept {
@@ -183,7 +126,7 @@ private:
 
     // v and a: the differences of what is sent.
     void moved(const Motion& m, double goal, double v, double a, double dt) noexcept {
-        now_ = m, goal_ = goal, v1_ = v, a1_ = a;
+        now_ = m, goal_ = goal, v1_ = v, a1_ = a, open_ = false;
         d2_ = d1_, d1_ = dt;
     }
 
@@ -256,18 +199,16 @@ private:
         const double j = (a - a1_) * 3 / (dt + d1_ + d2_);
         const double part = v1_ == 0 && a1_ == 0 ? kFromRest : 1.0;
         if (!(std::fabs(v) <= part * v_ && std::fabs(a) <= part * a_ && std::fabs(j) <= part * j_)) return false;
-        // a path through the last three values: a cubic with any jerk q within the bounds; it begins with the one of the difference
-        const double v0 = v + a * dt * 0.5, by_v = dt * (dt + d1_) * (1.0 / 6), by_a = (2 * dt + d1_) * (1.0 / 3);
-        double low = (-a_ - a) / by_a, high = (a_ - a) / by_a;
-        low = low < -j_ ? -j_ : low, high = high > j_ ? j_ : high;
-        double q = j < low ? low : j > high ? high : j;
+        const Cubics past(target, v, a, dt, d1_, a_, j_);
+        double low = past.low, high = past.high, q = j < low ? low : j > high ? high : j;
         bool low_tried = false, high_tried = false;
         for (int i = 0; i < 8; ++i) {
-            const Motion m{target, v0 + q * by_v, a + q * by_a};
+            const Motion m = past.end(q);
             double goal;
             const int side = leaves(m, goal);
             if (side == 0) {
                 moved(m, goal, v, a, dt);
+                open_ = true;
                 return true;
             }
             if (q == (side > 0 ? low : high)) return false;
@@ -323,11 +264,25 @@ private:
         return limiter::end_of(r, limiter::ramp_to(0, r.v, r.a, reach));
     }
 
+    // The target has been sent exactly and cannot be followed: of the paths that were possible, the one that ends nearest to it.
+    void choose_past(const Aim& from, const limiter::Reach& left) noexcept {
+        const Cubics past(now_.x, v1_, a1_, d1_, d2_, a_, j_);
+        double low = past.low, high = past.high;
+        for (int i = 0; i < 12; ++i) {
+            const double q = 0.5 * (low + high);
+            (miss(past.end(q), from, left) > 0 ? high : low) = q;
+        }
+        double goal;
+        const Motion m = past.end(0.5 * (low + high));
+        if (leaves(m, goal) == 0) now_ = m, goal_ = goal;
+    }
+
     // Drives toward the target as hard as the bounds allow, for as long as the way to rest relative to the target ends before it;
     // that way follows. Both end with the tick: the next one plans again.
     void approach(double target, double dt) noexcept {
         const Aim to = aimed(target, dt), from = to.after(-dt);
         const limiter::Reach left = reach(from, to);
+        if (open_) choose_past(from, left);
         const double tolerance = 4e-16 * (std::fabs(now_.x) + std::fabs(target)) + 1e-12 * j_ * (dt * dt * dt);
 
         const double error = miss(now_, from, left), full = error < 0 ? v_ : -v_;
@@ -398,6 +353,7 @@ private:
     bool started_ = false, first_ = true;
     bool exact_ = true;     // what was sent last is the target
     int met_ = 0;           // for how many ticks a target that was met just now is followed by the path's own motion
+    bool open_ = false;     // now_ is one of many paths through the last values
     bool aimless_ = true;   // no target before the next one
     Motion now_{0, 0, 0};   // of the path that the values sent are samples of
     double goal_ = 0;       // of its way to rest
