@@ -142,9 +142,9 @@ def switching(now, drive, full, since, reach, error, dt, tolerance):
     at_b = miss(settled(now, drive, full, dt), since.after(dt), reach)
     left = np.flatnonzero(at_b * full > 0)
     state = taken((now, drive, full, since, reach, tolerance, a, at_a, b, at_b, np.zeros(len(dt), int)), left)
-    for i in range(48):
+    for i in range(72):
         now, drive, full, since, reach, tolerance, a, at_a, b, at_b, side = state
-        t[left] = new = (a * at_b - b * at_a) / (at_b - at_a) if i % 16 < 13 else 0.5 * (a + b)
+        t[left] = new = (a * at_b - b * at_a) / (at_b - at_a) if i < 20 else 0.5 * (a + b)
         f = miss(settled(now, drive, full, new), since.after(new), reach)
         beyond = f * full > 0
         at_a, at_b = (
@@ -181,8 +181,8 @@ class LimiterReference:
         zero, no = np.zeros_like(v), np.zeros(v.shape, bool)
         self.started, self.first, self.exact, self.aimless = no, ~no, ~no, ~no
         self.now = Motion(zero, zero, zero)
-        self.goal = self.v1 = self.a1 = self.d1 = self.d2 = self.floor = self.ceiling = zero
-        self.targets = (zero, zero, zero)
+        self.goal = self.v1 = self.a1 = self.d1 = self.d2 = zero
+        self.targets, self.met, self.open = (zero, zero, zero), np.zeros(v.shape, int), no
 
     def reset(self, position: np.ndarray, lanes: np.ndarray | bool = True) -> None:
         """position [N]; `lanes` [N]: which."""
@@ -190,10 +190,9 @@ class LimiterReference:
         zero = np.zeros_like(position)
         self.started, self.first = self.started | lanes, self.first | lanes
         self.exact, self.aimless = self.exact | lanes, self.aimless | lanes
+        self.met, self.open = np.where(lanes, 0, self.met), self.open & ~lanes
         self.now = pick(lanes, Motion(position, zero, zero), self.now)
         self.goal, self.v1, self.a1 = (np.where(lanes, 0.0, x) for x in (self.goal, self.v1, self.a1))
-        self.floor = np.where(lanes, np.where(position < self.low, position, self.low), self.floor)
-        self.ceiling = np.where(lanes, np.where(position > self.high, position, self.high), self.ceiling)
 
     def tick(self, target: np.ndarray, dt: np.ndarray) -> np.ndarray:
         """target, dt [N] -> sent [N]; a lane brakes where its target is NaN or infinite."""
@@ -219,57 +218,63 @@ class LimiterReference:
         self.aimless = (self.aimless & ~aims) | brakes
         self.exact = self.exact & ~brakes
 
-        sent, m, goal = self._exactly(target, dt, aims & self.exact)
+        some = np.flatnonzero(aims & self.exact & (self.met > 0))
+        part = taken(self, some)
+        fits, on, on_goal = part._along(target[some], dt[some])
+        self.met = put(self.met, some, part.met)
+        kept = put(np.zeros(dt.shape, bool), some, fits)
+        sent, m, goal = self._exactly(target, dt, aims & self.exact & ~kept)
+        open_now = (self.open & ~(aims | brakes)) | sent
+        m, goal, sent = put(m, some[fits], taken(on, fits)), put(goal, some[fits], on_goal[fits]), sent | kept
         rest = np.flatnonzero(aims & ~sent)
-        approached, way, met = taken(self, rest)._approach(target[rest], dt[rest])
+        approached, way, met, hit = taken(self, rest)._approach(target[rest], dt[rest])
         m, goal, self.exact = put(m, rest, approached), put(goal, rest, way), put(self.exact, rest, met)
+        self.met = put(self.met, rest, np.where(hit, 3, 0))
+        self.open = open_now
         braked, end = self._backup(dt)
         m, goal = pick(brakes, braked, m), np.where(brakes, end, goal)
-        m = m._replace(x=np.where(sent, m.x, clipped(m.x, self.floor, self.ceiling)))
+        floor = np.where(self.now.x < self.low, self.now.x, self.low)
+        ceiling = np.where(self.now.x > self.high, self.now.x, self.high)
+        m = m._replace(x=np.where(sent, m.x, clipped(m.x, floor, ceiling)))
         v = (m.x - self.now.x) / dt
         a = (v - self.v1) * 2 / (dt + self.d1)
         self.now, self.goal = pick(moves, m, self.now), np.where(moves, goal, self.goal)
         self.v1, self.a1 = np.where(moves, v, self.v1), np.where(moves, a, self.a1)
         self.d2, self.d1 = np.where(moves, self.d1, self.d2), np.where(moves, dt, self.d1)
-        self._narrow(np.flatnonzero(moves & ~((self.floor >= self.low) & (self.ceiling <= self.high))))
         t1, t2, _ = self.targets
         self.targets = tuple(np.where(aims, n, t) for n, t in zip((target, t1, t2), self.targets, strict=True))
 
-    def _narrow(self, lanes):
-        part = taken(self, lanes)
-        least, most = part._span(part.now, part.goal)
-        floor, ceiling = np.where(least < part.low, least, part.low), np.where(most > part.high, most, part.high)
-        self.floor = put(self.floor, lanes, np.where(least > part.floor, floor, part.floor))
-        self.ceiling = put(self.ceiling, lanes, np.where(most < part.ceiling, ceiling, part.ceiling))
-
-    def _span(self, m, goal):
+    def _beyond(self, m, goal, rounding):
         r = ramp_to(goal, m.v, m.a, self.own)
         end, zero = end_of(m, r), np.zeros_like(m.x)
         far = end_of(Motion(end, goal, zero), ramp_to(0.0, goal, zero, self.own))
         back = advanced(advanced(m, r.j1, r.t1), 0.0, r.t2).x
-        turn = advanced(m, r.j1, (np.abs(m.a) - root(m.a * m.a - 2 * r.j1 * m.v)) / self.j).x
-        turn = np.where(goal != 0, back, np.where(m.v * r.j1 > 0, turn, m.x))
+        square = m.a * m.a - 2 * r.j1 * m.v
+        turn = advanced(m, r.j1, (np.abs(m.a) - root(square)) / self.j).x
+        turn = np.where(goal != 0, back, np.where((m.v * r.j1 > 0) & (square > 0), turn, m.x))
         end = np.where(goal != 0, far, end)
-        least, most = np.where(turn < m.x, turn, m.x), np.where(turn > m.x, turn, m.x)
-        return np.where(end < least, end, least), np.where(end > most, end, most)
+        slack = rounding * (np.abs(turn) + np.abs(end)) + 1e-17 * self.j
+        up, down = np.where(turn > m.x, turn, end), np.where(turn < m.x, turn, end)
+        above = (up > self.high + slack) & ((up > m.x) | (turn < m.x))
+        below = (down < self.low - slack) & ((down < m.x) | (turn > m.x))
+        return np.where(above, 1, np.where(below, -1, 0))
 
-    def _leaves(self, m):
+    def _leaves(self, m, rounding=4e-16):
         level, v, a = m.v + m.a * np.abs(m.a) * self.half, self.v * REACHED, self.a * REACHED
         up = (level > v) | (m.v > v) | (m.a > a)
         down = (level < -v) | (m.v < -v) | (m.a < -a)
+        slack = rounding * np.abs(m.x) + 1e-17 * self.j
+        far_up, far_down = (m.x > self.high + slack) & (m.x > self.now.x), (m.x < self.low - slack) & (m.x < self.now.x)
+        up, down = up | (~down & self.bounded & far_up), down | (~up & self.bounded & ~far_up & far_down)
         side = np.where(up, 1, np.where(down, -1, 0))
-        least, most = self._span(m, np.zeros_like(v))
-        slack = 4e-16 * (np.abs(least) + np.abs(most)) + 1e-17 * self.j
-        floor, ceiling = self.floor - slack, self.ceiling + slack
-        stops = (side != 0) | ~self.bounded | ((least >= floor) & (most <= ceiling))
-        s, full = np.where(most > ceiling, 1.0, -1.0), self.a * self.a * self.half
-        back = m.a * m.a * self.half + s * m.v
+        way = self._beyond(m, np.zeros_like(v), rounding)
+        ends = (side != 0) | ~self.bounded | (way == 0)
+        full = self.a * self.a * self.half
+        back = m.a * m.a * self.half + way * m.v
         back = np.where(back > full, full, back)
-        turns = (s * m.v > 0) & (back > 0) & (back <= self.v)
-        goal = np.where(stops, 0.0, np.where(turns, -s * back, 0.0))
-        least, most = self._span(m, -s * back)
-        turned = np.where(most > ceiling, 1, np.where(least < floor, -1, 0))
-        return np.where(stops, side, np.where(turns, turned, s.astype(int))), goal
+        turns = (way * m.v > 0) & (back > 0) & (back <= v)
+        goal = np.where(ends | ~turns, 0.0, -way * back)
+        return np.where(ends, side, np.where(turns, self._beyond(m, -way * back, rounding), way)), goal
 
     def _backup(self, dt):
         r = ramp_to(self.goal, self.now.v, self.now.a, self.own)
@@ -284,14 +289,12 @@ class LimiterReference:
         j = (a - self.a1) * 3 / (dt + self.d1 + self.d2)
         part = np.where((self.v1 == 0) & (self.a1 == 0), FROM_REST, 1.0)
         left = lanes & (np.abs(v) <= part * self.v) & (np.abs(a) <= part * self.a) & (np.abs(j) <= part * self.j)
-        v0, by_v, by_a = v + a * dt * 0.5, dt * (dt + self.d1) * (1.0 / 6), (2 * dt + self.d1) * (1.0 / 3)
-        low, high = (-self.a - a) / by_a, (self.a - a) / by_a
-        low, high = np.where(low < -self.j, -self.j, low), np.where(high > self.j, self.j, high)
+        past, low, high = self._cubics(target, v, a, dt, self.d1)
         q = clipped(j, low, high)
         sent, best, way = np.zeros(v.shape, bool), self.now, self.goal
         for attempt in range(8):
             some = np.flatnonzero(left)
-            m = Motion(target, v0 + q * by_v, a + q * by_a)
+            m = past(q)
             side, goal = taken(self, some)._leaves(taken(m, some))
             side, goal = put(np.zeros(v.shape, int), some, side), put(way, some, goal)
             found = left & (side == 0)
@@ -302,6 +305,32 @@ class LimiterReference:
             low, high = np.where(side > 0, low, q), np.where(side > 0, q, high)
             q = 0.5 * (low + high) if attempt else np.where(side > 0, low, high)
         return sent, best, way
+
+    def _cubics(self, x, v, a, dt, before):
+        v0, by_v, by_a = v + a * dt * 0.5, dt * (dt + before) * (1.0 / 6), (2 * dt + before) * (1.0 / 3)
+        low, high = (-self.a - a) / by_a, (self.a - a) / by_a
+        low, high = np.where(low < -self.j, -self.j, low), np.where(high > self.j, self.j, high)
+        return lambda q: Motion(x, v0 + q * by_v, a + q * by_a), low, high
+
+    def _choose_past(self, since, reach):
+        past, low, high = self._cubics(self.now.x, self.v1, self.a1, self.d1, self.d2)
+        for _ in range(12):
+            q = 0.5 * (low + high)
+            above = miss(past(q), since, reach) > 0
+            low, high = np.where(above, low, q), np.where(above, q, high)
+        m = past(0.5 * (low + high))
+        side, goal = self._leaves(m)
+        return pick(side == 0, m, self.now), np.where(side == 0, goal, self.goal)
+
+    def _along(self, target, dt):
+        v = (target - self.now.x) / dt
+        jerk = (target - self.now.x - dt * (self.now.v + dt * (self.now.a * 0.5))) * 6 / (dt * dt * dt)
+        m = Motion(target, self.now.v + dt * (self.now.a + dt * (jerk * 0.5)), self.now.a + dt * jerk)
+        side, goal = self._leaves(m)
+        fits = (np.abs(jerk) <= self.j) & (np.abs(v) <= self.v * REACHED) & (side == 0)
+        stays = (jerk == 0) & (self.now.v == 0) & (self.now.a == 0)
+        self.met = np.where(fits & ~stays, self.met - 1, self.met)
+        return fits, m, goal
 
     def _aimed(self, target, dt):
         t1, t2, t3 = self.targets
@@ -324,6 +353,9 @@ class LimiterReference:
         low = np.where(since.at.a < to.at.a, since.at.a, to.at.a)
         high = np.where(since.at.a < to.at.a, to.at.a, since.at.a)
         reach = Reach(self.a + low, self.a - high, self.j + since.jerk, self.j - since.jerk)
+        some = np.flatnonzero(self.open)
+        now, goal = taken(self, some)._choose_past(*taken((since, reach), some))
+        self.now, self.goal = put(self.now, some, now), put(self.goal, some, goal)
         tolerance = 4e-16 * (np.abs(self.now.x) + np.abs(target)) + 1e-12 * self.j * (dt * dt * dt)
         error = miss(self.now, since, reach)
         full = np.where(error < 0, self.v, -self.v)
@@ -335,16 +367,17 @@ class LimiterReference:
         m = settled(self.now, drive, full, t)
         r = minus(m, since.after(t).at)
         stop = ramp_to(0.0, r.v, r.a, reach)
-        met = (dt - t >= stop.duration) & (np.abs(end_of(r, stop)) <= tolerance)
+        off = np.where(dt - t >= stop.duration, np.abs(end_of(r, stop)), 1 / tolerance)
         stop = stop._replace(j1=stop.j1 + since.jerk, j3=stop.j3 + since.jerk)
-        m = pick(met, to.at, along(m, stop, since.jerk, dt - t))
-        admissible, goal = self._admissible(m, dt)
+        m, met = along(m, stop, since.jerk, dt - t), off <= 100 * tolerance
+        m = pick(met, to.at._replace(x=np.where(off <= tolerance, target, m.x)), m)
+        admissible, goal = self._admissible(m, dt, 1e-13)
         rest = np.flatnonzero(~admissible)
         near, way = taken(self, rest)._nearest(taken(m, rest), dt[rest])
-        return put(m, rest, near), put(goal, rest, way), met & admissible
+        return put(m, rest, near), put(goal, rest, way), met & admissible, met
 
-    def _admissible(self, m, dt):
-        side, goal = self._leaves(m)
+    def _admissible(self, m, dt, rounding=4e-16):
+        side, goal = self._leaves(m, rounding)
         return (np.abs(m.x - self.now.x) <= self.v * REACHED * dt) & (side == 0), goal
 
     def _nearest(self, m, dt):

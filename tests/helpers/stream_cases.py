@@ -18,17 +18,36 @@ LATCH, CLEAR, START, STOP, HEARTBEAT = 1, 2, 4, 8, 16
 
 CHANNEL = np.dtype([("name", "S47"), ("kind", "u1"), ("group", "u8"), ("bounds", "f8", 5)])
 GROUP = np.dtype(
-    [("name", "S32"), ("max_age", "i8"), ("decay", "i8"), ("on_dry", "u1"), ("on_stale", "u1"), ("on_dead", "u1"), ("-", "u1", 5)]
+    [
+        ("name", "S32"),
+        ("max_age", "i8"),
+        ("decay", "i8"),
+        ("on_dry", "u1"),
+        ("on_stale", "u1"),
+        ("on_dead", "u1"),
+        ("-", "u1", 5),
+    ]
 )
 SEAM = np.dtype([("kind", "u1"), ("-", "u1", 3), ("history", "i4"), ("alpha", "f8"), ("rows", "f8")])
 LAYOUT = np.dtype(
     [
-        *(("robot", "S56"), ("channels", "u4"), ("groups", "u4"), ("period", "i8"), ("seam", SEAM), ("interpolation", "u1")),
+        *(
+            ("robot", "S56"),
+            ("channels", "u4"),
+            ("groups", "u4"),
+            ("period", "i8"),
+            ("seam", SEAM),
+            ("interpolation", "u1"),
+        ),
         *(("-", "u1", 7), ("channel", CHANNEL, 64), ("group", GROUP, 8)),
     ]
 )
-STREAM = np.dtype([("layout", LAYOUT), ("created", "i8"), ("loop_dead_after", "i8"), ("only", "i8"), ("pose", "f8", 64)])
-SENT = np.dtype([("observed", "i8"), ("computed", "i8"), ("starts", "i8"), ("published", "i8"), ("hz", "f8"), ("rows", "i8")])
+STREAM = np.dtype(
+    [("layout", LAYOUT), ("created", "i8"), ("loop_dead_after", "i8"), ("only", "i8"), ("pose", "f8", 64)]
+)
+SENT = np.dtype(
+    [("observed", "i8"), ("computed", "i8"), ("starts", "i8"), ("published", "i8"), ("hz", "f8"), ("rows", "i8")]
+)
 TICK = np.dtype([("now", "i8"), ("events", "i8")])
 
 
@@ -93,7 +112,12 @@ class Streams:
         layout["robot"], layout["channels"], layout["groups"] = b"robot", channels, self.group.max(1) + 1
         layout["period"], layout["interpolation"] = robots.command_period_ns, robots.interpolation
         seam = layout["seam"]
-        seam["kind"], seam["history"], seam["alpha"], seam["rows"] = robots.seam, robots.history, robots.alpha, robots.blend_rows
+        seam["kind"], seam["history"], seam["alpha"], seam["rows"] = (
+            robots.seam,
+            robots.history,
+            robots.alpha,
+            robots.blend_rows,
+        )
         for c in range(channels):
             channel["name"][:, c] = f"channel{c}".encode()
             channel["kind"][:, c], channel["group"][:, c] = robots.kind[:, c], self.group[:, c]
@@ -104,7 +128,11 @@ class Streams:
                 group[name][where] = value[:, c]
             group["max_age"][where], group["decay"][where] = robots.max_age_ns[:, c], robots.decay_ns[:, c]
             group["name"][where] = [f"group{g}".encode() for g in self.group[:, c]]
-        stream["created"], stream["loop_dead_after"], stream["only"] = self.created, robots.loop_dead_after_ns, self.only
+        stream["created"], stream["loop_dead_after"], stream["only"] = (
+            self.created,
+            robots.loop_dead_after_ns,
+            self.only,
+        )
         stream["pose"][:, :channels] = self.pose
         sent = np.zeros((lanes, number), SENT)
         sent["observed"], sent["computed"], sent["starts"] = chunks.observed, chunks.observed, chunks.starts
@@ -200,7 +228,8 @@ def random_robots(rng: np.random.Generator, lanes: int, channels: int) -> tuple[
     velocity = 10 ** rng.uniform(-0.5, 1.5, kind.shape)
     acceleration = velocity * 10 ** rng.uniform(0, 1.5, kind.shape)
     bounds = np.stack(
-        [-rng.uniform(0.2, 3, kind.shape), rng.uniform(0.2, 3, kind.shape), velocity, acceleration, acceleration * 10], -1
+        [-rng.uniform(0.2, 3, kind.shape), rng.uniform(0.2, 3, kind.shape), velocity, acceleration, acceleration * 10],
+        -1,
     )
     unlimited = rng.random(bounds.shape) < 0.25
     unlimited |= (rng.random(kind.shape) < 0.25)[..., None] | (kind == Kind.BINARY)[..., None]
@@ -226,7 +255,9 @@ def random_robots(rng: np.random.Generator, lanes: int, channels: int) -> tuple[
     return robots, group, only
 
 
-def random_chunks(rng: np.random.Generator, robots: Robots, start: Array, length: Array, number: int) -> tuple[Chunks, Array]:
+def random_chunks(
+    rng: np.random.Generator, robots: Robots, start: Array, length: Array, number: int
+) -> tuple[Chunks, Array]:
     """Chunks and control_hz over about `length` ns from `start` [L]: late ones, early ones, overlapping or with gaps; some come in
     bursts, and some lanes have few."""
     lanes, channels = robots.kind.shape
@@ -247,7 +278,9 @@ def random_chunks(rng: np.random.Generator, robots: Robots, start: Array, length
     published = np.maximum.accumulate(observed + late.astype(np.int64), axis=1)
     way = rng.random((lanes, number))
     ahead = (rng.random((lanes, number)) * (length / number)[:, None]).astype(np.int64)
-    starts = np.where(way < 0.6, observed, np.where(way < 0.8, published, np.where(way < 0.9, observed + ahead, observed - ahead)))
+    starts = np.where(
+        way < 0.6, observed, np.where(way < 0.8, published, np.where(way < 0.9, observed + ahead, observed - ahead))
+    )
     steps = rng.normal(0, 0.2, (lanes, number, most, channels))
     values = rng.normal(0, 0.5, (lanes, number, 1, channels)) + np.cumsum(steps, axis=2)
     kind = robots.kind[:, None, None]

@@ -303,7 +303,9 @@ class Reader:
         self.until = np.where(ticks, np.where(any_follows, to, end), self.until)
         self.last = np.where(ticks, now, self.last)
         self.ticked |= ticks
-        status = np.select([estop, dead, stale.any(1), dry], [Status.ESTOP, Status.DEAD, Status.STALE, Status.DRY], Status.OK)
+        status = np.select(
+            [estop, dead, stale.any(1), dry], [Status.ESTOP, Status.DEAD, Status.STALE, Status.DRY], Status.OK
+        )
         values = np.where(self.relative & ~(ticks | again)[:, None], 0.0, self.sent)
         values = np.where(robots.kind == Kind.ANGLE, wrap(values), values)
         age = np.where(self.chunk > 0, now - self.observed, -1)

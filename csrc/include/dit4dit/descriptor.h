@@ -1,5 +1,6 @@
-// Open files that carry locks. A lock (open file description lock, F_OFD_SETLK) is freed when the last descriptor of its file is
-// closed, and fork makes another one: a child would keep its parent's lock alive. So a child closes all of them as it begins.
+// Open files that carry locks. A lock (open file description lock, F_OFD_SETLK) is freed when the last descriptor and the last
+// mapping of its open file are gone, and fork makes more of both: a child would keep its parent's lock. So a child closes all
+// of these descriptors as it begins, and what is mapped is opened once more for the lock.
 #pragma once
 
 #include <fcntl.h>

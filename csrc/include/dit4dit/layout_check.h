@@ -51,6 +51,8 @@ bool is_name(const char (&text)[N]) noexcept {
     return text[0] != 0 && std::memchr(text, 0, N) != nullptr;
 }
 
+inline std::string no_name(std::size_t size) { return " has no name of 1 to " + std::to_string(size - 1) + " bytes"; }
+
 template <std::size_t N>
 std::string text_of(const char (&text)[N]) {
     const void* end = std::memchr(text, 0, N);
@@ -89,7 +91,7 @@ inline std::string why_bad_seam(const Seam& seam) {
 
 inline std::string why_bad_group(const Layout& layout, std::uint32_t index) {
     const Group& group = layout.group[index];
-    if (!is_name(group.name)) return "group " + std::to_string(index) + " has no name";
+    if (!is_name(group.name)) return "group " + std::to_string(index) + no_name(sizeof group.name);
     const std::string where = "group " + quoted(group.name) + ": ";
     for (std::uint32_t i = 0; i < index; ++i)
         if (std::strcmp(layout.group[i].name, group.name) == 0) return where + "the name is there twice";
@@ -107,7 +109,7 @@ inline std::string why_bad_group(const Layout& layout, std::uint32_t index) {
 
 inline std::string why_bad_channel(const Layout& layout, std::uint32_t index) {
     const Channel& channel = layout.channel[index];
-    if (!is_name(channel.name)) return "channel " + std::to_string(index) + " has no name";
+    if (!is_name(channel.name)) return "channel " + std::to_string(index) + no_name(sizeof channel.name);
     const std::string where = "channel " + quoted(channel.name) + ": ";
     for (std::uint32_t i = 0; i < index; ++i)
         if (std::strcmp(layout.channel[i].name, channel.name) == 0) return where + "the name is there twice";
@@ -124,7 +126,7 @@ inline std::string why_bad_channel(const Layout& layout, std::uint32_t index) {
 inline std::string why_bad(const Layout& layout) {
     using std::to_string;
     constexpr std::int64_t shortest = 50'000, longest = 1'000'000'000;
-    if (!detail::is_name(layout.robot)) return "the layout has no robot's name";
+    if (!detail::is_name(layout.robot)) return "robot" + detail::no_name(sizeof layout.robot);
     if (layout.channels < 1 || layout.channels > kMaxChannels)
         return to_string(layout.channels) + " channels, wanted 1 to " + to_string(kMaxChannels);
     if (layout.groups < 1 || layout.groups > kMaxGroups)
@@ -190,8 +192,8 @@ inline void compare_group(const Group& a, const Group& b, std::uint32_t i, First
 
 }  // namespace detail
 
-// The first thing in which two good layouts differ, "channel 'base.x': kind is 'position', not 'velocity'"; empty: nothing. What a seam
-// has for other kinds than its own does not count.
+// The first thing in which two good layouts differ, "channel 'base.x': kind is 'position', not 'velocity'"; empty: nothing.
+// What a seam has for other kinds than its own does not count.
 inline std::string difference(const Layout& have, const Layout& wanted) {
     detail::FirstDifference first;
     first.compare("robot", detail::text_of(have.robot), detail::text_of(wanted.robot));

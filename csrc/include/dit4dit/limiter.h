@@ -5,13 +5,15 @@
 // ticks these are the usual backward differences. A target whose own differences stay below 0.8 of the bounds is sent as it is; any
 // other is approached in nearly the least time that the bounds allow, and sent as it is from where it is met.
 //
-// Why: n! times the n-th divided difference of samples of a path is an average of the path's n-th derivative. The values sent are
-// samples of a path within the bounds whose rest of the way is known at every tick: it comes to rest within the bounds. What is sent
-// next is accepted only where that holds again; otherwise the known way to rest is followed, which is possible at any tick.
+// Why: n! times the n-th divided difference of samples of a path is an average of the path's n-th derivative. The values sent
+// are samples of a path within the bounds whose rest of the way is known at every tick: it comes to rest within the bounds. What
+// is sent next is accepted only where that holds again; otherwise the known way to rest is followed, which is possible at any tick.
 //
-// What cannot hold: a step from rest with differences below 0.8 of the bounds looks like a ramp until the next tick, and is sent. If
-// the target stays there, a step of more than a sixth of jerk * dt^3 may be passed, by at most about jerk * dt^3. The jerk of doubles
-// near x has a noise of 4 ulp(x) / dt^3: bounds below a thousand times that cannot be kept.
+// What cannot hold: a step from rest whose differences are below 0.8 of the bounds looks like a ramp until the next tick, and is
+// sent. If the target stays there, it may be passed, by less than the step; steps that small are below jerk * dt^3. Where ticks
+// vary, a target that turns around within a tick or two is not followed when a next tick as short as kLeastTick would leave no
+// way to rest, and near low and high even at uniform ticks. The jerk of doubles near x has a noise of 4 ulp(x) / dt^3: bounds
+// below a thousand times that cannot be kept.
 //
 // Only + - * / sqrt and comparisons: without contraction (-ffp-contract=off) the same bits everywhere.
 #pragma once
@@ -20,79 +22,9 @@
 #include <limits>
 
 #include "limits.h"
+#include "ramp.h"
 
 namespace dit4dit {
-
-namespace limiter {
-
-// Position, velocity and acceleration at one moment.
-struct Motion {
-    double x, v, a;
-};
-
-inline Motion operator-(const Motion& m, const Motion& n) noexcept { return {m.x - n.x, m.v - n.v, m.a - n.a}; }
-
-inline Motion advanced(const Motion& m, double jerk, double t) noexcept {
-    return {m.x + t * (m.v + t * (m.a * 0.5 + t * (jerk * (1.0 / 6)))), m.v + t * (m.a + t * (jerk * 0.5)), m.a + t * jerk};
-}
-
-// The most acceleration and jerk in either direction; all > 0.
-struct Reach {
-    double down, up, jerk_down, jerk_up;
-};
-
-// A way to another velocity: jerk j1 for t1, none for t2, j3 for t3.
-struct Ramp {
-    double j1, j3, t1, t2, t3;
-    double duration() const noexcept { return t1 + t2 + t3; }
-};
-
-// The fastest way to velocity `goal` and no acceleration.
-inline Ramp ramp_to(double goal, double v, double a, const Reach& reach) noexcept {
-    const double level = v + a * std::fabs(a) * 0.5 / (a > 0 ? reach.jerk_down : reach.jerk_up);  // where letting go leads to
-    const bool rises = level < goal;
-    const double s = rises ? 1.0 : -1.0, most = rises ? reach.up : reach.down;
-    const double on = rises ? reach.jerk_up : reach.jerk_down, off = rises ? reach.jerk_down : reach.jerk_up;
-    const double begin = s * a, gap = s * (goal - v);
-    if (begin > most) {  // more than there may be: back to it first
-        const double t2 = (gap - begin * begin * 0.5 / off) / most;
-        return {-s * off, -s * off, (begin - most) / off, t2 > 0 ? t2 : 0, most / off};
-    }
-    const double missing = gap + begin * begin * 0.5 / on, square = missing * (2 * on * off / (on + off));
-    double peak = square > 0 ? std::sqrt(square) : 0, t2 = 0;
-    if (peak > most) {
-        peak = most;
-        t2 = missing / peak - peak * (0.5 / on + 0.5 / off);
-    }
-    const double t1 = (peak - begin) / on;
-    return {s * on, -s * off, t1 > 0 ? t1 : 0, t2 > 0 ? t2 : 0, peak / off};
-}
-
-// The motion `t` after the ramp's begin, with jerk `between` in its second phase and behind its end.
-inline Motion along(const Motion& from, const Ramp& r, double between, double t) noexcept {
-    if (t <= r.t1) return advanced(from, r.j1, t);
-    Motion m = advanced(from, r.j1, r.t1);
-    t -= r.t1;
-    if (t <= r.t2) return advanced(m, between, t);
-    m = advanced(m, between, r.t2);
-    t -= r.t2;
-    if (t <= r.t3) return advanced(m, r.j3, t);
-    return advanced(advanced(m, r.j3, r.t3), between, t - r.t3);
-}
-
-// The position at the ramp's end.
-inline double end_of(const Motion& from, const Ramp& r) noexcept {
-    return advanced(advanced(advanced(from, r.j1, r.t1), 0, r.t2), r.j3, r.t3).x;
-}
-
-// The motion `t` after the ramp's begin, where velocity `goal` is kept behind its end; without what rounding leaves.
-inline Motion settled(const Motion& from, const Ramp& r, double goal, double t) noexcept {
-    const double over = t - r.duration();
-    if (over < 0) return along(from, r, 0, t);
-    return {end_of(from, r) + over * goal, goal, 0};
-}
-
-}  // namespace limiter
 
 class ChannelLimiter {
 public:
@@ -119,15 +51,13 @@ public:
     // NaN and infinities are ignored.
     void reset(double position) noexcept {
         if (!finite(position)) return;
-        started_ = true, first_ = true, exact_ = true, aimless_ = true;
+        started_ = true, first_ = true, exact_ = true, aimless_ = true, met_ = 0, open_ = false;
         now_ = {position, 0, 0};
         goal_ = 0, v1_ = 0, a1_ = 0;
-        floor_ = position < low_ ? position : low_;
-        ceiling_ = position > high_ ? position : high_;
     }
 
-    // `dt`: seconds since the last tick that was not ignored. Returns what is sent. NaN or an infinity as target: as `brake`; as dt, or
-    // less than kLeastTick: ignored. Before any `reset` the first target is taken for the position at rest.
+    // `dt`: seconds since the last tick that was not ignored. Returns what is sent. NaN or an infinity as target: as `brake`; as
+    // dt, or less than kLeastTick: ignored. Before any `reset` the first target is taken for the position at rest.
     double tick(double target, double dt) noexcept {
         if (!(dt >= kLeastTick && finite(dt))) return now_.x;
         if (!finite(target)) return brake(dt);
@@ -169,6 +99,17 @@ private:
         Aim after(double t) const noexcept { return {advanced(at, jerk, t), jerk}; }
     };
 
+    // Paths through the last three values: cubics of any jerk between low and high, by their motion at the last one.
+    struct Cubics {
+        double x, v0, a0, by_v, by_a, low, high;
+        Cubics(double x_, double v, double a, double dt, double before, double most, double jerk) noexcept
+            : x(x_), v0(v + a * dt * 0.5), a0(a), by_v(dt * (dt + before) * (1.0 / 6)), by_a((2 * dt + before) * (1.0 / 3)),
+              low((-most - a) / by_a), high((most - a) / by_a) {
+            low = low < -jerk ? -jerk : low, high = high > jerk ? jerk : high;
+        }
+        Motion end(double q) const noexcept { return {x, v0 + q * by_v, a0 + q * by_a}; }
+    };
+
     static bool finite(double x) noexcept { return x - x == 0; }
 
     void begin(double dt) noexcept {
@@ -177,63 +118,65 @@ private:
     }
 
     void send(const Motion& m, double goal, double dt) noexcept {
-        const double x = m.x < floor_ ? floor_ : m.x > ceiling_ ? ceiling_ : m.x;
+        const double floor = now_.x < low_ ? now_.x : low_, ceiling = now_.x > high_ ? now_.x : high_;
+        const double x = m.x < floor ? floor : m.x > ceiling ? ceiling : m.x;
         const double v = (x - now_.x) / dt;
         moved({x, m.v, m.a}, goal, v, (v - v1_) * 2 / (dt + d1_), dt);
     }
 
     // v and a: the differences of what is sent.
     void moved(const Motion& m, double goal, double v, double a, double dt) noexcept {
-        now_ = m, goal_ = goal, v1_ = v, a1_ = a;
+        now_ = m, goal_ = goal, v1_ = v, a1_ = a, open_ = false;
         d2_ = d1_, d1_ = dt;
-        if (floor_ >= low_ && ceiling_ <= high_) return;
-        double least, most;  // a start outside low..high: it is not gone back to
-        span(now_, goal_, least, most);
-        if (least > floor_) floor_ = least < low_ ? least : low_;
-        if (most < ceiling_) ceiling_ = most > high_ ? most : high_;
     }
 
     // --- the way to rest: to velocity `goal` first and then to 0, both as fast as possible
 
-    // The least and the most position on the way.
-    void span(const Motion& m, double goal, double& least, double& most) const noexcept {
+    struct Turns {
+        double turn, end;  // positions; without a turn it is where the way begins
+    };
+
+    Turns turns(const Motion& m, double goal) const noexcept {
         const Ramp r = limiter::ramp_to(goal, m.v, m.a, own_);
-        double turn = m.x, end;
+        const double end = limiter::end_of(m, r);
         if (goal != 0) {  // such a goal that the velocity is 0 when the last phase begins
-            turn = advanced(advanced(m, r.j1, r.t1), 0, r.t2).x;
-            end = limiter::end_of(m, r);
-            end = limiter::end_of({end, goal, 0}, limiter::ramp_to(0, goal, 0, own_));
-        } else {
-            end = limiter::end_of(m, r);
-            if (m.v * r.j1 > 0) {  // the first phase accelerates although the velocity is to end: it turns before
-                const double square = m.a * m.a - 2 * r.j1 * m.v, root = square > 0 ? std::sqrt(square) : 0;
-                turn = advanced(m, r.j1, (std::fabs(m.a) - root) / j_).x;
-            }
+            return {advanced(advanced(m, r.j1, r.t1), 0, r.t2).x,
+                    limiter::end_of({end, goal, 0}, limiter::ramp_to(0, goal, 0, own_))};
         }
-        least = turn < m.x ? turn : m.x, most = turn > m.x ? turn : m.x;
-        least = end < least ? end : least, most = end > most ? end : most;
+        // letting go of the acceleration turns the velocity around
+        const double square = m.a * m.a - 2 * r.j1 * m.v;
+        const bool turning = m.v * r.j1 > 0 && square > 0;
+        return {turning ? advanced(m, r.j1, (std::fabs(m.a) - std::sqrt(square)) / j_).x : m.x, end};
+    }
+
+    // 1 if the way from x goes up to more than `high_`, -1 if it goes down to less than `low_`. A start outside is no fault.
+    int beyond(double x, const Turns& way, double rounding) const noexcept {
+        const double slack = rounding * (std::fabs(way.turn) + std::fabs(way.end)) + 1e-17 * j_;
+        const double up = way.turn > x ? way.turn : way.end, down = way.turn < x ? way.turn : way.end;
+        if (up > high_ + slack && (up > x || way.turn < x)) return 1;
+        return down < low_ - slack && (down < x || way.turn > x) ? -1 : 0;
     }
 
     // 0 where there is a way to rest within the bounds, by way of velocity `goal`; otherwise the direction in which they are left.
-    int leaves(const Motion& m, double& goal) const noexcept {
+    // `rounding`: how much of a position may be missing to the limits.
+    int leaves(const Motion& m, double& goal, double rounding = 4e-16) const noexcept {
         const double level = m.v + m.a * std::fabs(m.a) * half_, v = v_ * kReached, a = a_ * kReached;
         goal = 0;
         if (level > v || m.v > v || m.a > a) return 1;
         if (level < -v || m.v < -v || m.a < -a) return -1;
         if (!bounded_) return 0;
-        double least, most;
-        span(m, 0, least, most);
-        const double slack = 4e-16 * (std::fabs(least) + std::fabs(most)) + 1e-17 * j_;
-        const double floor = floor_ - slack, ceiling = ceiling_ + slack;
-        if (least >= floor && most <= ceiling) return 0;
+        const double slack = rounding * std::fabs(m.x) + 1e-17 * j_;
+        if (m.x > high_ + slack && m.x > now_.x) return 1;
+        if (m.x < low_ - slack && m.x < now_.x) return -1;
+        const int side = beyond(m.x, turns(m, 0), rounding);
+        if (side == 0) return 0;
         // brake as hard as possible until the velocity is 0, and let go of the acceleration only then
-        const double s = most > ceiling ? 1.0 : -1.0, full = a_ * a_ * half_;
-        double back = m.a * m.a * half_ + s * m.v;
+        const double full = a_ * a_ * half_;
+        double back = m.a * m.a * half_ + side * m.v;
         back = back > full ? full : back;
-        if (!(s * m.v > 0 && back > 0 && back <= v_)) return most > ceiling ? 1 : -1;
-        goal = -s * back;
-        span(m, goal, least, most);
-        return most > ceiling ? 1 : least < floor ? -1 : 0;
+        if (!(side * m.v > 0 && back > 0 && back <= v)) return side;
+        goal = -side * back;
+        return beyond(m.x, turns(m, goal), rounding);
     }
 
     // The motion after dt on the way to rest, and the goal from there.
@@ -252,21 +195,20 @@ private:
     bool send_exactly(double target, double dt) noexcept {
         const double v = (target - now_.x) / dt;
         const double a = (v - v1_) * 2 / (dt + d1_);
+        if (met_ > 0 && send_along(target, v, a, dt)) return true;
         const double j = (a - a1_) * 3 / (dt + d1_ + d2_);
         const double part = v1_ == 0 && a1_ == 0 ? kFromRest : 1.0;
         if (!(std::fabs(v) <= part * v_ && std::fabs(a) <= part * a_ && std::fabs(j) <= part * j_)) return false;
-        // a path through the last three values: a cubic with any jerk q within the bounds; it begins with the one of the difference
-        const double v0 = v + a * dt * 0.5, by_v = dt * (dt + d1_) * (1.0 / 6), by_a = (2 * dt + d1_) * (1.0 / 3);
-        double low = (-a_ - a) / by_a, high = (a_ - a) / by_a;
-        low = low < -j_ ? -j_ : low, high = high > j_ ? j_ : high;
-        double q = j < low ? low : j > high ? high : j;
+        const Cubics past(target, v, a, dt, d1_, a_, j_);
+        double low = past.low, high = past.high, q = j < low ? low : j > high ? high : j;
         bool low_tried = false, high_tried = false;
         for (int i = 0; i < 8; ++i) {
-            const Motion m{target, v0 + q * by_v, a + q * by_a};
+            const Motion m = past.end(q);
             double goal;
             const int side = leaves(m, goal);
             if (side == 0) {
                 moved(m, goal, v, a, dt);
+                open_ = true;
                 return true;
             }
             if (q == (side > 0 ? low : high)) return false;
@@ -277,6 +219,18 @@ private:
             low_tried = true, high_tried = true;
         }
         return false;
+    }
+
+    // The same with the path so far, of another jerk in this tick, while values from before the target was met tell nothing about
+    // the target. (Not for long: what is off in the path's velocity grows from tick to tick.)
+    bool send_along(double target, double v, double a, double dt) noexcept {
+        const double jerk = (target - now_.x - dt * (now_.v + dt * (now_.a * 0.5))) * 6 / (dt * dt * dt);
+        const Motion m{target, now_.v + dt * (now_.a + dt * (jerk * 0.5)), now_.a + dt * jerk};
+        double goal;
+        if (!(std::fabs(jerk) <= j_ && std::fabs(v) <= v_ * kReached && leaves(m, goal) == 0)) return false;
+        if (!(jerk == 0 && now_.v == 0 && now_.a == 0)) --met_;  // at rest it may stay
+        moved(m, goal, v, a, dt);
+        return true;
     }
 
     // --- a target that is approached
@@ -310,11 +264,25 @@ private:
         return limiter::end_of(r, limiter::ramp_to(0, r.v, r.a, reach));
     }
 
+    // The target has been sent exactly and cannot be followed: of the paths that were possible, the one that ends nearest to it.
+    void choose_past(const Aim& from, const limiter::Reach& left) noexcept {
+        const Cubics past(now_.x, v1_, a1_, d1_, d2_, a_, j_);
+        double low = past.low, high = past.high;
+        for (int i = 0; i < 12; ++i) {
+            const double q = 0.5 * (low + high);
+            (miss(past.end(q), from, left) > 0 ? high : low) = q;
+        }
+        double goal;
+        const Motion m = past.end(0.5 * (low + high));
+        if (leaves(m, goal) == 0) now_ = m, goal_ = goal;
+    }
+
     // Drives toward the target as hard as the bounds allow, for as long as the way to rest relative to the target ends before it;
     // that way follows. Both end with the tick: the next one plans again.
     void approach(double target, double dt) noexcept {
         const Aim to = aimed(target, dt), from = to.after(-dt);
         const limiter::Reach left = reach(from, to);
+        if (open_) choose_past(from, left);
         const double tolerance = 4e-16 * (std::fabs(now_.x) + std::fabs(target)) + 1e-12 * j_ * (dt * dt * dt);
 
         const double error = miss(now_, from, left), full = error < 0 ? v_ : -v_;
@@ -323,11 +291,14 @@ private:
         Motion m = limiter::settled(now_, drive, full, t);
         const Motion r = m - from.after(t).at;
         Ramp stop = limiter::ramp_to(0, r.v, r.a, left);
-        exact_ = dt - t >= stop.duration() && std::fabs(limiter::end_of(r, stop)) <= tolerance;  // met within the tick
+        const double off = dt - t >= stop.duration() ? std::fabs(limiter::end_of(r, stop)) : 1 / tolerance;
         stop.j1 += from.jerk, stop.j3 += from.jerk;
-        m = exact_ ? to.at : limiter::along(m, stop, from.jerk, dt - t);  // absolute: a far target would cost digits
+        m = limiter::along(m, stop, from.jerk, dt - t);  // absolute: a far target would cost digits
+        exact_ = off <= 100 * tolerance;                 // met within the tick, but for what rounding has added up to
+        met_ = exact_ ? 3 : 0;
+        if (exact_) m = {off <= tolerance ? target : m.x, to.at.v, to.at.a};
         double goal;
-        if (!admissible(m, dt, goal)) {
+        if (!admissible(m, dt, goal, 1e-13)) {  // a target at a limit: rounding must not decide
             exact_ = false;
             m = nearest(m, dt, goal);
         }
@@ -340,8 +311,8 @@ private:
         double a = 0, at_a = error, b = dt, at_b = miss(limiter::settled(now_, drive, full, dt), from.after(dt), left), t = 0;
         if (!(at_b * full > 0)) return dt;  // it ends before the target still
         int side = 0;  // of the end that was moved last: the other one counts half if it stays (Illinois)
-        for (int i = 0; i < 48; ++i) {
-            t = i % 16 < 13 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
+        for (int i = 0; i < 72; ++i) {
+            t = i < 20 ? (a * at_b - b * at_a) / (at_b - at_a) : 0.5 * (a + b);
             const double f = miss(limiter::settled(now_, drive, full, t), from.after(t), left);
             if (std::fabs(f) <= tolerance) return t;
             if (f * full > 0) {
@@ -357,8 +328,8 @@ private:
         return a;  // where it ends before the target
     }
 
-    bool admissible(const Motion& m, double dt, double& goal) const noexcept {
-        return std::fabs(m.x - now_.x) <= v_ * kReached * dt && leaves(m, goal) == 0;
+    bool admissible(const Motion& m, double dt, double& goal, double rounding = 4e-16) const noexcept {
+        return std::fabs(m.x - now_.x) <= v_ * kReached * dt && leaves(m, goal, rounding) == 0;
     }
 
     // The admissible motion that is nearest to m on the line from the way to rest, which always is.
@@ -381,11 +352,12 @@ private:
     bool dynamic_, still_, bounded_;
     bool started_ = false, first_ = true;
     bool exact_ = true;     // what was sent last is the target
+    int met_ = 0;           // for how many ticks a target that was met just now is followed by the path's own motion
+    bool open_ = false;     // now_ is one of many paths through the last values
     bool aimless_ = true;   // no target before the next one
     Motion now_{0, 0, 0};   // of the path that the values sent are samples of
     double goal_ = 0;       // of its way to rest
     double v1_ = 0, a1_ = 0, d1_ = 0, d2_ = 0;  // the last differences of what was sent, the last ticks
-    double floor_ = 0, ceiling_ = 0;            // low..high, wider as long as a start outside it is being left
     double target1_ = 0, target2_ = 0, target3_ = 0;
 };
 

@@ -25,6 +25,7 @@ struct Refusal {
         stride,
         control_hz,
         observed_never,         // observed_at_ns is 0 or below
+        observed_in_future,
         observed_backwards,     // older than the last chunk's
         computed_before,        // than it was observed
         computed_in_future,
@@ -63,6 +64,7 @@ inline Refusal refuse(Refusal::Why why, std::int64_t at_ns, std::int64_t other_n
 inline Refusal check_stamps(const Chunk& chunk, std::int64_t last_observed_at, std::int64_t now_ns) noexcept {
     using Why = Refusal::Why;
     if (chunk.observed_at_ns <= 0) return refuse(Why::observed_never, chunk.observed_at_ns, 0);
+    if (chunk.observed_at_ns > now_ns) return refuse(Why::observed_in_future, chunk.observed_at_ns, now_ns);
     if (chunk.observed_at_ns < last_observed_at)
         return refuse(Why::observed_backwards, chunk.observed_at_ns, last_observed_at);
     if (chunk.computed_at_ns < chunk.observed_at_ns)
@@ -129,6 +131,7 @@ inline std::string Refusal::text() const {
         case Why::control_hz:
             return "control_hz is " + number() + ", wanted the rate of the rows, 0.01 to 100000";
         case Why::observed_never: return "observed_at_ns is " + at + ", wanted when the observation was taken" + clock;
+        case Why::observed_in_future: return "observed_at_ns " + at + " is in the future, now is " + other + clock;
         case Why::observed_backwards:
             return "observed_at_ns " + at + " is before the last chunk's, " + other + "; publish chunks in the order of their "
                    "observations";

@@ -1,12 +1,12 @@
 // How chunks, stamps and the driver's feedback pass from one process to another: sequence locks over a Segment.
 //
-// No function here waits, allocates, locks or, but for estop, enters the kernel: a writer never waits for readers, a reader gives up
-// after kMostTries.
+// No function here waits, allocates, locks or, but for estop, enters the kernel: a writer never waits for readers, a reader
+// gives up after kMostTries.
 //
-// Memory order. A payload word is stored with release and loaded with acquire; the mark "being written" is stored relaxed before the
-// payload, the mark "whole" with release after it; a reader loads the sequence with acquire first, relaxed last. A reader that sees
-// any word of a later write has synchronised with it, so its last load cannot see a mark older than that write's odd one. There is
-// no atomic_thread_fence, which ThreadSanitizer does not know.
+// Memory order. A payload word is stored with release and loaded with acquire; the mark "being written" is stored relaxed
+// before the payload, the mark "whole" with release after it; a reader loads the sequence with acquire first, relaxed last. A
+// reader that sees any word of a later write has synchronised with it, so its last load cannot see a mark older than that
+// write's odd one. There is no atomic_thread_fence, which ThreadSanitizer does not know.
 #pragma once
 
 #include <time.h>
@@ -76,8 +76,8 @@ inline int clamp(std::int64_t value, int low, int high) noexcept {
 
 // -- chunks ----------------------------------------------------------------------------------------
 
-// What is published: row i of `rows` is meant for starts_at_ns + i / control_hz. Rows hold a float for each channel of the layout, in
-// its order and in physical units; `stride` floats lie from row to row.
+// What is published: row i of `rows` is meant for starts_at_ns + i / control_hz. Rows hold a float for each channel of the
+// layout, in its order and in physical units; `stride` floats lie from row to row.
 struct Chunk {
     std::int64_t observed_at_ns, computed_at_ns, starts_at_ns;
     double control_hz;
@@ -126,8 +126,8 @@ inline std::uint64_t publish(Segment& segment, const Chunk& chunk, std::int64_t 
     return id;
 }
 
-// Copies rows [first, first + count) of chunk `id`, cut to the rows that it has. False: it is not there, no longer, or was overwritten
-// while it was read, and `held` is garbage with id 0. One try.
+// Copies rows [first, first + count) of chunk `id`, cut to the rows that it has. False: it is not there, no longer, or was
+// overwritten while it was read, and `held` is garbage with id 0. One try.
 inline bool copy_rows(const Segment& segment, std::uint64_t id, int first, int count, HeldChunk& held) noexcept {
     constexpr auto acquire = std::memory_order_acquire;
     const Slot& slot = segment.slot[(id - 1) % kSlots];
@@ -151,7 +151,8 @@ inline bool copy_rows(const Segment& segment, std::uint64_t id, int first, int c
 
 // The whole chunk. Chunk n can be had from when head() says n until chunk n + kSlots is begun.
 inline bool copy(const Segment& segment, std::uint64_t id, HeldChunk& held) noexcept {
-    // above the head there may be one whose producer was killed before it counted: its successor writes it anew, under the same marks
+    // above the head there may be one whose producer was killed before it counted: its successor writes it anew, under the same
+    // marks
     if (id <= head(segment)) return copy_rows(segment, id, 0, kMaxRows, held);
     held.id = 0;
     return false;
@@ -188,9 +189,9 @@ inline void stamp_loop(Segment& segment, std::int64_t now_ns) noexcept {
     segment.header.stamps.loop_at.store(now_ns, std::memory_order_release);
 }
 
-// Whether the producer is dead for a reader that is at now_ns: it has ended, its process has not stamped for dead_after_ns (memory of
-// one process needs no such stamp), or, where loop_dead_after_ns is above 0, its loop has not for that long. Dead at exactly
-// stamp + dead_after.
+// Whether the producer is dead for a reader that is at now_ns: it has ended, its process has not stamped for dead_after_ns
+// (memory of one process needs no such stamp), or, where loop_dead_after_ns is above 0, its loop has not for that long. Dead at
+// exactly stamp + dead_after.
 inline bool producer_dead(const Segment& segment, std::int64_t now_ns, std::int64_t dead_after_ns,
                           std::int64_t loop_dead_after_ns = 0) noexcept {
     constexpr auto acquire = std::memory_order_acquire;

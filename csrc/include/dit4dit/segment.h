@@ -1,39 +1,39 @@
-// The memory that a Segment lies in: of one process, or shared under a name such as "/dit4dit.g1" (a file of that name in /dev/shm).
+// The memory that a Segment lies in: of one process, or shared under a name such as "/dit4dit.g1" (a file of that name in
+// /dev/shm).
 //
-// A shared segment appears at once and complete: it is written without a name and linked then. Nothing that is not a segment of ours,
-// of this version and size, is ever written to or deleted.
+// A shared segment appears at once and complete: it is written without a name and linked then. Nothing that is not a segment of
+// ours, of this version and size, is ever written to or deleted.
 #pragma once
 
 #include <sys/mman.h>
-#include <sys/stat.h>
 
 #include <cerrno>
-#include <cstddef>
 #include <memory>
 #include <new>
 #include <string>
-#include <system_error>
 #include <utility>
 
 #include "descriptor.h"
 #include "layout_check.h"
 #include "result.h"
 #include "ring.h"
+#include "segment_check.h"
 
 namespace dit4dit {
 
 // watch: mapped read-only. use: what readers (estop, feedback) and producers need.
 enum class Access { watch, use };
 
-// Each is one's at a time, and is free again when its process ends, however it does. The values are bytes of the file that are locked.
+// Each is one's at a time, and is free again when its process ends, however it does. The values are bytes of the file that are
+// locked.
 enum class Role { producer = 0, driver = 1 };
 
 class Memory {
   public:
     // What is there under the name. An error for anything but a complete segment of this version and size.
     static Result<std::shared_ptr<Memory>> open(const std::string& name, Access access);
-    // Made if it is not there; with the producer's lock, or an error that names who has it. The segment of a dead producer is taken
-    // over: its ids go on if the layout is the same, and it is replaced if not, unless a driver is at work on it.
+    // Made if it is not there; with the producer's lock, or an error that names who has it. The segment of a dead producer is
+    // taken over: its ids go on if the layout is the same, and it is replaced if not, unless a driver is at work on it.
     static Result<std::shared_ptr<Memory>> produce(const std::string& name, const Layout& layout, unsigned mode = 0600);
     // Memory that threads of this process share; a forked child has a copy. With the producer's lock.
     static Result<std::shared_ptr<Memory>> in_process(const Layout& layout);
@@ -55,7 +55,7 @@ class Memory {
     Access access() const noexcept { return access_; }
     bool shared() const noexcept { return !name_.empty(); }
 
-    // False: another one has it, of whichever process. errno is EAGAIN then.
+    // False: another one has it, of whichever process (errno is EAGAIN), or the name is another segment's by now (ESTALE).
     bool lock(Role role) noexcept;
     void unlock(Role role) noexcept;
     // Whether this Memory has it; never in a child forked since. No system call.
@@ -70,25 +70,23 @@ class Memory {
   private:
     Memory() = default;
 
-    static std::string why_bad_name(const std::string& name);
-    static std::string path_of(const std::string& name) { return "/dev/shm" + name; }
-    static Error failed(const std::string& name, const char* what, int error);
     static Result<std::shared_ptr<Memory>> adopt(const std::string& name, detail::Descriptor file, Access access);
-    static std::string why_foreign(const std::string& name, int file);
-    static std::string why_other_size(const std::string& name, const Header& header);
     // Null: there is something of that name meanwhile.
     static Result<std::shared_ptr<Memory>> create(const std::string& name, const Layout& layout, unsigned mode);
-    bool map(Access access) noexcept;
+    bool map(Access access, int file) noexcept;
+    bool open_for_locks(int file) noexcept;
     void fill(const Layout& layout) noexcept;
     void begin() noexcept;
-    bool link(const std::string& path) const noexcept;
+    static detail::Descriptor new_file(unsigned mode, std::string& hidden);
+    std::string prepare(int file, const Layout& layout, unsigned mode);
+    bool give_name(int file, const std::string& hidden) const noexcept;
     bool has_its_name() const noexcept;
     enum class Taken { yes, no, again };
     Taken take_over(const Layout& layout, std::string& why);
     bool set_lock(Role role, short type) const noexcept;
 
     std::string name_;
-    detail::Descriptor file_;
+    detail::Descriptor file_;  // that locks are on
     Access access_ = Access::use;
     void* address_ = nullptr;
     Segment* segment_ = nullptr;
@@ -111,9 +109,21 @@ inline bool Memory::lock(Role role) noexcept {
     errno = EAGAIN;
     std::atomic<bool>& held = held_[static_cast<int>(role)];
     if (forked() || held.exchange(true)) return false;
-    if (!shared() || set_lock(role, F_WRLCK)) return true;
+    if (!shared()) return true;
+    if (set_lock(role, F_WRLCK)) {
+        if (has_its_name()) return true;
+        set_lock(role, F_UNLCK);
+        errno = ESTALE;
+    }
     held.store(false);
     return false;
+}
+
+// Whether the file that this one has open is the one under its name: it may have been replaced since open.
+inline bool Memory::has_its_name() const noexcept {
+    struct stat own{}, named{};
+    return fstat(file_.get(), &own) == 0 && lstat(detail::path_of(name_).c_str(), &named) == 0 && own.st_ino == named.st_ino &&
+           own.st_dev == named.st_dev;
 }
 
 inline void Memory::unlock(Role role) noexcept {
@@ -135,63 +145,11 @@ inline bool Memory::locked(Role role) const noexcept {
 
 // -- what is found under a name --------------------------------------------------------------------
 
-inline Error Memory::failed(const std::string& name, const char* what, int error) {
-    const char* hint = error == EACCES ? "; it belongs to another user: run as that one, or give the producer a wider mode" : "";
-    return {name + ": " + what + ": " + std::generic_category().message(error) + hint};
-}
-
-inline std::string Memory::why_bad_name(const std::string& name) {
-    constexpr std::size_t longest = 200;
-    const bool good = name.size() > 1 && name.size() <= longest && name[0] == '/' && name[1] != '.' &&
-                      name.find('/', 1) == std::string::npos && name.find('\0') == std::string::npos;
-    return good ? "" : detail::quoted(name) + " is no name for a segment; wanted one such as \"/dit4dit.g1\", with no other slash";
-}
-
-inline std::string Memory::why_other_size(const std::string& name, const Header& header) {
-    const struct {
-        const char* field;
-        std::uint64_t have, wanted;
-    } sizes[] = {
-        {"bytes", header.bytes, sizeof(Segment)},
-        {"header_bytes", header.header_bytes, sizeof(Header)},
-        {"slot_bytes", header.slot_bytes, sizeof(Slot)},
-        {"slots", header.slots, kSlots},
-        {"max_rows", header.max_rows, kMaxRows},
-        {"max_channels", header.max_channels, kMaxChannels},
-        {"max_groups", header.max_groups, kMaxGroups},
-    };
-    for (const auto& size : sizes)
-        if (size.have != size.wanted)
-            return name + ": " + size.field + " is " + std::to_string(size.have) + ", this program wants " +
-                   std::to_string(size.wanted) + "; build producer and reader from the same dit4dit";
-    return "";
-}
-
-// Looks with pread: a file that is shorter than its mapping would kill the process (SIGBUS).
-inline std::string Memory::why_foreign(const std::string& name, int file) {
-    struct stat found{};
-    if (fstat(file, &found) != 0) return failed(name, "fstat", errno).text;
-    // the fixed part of a header, before the layout
-    alignas(Header) unsigned char bytes[offsetof(Header, layout)] = {};
-    const Header& header = *reinterpret_cast<const Header*>(bytes);
-    const bool whole = S_ISREG(found.st_mode) && pread(file, bytes, sizeof bytes, 0) == static_cast<ssize_t>(sizeof bytes);
-    if (!whole || header.magic.load(std::memory_order_relaxed) != kMagic)
-        return name + " is no segment of dit4dit (its magic number is not there) and is left alone; use another name";
-    if (header.version != kVersion)
-        return name + ": version " + std::to_string(header.version) + ", this program wants " + std::to_string(kVersion) +
-               "; install the same dit4dit on both sides, or end both and remove the segment (rm " + path_of(name) + ")";
-    std::string why = why_other_size(name, header);
-    if (why.empty() && found.st_size != static_cast<off_t>(sizeof(Segment)))
-        why = name + ": truncated: the file has " + std::to_string(found.st_size) + " bytes, its header says " +
-              std::to_string(header.bytes) + "; remove it (rm " + path_of(name) + ")";
-    return why;
-}
-
-inline bool Memory::map(Access access) noexcept {
+inline bool Memory::map(Access access, int file) noexcept {
     access_ = access;
     const int protection = access == Access::watch ? PROT_READ : PROT_READ | PROT_WRITE;
     const int flags = MAP_POPULATE | (shared() ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS);
-    void* address = mmap(nullptr, sizeof(Segment), protection, flags, file_.get(), 0);
+    void* address = mmap(nullptr, sizeof(Segment), protection, flags, file, 0);
     if (address == MAP_FAILED) return false;
     address_ = address;
     segment_ = static_cast<Segment*>(address);
@@ -200,41 +158,53 @@ inline bool Memory::map(Access access) noexcept {
     return true;
 }
 
+// The same file once more: a mapping keeps the open file that it was made of, locks and all, and a forked child has the mapping.
+inline bool Memory::open_for_locks(int file) noexcept {
+    char own[64];
+    std::snprintf(own, sizeof own, "/proc/self/fd/%d", file);
+    file_ = detail::Descriptor(own, access_ == Access::watch ? O_RDONLY : O_RDWR);
+    return static_cast<bool>(file_);
+}
+
 inline Result<std::shared_ptr<Memory>> Memory::adopt(const std::string& name, detail::Descriptor file, Access access) {
-    std::string why = why_foreign(name, file.get());
+    std::string why = detail::why_foreign(name, file.get());
     if (!why.empty()) return Error{why};
     std::shared_ptr<Memory> memory(new Memory);
     memory->name_ = name;
-    memory->file_ = std::move(file);
-    if (!memory->map(access)) return failed(name, "mmap", errno);
+    if (!memory->map(access, file.get())) return detail::failed(name, "mmap", errno);
+    if (!memory->open_for_locks(file.get())) return detail::failed(name, "open once more, in /proc", errno);
     why = why_bad(memory->layout());
-    if (!why.empty()) return Error{name + ": its layout is spoilt (" + why + "); remove it (rm " + path_of(name) + ")"};
+    if (!why.empty()) return Error{name + ": its layout is spoilt (" + why + "); remove it (rm " + detail::path_of(name) + ")"};
     return memory;
 }
 
 inline Result<std::shared_ptr<Memory>> Memory::open(const std::string& name, Access access) {
-    const std::string why = why_bad_name(name);
+    const std::string why = detail::why_bad_name(name);
     if (!why.empty()) return Error{why};
-    detail::Descriptor file(path_of(name).c_str(), (access == Access::watch ? O_RDONLY : O_RDWR) | O_NOFOLLOW | O_NONBLOCK);
+    const int flags = (access == Access::watch ? O_RDONLY : O_RDWR) | O_NOFOLLOW | O_NONBLOCK;
+    detail::Descriptor file(detail::path_of(name).c_str(), flags);
     if (file) return adopt(name, std::move(file), access);
     if (errno == ENOENT) return Error{name + ": there is no such segment; start the producer first"};
-    return failed(name, "open", errno);
+    return detail::failed(name, "open", errno);
 }
 
 inline Result<bool> Memory::remove(const std::string& name) {
-    std::string why = why_bad_name(name);
+    std::string why = detail::why_bad_name(name);
     if (!why.empty()) return Error{why};
     Memory memory;
     memory.name_ = name;
-    memory.file_ = detail::Descriptor(path_of(name).c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK);
-    if (!memory.file_) return errno == ENOENT ? Result<bool>(true) : Result<bool>(failed(name, "open", errno));
+    memory.file_ = detail::Descriptor(detail::path_of(name).c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK);
+    if (!memory.file_) return errno == ENOENT ? Result<bool>(true) : Result<bool>(detail::failed(name, "open", errno));
     Word magic{0};
     if (pread(memory.file_.get(), &magic, sizeof magic, 0) != static_cast<ssize_t>(sizeof magic) || magic.load() != kMagic)
-        return Error{name + " is no segment of dit4dit and is left alone; remove it yourself (rm " + path_of(name) + ")"};
+        return Error{name + " is no segment of dit4dit and is left alone; remove it yourself (rm " + detail::path_of(name) + ")"};
     // held until the name is gone: nobody takes it over meanwhile
-    if (!memory.lock(Role::producer)) return Error{name + ": a producer is at work on it; close it first"};
-    if (!memory.has_its_name() || unlink(path_of(name).c_str()) == 0 || errno == ENOENT) return true;
-    return failed(name, "unlink", errno);
+    if (!memory.lock(Role::producer)) {
+        if (errno == ESTALE) return true;
+        return Error{name + ": a producer is at work on it; close it first"};
+    }
+    if (unlink(detail::path_of(name).c_str()) == 0 || errno == ENOENT) return true;
+    return detail::failed(name, "unlink", errno);
 }
 
 // -- making one ------------------------------------------------------------------------------------
@@ -272,51 +242,72 @@ inline Result<std::shared_ptr<Memory>> Memory::in_process(const Layout& layout) 
     const std::string why = why_bad(layout);
     if (!why.empty()) return Error{why};
     std::shared_ptr<Memory> memory(new Memory);
-    if (!memory->map(Access::use)) return failed("action stream", "mmap", errno);
+    if (!memory->map(Access::use, -1)) return detail::failed("action stream", "mmap", errno);
     memory->fill(layout);
     memory->lock(Role::producer);
     return memory;
 }
 
+// A file of /dev/shm that nobody else can open yet: without a name, or where that is unsupported under `hidden`, a name of its
+// own.
+inline detail::Descriptor Memory::new_file(unsigned mode, std::string& hidden) {
+    hidden.clear();
+#ifndef DIT4DIT_WITHOUT_TMPFILE
+    detail::Descriptor file("/dev/shm", O_TMPFILE | O_RDWR, mode);
+    if (file || (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL)) return file;
+#endif
+    static std::atomic<unsigned> count{0};
+    hidden = "/dev/shm/.dit4dit." + std::to_string(getpid()) + "." + std::to_string(count.fetch_add(1));
+    unlink(hidden.c_str());  // of a process of this id that died before it was done
+    return detail::Descriptor(hidden.c_str(), O_CREAT | O_EXCL | O_RDWR | O_NOFOLLOW, mode);
+}
+
 // False: errno says why; EEXIST: there is something of that name.
-inline bool Memory::link(const std::string& path) const noexcept {
+inline bool Memory::give_name(int file, const std::string& hidden) const noexcept {
+    const std::string path = detail::path_of(name_);
+    if (!hidden.empty()) return ::link(hidden.c_str(), path.c_str()) == 0;
     char own[64];
-    std::snprintf(own, sizeof own, "/proc/self/fd/%d", file_.get());
+    std::snprintf(own, sizeof own, "/proc/self/fd/%d", file);
     return linkat(AT_FDCWD, own, AT_FDCWD, path.c_str(), AT_SYMLINK_FOLLOW) == 0;
+}
+
+// Everything before the name: an error says what failed.
+inline std::string Memory::prepare(int file, const Layout& layout, unsigned mode) {
+    if (file < 0) return detail::failed(name_, "a new file in /dev/shm", errno).text;
+    if (fchmod(file, mode) != 0) return detail::failed(name_, "fchmod", errno).text;
+    // not ftruncate: where /dev/shm is full, the first write to a page would kill the process
+    const int error = posix_fallocate(file, 0, sizeof(Segment));
+    if (error) return detail::failed(name_, "no room in /dev/shm", error).text;
+    if (!map(Access::use, file)) return detail::failed(name_, "mmap", errno).text;
+    if (!open_for_locks(file)) return detail::failed(name_, "open once more, in /proc", errno).text;
+    if (!set_lock(Role::producer, F_WRLCK)) return detail::failed(name_, "lock", errno).text;
+    held_[static_cast<int>(Role::producer)].store(true);
+    fill(layout);
+    return "";
 }
 
 inline Result<std::shared_ptr<Memory>> Memory::create(const std::string& name, const Layout& layout, unsigned mode) {
     std::shared_ptr<Memory> memory(new Memory);
     memory->name_ = name;
-    memory->file_ = detail::Descriptor("/dev/shm", O_TMPFILE | O_RDWR, mode);
-    if (!memory->file_) return failed(name, "a file without a name in /dev/shm", errno);
-    const int file = memory->file_.get();
-    if (fchmod(file, mode) != 0) return failed(name, "fchmod", errno);
-    // not ftruncate: where /dev/shm is full, the first write to a page would kill the process
-    if (const int error = posix_fallocate(file, 0, sizeof(Segment))) return failed(name, "no room in /dev/shm", error);
-    if (!memory->map(Access::use)) return failed(name, "mmap", errno);
-    if (!memory->lock(Role::producer)) return failed(name, "lock", errno);
-    memory->fill(layout);
-    if (memory->link(path_of(name))) return memory;
-    if (errno == EEXIST) return std::shared_ptr<Memory>();
-    return failed(name, "linkat", errno);
-}
-
-// Whether the file that this one has open is the one under its name: it may have been replaced between open and lock.
-inline bool Memory::has_its_name() const noexcept {
-    struct stat own{}, named{};
-    return fstat(file_.get(), &own) == 0 && lstat(path_of(name_).c_str(), &named) == 0 && own.st_ino == named.st_ino &&
-           own.st_dev == named.st_dev;
+    std::string hidden;
+    const detail::Descriptor file = new_file(mode, hidden);
+    const std::string why = memory->prepare(file.get(), layout, mode);
+    const int error = !why.empty() || memory->give_name(file.get(), hidden) ? 0 : errno;
+    if (!hidden.empty()) unlink(hidden.c_str());
+    if (!why.empty()) return Error{why};
+    if (error == EEXIST) return std::shared_ptr<Memory>();
+    if (error) return detail::failed(name, "link", error);
+    return memory;
 }
 
 inline Memory::Taken Memory::take_over(const Layout& layout, std::string& why) {
     if (!lock(Role::producer)) {
+        if (errno == ESTALE) return Taken::again;
         const std::uint64_t producer = segment_->header.stamps.producer.load(std::memory_order_acquire);
         why = name_ + ": process " + std::to_string(producer) + " is its producer and lives; end it, or use another name";
-        if (errno != EAGAIN && errno != EACCES) why = failed(name_, "lock", errno).text;
+        if (errno != EAGAIN && errno != EACCES) why = detail::failed(name_, "lock", errno).text;
         return Taken::no;
     }
-    if (!has_its_name()) return Taken::again;
     const std::string other = difference(this->layout(), layout);
     if (other.empty()) {
         begin();
@@ -329,20 +320,20 @@ inline Memory::Taken Memory::take_over(const Layout& layout, std::string& why) {
               "; end the driver, or use another name";
         return Taken::no;
     }
-    if (unlink(path_of(name_).c_str()) == 0 || errno == ENOENT) return Taken::again;
-    why = failed(name_, "unlink", errno).text;
+    if (unlink(detail::path_of(name_).c_str()) == 0 || errno == ENOENT) return Taken::again;
+    why = detail::failed(name_, "unlink", errno).text;
     return Taken::no;
 }
 
 inline Result<std::shared_ptr<Memory>> Memory::produce(const std::string& name, const Layout& layout, unsigned mode) {
-    std::string why = why_bad_name(name);
+    std::string why = detail::why_bad_name(name);
     if (why.empty() && !(why = why_bad(layout)).empty()) why = name + ": " + why;
     if (!why.empty()) return Error{why};
     constexpr int tries = 100;  // each means that somebody else made or removed it meanwhile
     for (int i = 0; i < tries; ++i) {
-        detail::Descriptor file(path_of(name).c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK);
+        detail::Descriptor file(detail::path_of(name).c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK);
         if (!file) {
-            if (errno != ENOENT) return failed(name, "open", errno);
+            if (errno != ENOENT) return detail::failed(name, "open", errno);
             Result<std::shared_ptr<Memory>> made = create(name, layout, mode);
             if (!made || *made) return made;
             continue;

@@ -62,7 +62,8 @@ class Alive {
 // Movable. publish and close are for one thread at a time; heartbeat, estop, clear_estop and feedback for any.
 class Writer {
   public:
-    // "/dit4dit.g1". Takes over the segment of a dead producer and refuses that of a live one, with its process id: Memory::produce.
+    // "/dit4dit.g1". Takes over the segment of a dead producer and refuses that of a live one, with its process id:
+    // Memory::produce.
     static Result<Writer> open_or_create(const std::string& name, const Layout& layout, WriterOptions options = {});
     static Result<Writer> in_process(const Layout& layout);
     // Takes the name of a segment without a producer away: Memory::remove.
@@ -78,9 +79,9 @@ class Writer {
     }
     ~Writer() { close(monotonic_ns()); }
 
-    // Refused, with nothing changed: NaN and inf, a stride below the layout's channels, rows beyond 1 to kMaxRows, control_hz beyond
-    // kLeastControlHz to kMostControlHz, anything but observed_at <= computed_at <= now_ns, an observation older than the last
-    // chunk's, starts_at farther than kFarthestStart from observed_at, and a binary channel that is neither 0 nor 1.
+    // Refused, with nothing changed: NaN and inf, a stride below the layout's channels, rows beyond 1 to kMaxRows, control_hz
+    // beyond kLeastControlHz to kMostControlHz, anything but observed_at <= computed_at <= now_ns, an observation older than
+    // the last chunk's, starts_at farther than kFarthestStart from observed_at, and a binary channel that is neither 0 nor 1.
     Refusal publish(const Chunk& chunk, std::int64_t now_ns) noexcept;
     // The producer's own loop goes round; publish says so too.
     void heartbeat(std::int64_t now_ns) noexcept {
