@@ -77,15 +77,16 @@ FAULTS = {
     "knot before": ("interpolation.h", "k > 0 ? difference(kind, row(k), row(k - 1)) : here", "here"),
     "path's knots": ("interpolation.h", "k > 0 ? row(k - 1) : here", "here"),
     "late chunk": ("chain.h", "chunk.published_at > chunk.starts_at ? chunk.published_at : chunk.starts_at", "chunk.starts_at"),
-    "overtaken": ("chain.h", "|| link.begins_at >= next_begins_at", ""),
-    "overtaken later": ("chain.h", "if (order_[i]->begins_at >= order_[i + 1]->begins_at) drop(i);", ""),
+    "overtaken": ("chain.h", "if (order_[i]->begins_at >= order_[i + 1]->begins_at) drop(i);", ";"),
+    "depth": ("chain.h", "++deep >= depth_", "++deep"),
     "before the e-stop": ("chain.h", "chunk.observed_at < forgotten_ || ", ""),
     "history": ("seams.h", "n < seam_.history", "n < seam_.history + 1"),
     "ended member": ("seams.h", "if (n > 0 && moment((*chain_)[n].chunk, now_).over) continue;", ""),
     "vote": ("seams.h", "away > 0.5", "away > 0.4"),
     "per row": ("seams.h", "columns_[i].path < 0 ? 1 : per_row", "1"),
     "level ramp": ("seams.h", "s * s * (3 - 2 * s)", "s"),
-    "frozen base": ("seams.h", "if (renews) base.at = (*chain_)[n].begins_at;", ""),
+    "frozen base": ("seams.h", "if (n == kMostHistory - 1) freeze(group, base, (*chain_)[n].begins_at, out, seconds);", ""),
+    "made up": ("seams.h", "const bool alone = (*chain_)[n + 1].ends_at <= (*chain_)[n].begins_at;", "const bool alone = false;"),
     "ended chunk goes on": ("seams.h", "displacement(link, c, own_, known_ > 0)", "displacement(link, c, own_, false)"),
     "pruned too early": ("seams.h", "== 1) kept = n + 1", "> 0.9) kept = n + 1"),
     "part of older chunks": ("seams.h", "if (!on || own_.from == whole_.from) return own_;", "return own_;"),
@@ -98,6 +99,8 @@ FAULTS = {
     "unwrapped": ("reader_inl.h", "target = sent + wrap(target - sent);", ""),
     "too soon": ("reader_inl.h", "now - last_ >= kShortestTick", "now > last_"),
     "time": ("reader_inl.h", "ticked_ ? now - last_ : period", "period"),
+    "late tick": ("reader_inl.h", "passed < longest ? passed : longest", "passed"),
+    "left alone": ("reader_inl.h", "passed > kAtRest &&", "false &&"),
     "velocity's limits": ("reader_inl.h", "limits.velocity = given.acceleration;", "limits.velocity = given.velocity;"),
     "pose": ("reader_inl.h", "state.limiter.reset(values[i]);", ""),
 }
@@ -524,6 +527,27 @@ def test_time_that_runs_backwards_stands_still(reader: Path) -> None:
     assert np.array_equal(position[[0, 1, 6, 9]], steady.values[:, 0])
 
 
+@pytest.mark.parametrize("stall_ms", [100, 1000])
+def test_a_robot_that_was_left_alone_gets_no_step(stall_ms: float, reader: Path) -> None:
+    """The row that is due has gone far away meanwhile."""
+    ticks = np.concatenate([np.arange(1000, 1500, 2), np.arange(1500 + stall_ms, 4600, 2)])
+    rows = np.linspace(0, 6, 60)[:, None]  # 2 a second
+    bounds = [[-np.inf, np.inf, 4, 40, 2000]]
+    values = one(Case([Kind.POSITION], [(1000, 1000, 1000, 20, rows)], ticks, {0: START}, [0.0], bounds=bounds), reader).values[:, 0]
+    step = values[250] - values[249]
+    assert 0 < step < (4 * 20e-3 if stall_ms == 100 else 40 * 20e-3**2)
+    assert values[-1] == pytest.approx(6, abs=1e-9)
+
+
+def test_a_reader_slower_than_it_said_follows(reader: Path) -> None:
+    """At 20 Hz, where the layout says 500."""
+    ticks = np.arange(1000, 4000, 50)
+    bounds = [[-np.inf, np.inf, 4, 40, 2000]]
+    rows = np.sin(np.arange(60) / 20)[:, None]
+    commands = one(Case([Kind.POSITION], [(1000, 1000, 1000, 20, rows)], ticks, {0: START}, [0.0], bounds=bounds), reader)
+    np.testing.assert_allclose(commands.values[20:], rows[20:], rtol=0, atol=1e-6)
+
+
 def test_a_reader_that_polls_moves_on(reader: Path) -> None:
     """Every 10 us: it moves every 50."""
     ticks = 1000 + np.arange(5000) / 100
@@ -544,6 +568,20 @@ def test_reader_checks(check: str, cpp: Build, segment_name: str) -> None:
     if done.returncode == 77:
         pytest.skip("no seccomp here")
     assert done.returncode == 0, f"{check}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["-fsanitize=thread", "-fsanitize=address,undefined"])
+def test_reader_beside_a_producer_under_a_sanitizer(flag: str, cpp: Build, segment_name: str) -> None:
+    done = subprocess.run([cpp("reader_live", flag, "-g"), segment_name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_hostile_streams_under_a_sanitizer(cpp: Build, hostile: tuple[Streams, Commands]) -> None:
+    program = cpp("reader_streams", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+    streams, wanted = hostile
+    assert same_bits(streams.run(program), wanted)
 
 
 CHECKED_FAULTS = {

@@ -21,7 +21,7 @@ Array = NDArray[Any]
 TURN = 2 * np.pi
 ROW_TOLERANCE = 1e-6
 MOST_HISTORY = 8
-SHORTEST_TICK = 50_000
+SHORTEST_TICK, LONGEST_TICK, AT_REST = 50_000, 20_000_000, 250_000_000
 NEVER = np.iinfo(np.int64).max // 4
 
 
@@ -440,13 +440,17 @@ class Reader:
         displaced = np.where(follows, wanted, wanted + asked * tick_seconds)
         brakes = brakes & ~fades & (robots.kind != Kind.VELOCITY)
 
+        period = robots.command_period_ns
+        since = np.where(self.ticked, now - self.last, period)
+        rested = ticks & (since > np.maximum(AT_REST, 4 * period))  # it stands where it was sent
+        self.limiter.reset(self.limiter.now.x, (rested[:, None] & self.started).ravel())
         before = self.limiter.now.x.reshape(asked.shape)
         path = self.path + displaced
         turned = np.where(self.started & (robots.kind == Kind.ANGLE), before + wrap(asked - before), asked)
         target = np.where(relative, path, turned)
         known = self.started | ~np.isnan(asked)
         acts = ticks[:, None] & self.limited & robots.mine & known & ~self.binary
-        dt = np.where(self.ticked, now - self.last, robots.command_period_ns).astype(np.float64) * 1e-9
+        dt = np.minimum(since, np.maximum(LONGEST_TICK, 2 * period)).astype(np.float64) * 1e-9
         after = self.limiter.tick(
             np.where(brakes, np.nan, target).ravel(), np.where(acts, dt[:, None], 0.0).ravel()
         ).reshape(asked.shape)
