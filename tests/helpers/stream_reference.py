@@ -324,7 +324,9 @@ class Reader:
         mode = np.where(ticks[:, None], np.select(cases, modes, Mode.FOLLOW), self.mode)
         begins, fades = ((mode == m) & (self.mode != m) for m in (Mode.FOLLOW, Mode.DECAY))
         self.base_at = np.where(begins, now[:, None], self.base_at)
-        self.base = np.where(begins, np.where(self.relative, np.nan, self.asked), self.base)  # first displacements are whole
+        self.base = np.where(
+            begins, np.where(self.relative, np.nan, self.asked), self.base
+        )  # first displacements are whole
         self.since = np.where(fades, now[:, None], self.since)
         self.fades_from = np.where(fades, self.asked, self.fades_from)
         self.mode = mode
