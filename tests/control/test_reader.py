@@ -76,16 +76,29 @@ FAULTS = {
     "short way": ("interpolation.h", "kind == Kind::angle ? wrap(to - from)", "kind == Kind::angle ? (to - from)"),
     "knot before": ("interpolation.h", "k > 0 ? difference(kind, row(k), row(k - 1)) : here", "here"),
     "path's knots": ("interpolation.h", "k > 0 ? row(k - 1) : here", "here"),
-    "late chunk": ("chain.h", "chunk.published_at > chunk.starts_at ? chunk.published_at : chunk.starts_at", "chunk.starts_at"),
-    "overtaken": ("chain.h", "|| link.begins_at >= next_begins_at", ""),
-    "overtaken later": ("chain.h", "if (order_[i]->begins_at >= order_[i + 1]->begins_at) drop(i);", ""),
+    "late chunk": (
+        "chain.h",
+        "chunk.published_at > chunk.starts_at ? chunk.published_at : chunk.starts_at",
+        "chunk.starts_at",
+    ),
+    "overtaken": ("chain.h", "if (order_[i]->begins_at >= order_[i + 1]->begins_at) drop(i);", ";"),
+    "depth": ("chain.h", "++deep >= depth_", "++deep"),
     "before the e-stop": ("chain.h", "chunk.observed_at < forgotten_ || ", ""),
     "history": ("seams.h", "n < seam_.history", "n < seam_.history + 1"),
     "ended member": ("seams.h", "if (n > 0 && moment((*chain_)[n].chunk, now_).over) continue;", ""),
     "vote": ("seams.h", "away > 0.5", "away > 0.4"),
     "per row": ("seams.h", "columns_[i].path < 0 ? 1 : per_row", "1"),
     "level ramp": ("seams.h", "s * s * (3 - 2 * s)", "s"),
-    "frozen base": ("seams.h", "if (renews) base.at = (*chain_)[n].begins_at;", ""),
+    "frozen base": (
+        "seams.h",
+        "if (n == kMostHistory - 1) freeze(group, base, (*chain_)[n].begins_at, out, seconds);",
+        "",
+    ),
+    "made up": (
+        "seams.h",
+        "const bool alone = (*chain_)[n + 1].ends_at <= (*chain_)[n].begins_at;",
+        "const bool alone = false;",
+    ),
     "ended chunk goes on": ("seams.h", "displacement(link, c, own_, known_ > 0)", "displacement(link, c, own_, false)"),
     "pruned too early": ("seams.h", "== 1) kept = n + 1", "> 0.9) kept = n + 1"),
     "part of older chunks": ("seams.h", "if (!on || own_.from == whole_.from) return own_;", "return own_;"),
@@ -93,11 +106,17 @@ FAULTS = {
     "age": ("reader_inl.h", "now - newest_observed_at_ > most", "now - newest_observed_at_ >= most + 1000000"),
     "finish": ("reader_inl.h", "seen.dead && rules.on_dead != Rule::finish", "seen.dead"),
     "decay": ("reader_inl.h", "fades ? state.fades_from * left : 0", "fades ? state.fades_from : 0"),
-    "brake": ("reader_inl.h", "if (!brakes) return state.limiter.tick(target, dt);", "return state.limiter.tick(target, dt);"),
+    "brake": (
+        "reader_inl.h",
+        "if (!brakes) return state.limiter.tick(target, dt);",
+        "return state.limiter.tick(target, dt);",
+    ),
     "path forgets": ("reader_inl.h", "state.path = state.limiter.brake(dt);", "state.limiter.brake(dt); return 0;"),
     "unwrapped": ("reader_inl.h", "target = sent + wrap(target - sent);", ""),
     "too soon": ("reader_inl.h", "now - last_ >= kShortestTick", "now > last_"),
     "time": ("reader_inl.h", "ticked_ ? now - last_ : period", "period"),
+    "late tick": ("reader_inl.h", "passed < longest ? passed : longest", "passed"),
+    "left alone": ("reader_inl.h", "passed > kAtRest &&", "false &&"),
     "velocity's limits": ("reader_inl.h", "limits.velocity = given.acceleration;", "limits.velocity = given.velocity;"),
     "pose": ("reader_inl.h", "state.limiter.reset(values[i]);", ""),
 }
@@ -143,7 +162,9 @@ def test_other_compiler_flags_follow_a_smooth_policy_to_1e_9(cpp: Build, reader:
     assert np.abs(ours.values - theirs.values).max() < 1e-9
 
 
-def smooth_chunk(observed_ms: float, channels: int, hz: float = 30, rows: int = 16, late_ms: float = 20) -> tuple[Any, ...]:
+def smooth_chunk(
+    observed_ms: float, channels: int, hz: float = 30, rows: int = 16, late_ms: float = 20
+) -> tuple[Any, ...]:
     """Of sines of the time that each row is meant for."""
     t = observed_ms / 1e3 + np.arange(rows) / hz
     return observed_ms, observed_ms, observed_ms + late_ms, hz, np.sin(5 * t[:, None] + np.arange(channels))
@@ -186,7 +207,11 @@ def test_relative_sum_is_of_the_time_that_each_chunk_governs(reader: Path) -> No
     ones = np.ones((20, 1))
     chunks = [(1000, 1000, 1000, 20, ones), (1100, 1100, 1310, 20, 3 * ones)]  # overlap; the second one is late
     early = 0.5 * (3 - 1) / 50  # the read at 1308.5 is for the 2 ms from then
-    for ticks, less in ((np.arange(1000, 2200, 2), 0), (np.arange(1000, 2200, 61.7), early), (np.array([1000, 1900, 2200]), 0)):
+    for ticks, less in (
+        (np.arange(1000, 2200, 2), 0),
+        (np.arange(1000, 2200, 61.7), early),
+        (np.array([1000, 1900, 2200]), 0),
+    ):
         got = one(Case([Kind.RELATIVE], chunks, ticks), reader)
         assert got.values.sum() == pytest.approx(310 / 50 + 3 * (2100 - 1310) / 50 - less, abs=1e-9)
 
@@ -203,7 +228,9 @@ def test_at_the_policys_own_rate_the_rows_come_out(hz: float, interpolation: Int
     assert names(commands.status) == ["OK"] * 16 + ["DRY"]
     assert commands.row.tolist() == [*range(16), -1]
     np.testing.assert_allclose(commands.values[:16], rows, rtol=0, atol=1e-12 if hz in (20, 50) else 1e-6)
-    exact = [kind is Kind.BINARY or (interpolation == Interpolation.HOLD and kind is not Kind.RELATIVE) for kind in kinds]
+    exact = [
+        kind is Kind.BINARY or (interpolation == Interpolation.HOLD and kind is not Kind.RELATIVE) for kind in kinds
+    ]
     assert np.array_equal(commands.values[:16, exact], rows[:, exact])
 
 
@@ -212,7 +239,9 @@ def test_binary_is_never_between(seam: Seam, reader: Path) -> None:
     rng = np.random.default_rng(3)
     chunks = [(t, t, t + 40, 20, rng.integers(0, 2, (10, 1))) for t in range(1000, 3000, 130)]
     for interpolation in WAYS:
-        commands = one(Case([Kind.BINARY], chunks, np.arange(990, 3700, 3.1), interpolation=interpolation, seam=seam), reader)
+        commands = one(
+            Case([Kind.BINARY], chunks, np.arange(990, 3700, 3.1), interpolation=interpolation, seam=seam), reader
+        )
         known = commands.values[~np.isnan(commands.values)]
         assert set(known) == {0.0, 1.0} and len(known) > 800
 
@@ -233,7 +262,9 @@ def test_angle_goes_the_short_way(interpolation: Interpolation, bounds: Any, rea
     t = np.arange(40) / 20
     rows = wrap(3.0 + 4 * t)[:, None]
     ticks = np.arange(1000, 2950, 2)
-    case = Case([Kind.ANGLE], [(1000, 1000, 1000, 20, rows)], ticks, interpolation=interpolation, pose=[3.0], bounds=bounds)
+    case = Case(
+        [Kind.ANGLE], [(1000, 1000, 1000, 20, rows)], ticks, interpolation=interpolation, pose=[3.0], bounds=bounds
+    )
     values = one(case, reader).values[:, 0]
     assert (values >= -np.pi).all() and (values < np.pi).all()
     wanted = 3.0 + 4 * (ticks - 1000) / 1e3
@@ -329,7 +360,17 @@ def test_blend_begins_from_the_pose_and_from_what_was_held(reader: Path) -> None
     commands = one(case, reader)
     values, step = commands.values[:, 0], np.abs(np.diff(commands.values[:, 0]))
     assert step.max() < 2 * 1.5 / 150 * 1.01  # of a ramp from one to the other in 150 ms
-    for at, wanted in ((995, -1), (1000, -1), (1075, 0), (1150, 1), (1390, 1), (1400, 1), (1475, 2), (1550, 3), (1690, 3)):
+    for at, wanted in (
+        (995, -1),
+        (1000, -1),
+        (1075, 0),
+        (1150, 1),
+        (1390, 1),
+        (1400, 1),
+        (1475, 2),
+        (1550, 3),
+        (1690, 3),
+    ):
         assert values[at - 990] == pytest.approx(wanted, abs=1e-12)
 
 
@@ -502,7 +543,9 @@ def test_each_group_has_its_rules(reader: Path) -> None:
     mine = streams.group == 0
     one_group = run(part, mine)
     wanted = np.where(mine[:, None], everything.values, np.nan)
-    relative = (robots.kind == Kind.RELATIVE)[:, None]  # where the other groups still follow, their tick ends with the chunk
+    relative = (robots.kind == Kind.RELATIVE)[
+        :, None
+    ]  # where the other groups still follow, their tick ends with the chunk
     wanted, got = (np.where(relative, 0, v) for v in (wanted, one_group.values))
     assert np.array_equal(wanted, got, equal_nan=True)
     assert (one_group.status != everything.status).any()
@@ -520,15 +563,45 @@ def test_time_that_runs_backwards_stands_still(reader: Path) -> None:
     assert set(position[1:6]) == {position[1]} and set(position[6:9]) == {position[6]}
     assert set(relative[1:5]) == {relative[1]} and relative[5] == 0 and set(relative[6:9]) == {relative[6]}
     assert position[9] > position[6] > position[1] and set(names(commands.status)) == {"OK"}
-    steady = one(Case([Kind.POSITION], [(1000, 1000, 1000, 20, rows[:, :1])], [1000, 1010, 1020, 1030], bounds=bounds[:1]), reader)
+    steady = one(
+        Case([Kind.POSITION], [(1000, 1000, 1000, 20, rows[:, :1])], [1000, 1010, 1020, 1030], bounds=bounds[:1]),
+        reader,
+    )
     assert np.array_equal(position[[0, 1, 6, 9]], steady.values[:, 0])
+
+
+@pytest.mark.parametrize("stall_ms", [100, 1000])
+def test_a_robot_that_was_left_alone_gets_no_step(stall_ms: float, reader: Path) -> None:
+    """The row that is due has gone far away meanwhile."""
+    ticks = np.concatenate([np.arange(1000, 1500, 2), np.arange(1500 + stall_ms, 4600, 2)])
+    rows = np.linspace(0, 6, 60)[:, None]  # 2 a second
+    bounds = [[-np.inf, np.inf, 4, 40, 2000]]
+    values = one(
+        Case([Kind.POSITION], [(1000, 1000, 1000, 20, rows)], ticks, {0: START}, [0.0], bounds=bounds), reader
+    ).values[:, 0]
+    step = values[250] - values[249]
+    assert 0 < step < (4 * 20e-3 if stall_ms == 100 else 40 * 20e-3**2)
+    assert values[-1] == pytest.approx(6, abs=1e-9)
+
+
+def test_a_reader_slower_than_it_said_follows(reader: Path) -> None:
+    """At 20 Hz, where the layout says 500."""
+    ticks = np.arange(1000, 4000, 50)
+    bounds = [[-np.inf, np.inf, 4, 40, 2000]]
+    rows = np.sin(np.arange(60) / 20)[:, None]
+    commands = one(
+        Case([Kind.POSITION], [(1000, 1000, 1000, 20, rows)], ticks, {0: START}, [0.0], bounds=bounds), reader
+    )
+    np.testing.assert_allclose(commands.values[20:], rows[20:], rtol=0, atol=1e-6)
 
 
 def test_a_reader_that_polls_moves_on(reader: Path) -> None:
     """Every 10 us: it moves every 50."""
     ticks = 1000 + np.arange(5000) / 100
     rows = np.arange(40.0)[:, None]
-    case = Case([Kind.POSITION], [(1000, 1000, 1000, 20, rows)], ticks, bounds=[[-np.inf, np.inf, 100, 1e4, 1e6]], pose=[0.0])
+    case = Case(
+        [Kind.POSITION], [(1000, 1000, 1000, 20, rows)], ticks, bounds=[[-np.inf, np.inf, 100, 1e4, 1e6]], pose=[0.0]
+    )
     values = one(case, reader).values[:, 0]
     assert len(set(values)) > 900 and values[-1] == pytest.approx(1.0, abs=0.02)
 
@@ -546,12 +619,34 @@ def test_reader_checks(check: str, cpp: Build, segment_name: str) -> None:
     assert done.returncode == 0, f"{check}: {done.stdout}{done.stderr}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["-fsanitize=thread", "-fsanitize=address,undefined"])
+def test_reader_beside_a_producer_under_a_sanitizer(flag: str, cpp: Build, segment_name: str) -> None:
+    done = subprocess.run([cpp("reader_live", flag, "-g"), segment_name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_hostile_streams_under_a_sanitizer(cpp: Build, hostile: tuple[Streams, Commands]) -> None:
+    program = cpp("reader_streams", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+    streams, wanted = hostile
+    assert same_bits(streams.run(program), wanted)
+
+
 CHECKED_FAULTS = {
-    "no_allocation": ("chain.h", "Link& link = *order_[kMostHeld];", "std::vector<int> spare(9); Link& link = *order_[kMostHeld];"),
+    "no_allocation": (
+        "chain.h",
+        "Link& link = *order_[kMostHeld];",
+        "std::vector<int> spare(9); Link& link = *order_[kMostHeld];",
+    ),
     "no_system_call": ("reader_inl.h", "const std::int64_t now = now_ns", "getppid(); const std::int64_t now = now_ns"),
     "dead": ("ring.h", ">= after;", "> after;"),
     "estop": ("reader_inl.h", "if (seen.estop) chain_.forget_before(now);", ""),
-    "contended": ("chain.h", "if (!take_down_from(segment, newest, covered)) continue;", "take_down_from(segment, newest, covered);"),
+    "contended": (
+        "chain.h",
+        "if (!take_down_from(segment, newest, covered)) continue;",
+        "take_down_from(segment, newest, covered);",
+    ),
     "feedback": ("reader_inl.h", "feedback_.values[columns_[i].column] = out[i]", "feedback_.values[i] = out[i]"),
     "ahead": ("chain.h", "order_[1]->begins_at <= order_[kMostHeld]->chunk.published_at ? 0 : 1", "0"),
     "opening": ("reader_inl.h", "if (options.driver && !memory->lock(Role::driver))", "if (false)"),

@@ -303,13 +303,16 @@ def random_ticks(rng: np.random.Generator, robots: Robots, start: Array, ticks: 
     return start[:, None] + np.cumsum(step, axis=1).astype(np.int64)
 
 
-def random_streams(seed: int, lanes: int, ticks: int = 200, chunks: int = 8, channels: int = 6) -> Streams:
+def random_streams(seed: int, lanes: int, ticks: int = 200, chunks: int = 12, channels: int = 6) -> Streams:
     """Lanes that differ in everything, about `chunks` chunks in their `ticks` ticks."""
     rng = np.random.default_rng(seed)
     robots, group, only = random_robots(rng, lanes, channels)
     start = rng.integers(1, 10**15, lanes)
     now = random_ticks(rng, robots, start, ticks)
     made, hz = random_chunks(rng, robots, start - 50 * MS, np.abs(now[:, -1] - start), chunks)
+    own_rate = rng.random(lanes) < 0.15  # of the first chunk
+    rows = np.arange(ticks) * made.period_ns[:, :1]
+    now = np.where(own_rate[:, None], made.starts[:, :1] + np.rint(rows).astype(np.int64), now)
     odd = rng.random((6, lanes, ticks))
     often = rng.random(lanes)[:, None] < 0.3
     events = (odd[0] < 0.006 * often) * LATCH + (odd[1] < 0.2) * CLEAR + (odd[2] < 0.003) * START

@@ -21,7 +21,7 @@ Array = NDArray[Any]
 TURN = 2 * np.pi
 ROW_TOLERANCE = 1e-6
 MOST_HISTORY = 8
-SHORTEST_TICK = 50_000
+SHORTEST_TICK, LONGEST_TICK, AT_REST = 50_000, 20_000_000, 250_000_000
 NEVER = np.iinfo(np.int64).max // 4
 
 
@@ -324,7 +324,9 @@ class Reader:
         mode = np.where(ticks[:, None], np.select(cases, modes, Mode.FOLLOW), self.mode)
         begins, fades = ((mode == m) & (self.mode != m) for m in (Mode.FOLLOW, Mode.DECAY))
         self.base_at = np.where(begins, now[:, None], self.base_at)
-        self.base = np.where(begins, np.where(self.relative, np.nan, self.asked), self.base)  # first displacements are whole
+        self.base = np.where(
+            begins, np.where(self.relative, np.nan, self.asked), self.base
+        )  # first displacements are whole
         self.since = np.where(fades, now[:, None], self.since)
         self.fades_from = np.where(fades, self.asked, self.fades_from)
         self.mode = mode
@@ -440,13 +442,17 @@ class Reader:
         displaced = np.where(follows, wanted, wanted + asked * tick_seconds)
         brakes = brakes & ~fades & (robots.kind != Kind.VELOCITY)
 
+        period = robots.command_period_ns
+        since = np.where(self.ticked, now - self.last, period)
+        rested = ticks & (since > np.maximum(AT_REST, 4 * period))  # it stands where it was sent
+        self.limiter.reset(self.limiter.now.x, (rested[:, None] & self.started).ravel())
         before = self.limiter.now.x.reshape(asked.shape)
         path = self.path + displaced
         turned = np.where(self.started & (robots.kind == Kind.ANGLE), before + wrap(asked - before), asked)
         target = np.where(relative, path, turned)
         known = self.started | ~np.isnan(asked)
         acts = ticks[:, None] & self.limited & robots.mine & known & ~self.binary
-        dt = np.where(self.ticked, now - self.last, robots.command_period_ns).astype(np.float64) * 1e-9
+        dt = np.minimum(since, np.maximum(LONGEST_TICK, 2 * period)).astype(np.float64) * 1e-9
         after = self.limiter.tick(
             np.where(brakes, np.nan, target).ravel(), np.where(acts, dt[:, None], 0.0).ravel()
         ).reshape(asked.shape)

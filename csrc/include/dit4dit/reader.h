@@ -43,6 +43,11 @@ class Reader {
   public:
     // A read that comes so soon after the tick before is none: it gives the same command again, and displacements of 0.
     static constexpr std::int64_t kShortestTick = 50'000;
+    // A tick that comes later than this, and than 2 command periods, moves limited channels no farther than one of that length:
+    // a robot that was left alone must not be sent a step.
+    static constexpr std::int64_t kLongestTick = 20'000'000;
+    // After this long, and 4 command periods, without a tick the robot is taken to rest at what was sent last.
+    static constexpr std::int64_t kAtRest = 250'000'000;
 
     static Result<Reader> open(const Options& options);
     // In the producer's process; options.name is not looked at.
@@ -111,6 +116,7 @@ class Reader {
 
     Situation look(std::int64_t now, bool whole) noexcept;
     void tick(std::int64_t now, const Situation& seen) noexcept;
+    double seconds_since(std::int64_t now) noexcept;
     void enter(std::uint32_t group, std::int64_t now, const Situation& seen) noexcept;
     void move(std::size_t i, const Regime& regime, std::int64_t now, double seconds, double dt) noexcept;
     static double displaced(State& state, bool brakes, double wanted, double dt) noexcept;

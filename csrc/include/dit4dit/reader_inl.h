@@ -150,7 +150,7 @@ inline Reader::Situation Reader::look(std::int64_t now, bool whole) noexcept {
 
 inline void Reader::tick(std::int64_t now, const Situation& seen) noexcept {
     const std::int64_t period = layout_->command_period_ns, end = now + period;
-    const double dt = static_cast<double>(ticked_ ? now - last_ : period) * 1e-9;
+    const double dt = seconds_since(now);
     bool followed[kMaxGroups], any = false;
     for (std::uint32_t g = 0; g < layout_->groups; ++g) {
         if (!(groups_ >> g & 1)) continue;
@@ -183,6 +183,16 @@ inline void Reader::tick(std::int64_t now, const Situation& seen) noexcept {
     sent_observed_at_ = newest_observed_at_;
     until_ = any ? span.to : end, last_ = now, ticked_ = true;
     seams_.prune(chain_, now);
+}
+
+// For the limiters: since the tick before.
+inline double Reader::seconds_since(std::int64_t now) noexcept {
+    const std::int64_t period = layout_->command_period_ns;
+    const std::int64_t passed = ticked_ ? now - last_ : period, longest = 2 * period > kLongestTick ? 2 * period : kLongestTick;
+    if (passed > kAtRest && passed > 4 * period)
+        for (State& state : states_)
+            if (state.started) state.limiter.reset(state.limiter.sent());
+    return static_cast<double>(passed < longest ? passed : longest) * 1e-9;
 }
 
 inline void Reader::enter(std::uint32_t group, std::int64_t now, const Situation& seen) noexcept {

@@ -6,6 +6,7 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstring>
 #include <string>
 #include <system_error>
 
@@ -17,7 +18,8 @@ namespace dit4dit::detail {
 inline std::string path_of(const std::string& name) { return "/dev/shm" + name; }
 
 inline Error failed(const std::string& name, const char* what, int error) {
-    const char* hint = error == EACCES ? "; it belongs to another user: run as that one, or give the producer a wider mode" : "";
+    const bool foreign = error == EACCES && std::strcmp(what, "open") == 0;
+    const char* hint = foreign ? "; it belongs to another user: run as that one, or give the producer a wider mode" : "";
     return {name + ": " + what + ": " + std::generic_category().message(error) + hint};
 }
 
@@ -52,10 +54,11 @@ inline std::string why_other_size(const std::string& name, const Header& header)
 inline std::string why_foreign(const std::string& name, int file) {
     struct stat found{};
     if (fstat(file, &found) != 0) return failed(name, "fstat", errno).text;
-    // the fixed part of a header, before the layout
-    alignas(Header) unsigned char bytes[offsetof(Header, layout)] = {};
+    // only what every version has: the fields before the layout
+    constexpr std::size_t fixed = offsetof(Header, layout);
+    alignas(Header) unsigned char bytes[sizeof(Header)] = {};
     const Header& header = *reinterpret_cast<const Header*>(bytes);
-    const bool whole = S_ISREG(found.st_mode) && pread(file, bytes, sizeof bytes, 0) == static_cast<ssize_t>(sizeof bytes);
+    const bool whole = S_ISREG(found.st_mode) && pread(file, bytes, fixed, 0) == static_cast<ssize_t>(fixed);
     if (!whole || header.magic.load(std::memory_order_relaxed) != kMagic)
         return name + " is no segment of dit4dit (its magic number is not there) and is left alone; use another name";
     if (header.version != kVersion)

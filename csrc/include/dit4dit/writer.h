@@ -15,7 +15,7 @@
 namespace dit4dit {
 
 struct WriterOptions {
-    unsigned mode = 0600;                         // of a segment that is made
+    unsigned mode = 0600;                       // of a segment that is made
     std::int64_t alive_period_ns = 10'000'000;  // between two stamps of the thread that says that the process lives; 0: no thread
 };
 
