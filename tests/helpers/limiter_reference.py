@@ -304,12 +304,7 @@ class LimiterReference:
                 break
             low, high = np.where(side > 0, low, q), np.where(side > 0, q, high)
             q = 0.5 * (low + high) if attempt else np.where(side > 0, low, high)
-        _, low, high = self._cubics(target, v, a, dt, self.d1)
-        q = (v - (v + a * dt * 0.5)) / (dt * (dt + self.d1) * (1.0 / 6))
-        m = past(q)
-        side, goal = self._leaves(m)
-        found = left & (q >= low) & (q <= high) & (side == 0)
-        return sent | found, pick(found, m, best), np.where(found, goal, way)
+        return sent, best, way
 
     def _cubics(self, x, v, a, dt, before):
         v0, by_v, by_a = v + a * dt * 0.5, dt * (dt + before) * (1.0 / 6), (2 * dt + before) * (1.0 / 3)

@@ -218,13 +218,7 @@ private:
             q = tried ? 0.5 * (low + high) : side > 0 ? low : high;
             low_tried = true, high_tried = true;
         }
-        // of a range that bounds far above the velocity's make wide, halves do not find it: the path's velocity is the difference
-        const double level = (v - past.v0) / past.by_v;
-        const Motion m = past.end(level);
-        double goal;
-        if (!(level >= past.low && level <= past.high && leaves(m, goal) == 0)) return false;
-        moved(m, goal, v, a, dt);
-        return open_ = true;
+        return false;
     }
 
     // The same with the path so far, of another jerk in this tick, while values from before the target was met tell nothing about
