@@ -100,6 +100,18 @@ inline float real(const py::handle& object, const std::string& name) {
     return static_cast<float>(value);
 }
 
+// A float, or what becomes one, as a double.
+inline double wide_real(const py::handle& object, const std::string& name) {
+    if (!PyFloat_Check(object.ptr()) && !PyIndex_Check(object.ptr())) refuse_type(name, "a number", object);
+    const double value = PyFloat_AsDouble(object.ptr());
+    if (value == -1 && PyErr_Occurred() != nullptr) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw py::error_already_set();
+        PyErr_Clear();
+        refuse(name, "a number that a double holds", described(object));
+    }
+    return value;
+}
+
 // True or False itself.
 inline bool truth(const py::handle& object, const std::string& name) {
     if (!PyBool_Check(object.ptr())) refuse_type(name, "True or False", object);
@@ -223,6 +235,19 @@ private:
 
     std::list<Py_buffer> held_;
 };
+
+// What `self` shares. Not by a parameter T& or a pointer to a member: for `T.__new__(T)`, which holds nothing, pybind11 would
+// allocate a T there and then, without a constructor.
+template <class T>
+std::shared_ptr<T> held(const py::object& self, const char* wanted) {
+    try {
+        return self.cast<std::shared_ptr<T>>();
+    } catch (const py::cast_error&) {
+        const bool empty = py::isinstance<T>(self);
+        throw py::type_error(std::string("self: expected ") + wanted + ", got " +
+                             (empty ? "one made by __new__ alone, which holds nothing" : described(self)));
+    }
+}
 
 // An array that lends its memory, or (address, shape, strides in elements, dtype, device).
 inline TensorView view_from(const py::handle& object, const std::string& name, Buffers& buffers, bool writable = false) {

@@ -16,6 +16,12 @@
 #define DIT4DIT_CUDA_VERSION ""
 #endif
 
+namespace dit4dit {
+void add_stream(py::module_& m);        // stream_bindings.cpp
+void add_snapshot(py::module_& m);      // snapshot_bindings.cpp
+void add_stream_bench(py::module_& m);  // snapshot_bindings.cpp
+}
+
 using namespace dit4dit;
 using namespace py::literals;
 
@@ -90,19 +96,6 @@ void self_attention_on_cuda(Given q, Given k, Given v, Given out, Given queries,
 #endif
 
 // -- the driver ------------------------------------------------------------------------------------------------------------
-
-// What `self` shares. Not by a parameter T& or a pointer to a member: for `T.__new__(T)`, which holds nothing, pybind11 would
-// allocate a T there and then, without a constructor.
-template <class T>
-std::shared_ptr<T> held(Given self, const char* wanted) {
-    try {
-        return self.cast<std::shared_ptr<T>>();
-    } catch (const py::cast_error&) {
-        const bool empty = py::isinstance<T>(self);
-        throw py::type_error(std::string("self: expected ") + wanted + ", got " +
-                             (empty ? "one made by __new__ alone, which holds nothing" : described(self)));
-    }
-}
 
 std::shared_ptr<Driver> driver(Given self) { return held<Driver>(self, "a Driver, made by Driver(library)"); }
 std::shared_ptr<Kernel> kernel(Given self) { return held<Kernel>(self, "a Kernel, made by Driver.load"); }
@@ -187,6 +180,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         }
     });
     add_driver(m);
+    add_stream(m);
+    add_snapshot(m);
+    add_stream_bench(m);
     m.attr("cuda_architectures") = cuda_architectures();
     m.def("build_info", &build_info, "compiler, cuda (version, empty without), architectures");
     m.def("preprocess", &preprocess, "views"_a, "widths"_a, "out"_a, "filter"_a);

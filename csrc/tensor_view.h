@@ -62,11 +62,11 @@ inline std::int64_t element_bytes(const TensorView& t) {
 }
 
 // The bytes [begin, end) from a tensor's first element to behind its last; none where it has no elements.
-struct Span {
+struct ByteRange {
     std::uintptr_t begin, end;
 };
 
-inline Span span_of(const TensorView& t) {
+inline ByteRange span_of(const TensorView& t) {
     std::int64_t low = 0, high = element_bytes(t);
     for (const auto extent : t.shape)
         if (extent == 0) return {t.address, t.address};
@@ -158,7 +158,7 @@ inline void expect_writable(const TensorView& t) {
 // An output must not lie in memory that is read, or written, for another tensor of the same launch: blocks and rows run in any
 // order. By the first and the last byte: tensors that interleave are refused too.
 inline void expect_apart(const TensorView& out, const TensorView& other) {
-    const Span a = span_of(out), b = span_of(other);
+    const ByteRange a = span_of(out), b = span_of(other);
     if (a.begin < b.end && b.begin < a.end)
         refuse(out.name, "memory of its own", "some that " + other.name + " lies in; copy one of them");
 }

@@ -11,6 +11,7 @@ from typing import Literal
 import tyro
 
 from dit4dit.commands import bench as measuring
+from dit4dit.commands import control as controlling
 from dit4dit.commands import data as data_commands
 from dit4dit.commands import evaluation as evaluating
 from dit4dit.commands import serving as serving_commands
@@ -249,8 +250,13 @@ def data(*words: str) -> int:
 
 
 def bench(*words: str) -> int:
-    """Benchmarks: flops, latency, profile, ops, options, training, rollout and loader; `dit4dit bench latency --help`."""
+    """Benchmarks: flops, latency, profile, ops, options, training, rollout, loader and stream; `dit4dit bench latency --help`."""
     return run("dit4dit bench", BENCHMARKS, words)
+
+
+def control(*words: str) -> int:
+    """A running robot's action stream: watch; `dit4dit control watch --help`."""
+    return run("dit4dit control", controlling.CONTROL, words)
 
 
 def evaluate(*words: str) -> int:
@@ -276,10 +282,15 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "data": data,
     "bench": bench,
     "eval": evaluate,
+    "control": control,
 }
-BENCHMARKS: dict[str, Callable[..., int]] = {**measuring.BENCHMARKS, "loader": data_commands.bench_loader}
+BENCHMARKS: dict[str, Callable[..., int]] = {
+    **measuring.BENCHMARKS,
+    "loader": data_commands.bench_loader,
+    "stream": controlling.bench_stream,
+}
 DATA: dict[str, Callable[..., int]] = {"check": data_commands.data_check}
-PARSE_THEMSELVES = (train, data, bench, evaluate)
+PARSE_THEMSELVES = (train, data, bench, evaluate, control)
 """Commands that take their words as they are: each has subcommands, or options that only a configuration knows."""
 
 

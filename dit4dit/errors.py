@@ -49,6 +49,10 @@ class OutputError(Dit4DitError, ArithmeticError):
     """The model wrote something that must not reach a robot."""
 
 
+class StreamError(Dit4DitError, RuntimeError):
+    """The memory of an action stream cannot be used: there is none, it is not ours, or it has a producer or driver already."""
+
+
 class TrainingError(Dit4DitError, RuntimeError):
     """A run cannot go on: its loss is no longer a number."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LEAST = {"p95": 20, "p99": 100, "p999": 1000, "jitter": 1000}
+LEAST = {"p90": 10, "p95": 20, "p99": 100, "p999": 1000, "jitter": 1000}
 """How many samples a quantile q needs, 1 / (1 - q): with fewer none lies beyond it, and it is the maximum under another name."""
 
 
@@ -24,10 +24,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequen
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *(line(row) for row in cells[1:])])
 
 
-def quantiles(values: Iterable[float]) -> dict[str, Any]:
-    """{"p50", "p95", "p99", "p999", "max", "jitter"} in the unit of the values; nearest rank, so each is one of them.
+def quantiles(values: Iterable[float], names: Sequence[str] = ("p50", "p95", "p99", "p999")) -> dict[str, Any]:
+    """The quantiles of these names, "max" and "jitter", in the unit of the values; nearest rank, so each is one of them.
 
     jitter is p999 / p50, without a unit. What `LEAST` says there are too few values for is None: see `backed`.
+
+    Args:
+        names: "p" and the decimals of the quantile: p50, p90, p95, p99, p999.
 
     Raises:
         ValueError: no value.
@@ -40,8 +43,8 @@ def quantiles(values: Iterable[float]) -> dict[str, Any]:
         return ordered[max(-(-per_mille * len(ordered) // 1000) - 1, 0)]
 
     p50, p999 = rank(500), rank(999)
-    found = {"p50": p50, "p95": rank(950), "p99": rank(990), "p999": p999, "max": ordered[-1]}
-    return backed({**found, "jitter": p999 / p50 if p50 > 0 else 1.0}, len(ordered))
+    found = {name: rank(int(name[1:].ljust(3, "0"))) for name in names}
+    return backed({**found, "max": ordered[-1], "jitter": p999 / p50 if p50 > 0 else 1.0}, len(ordered))
 
 
 def quantiles_ms(seconds: Iterable[float]) -> dict[str, Any]:

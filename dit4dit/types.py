@@ -53,16 +53,21 @@ class ActionChunk:
     Attributes:
         actions: float32 [K, A] in robot units.
         names: A names, one per column of `actions`, such as "x" or "left_arm.3".
-        rate_hz: how many of them the robot executes per second.
+        control_hz: how many of them the robot executes per second.
         normalized: float32 [K, A_model], what the model wrote, before un-normalisation.
         noise: the noise that led to them; give it again to get the same bits.
+        observed_at_ns: when what they follow from was seen, ns of CLOCK_MONOTONIC on this machine (`time.monotonic_ns`); row i is
+            meant for i / control_hz seconds later. None where nobody stamped it.
+        computed_at_ns: when the chunk was there, on the same clock; None where nobody stamped it.
     """
 
     actions: NDArray[np.float32]
     names: tuple[str, ...]
-    rate_hz: float
+    control_hz: float
     normalized: NDArray[np.float32]
     noise: Noise
+    observed_at_ns: int | None = None
+    computed_at_ns: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

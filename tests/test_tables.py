@@ -15,18 +15,19 @@ def test_quantiles_are_samples() -> None:
     found = quantiles(float(i) for i in range(1000, 0, -1))
     assert found == {"p50": 500, "p95": 950, "p99": 990, "p999": 999, "max": 1000, "jitter": 999 / 500}
     assert quantiles([3.0]) == {"p50": 3, "p95": None, "p99": None, "p999": None, "max": 3, "jitter": None}
+    assert quantiles(range(1, 1001), ["p50", "p90"]) == {"p50": 500, "p90": 900, "max": 1000, "jitter": 999 / 500}
     with pytest.raises(ValueError, match="at least one value"):
         quantiles([])
 
 
-@pytest.mark.parametrize(("name", "share"), [("p95", 0.05), ("p99", 0.01), ("p999", 0.001)])
+@pytest.mark.parametrize(("name", "share"), [("p90", 0.1), ("p95", 0.05), ("p99", 0.01), ("p999", 0.001)])
 def test_a_quantile_has_samples_beyond_it_or_is_not_given(name, share) -> None:
     """The rule in words: with one sample fewer it would be the maximum under another name."""
     least = LEAST[name]
     assert least == math.ceil(1 / share - 1e-9)
-    with_enough = quantiles(range(1, least + 1))
+    with_enough = quantiles(range(1, least + 1), [name])
     assert with_enough[name] < with_enough["max"]
-    assert quantiles(range(1, least))[name] is None
+    assert quantiles(range(1, least), [name])[name] is None
 
 
 def test_jitter_comes_with_the_quantile_that_it_is_made_of() -> None:

@@ -141,8 +141,8 @@ def conventions(checkpoint: Checkpoint, robot: Embodiment) -> dict[str, str]:
         "action normalisation": ", ".join(f"{k.name}: {k.normalization}" for k in robot.action),
         "kinds of actions": ", ".join(f"{k.name}: {k.kind or 'not said'}" for k in robot.action),
         "gripper": "no rule" if robot.gripper is None else f"action {robot.gripper.index}: {robot.gripper.meaning}",
-        "chunk": f"{model.head.action_horizon} actions at {robot.rate_hz:g} Hz = "
-        f"{model.head.action_horizon / robot.rate_hz:.2f} s, {model.head.num_inference_timesteps} Euler steps",
+        "chunk": f"{model.head.action_horizon} actions at {robot.control_hz:g} Hz = "
+        f"{model.head.action_horizon / robot.control_hz:.2f} s, {model.head.num_inference_timesteps} Euler steps",
         "frames": f"{model.frames} in training ({model.latent_frames} latent), 1 seen; features after block "
         f"{model.extract_layer} of {model.dit.num_layers}",
     }

@@ -90,7 +90,8 @@ class RunOptions:
 
     def options(self, execute: int | None = None) -> Any:
         """`rollout.Options`; execute: the benchmark's own number."""
-        from dit4dit.control.execution import Ensemble, Execution, Latency, RealTime
+        from dit4dit.control.execution import Execution, Latency, RealTime
+        from dit4dit.control.seams import Ensemble
         from dit4dit.evaluation.rollout import Options
 
         ensemble = None if self.ensemble is None else Ensemble(self.ensemble_alpha, self.ensemble)

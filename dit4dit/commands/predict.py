@@ -32,7 +32,7 @@ def predict(policy: Policy, seen: tuple[list[Picture], State], instruction: str,
         "embodiment": policy.embodiment.name,
         "seed": seed,
         "names": list(chunk.names),
-        "rate_hz": chunk.rate_hz,
+        "control_hz": chunk.control_hz,
         "actions": chunk.actions.tolist(),
         "normalized": chunk.normalized.tolist(),
         "first_call_seconds": seconds,
@@ -87,7 +87,7 @@ def show(result: dict[str, Any]) -> str:
     """The actions as a table, one row per time step."""
     chunk: ActionChunk = result["chunk"]
     rows = [[i, *(f"{value:+.4f}" for value in row)] for i, row in enumerate(chunk.actions)]
-    head = f"{len(rows)} actions at {chunk.rate_hz:g} Hz, seed {result['seed']}, embodiment {result['embodiment']}"
+    head = f"{len(rows)} actions at {chunk.control_hz:g} Hz, seed {result['seed']}, embodiment {result['embodiment']}"
     return head + "\n" + table(["step", *chunk.names], rows, right=range(len(chunk.names) + 1))
 
 
@@ -117,7 +117,7 @@ def plot_chunk(chunk: ActionChunk, title: str, path: Path) -> None:
     columns = min(count, 4)
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 1.8 * rows), sharex=True, squeeze=False)
-    seconds = [i / chunk.rate_hz for i in range(len(chunk.actions))]
+    seconds = [i / chunk.control_hz for i in range(len(chunk.actions))]
     for axis in axes.flat[count:]:
         axis.axis("off")
     for i, (name, axis) in enumerate(zip(chunk.names, axes.flat, strict=False)):

@@ -39,23 +39,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dit4dit.control.seams import Ensemble
 from dit4dit.errors import ConfigError, InputError, shown
 from dit4dit.types import MAX_GUIDANCE, Guidance, Schedule, check_strength
 
 Row = NDArray[np.float32]
 Waiting = Literal["hold", "continue"]
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """alpha: weight of agreement with the newest chunk. history: chunks that are averaged at most."""
-
-    alpha: float = 0.1
-    history: int = 3
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.alpha) or self.history < 1:
-            raise ConfigError(f"ensemble: expected a finite alpha and a history of at least 1, got {self}")
 
 
 @dataclass(frozen=True)
@@ -69,10 +58,11 @@ class Latency:
         if self.ms is not None and not 0.0 <= self.ms < math.inf:
             raise ConfigError(f"latency: expected milliseconds >= 0, got {shown(self.ms)}")
 
-    def steps(self, seconds: float, rate_hz: float) -> int:
+    def steps(self, seconds: float, control_hz: float) -> int:
         """d for a chunk whose pass took so long."""
         late = seconds if self.ms is None else self.ms / 1e3
-        return math.ceil(late * rate_hz - 1e-6)  # a latency of exactly two periods is two steps, whatever its last bit
+        # a latency of exactly two periods is two steps, whatever its last bit
+        return math.ceil(late * control_hz - 1e-6)
 
 
 @dataclass(frozen=True)
@@ -141,8 +131,8 @@ class Executor:
         steps: control steps so far. held: how many of them were held. delays: d of each chunk.
     """
 
-    def __init__(self, execution: Execution, rate_hz: float, hold: Callable[[Row], Row]) -> None:
-        self._execution, self._rate, self._hold = execution, rate_hz, hold
+    def __init__(self, execution: Execution, control_hz: float, hold: Callable[[Row], Row]) -> None:
+        self._execution, self._rate, self._hold = execution, control_hz, hold
         self.steps = self.held = 0
         self.delays: list[int] = []
         self._chunks: list[_Chunk] = []

@@ -127,10 +127,14 @@ class KeySource:
         return self.where.size if self.target is None else TARGETS[self.target][0]
 
     @property
+    def rotation(self) -> str | None:
+        """How the values, once read, represent a rotation, where they do."""
+        return self.where.rotation if self.target is None else self.target
+
+    @property
     def says_what_it_is(self) -> bool:
         """Of an action: whether the data say if it is a target or a displacement, and zeros, if a displacement, move nothing."""
-        rotation = self.where.rotation if self.target is None else self.target
-        return self.where.absolute is not None and (self.where.absolute or zero_is_no_turn(rotation))
+        return self.where.absolute is not None and (self.where.absolute or zero_is_no_turn(self.rotation))
 
     @property
     def converted(self) -> bool:
@@ -190,7 +194,8 @@ class Recording:
                 )
         sizes = {f"{part}.{source.name}": source.size for part, sources in parts.items() for source in sources}
         said = {source.name: bool(source.where.absolute) for source in parts["action"] if source.says_what_it_is}
-        embodiment = robot.to_embodiment(sizes, data.fps, modality.where, said)
+        turns = {source.name: source.rotation for source in parts["action"] if source.rotation is not None}
+        embodiment = robot.to_embodiment(sizes, data.fps, modality.where, said, turns)
         language = modality.find("annotation", robot.annotation)
         return cls(data, robot, embodiment, parts["state"], parts["action"], cameras, language)
 

@@ -93,7 +93,7 @@ def record(
     # little compression work: the files are read once, for the latent cache
     codec = VideoCodec(gop=1, options={"preset": "ultrafast", "threads": "1"})
     with Writer(
-        root, TABLETOP.rate_hz, version="v3.0", robot="tabletop", codec=codec, episodes_per_file=EPISODES_PER_FILE
+        root, TABLETOP.control_hz, version="v3.0", robot="tabletop", codec=codec, episodes_per_file=EPISODES_PER_FILE
     ) as writer:
         for demo in _played(range(first_seed, first_seed + episodes), processes):
             columns = {"observation.state": demo.states, "action": demo.actions}

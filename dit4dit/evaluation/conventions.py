@@ -108,18 +108,21 @@ def policy_picture(policy: Any, observation: Observation) -> NDArray[np.uint8]:
 
 def rate(robot: Embodiment, facts: Mapping[str, Any], data_fps: float | None) -> Finding:
     """Control steps per second: of the simulator, of the embodiment, and of the data."""
-    here = float(facts["rate_hz"])
-    numbers = {"simulator_hz": here, "embodiment_hz": robot.rate_hz, "data_fps": data_fps}
-    if abs(here - robot.rate_hz) > 0.01 * robot.rate_hz:
+    here = float(facts["control_hz"])
+    numbers = {"simulator_hz": here, "embodiment_hz": robot.control_hz, "data_fps": data_fps}
+    if abs(here - robot.control_hz) > 0.01 * robot.control_hz:
         return Finding(
-            "rate", "contradiction", f"the simulator runs at {here:g} Hz, the embodiment at {robot.rate_hz:g}", numbers
+            "rate",
+            "contradiction",
+            f"the simulator runs at {here:g} Hz, the embodiment at {robot.control_hz:g}",
+            numbers,
         )
     if data_fps is not None and abs(data_fps - here) > 0.01 * here:
         # LIBERO's published sets say 10 and were recorded at 20
         text = f"the data say {data_fps:g} frames per second, the simulator runs at {here:g}: one of them is wrong"
         return Finding("rate", "unusual", text, numbers)
     said = "" if data_fps is None else f", data {data_fps:g}"
-    return Finding("rate", "ok", f"simulator {here:g} Hz, embodiment {robot.rate_hz:g}{said}", numbers)
+    return Finding("rate", "ok", f"simulator {here:g} Hz, embodiment {robot.control_hz:g}{said}", numbers)
 
 
 def pictures(robot: Embodiment, observation: Observation) -> list[Finding]:

@@ -75,10 +75,10 @@ class Play:
         observation, instruction = start["observation"], start["instruction"]
         self._facts["instruction"] = instruction
         if filmed:
-            self._video = Video(self._half, facts["rate_hz"])
+            self._video = Video(self._half, facts["control_hz"])
             self._video.add(start["picture"])
         policy.prepare(instruction).result()
-        executor = Executor(self._options.execution, facts["rate_hz"], policy.embodiment.hold)
+        executor = Executor(self._options.execution, facts["control_hz"], policy.embodiment.hold)
         successes: list[bool] = []
         executed = hashlib.blake2b(digest_size=16)
         at_chunk_ends = done = False

@@ -8,7 +8,7 @@ that no worker outlives its evaluator, not even in the middle of a step.
 
 An environment is any object with
 
-    facts            dict: max_steps (an episode without success ends there), rate_hz (steps per second), action_names,
+    facts            dict: max_steps (an episode without success ends there), control_hz (steps per second), action_names,
                      settle_steps (taken by `reset` before the first observation; 0 where there are none)
     reset(seed, trial) -> (observation, instruction): the simulator's own observation dictionary, and what to do, in words.
                      seed fixes everything random; trial chooses among fixed starts where there are such.
@@ -65,7 +65,7 @@ class Tabletop:
         self._env = tabletop.TabletopEnv(0, picture=picture, max_steps=max_steps, paraphrase=paraphrase)
         self.facts = {
             "max_steps": max_steps,
-            "rate_hz": tabletop.HZ,
+            "control_hz": tabletop.HZ,
             "action_names": ["x", "y", "grip"],
             "settle_steps": 0,
         }
@@ -123,7 +123,7 @@ class Libero:
         self._settle = settle_steps
         self.facts = {
             "max_steps": max_steps or self.MAX_STEPS[suite],
-            "rate_hz": float(self._env.env.control_freq),
+            "control_hz": float(self._env.env.control_freq),
             "action_names": list(self.ACTIONS),
             "settle_steps": settle_steps,
         }
@@ -198,7 +198,7 @@ class Gr1:
         self._picture: Any = None
         self.facts = {
             "max_steps": max_steps,
-            "rate_hz": float(getattr(self._simulator, "control_freq", 20.0)),
+            "control_hz": float(getattr(self._simulator, "control_freq", 20.0)),
             "action_names": [f"{part}.{i}" for part, size in self.PARTS for i in range(size)],
             "settle_steps": 0,
         }

@@ -29,9 +29,9 @@ class Video:
     disk; after that the video is given up.
     """
 
-    def __init__(self, path: Path, rate_hz: float) -> None:
+    def __init__(self, path: Path, control_hz: float) -> None:
         """path: of the finished file; the folder must be there."""
-        self._path, self._rate = path, Fraction(rate_hz).limit_denominator(1000)
+        self._path, self._rate = path, Fraction(control_hz).limit_denominator(1000)
         self._container: Any = None
         self._stream: Any = None
         self._last: Picture | None = None

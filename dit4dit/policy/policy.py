@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -192,6 +193,7 @@ class Policy:
         noise: Noise | None = None,
         seed: int | None = None,
         guidance: Guidance | None = None,
+        observed_at_ns: int | None = None,
     ) -> ActionChunk:
         """The next K actions.
 
@@ -201,15 +203,18 @@ class Policy:
             noise: the request's randomness. seed: shorthand for `Noise.from_seed(seed)`. With neither, a fresh seed is
                 taken from the operating system and returned in the chunk.
             guidance: real-time chunking: keep to what is left of the chunk before (`Guidance`).
+            observed_at_ns: when the observation was made, `time.monotonic_ns()` of this machine, for the chunk's stamp; the time
+                of this call where None.
 
         Raises:
-            InputError: the observation, instruction, noise or guidance does not fit; nothing has been computed.
+            InputError: the observation, instruction, noise, guidance or stamp does not fit; nothing has been computed.
         """
         if noise is not None and seed is not None:
             raise InputError("noise and seed: give one of them, got both")
         if seed is not None:
             noise = Noise.from_seed(seed)
-        return self.run([self.request(observation, instruction, noise=noise, guidance=guidance)])[0]
+        request = self.request(observation, instruction, noise=noise, guidance=guidance, observed_at_ns=observed_at_ns)
+        return self.run([request])[0]
 
     def infer_batch(
         self,
@@ -218,12 +223,13 @@ class Policy:
         *,
         noise: Sequence[Noise] | None = None,
         guidance: Sequence[Guidance | None] | None = None,
+        observed_at_ns: Sequence[int | None] | None = None,
     ) -> list[ActionChunk]:
-        """Several requests in one pass; each one's noise and guidance are its own, whatever else is in the batch.
+        """Several requests in one pass; each one's noise, guidance and stamp are its own, whatever else is in the batch.
 
         Requests with guidance and those without, or with another bound of it, go in passes of their own.
         """
-        return self.run(self._door.requests(observations, instructions, noise, guidance))
+        return self.run(self._door.requests(observations, instructions, noise, guidance, observed_at_ns))
 
     def request(
         self,
@@ -232,9 +238,10 @@ class Policy:
         *,
         noise: Noise | None = None,
         guidance: Guidance | None = None,
+        observed_at_ns: int | None = None,
     ) -> Request:
         """What `run` takes, checked here and nowhere else; arguments and errors as of `infer`."""
-        return self._door.request(observation, instruction, noise, guidance)
+        return self._door.request(observation, instruction, noise, guidance, observed_at_ns)
 
     def run(self, requests: Sequence[Request]) -> list[ActionChunk]:
         """The chunk of each request, in as few passes as their kinds allow (`Request.kind`)."""
@@ -253,11 +260,14 @@ class Policy:
                 "where they were given, the prompt embeddings"
             )
         chunks: dict[int, ActionChunk] = {}
-        names, rate = self.embodiment.action_names, self.embodiment.rate_hz
-        for group, (normalized, actions) in passes:
+        names, rate = self.embodiment.action_names, self.embodiment.control_hz
+        for _, (_, actions) in passes:
             self.codec.check(actions)
+        computed_at = time.monotonic_ns()
+        for group, (normalized, actions) in passes:
             for row, i in enumerate(group):
-                chunks[i] = ActionChunk(actions[row], names, rate, normalized[row], requests[i].noise)
+                noise, observed_at = requests[i].noise, requests[i].observed_at_ns
+                chunks[i] = ActionChunk(actions[row], names, rate, normalized[row], noise, observed_at, computed_at)
         return [chunks[i] for i in range(len(requests))]
 
     def calibrate(
@@ -277,7 +287,7 @@ class Policy:
         self, observations: Sequence[Observation], instructions: Sequence[str], *, noise: Sequence[Noise] | None = None
     ) -> Iterator[StepInputs]:
         """What the engine is asked for these observations, one at a time: for measuring it."""
-        for request in self._door.requests(observations, instructions, noise, None):
+        for request in self._door.requests(observations, instructions, noise):
             packs = [self._texts.get(request.instruction)]
             yield step_inputs(self.model, [request], packs)
 

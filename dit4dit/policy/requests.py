@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ class Request:
         text_length: tokens of the instruction.
         size, resize: what each view is brought to, and the filter that brings it there.
         units: whether the device computes the actions in robot units too; if not, NumPy does behind it.
+        observed_at_ns: of the chunk (`ActionChunk`).
     """
 
     pictures: list[NDArray[np.uint8]]
@@ -51,6 +53,7 @@ class Request:
     resize: Resize
     units: bool
     guidance: Guidance | None = None
+    observed_at_ns: int | None = None
 
     @cached_property
     def kind(self) -> Kind:
@@ -126,9 +129,15 @@ class Door:
         self._unjoined = published.Unjoined(len(codec.embodiment.views), config.image_size)
 
     def request(
-        self, observation: Observation, instruction: str, noise: Noise | None, guidance: Guidance | None
+        self,
+        observation: Observation,
+        instruction: str,
+        noise: Noise | None,
+        guidance: Guidance | None,
+        observed_at_ns: int | None = None,
     ) -> Request:
-        """InputError where something does not fit; noise None is a fresh one."""
+        """InputError where something does not fit; noise None is a fresh one, observed_at_ns None the time of this call."""
+        observed_at = _observed_at(observed_at_ns)
         _expect("observation: expected an Observation", observation, Observation)
         robot, head = self._codec.embodiment, self._config.head
         if guidance is not None:
@@ -137,16 +146,18 @@ class Door:
         seen, state = robot.ordered_views(observation.images), self._state(observation)
         length, noise = self._embedder.length(instruction), _noise(noise)
         size, resize = self._config.image_size, robot.resize
-        return Request(seen, state, instruction, length, noise, size, resize, units=True, guidance=guidance)
+        return Request(seen, state, instruction, length, noise, size, resize, True, guidance, observed_at)
 
     def requests(
         self,
         observations: Sequence[Observation],
         instructions: Sequence[str],
         noise: Sequence[Noise] | None,
-        guidance: Sequence[Guidance | None] | None,
+        guidance: Sequence[Guidance | None] | None = None,
+        observed_at_ns: Sequence[int | None] | None = None,
     ) -> list[Request]:
         """One per observation."""
+        now = time.monotonic_ns()
         seen = listed("observations", "Observation", observations)
         words = listed("instructions", "strings, one per observation", instructions)
         count = len(seen)
@@ -158,12 +169,15 @@ class Door:
             _expect(f"observations[{i}]: expected an Observation", one, Observation)
         noises = _noises(noise, count)
         kept = _one_each("guidance", "Guidance or None", guidance, count)
-        return [self.request(*given) for given in zip(seen, words, noises, kept, strict=True)]
+        stamps = _one_each("observed_at_ns", "ns or None", observed_at_ns, count)
+        stamps = [now if stamp is None else stamp for stamp in stamps]
+        return [self.request(*given) for given in zip(seen, words, noises, kept, stamps, strict=True)]
 
     def examples(
         self, examples: Sequence[published.Example] | published.Example, noise: Noise | Sequence[Noise] | None
     ) -> list[Request]:
         """One per example of the published call."""
+        now = time.monotonic_ns()
         found = published.check(examples)
         noises = _noises([noise] if isinstance(noise, Noise) else noise, len(found))
         pictures = published.pictures(found, self._config.pixels_per_token)
@@ -176,7 +190,8 @@ class Door:
         requests = []
         for i, words in enumerate(published.instructions(found)):
             state, length = None if encoded is None else encoded[i], self._embedder.length(words)
-            requests.append(Request([pictures[i]], state, words, length, noises[i], None, "bilinear", units=False))
+            one = Request([pictures[i]], state, words, length, noises[i], None, "bilinear", units=False)
+            requests.append(replace(one, observed_at_ns=now))
         return requests
 
     def check_joined(self, where: str, size: tuple[int, ...]) -> None:
@@ -215,6 +230,20 @@ def _noises(noise: Sequence[Noise] | None, count: int) -> list[Noise]:
         kinds = ", ".join(sorted({type(one).__name__ for one in given if not isinstance(one, Noise)}))
         raise InputError(f"noise: expected a list of Noise, one per request, got one with {kinds}")
     return found
+
+
+def _observed_at(stamp: int | None) -> int:
+    """The stamp of an observation, ns of CLOCK_MONOTONIC; the time of this call for None."""
+    now = time.monotonic_ns()
+    if stamp is None:
+        return now
+    whole = isinstance(stamp, (int, np.integer)) and not isinstance(stamp, bool)
+    if not whole or not 0 <= stamp <= now:  # time.time_ns() is far in the future of this clock
+        raise InputError(
+            f"observed_at_ns: expected time.monotonic_ns() of when the observation was made, 0 to {now} (the present), got "
+            f"{shown(stamp)}; time.time_ns() and other machines' clocks are not this one"
+        )
+    return int(stamp)
 
 
 def _expect(wanted: str, value: object, kind: type, hint: str = "") -> None:

@@ -16,12 +16,26 @@ from dit4dit.config import build
 from dit4dit.errors import ConfigError, did_you_mean, shown
 from dit4dit.files.keys import read_plain_yaml
 from dit4dit.robots import EMBODIMENTS
+from dit4dit.robots.channels import bounds_of_entry, check_entry, groups_of_entry
 from dit4dit.robots.embodiment import KINDS, Array, Embodiment, Key, Kind, field_of, join_action, split_action
 from dit4dit.robots.rotations import TARGETS, zero_is_no_turn
 from dit4dit.robots.transforms import Mode
 from dit4dit.types import Observation
 
 MODES = typing.get_args(Mode)
+OF_EMBODIMENT = (
+    "tag",
+    "video",
+    "state",
+    "action",
+    "normalization",
+    "kinds",
+    "sin_cos_state",
+    "target_rotations",
+    "limits",
+    "groups",
+)
+"""Keys of an entry that its `embodiment` decides, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,8 @@ class Robot:
     sin_cos_state: bool = False
     target_rotations: dict = field(default_factory=dict)
     modality: dict = field(default_factory=dict)
+    limits: dict = field(default_factory=dict)
+    groups: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         where = f"robot {self.name!r}"
@@ -71,6 +87,7 @@ class Robot:
                 raise ConfigError(
                     f"{where}: rotation of {key}: expected one of {', '.join(TARGETS)}, got {shown(target)}"
                 )
+        check_entry(where, self.limits, self.groups, self.action)
         if self.action_steps < 1:
             raise ConfigError(f"{where}: action_steps: expected at least 1, got {self.action_steps}")
         for part in ("video", "action"):
@@ -83,15 +100,21 @@ class Robot:
         return self.language.removeprefix("annotation.")
 
     def to_embodiment(
-        self, sizes: Mapping[str, int], rate_hz: float, where: str, absolute: Mapping[str, bool] | None = None
+        self,
+        sizes: Mapping[str, int],
+        control_hz: float,
+        where: str,
+        absolute: Mapping[str, bool] | None = None,
+        rotations: Mapping[str, str] | None = None,
     ) -> Embodiment:
         """What the policy calls this robot.
 
         Args:
             sizes: values of each key as a sample holds it, by "state.<key>" and "action.<key>".
-            rate_hz: frames per second of the data, for a robot that the policy does not know yet.
+            control_hz: frames per second of the data, for a robot that the policy does not know yet.
             where: the data set, for the message.
             absolute: action key -> what the data set says of it: True a target, False a displacement.
+            rotations: action key -> how its values represent a rotation, as the data set says it.
 
         Raises:
             ConfigError: the policy knows the robot, with other sizes; or the data's displacements are targets for this robot.
@@ -116,11 +139,10 @@ class Robot:
             views=self.video,
             state=self._keys("state", self.state, sizes),
             action=tuple(
-                replace(key, kind=self._kind(key.name, absolute, where))
-                for key in self._keys("action", self.action, sizes)
+                self._action(key, absolute, rotations or {}, where) for key in self._keys("action", self.action, sizes)
             ),
             state_encoding="sin_cos" if self.sin_cos_state else "normalized",
-            rate_hz=rate_hz,
+            control_hz=control_hz,
             observe=_Observe(self),
             command=_Command(tuple((key, sizes[f"action.{key}"]) for key in self.action)),
             record=_Record(tuple((key, sizes[f"action.{key}"]) for key in self.action)),
@@ -130,6 +152,19 @@ class Robot:
                 f"({where} does not say it), or `kinds: {{action.KEY: position}}` (or relative) to the robot in the file of "
                 "robots; a turn by a quaternion, a matrix or rotation_6d needs a target_rotations: axis_angle"
             ),
+            groups=groups_of_entry(f"robot {self.name!r}", self.groups),
+        )
+
+    def _action(self, key: Key, absolute: Mapping[str, bool], rotations: Mapping[str, str], where: str) -> Key:
+        """An action key with what this robot's entry and the data say of it."""
+        name = f"action.{key.name}"
+        rotation = self.target_rotations.get(name, rotations.get(key.name))
+        limits = bounds_of_entry(f"robot {self.name!r}: limits of {name}", self.limits.get(name, {}), key.dim)
+        return replace(
+            key,
+            kind=self._kind(key.name, absolute, where),
+            limits=limits,
+            rotation=rotation if rotation in TARGETS else None,
         )
 
     def _kind(self, key: str, absolute: Mapping[str, bool], where: str) -> Kind | None:
@@ -183,18 +218,21 @@ def described(embodiment: Embodiment) -> str | dict[str, Any]:
     return {
         "robot": asdict(replace(robot, kinds=kinds)),
         "sizes": {f"{part}.{key.name}": key.dim for part, keys in parts.items() for key in keys},
-        "rate_hz": embodiment.rate_hz,
+        "rotations": {key.name: key.rotation for key in embodiment.action if key.rotation is not None},
+        "control_hz": embodiment.control_hz,
     }
 
 
 def restored(data: Mapping[str, Any], where: str) -> Embodiment:
     """The robot that `described` wrote; ConfigError names `where` and the key that is wrong."""
+    if "rate_hz" in data:  # one key for one fact: a reader of both would have to choose where a file has both
+        raise ConfigError(f"{where}: 'rate_hz' is called 'control_hz'; rename the key in its config.json")
     stored = build(_Described, dict(data), where)
     for part, keys in (("state", stored.robot.state), ("action", stored.robot.action)):
         for key in keys:
             if f"{part}.{key}" not in stored.sizes:
                 raise ConfigError(f"{where}.sizes: missing key '{part}.{key}'; add it")
-    made = stored.robot.to_embodiment(stored.sizes, stored.rate_hz, where)
+    made = stored.robot.to_embodiment(stored.sizes, stored.control_hz, where, rotations=stored.rotations)
     return replace(
         made, kind_hint=f'add "action.KEY": "position" or "relative" to robot.kinds of {where} in its config.json'
     )
@@ -204,7 +242,8 @@ def restored(data: Mapping[str, Any], where: str) -> Embodiment:
 class _Described:
     robot: Robot
     sizes: dict
-    rate_hz: float
+    control_hz: float
+    rotations: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -241,8 +280,7 @@ def robot_of_entry(name: str, data: Any, where: str) -> Robot:
             known = ", ".join(EMBODIMENTS)
             near = did_you_mean(chosen, list(EMBODIMENTS))
             raise ConfigError(f"{where}: robots.{name}.embodiment: unknown {shown(chosen)}{near}; known: {known}")
-        its_own = ("tag", "video", "state", "action", "normalization", "kinds", "sin_cos_state", "target_rotations")
-        for key in its_own:
+        for key in OF_EMBODIMENT:
             if key in data:
                 raise ConfigError(f"{where}: robots.{name}.{key}: embodiment {shown(chosen)} decides it; leave it out")
         data |= _of_embodiment(EMBODIMENTS[chosen])

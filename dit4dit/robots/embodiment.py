@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit4dit.errors import ConfigError, InputError, did_you_mean, listed, shown
+from dit4dit.robots.channels import UNLIMITED, Bounds, ChannelGroup, bounds_of, check_groups, check_key
 from dit4dit.robots.statistics import Statistics
 from dit4dit.robots.transforms import Chain, Mode, Normalize, Pad, SinCos, Threshold, Transform
 from dit4dit.types import Observation
@@ -38,6 +39,9 @@ class Key:
         moves: of an action, the state key of the same size that it moves, value for value; a position is a target for it.
         clip: of an action, the largest magnitude that the robot or simulator takes; what is beyond it clips.
         unit: of a state, "m" or "rad" where it is one of them.
+        limits: of an action, what each of its values is bounded by, or one per value.
+        rotation: of an action whose values together are one rotation, as what (`rotations.TARGETS`): no value of it means a thing
+            by itself, so none is interpolated. None of roll, pitch and yaw.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Key:
     moves: str | None = None
     clip: float | None = None
     unit: Literal["m", "rad"] | None = None
+    limits: Bounds | tuple[Bounds, ...] = UNLIMITED
+    rotation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Embodiment:
     state: tuple[Key, ...]
     action: tuple[Key, ...]
     state_encoding: StateEncoding
-    rate_hz: float
+    control_hz: float
     """Actions per second that the robot executes."""
     observe: Callable[[Mapping[str, Any]], Observation]
     """The robot's own observation -> named data."""
@@ -107,10 +113,14 @@ class Embodiment:
     notes: tuple[str, ...] = field(default=())
     kind_hint: str = "give its Key a kind"
     """What to do about an action key that has no kind, for the message; KEY in it becomes the key's name."""
+    groups: tuple[ChannelGroup, ...] = ()
+    """Which action keys share their rules; see `channel_groups`."""
 
     def __post_init__(self) -> None:
         sizes = {key.name: key.dim for key in self.state}
+        check_groups(f"embodiment {self.name!r}", self.channel_groups, self.action)
         for key in self.action:
+            check_key(f"embodiment {self.name!r}", key)
             if key.moves is not None and sizes.get(key.moves) != key.dim:
                 raise ConfigError(
                     f"embodiment {self.name!r}: action {key.name!r} moves {key.moves!r}: expected a state key of {key.dim} "
@@ -140,21 +150,33 @@ class Embodiment:
         return tuple(key.name if key.dim == 1 else f"{key.name}.{i}" for key in self.action for i in range(key.dim))
 
     @property
+    def channel_groups(self) -> tuple[ChannelGroup, ...]:
+        """`groups`; one, "all", where none are given."""
+        return self.groups or (ChannelGroup("all", tuple(key.name for key in self.action)),)
+
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        """What each action dimension is bounded by [A]: its key's limits, and no more than the robot takes (`clip`)."""
+        return tuple(bounds for key in self.action for bounds in bounds_of(key, self.control_hz))
+
+    @property
     def places(self) -> dict[str, slice]:
         """Action key -> its place in a row of actions."""
         ends = np.cumsum([key.dim for key in self.action]).tolist()
         return {key.name: slice(end - key.dim, end) for key, end in zip(self.action, ends, strict=True)}
 
     @cached_property
-    def _kept(self) -> NDArray[np.bool_]:
-        """Action dimensions whose last value moves nothing [A]; ConfigError where a key has no kind."""
+    def kinds(self) -> tuple[Kind, ...]:
+        """What each action dimension asks for [A]; ConfigError where a key has no kind."""
+        kinds: list[Kind] = []
         for key in self.action:
             if key.kind is None:
                 raise ConfigError(
                     f"embodiment {self.name!r}: action {key.name!r}: nothing says whether it is an absolute target or a "
                     f"displacement, so how the robot stands still is unknown; {self.kind_hint.replace('KEY', key.name)}"
                 )
-        return np.array([key.kind in KEPT for key in self.action for _ in range(key.dim)], dtype=bool)
+            kinds += [key.kind] * key.dim
+        return tuple(kinds)
 
     def hold(self, last: Array) -> Array:
         """The row that keeps the robot where it is, for steps without a chunk: an absolute target stays what was commanded last,
@@ -170,7 +192,7 @@ class Embodiment:
             raise InputError(
                 f"embodiment {self.name!r}: hold: expected a row of {self.action_dim} actions, got shape {list(np.shape(last))}"
             )
-        return np.where(self._kept, last, 0).astype(np.float32)
+        return np.where([kind in KEPT for kind in self.kinds], last, 0).astype(np.float32)
 
     def still(self, state: Mapping[str, Any], rest: Array | None = None) -> Array:
         """The row that keeps a robot that has not been commanded yet where its named `state` says that it is: `hold` of a row

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dit4dit.robots.channels import ChannelGroup
 from dit4dit.robots.embodiment import Array, Embodiment, Key, field_of, join_action, split_action, state_of
 from dit4dit.types import Observation
 
@@ -41,8 +42,13 @@ GR1 = Embodiment(
     # a hand's state lists its joints in another order than its action, so no value of one is the target of the other's
     action=tuple(Key(name, dim, kind="position", moves=None if name.endswith("hand") else name) for name, dim in PARTS),
     state_encoding="sin_cos",
-    rate_hz=20.0,
+    control_hz=20.0,
     observe=observe,
     command=command,
     record=record,
+    groups=(
+        ChannelGroup("arms", ("left_arm", "right_arm")),
+        ChannelGroup("hands", ("left_hand", "right_hand")),
+        ChannelGroup("waist", ("waist",)),
+    ),
 )

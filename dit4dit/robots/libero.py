@@ -60,14 +60,14 @@ LIBERO = Embodiment(
         Key("gripper", normalization="none", kind="binary"),
     ),
     state_encoding="sin_cos",
-    rate_hz=20.0,
+    control_hz=20.0,
     observe=observe,
     command=command,
     record=record,
     gripper=Gripper(index=6, threshold=0.5, open=1, fingers=(("pad", 1.0), ("gripper", -1.0))),
     notes=(
         "pad and gripper are the two finger joints; roll, pitch, yaw are the axis-angle vector",
-        "rate_hz is the simulator's control rate; a data set's own rate is in its meta/info.json",
+        "control_hz is the simulator's control rate; a data set's own rate is in its meta/info.json",
         "held in its fastest turn it comes to rest after 1.5 s: a turn of 0 leaves the goal of the turn before, 0.5 rad ahead",
     ),
 )

@@ -37,7 +37,7 @@ TABLETOP = Embodiment(
         Key("grip", normalization="none", kind="binary"),
     ),
     state_encoding="normalized",
-    rate_hz=10.0,
+    control_hz=10.0,
     observe=observe,
     command=command,
     record=command,

@@ -90,19 +90,24 @@ class Chunk(NamedTuple):
     Attributes:
         actions: float32 [K, A] in robot units.
         names: A names, one per column.
-        rate_hz: how many of them the robot executes per second.
+        control_hz: how many of them the robot executes per second.
         normalized: float32 [K, A_model], what the model wrote.
         seed, chunk: of the noise that led to them.
         timing: milliseconds, as in `Client.timing`.
+        observed_at_ns, computed_at_ns: when the observation was made (the request, where the caller has not said it), and when
+            the answer was there: ns of this machine's CLOCK_MONOTONIC (`time.monotonic_ns`). Row i is meant for i / control_hz
+            seconds after the first.
     """
 
     actions: np.ndarray
     names: tuple[str, ...]
-    rate_hz: float
+    control_hz: float
     normalized: np.ndarray
     seed: int
     chunk: int
     timing: dict[str, float]
+    observed_at_ns: int
+    computed_at_ns: int
 
 
 def pack(message: Any) -> bytes:
@@ -227,7 +232,7 @@ class Client:
     `close` may be called from any thread, and ends what the others wait for.
 
     Attributes:
-        metadata: what the server said on connecting; this project's tells views, state_keys, action_names, rate_hz,
+        metadata: what the server said on connecting; this project's tells views, state_keys, action_names, control_hz,
             action_horizon, steps, checkpoint_hash and versions.
         timing: of the last request, milliseconds: encode, network (this project's server only), queue, infer, server (all of its
             time), decode, total.
@@ -326,19 +331,22 @@ class Client:
                 self._drop()
                 raise ConnectError(f"{self.address}: close() was called while connecting")
 
-    def infer(self, observation: Any, instruction: str) -> Chunk:
+    def infer(self, observation: Any, instruction: str, *, observed_at_ns: int | None = None) -> Chunk:
         """The next actions.
 
         Args:
             observation: a mapping with `images` (view -> uint8 [H, W, 3], RGB, upright) and `state` (key -> numbers in robot
                 units), or an object with these attributes; names as in `metadata`. NumPy arrays, not a GPU's tensors.
             instruction: what to do, in words.
+            observed_at_ns: when the observation was made, `time.monotonic_ns()` of this machine; the time of this call where
+                None. It is not sent: clocks of two machines have nothing in common.
 
         Raises:
-            TypeError: the observation holds what cannot be sent.
+            TypeError: the observation holds what cannot be sent. ValueError: a stamp of another clock, or of the future.
             ServerError: the observation does not fit, or the server cannot take it now; the message says why.
             ProtocolError, ConnectionLost, RequestTimeout.
         """
+        observed_at = _stamp(observed_at_ns)
         self._need_own("infer")
         get = observation.get if isinstance(observation, Mapping) else lambda key: getattr(observation, key, None)
         raw: dict[str, Any] = {}
@@ -347,7 +355,11 @@ class Client:
             if not isinstance(found, Mapping) and found is not None:
                 raise TypeError(f"observation[{part!r}]: expected a mapping of names, got a {type(found).__name__}")
             raw[part] = dict(found or {})
-        return self._ask("infer", "inference_result", self._chunk, observation=raw, instruction=instruction)
+
+        def read(reply: dict[str, Any]) -> Chunk:
+            return self._chunk(reply, observed_at)
+
+        return self._ask("infer", "inference_result", read, observation=raw, instruction=instruction)
 
     def predict_action(self, examples: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
         """The published call.
@@ -609,17 +621,18 @@ class Client:
         if "total_ms" in server:
             self.timing.update(network=waited_ms - float(server["total_ms"]), server=float(server["total_ms"]))
 
-    def _chunk(self, reply: dict[str, Any]) -> Chunk:
+    def _chunk(self, reply: dict[str, Any], observed_at_ns: int) -> Chunk:
         actions, normalized = (self._actions(reply, name, 1)[0] for name in ("actions", "normalized_actions"))
-        names, rate = self.metadata.get("action_names"), self.metadata.get("rate_hz")
+        names, rate = self.metadata.get("action_names"), self.metadata.get("control_hz")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise self._wrong("the greeting's action_names", "a list of names", names)
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-            raise self._wrong("the greeting's rate_hz", "a rate above 0", rate)
+            raise self._wrong("the greeting's control_hz", "a rate above 0", rate)
         if actions.shape[1] != len(names) or len(normalized) != len(actions):
             raise self._wrong("data['actions']", f"float32 [1, {len(normalized)}, {len(names)}]", actions[None])
         seed, chunk = self._advance(reply, 1)
-        return Chunk(actions, tuple(names), rate, normalized, seed, chunk, self.timing)
+        stamps = (observed_at_ns, time.monotonic_ns())
+        return Chunk(actions, tuple(names), rate, normalized, seed, chunk, self.timing, *stamps)
 
     def _actions(self, reply: dict[str, Any], name: str, count: int) -> np.ndarray:
         """`data[name]`, as an array of the caller's own: float32 [count, K, A] (the published server's: any float dtype)."""
@@ -693,6 +706,20 @@ class _Connection(ClientConnection):
 
 class _NotYet(Exception):
     """An attempt failed in a way that may pass."""
+
+
+def _stamp(observed_at_ns: Any) -> int:
+    now = time.monotonic_ns()
+    if observed_at_ns is None:
+        return now
+    if isinstance(observed_at_ns, bool) or not isinstance(observed_at_ns, (int, np.integer)):
+        raise TypeError(f"observed_at_ns: expected time.monotonic_ns(), got {_short(observed_at_ns)}")
+    if not 0 <= observed_at_ns <= now:
+        raise ValueError(
+            f"observed_at_ns: expected time.monotonic_ns() of when the observation was made, 0 to {now} (the present), got "
+            f"{observed_at_ns}; time.time_ns() and other machines' clocks are not this one"
+        )
+    return int(observed_at_ns)
 
 
 def _left(end: float) -> float:

@@ -93,6 +93,10 @@ MISTAKES = {
     f"bench ops --json {GONE}": f"--json {GONE}: cannot be written",
     "bench flops --json folder": "--json folder: is a folder; give a file to write",
     "bench rollout --json folder": "--json folder: is a folder; give a file to write",
+    "bench stream --json folder": "--json folder: is a folder; give a file to write",
+    "bench stream --report file": "--report file: is a file; give a folder",
+    "bench stream --samples 1": "--samples: expected at least 2, got 1",
+    "control watch --json folder": "--json folder: is a folder; give a file to write",
     "doctor --json folder": "--json folder: is a folder; give a file to write",
     "inspect libero_tiny --json folder": "--json folder: is a folder; give a file to write",
     f"serve {POLICY} --json folder": "--json folder: is a folder; give a file to write",
@@ -118,7 +122,7 @@ def test_a_mistake_is_found_before_the_work(words: str, place: Path, capsys) -> 
 
 def test_every_command_with_a_json_file_looks_at_it_first() -> None:
     """By its source: a command that writes JSON at its end calls check_outputs, or has a Recording, which does."""
-    commands = {**cli.COMMANDS, **cli.DATA, **cli.BENCHMARKS, **cli.evaluating.EVALUATIONS}
+    commands = {**cli.COMMANDS, **cli.DATA, **cli.BENCHMARKS, **cli.evaluating.EVALUATIONS, **cli.controlling.CONTROL}
     late = []
     for name, command in commands.items():
         source = inspect.getsource(command)

@@ -69,7 +69,7 @@ def test_predict_writes_what_the_policy_says(
     )
     assert np.allclose(data["actions"], chunk.actions, atol=1e-6)
     assert data["names"] == list(chunk.names)
-    assert (data["rate_hz"], data["seed"]) == (20.0, 4)
+    assert (data["control_hz"], data["seed"]) == (20.0, 4)
     assert "chunk" not in data
     assert Image.open(plot).size[0] > 400
     shown = capsys.readouterr().out

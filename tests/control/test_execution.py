@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dit4dit.control.execution import Ensemble, Execution, Executor, Latency, average
+from dit4dit.control.execution import Execution, Executor, Latency, average
+from dit4dit.control.seams import Ensemble
 from dit4dit.errors import ConfigError
 
 K = 8

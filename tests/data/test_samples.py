@@ -170,7 +170,7 @@ def test_a_robot_of_the_users_with_rotations_and_binary_grippers(tmp_path: Path)
         writer.add({"observation.state": state, "action": action}, pictures, "go")
     one = reader(tmp_path / "droid", "oxe_droid", window(horizon=4, offsets=(0,), image_size=(16, 16)))
     robot = one.recording.embodiment
-    assert (robot.name, robot.tag, robot.rate_hz) == ("oxe_droid", "oxe_droid", 15.0)
+    assert (robot.name, robot.tag, robot.control_hz) == ("oxe_droid", "oxe_droid", 15.0)
     assert [key.dim for key in robot.state] == [3, 6, 1]
     sample = one.read(0, 10)
     assert sample.video.shape == (1, 3, 16, 48)
@@ -223,6 +223,7 @@ def test_what_an_action_asks_for_is_what_modality_says(tmp_path: Path, absolute,
     (recording,) = open_one(tmp_path / "set", "turned", tmp_path / "my.yaml").recordings
     robot, last = recording.embodiment, np.arange(1, 6, dtype=np.float32)
     assert [key.kind for key in robot.action] == [kind, "position"]
+    assert [key.rotation for key in robot.action] == [rotation, None]
     assert recording.relative.tolist() == [absolute is False] * 4 + [False]
     warned = [
         line for line in check(tmp_path / "set", robot=recording.robot)["warnings"] if "cannot be held: turn;" in line

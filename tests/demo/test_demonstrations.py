@@ -150,7 +150,7 @@ def test_other_words_name_another_goal_of_the_same_table() -> None:
         assert told.plate != goal.plate
         assert told.block in {body.colour for body in scene.blocks}
         assert world._env.goal == goal, "what is judged stays"
-    assert world.facts["rate_hz"] == TABLETOP.rate_hz
+    assert world.facts["control_hz"] == TABLETOP.control_hz
 
 
 def test_the_control_is_played_in_that_world() -> None:

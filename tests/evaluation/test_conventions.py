@@ -181,7 +181,7 @@ def test_fingers_are_watched_while_they_close_open_and_close(openings, verdict, 
     ],
 )
 def test_rates(here, fps, verdict) -> None:
-    assert module.rate(TABLETOP, {"rate_hz": here}, fps).verdict == verdict
+    assert module.rate(TABLETOP, {"control_hz": here}, fps).verdict == verdict
 
 
 def test_states_are_held_against_the_data() -> None:

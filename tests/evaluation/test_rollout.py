@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from eval_standin import ABOUT, LAUNCH, StandIn, evaluator, kill_plan, make_plan, play, untimed
 
-from dit4dit.control.execution import Ensemble, Execution, Latency
+from dit4dit.control.execution import Execution, Latency
+from dit4dit.control.seams import Ensemble
 from dit4dit.errors import ConfigError, InputError, SimulatorError
 from dit4dit.evaluation import tabletop
 from dit4dit.evaluation.plan import Episode

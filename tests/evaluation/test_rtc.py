@@ -12,7 +12,8 @@ from eval_standin import StandIn, make_plan, play, untimed
 
 from dit4dit import Guidance, Noise, Policy
 from dit4dit.commands.eval_run import RunOptions
-from dit4dit.control.execution import Ensemble, Execution, Executor, Latency, RealTime
+from dit4dit.control.execution import Execution, Executor, Latency, RealTime
+from dit4dit.control.seams import Ensemble
 from dit4dit.envs import tabletop_policy_dir
 from dit4dit.envs.tabletop import TEST_SEEDS_FROM, TabletopEnv
 from dit4dit.errors import ConfigError, InputError
@@ -137,7 +138,7 @@ def seams(policy: Policy, execution: Execution) -> tuple[float, float]:
         env = TabletopEnv(TEST_SEEDS_FROM + episode)
         frame = env.reset()
         seen = policy.embodiment.observe(env.observation())
-        executor = Executor(execution, policy.embodiment.rate_hz, lambda last: last)
+        executor = Executor(execution, policy.embodiment.control_hz, lambda last: last)
         rows: list[np.ndarray] = []
         chunks: list[tuple[int, np.ndarray]] = []
         takes_over = []

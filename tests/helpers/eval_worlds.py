@@ -21,7 +21,7 @@ class World:
         self.lasting = lasting
         self.goal, self.trouble, self.at, self.once, self.seconds = goal, trouble, at, once, seconds
         self.meet = meet
-        self.facts = {"max_steps": max_steps, "rate_hz": 10.0, "action_names": ["x", "y", "grip"], "settle_steps": 0}
+        self.facts = {"max_steps": max_steps, "control_hz": 10.0, "action_names": ["x", "y", "grip"], "settle_steps": 0}
 
     def reset(self, seed, trial):
         self.seed, self.trial, self.steps, self.sum = seed, trial, 0, 0.0

@@ -48,6 +48,8 @@ class World:
         self.driver = _C.Driver(library)
         self.library = library
         self.memory: list[np.ndarray] = []
+        self.segment = f"/dit4dit.fuzz.{os.getpid()}"
+        self.producer = _C.StreamWriter(self.segment, **layout(2))
 
     def array(self, shape: tuple[int, ...], dtype: str, rng: random.Random) -> np.ndarray:
         """Of exactly its size, dense in a random order of dimensions, some of them mirrored."""
@@ -169,6 +171,44 @@ def launch(world: World, rng: random.Random) -> dict[str, Any]:
     return dict(grid=(3, 2), stream=0, arguments=[VALUES[kind] for kind in KINDS], programmatic=rng.random() < 0.5)
 
 
+def layout(channels: int) -> dict[str, Any]:
+    """Of an action stream: a position, then displacements."""
+    bounds = (-math.inf, math.inf, 2.0, math.inf, math.inf)
+    return dict(
+        robot="fuzzed",
+        command_period_ns=2_000_000,
+        interpolation="cubic",
+        seam=("blend", 1, 0.0, 3.0),
+        channels=[(f"c{i}", "relative" if i else "position", 0, bounds) for i in range(channels)],
+        groups=[("all", "hold", "hold", "finish", 0, 500_000_000)],
+    )
+
+
+def publish(world: World, rng: random.Random) -> dict[str, Any]:
+    values = np.zeros((rng.randint(1, 64), 4), np.float32)[:, :2]  # rows that lie apart
+    return dict(values=values, observed_at_ns=5, computed_at_ns=6, starts_at_ns=5, control_hz=20.0, now_ns=7)
+
+
+def a_moment(world: World, rng: random.Random) -> dict[str, Any]:
+    return dict(now_ns=rng.randint(1, 10**12))
+
+
+STREAMS: dict[str, Callable[[World, random.Random], dict[str, Any]]] = {
+    "stream_remove": lambda world, rng: dict(name=world.segment + ".none"),
+    "StreamWriter": lambda world, rng: dict(name=None, **layout(rng.randint(1, 64))),
+    "StreamWriter.publish": publish,
+    **dict.fromkeys([f"StreamWriter.{name}" for name in ("heartbeat", "close", "estop")], a_moment),
+    "StreamWriter.reader": lambda world, rng: dict(driver=rng.random() < 0.5, dead_after_ns=1, loop_dead_after_ns=0),
+    "StreamReader": lambda world, rng: dict(
+        name=world.segment, driver=False, dead_after_ns=1, loop_dead_after_ns=0, group=rng.choice((None, "all"))
+    ),
+    "StreamReader.read": lambda world, rng: dict(now_ns=rng.randint(1, 10**12), out=np.zeros(2)),
+    "StreamReader.start_at": lambda world, rng: dict(values=np.array([0.5, math.nan])),
+    "StreamReader.estop": a_moment,
+    **dict.fromkeys([f"Stream{end}.{name}" for end in ("Reader", "Writer") for name in ("clear_estop", "feedback")],
+                    lambda world, rng: {}),
+    **dict.fromkeys([f"StreamReader.{name}" for name in ("stop", "described")], lambda world, rng: {}),
+}  # fmt: skip
 SOUND: dict[str, Callable[[World, random.Random], dict[str, Any]]] = {
     "preprocess": preprocess,
     "preprocess_cuda": preprocess_cuda,
@@ -176,6 +216,14 @@ SOUND: dict[str, Callable[[World, random.Random], dict[str, Any]]] = {
     "action_ode_cuda": action_ode_cuda,
     "action_ode_facts": lambda world, rng: dict(device=0, shared_bytes=0),
     "build_info": lambda world, rng: {},
+    "segment_snapshot": lambda world, rng: dict(name=world.segment),
+    "segment_names": lambda world, rng: {},
+    "stream_bench_clock": lambda world, rng: dict(count=rng.randint(1, 9)),
+    "stream_bench_ring": lambda world, rng: dict(count=rng.randint(1, 9)),
+    "stream_bench_reader": lambda world, rng: dict(count=rng.randint(1, 9), at_limits=rng.random() < 0.5),
+    "stream_bench_loop": lambda world, rng: dict(
+        name=world.segment, period_ns=1000, ticks=rng.randint(1, 9), priority=0
+    ),
     "Driver": lambda world, rng: dict(library=world.library),
     "Driver.load": load,
     "Driver.version": lambda world, rng: {},
@@ -183,6 +231,7 @@ SOUND: dict[str, Callable[[World, random.Random], dict[str, Any]]] = {
     "Kernel": lambda world, rng: {},
     "Kernel.launch": launch,
     "Kernel.entry": lambda world, rng: {},
+    **STREAMS,
 }
 ON_GPU = ("preprocess_cuda", "self_attention_cuda", "action_ode_cuda", "action_ode_facts")
 REFUSED = {"Kernel": TypeError, "Driver.load": ValueError, **dict.fromkeys(ON_GPU, CudaError)}
@@ -209,6 +258,18 @@ def another_number(given: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return left if len(left) < len(given) and rng.random() < 0.5 else left | {rng.choice(("x", "out", "\0")): None}
 
 
+def of_a_new_one(name: str, attribute: str) -> Callable[..., Any]:
+    """A method of a StreamWriter or StreamReader that has been through nothing: what one call has done is not the next one's."""
+
+    def call(*given: Any, **named: Any) -> Any:
+        writer = _C.StreamWriter(None, **layout(2))
+        one = writer if name == "StreamWriter" else writer.reader(True, 1, 0)
+        return getattr(one, attribute)(*given, **named)
+
+    call.__doc__ = getattr(getattr(_C, name), attribute).__doc__
+    return call
+
+
 def targets(world: World) -> dict[str, Callable[..., Any]]:
     """Everything in the module that can be called or read, by name. SystemExit: one is new here."""
     arguments = [(f"x{i}", kind) for i, kind in enumerate(KINDS)]
@@ -219,7 +280,9 @@ def targets(world: World) -> dict[str, Callable[..., Any]]:
             instance = {"Driver": world.driver, "Kernel": kernel}.get(name)
             found[name] = value
             for attribute, member in vars(value).items():
-                if not attribute.startswith("_"):  # pybind11 adds one of its own
+                if name.startswith("Stream") and not attribute.startswith("_"):
+                    found[f"{name}.{attribute}"] = of_a_new_one(name, attribute)
+                elif not attribute.startswith("_"):  # pybind11 adds one of its own
                     read = functools.partial(getattr, instance, attribute)
                     found[f"{name}.{attribute}"] = read() if callable(member) else read
         elif callable(value):
@@ -292,6 +355,8 @@ def main() -> None:
             error.args = (f"case {number} of seed {args.seed}: {error}",)
             raise
         ends[name][end] += 1
+    world.producer.close(1)
+    _C.stream_remove(world.segment)
     sys.stdout.write(json.dumps({"module": _C.__file__, "ends": ends, "targets": sorted(all_targets)}) + "\n")
 
 

@@ -35,7 +35,7 @@ class StandIn:
         self.ready, self.preparing, self.fail_prepare = threading.Event(), threading.Semaphore(0), None
         self.ready.set()
         self._background = ThreadPoolExecutor(1)
-        self.metadata = {"server": "dit4dit", "embodiment": "stand-in", "action_names": ["x"], "rate_hz": 10.0}
+        self.metadata = {"server": "dit4dit", "embodiment": "stand-in", "action_names": ["x"], "control_hz": 10.0}
         self.gate, self.entered = threading.Event(), threading.Semaphore(0)
         self.gate.set()
         self.passes: list[list[float]] = []
@@ -72,7 +72,8 @@ class StandIn:
         if self.fail is not None:
             self.fail(values)
         actions = [np.full((1, 1), value, np.float32) for value in values]
-        return [ActionChunk(a, ("x",), 10.0, a, r.noise) for a, r in zip(actions, requests, strict=True)]
+        now = time.monotonic_ns()
+        return [ActionChunk(a, ("x",), 10.0, a, r.noise, now, now) for a, r in zip(actions, requests, strict=True)]
 
     def wait_for_pass(self) -> None:
         assert self.entered.acquire(timeout=WAIT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,13 +83,45 @@ def test_chunk_is_in_robot_units(libero_policy: Policy, golden_dir: Path, observ
     assert chunk.actions.shape == (8, 7)
     assert chunk.normalized.shape == (8, 8)
     assert chunk.names == ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-    assert chunk.rate_hz == 20.0
+    assert chunk.control_hz == 20.0
     limits = json.loads((golden_dir / "libero_tiny" / "dataset_statistics.json").read_text())["franka"]["action"]
     low, high = np.array(limits["min"]), np.array(limits["max"])
     a = np.clip(chunk.normalized[:, :7], -1, 1)
     a[:, 6] = chunk.normalized[:, 6] >= 0.5
     want = np.where(limits["mask"], 0.5 * (a + 1) * (high - low) + low, a)
     assert np.allclose(chunk.actions, want, atol=1e-6)
+
+
+def test_chunks_are_stamped(libero_policy: Policy, observation: Observation, monkeypatch) -> None:
+    """With when the observation was made, as the caller says it or else when the call came, and when the chunk was there."""
+    run, ran = libero_policy._runner.run, []
+
+    def timed(*given):
+        begun = time.monotonic_ns()
+        ran.append((begun, run(*given), time.monotonic_ns()))
+        return ran[-1][1]
+
+    monkeypatch.setattr(libero_policy._runner, "run", timed)
+    before = time.monotonic_ns()
+    chunk = libero_policy.infer(observation, "go")
+    after = time.monotonic_ns()
+    begun, _, ended = ran[0]
+    assert before <= chunk.observed_at_ns <= begun < ended <= chunk.computed_at_ns <= after
+    seen = libero_policy.infer_batch([observation] * 2, ["go"] * 2, observed_at_ns=[before - 3, None])
+    assert seen[0].observed_at_ns == before - 3
+    assert after <= seen[1].observed_at_ns < seen[0].computed_at_ns == seen[1].computed_at_ns
+    (published,) = libero_policy.run(
+        libero_policy.published_requests({"image": np.zeros((32, 64, 3), np.uint8), "lang": "go"})
+    )
+    assert seen[1].computed_at_ns <= published.observed_at_ns < published.computed_at_ns
+
+
+@pytest.mark.parametrize("stamp", [-1, 1.5, True, "now", time.time_ns()], ids=str)
+def test_a_stamp_of_another_clock_is_refused(libero_policy: Policy, observation: Observation, stamp) -> None:
+    with pytest.raises(InputError, match=r"observed_at_ns: expected time\.monotonic_ns\(\) of when"):
+        libero_policy.infer(observation, "go", observed_at_ns=stamp)
+    with pytest.raises(InputError, match=r"observed_at_ns: expected one per request \(1\), got 2"):
+        libero_policy.infer_batch([observation], ["go"], observed_at_ns=[1, 1])
 
 
 def test_unseeded_chunks_differ_and_can_be_repeated(libero_policy: Policy, observation: Observation) -> None:

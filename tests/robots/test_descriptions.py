@@ -112,7 +112,7 @@ def test_users_add_robots_and_mixtures_without_python(tmp_path: Path) -> None:
     robot = known.robot("my_arm").to_embodiment(
         {"state.joints": 6, "action.joints": 6, "action.gripper": 1}, 30.0, "here"
     )
-    assert (robot.name, robot.tag, robot.views, robot.rate_hz) == ("my_arm", "new_embodiment", ("front",), 30.0)
+    assert (robot.name, robot.tag, robot.views, robot.control_hz) == ("my_arm", "new_embodiment", ("front",), 30.0)
     assert [(key.name, key.dim, key.normalization) for key in robot.action] == [
         ("joints", 6, "min_max"),
         ("gripper", 1, "binary"),

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,12 +70,26 @@ def infer(client: Client, x: float = 1.0):
     return client.infer({"images": {}, "state": {"x": [x]}}, "go")
 
 
+def test_stamps_are_of_the_clients_own_clock() -> None:
+    """The server's own stamps (`StandIn` makes some) mean nothing on another machine and are not handed on."""
+    with running(Observing()) as server, Client(port=server.port) as client:
+        before = time.monotonic_ns()
+        chunk = infer(client)
+        assert before <= chunk.observed_at_ns < chunk.computed_at_ns <= time.monotonic_ns()
+        own = client.infer({"images": {}, "state": {"x": [1.0]}}, "go", observed_at_ns=before - 5)
+        assert own.observed_at_ns == before - 5 < chunk.computed_at_ns < own.computed_at_ns
+        for wrong, error in ((time.time_ns(), ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)):
+            with pytest.raises(error, match=r"observed_at_ns: expected time\.monotonic_ns\(\)"):
+                client.infer({"images": {}, "state": {"x": [1.0]}}, "go", observed_at_ns=wrong)
+        assert infer(client).seed is not None  # nothing was sent
+
+
 def test_a_session_goes_on_after_a_lost_connection() -> None:
     with running(Observing()) as server:
         with Client(port=server.port) as client:
             assert client.reset(7) == 7
             first = infer(client, 2.5)
-            assert (first.actions.tolist(), first.names, first.rate_hz) == ([[2.5]], ("x",), 10.0)
+            assert (first.actions.tolist(), first.names, first.control_hz) == ([[2.5]], ("x",), 10.0)
             assert (first.seed, first.chunk, infer(client).chunk) == (7, 0, 1)
             assert set(first.timing) == {"encode", "network", "queue", "infer", "server", "decode", "total"}
             assert first.timing["total"] >= first.timing["server"] >= first.timing["infer"]

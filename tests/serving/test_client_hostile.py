@@ -31,7 +31,7 @@ from dit4dit.serving.client import (
 
 SHORT = 0.15
 """A time limit that a test lets pass."""
-GREETING = {"server": "dit4dit", "action_names": ["x", "y"], "rate_hz": 10.0}
+GREETING = {"server": "dit4dit", "action_names": ["x", "y"], "control_hz": 10.0}
 
 
 class Peer:
@@ -477,7 +477,8 @@ def test_an_answer_that_is_not_as_promised(name: str) -> None:
 
 
 @pytest.mark.parametrize("greeting", [{"action_names": "xy"}, {"action_names": None}, {"action_names": [1, 2]},
-                                      {"rate_hz": "10"}, {"rate_hz": 0}, {"rate_hz": float("nan")}], ids=str)  # fmt: skip
+                                      {"control_hz": "10"}, {"control_hz": 0},
+                                      {"control_hz": float("nan")}], ids=str)  # fmt: skip
 def test_a_greeting_that_names_no_actions(greeting: dict) -> None:
     def behave(peer: Peer, _: int) -> None:
         peer.greet(**greeting)

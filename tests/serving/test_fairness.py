@@ -15,7 +15,6 @@ from waiting import WAIT, eventually
 from dit4dit.errors import InputError
 from dit4dit.serving import wire
 from dit4dit.serving.backend import PolicyBackend
-from dit4dit.types import ActionChunk
 
 
 @pytest.fixture
@@ -227,10 +226,7 @@ def test_large_answers_are_whole(pool) -> None:
 
     class Wide(StandIn):
         def run(self, requests):
-            return [
-                ActionChunk(chunk.actions.repeat(1000, 0), ("x",), 10.0, chunk.normalized, chunk.noise)
-                for chunk in super().run(requests)
-            ]
+            return [replace(chunk, actions=chunk.actions.repeat(1000, 0)) for chunk in super().run(requests)]
 
     with running(Wide(), max_batch=3) as server:
         connections = connected(server, 4)

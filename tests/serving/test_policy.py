@@ -42,7 +42,7 @@ def test_raw_observations_give_the_policy_s_own_actions(served, libero_policy: P
             want = libero_policy.infer(observation, "open the drawer", noise=Noise.from_seed(7, chunk))
             assert np.array_equal(got.actions, want.actions)
             assert np.array_equal(got.normalized, want.normalized)
-            assert (got.names, got.rate_hz, got.seed, got.chunk) == (want.names, want.rate_hz, 7, chunk)
+            assert (got.names, got.control_hz, got.seed, got.chunk) == (want.names, want.control_hz, 7, chunk)
             assert (got.actions.dtype, got.actions.shape) == (np.float32, (8, 7))
 
 
@@ -91,7 +91,7 @@ def test_metadata_is_all_that_a_robot_needs(served, libero_policy: Policy) -> No
     assert {(view["height"], view["width"]) for view in found["views"]} == {(32, 32)}
     assert [key["name"] for key in found["state_keys"]] == [key.name for key in libero_policy.embodiment.state]
     assert found["action_names"] == list(libero_policy.embodiment.action_names)
-    expected = {"embodiment": "libero", "statistics": "franka", "action_horizon": 8, "rate_hz": 20.0, "chunk_seconds": 0.4,
+    expected = {"embodiment": "libero", "statistics": "franka", "action_horizon": 8, "control_hz": 20.0, "chunk_seconds": 0.4,
                 "steps": 4, "checkpoint": "libero_tiny", "checkpoint_hash": "abc", "joined_picture": [32, 64],
                 "encoded_state_dim": 16, "model_action_dim": 8, "protocol": 1}  # fmt: skip
     assert {name: found[name] for name in expected} == expected

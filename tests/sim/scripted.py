@@ -42,7 +42,7 @@ class Scripted:
         return [self.chunk(np.asarray(self.act(o, n.seed, n.chunk), np.float32), n) for o, n in asked]
 
     def chunk(self, rows, noise):
-        return ActionChunk(rows, self.embodiment.action_names, self.embodiment.rate_hz, rows, noise)
+        return ActionChunk(rows, self.embodiment.action_names, self.embodiment.control_hz, rows, noise)
 
 
 class PickAndPlace(Scripted):

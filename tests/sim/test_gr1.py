@@ -47,7 +47,7 @@ def test_observations_are_the_robots_and_seeds_repeat(gr1) -> None:
     with Worker(plan.launch) as worker:
         facts = worker.make("gr1", plan.episodes[0].options)["facts"]
         assert facts["max_steps"] == 720
-        assert facts["rate_hz"] == GR1.rate_hz
+        assert facts["control_hz"] == GR1.control_hz
         assert tuple(facts["action_names"]) == GR1.action_names
         first = worker.reset(7, 0)["observation"]
         state = GR1.state_vector(GR1.observe(first).state)

@@ -92,7 +92,11 @@ def test_a_damaged_robot_is_named(file: Path, tmp_path: Path) -> None:
     whole = json.loads((folder / "config.json").read_text())
     for change, message in (
         (lambda robot: robot["sizes"].pop("action.x"), "embodiment.sizes: missing key 'action.x'"),
-        (lambda robot: robot.pop("rate_hz"), "embodiment: missing key 'rate_hz'"),
+        (lambda robot: robot.pop("control_hz"), "embodiment: missing key 'control_hz'"),
+        (
+            lambda robot: robot.update(rate_hz=robot.pop("control_hz")),
+            "embodiment: 'rate_hz' is called 'control_hz'; rename the key in its config.json",
+        ),
         (lambda robot: robot["robot"].update(colour="red"), "embodiment.robot: unknown key 'colour'"),
     ):
         data = json.loads(json.dumps(whole))

@@ -1,11 +1,11 @@
-// Bounds of one channel, in its own units and seconds.
+// What a channel may do: bounds of its position and of the position's first three derivatives, in the channel's unit and seconds.
 #pragma once
 
 #include <limits>
 
 namespace dit4dit {
 
-// Of a velocity channel: low and high bound the velocity itself, acceleration and jerk its changes. Infinite: unlimited.
+// Bounds of one channel; infinity: unlimited. `velocity`, `acceleration` and `jerk` bound both directions and are > 0; low < high.
 struct Limits {
     double low = -std::numeric_limits<double>::infinity();
     double high = std::numeric_limits<double>::infinity();
@@ -13,9 +13,10 @@ struct Limits {
     double acceleration = std::numeric_limits<double>::infinity();
     double jerk = std::numeric_limits<double>::infinity();
 
+    // Whether there is any bound.
     bool limited() const noexcept {
-        constexpr double inf = std::numeric_limits<double>::infinity();
-        return low != -inf || high != inf || velocity != inf || acceleration != inf || jerk != inf;
+        constexpr double infinity = std::numeric_limits<double>::infinity();
+        return !(low == -infinity && high == infinity && velocity == infinity && acceleration == infinity && jerk == infinity);
     }
 };
 
