@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import random
 import re
 import resource
 import signal
@@ -152,26 +152,20 @@ def test_a_killed_producer_frees_the_segment(tool: Path, segment_name: str) -> N
         assert ask(tool, "create", segment_name) == {"ready": seen["head"] + 3}
 
 
+def kill_while_they_begin(program: Path, name: str) -> dict[str, int]:
+    done = subprocess.run([program, name, "begin", "300", "1"], capture_output=True, text=True, check=True)
+    counts: dict[str, int] = json.loads(done.stdout)
+    return counts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("-DDIT4DIT_WITHOUT_TMPFILE",)])
 def test_a_producer_killed_while_it_begins_leaves_a_segment_or_none(
     cpp: Build, segment_name: str, flags: tuple[str, ...]
 ) -> None:
-    program = cpp("ring_tool", *flags)
-    generator = random.Random(1)
-    seen = {True: 0, False: 0}
-    for _ in range(100):
-        file_of(segment_name).unlink(missing_ok=True)
-        for _ in range(2):  # a new one, and perhaps the one that the first has left
-            with subprocess.Popen([program, "produce", segment_name], stdout=subprocess.DEVNULL) as producer:
-                time.sleep(generator.uniform(0, 0.004))
-                producer.kill()
-            there = file_of(segment_name).exists()
-            seen[there] += 1
-            if there:
-                assert ask(program, "open", segment_name, "watch")["producer_locked"] == 0
-    assert min(seen.values()) > 0, seen
-    ask(program, "create", segment_name)
+    counts = kill_while_they_begin(cpp("ring_kill", *flags), segment_name)
+    assert counts["wrong"] == 0
+    assert min(counts["there"], counts["absent"]) >= 10, counts
     for left in Path("/dev/shm").glob(".dit4dit.*"):
         assert flags, left  # only where files without a name are unsupported
         left.unlink()
@@ -182,13 +176,16 @@ def test_a_segment_appears_at_once(cpp: Build, segment_name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_one_that_opens_sees_a_segment_that_is_not_complete(
+def test_both_see_a_segment_that_is_named_before_it_is_complete(
     cpp: Build, segment_name: str, faulty_include: Plant
 ) -> None:
     right = "    held_[static_cast<int>(Role::producer)].store(true);\n    fill(layout);"
-    fault = right.replace("fill(", 'give_name(file, "");\n    fill(')
+    fault = right.replace("fill(", 'give_name(file, ""); usleep(20000); fill(')
+    include = faulty_include("segment.h", right, fault)
     with pytest.raises(AssertionError, match="not so"):
-        lines_of(cpp("ring_checks", include=faulty_include("segment.h", right, fault)), "appears", segment_name)
+        lines_of(cpp("ring_checks", include=include), "appears", segment_name)
+    file_of(segment_name).unlink(missing_ok=True)
+    assert kill_while_they_begin(cpp("ring_kill", include=include), segment_name)["wrong"] > 0
 
 
 @pytest.mark.slow

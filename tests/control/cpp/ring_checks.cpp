@@ -1,5 +1,5 @@
-// What one thread can see of the ring, the stamps, the feedback and the checks at publish: ring_checks CASE [NAME]. Silent and 0 if it
-// holds.
+// What one thread can see of the ring, the stamps, the feedback and the checks at publish: ring_checks CASE [NAME]. Silent and 0
+// if it holds.
 //
 // `ring_checks refusals` prints one line for each refused chunk, "case: text"; `ring_checks layouts` one for each bad layout.
 #include <cfloat>
@@ -428,7 +428,7 @@ void moves() {
     CHECK(two->lock(Role::driver));
 }
 
-// Whoever opens a name finds a complete segment or none, while another one makes and removes it, and replaces it by another layout.
+// Whoever opens a name finds a complete segment or none, while another one makes it, removes it and replaces it by another layout.
 void appears(const std::string& name) {
     std::atomic<bool> done{false};
     std::atomic<int> found{0};

@@ -8,7 +8,9 @@
 #include <thread>
 #include <vector>
 
+#include <signal.h>
 #include <sys/wait.h>
+#include <time.h>
 
 #include <dit4dit/writer.h>
 
@@ -60,13 +62,58 @@ pid_t start(const std::string& name) {
     return child;
 }
 
+// A process that dies after_ns after it begins to open the segment: a timer of its own, so that a machine that is busy
+// elsewhere does not decide when.
+void begin_and_die(const std::string& name, const Layout& layout, long after_ns) {
+    const pid_t child = fork();
+    if (child == 0) {
+        timer_t timer;
+        sigevent event{};
+        event.sigev_notify = SIGEV_SIGNAL;
+        event.sigev_signo = SIGKILL;
+        timer_create(CLOCK_MONOTONIC, &event, &timer);
+        const itimerspec once{{0, 0}, {0, after_ns}};
+        timer_settime(timer, 0, &once, nullptr);
+        const Result<Writer> writer = Writer::open_or_create(name, layout);
+        for (;;) pause();
+    }
+    waitpid(child, nullptr, 0);
+}
+
+// Leaves a complete segment or none, whose lock is free, and the next producer begins on it.
+int kill_while_they_begin(const std::string& name, int rounds, unsigned seed) {
+    std::mt19937 random(seed);
+    const Layout layouts[] = {ring_case::layout(kChannels), ring_case::layout(kChannels + 1)};
+    unsigned long long there = 0, absent = 0, replaced = 0, wrong = 0;
+    for (int i = 0; i < rounds * 20 && (i < rounds || there < 10 || absent < 10); ++i) {
+        if (i % 3 == 0) Writer::remove(name);
+        const auto before = Memory::open(name, Access::watch);
+        const Layout& layout = layouts[random() % 2];
+        begin_and_die(name, layout, 1 + static_cast<long>(random() % 500'000));
+        const auto after = Memory::open(name, Access::watch);
+        ++(after ? there : absent);
+        if (after) {
+            const std::string other = difference((*after)->layout(), layout);
+            replaced += before && !difference((*before)->layout(), (*after)->layout()).empty();
+            wrong += (*after)->locked(Role::producer) || (!before && !other.empty());
+        } else {
+            wrong += after.error().find("there is no such segment") == std::string::npos;
+        }
+        if (i % 5 == 0) wrong += !Writer::open_or_create(name, layout);
+    }
+    std::printf("{\"there\": %llu, \"absent\": %llu, \"replaced\": %llu, \"wrong\": %llu}\n", there, absent, replaced, wrong);
+    return 0;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
+    const auto seed = static_cast<unsigned>(std::atoi(arguments[count - 1]));
+    if (count == 5) return kill_while_they_begin(arguments[1], std::atoi(arguments[3]), seed);
     if (count != 4) return 2;
     const std::string name = arguments[1];
     const int kills = std::atoi(arguments[2]);
-    std::mt19937 random(static_cast<unsigned>(std::atoi(arguments[3])));
+    std::mt19937 random(seed);
     Tally tally;
     {
         Result<Writer> made = Writer::open_or_create(name, ring_case::layout(kChannels));
