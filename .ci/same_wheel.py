@@ -10,7 +10,7 @@ import zipfile
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-CODE = {".py", ".pyi", ".so"}
+CODE = {".py", ".pyi", ".so", ".h", ".cmake"}
 
 
 def files(wheel: Path) -> dict[str, str]:

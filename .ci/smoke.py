@@ -1,4 +1,4 @@
-"""An installed wheel with NumPy alone: it imports, resizes a picture, and holds what it was built with.
+"""An installed wheel with NumPy alone: it imports, resizes an image, and holds what it was built with, C++ headers included.
 
 smoke.py [--cubins MANIFEST] ARCHITECTURE...     MANIFEST: of the Triton kernels that were compiled ahead of time
 """
@@ -6,6 +6,8 @@ smoke.py [--cubins MANIFEST] ARCHITECTURE...     MANIFEST: of the Triton kernels
 import argparse
 import hashlib
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,4 +39,16 @@ else:
         assert rows
         for row in rows:
             assert hashlib.sha256((folder / row["file"]).read_bytes()).hexdigest() == row["sha256"]
+for option, wanted in (("--include-dir", "dit4dit/action_stream.h"), ("--cmake-dir", "dit4ditConfig.cmake")):
+    found = subprocess.run(
+        [sys.executable, "-m", "dit4dit.control", option], capture_output=True, text=True, check=True
+    )
+    assert (Path(found.stdout.rstrip("\n")) / wanted).is_file(), f"no {wanted} in {found.stdout}"
+headers = Path(dit4dit.__file__).parent / "include" / "dit4dit"
+unread, read = {"action_stream.h"}, set()
+while unread:
+    name = unread.pop()
+    read.add(name)
+    unread |= {*re.findall(r'^#include "(.+)"', (headers / name).read_text(), re.MULTILINE)} - read
+assert len(read) >= 8, f"dit4dit/action_stream.h is made of {sorted(read)} alone"
 print(f"Python {sys.version.split()[0]}, NumPy {np.__version__}: dit4dit {dit4dit.__version__}, {_C.build_info()}")

@@ -5,9 +5,12 @@ Lanes are channels of their own: [ticks, lanes]. `differences` are those of what
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
-from limiter_program import INFINITY, Program, differences, ticks
+from limiter_program import EXACT, HEADERS, INFINITY, Program, differences, ticks
 
 FREE = (-INFINITY, INFINITY)
 ARM = (3.0, 20.0, 200.0)
@@ -278,3 +281,89 @@ def test_one_bound_alone(program: Program) -> None:
         assert sent[-1] == 1.0
         best = (1 / 2.0, 2 * (1 / 10.0) ** 0.5, 4 * (1 / 200.0) ** (1 / 3))[place]
         assert np.argmax(sent == 1.0) * 1e-3 < 1.01 * best + 2e-3
+
+
+# --- would the tests see it? Faults, each one a line of the header, and the test that fails
+
+
+def hostile(program: Program) -> None:
+    assert program.stress(1_000_000)["violations"] == 0
+
+
+def from_outside(program: Program) -> None:
+    test_a_start_outside_the_limits_comes_in(program, 2.5)
+
+
+FAULTS = {
+    "bounds that are not kept inside": (hostile, "kInside = 0.999", "kInside = 1.001"),
+    "the last ticks are taken for uniform ones": (hostile, "d2_ = d1_, d1_ = dt;", "d2_ = dt, d1_ = dt;"),
+    "the difference of another window": (
+        hostile,
+        "* 3 / (dt + d1_ + d2_);\n        const double part",
+        "* 3 / (3 * dt);\n        const double part",
+    ),
+    "sent without a way to rest": (
+        hostile,
+        "const int side = leaves(m, goal);",
+        "const int side = leaves(m, goal) * 0;",
+    ),
+    "the past's acceleration is wrong": (hostile, "by_a((2 * dt + before)", "by_a((dt + 2 * before)"),
+    "the past's jerk is not bounded": (
+        hostile,
+        "low = low < -jerk ? -jerk : low, high = high > jerk ? jerk : high;",
+        "",
+    ),
+    "no look at where the way to rest leads": (hostile, "if (!bounded_) return 0;", "return 0;"),
+    "a turn on the way is not seen": (
+        hostile,
+        "const bool turning = m.v * r.j1 > 0 && square > 0;",
+        "const bool turning = false;",
+    ),
+    "the nearest motion is the one that is not admissible": (hostile, "m = nearest(m, dt, goal);", "goal = 0;"),
+    "the way to rest is let go of": (hostile, "goal = left < 0 ? goal_ : 0;", "goal = 0;"),
+    "drives too long": (
+        test_from_rest_to_rest_hardly_takes_longer_than_the_optimum,
+        "if (!(at_b * full > 0)) return dt;",
+        "return dt;",
+    ),
+    "a target that was met is let go of": (
+        test_from_rest_to_rest_hardly_takes_longer_than_the_optimum,
+        "met_ = exact_ ? 3 : 0;",
+        "",
+    ),
+    "the past that was possible is not chosen from": (
+        test_from_rest_to_rest_hardly_takes_longer_than_the_optimum,
+        "if (open_) choose_past(from, left);",
+        "",
+    ),
+    "brakes with half of the acceleration": (
+        test_nan_brings_it_to_rest_as_fast_as_the_bounds_allow,
+        "own_ = {a_, a_, j_, j_};",
+        "own_ = {a_ / 2, a_ / 2, j_, j_};",
+    ),
+    "one past only": (
+        test_a_target_inside_the_bounds_is_sent_as_it_is,
+        "for (int i = 0; i < 8; ++i)",
+        "for (int i = 0; i < 1; ++i)",
+    ),
+    "a target's acceleration is not looked at": (
+        test_a_moving_target_is_caught,
+        "dt * (dt + d1_) * (1.0 / 6)), end}, jerk}",
+        "0), 0}, 0}",
+    ),
+    "a start outside is a fault": (from_outside, "&& (up > x || way.turn < x)) return 1;", ") return 1;"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_seen(name: str, tmp_path: Path) -> None:
+    test, right, wrong = FAULTS[name]
+    shutil.copytree(HEADERS, tmp_path / "include")
+    header = tmp_path / "include/dit4dit/limiter.h"
+    text = header.read_text()
+    assert text.count(right) == 1, f"{name}: the line has changed: {right}"
+    header.write_text(text.replace(right, wrong))
+    program = Program(tmp_path, *EXACT, "-Wno-error", headers=tmp_path / "include")
+    with pytest.raises(AssertionError):
+        test(program)

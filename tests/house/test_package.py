@@ -148,7 +148,15 @@ def test_what_is_installed():
     assert "dit4dit/benchmarks/ops/bench_preprocess.py" in names
     # these would shadow the Hugging Face package `kernels` where the source tree is on the path
     assert not {"dit4dit/kernels/__init__.py", "dit4dit/benchmarks/__init__.py"} & names
-    assert not [name for name in names if name.endswith((".cu", ".cuh", ".cpp", ".h"))]
+    assert not [name for name in names if name.endswith((".cu", ".cuh", ".cpp"))]
+    # for C++ users, and no other header
+    headers = {f"dit4dit/include/dit4dit/{file.name}" for file in (ROOT / "csrc" / "include" / "dit4dit").iterdir()}
+    assert "dit4dit/include/dit4dit/action_stream.h" in headers
+    assert {name for name in names if name.endswith(".h")} == headers
+    assert {name for name in names if name.endswith(".cmake")} == {
+        "dit4dit/cmake/dit4ditConfig.cmake",
+        "dit4dit/cmake/dit4ditConfigVersion.cmake",
+    }
     assert not [name for name in names if name.startswith(("tests/", "kernels/", "benchmarks/", "csrc/"))]
 
 

@@ -12,8 +12,8 @@
 // What cannot hold: a step from rest whose differences are below 0.8 of the bounds looks like a ramp until the next tick, and is
 // sent. If the target stays there, it may be passed, by less than the step; steps that small are below jerk * dt^3. Where ticks
 // vary, a target that turns around within a tick or two is not followed when a next tick as short as kLeastTick would leave no
-// way to rest, and near low and high even at uniform ticks. The jerk of doubles near x has a noise of 4 ulp(x) / dt^3: bounds
-// below a thousand times that cannot be kept.
+// way to rest, and near low and high even at uniform ticks. The jerk of doubles near x has a noise of 4 ulp(x) / dt^3, their
+// acceleration one of 2 ulp(x) / dt^2: bounds below a thousand times that cannot be kept.
 //
 // Only + - * / sqrt and comparisons: without contraction (-ffp-contract=off) the same bits everywhere.
 #pragma once

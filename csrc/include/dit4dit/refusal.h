@@ -82,7 +82,7 @@ inline Refusal check_values(const Layout& layout, const Chunk& chunk) noexcept {
         for (std::uint32_t k = 0; k < layout.channels; ++k) {
             const bool finite = std::isfinite(row[k]);
             if (finite && (layout.channel[k].kind != Kind::binary || row[k] == 0 || row[k] == 1)) continue;
-            Refusal refusal = refuse(finite ? Refusal::Why::not_binary : Refusal::Why::not_finite, row[k]);
+            Refusal refusal = refuse(finite ? Refusal::Why::not_binary : Refusal::Why::not_finite, static_cast<double>(row[k]));
             std::memcpy(refusal.channel, layout.channel[k].name, sizeof refusal.channel);
             refusal.row = i;
             return refusal;

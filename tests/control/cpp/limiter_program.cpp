@@ -1,9 +1,9 @@
 // Drives ChannelLimiter for tests/control/test_limiter*.py.
 //
-//   limiter_program run IN OUT       IN: float64 lanes, ticks, limits [lanes][5], pose [lanes] (NaN: no reset), targets [ticks][lanes],
-//                                    dts [ticks][lanes]; OUT: what was sent [ticks][lanes]
+//   limiter_program run IN OUT          IN: float64 lanes, ticks, limits [lanes][5], pose [lanes] (NaN: no reset),
+//                                       targets [ticks][lanes], dts [ticks][lanes]; OUT: what was sent [ticks][lanes]
 //   limiter_program stress TICKS SEED   hostile targets at random ticks; what came out is held against the bounds, as JSON
-//   limiter_program time             nanoseconds a tick, as JSON
+//   limiter_program time                nanoseconds a tick, as JSON
 #include <dit4dit/limiter.h>
 
 #include <algorithm>
@@ -89,10 +89,13 @@ struct Case {
     double constant, step, walk, slope = 0, side = 1, frequency, amplitude, edge, time = 0;
 
     explicit Case(Random& random) {
-        double v = random.decades(-1, 1.5), a = v * random.decades(-0.5, 2.5), j = a * random.decades(-0.5, 3);
-        range = random.decades(-2, 1), centre = random(-1, 1);
-        // a jerk that doubles can resolve: see limiter.h
-        while (j * kShortest * kShortest * kShortest < 4e3 * 2.3e-16 * (std::fabs(centre) + 2 * range)) j *= 10;
+        const double v = random.decades(-2, 2);
+        double a = v * random.decades(-1.5, 4), j = a * random.decades(-1, 4);
+        range = random.decades(-3, 1.5), centre = random(-1, 1);
+        // what doubles can resolve: see limiter.h
+        const double resolved = 4e3 * 2.3e-16 * (std::fabs(centre) + 2 * range) / (kShortest * kShortest);
+        while (a < resolved) a *= 10;
+        while (j < resolved / kShortest) j *= 10;
         limits.velocity = random.chance(0.05) ? kInfinity : v;
         limits.acceleration = random.chance(0.05) ? kInfinity : a;
         limits.jerk = random.chance(0.1) ? kInfinity : j;
@@ -167,7 +170,8 @@ struct Worst {
         // not NaN either
         const bool kept = v <= 1 + 1e-9 && a <= 1 + 1e-9 && j <= 1 + 1e-9 && farther <= 0;
         if (!kept && ++violations <= 3)
-            std::fprintf(stderr, "kind %d law %d: v %.12g a %.12g j %.12g of the bounds, %g farther out\n", c.kind, c.law, v, a, j, farther);
+            std::fprintf(stderr, "kind %d law %d: v %.12g a %.12g j %.12g of the bounds, %g farther out\n", c.kind, c.law, v, a, j,
+                         farther);
     }
 };
 
@@ -218,10 +222,10 @@ int time_it() {
             took.push_back(std::chrono::duration<double, std::nano>(Clock::now() - begin).count() / 23);
         }
         std::sort(took.begin(), took.end());
-        std::printf("%s\"%s\": {\"median_ns\": %.1f, \"p999_ns\": %.1f}%s", kind ? ", " : "{", names[kind], took[10000], took[19980],
-                    kind == 4 ? "}\n" : "");
+        std::printf("%s\"%s\": {\"median_ns\": %.1f, \"p999_ns\": %.1f}", kind ? ", " : "{", names[kind], took[10000], took[19980]);
         if (!(sum < kInfinity)) return 6;
     }
+    std::printf("}\n");
     return 0;
 }
 
@@ -229,7 +233,8 @@ int time_it() {
 
 int main(int argc, char** argv) {
     if (argc == 4 && std::strcmp(argv[1], "run") == 0) return run(argv[2], argv[3]);
-    if (argc == 4 && std::strcmp(argv[1], "stress") == 0) return stress(std::atol(argv[2]), static_cast<unsigned>(std::atoi(argv[3])));
+    if (argc == 4 && std::strcmp(argv[1], "stress") == 0)
+        return stress(std::atol(argv[2]), static_cast<unsigned>(std::atoi(argv[3])));
     if (argc == 2 && std::strcmp(argv[1], "time") == 0) return time_it();
     std::fprintf(stderr, "limiter_program run IN OUT | stress TICKS SEED | time\n");
     return 1;
