@@ -2,8 +2,8 @@
 
     python docs/draw_action_stream.py [--out docs/action-stream.png] [--seed 1000003]
 
-The policy that ships with the package plays the tabletop world at 10 Hz; its chunks are late by 150 ms. The world executes what one
-stream commands; the other lines are what other settings make of the same chunks. Time is the drawing's own: nothing waits.
+The policy that ships with the package plays the tabletop world at 10 Hz; its chunks are late by 150 ms. The world executes what
+one stream commands; the other lines are what other settings make of the same chunks. Time is the drawing's own: nothing waits.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def draw(path: Path, chunks: list[ActionChunk], followed: list[Followed]) -> Non
     stamps.invert_yaxis()
     stamps.set_title("grey: observed to published; dots: the times that rows are meant for", fontsize=9, loc="left")
     place.set_ylabel("x [m]")
-    place.set_title("rows of each chunk (x: their time had passed when it came) and what was sent", fontsize=9, loc="left")
+    place.set_title(
+        "rows of each chunk (x: their time had passed when it came) and what was sent", fontsize=9, loc="left"
+    )
     for one, colour in zip(followed, COLOURS, strict=True):
         sent = np.array(one.sent)
         times = np.arange(len(sent)) / COMMAND_HZ

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Limits:
         bounds: one per action channel [A], in the order of `robot.action_names`.
     """
 
-    robot: Embodiment
+    robot: Embodiment = field(repr=False)
     bounds: tuple[Bounds, ...]
 
     @classmethod
@@ -87,7 +87,7 @@ class Limits:
             given = bounds_of_entry(f"limits: {name}", entries[name], len(place))
             each = given if isinstance(given, tuple) else (given,) * len(place)
             for i, own in zip(place, each, strict=True):
-                new = {field: value for field, value in asdict(own).items() if field in entries[name]}
+                new = {bound: value for bound, value in asdict(own).items() if bound in entries[name]}
                 with naming(f"limits: {name}"):
                     bounds[i] = replace(bounds[i], **new)
         for key in self.robot.action:

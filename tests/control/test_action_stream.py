@@ -274,7 +274,7 @@ def test_rows_that_lie_apart_are_published_as_they_are() -> None:
         ({"dead_after_ms": 0}, "dead_after_ms: expected a number above 0"),
         ({"limits": Limits.of(GR1)}, "limits: expected those of 'g1', got those of 'gr1'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),  # a function's repr has its address
 )  # fmt: skip
 def test_wrong_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

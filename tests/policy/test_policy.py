@@ -116,7 +116,9 @@ def test_chunks_are_stamped(libero_policy: Policy, observation: Observation, mon
     assert seen[1].computed_at_ns <= published.observed_at_ns < published.computed_at_ns
 
 
-@pytest.mark.parametrize("stamp", [-1, 1.5, True, "now", time.time_ns()], ids=str)
+@pytest.mark.parametrize(
+    "stamp", [-1, 1.5, True, "now", time.time_ns()], ids=["negative", "float", "bool", "text", "wall clock"]
+)
 def test_a_stamp_of_another_clock_is_refused(libero_policy: Policy, observation: Observation, stamp) -> None:
     with pytest.raises(InputError, match=r"observed_at_ns: expected time\.monotonic_ns\(\) of when"):
         libero_policy.infer(observation, "go", observed_at_ns=stamp)
