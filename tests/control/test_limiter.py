@@ -130,6 +130,17 @@ def test_a_target_that_changes_with_every_tick_is_sent_as_it_is(program: Program
     assert np.array_equal(program(with_limits(dynamic), 0, targets, dts), targets)
 
 
+@pytest.mark.parametrize("relation", [1e2, 1e5, INFINITY])
+def test_with_a_velocity_bound_alone_any_steps_within_it_are_sent(program: Program, relation: float) -> None:
+    """Or with an acceleration that is far beyond what ticks show."""
+    rng = np.random.default_rng(2)
+    dts = np.broadcast_to(10 ** rng.uniform(-3, -1.3, 500), (400, 500))
+    velocity = 10 ** rng.uniform(-1, 2, 500)
+    dynamic = np.stack([velocity, velocity / dts[0] * relation, np.full(500, INFINITY)], 1)
+    targets = np.cumsum(rng.uniform(-0.79, 0.79, (400, 500)) * velocity * dts, 0)
+    assert np.array_equal(program(with_limits(dynamic), 0, targets, dts), targets)
+
+
 # --- a target that stays
 
 
@@ -290,6 +301,10 @@ def hostile(program: Program) -> None:
     assert program.stress(1_000_000)["violations"] == 0
 
 
+def velocity_alone(program: Program) -> None:
+    test_with_a_velocity_bound_alone_any_steps_within_it_are_sent(program, INFINITY)
+
+
 def from_outside(program: Program) -> None:
     test_a_start_outside_the_limits_comes_in(program, 2.5)
 
@@ -326,11 +341,6 @@ FAULTS = {
         "if (!(at_b * full > 0)) return dt;",
         "return dt;",
     ),
-    "a target that was met is let go of": (
-        test_from_rest_to_rest_hardly_takes_longer_than_the_optimum,
-        "met_ = exact_ ? 3 : 0;",
-        "",
-    ),
     "the past that was possible is not chosen from": (
         test_from_rest_to_rest_hardly_takes_longer_than_the_optimum,
         "if (open_) choose_past(from, left);",
@@ -341,6 +351,7 @@ FAULTS = {
         "own_ = {a_, a_, j_, j_};",
         "own_ = {a_ / 2, a_ / 2, j_, j_};",
     ),
+    "a quick turn has no past": (velocity_alone, "if (i == 0 && level > low && level < high) {", "if (false) {"),
     "one past only": (
         test_a_target_inside_the_bounds_is_sent_as_it_is,
         "for (int i = 0; i < 8; ++i)",

@@ -290,7 +290,8 @@ class LimiterReference:
         part = np.where((self.v1 == 0) & (self.a1 == 0), FROM_REST, 1.0)
         left = lanes & (np.abs(v) <= part * self.v) & (np.abs(a) <= part * self.a) & (np.abs(j) <= part * self.j)
         past, low, high = self._cubics(target, v, a, dt, self.d1)
-        q = clipped(j, low, high)
+        q, level = clipped(j, low, high), -(a * dt * 0.5) / (dt * (dt + self.d1) * (1.0 / 6))
+        tried = np.zeros(v.shape, bool)
         sent, best, way = np.zeros(v.shape, bool), self.now, self.goal
         for attempt in range(8):
             some = np.flatnonzero(left)
@@ -303,7 +304,9 @@ class LimiterReference:
             if not left.any():
                 break
             low, high = np.where(side > 0, low, q), np.where(side > 0, q, high)
-            q = 0.5 * (low + high) if attempt else np.where(side > 0, low, high)
+            first = (level > low) & (level < high) if attempt == 0 else np.zeros_like(tried)
+            q = np.where(first, level, np.where(tried, 0.5 * (low + high), np.where(side > 0, low, high)))
+            tried = tried | ~first
         return sent, best, way
 
     def _cubics(self, x, v, a, dt, before):

@@ -15,7 +15,7 @@
 // way to rest, and near low and high even at uniform ticks. The jerk of doubles near x has a noise of 4 ulp(x) / dt^3, their
 // acceleration one of 2 ulp(x) / dt^2: bounds below a thousand times that cannot be kept.
 //
-// Only + - * / sqrt and comparisons: without contraction (-ffp-contract=off) the same bits everywhere.
+// Only + - * / sqrt and comparisons, never contracted (exact_begin.h): the same bits everywhere.
 #pragma once
 
 #include <cmath>
@@ -23,6 +23,8 @@
 
 #include "limits.h"
 #include "ramp.h"
+
+#include "exact_begin.h"
 
 namespace dit4dit {
 
@@ -201,7 +203,8 @@ private:
         if (!(std::fabs(v) <= part * v_ && std::fabs(a) <= part * a_ && std::fabs(j) <= part * j_)) return false;
         const Cubics past(target, v, a, dt, d1_, a_, j_);
         double low = past.low, high = past.high, q = j < low ? low : j > high ? high : j;
-        bool low_tried = false, high_tried = false;
+        const double level = -(a * dt * 0.5) / past.by_v;
+        bool tried = false;
         for (int i = 0; i < 8; ++i) {
             const Motion m = past.end(q);
             double goal;
@@ -212,11 +215,14 @@ private:
                 return true;
             }
             if (q == (side > 0 ? low : high)) return false;
-            // the end on the other side, and halves after that
-            const bool tried = side > 0 ? low_tried : high_tried;
+            // the one whose velocity is the last difference, the end on the other side, and halves after that
             (side > 0 ? high : low) = q;
+            if (i == 0 && level > low && level < high) {
+                q = level;
+                continue;
+            }
             q = tried ? 0.5 * (low + high) : side > 0 ? low : high;
-            low_tried = true, high_tried = true;
+            tried = true;
         }
         return false;
     }
@@ -362,3 +368,5 @@ private:
 };
 
 }  // namespace dit4dit
+
+#include "exact_end.h"

@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "exact_begin.h"
+
 namespace dit4dit {
 
 namespace limiter {
@@ -77,3 +79,5 @@ inline Motion settled(const Motion& from, const Ramp& r, double goal, double t) 
 }  // namespace limiter
 
 }  // namespace dit4dit
+
+#include "exact_end.h"
