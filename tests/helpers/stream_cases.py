@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stream_reference import NEVER, Chunks, Commands, Interpolation, Kind, Reader, Robots, Rule, Seam
+from stream_reference import NEVER, Chunks, Commands, Interpolation, Kind, Reader, Robots, Rule, Seam, Status
 
 Array = NDArray[Any]
 MS = 1_000_000
@@ -53,7 +53,8 @@ TICK = np.dtype([("now", "i8"), ("events", "i8")])
 
 @dataclass(frozen=True)
 class Streams:
-    """control_hz [L, N]; group [L, C]; only [L]: the reader's group, -1: all; now, events int64 [L, T]; pose [L, C]; created [L]."""
+    """control_hz [L, N]; group [L, C]; only [L]: the reader's group, -1: all; now, events int64 [L, T]; pose [L, C];
+    created [L]."""
 
     robots: Robots
     chunks: Chunks
@@ -210,6 +211,32 @@ class Case:
         return Streams(robots, chunks, hz, group, np.array([self.only]), now, events, pose, created)
 
 
+def same_bits(got: Commands, wanted: Commands) -> bool:
+    """-0.0 counts as 0.0, and one NaN as another."""
+    return all(
+        np.array_equal(getattr(got, name), getattr(wanted, name), equal_nan=name == "values")
+        for name in Commands.__dataclass_fields__
+    )
+
+
+def one(case: Case, reader: Path) -> Commands:
+    """What the reader commands for one stream: values [T, C], the rest [T]."""
+    commands = case.streams().run(reader)
+    return Commands(*(getattr(commands, name)[0] for name in Commands.__dataclass_fields__))
+
+
+def names(statuses: Array) -> list[str]:
+    return [Status(s).name for s in statuses]
+
+
+def smooth_chunk(
+    observed_ms: float, channels: int, hz: float = 30, rows: int = 16, late_ms: float = 20
+) -> tuple[Any, ...]:
+    """Of sines of the time that each row is meant for."""
+    t = observed_ms / 1e3 + np.arange(rows) / hz
+    return observed_ms, observed_ms, observed_ms + late_ms, hz, np.sin(5 * t[:, None] + np.arange(channels))
+
+
 # -- at random ---------------------------------------------------------------------------------------------------------------
 
 
@@ -258,8 +285,8 @@ def random_robots(rng: np.random.Generator, lanes: int, channels: int) -> tuple[
 def random_chunks(
     rng: np.random.Generator, robots: Robots, start: Array, length: Array, number: int
 ) -> tuple[Chunks, Array]:
-    """Chunks and control_hz over about `length` ns from `start` [L]: late ones, early ones, overlapping or with gaps; some come in
-    bursts, and some lanes have few."""
+    """Chunks and control_hz over about `length` ns from `start` [L]: late ones, early ones, overlapping or with gaps; some come
+    in bursts."""
     lanes, channels = robots.kind.shape
     most = 10
     rows = rng.integers(1, most + 1, (lanes, number))
@@ -321,12 +348,3 @@ def random_streams(seed: int, lanes: int, ticks: int = 200, chunks: int = 12, ch
     pose = rng.normal(0, 0.7, (lanes, channels))
     pose[rng.random(pose.shape) < 0.1] = np.nan
     return Streams(robots, made, hz, group, only, now, events, pose, start - 60 * MS)
-
-
-def lanes_of(streams: Streams, lanes: Array) -> Streams:
-    """Some lanes only."""
-    from stream_reference import take
-
-    parts = {name: getattr(streams, name) for name in Streams.__dataclass_fields__}
-    small = {n: take(p, lanes) if isinstance(p, (Robots, Chunks)) else p[lanes] for n, p in parts.items()}
-    return replace(streams, **small)

@@ -1,4 +1,4 @@
-// From chunks of actions to motor commands, between processes or in one: the whole of dit4dit's action stream. C++17, header-only.
+// From chunks of actions to motor commands, between processes or in one: all of dit4dit's action stream. C++17, header-only.
 //
 // A controller:
 //

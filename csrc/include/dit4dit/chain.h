@@ -11,12 +11,15 @@
 #include "interpolation.h"
 #include "ring.h"
 
+#include "exact_begin.h"
+
 namespace dit4dit {
 
 // Some have begun, some are meant for later.
 constexpr int kMostHeld = kMostHistory + kSlots;
 
-// One chunk and what follows from it. It begins when it is there and its first row's time has come; one that is too late ends then.
+// One chunk and what follows from it. It begins when it is there and its first row's time has come; one that is too late ends
+// then.
 struct Link {
     HeldChunk chunk;
     std::int64_t begins_at, ends_at;
@@ -28,15 +31,17 @@ class Chain {
   public:
     // relative: columns of the channels that need a path. depth: how many that have begun are wanted, at most.
     Chain(std::vector<int> relative, int depth)
-        : relative_(std::move(relative)), sums_(relative_.size() * (kMaxRows + 1) * (kMostHeld + 1)), links_(kMostHeld + 1), depth_(depth) {
+        : relative_(std::move(relative)), links_(kMostHeld + 1), depth_(depth) {
+        const std::size_t size = relative_.size() * (kMaxRows + 1);
+        sums_.resize(size * links_.size());
         for (std::size_t i = 0; i < links_.size(); ++i) {
-            links_[i].sums = sums_.data() + i * relative_.size() * (kMaxRows + 1);
+            links_[i].sums = sums_.data() + i * size;
             order_[i] = &links_[i];
         }
     }
 
-    // Copies what is new in the ring; of chunks that have begun before `covered` no more than `depth`. False: every try met a chunk
-    // that was being overwritten, and the chain is as it was.
+    // Copies what is new in the ring; of chunks that have begun before `covered` no more than `depth`. False: every try met a
+    // chunk that was being overwritten, and the chain is as it was.
     bool take(const Segment& segment, std::int64_t covered) noexcept {
         if (head(segment) == seen_) return true;
         for (int tries = 0; tries < kMostTries; ++tries) {
@@ -94,7 +99,8 @@ class Chain {
     bool complete(Link& link) const noexcept {
         const HeldChunk& chunk = link.chunk;
         constexpr double longest = 1e12;  // a quarter of an hour from row to row
-        if (chunk.observed_at < forgotten_ || chunk.rows < 1 || !(chunk.period_ns > 0 && chunk.period_ns <= longest)) return false;
+        if (chunk.observed_at < forgotten_ || chunk.rows < 1) return false;
+        if (!(chunk.period_ns > 0 && chunk.period_ns <= longest)) return false;
         link.begins_at = chunk.published_at > chunk.starts_at ? chunk.published_at : chunk.starts_at;
         link.ends_at = chunk.starts_at + static_cast<std::int64_t>(std::ceil(chunk.rows * chunk.period_ns));
         if (link.ends_at < link.begins_at) link.ends_at = link.begins_at;
@@ -133,3 +139,5 @@ class Chain {
 };
 
 }  // namespace dit4dit
+
+#include "exact_end.h"

@@ -1,7 +1,7 @@
 // What a chunk says between its rows.
 //
 // Row i is meant for starts_at + i * period. The moment `now` lies at u = (now - starts_at) / period rows; the chunk lasts while
-// u < rows. Everything here is + - * / and floor on doubles, in a fixed order: tests/helpers/stream_reference.py has it once more.
+// u < rows. Everything here is + - * / and floor on doubles, in a fixed order: tests/helpers/stream_rows.py has it once more.
 #pragma once
 
 #include <cmath>
@@ -10,12 +10,14 @@
 #include "layout.h"
 #include "ring.h"
 
+#include "exact_begin.h"
+
 namespace dit4dit {
 
 constexpr double kPi = 3.14159265358979323846;
 constexpr double kTurn = 2 * kPi;
 
-// Ticks are whole ns: at the policy's own rate they miss the row's time by half of one. So much earlier, in rows, a row has begun.
+// Ticks are whole ns: at the policy's own rate they miss the row's time by half of one. So much earlier, in rows, a row begins.
 constexpr double kRowTolerance = 1e-6;
 
 // The same angle in [-pi, pi).
@@ -58,15 +60,15 @@ inline Moment moment(const HeldChunk& chunk, std::int64_t now) noexcept {
     return at;
 }
 
-// Catmull-Rom from one knot (t = 0) toward the next (t = 1), relative to the first. The differences to it from the knot before, from
-// it to the next, and from there to the one after.
+// Catmull-Rom from one knot (t = 0) toward the next (t = 1), relative to the first, by the differences of four knots: to it from
+// the one before, from it to the next, and from there to the one after.
 inline double catmull_rom(double before, double here, double after, double t) noexcept {
     const double begin = 0.5 * (before + here), end = 0.5 * (here + after);
     return t * (begin + t * (3 * here - 2 * begin - end + t * (begin + end - 2 * here)));
 }
 
-// A channel that is not relative. A knot that is missing at the ends lies on the line through the next two; between the last row and
-// the chunk's end it is the last row.
+// A channel that is not relative. A knot that is missing at the ends lies on the line through the next two; between the last row
+// and the chunk's end it is the last row.
 inline double value_at(Kind kind, Interpolation interpolation, const HeldChunk& chunk, const Moment& at, int column) noexcept {
     const auto row = [&](int i) { return static_cast<double>(chunk.values[i * kMaxChannels + column]); };
     const bool held = interpolation == Interpolation::hold;
@@ -101,3 +103,5 @@ inline double path_at(Interpolation interpolation, const HeldChunk& chunk, const
 }
 
 }  // namespace dit4dit
+
+#include "exact_end.h"

@@ -1,7 +1,7 @@
 // The controller's side of an action stream: one command per tick, from whatever chunks there are.
 //
-// Each read: new chunks are copied from the ring; each group of channels follows them or does what its rules say; what a group asks
-// for goes through the limiters of its channels. All memory is allocated when the reader is made.
+// Each read: new chunks are copied from the ring; each group of channels follows them or does what its rules say; what a group
+// asks for goes through the limiters of its channels. All memory is allocated when the reader is made.
 #pragma once
 
 #include <cmath>
@@ -19,6 +19,8 @@
 #include "ring.h"
 #include "seams.h"
 #include "segment.h"
+
+#include "exact_begin.h"
 
 namespace dit4dit {
 
@@ -58,12 +60,12 @@ class Reader {
     std::int64_t command_period_ns() const noexcept { return layout_->command_period_ns; }
     const Layout& layout() const noexcept { return *layout_; }
 
-    // The command for the tick that begins at now_ns, out [dims()]. Time that runs backwards stands still: the same command again. No
-    // allocation, lock or system call.
+    // The command for the tick that begins at now_ns, out [dims()]. Time that runs backwards stands still: the same command
+    // again. No allocation, lock or system call.
     Command read(std::int64_t now_ns, double* out) noexcept;
 
-    // The robot is at rest in this measured pose [dims()]: of velocities what they are, of displacements nothing is taken. NaN: not
-    // known. Ends stop().
+    // The robot is at rest in this measured pose [dims()]: of velocities what they are, of displacements nothing is taken. NaN:
+    // not known. Ends stop(). The first tick after it counts as one command period.
     void start_at(const double* values) noexcept;
     // The robot comes to rest within its limits and stays, for this reader: as in an e-stop, but nobody else sees it.
     void stop() noexcept { stopped_ = true; }
@@ -144,5 +146,7 @@ class Reader {
 };
 
 }  // namespace dit4dit
+
+#include "exact_end.h"
 
 #include "reader_inl.h"

@@ -3,6 +3,8 @@
 
 #include "reader.h"
 
+#include "exact_begin.h"
+
 namespace dit4dit {
 
 // -- opening ---------------------------------------------------------------------------------------
@@ -128,7 +130,8 @@ inline Command Reader::read(std::int64_t now_ns, double* out) noexcept {
 
 inline Reader::Situation Reader::look(std::int64_t now, bool whole) noexcept {
     const Segment& segment = memory_->segment();
-    Situation seen{stopped_ || estop_at(segment) != 0, producer_dead(segment, now, dead_after_ns_, loop_dead_after_ns_), true, 0, Status::ok};
+    const bool dead = producer_dead(segment, now, dead_after_ns_, loop_dead_after_ns_);
+    Situation seen{stopped_ || estop_at(segment) != 0, dead, true, 0, Status::ok};
     // the robot stops elsewhere than they planned
     if (seen.estop) chain_.forget_before(now);
     if (chain_.begin(now) > 0) {
@@ -276,3 +279,5 @@ inline void Reader::write(std::int64_t now, const double* out) noexcept {
 }
 
 }  // namespace dit4dit
+
+#include "exact_end.h"

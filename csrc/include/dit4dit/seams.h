@@ -10,6 +10,8 @@
 #include "interpolation.h"
 #include "layout.h"
 
+#include "exact_begin.h"
+
 namespace dit4dit {
 
 // A channel of a reader. column: its index in the layout. path: its number among the relative ones; -1: it is not.
@@ -46,8 +48,8 @@ struct Span {
     double seconds() const noexcept { return static_cast<double>(to - from) * 1e-9; }
 };
 
-// What a group of channels goes on from: the value (of a relative channel: displacement per second) that lies under the chunks that
-// began at or before `at`. NaN: there is none.
+// What a group of channels goes on from: the value (of a relative channel: displacement per second) that lies under the chunks
+// that began at or before `at`. NaN: there is none.
 struct Base {
     std::int64_t at = 0;
     double* values = nullptr;  // [channels of the reader]
@@ -180,9 +182,9 @@ class Seams {
         }
     }
 
-    // Each chunk ramps up over what would have been sent without it, from the last one that nothing older shows through. Where more
-    // than kMostHistory do so at once, what lies under the oldest of them becomes the group's base: it stands still instead of
-    // jumping.
+    // Each chunk ramps up over what would have been sent without it, from the last one that nothing older shows through. Where
+    // more than kMostHistory do so at once, what lies under the oldest of them becomes the group's base: it stands still instead
+    // of jumping.
     void blend(int group, Base& base, double* out) noexcept {
         int bottom = 0;
         bool on_base = false;
@@ -214,7 +216,8 @@ class Seams {
     void freeze(int group, Base& base, std::int64_t at, const double* values, double seconds) const noexcept {
         base.at = at;
         for (std::size_t i = 0; i < columns_.size(); ++i)
-            if (columns_[i].group == group) base.values[i] = columns_[i].path < 0 ? values[i] : seconds > 0 ? values[i] / seconds : 0;
+            if (columns_[i].group == group)
+                base.values[i] = columns_[i].path < 0 ? values[i] : seconds > 0 ? values[i] / seconds : 0;
     }
 
     Seam seam_;
@@ -231,3 +234,5 @@ class Seams {
 };
 
 }  // namespace dit4dit
+
+#include "exact_end.h"

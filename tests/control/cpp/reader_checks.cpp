@@ -1,5 +1,5 @@
-// What tests/control/test_reader.py cannot see from outside: reader_checks CHECK [NAME OF A SEGMENT]. Says the first thing that is
-// wrong and exits with 1.
+// What tests/control/test_reader.py cannot see from outside: reader_checks CHECK [NAME OF A SEGMENT]. Says the first thing that
+// is wrong and exits with 1.
 #include <dit4dit/action_stream.h>
 
 #include <linux/seccomp.h>
@@ -195,7 +195,8 @@ void estop(const char* name) {
     Reader first = reader_of({name, true}), second = reader_of({name});
     const auto both = [&](std::int64_t now, Status wanted) {
         const Status a = status_of(first, now), b = status_of(second, now);
-        CHECK(a == wanted && b == wanted, "at %lld ms: %s and %s", static_cast<long long>((now - kBegin) / kMs), name_of(a), name_of(b));
+        const auto at = static_cast<long long>((now - kBegin) / kMs);
+        CHECK(a == wanted && b == wanted, "at %lld ms: %s and %s", at, name_of(a), name_of(b));
     };
     writer.publish(sines.chunk(kBegin), kBegin);
     both(kBegin + 1 * kMs, Status::ok);
@@ -240,16 +241,17 @@ void contended(const char* name) {
     other.read(kBegin + 10 * kMs, wanted);
     writer.publish(sines.chunk(kBegin + 10 * kMs, 16, 1.0), kBegin + 10 * kMs);
     segment.slot[1].sequence.store(3);
-    Command command = reader.read(kBegin + 10 * kMs, values);
-    CHECK(command.status == Status::contended && command.chunk == 1, "%s, chunk %d", name_of(command.status), static_cast<int>(command.chunk));
+    const auto is = [](const Command& command, Status status, std::uint64_t chunk) {
+        const auto got = static_cast<int>(command.chunk);
+        CHECK(command.status == status && command.chunk == chunk, "%s, chunk %d", name_of(command.status), got);
+    };
+    is(reader.read(kBegin + 10 * kMs, values), Status::contended, 1);
     CHECK(std::memcmp(values, wanted, sizeof(double) * reader.dims()) == 0, "other values than without the new chunk");
     segment.slot[1].sequence.store(4);
-    command = reader.read(kBegin + 11 * kMs, values);
-    CHECK(command.status == Status::ok && command.chunk == 2, "%s, chunk %d", name_of(command.status), static_cast<int>(command.chunk));
+    is(reader.read(kBegin + 11 * kMs, values), Status::ok, 2);
     // all of the old ones lost: not contended
     for (int i = 0; i < 40; ++i) writer.publish(sines.chunk(kBegin + 11 * kMs), kBegin + 11 * kMs);
-    command = reader.read(kBegin + 12 * kMs, values);
-    CHECK(command.status == Status::ok && command.chunk == 42, "%s, chunk %d", name_of(command.status), static_cast<int>(command.chunk));
+    is(reader.read(kBegin + 12 * kMs, values), Status::ok, 42);
 }
 
 void feedback(const char* name) {
@@ -269,13 +271,15 @@ void feedback(const char* name) {
         auto second = Reader::open(options);
         CHECK(!second, "two drivers");
         driver.read(kBegin, values);
-        CHECK(writer.feedback(got) && got.row == -1 && got.chunk == 0 && got.status == Status::dry && got.tick == 1, "of a dry read");
+        CHECK(writer.feedback(got) && got.row == -1 && got.chunk == 0 && got.tick == 1, "of a dry read");
+        CHECK(got.status == Status::dry, "%s", name_of(got.status));
         writer.publish(sines.chunk(kBegin), kBegin + kMs);
         driver.read(kBegin + 70 * kMs, values);
         watcher.read(kBegin + 120 * kMs, values);  // is not what is fed back
         driver.read(kBegin + 70 * kMs + 10, values);  // no tick
         CHECK(writer.feedback(got) && got.tick == 2 && got.at_ns == kBegin + 70 * kMs, "tick %d", static_cast<int>(got.tick));
-        CHECK(got.driver == static_cast<std::uint64_t>(getpid()) && got.chunk == 1 && got.row == 2 && got.status == Status::ok, "row %d", got.row);
+        CHECK(got.chunk == 1 && got.row == 2 && got.status == Status::ok, "row %d", got.row);
+        CHECK(got.driver == static_cast<std::uint64_t>(getpid()), "another process");
         driver.read(kBegin + 72 * kMs, values);
         CHECK(writer.feedback(got), "none");
         for (int i = 0; i < static_cast<int>(layout.channels); ++i) {
@@ -308,8 +312,9 @@ void ahead(const char*) {
         }
         for (int n = 0; n < number; ++n) {
             const Command command = reader->read(kBegin + (n + 1) * 30 * kMs + 5 * kMs, values);
+            const auto chunk = static_cast<int>(command.chunk);
             if (number == 15 || n < 1 || n >= number - kSlots)
-                CHECK(static_cast<int>(command.chunk) == n + 1 && command.status == Status::ok, "chunk %d of %d for %d", static_cast<int>(command.chunk), number, n + 1);
+                CHECK(chunk == n + 1 && command.status == Status::ok, "chunk %d of %d for %d", chunk, number, n + 1);
         }
     }
 }
@@ -319,8 +324,9 @@ void opening(const char* name) {
     Options options{name};
     const auto says = [&](const char* wanted) {
         auto reader = Reader::open(options);
-        CHECK(!reader && reader.error().find(wanted) != std::string::npos, "wanted '%s', got '%s'", wanted, reader.error().c_str());
-        CHECK(reader.error().find('\n') == std::string::npos, "more than a line");
+        const std::string got = reader.error();
+        CHECK(!reader && got.find(wanted) != std::string::npos, "wanted '%s', got '%s'", wanted, got.c_str());
+        CHECK(got.find('\n') == std::string::npos, "more than a line");
         options = Options{name};
     };
     says(name);  // there is none
@@ -352,8 +358,8 @@ int main(int count, char** given) {
     struct {
         const char* name;
         void (*run)(const char*);
-    } const checks[] = {{"no_allocation", no_allocation}, {"no_system_call", no_system_call}, {"dead", dead}, {"estop", estop}, {"contended", contended},
-                        {"feedback", feedback}, {"ahead", ahead}, {"opening", opening}};
+    } const checks[] = {{"no_allocation", no_allocation}, {"no_system_call", no_system_call}, {"dead", dead}, {"estop", estop},
+                        {"contended", contended}, {"feedback", feedback}, {"ahead", ahead}, {"opening", opening}};
     for (const auto& check : checks)
         if (count > 1 && std::strcmp(given[1], check.name) == 0) return check.run(count > 2 ? given[2] : nullptr), 0;
     return 2;
