@@ -53,6 +53,7 @@ inline std::string described(const py::handle& object) {
     }
     if (PyUnicode_CheckExact(o)) {
         Py_ssize_t size = 0;
+        const py::error_scope pending;  // what it is described for may be an error that is set
         const char* text = PyUnicode_AsUTF8AndSize(o, &size);
         if (text != nullptr) return "'" + shown(std::string(text, static_cast<std::size_t>(size))) + "'";
         PyErr_Clear();
