@@ -76,10 +76,9 @@ def test_one_thread_sanitized(cpp: Build, case: str) -> None:
 @pytest.mark.slow
 def test_a_hundred_million_reads(cpp: Build, segment_name: str) -> None:
     """Four readers, each with a mapping of its own, against a producer at 1 kHz."""
-    counts = stress(cpp("ring_stress", "-O3"), segment_name, reads=1e8, readers=4, hz=1000, rows=2, channels=23)
+    counts = stress(cpp("ring_stress", "-O3"), segment_name, reads=1e8, readers=4, hz=1000, published=200)
     assert_clean(counts)
-    assert counts["reads"] == 10**8
-    assert counts["published"] > 100
+    assert counts["reads"] >= 10**8
     assert counts["contended"] == 0  # one chunk a millisecond: sixteen of them never pass while one is read four times
 
 
@@ -87,26 +86,30 @@ def test_a_hundred_million_reads(cpp: Build, segment_name: str) -> None:
 @pytest.mark.parametrize("rows, channels", [(2, 23), (64, 64)])
 def test_a_producer_that_writes_all_the_time(cpp: Build, segment_name: str, rows: int, channels: int) -> None:
     counts = stress(
-        cpp("ring_stress", "-O3"), segment_name, reads=4e7 if rows == 2 else 2e6, hz=0, rows=rows, channels=channels
+        cpp("ring_stress", "-O3"),
+        segment_name,
+        reads=4e7 if rows == 2 else 2e6,
+        hz=0,
+        rows=rows,
+        channels=channels,
+        published=2000,
     )
     assert_clean(counts)
-    assert counts["published"] > 1000
     assert counts["contended"] < 1e-3 * counts["reads"]
 
 
 @pytest.mark.slow
 def test_chunks_that_are_about_to_be_overwritten(cpp: Build, segment_name: str) -> None:
-    counts = stress(cpp("ring_stress", "-O3"), segment_name, reads=4e7, hz=0, rows=2, channels=23, behind=15)
+    counts = stress(cpp("ring_stress", "-O3"), segment_name, reads=4e7, hz=0, behind=15, published=2000)
     assert_clean(counts)
     assert 0 < counts["gone"] < counts["reads"]
 
 
 @pytest.mark.slow
 def test_readers_in_other_processes(cpp: Build, segment_name: str) -> None:
-    counts = stress(cpp("ring_stress", "-O3"), segment_name, reads=2e7, hz=0, rows=2, channels=23, processes=1)
+    counts = stress(cpp("ring_stress", "-O3"), segment_name, reads=2e7, hz=0, processes=1, published=2000)
     assert_clean(counts)
-    assert counts["published"] > 1000
-    assert counts["ids"] > 1000
+    assert counts["ids"] > 100
 
 
 @pytest.mark.slow
@@ -300,14 +303,14 @@ def test_the_memory_model_sees(cpp: Build, faulty_include: Plant, wrong: str) ->
 def test_overwritten_chunks_show_a_fault(cpp: Build, segment_name: str, faulty_include: Plant, wrong: str) -> None:
     right, fault, _ = WRONG[wrong]
     program = cpp("ring_stress", "-O3", include=faulty_include("ring.h", right, fault))
-    assert any(stress(program, segment_name, reads=4e7, hz=0, behind=15)["torn"] for _ in range(5))
+    assert any(stress(program, segment_name, reads=4e7, hz=0, behind=15, published=2000)["torn"] for _ in range(5))
 
 
 @pytest.mark.slow
 def test_newest_chunks_show_an_old_one(cpp: Build, segment_name: str, faulty_include: Plant) -> None:
     right, fault, _ = WRONG["the chunk before the head"]
     program = cpp("ring_stress", "-O3", include=faulty_include("ring.h", right, fault))
-    assert stress(program, segment_name, reads=1e6, hz=1000)["older"] > 0
+    assert stress(program, segment_name, reads=1e6, hz=1000, published=50)["older"] > 0
 
 
 @pytest.mark.slow

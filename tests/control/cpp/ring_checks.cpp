@@ -428,7 +428,7 @@ void moves() {
     CHECK(two->lock(Role::driver));
 }
 
-// Whoever opens a name finds a complete segment or none, while another one makes it, removes it and replaces it by another layout.
+// Whoever opens a name finds a complete segment or none, while another one makes it, removes it and replaces it.
 void appears(const std::string& name) {
     std::atomic<bool> done{false};
     std::atomic<int> found{0};

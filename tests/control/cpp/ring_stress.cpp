@@ -1,11 +1,12 @@
 // Readers against a producer: reads that were torn, older than the head on entry, tried too often, or given up.
 //
-//   ring_stress --reads 100000000 --readers 4 --hz 1000 --rows 2 --channels 23 [--behind 15]
-//       [--processes 1] [--one-mapping 1] [--time 1]
+//   ring_stress --reads 100000000 --readers 4 --hz 1000 --rows 2 --channels 23 [--published 200]
+//       [--behind 15] [--processes 1] [--one-mapping 1] [--time 1]
 //
-// hz 0: the producer writes all the time. behind: chunks that far behind the head are copied, not the newest; 15 is the next to
-// be overwritten, so that it often is, and is gone then. processes: each reader is a process of its own. one-mapping: readers
-// look at the producer's own mapping, for ThreadSanitizer. time: the first reader times its reads. Prints one line of JSON.
+// hz 0: the producer writes all the time. published: readers go on until there are so many chunks. behind: chunks that far
+// behind the head are copied, not the newest; 15 is the next to be overwritten, so that it often is, and is gone then.
+// processes: each reader is a process of its own. one-mapping: readers look at the producer's own mapping, for ThreadSanitizer.
+// time: the first reader times its reads. Prints one line of JSON.
 #include <algorithm>
 #include <chrono>
 #include <thread>
@@ -28,7 +29,7 @@ struct Tally {
 };
 
 struct Settings {
-    std::uint64_t reads;
+    std::uint64_t reads, published;
     int readers, rows, channels, first, count, behind;
     double hz;
     bool processes, one_mapping, time;
@@ -56,21 +57,24 @@ static Read copy_older(const Segment& segment, HeldChunk& held, int behind, std:
 }
 
 template <bool timed, bool behind>
-static void read_all(const Segment& segment, const Settings& set, Tally& tally, std::vector<std::uint32_t>& times) {
+static void read_all(const Segment& segment, const Settings& set, Tally& result, std::vector<std::uint32_t>& times) {
+    Tally tally{};
     HeldChunk held;
     std::uint64_t last = 0;
     const std::uint64_t reads = set.reads / static_cast<std::uint64_t>(set.readers);
-    for (std::uint64_t i = 0; i < reads; ++i) {
-        std::uint64_t before = head(segment);
+    std::uint64_t before = head(segment);
+    for (; tally.reads < reads || before < set.published; ++tally.reads) {
+        before = head(segment);
         [[maybe_unused]] std::uint64_t begin = 0;
         if constexpr (timed) begin = ticks();
-        const Read read = behind ? copy_older(segment, held, set.behind, before, tally)
+        std::uint64_t wanted = before;
+        const Read read = behind ? copy_older(segment, held, set.behind, wanted, tally)
                                  : copy_newest(segment, held, set.first, set.count);
         if constexpr (timed) times.push_back(static_cast<std::uint32_t>(ticks() - begin));
         ++(read.tries >= 1 && read.tries <= kMostTries ? tally.tries[read.tries] : tally.beyond);
         if (read.found == Found::whole) {
             tally.torn += !ring_case::whole(held, set.rows, set.channels, set.first, set.count);
-            tally.older += held.id < before || held.id < last;
+            tally.older += held.id < wanted || held.id < last;
             tally.ids += held.id != last;
             last = held.id;
         } else {
@@ -78,7 +82,7 @@ static void read_all(const Segment& segment, const Settings& set, Tally& tally, 
             tally.contended += read.found == Found::contended;
         }
     }
-    tally.reads = reads;
+    result = tally;
 }
 
 static void publish_one(Writer& writer, const Settings& set) {
@@ -143,7 +147,7 @@ static void run_readers(const std::string& name, Writer& writer, const Settings&
     for (const pid_t child : processes) {
         int status = 0;
         waitpid(child, &status, 0);
-        if (status != 0) tallies[0].beyond += 1;
+        if (status != 0) tallies[0].beyond += 1;  // it has crashed
     }
 }
 
@@ -172,6 +176,7 @@ int main(int count, char** arguments) {
     };
     Settings set{};
     set.reads = static_cast<std::uint64_t>(number("--reads", 1e6));
+    set.published = static_cast<std::uint64_t>(number("--published", 0));
     set.readers = static_cast<int>(number("--readers", 4));
     set.rows = static_cast<int>(number("--rows", 2));
     set.channels = static_cast<int>(number("--channels", 23));
