@@ -98,7 +98,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_differs_from_the_reference(
     fault: str, cpp: Build, faulty_include: Callable[[str, str, str], Path], hostile: tuple[Streams, Commands]
@@ -161,7 +161,7 @@ CHECKED_FAULTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("check", CHECKS)
 def test_reader_checks_notice(
     check: str, cpp: Build, faulty_include: Callable[[str, str, str], Path], segment_name: str

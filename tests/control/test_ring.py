@@ -146,7 +146,7 @@ def test_a_hundred_kills(cpp: Build, segment_name: str) -> None:
     assert counts["published"] > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "right, fault, seen",
     [
@@ -288,7 +288,7 @@ WRONG = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("wrong", WRONG)
 def test_the_memory_model_sees(cpp: Build, faulty_include: Plant, wrong: str) -> None:
     right, fault, seen = WRONG[wrong]
@@ -298,7 +298,7 @@ def test_the_memory_model_sees(cpp: Build, faulty_include: Plant, wrong: str) ->
 # -- what this machine sees ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("wrong", ["no odd mark", "no last look"])
 def test_overwritten_chunks_show_a_fault(cpp: Build, segment_name: str, faulty_include: Plant, wrong: str) -> None:
     right, fault, _ = WRONG[wrong]
@@ -306,14 +306,14 @@ def test_overwritten_chunks_show_a_fault(cpp: Build, segment_name: str, faulty_i
     assert any(stress(program, segment_name, reads=4e7, hz=0, behind=15, published=2000)["torn"] for _ in range(5))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_newest_chunks_show_an_old_one(cpp: Build, segment_name: str, faulty_include: Plant) -> None:
     right, fault, _ = WRONG["the chunk before the head"]
     program = cpp("ring_stress", "-O3", include=faulty_include("ring.h", right, fault))
     assert stress(program, segment_name, reads=1e6, hz=1000, published=50)["older"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_thread_sanitizer_sees_plain_loads(cpp: Build, segment_name: str, faulty_include: Plant) -> None:
     include = faulty_include("ring.h", ROW_LOAD, "*reinterpret_cast<const std::uint64_t*>(&words[i]);")
     program = cpp("ring_stress", "-g", "-fsanitize=thread", include=include)
@@ -321,7 +321,7 @@ def test_thread_sanitizer_sees_plain_loads(cpp: Build, segment_name: str, faulty
         stress(program, segment_name, reads=1e6, hz=0, one_mapping=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_undefined_behaviour_sanitizer_sees_a_slot_too_many(
     cpp: Build, segment_name: str, faulty_include: Plant
 ) -> None:
@@ -331,7 +331,7 @@ def test_undefined_behaviour_sanitizer_sees_a_slot_too_many(
         stress(program, segment_name, reads=1e5, hz=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case, right, fault",
     [

@@ -175,7 +175,7 @@ def test_a_segment_appears_at_once(cpp: Build, segment_name: str) -> None:
     lines_of(cpp("ring_checks"), "appears", segment_name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_see_a_segment_that_is_named_before_it_is_complete(
     cpp: Build, segment_name: str, faulty_include: Plant
 ) -> None:
@@ -246,7 +246,7 @@ def test_a_child_keeps_no_lock_and_cannot_publish(tool: Path, segment_name: str)
             os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "header, right, fault",
     [
@@ -480,7 +480,7 @@ def test_a_refused_chunk_says_which_and_changes_nothing(cpp: Build) -> None:
     assert {name: text for name, text in said.items() if not text.startswith(REFUSED[name])} == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "right, fault",
     [
