@@ -25,7 +25,6 @@ from dit4dit.benchmarks.harness import machine
 from dit4dit.benchmarks.recording import Recording
 from numpy.typing import NDArray
 
-from dit4dit import _C
 from dit4dit.control.watch import FOLDER
 from dit4dit.errors import BackendError, said
 from dit4dit.progress import Bar
@@ -45,11 +44,18 @@ SHOWN = ("p50", "p90", "p99", "p999", "max")
 START_S = 60.0
 """For the producer to be there, on a busy machine too."""
 
+
+def _native() -> Any:
+    from dit4dit import _C
+
+    return _C
+
+
 READS = {
-    "clock": lambda count: (_C.stream_bench_clock(count), 0),
-    "ring": lambda count: _C.stream_bench_ring(count),
-    "reader": lambda count: (_C.stream_bench_reader(count, False), 0),
-    "reader at its limits": lambda count: (_C.stream_bench_reader(count, True), 0),
+    "clock": lambda count: (_native().stream_bench_clock(count), 0),
+    "ring": lambda count: _native().stream_bench_ring(count),
+    "reader": lambda count: (_native().stream_bench_reader(count, False), 0),
+    "reader at its limits": lambda count: (_native().stream_bench_reader(count, True), 0),
 }
 SAYS = {
     "clock": "nothing, twice the clock",
@@ -190,7 +196,7 @@ def _beyond(values: NDArray[Any], points: int = 60) -> list[list[float]]:
 
 def cpp_loop(name: str, ticks: int, priority: int) -> Times:
     """The driver of this segment in C++, in a thread of its own without Python's lock. priority: of SCHED_FIFO; 0: normal."""
-    found = _C.stream_bench_loop(name, TICK_NS, ticks, priority)
+    found = _native().stream_bench_loop(name, TICK_NS, ticks, priority)
     if found["refused"]:
         raise BackendError(f"SCHED_FIFO: {found['refused']}; run without it")
     arrays = {key: np.frombuffer(found[key], np.int64) for key in ("late", "age", "took", "chunk")}
