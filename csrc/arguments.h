@@ -87,30 +87,25 @@ T whole(const py::handle& object, const std::string& name, T least = std::numeri
     return static_cast<T>(value);
 }
 
-// A float, or what becomes one; no number that only a double holds.
-inline float real(const py::handle& object, const std::string& name) {
+// A float, or what becomes one. wanted: for the message.
+inline double wide_real(const py::handle& object, const std::string& name, const char* wanted = "a number that a double holds") {
     if (!PyFloat_Check(object.ptr()) && !PyIndex_Check(object.ptr())) refuse_type(name, "a number", object);
     const double value = PyFloat_AsDouble(object.ptr());
     if (value == -1 && PyErr_Occurred() != nullptr) {
         if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw py::error_already_set();
         PyErr_Clear();
-        refuse(name, "a number that a float holds", described(object));
-    }
-    if (std::isfinite(value) && std::fabs(value) > std::numeric_limits<float>::max())
-        refuse(name, "a number that a float holds", described(py::float_(value)));
-    return static_cast<float>(value);
-}
-
-// A float, or what becomes one, as a double.
-inline double wide_real(const py::handle& object, const std::string& name) {
-    if (!PyFloat_Check(object.ptr()) && !PyIndex_Check(object.ptr())) refuse_type(name, "a number", object);
-    const double value = PyFloat_AsDouble(object.ptr());
-    if (value == -1 && PyErr_Occurred() != nullptr) {
-        if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw py::error_already_set();
-        PyErr_Clear();
-        refuse(name, "a number that a double holds", described(object));
+        refuse(name, wanted, described(object));
     }
     return value;
+}
+
+// The same; no number that only a double holds.
+inline float real(const py::handle& object, const std::string& name) {
+    constexpr const char* wanted = "a number that a float holds";
+    const double value = wide_real(object, name, wanted);
+    if (std::isfinite(value) && std::fabs(value) > std::numeric_limits<float>::max())
+        refuse(name, wanted, described(py::float_(value)));
+    return static_cast<float>(value);
 }
 
 // True or False itself.
