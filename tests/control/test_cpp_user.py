@@ -273,3 +273,12 @@ def test_the_examples_guard(commands: list[str], says: list[str], cpp: Callable[
     guard = cpp("guard_program", f"-I{EXAMPLES / 'cpp_controller'}", include=cmake_dir.parent / "include")
     done = subprocess.run([guard], input="\n".join(commands), capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[:-1] == says
+
+
+@needs_a_compiler
+def test_the_examples_guard_lets_a_robot_come_in(cpp: Callable[..., Path], cmake_dir: Path) -> None:
+    """Encoders say 1.01 where the limit is 1: the stream brings the robot in."""
+    guard = cpp("guard_program", f"-I{EXAMPLES / 'cpp_controller'}", include=cmake_dir.parent / "include")
+    commands = "1 1.009 0 0 0 0\n2 1.0095 0 0 0 0\n3 1.009 0 0 0 0\n3 -1.1 0 0 0 0"
+    done = subprocess.run([guard, "1.01"], input=commands, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:-1] == ["sent moving", "position moving", "sent still", "position moving"]
