@@ -294,6 +294,9 @@ void feedback(const char* name) {
     auto memory = Memory::open(name, Access::use);
     Reader moved = std::move(next);
     CHECK(!(*memory)->lock(Role::driver), "a moved reader lost the driver's lock");
+    writer.close(kBegin + 80 * kMs);
+    const auto removed = Writer::remove(name);  // the robot would have a second driver, on the next segment
+    CHECK(!removed && removed.error().find("a driver is at work on it") != std::string::npos, "'%s'", removed.error().c_str());
 }
 
 // More chunks for later than the reader can hold on to would be a fault of the producer; 15 are none.
