@@ -165,7 +165,7 @@ CHECKED_FAULTS = {
         "std::vector<int> spare(9); Link& link = *order_[kMostHeld];",
     ),
     "no_system_call": ("reader_inl.h", "const std::int64_t now = now_ns", "getppid(); const std::int64_t now = now_ns"),
-    "dead": ("ring.h", ">= after;", "> after;"),
+    "dead": ("ring.h", "<= now_ns - after;", "< now_ns - after;"),
     "estop": ("reader_inl.h", "if (seen.estop) chain_.forget_before(now);", ""),
     "strange_times": ("reader_inl.h", "    last_ = 0;\n", ""),
     "contended": (
