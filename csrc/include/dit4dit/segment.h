@@ -33,7 +33,7 @@ class Memory {
     // What is there under the name. An error for anything but a complete segment of this version and size.
     static Result<std::shared_ptr<Memory>> open(const std::string& name, Access access);
     // Made if it is not there; with the producer's lock, or an error that names who has it. The segment of a dead producer is
-    // taken over: its ids go on if the layout is the same, and it is replaced if not, unless a driver is at work on it.
+    // taken over: its ids continue if the layout is the same, and it is replaced if not, unless a driver is at work on it.
     static Result<std::shared_ptr<Memory>> produce(const std::string& name, const Layout& layout, unsigned mode = 0600);
     // Memory that threads of this process share; a forked child has a copy. With the producer's lock.
     static Result<std::shared_ptr<Memory>> in_process(const Layout& layout);
@@ -174,7 +174,7 @@ inline Result<std::shared_ptr<Memory>> Memory::adopt(const std::string& name, de
     if (!memory->map(access, file.get())) return detail::failed(name, "mmap", errno);
     if (!memory->open_for_locks(file.get())) return detail::failed(name, "open once more, in /proc", errno);
     why = why_bad(memory->layout());
-    if (!why.empty()) return Error{name + ": its layout is spoilt (" + why + "); remove it (rm " + detail::path_of(name) + ")"};
+    if (!why.empty()) return Error{name + ": its layout is corrupt (" + why + "); remove it (rm " + detail::path_of(name) + ")"};
     return memory;
 }
 
