@@ -224,7 +224,7 @@ class ActionStream:
 
     @staticmethod
     def remove(name: str) -> None:
-        """Delete a segment of shared memory, if it is there; StreamError while a producer is at work on it."""
+        """Delete a segment of shared memory, if it is there; StreamError while a producer or a driver is at work on it."""
         try:
             _native().stream_remove(name)
         except ValueError as error:

@@ -50,7 +50,8 @@ class Guard {
                 return value == 0.0 || value == 1.0;
             case Kind::position:
                 moving_ |= change != 0.0;
-                if (value < limits.low || value > limits.high) return false;
+                // a robot that stands outside is brought in
+                if ((value < limits.low && value < before) || (value > limits.high && value > before)) return false;
                 break;
             case Kind::angle:  // the short way
                 change = std::remainder(change, 2.0 * 3.14159265358979323846);

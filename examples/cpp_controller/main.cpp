@@ -171,7 +171,9 @@ class Controller {
 
         if (guard_.moving()) moved_ = now;
         const bool at_rest = now - moved_ >= kAtRest;
-        if (read.status == Status::dead && arguments_.stop_when_dead && at_rest && stopping_ == 0) {
+        // under on_dead: finish there may be rows left that the robot waits for
+        const bool ended = read.status == Status::dead && read.row < 0;
+        if (ended && arguments_.stop_when_dead && at_rest && stopping_ == 0) {
             report_.code = kDead;
             stopping_ = now;
         }

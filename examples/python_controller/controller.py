@@ -99,7 +99,10 @@ class Controller:
             if not np.array_equal(before, command.values):
                 moved = now
             at_rest = now - moved >= AT_REST_S * 1e9
-            if command.status.name == "DEAD" and self.stop_when_dead and at_rest:
+            ended = (
+                command.status.name == "DEAD" and command.row < 0
+            )  # no row left that the robot waits for (on_dead: finish)
+            if ended and self.stop_when_dead and at_rest:
                 return 4
             if stopped and (at_rest or now - stopped >= TO_REST_S * 1e9):
                 return 0

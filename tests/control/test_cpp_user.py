@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from waiting import WAIT, eventually
+
+from dit4dit.control.stream import Command, Status
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRODUCER = EXAMPLES / "python_controller" / "producer.py"
@@ -245,6 +249,37 @@ def test_the_python_controller_follows_too(segment_name: str, tmp_path: Path) ->
     assert result["exit_code"] == DEAD
 
 
+def test_a_dead_producers_rows_are_finished_before_the_python_controller_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows at 10 Hz that are held: the robot rests within each of them for longer than it takes to count as at rest."""
+    script = runpy.run_path(str(EXAMPLES / "python_controller" / "controller.py"))
+    moment, rows = 0, []
+
+    class Clock:
+        monotonic_ns = staticmethod(lambda: moment)
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            nonlocal moment
+            moment += round(seconds * 1e9)
+
+    class Stream:
+        command_hz = 100.0
+
+        def start_at(self, pose: object) -> None:
+            pass
+
+        def at(self, now_ns: int) -> Command:
+            row = now_ns // 100_000_000
+            rows.append(row if row < 8 else -1)
+            return Command(np.array([float(min(row, 7))]), 1, rows[-1], Status.DEAD, 0)
+
+    run = script["Controller"].run
+    monkeypatch.setitem(run.__globals__, "time", Clock)
+    controller = script["Controller"](Stream(), script["Robot"](1), seconds=0.0, stop_when_dead=True)
+    assert controller.run() == DEAD
+    assert set(rows) == {*range(8), -1}
+
+
 @needs_a_compiler
 @pytest.mark.parametrize(
     ("commands", "says"),
@@ -273,3 +308,12 @@ def test_the_examples_guard(commands: list[str], says: list[str], cpp: Callable[
     guard = cpp("guard_program", f"-I{EXAMPLES / 'cpp_controller'}", include=cmake_dir.parent / "include")
     done = subprocess.run([guard], input="\n".join(commands), capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[:-1] == says
+
+
+@needs_a_compiler
+def test_the_examples_guard_lets_a_robot_come_in(cpp: Callable[..., Path], cmake_dir: Path) -> None:
+    """Encoders say 1.01 where the limit is 1: the stream brings the robot in."""
+    guard = cpp("guard_program", f"-I{EXAMPLES / 'cpp_controller'}", include=cmake_dir.parent / "include")
+    commands = "1 1.009 0 0 0 0\n2 1.0095 0 0 0 0\n3 1.009 0 0 0 0\n3 -1.1 0 0 0 0"
+    done = subprocess.run([guard, "1.01"], input=commands, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:-1] == ["sent moving", "position moving", "sent still", "position moving"]

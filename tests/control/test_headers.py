@@ -158,7 +158,7 @@ def test_two_files_of_one_program(compiler: str, include: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("-std=c++17", "-O2", "-fno-rtti"),
+        ("-std=c++17", "-O2", "-fno-rtti", "-fno-exceptions"),
         ("-std=c++20", "-O2"),
         ("-std=gnu++17", "-O3", "-march=native"),
         ("-std=c++17", "-O2", "-Wconversion", "-Wsign-conversion", "-Wold-style-cast", "-Wdouble-promotion"),

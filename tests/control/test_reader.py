@@ -116,7 +116,17 @@ def test_other_compiler_flags_give_the_same_bits(flags: tuple[str, ...], cpp: Bu
 
 # -- what is not seen from outside -------------------------------------------------------------------------------------------
 
-CHECKS = ["no_allocation", "no_system_call", "dead", "estop", "contended", "feedback", "ahead", "opening"]
+CHECKS = [
+    "no_allocation",
+    "no_system_call",
+    "dead",
+    "estop",
+    "strange_times",
+    "contended",
+    "feedback",
+    "ahead",
+    "opening",
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -125,6 +135,13 @@ def test_reader_checks(check: str, cpp: Build, segment_name: str) -> None:
     if done.returncode == 77:
         pytest.skip("no seccomp here")
     assert done.returncode == 0, f"{check}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+def test_strange_times_overflow_nothing(cpp: Build) -> None:
+    program = cpp("reader_checks", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+    done = subprocess.run([program, "strange_times"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -148,8 +165,9 @@ CHECKED_FAULTS = {
         "std::vector<int> spare(9); Link& link = *order_[kMostHeld];",
     ),
     "no_system_call": ("reader_inl.h", "const std::int64_t now = now_ns", "getppid(); const std::int64_t now = now_ns"),
-    "dead": ("ring.h", ">= after;", "> after;"),
+    "dead": ("ring.h", "<= now_ns - after;", "< now_ns - after;"),
     "estop": ("reader_inl.h", "if (seen.estop) chain_.forget_before(now);", ""),
+    "strange_times": ("reader_inl.h", "    last_ = 0;\n", ""),
     "contended": (
         "chain.h",
         "if (!take_down_from(segment, newest, covered)) continue;",

@@ -193,15 +193,15 @@ def test_each_group_has_its_rules(reader: Path) -> None:
 
 def test_time_that_runs_backwards_stands_still(reader: Path) -> None:
     ticks = np.array([1000, 1010, 1009, 1010, 1002, 1010.02, 1020, 5, 1020, 1030])
-    rows = np.tile(np.arange(40.0)[:, None], (1, 2))
+    rows = np.tile(np.arange(1, 41.0)[:, None], (1, 2))
     bounds = [[-np.inf, np.inf, 100, 1e4, 1e6]] * 2
     commands = one(Case([Kind.POSITION, Kind.RELATIVE], [(1000, 1000, 1000, 20, rows)], ticks, bounds=bounds), reader)
     position, relative = commands.values.T
     assert set(position[1:6]) == {position[1]}
     assert set(position[6:9]) == {position[6]}
-    assert set(relative[1:5]) == {relative[1]}
-    assert relative[5] == 0
-    assert set(relative[6:9]) == {relative[6]}
+    assert relative[[3, 8]].tolist() == relative[[1, 6]].tolist()  # the very same time
+    assert (relative[[1, 6]] > 0).all()
+    assert not relative[[2, 4, 5, 7]].any()  # a robot must not run away while a clock is wrong
     assert position[9] > position[6] > position[1]
     assert set(names(commands.status)) == {"OK"}
     steady = one(
@@ -209,6 +209,18 @@ def test_time_that_runs_backwards_stands_still(reader: Path) -> None:
         reader,
     )
     assert np.array_equal(position[[0, 1, 6, 9]], steady.values[:, 0])
+
+
+def test_displacements_that_limits_hold_back_are_made_up_for_within_bounds(reader: Path) -> None:
+    """The policy asks for twice the velocity limit for 6 s: the robot must not travel on for another 6."""
+    ticks, chunks = np.arange(1000, 9000, 2), [(1000, 1000, 1000, 10, np.full((60, 1), 0.02))]
+    bounds = [[-np.inf, np.inf, 0.1, 1.0, np.inf]]
+    commands = one(Case([Kind.RELATIVE], chunks, ticks, {0: START}, [0.0], bounds=bounds), reader)
+    sent, dry = np.cumsum(commands.values[:, 0]), ticks >= 7000
+    assert set(names(commands.status[dry])) == {"DRY"}
+    assert sent[~dry][-1] > 0.59  # as fast as the limit allows
+    assert sent[-1] - sent[~dry][-1] == pytest.approx(0.05, abs=1e-3)  # half a second's way
+    assert not commands.values[-500:].any()
 
 
 @pytest.mark.parametrize("stall_ms", [100, 1000])

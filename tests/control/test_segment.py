@@ -346,7 +346,7 @@ def spoil_magic(content: bytearray) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil, said", [(spoil_layout, r"its layout is spoilt \(65 channels"), (spoil_magic, "is no segment of dit4dit")]
+    "spoil, said", [(spoil_layout, r"its layout is corrupt \(65 channels"), (spoil_magic, "is no segment of dit4dit")]
 )
 def test_a_spoilt_segment_is_refused(
     tool: Path, closed_segment: str, spoil: Callable[[bytearray], None], said: str

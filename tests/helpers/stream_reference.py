@@ -48,6 +48,7 @@ __all__ = [
 
 MOST_HISTORY = 8
 SHORTEST_TICK, LONGEST_TICK, AT_REST = 50_000, 20_000_000, 250_000_000
+MADE_UP_FOR = 0.5  # seconds at the velocity limit, of displacements that limits hold back
 
 
 # -- seams -------------------------------------------------------------------------------------------------------------------
@@ -136,6 +137,7 @@ class Reader:
         self.started |= given
         self.mode = np.where(lanes[:, None], Mode.NONE, self.mode)
         self.ticked &= ~lanes
+        self.last = np.where(lanes, 0, self.last)
         self.stopped &= ~lanes
 
     def stop(self, lanes: Array) -> None:
@@ -144,6 +146,7 @@ class Reader:
     def read(self, now: Array, estop: Array, sign_of_life: Array) -> Commands:
         """For now, estop (is it latched?), sign_of_life (the producer's loop, ns), all [L]."""
         robots, chunks = self.robots, self.chunks
+        again = self.ticked & (now == self.last)
         now = np.maximum(now, self.last)
         estop = estop | self.stopped
         self.released = np.where(estop, now, self.released)  # the robot stops elsewhere than these chunks planned
@@ -159,7 +162,6 @@ class Reader:
         after = robots.loop_dead_after_ns
         dead = (after > 0) & (now - sign_of_life >= after)
 
-        again = self.ticked & (now == self.last)
         ticks = ~self.ticked | (now - self.last >= SHORTEST_TICK)
         followed = self.mode == Mode.FOLLOW
         brakes = self._enter(now, ticks, estop, dead, stale, dry)
@@ -324,7 +326,9 @@ class Reader:
         rested = ticks & (since > np.maximum(AT_REST, 4 * period))  # it stands where it was sent
         self.limiter.reset(self.limiter.now.x, (rested[:, None] & self.started).ravel())
         before = self.limiter.now.x.reshape(asked.shape)
-        path = self.path + displaced
+        path, farthest = self.path + displaced, limits_of(robots)[..., 2] * MADE_UP_FOR
+        path = np.where(path - before > farthest, before + farthest, path)
+        path = np.where(path - before < -farthest, before - farthest, path)
         turned = np.where(self.started & (robots.kind == Kind.ANGLE), before + wrap(asked - before), asked)
         target = np.where(relative, path, turned)
         known = self.started | ~np.isnan(asked)

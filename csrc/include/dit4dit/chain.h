@@ -66,6 +66,7 @@ class Chain {
     // Finds out how many have begun.
     int begin(std::int64_t now) noexcept {
         begun_ = 0;
+        if (now < forgotten_) forgotten_ = now;  // the clock was set back
         while (begun_ < count_ && order_[begun_]->begins_at <= now) ++begun_;
         return begun_;
     }
@@ -101,6 +102,8 @@ class Chain {
         constexpr double longest = 1e12;  // a quarter of an hour from row to row
         if (chunk.observed_at < forgotten_ || chunk.rows < 1) return false;
         if (!(chunk.period_ns > 0 && chunk.period_ns <= longest)) return false;
+        for (const std::int64_t time : {chunk.observed_at, chunk.starts_at, chunk.published_at})
+            if (time < -kLatest || time > kLatest) return false;
         link.begins_at = chunk.published_at > chunk.starts_at ? chunk.published_at : chunk.starts_at;
         link.ends_at = chunk.starts_at + static_cast<std::int64_t>(std::ceil(chunk.rows * chunk.period_ns));
         if (link.ends_at < link.begins_at) link.ends_at = link.begins_at;

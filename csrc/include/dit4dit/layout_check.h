@@ -115,7 +115,7 @@ inline std::string why_bad_channel(const Layout& layout, std::uint32_t index) {
         if (std::strcmp(layout.channel[i].name, channel.name) == 0) return where + "the name is there twice";
     if (channel.kind > Kind::binary) return where + "unknown kind " + std::to_string(static_cast<int>(channel.kind));
     if (channel.group >= layout.groups)
-        return where + "group " + std::to_string(channel.group) + " of " + std::to_string(layout.groups);
+        return where + "group is " + std::to_string(channel.group) + ", wanted 0 to " + std::to_string(layout.groups - 1);
     const std::string why = why_bad_limits(channel.kind, channel.limits);
     return why.empty() ? why : where + why;
 }

@@ -50,6 +50,9 @@ class Reader {
     static constexpr std::int64_t kLongestTick = 20'000'000;
     // After this long, and 4 command periods, without a tick the robot is taken to rest at what was sent last.
     static constexpr std::int64_t kAtRest = 250'000'000;
+    // Displacements that limits hold back are made up for, up to what the velocity limit allows in so many seconds: a policy that
+    // asks for more than the robot can do must not send it on for long afterwards.
+    static constexpr double kMadeUpFor = 0.5;
 
     static Result<Reader> open(const Options& options);
     // In the producer's process; options.name is not looked at.
@@ -60,12 +63,13 @@ class Reader {
     std::int64_t command_period_ns() const noexcept { return layout_->command_period_ns; }
     const Layout& layout() const noexcept { return *layout_; }
 
-    // The command for the tick that begins at now_ns, out [dims()]. Time that runs backwards stands still: the same command
-    // again. No allocation, lock or system call.
+    // The command for the tick that begins at now_ns, out [dims()]. The same time again: the same command. A time before that of
+    // a read before, until there is a later one or start_at: the same command, and displacements of 0. No allocation, lock or
+    // system call.
     Command read(std::int64_t now_ns, double* out) noexcept;
 
     // The robot is at rest in this measured pose [dims()]: of velocities what they are, of displacements nothing is taken. NaN:
-    // not known. Ends stop(). The first tick after it counts as one command period.
+    // not known. Ends stop(). The first tick after it counts as one command period, and may be at any time.
     void start_at(const double* values) noexcept;
     // The robot comes to rest within its limits and stays, for this reader: as in an e-stop, but nobody else sees it.
     void stop() noexcept { stopped_ = true; }
@@ -95,6 +99,7 @@ class Reader {
         double fades_from = 0;
         double path = 0;  // relative: all displacements that were asked for
         double sent;
+        double farthest;  // relative: of the path from what was sent
     };
 
     struct Situation {

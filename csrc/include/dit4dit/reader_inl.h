@@ -52,7 +52,8 @@ inline Reader::Reader(std::shared_ptr<Memory> memory, const Options& options)
         groups_ |= 1u << column.group;
         const Limits limits = limits_of(layout_->channel[column.column]);
         const bool moves = column.kind == Kind::velocity || column.kind == Kind::relative;
-        State state{ChannelLimiter(limits), limits.limited(), moves, moves ? 0 : kUnknown, 0, 0, moves ? 0 : kUnknown};
+        State state{ChannelLimiter(limits), limits.limited(), moves, moves ? 0 : kUnknown, 0, 0, moves ? 0 : kUnknown,
+                    limits.velocity * kMadeUpFor};
         if (moves) state.limiter.reset(0);  // until something is asked for it stands
         states_.push_back(state);
     }
@@ -108,15 +109,16 @@ inline void Reader::start_at(const double* values) noexcept {
     }
     for (Regime& regime : regimes_) regime.mode = Mode::none;
     ticked_ = stopped_ = false;
+    last_ = 0;
 }
 
 // -- reading ---------------------------------------------------------------------------------------
 
 inline Command Reader::read(std::int64_t now_ns, double* out) noexcept {
-    const std::int64_t now = now_ns > last_ ? now_ns : last_;
+    const std::int64_t now = now_ns < last_ ? last_ : now_ns > kLatest ? kLatest : now_ns;
     const bool whole = chain_.take(memory_->segment(), ticked_ ? until_ : now);
     const Situation seen = look(now, whole);
-    const bool again = ticked_ && now == last_, ticks = !ticked_ || now - last_ >= kShortestTick;
+    const bool again = ticked_ && now_ns == last_, ticks = !ticked_ || now - last_ >= kShortestTick;
     if (ticks) tick(now, seen);
     for (std::size_t i = 0; i < columns_.size(); ++i) {
         const double sent = columns_[i].path < 0 || ticks || again ? states_[i].sent : 0;
@@ -252,6 +254,8 @@ inline double Reader::displaced(State& state, bool brakes, double wanted, double
     if (!state.limited) return wanted;
     const double before = state.limiter.sent();
     state.path += wanted;
+    if (state.path - before > state.farthest) state.path = before + state.farthest;
+    if (state.path - before < -state.farthest) state.path = before - state.farthest;
     if (!brakes) return state.limiter.tick(state.path, dt) - before;
     state.path = state.limiter.brake(dt);
     return state.path - before;

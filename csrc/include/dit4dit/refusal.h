@@ -14,7 +14,7 @@ constexpr double kLeastControlHz = 0.01;
 constexpr double kMostControlHz = 100'000;
 constexpr std::int64_t kFarthestStart = 3'600'000'000'000;  // of starts_at from observed_at: beyond an hour it is another clock's
 
-// Nothing has changed where a chunk was refused: readers go on with the chunks that they have.
+// Nothing has changed where a chunk was refused: readers keep to the chunks that they have.
 struct Refusal {
     enum class Why : std::uint8_t {
         none,

@@ -19,6 +19,8 @@
 namespace dit4dit {
 
 constexpr int kMostTries = 4;
+// Times beyond this, 73 years from 0 either way, are nobody's: differences of two others fit into 64 bits.
+constexpr std::int64_t kLatest = std::int64_t{1} << 61;
 
 // CLOCK_MONOTONIC, as time.monotonic_ns() of Python: the clock of every stamp.
 inline std::int64_t monotonic_ns() noexcept {
@@ -191,14 +193,14 @@ inline void stamp_loop(Segment& segment, std::int64_t now_ns) noexcept {
 
 // Whether the producer is dead for a reader that is at now_ns: it has ended, its process has not stamped for dead_after_ns
 // (memory of one process needs no such stamp), or, where loop_dead_after_ns is above 0, its loop has not for that long. Dead at
-// exactly stamp + dead_after.
+// exactly stamp + dead_after. now_ns is not negative.
 inline bool producer_dead(const Segment& segment, std::int64_t now_ns, std::int64_t dead_after_ns,
                           std::int64_t loop_dead_after_ns = 0) noexcept {
     constexpr auto acquire = std::memory_order_acquire;
     const Header& header = segment.header;
     const auto silent = [&](const Stamp& stamp, std::int64_t after) {
         const std::int64_t last = stamp.load(acquire);
-        return now_ns - (last ? last : header.created_at) >= after;
+        return (last ? last : header.created_at) <= now_ns - after;  // a stranger's stamp may be anything
     };
     if (header.stamps.closed_at.load(acquire) != 0) return true;
     if (header.shared && silent(header.stamps.alive_at, dead_after_ns)) return true;

@@ -33,12 +33,12 @@ class Memory {
     // What is there under the name. An error for anything but a complete segment of this version and size.
     static Result<std::shared_ptr<Memory>> open(const std::string& name, Access access);
     // Made if it is not there; with the producer's lock, or an error that names who has it. The segment of a dead producer is
-    // taken over: its ids go on if the layout is the same, and it is replaced if not, unless a driver is at work on it.
+    // taken over: its ids continue if the layout is the same, and it is replaced if not, unless a driver is at work on it.
     static Result<std::shared_ptr<Memory>> produce(const std::string& name, const Layout& layout, unsigned mode = 0600);
     // Memory that threads of this process share; a forked child has a copy. With the producer's lock.
     static Result<std::shared_ptr<Memory>> in_process(const Layout& layout);
-    // Takes the name away; who has the segment open keeps it. True: it is gone, or was not there. An error where a producer is at
-    // work on it, and for what is no segment of dit4dit (of any version).
+    // Takes the name away; who has the segment open keeps it. True: it is gone, or was not there. An error where a producer or a
+    // driver is at work on it, and for what is no segment of dit4dit (of any version).
     static Result<bool> remove(const std::string& name);
 
     ~Memory() {
@@ -174,7 +174,7 @@ inline Result<std::shared_ptr<Memory>> Memory::adopt(const std::string& name, de
     if (!memory->map(access, file.get())) return detail::failed(name, "mmap", errno);
     if (!memory->open_for_locks(file.get())) return detail::failed(name, "open once more, in /proc", errno);
     why = why_bad(memory->layout());
-    if (!why.empty()) return Error{name + ": its layout is spoilt (" + why + "); remove it (rm " + detail::path_of(name) + ")"};
+    if (!why.empty()) return Error{name + ": its layout is corrupt (" + why + "); remove it (rm " + detail::path_of(name) + ")"};
     return memory;
 }
 
@@ -198,10 +198,11 @@ inline Result<bool> Memory::remove(const std::string& name) {
     Word magic{0};
     if (pread(memory.file_.get(), &magic, sizeof magic, 0) != static_cast<ssize_t>(sizeof magic) || magic.load() != kMagic)
         return Error{name + " is no segment of dit4dit and is left alone; remove it yourself (rm " + detail::path_of(name) + ")"};
-    // held until the name is gone: nobody takes it over meanwhile
-    if (!memory.lock(Role::producer)) {
+    // held until the name is gone: nobody takes it over meanwhile. Of a driver too: its robot would have a second one soon
+    for (const Role role : {Role::producer, Role::driver}) {
+        if (memory.lock(role)) continue;
         if (errno == ESTALE) return true;
-        return Error{name + ": a producer is at work on it; close it first"};
+        return Error{name + ": a " + (role == Role::producer ? "producer" : "driver") + " is at work on it; close it first"};
     }
     if (unlink(detail::path_of(name).c_str()) == 0 || errno == ENOENT) return true;
     return detail::failed(name, "unlink", errno);
@@ -346,7 +347,7 @@ inline Result<std::shared_ptr<Memory>> Memory::produce(const std::string& name, 
             case Taken::again: break;
         }
     }
-    return Error{name + ": others make and remove it all the time"};
+    return Error{name + ": other processes make and remove it all the time; use another name"};
 }
 
 }  // namespace dit4dit

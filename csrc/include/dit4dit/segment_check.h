@@ -66,7 +66,7 @@ inline std::string why_foreign(const std::string& name, int file) {
                "; install the same dit4dit on both sides, or end both and remove the segment (rm " + path_of(name) + ")";
     std::string why = why_other_size(name, header);
     if (why.empty() && found.st_size != static_cast<off_t>(sizeof(Segment)))
-        why = name + ": spoilt: the file has " + std::to_string(found.st_size) + " bytes, its header says " +
+        why = name + ": corrupt: the file has " + std::to_string(found.st_size) + " bytes, its header says " +
               std::to_string(header.bytes) + "; remove it (rm " + path_of(name) + ")";
     return why;
 }

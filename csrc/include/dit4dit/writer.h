@@ -1,12 +1,11 @@
 // The producer's side of an action stream: checks chunks, publishes them and says that it lives.
 #pragma once
 
+#include <pthread.h>
 #include <signal.h>
 
 #include <memory>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <utility>
 
 #include "refusal.h"
@@ -21,7 +20,8 @@ struct WriterOptions {
 
 namespace detail {
 
-// Stamps that the process lives, from a thread of its own: a producer whose loop waits for a GPU is not dead.
+// Stamps that the process lives, from a thread of its own: a producer whose loop waits for a GPU is not dead. Not std::thread,
+// whose failure is an exception: controllers are built without them.
 class Alive {
   public:
     Alive(std::shared_ptr<Memory> memory, std::int64_t period_ns) : memory_(std::move(memory)), period_ns_(period_ns) {
@@ -29,32 +29,35 @@ class Alive {
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
-        try {
-            thread_ = std::thread([this] { run(); });
-        } catch (...) {
-            pthread_sigmask(SIG_SETMASK, &before, nullptr);
-            throw;
-        }
+        error_ = pthread_create(&thread_, nullptr, run, this);
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
     ~Alive() {
         stop_.store(true, std::memory_order_relaxed);
-        thread_.join();
+        if (error_ == 0) pthread_join(thread_, nullptr);
     }
+    Alive(const Alive&) = delete;
+    Alive& operator=(const Alive&) = delete;
+
+    // Why there is no thread; 0: there is one.
+    int error() const noexcept { return error_; }
 
   private:
-    void run() noexcept {
-        while (!stop_.load(std::memory_order_relaxed)) {
-            stamp_alive(memory_->writable(), monotonic_ns());
-            const timespec period{period_ns_ / 1'000'000'000, static_cast<long>(period_ns_ % 1'000'000'000)};
+    static void* run(void* given) noexcept {
+        const Alive& self = *static_cast<const Alive*>(given);
+        while (!self.stop_.load(std::memory_order_relaxed)) {
+            stamp_alive(self.memory_->writable(), monotonic_ns());
+            const timespec period{self.period_ns_ / 1'000'000'000, static_cast<long>(self.period_ns_ % 1'000'000'000)};
             clock_nanosleep(CLOCK_MONOTONIC, 0, &period, nullptr);
         }
+        return nullptr;
     }
 
     std::shared_ptr<Memory> memory_;
     std::int64_t period_ns_;
     std::atomic<bool> stop_{false};
-    std::thread thread_;
+    pthread_t thread_{};
+    int error_;
 };
 
 }  // namespace detail
@@ -112,11 +115,9 @@ inline Result<Writer> Writer::open_or_create(const std::string& name, const Layo
     if (!memory) return Error{memory.error()};
     Writer writer(*memory);
     if (options.alive_period_ns <= 0) return writer;
-    try {
-        writer.thread_ = std::make_unique<detail::Alive>(*memory, options.alive_period_ns);
-    } catch (const std::system_error& error) {
-        return Error{name + ": no thread for the stamp that says that the producer lives: " + error.what()};
-    }
+    writer.thread_ = std::make_unique<detail::Alive>(*memory, options.alive_period_ns);
+    if (const int error = writer.thread_->error())
+        return detail::failed(name, "a thread for the stamp that says that the producer lives", error);
     return writer;
 }
 

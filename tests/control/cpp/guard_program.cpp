@@ -1,15 +1,16 @@
 // examples/cpp_controller/guard.h on commands that a stream never gives. One channel of each kind, bounds: a position -1 to 1 and
 // 2 a second, an angle 2 a second, a velocity -0.5 to 0.5 and 4 a second, a relative one 2 a second, a binary one.
-// Lines of "ms position angle velocity relative binary" on stdin; for each the refused channel's name or "sent", and "moving" or
-// "still"; last the share of a limit that was used.
+// The position begins at the argument, all else at 0. Lines of "ms position angle velocity relative binary" on stdin; for each
+// the refused channel's name or "sent", and "moving" or "still"; last the share of a limit that was used.
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 
 #include <dit4dit/action_stream.h>
 
 #include "guard.h"
 
-int main() {
+int main(int count, char** given) {
     using namespace dit4dit;
     static Layout layout{};
     std::snprintf(layout.robot, sizeof layout.robot, "guarded");
@@ -34,7 +35,7 @@ int main() {
     auto reader = Reader::of(writer->memory(), Options{});
     if (!reader) return std::fprintf(stderr, "%s\n", reader.error().c_str()), 1;
 
-    const double pose[5] = {};
+    const double pose[5] = {count > 1 ? std::atof(given[1]) : 0.0};
     Guard guard(*reader, pose);
     double ms, command[5];
     while (std::scanf("%lf %lf %lf %lf %lf %lf", &ms, command, command + 1, command + 2, command + 3, command + 4) == 6) {

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -293,6 +294,9 @@ void feedback(const char* name) {
     auto memory = Memory::open(name, Access::use);
     Reader moved = std::move(next);
     CHECK(!(*memory)->lock(Role::driver), "a moved reader lost the driver's lock");
+    writer.close(kBegin + 80 * kMs);
+    const auto removed = Writer::remove(name);  // the robot would have a second driver, on the next segment
+    CHECK(!removed && removed.error().find("a driver is at work on it") != std::string::npos, "'%s'", removed.error().c_str());
 }
 
 // More chunks for later than the reader can hold on to would be a fault of the producer; 15 are none.
@@ -317,6 +321,42 @@ void ahead(const char*) {
                 CHECK(chunk == n + 1 && command.status == Status::ok, "chunk %d of %d for %d", chunk, number, n + 1);
         }
     }
+}
+
+// A stranger's stamps, and a controller's clock that is wrong for a while. Built with -fsanitize=undefined too.
+void strange_times(const char*) {
+    constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max(), least = std::numeric_limits<std::int64_t>::min();
+    for (const SeamKind seam : {SeamKind::newest, SeamKind::ensemble, SeamKind::blend})
+        for (const std::int64_t strange : {most, most / 2, least / 2, least}) {
+            const Layout layout = layout_of(seam);
+            Sines sines(layout);
+            auto writer = Writer::in_process(layout);
+            Segment& segment = writer->memory()->writable();
+            Options options{""};
+            options.loop_dead_after_ns = most;
+            auto reader = Reader::of(writer->memory(), options);
+            double values[kMaxChannels] = {};
+            reader->start_at(values);
+            for (int field = 0; field < 3; ++field) {
+                publish(segment, sines.chunk(kBegin), kBegin);
+                Slot& slot = segment.slot[field];
+                (field == 0 ? slot.observed_at : field == 1 ? slot.starts_at : slot.published_at).store(strange);
+                segment.header.stamps.loop_at.store(strange);
+                reader->read(kBegin + field * kMs, values);
+            }
+            CHECK(reader->read(kBegin + 3 * kMs, values).chunk == 0, "it follows a chunk of time %lld", static_cast<long long>(strange));
+            segment.header.stamps.loop_at.store(kBegin);
+            reader->estop(kBegin);
+            reader->read(strange, values);
+            reader->clear_estop();
+            reader->read(strange, values);
+            // the clock is right again
+            reader->start_at(values);
+            reader->read(kBegin + 4 * kMs, values);
+            publish(segment, sines.chunk(kBegin + 5 * kMs), kBegin + 5 * kMs);
+            const Command command = reader->read(kBegin + 6 * kMs, values);
+            CHECK(command.status == Status::ok && command.chunk == 4, "%s after a clock at %lld", name_of(command.status), static_cast<long long>(strange));
+        }
 }
 
 void opening(const char* name) {
@@ -359,7 +399,7 @@ int main(int count, char** given) {
         const char* name;
         void (*run)(const char*);
     } const checks[] = {{"no_allocation", no_allocation}, {"no_system_call", no_system_call}, {"dead", dead}, {"estop", estop},
-                        {"contended", contended}, {"feedback", feedback}, {"ahead", ahead}, {"opening", opening}};
+                        {"strange_times", strange_times}, {"contended", contended}, {"feedback", feedback}, {"ahead", ahead}, {"opening", opening}};
     for (const auto& check : checks)
         if (count > 1 && std::strcmp(given[1], check.name) == 0) return check.run(count > 2 ? given[2] : nullptr), 0;
     return 2;
