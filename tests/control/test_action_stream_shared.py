@@ -137,6 +137,27 @@ def test_what_a_controller_is_refused(segment: str) -> None:
     assert place.read_bytes() == b"somebody else's"
 
 
+def test_another_users_segment_says_what_to_do(segment: str) -> None:
+    """To nobody, in a child process, where this is root; else to this user, who then may not read it either."""
+    ActionStream(G1, shared=segment).close()
+    Path("/dev/shm", segment[1:]).chmod(0)
+    said, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        try:
+            ActionStream.attach(segment)
+        except StreamError as error:
+            os.write(tell, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(tell)
+    with os.fdopen(said) as message:
+        wanted = f"run as that one, or let its group in, chmod g+rw /dev/shm{segment}"
+        assert message.read() == f"{segment}: open: Permission denied; it belongs to another user: {wanted}"
+
+
 ENDS = {
     "without a word": "",
     "with an error": "raise RuntimeError('the policy failed')",
