@@ -100,9 +100,14 @@ def test_a_killed_producer_is_dead_and_another_one_goes_on(segment: str) -> None
 
 def test_another_robots_segment_is_replaced_unless_it_is_driven(segment: str) -> None:
     ActionStream(TABLETOP, shared=segment).close()
-    with ActionStream.attach(segment, driver=True) as driver, pytest.raises(StreamError, match=segment):
-        ActionStream(LIBERO, shared=segment)
-    assert driver.robot == "tabletop"
+    refused = f"{segment}: a driver{{}} is at work on another layout: robot is 'tabletop', not 'libero'; end the driver"
+    with ActionStream.attach(segment, driver=True) as driver:
+        with pytest.raises(StreamError, match=refused.format("")):  # it has not read: nobody knows its process
+            ActionStream(LIBERO, shared=segment)
+        driver.at()
+        with pytest.raises(StreamError, match=refused.format(rf" \(process {os.getpid()}\)")):
+            ActionStream(LIBERO, shared=segment)
+        assert driver.robot == "tabletop"
     with ActionStream(LIBERO, shared=segment):
         assert ActionStream.attach(segment).robot == "libero"
 
