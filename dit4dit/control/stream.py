@@ -243,6 +243,10 @@ class ActionStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> Any:
+        there = "make it there" if self._shared is None else f"ActionStream.attach({self._shared!r}) there"
+        raise TypeError(f"{self._where}: a stream is neither copied nor sent to another process; {there}")
+
     def __repr__(self) -> str:
         return f"ActionStream({self._where}, {len(self.names)} channels at {self.command_hz:g} Hz)"
 

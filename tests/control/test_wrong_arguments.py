@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import time
 from dataclasses import replace
@@ -88,3 +90,19 @@ def test_the_wall_clock_reaches_no_stream() -> None:
         with pytest.raises(StreamError, match="producer is at work"):
             ActionStream.remove(name)
         stream.close()
+
+
+def test_a_stream_is_not_copied() -> None:
+    """A copy would close with the first of the two that goes; the argument of a process would be another stream."""
+    with unused_segment() as name, ActionStream(TABLETOP, shared=name) as stream:
+        robot = ActionStream.attach(name)
+        for one, hint in (
+            (stream, f"ActionStream.attach('{name}') there"),
+            (robot, "attach"),
+            (ActionStream(G1), "make it there"),
+        ):
+            for call in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(TypeError, match=f"neither copied nor sent to another process; .*{re.escape(hint)}"):
+                    call(one)
+    for frozen in (Limits.of(G1), Ensemble(), robot.at()):
+        assert type(pickle.loads(pickle.dumps(frozen))) is type(copy.deepcopy(frozen)) is type(frozen)
