@@ -71,7 +71,7 @@ class Command:
         values: float64 [A], in the order of `ActionStream.names`, in robot units. NaN for a position, angle or binary channel
             before the first chunk where no `start_at` said a pose.
         chunk: number of the chunk that governs, from 1; 0: none yet. row: of it; -1: none.
-        age_ns: time since its observation.
+        age_ns: time since its observation; -1 before the first chunk.
     """
 
     values: NDArray[np.float64]
@@ -319,6 +319,9 @@ class ActionStream:
 
         A reader keeps the state of seams and limits: call it once per tick, from one thread, with times that grow (the same time
         gives the same command).
+
+        Args:
+            now_ns: `time.monotonic_ns()`; the present where None.
 
         Raises:
             InputError: now_ns is of the wall clock, which is no time of this stream.
