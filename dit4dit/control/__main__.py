@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def place(option: str) -> Path:
     """
     folder, wanted = FILES[option]
     # beside the compiled module: of an editable install the Python files lie elsewhere
-    module = find_spec("dit4dit._C")
+    module = find_spec("dit4dit._C") or _installed()
     if module is None or module.origin is None:
         raise FileNotFoundError(
             f"{Path(__file__).parents[1]}: no C++ headers here: this looks like the source tree, which Python takes before the "
@@ -35,6 +36,16 @@ def place(option: str) -> Path:
             f"{found}: no {wanted}; the installation is incomplete: pip install --force-reinstall dit4dit"
         )
     return found
+
+
+def _installed() -> ModuleSpec | None:
+    """The compiled module of the package that comes later in Python's path than the source tree, in which Python was started."""
+    for folder in sys.path:
+        package = PathFinder.find_spec("dit4dit", [folder])
+        module = package and PathFinder.find_spec("dit4dit._C", package.submodule_search_locations)
+        if module:
+            return module
+    return None
 
 
 def main() -> int:

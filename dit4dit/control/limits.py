@@ -30,9 +30,18 @@ class Limits:
     robot: Embodiment = field(repr=False)
     bounds: tuple[Bounds, ...]
 
+    def __post_init__(self) -> None:
+        check_robot(self.robot)
+        if len(self.bounds) != self.robot.action_dim:
+            raise ConfigError(
+                f"limits of robot {self.robot.name!r}: expected {self.robot.action_dim} bounds, one per action channel, got "
+                f"{len(self.bounds)}; make them with Limits.of(embodiment)"
+            )
+
     @classmethod
     def of(cls, embodiment: Embodiment) -> Limits:
         """What is known of the robot; a channel of which nothing is known is unlimited."""
+        check_robot(embodiment)
         return cls(embodiment, embodiment.bounds)
 
     def __getitem__(self, channel: str) -> Bounds:
@@ -82,7 +91,8 @@ class Limits:
             elif name in names:
                 place = range(names.index(name), names.index(name) + 1)
             else:
-                near = did_you_mean(name, [*keys, *names])
+                word = name.removeprefix("action.") if isinstance(name, str) else name  # as a file of robots has it
+                near = did_you_mean(word, [*keys, *names])
                 raise ConfigError(f"limits: unknown key {shown(name)}{near}; keys: {', '.join(keys)}")
             given = bounds_of_entry(f"limits: {name}", entries[name], len(place))
             each = given if isinstance(given, tuple) else (given,) * len(place)
@@ -95,3 +105,11 @@ class Limits:
                 f"robot {self.robot.name!r}", replace(key, clip=None, limits=tuple(bounds[self.robot.places[key.name]]))
             )
         return Limits(self.robot, tuple(bounds))
+
+
+def check_robot(given: object) -> None:
+    """ConfigError unless it is an Embodiment: a policy, a robot's name or a checkpoint's folder comes easily in its place."""
+    if not isinstance(given, Embodiment):
+        raise ConfigError(
+            f"embodiment: expected an Embodiment, such as policy.embodiment or dit4dit.robots.G1, got {shown(given)}"
+        )

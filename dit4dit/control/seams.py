@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dit4dit.errors import ConfigError
+from dit4dit.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,20 @@ class Ensemble:
     """The mean of what the last chunks say for a moment, weighted by exp(alpha * cosine of each and the newest).
 
     Attributes:
-        alpha: weight of agreement with the newest chunk.
-        history: chunks that are averaged at most; an action stream holds 8.
+        alpha: weight of agreement with the newest chunk; finite.
+        history: chunks that are averaged at most, 1 or more; an action stream holds 8.
     """
 
     alpha: float = 0.1
     history: int = 3
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.alpha) or self.history < 1:
-            raise ConfigError(f"ensemble: expected a finite alpha and a history of at least 1, got {self}")
+        if not _number(self.alpha) or not math.isfinite(self.alpha):
+            raise ConfigError(f"ensemble: expected a finite alpha, got {shown(self.alpha)}")
+        if not _number(self.history) or not isinstance(self.history, int) or self.history < 1:
+            raise ConfigError(
+                f"ensemble: history: expected a whole number of chunks, 1 or more, got {shown(self.history)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,14 @@ class Blend:
     rows: float = 3.0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.rows, (int, float)) and not isinstance(self.rows, bool)
-        if not number or not 0 < self.rows <= 64:
+        if not _number(self.rows) or not 0 < self.rows <= 64:
             raise ConfigError(
-                f"blend: rows: expected a number above 0, 64 at most, got {self.rows!r}; Switch() has none"
+                f"blend: rows: expected a number above 0, 64 at most, got {shown(self.rows)}; Switch() has none"
             )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 Seam = Switch | Ensemble | Blend

@@ -19,14 +19,15 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dit4dit.control.limits import Limits
+from dit4dit.control.limits import Limits, check_robot
 from dit4dit.control.seams import Blend, Seam
 from dit4dit.control.stream_layout import (
+    LEAST_HZ,
     MOST_HZ,
     Groups,
     Interpolation,
@@ -42,6 +43,8 @@ from dit4dit.robots.embodiment import Embodiment, numbers
 
 MOST_ROWS = 64
 SEAM = Blend(rows=3)
+WALL_CLOCK_NS = 10**18
+"""`time.time_ns()` is above it since 2001; CLOCK_MONOTONIC after 31 years without a restart."""
 
 
 class Status(Enum):
@@ -68,7 +71,7 @@ class Command:
         values: float64 [A], in the order of `ActionStream.names`, in robot units. NaN for a position, angle or binary channel
             before the first chunk where no `start_at` said a pose.
         chunk: number of the chunk that governs, from 1; 0: none yet. row: of it; -1: none.
-        age_ns: time since its observation.
+        age_ns: time since its observation; -1 before the first chunk.
     """
 
     values: NDArray[np.float64]
@@ -100,6 +103,7 @@ class StreamFeedback:
     values: NDArray[np.float64]
 
 
+@runtime_checkable
 class StampedChunk(Protocol):
     """What `publish` takes: `dit4dit.ActionChunk`, or the client's `Chunk`."""
 
@@ -154,15 +158,16 @@ class ActionStream:
             shared: name of a segment in shared memory, such as "/dit4dit.g1"; None: this process alone.
 
         Raises:
-            ConfigError: an option is wrong, or this robot cannot have it.
+            ConfigError: an option or the name is wrong, or this robot cannot have it.
             StreamError: another producer is at work on the segment, or it is another robot's.
         """
+        check_robot(embodiment)
         self.robot, self.names = embodiment.name, embodiment.action_names
         self._where = f"stream of {self.robot!r}" if shared is None else f"stream {shared}"
         limits = Limits.of(embodiment) if limits is None else limits
         check_mixing(embodiment, interpolation, seam)
         check_limits(embodiment, limits)
-        period, groups = round(1e9 / positive("command_hz", command_hz, MOST_HZ)), Groups(embodiment)
+        period, groups = round(1e9 / positive("command_hz", command_hz, MOST_HZ, LEAST_HZ)), Groups(embodiment)
         rules = {"on_dry": on_dry, "on_stale": on_stale, "on_dead": on_dead}
         times = {"max_age_ms": max_age_ms, "decay_ms": decay_ms}
         layout = (self.robot, period, interpolation, seam_of(seam), groups.channels(limits), groups.rules(rules, times))
@@ -173,7 +178,7 @@ class ActionStream:
             self._writer = _native().StreamWriter(shared, *layout)
         except ValueError as error:
             # of the memory it begins with the segment's name; else it is about what was asked for
-            if shared is not None and str(error).startswith(shared):
+            if shared and str(error).startswith(shared):
                 raise StreamError(str(error)) from None
             raise ConfigError(f"{self._where}: {error}") from None
         # in one process it is this reader that moves the robot; a producer of a shared stream may look at what is sent
@@ -202,6 +207,8 @@ class ActionStream:
         Raises:
             StreamError: there is no such segment, it is of another version, size or robot, or there is a driver already.
         """
+        if embodiment is not None:
+            check_robot(embodiment)
         self = cls.__new__(cls)
         self._where, self._shared, self._writer = f"stream {shown(name)}", name, None
         self._options = (ns_of("dead_after_ms", dead_after_ms), ns_of("loop_dead_after_ms", loop_dead_after_ms))
@@ -236,6 +243,10 @@ class ActionStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> Any:
+        there = "make it there" if self._shared is None else f"ActionStream.attach({self._shared!r}) there"
+        raise TypeError(f"{self._where}: a stream is neither copied nor sent to another process; {there}")
+
     def __repr__(self) -> str:
         return f"ActionStream({self._where}, {len(self.names)} channels at {self.command_hz:g} Hz)"
 
@@ -254,6 +265,9 @@ class ActionStream:
                 missing, of the future, or older than the last chunk's); the message names channel and row. Readers do not see it.
         """
         writer = self._producing("publish")
+        if not isinstance(chunk, StampedChunk):
+            wanted = "an ActionChunk of Policy.infer or a Chunk of the client, with names, control_hz and stamps"
+            raise InputError(f"{self._where}: expected {wanted}, got {shown(chunk)}")
         if tuple(chunk.names) != self.names:
             raise InputError(
                 f"{self._where}: expected a chunk of {self._channels(self.names)}, got {self._channels(chunk.names)}"
@@ -281,14 +295,14 @@ class ActionStream:
                 chunk.computed_at_ns,
                 observed_at if starts_at_ns is None else starts_at_ns,
                 chunk.control_hz,
-                time.monotonic_ns() if now_ns is None else now_ns,
+                self._moment("publish", now_ns),
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"{self._where}: {error}") from None
 
     def heartbeat(self, now_ns: int | None = None) -> None:
         """The producer's loop lives; each `publish` says so too. For `loop_dead_after_ms` shorter than a policy's pass."""
-        self._producing("heartbeat").heartbeat(time.monotonic_ns() if now_ns is None else now_ns)
+        self._producing("heartbeat").heartbeat(self._moment("heartbeat", now_ns))
 
     def feedback(self) -> StreamFeedback | None:
         """What the driver sent last; None before its first tick."""
@@ -305,10 +319,16 @@ class ActionStream:
 
         A reader keeps the state of seams and limits: call it once per tick, from one thread, with times that grow (the same time
         gives the same command).
+
+        Args:
+            now_ns: `time.monotonic_ns()`; the present where None.
+
+        Raises:
+            InputError: now_ns is of the wall clock, which is no time of this stream.
         """
         reader = self._reading()
         values = np.empty(len(self.names))
-        chunk, row, status, age_ns = reader.read(time.monotonic_ns() if now_ns is None else now_ns, values)
+        chunk, row, status, age_ns = reader.read(self._moment("at", now_ns), values)
         return Command(values, chunk, row, Status(status), age_ns)
 
     def start_at(self, pose: ArrayLike) -> None:
@@ -340,9 +360,7 @@ class ActionStream:
 
         It is no safety-rated function: it needs a controller that runs and reads.
         """
-        (self._reading() if self._writer is None else self._writer).estop(
-            time.monotonic_ns() if now_ns is None else now_ns
-        )
+        (self._reading() if self._writer is None else self._writer).estop(self._moment("estop", now_ns))
 
     def clear_estop(self) -> None:
         """Readers follow chunks again."""
@@ -369,6 +387,15 @@ class ActionStream:
         if self._reader is None:
             raise StreamError(f"{self._where}: closed; ActionStream.attach opens it again")
         return self._reader
+
+    def _moment(self, what: str, now_ns: int | None) -> int:
+        """now_ns, or the present. Of the wall clock it would be the last time that a reader knows, and all after it is DEAD."""
+        if now_ns is None:
+            return time.monotonic_ns()
+        if isinstance(now_ns, (int, np.integer)) and now_ns >= WALL_CLOCK_NS:
+            got = f"{shown(now_ns)}; time.time_ns() is another clock"
+            raise InputError(f"{self._where}: {what}: now_ns: expected time.monotonic_ns(), got {got}")
+        return now_ns
 
     @staticmethod
     def _channels(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from dit4dit.robots.embodiment import Embodiment
 Interpolation = Literal["hold", "linear", "cubic"]
 log = logging.getLogger("dit4dit.control")
 LONGEST_MS = 1e9  # eleven days: every time that is given in ms fits into ns of 64 bits
-MOST_HZ = 20_000.0
+LEAST_HZ, MOST_HZ = 1.0, 20_000.0
 _TELLING = Lock()
 _told: set[str] = set()
 
@@ -85,10 +85,11 @@ def seam_of(seam: Seam) -> tuple[str, int, float, float]:
     raise ConfigError(f"seam: expected Switch(), Ensemble(alpha, history) or Blend(rows), got {shown(seam)}")
 
 
-def positive(what: str, value: Any, most: float) -> float:
+def positive(what: str, value: Any, most: float, least: float = 0.0) -> float:
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not 0 < value <= most:
-        raise ConfigError(f"{what}: expected a number above 0, {most:g} at most, got {shown(value)}")
+    if not number or not 0 < value <= most or value < least:
+        wanted = f"a number from {least:g} to {most:g}" if least else f"a number above 0, {most:g} at most"
+        raise ConfigError(f"{what}: expected {wanted}, got {shown(value)}")
     return float(value)
 
 
@@ -117,6 +118,10 @@ def check_mixing(robot: Embodiment, interpolation: str, seam: Seam) -> None:
 
 def check_limits(robot: Embodiment, limits: Limits) -> None:
     """ConfigError where they are another robot's; a warning, once for each robot, where there are none."""
+    if not isinstance(limits, Limits):
+        raise ConfigError(
+            f"limits: expected Limits.of(embodiment), or what its override(FILE) returns, got {shown(limits)}"
+        )
     if limits.robot.action_names != robot.action_names:
         raise ConfigError(f"limits: expected those of {robot.name!r}, got those of {limits.robot.name!r}")
     with _TELLING:

@@ -64,7 +64,7 @@ def _producer(producer: dict[str, Any]) -> str:
     does = {
         "alive": "is alive",
         "late": "has its lock but does not stamp, for want of CPU or in a debugger",
-        "halted": f"was stopped by a signal (kill -CONT {producer['pid']} lets it go on)",
+        "halted": f"was stopped by a signal (kill -CONT {producer['pid']} resumes it)",
         "killed": "was killed or has crashed: its lock is free and the stream was not closed",
     }
     return f"{who} {does[producer['state']]}; {last}"

@@ -235,12 +235,26 @@ def read_yaml(path: Path, *, keep_unset: bool = False) -> dict[str, Any]:
 
 
 def read_plain_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a user's file, in which `${...}` is text; ConfigError when it is missing or not one."""
+    """A YAML mapping from a user's file, in which `${...}` is text; ConfigError when missing, not one, or with a key twice."""
     import yaml
+
+    class Loader(yaml.SafeLoader):
+        """One of two entries of the same key would be lost without a word: a bound of a robot, say."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"key {shown(key.value)} is there twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+            return node
 
     text = read_text(path, "give another file", error=ConfigError, again="save it as UTF-8")
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader)
         check_aliases(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also: too long a number
         raise ConfigError(f"{path}: not readable YAML ({said(error, 300)})") from None

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, get_args
 
-from dit4dit.errors import ConfigError, did_you_mean, shown
+from dit4dit.errors import ConfigError, did_you_mean, listed, shown
 
 Rule = Literal["hold", "decay", "finish"]
 """What a group does without a chunk to follow. hold: it stands still. decay: velocities and displacements fall to 0 linearly, the
@@ -42,7 +43,7 @@ class Bounds:
             value = getattr(self, field.name)
             if value is None:
                 continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
             if not number or (field.name not in ("low", "high") and value <= 0):
                 wanted = "a number" if field.name in ("low", "high") else "a number above 0"
                 raise ConfigError(
@@ -173,7 +174,9 @@ def check_entry(where: str, limits: Mapping[str, Any], groups: Mapping[str, Any]
     known = [f"action.{key}" for key in keys]
     for key, entry in limits.items():
         if key not in known:
-            raise ConfigError(f"{where}: limits: unknown key {shown(key)}{did_you_mean(key, known)}")
+            raise ConfigError(
+                f"{where}: limits: unknown key {shown(key)}{did_you_mean(key, known)}; known: {listed(known)}"
+            )
         bounds_of_entry(f"{where}: limits of {key}", entry, None)
     groups_of_entry(where, groups)
 

@@ -100,9 +100,14 @@ def test_a_killed_producer_is_dead_and_another_one_goes_on(segment: str) -> None
 
 def test_another_robots_segment_is_replaced_unless_it_is_driven(segment: str) -> None:
     ActionStream(TABLETOP, shared=segment).close()
-    with ActionStream.attach(segment, driver=True) as driver, pytest.raises(StreamError, match=segment):
-        ActionStream(LIBERO, shared=segment)
-    assert driver.robot == "tabletop"
+    refused = f"{segment}: a driver{{}} is at work on another layout: robot is 'tabletop', not 'libero'; end the driver"
+    with ActionStream.attach(segment, driver=True) as driver:
+        with pytest.raises(StreamError, match=refused.format("")):  # it has not read: nobody knows its process
+            ActionStream(LIBERO, shared=segment)
+        driver.at()
+        with pytest.raises(StreamError, match=refused.format(rf" \(process {os.getpid()}\)")):
+            ActionStream(LIBERO, shared=segment)
+        assert driver.robot == "tabletop"
     with ActionStream(LIBERO, shared=segment):
         assert ActionStream.attach(segment).robot == "libero"
 
@@ -135,6 +140,27 @@ def test_what_a_controller_is_refused(segment: str) -> None:
         with pytest.raises(StreamError, match=f"{segment} is no segment of dit4dit"):
             call(segment)
     assert place.read_bytes() == b"somebody else's"
+
+
+def test_another_users_segment_says_what_to_do(segment: str) -> None:
+    """To nobody, in a child process, where this is root; else to this user, who then may not read it either."""
+    ActionStream(G1, shared=segment).close()
+    Path("/dev/shm", segment[1:]).chmod(0)
+    said, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        try:
+            ActionStream.attach(segment)
+        except StreamError as error:
+            os.write(tell, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(tell)
+    with os.fdopen(said) as message:
+        wanted = f"run as that one, or let its group in, chmod g+rw /dev/shm{segment}"
+        assert message.read() == f"{segment}: open: Permission denied; it belongs to another user: {wanted}"
 
 
 ENDS = {

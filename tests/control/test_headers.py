@@ -75,7 +75,10 @@ print(*sys.modules)
     ids=["source tree", "no headers"],
 )
 @pytest.mark.parametrize("option", ["--include-dir", "--cmake-dir"])
-def test_without_headers_it_says_what_to_do(option: str, present: list[str], says: str, tmp_path: Path) -> None:
+def test_without_headers_it_says_what_to_do(
+    option: str, present: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     source = Path(dit4dit.__file__).parent
     for name in ("__init__.py", "control/__init__.py", "control/__main__.py"):
         (tmp_path / "dit4dit" / name).parent.mkdir(exist_ok=True)
@@ -87,6 +90,27 @@ def test_without_headers_it_says_what_to_do(option: str, present: list[str], say
     assert done.stderr.startswith("python -m dit4dit.control: error: ")
     assert done.stderr.endswith(f"{says}\n")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [("--include-dir", "include/dit4dit/action_stream.h"), ("--cmake-dir", "cmake/dit4ditConfig.cmake")],
+)
+def test_from_the_source_tree_it_finds_the_installed_package(
+    option: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """examples/cpp_controller/README.md asks from there."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    for folder in (source, site):
+        for name in ("__init__.py", "control/__init__.py", "control/__main__.py"):
+            (folder / "dit4dit" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(dit4dit.__file__).parent / name, folder / "dit4dit" / name)
+    for name in ("_C.so", wanted):
+        (site / "dit4dit" / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / "dit4dit" / name).touch()
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    done = asked(option, cwd=source, python=("-S",))
+    assert (done.stderr, done.stdout) == ("", f"{site / 'dit4dit' / wanted.partition('/')[0]}\n")
 
 
 def test_every_header_that_is_included_is_installed(include: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dit4dit.control import Limits
@@ -50,6 +51,7 @@ def test_a_file_overrides_them(tmp_path: Path) -> None:
 def test_a_mapping_may_widen_what_the_robot_says() -> None:
     assert Limits.of(TABLETOP).override({"x": {"low": None, "high": 5}})["x"] == Bounds(high=5.0)
     assert Limits.of(LIBERO).override({"yaw": {"velocity": 99.0}})["yaw"] == Bounds(velocity=99.0)
+    assert Limits.of(TABLETOP).override({"x": {"velocity": np.float32(0.5)}})["x"].velocity == 0.5
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,7 @@ def test_a_mapping_may_widen_what_the_robot_says() -> None:
         ("high: 2.0", "high: -2.0", "limits: left_arm.3: low, high: expected low < high, got -1 and -2"),
         ("[0.05, 0.05, 0.5]", "[0.05, 0.05]", "limits: base_velocity: high: expected a number or 3 of them, got 2"),
         ("[0.05, 0.05, 0.5]", "-0.05", "robot 'g1': limits of 'base_velocity': low and high of a velocity must include 0"),
+        ("base_height", "left_arm: {jerk: 9.0}\n  base_height", "not readable YAML (key 'left_arm' is there twice"),
         ("base_height: {velocity: 0.1}", "base_height: 0.1", "limits: base_height: expected a mapping of low, high, vel"),
         ("base_height: {velocity", "target_yaw: {low", "robot 'g1': limits of 'target_yaw': an angle wraps: leave low"),
     ],

@@ -317,7 +317,8 @@ inline Memory::Taken Memory::take_over(const Layout& layout, std::string& why) {
     // kept while the name goes: no driver begins on what is about to be replaced
     if (!lock(Role::driver)) {
         const std::uint64_t driver = segment_->header.feedback.driver.load(std::memory_order_acquire);
-        why = name_ + ": a driver (process " + std::to_string(driver) + ") is at work on another layout: " + other +
+        const std::string which = driver ? " (process " + std::to_string(driver) + ")" : "";  // it has not read yet
+        why = name_ + ": a driver" + which + " is at work on another layout: " + other +
               "; end the driver, or use another name";
         return Taken::no;
     }

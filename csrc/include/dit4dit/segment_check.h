@@ -9,6 +9,7 @@
 #include <cstring>
 #include <string>
 #include <system_error>
+#include <utility>
 
 #include "layout_check.h"
 #include "result.h"
@@ -19,8 +20,10 @@ inline std::string path_of(const std::string& name) { return "/dev/shm" + name; 
 
 inline Error failed(const std::string& name, const char* what, int error) {
     const bool foreign = error == EACCES && std::strcmp(what, "open") == 0;
-    const char* hint = foreign ? "; it belongs to another user: run as that one, or give the producer a wider mode" : "";
-    return {name + ": " + what + ": " + std::generic_category().message(error) + hint};
+    std::string message = name + ": " + what + ": " + std::generic_category().message(error);
+    if (foreign)
+        message += "; it belongs to another user: run as that one, or let its group in, chmod g+rw " + path_of(name);
+    return {std::move(message)};
 }
 
 inline std::string why_bad_name(const std::string& name) {
