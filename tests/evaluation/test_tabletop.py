@@ -144,7 +144,7 @@ def test_ten_killed_runs_of_the_command_end_as_a_whole_one(checkpoint: Path, tmp
         (["--while-waiting", "continue"], "--while-waiting: goes with --latency"),
         (["--batch", "17"], "batch: expected 1 to 16"),
         (["--workers", "0"], "expected workers >= 1"),
-        (["--ensemble", "0"], "history of at least 1"),
+        (["--ensemble", "0"], "history: expected a whole number of chunks, 1 or more, got 0"),
         (["--shard", "3/2"], "--shard '3/2'"),
         (["--episodes", "0"], "episodes >= 1"),
         (["--picture", "65"], "picture: expected one of"),
