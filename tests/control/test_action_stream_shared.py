@@ -72,7 +72,7 @@ def last_sign_of_life(segment: str, pid: int) -> int:
 
 @pytest.mark.slow
 def test_a_killed_producer_is_dead_and_another_one_goes_on(segment: str) -> None:
-    """The first read at the last sign of life plus `dead_after_ms` says DEAD; ids go on with the next producer."""
+    """The first read at the last sign of life plus `dead_after_ms` says DEAD; the next producer continues the ids."""
     with producer(TABLETOP, segment, 1.0) as first:
         stream = ActionStream.attach(segment, driver=True)
         patient = ActionStream.attach(segment, dead_after_ms=FOREVER)

@@ -344,7 +344,7 @@ def test_undefined_behaviour_sanitizer_sees_a_slot_too_many(
         ),
         ("some_rows", "first + count < held.rows ?", "first + count <= held.rows + 1 ?"),
         ("every_size", "if (count % 2) {\n        std::uint64_t", "if (count % 4 == 1) {\n        std::uint64_t"),
-        ("dead", ">= after;", "> after;"),
+        ("dead", "<= now_ns - after;", "< now_ns - after;"),
         ("dead", "last ? last : header.created_at", "last"),
         ("latch", "std::int64_t none = 0;", "std::int64_t none = stamps.estop_at.load();"),
         ("feedback", "if (begun == 0) return false;", ""),
